@@ -1,0 +1,74 @@
+"""Every use of a private Lightning name (lightning 2.6.6), so that an upgrade has one place to look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.overrides.distributed import prepare_for_backward
+from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher, _WorkerOutput
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
+
+__all__ = [
+    "DDPForwardRedirection",
+    "NotebookLauncher",
+    "SubprocessLauncher",
+    "install_quiet_epoch_loop",
+    "prepare_for_backward",
+    "sync_rank_zero",
+]
+
+DDPForwardRedirection = _DDPForwardRedirection
+SubprocessLauncher = _SubprocessScriptLauncher
+
+
+def sync_rank_zero(rank: int) -> None:
+    """Tell every `rank_zero_*` helper which rank this process is."""
+    for helper in (rank_zero_only, utilities_rank_zero_only, fabric_rank_zero_only):
+        helper.rank = rank  # type: ignore[attr-defined]
+
+
+class NotebookLauncher(_MultiProcessingLauncher):
+    """Runs `fit` in forked or spawned workers. The weights stay in the checkpoint folder.
+
+    Lightning sends the module's state dict back through pickle, which sharded tensors do not survive; the caller gets
+    the checkpoint's path instead (`Trainer.fit` returns it).
+    """
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        return self._start_method == "fork"
+
+    def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
+        if self._strategy.local_rank != 0:
+            return None
+        best = getattr(trainer.checkpoint_callback, "best_model_path", None)
+        extra = self.get_extra_results(trainer)
+        extra["last_checkpoint"] = getattr(trainer.checkpoint_callback, "last_model_path", None)
+        return _WorkerOutput(best, None, trainer.state, results, extra)
+
+    def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
+        super().update_main_process_results(trainer, extra)
+        if trainer.checkpoint_callback is not None:
+            trainer.checkpoint_callback.last_model_path = extra["last_checkpoint"]  # type: ignore[attr-defined]
+
+
+class _QuietEpochLoop(_TrainingEpochLoop):
+    """Lightning broadcasts a SIGTERM flag and waits for the device before every batch, and only rank 0 is heard.
+
+    The `Preemption` callback agrees on a stop without waiting, whichever rank got the signal.
+    """
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        pass
+
+
+def install_quiet_epoch_loop(trainer: pl.Trainer) -> None:
+    """Replace the training epoch loop before the first run."""
+    old = trainer.fit_loop.epoch_loop
+    trainer.fit_loop.epoch_loop = _QuietEpochLoop(trainer, min_steps=old.min_steps, max_steps=old.max_steps)

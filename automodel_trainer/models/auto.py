@@ -1,0 +1,172 @@
+"""The one builder: a Hugging Face causal language model, laid out on devices, its weights streamed in."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from automodel_trainer.models._transformers import load_weights, tied_weight_names
+from automodel_trainer.models.files import resolve_folder, weight_files
+from automodel_trainer.models.initialize import initialize_weights
+
+if TYPE_CHECKING:
+    from automodel_trainer.strategies import MeshStrategy
+
+
+class AutoModelForCausalLM:
+    """Builds what `transformers.AutoModelForCausalLM` builds, and can build it sharded.
+
+    The result is the transformers model itself: same class, same forward, same state-dict keys, `generate` and all.
+    With a strategy (its processes started) it comes laid out on the strategy's mesh, and no rank ever held all of it.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        strategy: MeshStrategy | None = None,
+        dtype: torch.dtype | str | None = None,
+        *,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        allow_missing_weights: bool = False,
+        device: torch.device | str = "cpu",
+        **config_overrides: Any,
+    ) -> PreTrainedModel:
+        """Build a model and stream its checkpoint into it.
+
+        Args:
+            pretrained_model_name_or_path: a folder with config.json and safetensors, or a Hub id.
+            strategy: the layout; None builds the plain model on `device`.
+            dtype: of the parameters. None: what the strategy's precision says, or the checkpoint's own without one.
+            attn_implementation: transformers' name of an attention kernel; None lets transformers choose.
+            trust_remote_code: run model code that comes with the checkpoint.
+            revision: branch, tag or commit of a Hub repository.
+            allow_missing_weights: initialise weights that the checkpoint lacks instead of refusing.
+            device: where to build without a strategy.
+            config_overrides: attributes of the model's config to change.
+
+        Raises:
+            ValueError: no such folder or repository, no or damaged weights, weights missing, unknown config attribute.
+        """
+        folder = resolve_folder(pretrained_model_name_or_path, revision)
+        files = weight_files(folder)
+        config = _load_config(folder, trust_remote_code, config_overrides)
+        model = _build_on_meta(
+            config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
+        )
+        model.config.name_or_path = str(folder)
+        if model.can_generate() and (folder / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        fill_from_folder(model, folder, strategy, device, files=files, allow_missing_weights=allow_missing_weights)
+        return model
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PreTrainedConfig,
+        strategy: MeshStrategy | None = None,
+        dtype: torch.dtype | str | None = None,
+        *,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> PreTrainedModel:
+        """Build a model with random weights; the same `seed` gives the same weights under every strategy."""
+        model = _build_on_meta(
+            config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
+        )
+        if strategy is not None:
+            strategy.parallelize(model)
+        initialize_weights(model, _device(strategy, device), seed)
+        return model
+
+
+def fill_from_folder(
+    model: PreTrainedModel,
+    folder: Path,
+    strategy: MeshStrategy | None,
+    device: torch.device | str = "cpu",
+    *,
+    files: list[Path] | None = None,
+    allow_missing_weights: bool = False,
+) -> None:
+    """Lay a model that is on meta out, and stream the weights of `folder` into it."""
+    files = files or weight_files(folder)
+    if strategy is not None:
+        strategy.parallelize(model)
+    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    missing, unexpected = load_weights(model, files, _device(strategy, device))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(requires_grad[name])
+    missing -= tied_weight_names(model).keys()
+    if missing and not allow_missing_weights:
+        raise ValueError(
+            f"{folder} lacks weights of {type(model).__name__}: {_some(missing)}. It is not a checkpoint of this model; "
+            "allow_missing_weights=True initialises them randomly."
+        )
+    if unexpected:
+        warnings.warn(
+            f"{folder} holds weights that {type(model).__name__} has no place for: {_some(unexpected)}.", stacklevel=2
+        )
+
+
+def _load_config(folder: Path, trust_remote_code: bool, overrides: dict[str, Any]) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    unknown = [key for key in overrides if not hasattr(config, key)]
+    if unknown:
+        raise ValueError(f"{type(config).__name__} has no attribute {unknown}: not an option of this model's config.")
+    for key, value in overrides.items():
+        setattr(config, key, value)
+    return config
+
+
+def _build_on_meta(
+    config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        )
+    model.config.dtype = dtype
+    return model
+
+
+def _parameter_dtype(
+    dtype: torch.dtype | str | None, strategy: MeshStrategy | None, config: PreTrainedConfig
+) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if isinstance(dtype, str) and dtype != "auto":
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(
+                f"dtype={dtype!r} is not a torch dtype. Allowed: float32, bfloat16, float16, float64, auto."
+            )
+        return found
+    if strategy is not None and dtype is None:
+        return strategy.dtypes.parameters
+    own = getattr(config, "dtype", None)
+    return own if isinstance(own, torch.dtype) else getattr(torch, str(own), torch.float32)
+
+
+def _device(strategy: MeshStrategy | None, device: torch.device | str) -> torch.device:
+    if strategy is None:
+        return torch.device(device)
+    return torch.device("cpu") if getattr(strategy, "cpu_offload", False) else strategy.root_device
+
+
+def _some(names: set[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")

@@ -1,0 +1,107 @@
+"""A model's folder: find it, and check its weight files before a byte of them is trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_NAME = "model.safetensors"
+_WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.md",
+    "*.py",
+    "LICENSE*",
+]
+_HEADER_LIMIT = 100_000_000  # bytes; the safetensors format's own limit
+
+
+def resolve_folder(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The local folder of a model: the path itself, or the Hub repository `path_or_id`, downloaded.
+
+    Raises:
+        ValueError: neither a folder nor a repository that can be reached.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=_WANTED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model={str(path_or_id)!r} is neither a folder here nor a Hub repository that can be reached. "
+            f"Give a folder with config.json and safetensors, or an id such as 'org/name'. ({error})"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, each checked to be whole.
+
+    Raises:
+        ValueError: no safetensors, an index that names a missing file or leaves the folder, or a damaged file (named).
+    """
+    index = folder / INDEX_NAME
+    if index.is_file():
+        files = _files_of_index(index)
+    elif (folder / WEIGHTS_NAME).is_file():
+        files = [folder / WEIGHTS_NAME]
+    else:
+        raise ValueError(_no_weights(folder))
+    for file in files:
+        check_safetensors(file)
+    return files
+
+
+def check_safetensors(file: Path) -> None:
+    """Check the header and the length of a safetensors file, without reading its tensors.
+
+    Raises:
+        ValueError: the file is missing, truncated or not safetensors; the message names it.
+    """
+    if not file.is_file():
+        raise ValueError(f"Weights file {file} is missing. Download or copy it again.")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        if size < 8 or header_size > min(size - 8, _HEADER_LIMIT):
+            raise ValueError(_damaged(file, "its header is cut off"))
+        try:
+            header = json.loads(stream.read(header_size))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(_damaged(file, "its header cannot be read")) from error
+    expected = 8 + header_size + max(ends, default=0)
+    if size != expected:
+        raise ValueError(_damaged(file, f"it has {size:,} bytes where its header promises {expected:,}"))
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is not a safetensors index: {error}. Download or copy it again.") from error
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ValueError(f"{index} names files outside its folder: {outside}. It is not to be trusted.")
+    return [index.parent / name for name in names]
+
+
+def _no_weights(folder: Path) -> str:
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".h5", ".ckpt"})
+    other = (
+        f" There are {', '.join(found)}, which are not read (pickle can run code): convert them first." if found else ""
+    )
+    return f"{folder} holds no weights: neither {WEIGHTS_NAME} nor {INDEX_NAME}.{other}"
+
+
+def _damaged(file: Path, how: str) -> str:
+    return f"Weights file {file} is damaged: {how}. Download or copy it again."

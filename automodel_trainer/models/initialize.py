@@ -1,0 +1,45 @@
+"""Random weights that do not depend on the layout."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from automodel_trainer.models._transformers import initialize_module
+
+
+@torch.no_grad()
+def initialize_weights(model: PreTrainedModel, device: torch.device, seed: int) -> None:
+    """Give a model on meta real weights on `device`, drawn by the model's own rules.
+
+    Every module draws from its own seed, made of `seed` and its name, and a sharded module draws its full parameters
+    and keeps its shards: any layout gets the same numbers, and no rank holds more than one module's full parameters.
+    """
+    model.to_empty(device=device)
+    drawn: set[int] = set()  # a tied weight is drawn once, where it is met first
+    for name, module in model.named_modules():
+        own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in drawn}
+        drawn |= {id(p) for p in own.values()}
+        if not own and not dict(module.named_buffers(recurse=False)):
+            continue
+        sharded = {key: p for key, p in own.items() if isinstance(p, DTensor)}
+        for key, parameter in sharded.items():
+            module._parameters[key] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(_seed_of(seed, name))
+            initialize_module(model, module)
+        for key, parameter in sharded.items():
+            full = module._parameters[key]
+            assert full is not None
+            shard = distribute_tensor(full.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(shard.to_local())
+            module._parameters[key] = parameter
+    model.tie_weights()
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")

@@ -1,0 +1,347 @@
+"""MeshStrategy: the contract between the Trainer, the objective and a layout, and what all layouts share."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from automodel_trainer._lightning import NotebookLauncher, SubprocessLauncher, sync_rank_zero
+from automodel_trainer.strategies.clip import clip_grads_, total_grad_norm
+from automodel_trainer.strategies.mesh import ParallelDims
+from automodel_trainer.strategies.precision import Dtypes, dtypes_of
+
+MicroBatch = dict[str, Any]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What is trained: a module that hands a micro-batch to its model and turns the outputs into a summed loss."""
+
+    model: Any
+
+    def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Any]:
+        """The keyword arguments of the model's forward, and the targets of `loss`."""
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss summed over the micro-batch's supervised tokens, 0-dim fp32."""
+
+
+class MeshStrategy(ParallelStrategy):
+    """A layout of a model on a DeviceMesh.
+
+    A subclass says how a model is laid out (`parallelize`) and, where it must, how one optimizer step runs
+    (`forward_backward`, `gradient_sync`). Everything else is here: processes, mesh, collectives, checkpoints.
+
+    Args:
+        dims: sizes of the mesh axes.
+        launcher: how `devices=N` starts its processes where torchrun or srun did not: `subprocess` runs the script again,
+            `fork` and `spawn` run `fit` in worker processes, as a notebook needs it; `auto` tells a notebook by itself.
+        process_group_backend: defaults to gloo on CPU, and to NCCL with gloo beside it for CPU tensors on CUDA.
+        timeout: how long a collective waits for a missing rank.
+    """
+
+    def __init__(
+        self,
+        dims: ParallelDims,
+        *,
+        launcher: Literal["auto", "subprocess", "fork", "spawn"] = "auto",
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__()
+        self.requested_dims = dims
+        self.launcher_name = launcher
+        self.process_group_backend = process_group_backend
+        self.timeout = timeout
+        self.num_nodes = 1
+        self._device_mesh: DeviceMesh | None = None
+
+    # --- the contract ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def parallelize(self, model: nn.Module) -> nn.Module:
+        """Lay `model` (on meta, or real and equal on all ranks) out on the mesh, in place. Idempotent."""
+
+    @property
+    def gradient_scale(self) -> float:
+        """What a loss is multiplied by so that the reduced gradient is the *sum* over ranks."""
+        return 1.0
+
+    def gradient_sync(self, model: nn.Module, last: bool) -> Any:
+        """A context for one micro-batch; gradients need to be reduced over ranks only in the `last`."""
+        raise NotImplementedError
+
+    def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """One forward of the laid-out model."""
+        return model(**inputs)
+
+    def forward_backward(self, objective: Objective, micro_batches: Sequence[MicroBatch], num_tokens: Tensor) -> Tensor:
+        """Forward and backward of one optimizer step.
+
+        Args:
+            objective: the module that is trained.
+            micro_batches: this rank's share of the global batch; the same number on every rank.
+            num_tokens: supervised tokens of the whole global batch, 0-dim, on the device.
+
+        Returns:
+            this rank's token losses, summed: 0-dim, detached, on the device. Gradients are then those of
+            (sum of token losses over all ranks) / num_tokens.
+        """
+        scale = self.gradient_scale / num_tokens.clamp(min=1)
+        total = torch.zeros((), device=self.root_device)
+        for index, micro_batch in enumerate(micro_batches):
+            inputs, targets = objective.split(micro_batch)
+            with self.gradient_sync(objective.model, last=index == len(micro_batches) - 1):
+                loss = objective.loss(self.forward(objective.model, inputs), targets)
+                (loss * scale).backward()
+            total += loss.detach()
+        return total
+
+    def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+        """Clip to `max_norm` (None or 0: only measure); returns the global norm before clipping, 0-dim, on the device."""
+        parameters = list(parameters)
+        norm = total_grad_norm(parameters)
+        if max_norm:
+            clip_grads_(parameters, max_norm, norm)
+        return norm
+
+    # --- the mesh -------------------------------------------------------------------------------------------------
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        assert self._device_mesh is not None, "the mesh exists once the processes have started"
+        return self._device_mesh
+
+    @property
+    def dims(self) -> ParallelDims:
+        """The sizes of this run (`dp_shard=-1` filled in)."""
+        return self.requested_dims.resolve(self.world_size)
+
+    @property
+    def dp_size(self) -> int:
+        """Ranks that see different data."""
+        return self.dims.dp_replicate * self.dims.dp_shard
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's place among them."""
+        return self.global_rank
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup | None:
+        """The process group of those ranks (None: the world)."""
+        return None
+
+    def sum_over_data_parallel(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the ranks that see different data."""
+        if self.dp_size > 1:
+            dist.all_reduce(tensor, group=self.dp_group)
+        return tensor
+
+    # --- dtypes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def dtypes(self) -> Dtypes:
+        """Dtypes of parameters and computation under the Trainer's precision."""
+        return dtypes_of(str(self.precision_plugin.precision))
+
+    # --- modules --------------------------------------------------------------------------------------------------
+
+    @property
+    def trained_module(self) -> nn.Module:
+        """The module whose parameter names are the checkpoint's: an objective's model, or a user's LightningModule."""
+        module = self.lightning_module
+        assert module is not None
+        return module.model if isinstance(module, Objective) else module
+
+    # --- processes (Lightning's ParallelStrategy) --------------------------------------------------------------------
+
+    @property
+    def is_distributed(self) -> bool:
+        """Read by Lightning to decide on samplers and metric reduction for strategies it does not know."""
+        return True
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.parallel_devices) if self.parallel_devices is not None else 1
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.dp_size, "rank": self.dp_rank}
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        self._precision_plugin = self.convert_precision(plugin) if plugin is not None else None
+
+    def convert_precision(self, plugin: Precision) -> Precision:
+        """Called with the plugin Lightning chose for `Trainer(precision=...)`; a layout that casts by itself replaces it.
+
+        Raises:
+            ValueError: this layout does not offer that precision.
+        """
+        dtypes_of(str(plugin.precision))
+        return plugin
+
+    def set_world_ranks(self) -> None:
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        sync_rank_zero(self.global_rank)
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self.cluster_environment.creates_processes_externally or self.num_processes * self.num_nodes == 1:
+            return
+        start = self.launcher_name
+        if start == "auto":
+            start = "fork" if _in_notebook() else "subprocess"
+        if start == "subprocess":
+            self._launcher = SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = NotebookLauncher(self, start_method=start)
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        self.dims  # noqa: B018  sizes that do not fit are refused before any process waits for another
+        if not dist.is_initialized():
+            self._init_process_group()
+        self._device_mesh = self.build_mesh()
+
+    def build_mesh(self) -> DeviceMesh:
+        return self.dims.build_mesh(self.root_device.type)
+
+    def _init_process_group(self) -> None:
+        environment = self.cluster_environment
+        assert environment is not None
+        cuda = self.root_device.type == "cuda"
+        options: dict[str, Any] = {
+            "backend": self.process_group_backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo"),
+            "timeout": self.timeout,
+            "rank": environment.global_rank(),
+            "world_size": environment.world_size(),
+            "device_id": self.root_device if cuda else None,
+        }
+        if environment.world_size() == 1:
+            dist.init_process_group(store=dist.HashStore(), **options)
+            return
+        os.environ["MASTER_ADDR"] = environment.main_address
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        dist.init_process_group(**options)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        self.layout(self.lightning_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._reset_optimizers_and_schedulers()
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def layout(self, module: pl.LightningModule) -> None:
+        """Lay out what `configure_model` has not laid out already: the parts of a user's own LightningModule."""
+        raise NotImplementedError
+
+    def model_to_device(self) -> None:
+        assert self.lightning_module is not None
+        self.lightning_module.to(self.root_device)
+
+    def barrier(self, name: str | None = None) -> None:
+        if not dist.is_initialized() or self.world_size == 1:
+            return
+        device_ids = [self.root_device.index] if self.root_device.type == "cuda" else None
+        dist.barrier(device_ids=device_ids)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized() or self.world_size == 1:
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if not isinstance(tensor, Tensor) or not dist.is_initialized() or self.world_size == 1:
+            return tensor
+        reduced = tensor.detach().clone()
+        average = str(reduce_op).lower() in ("mean", "avg")
+        operation = dist.ReduceOp.SUM if average or str(reduce_op).lower() == "sum" else reduce_op
+        if average and not reduced.is_floating_point():
+            reduced = reduced.float()
+        dist.all_reduce(reduced, op=operation, group=group)
+        return reduced / dist.get_world_size(group) if average else reduced
+
+    def teardown(self) -> None:
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return False  # `load_checkpoint` reads optimizer state straight into its shards
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}  # `save_checkpoint` writes the shards; Lightning has no need of a second copy
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: `load_checkpoint` has already read the weights into their shards."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint folder: sharded safetensors under Hugging Face names, and JSON. Collective."""
+        from automodel_trainer.checkpoint import save_checkpoint
+
+        save_checkpoint(Path(filepath), checkpoint, self.trained_module, self.optimizers)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint folder, whatever layout wrote it, into this layout's shards. Collective."""
+        from automodel_trainer.checkpoint import load_checkpoint
+
+        return load_checkpoint(Path(checkpoint_path), self.trained_module, self.optimizers)
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        from automodel_trainer.checkpoint import remove_checkpoint
+
+        if self.is_global_zero:
+            remove_checkpoint(Path(filepath))
+
+
+def _in_notebook() -> bool:
+    import sys
+
+    return hasattr(sys, "ps1") or "ipykernel" in sys.modules

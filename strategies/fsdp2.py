@@ -1,0 +1,202 @@
+"""FSDP2 and HSDP: parameters, gradients and optimizer state sharded per parameter as DTensors (`fully_shard`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins import Precision
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
+from automodel_trainer.strategies.base import MeshStrategy, Objective
+from automodel_trainer.strategies.blocks import find_blocks
+from automodel_trainer.strategies.mesh import ParallelDims
+from automodel_trainer.strategies.precision import MeshPrecision, fsdp_policy
+
+
+class FSDP2Strategy(MeshStrategy):
+    """Fully sharded data parallel training; with `dp_replicate` > 1 hybrid sharded (HSDP).
+
+    Every block of the model is one unit: its parameters are gathered before its forward and backward and freed after.
+    On one device nothing needs sharding, and `fully_shard` is applied only for what else it does: mixed precision and
+    CPU offload.
+
+    Args:
+        dp_shard: ranks to shard over; -1 takes all that are left.
+        dp_replicate: replicas of the sharded model (HSDP: replicate between nodes, shard within).
+        reshard_after_forward: free a block's gathered parameters between its forward and backward (ZeRO-3). False
+            keeps them (ZeRO-2: more memory, fewer gathers).
+        forward_prefetch: blocks whose parameters are gathered ahead of the one that runs, beyond FSDP2's own overlap.
+        backward_prefetch: the same for backward.
+        cpu_offload: keep parameters, gradients and optimizer state in CPU memory; blocks travel as they are needed.
+        activation_checkpointing: "full" recomputes every block in backward; "selective" keeps matmul and attention outputs
+            and recomputes the rest.
+        sync_every_micro_batch: reduce gradients after every micro-batch instead of once per optimizer step: more
+            traffic, but unsharded gradients are not held while micro-batches accumulate.
+        launcher, process_group_backend, timeout: see `MeshStrategy`.
+
+    Source: PyTorch FSDP2, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; ZeRO, arXiv 1910.02054.
+    """
+
+    def __init__(
+        self,
+        dp_shard: int = -1,
+        dp_replicate: int = 1,
+        *,
+        reshard_after_forward: bool = True,
+        forward_prefetch: int = 0,
+        backward_prefetch: int = 0,
+        cpu_offload: bool = False,
+        activation_checkpointing: Literal["full", "selective"] | None = None,
+        sync_every_micro_batch: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(ParallelDims(dp_replicate=dp_replicate, dp_shard=dp_shard), **kwargs)
+        self.reshard_after_forward = reshard_after_forward
+        self.forward_prefetch = forward_prefetch
+        self.backward_prefetch = backward_prefetch
+        self.cpu_offload = cpu_offload
+        self.activation_checkpointing = activation_checkpointing
+        self.sync_every_micro_batch = sync_every_micro_batch
+
+    def convert_precision(self, plugin: Precision) -> Precision:
+        return MeshPrecision(str(plugin.precision))
+
+    @property
+    def shard_mesh(self) -> DeviceMesh:
+        """The 1-D mesh that parameters are sharded over, or for HSDP the 2-D mesh (replicate, shard)."""
+        names = ("dp_replicate", "dp_shard") if self.dims.dp_replicate > 1 else ("dp_shard",)
+        return self.device_mesh[names]
+
+    def parallelize(self, model: nn.Module) -> nn.Module:
+        if is_laid_out(model):
+            return model
+        if self.activation_checkpointing:
+            apply_activation_checkpointing(model, self.activation_checkpointing)
+        if self.dp_size == 1 and not self.dtypes.mixed and not self.cpu_offload:
+            return model if _on_meta(model) else model.to(self.root_device)
+        if not _on_meta(model):
+            self._broadcast_from_rank_zero(model)
+        self._shard(model, sum_gradients=True)
+        return model
+
+    def _shard(self, model: nn.Module, sum_gradients: bool) -> None:
+        options: dict[str, Any] = {
+            "mesh": self.shard_mesh,
+            "mp_policy": fsdp_policy(self.dtypes),
+            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+        }
+        blocks = find_blocks(model)
+        for unit in (*blocks, *_untied_input_embedding(model)):
+            fully_shard(unit, reshard_after_forward=self.reshard_after_forward, **options)
+        # The root holds what is left (final norm, head, tied embedding). It stays gathered between forward and backward:
+        # backward begins where forward ended.
+        fully_shard(model, reshard_after_forward=False, **options)
+        _prefetch(blocks, self.forward_prefetch, self.backward_prefetch)
+        if sum_gradients:
+            _sum_gradients(model)
+
+    def layout(self, module: pl.LightningModule) -> None:
+        if isinstance(module, Objective):
+            if not is_laid_out(module.model):
+                self.parallelize(module.model)
+            return
+        for child in module.children():
+            self._layout_child(child)
+        _average_unsharded_gradients(module, self.dp_size)
+        module._apply(lambda t: t if isinstance(t, DTensor) else t.to(self.root_device))
+
+    def _layout_child(self, child: nn.Module) -> None:
+        """A user's own LightningModule reduces its loss to a mean per rank, so gradients are averaged (FSDP2's default)."""
+        if is_laid_out(child) or next(child.parameters(), None) is None:
+            return
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # containers have no forward of their own
+            for grandchild in child.children():
+                self._layout_child(grandchild)
+        elif self.dp_size > 1 or self.dtypes.mixed or self.cpu_offload:
+            self._broadcast_from_rank_zero(child)
+            self._shard(child, sum_gradients=False)
+
+    @torch.no_grad()
+    def _broadcast_from_rank_zero(self, model: nn.Module) -> None:
+        """Every rank keeps its shard of *rank 0's* values: ranks that built different random weights would mix them."""
+        if self.world_size == 1:
+            return
+        for tensor in (*model.parameters(), *model.buffers()):
+            value = tensor.detach().to(self.root_device)
+            dist.broadcast(value, src=0)
+            tensor.copy_(value)
+
+    @contextmanager
+    def gradient_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last or self.sync_every_micro_batch)
+            model.set_is_last_backward(last)
+        yield
+
+
+def is_laid_out(model: nn.Module) -> bool:
+    """Whether some layout has already taken this module in hand."""
+    return isinstance(model, FSDPModule) or any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _untied_input_embedding(model: nn.Module) -> list[nn.Module]:
+    """The input embedding as a unit of its own, unless its weight is also used outside of it (tied to the head)."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if get is not None else None
+    except NotImplementedError:  # transformers' answer for models that cannot name one
+        embedding = None
+    if embedding is None or getattr(embedding, "weight", None) is None:
+        return []
+    inside_block = any(embedding is module for block in find_blocks(model) for module in block.modules())
+    owners = [module for module in model.modules() if getattr(module, "weight", None) is embedding.weight]
+    return [embedding] if len(owners) == 1 and not inside_block and embedding is not model else []
+
+
+def _prefetch(blocks: list[nn.Module], forward: int, backward: int) -> None:
+    for index, block in enumerate(blocks):
+        assert isinstance(block, FSDPModule)
+        if forward:
+            block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + forward])  # type: ignore[arg-type]
+        if backward:
+            before = blocks[max(0, index - backward) : index]
+            block.set_modules_to_backward_prefetch(before[::-1])  # type: ignore[arg-type]
+
+
+def _sum_gradients(model: nn.Module) -> None:
+    """Sum over ranks, plainly: gloo has no scaled sum, and NCCL's zeroes in bf16 up to torch 2.13 (pytorch#190747)."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _average_unsharded_gradients(module: pl.LightningModule, dp_size: int) -> None:
+    """Parameters that stand on a user's LightningModule itself belong to no unit: average their gradients in place.
+
+    Averaging twice changes nothing, so it is right under gradient accumulation too.
+    """
+
+    def average(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dp_size
+
+    for parameter in module.parameters():
+        if dp_size > 1 and parameter.requires_grad and not isinstance(parameter, DTensor):
+            with torch.no_grad():
+                dist.broadcast(parameter, src=0)
+            parameter.register_post_accumulate_grad_hook(average)

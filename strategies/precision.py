@@ -1,0 +1,71 @@
+"""`Trainer(precision=...)`, and what a sharded strategy makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch.plugins import Precision
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+_ALIASES = {
+    None: "32-true",
+    "fp32": "32-true",
+    "32": "32-true",
+    32: "32-true",
+    "bf16": "bf16-mixed",
+    "fp64": "64-true",
+    "64": "64-true",
+    64: "64-true",
+}
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """The dtypes of one precision: how parameters (and so optimizer state) are held, and what forward computes in."""
+
+    parameters: torch.dtype
+    compute: torch.dtype
+
+    @property
+    def mixed(self) -> bool:
+        return self.parameters != self.compute
+
+
+_DTYPES = {
+    "32-true": Dtypes(torch.float32, torch.float32),
+    "bf16-mixed": Dtypes(torch.float32, torch.bfloat16),
+    "bf16-true": Dtypes(torch.bfloat16, torch.bfloat16),
+    "64-true": Dtypes(torch.float64, torch.float64),
+}
+
+
+def canonical_precision(precision: str | int | None) -> str:
+    """Lightning's name for a precision: `bf16` is `bf16-mixed` (fp32 master weights), `fp32` is `32-true`."""
+    return _ALIASES.get(precision, str(precision))
+
+
+def dtypes_of(precision: str) -> Dtypes:
+    """Raises ValueError for a precision that sharded training does not offer."""
+    if precision not in _DTYPES:
+        raise ValueError(
+            f"precision={precision!r} is not offered by this strategy. Allowed: fp32, bf16 (fp32 master weights, bf16 "
+            "compute), bf16-true (everything in bf16), 64-true. fp16 would need loss scaling: use bf16."
+        )
+    return _DTYPES[precision]
+
+
+def fsdp_policy(dtypes: Dtypes) -> MixedPrecisionPolicy:
+    """FSDP2's policy: parameters are cast when gathered, gradients are reduced in fp32 (or wider)."""
+    reduce = torch.promote_types(dtypes.parameters, torch.float32)
+    if not dtypes.mixed:
+        return MixedPrecisionPolicy(reduce_dtype=reduce if reduce != dtypes.parameters else None)
+    return MixedPrecisionPolicy(param_dtype=dtypes.compute, reduce_dtype=reduce)
+
+
+class MeshPrecision(Precision):
+    """The precision of a strategy that casts by itself (FSDP2's policy): nothing is autocast."""
+
+    def __init__(self, precision: str) -> None:
+        self.precision = precision  # type: ignore[assignment]
+        self.dtypes = dtypes_of(precision)

@@ -1,0 +1,96 @@
+"""Strategy names: `fsdp2`, `hsdp:dp_replicate=2`, what other packages register, and `auto`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+import yaml
+from lightning.pytorch.strategies import Strategy
+
+from automodel_trainer.strategies.base import MeshStrategy
+from automodel_trainer.strategies.ddp import DDPStrategy
+from automodel_trainer.strategies.fsdp2 import FSDP2Strategy
+
+ENTRY_POINT_GROUP = "automodel_trainer.strategies"
+
+
+def _hsdp(dp_replicate: int = 2, **kwargs: Any) -> FSDP2Strategy:
+    return FSDP2Strategy(dp_replicate=dp_replicate, **kwargs)
+
+
+# `auto` is sharding on any number of devices: on one device it is the plain model.
+_FACTORIES: dict[str, Callable[..., Strategy]] = {
+    "auto": FSDP2Strategy,
+    "ddp": DDPStrategy,
+    "fsdp2": FSDP2Strategy,
+    "hsdp": _hsdp,
+}
+
+
+class StrategyRegistry:
+    """Names that `Trainer(strategy=...)` understands, beside strategy objects."""
+
+    @staticmethod
+    def register(name: str, factory: Callable[..., Strategy]) -> None:
+        """Make `strategy="name:key=value,…"` call `factory(key=value, …)`."""
+        _FACTORIES[name] = factory
+
+    @staticmethod
+    def names() -> list[str]:
+        """All registered names, entry points of installed packages included."""
+        _load_entry_points()
+        return sorted(_FACTORIES)
+
+    @staticmethod
+    def get(spec: str) -> Strategy:
+        """Build the strategy that a string such as `"hsdp:dp_replicate=2,cpu_offload=true"` names.
+
+        Raises:
+            ValueError: an unknown name or option, or an option without a value.
+        """
+        name, _, options = spec.partition(":")
+        _load_entry_points()
+        if name not in _FACTORIES:
+            raise ValueError(
+                f"strategy={spec!r} is unknown.{_nearest(name, _FACTORIES)} Allowed: {', '.join(sorted(_FACTORIES))}, "
+                "each with sizes if you like (fsdp2:dp_shard=2), or a Strategy object."
+            )
+        factory = _FACTORIES[name]
+        return factory(**_parse_options(spec, options, _accepted(factory)))
+
+
+def _load_entry_points() -> None:
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        _FACTORIES.setdefault(entry.name, entry.load())
+
+
+def _parse_options(spec: str, text: str, accepted: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"strategy={spec!r}: {item!r} has no value. Write {item}=…")
+        if key not in accepted:
+            raise ValueError(
+                f"strategy={spec!r}: {key!r} is not an option.{_nearest(key, accepted)} Allowed: {', '.join(accepted)}."
+            )
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+def _accepted(factory: Callable[..., Any]) -> list[str]:
+    """Names of the keyword arguments, those that `**kwargs` passes on to the bases included."""
+    names = [p.name for p in inspect.signature(factory).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for base in (FSDP2Strategy, MeshStrategy) if factory is _hsdp else getattr(factory, "__mro__", ())[1:]:
+        if issubclass(base, MeshStrategy):
+            names += [n for n in inspect.signature(base).parameters if n not in (*names, "dims", "kwargs")]
+    return names
+
+
+def _nearest(name: str, known: Any) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {match[0]!r}?" if match else ""
