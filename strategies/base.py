@@ -49,8 +49,8 @@ class MeshStrategy(ParallelStrategy):
 
     Args:
         dims: sizes of the mesh axes.
-        launcher: how `devices=N` starts its processes where torchrun or srun did not: `subprocess` runs the script again,
-            `fork` and `spawn` run `fit` in worker processes, as a notebook needs it; `auto` tells a notebook by itself.
+        launcher: how `devices=N` starts its processes where torchrun or srun did not: `subprocess` runs the script
+            again, `fork` and `spawn` run `fit` in worker processes, as a notebook needs it; `auto` tells by itself.
         process_group_backend: defaults to gloo on CPU, and to NCCL with gloo beside it for CPU tensors on CUDA.
         timeout: how long a collective waits for a missing rank.
     """
@@ -113,7 +113,7 @@ class MeshStrategy(ParallelStrategy):
         return total
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
-        """Clip to `max_norm` (None or 0: only measure); returns the global norm before clipping, 0-dim, on the device."""
+        """Clip to `max_norm` (None or 0: only measure); returns the global norm before clipping, 0-dim."""
         parameters = list(parameters)
         norm = total_grad_norm(parameters)
         if max_norm:
@@ -198,7 +198,7 @@ class MeshStrategy(ParallelStrategy):
         self._precision_plugin = self.convert_precision(plugin) if plugin is not None else None
 
     def convert_precision(self, plugin: Precision) -> Precision:
-        """Called with the plugin Lightning chose for `Trainer(precision=...)`; a layout that casts by itself replaces it.
+        """What to do with the plugin Lightning chose; a layout that casts by itself replaces it.
 
         Raises:
             ValueError: this layout does not offer that precision.

@@ -8,8 +8,8 @@ from torch import nn
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The elements of every outermost `nn.ModuleList` that hold parameters, in model order.
 
-    That is where transformer stacks of any family keep their layers, vision towers and encoder-decoders included. A list
-    inside a block (experts, say) belongs to its block.
+    That is where transformer stacks of any family keep their layers, vision towers and encoder-decoders included. A
+    list inside a block (experts, say) belongs to its block.
     """
     blocks: list[nn.Module] = []
     for child in model.children():

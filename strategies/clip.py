@@ -59,9 +59,9 @@ def _sharding(grad: Tensor) -> _Group:
 
 def _sum_of_squares(grads: list[Tensor], group: _Group) -> Tensor:
     mesh, axes = group
-    norms = torch._foreach_norm(
-        [g.float() if g.dtype != torch.float64 else g for g in grads if g.numel()] or [grads[0].new_zeros(1)]
-    )
+    held = [grad for grad in grads if grad.numel()] or [grads[0].new_zeros(1)]  # a rank's shard can be empty
+    dtype = torch.promote_types(held[0].dtype, torch.float32)
+    norms = torch._foreach_norm(held, dtype=dtype)
     total = torch.stack(norms).square().sum()
     for axis in axes:
         assert mesh is not None

@@ -37,13 +37,13 @@ class FSDP2Strategy(MeshStrategy):
         forward_prefetch: blocks whose parameters are gathered ahead of the one that runs, beyond FSDP2's own overlap.
         backward_prefetch: the same for backward.
         cpu_offload: keep parameters, gradients and optimizer state in CPU memory; blocks travel as they are needed.
-        activation_checkpointing: "full" recomputes every block in backward; "selective" keeps matmul and attention outputs
-            and recomputes the rest.
+        activation_checkpointing: "full" recomputes every block in backward; "selective" keeps the outputs of matmuls
+            and attention and recomputes the rest.
         sync_every_micro_batch: reduce gradients after every micro-batch instead of once per optimizer step: more
             traffic, but unsharded gradients are not held while micro-batches accumulate.
         launcher, process_group_backend, timeout: see `MeshStrategy`.
 
-    Source: PyTorch FSDP2, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; ZeRO, arXiv 1910.02054.
+    Source: `torch.distributed.fsdp.fully_shard`; ZeRO, arXiv 1910.02054.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class FSDP2Strategy(MeshStrategy):
         blocks = find_blocks(model)
         for unit in (*blocks, *_untied_input_embedding(model)):
             fully_shard(unit, reshard_after_forward=self.reshard_after_forward, **options)
-        # The root holds what is left (final norm, head, tied embedding). It stays gathered between forward and backward:
-        # backward begins where forward ended.
+        # The root holds what is left (final norm, head, tied embedding). It stays gathered between forward and
+        # backward: backward begins where forward ended.
         fully_shard(model, reshard_after_forward=False, **options)
         _prefetch(blocks, self.forward_prefetch, self.backward_prefetch)
         if sum_gradients:
@@ -115,7 +115,7 @@ class FSDP2Strategy(MeshStrategy):
         module._apply(lambda t: t if isinstance(t, DTensor) else t.to(self.root_device))
 
     def _layout_child(self, child: nn.Module) -> None:
-        """A user's own LightningModule reduces its loss to a mean per rank, so gradients are averaged (FSDP2's default)."""
+        """A user's own LightningModule means its loss per rank, so gradients are averaged (FSDP2's default)."""
         if is_laid_out(child) or next(child.parameters(), None) is None:
             return
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # containers have no forward of their own

@@ -110,8 +110,8 @@ def fill_from_folder(
     missing -= tied_weight_names(model).keys()
     if missing and not allow_missing_weights:
         raise ValueError(
-            f"{folder} lacks weights of {type(model).__name__}: {_some(missing)}. It is not a checkpoint of this model; "
-            "allow_missing_weights=True initialises them randomly."
+            f"{folder} lacks weights of {type(model).__name__}: {_some(missing)}. It is not a checkpoint of this model "
+            "(allow_missing_weights=True initialises them randomly)."
         )
     if unexpected:
         warnings.warn(
@@ -151,9 +151,7 @@ def _parameter_dtype(
     if isinstance(dtype, str) and dtype != "auto":
         found = getattr(torch, dtype.removeprefix("torch."), None)
         if not isinstance(found, torch.dtype):
-            raise ValueError(
-                f"dtype={dtype!r} is not a torch dtype. Allowed: float32, bfloat16, float16, float64, auto."
-            )
+            raise ValueError(f"dtype={dtype!r} is not a torch dtype. Allowed: float32, bfloat16, float16, auto.")
         return found
     if strategy is not None and dtype is None:
         return strategy.dtypes.parameters

@@ -1,0 +1,94 @@
+"""A pool of gloo ranks that the whole test session shares: starting a process costs seconds, a job in it milliseconds."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SIZE = 4
+_TIMEOUT = 240  # seconds that a job may take before the pool is declared stuck
+
+
+class RankPool:
+    """`pool.run(n, function, *args)` calls a module-level `function(*args)` on `n` ranks, as torchrun would.
+
+    Returns the list of the ranks' results (picklable; plain tensors, not DTensors). An exception in any rank is raised
+    here, with the rank's traceback. Each job gets a process group of its own.
+    """
+
+    def __init__(self, size: int = SIZE) -> None:
+        self.size = size
+        self._start()
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        self._results = context.Queue()
+        self._jobs = [context.Queue() for _ in range(self.size)]
+        self._processes = [
+            context.Process(target=_worker, args=(rank, self._jobs[rank], self._results), daemon=True)
+            for rank in range(self.size)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        assert world_size <= self.size
+        port = _free_port()
+        for rank in range(world_size):
+            self._jobs[rank].put((world_size, port, function, args, kwargs))
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        while len(results) + len(errors) < world_size:
+            try:
+                rank, result, error = self._results.get(timeout=_TIMEOUT if not errors else 20)
+            except Exception:  # ranks that wait for a dead one never answer
+                self.close()
+                self._start()
+                break
+            (errors if error else results)[rank] = error or result
+        if errors:
+            raise AssertionError("\n".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items())))
+        if len(results) < world_size:
+            raise TimeoutError(f"{function.__name__} did not finish on ranks {set(range(world_size)) - results.keys()}")
+        return [results[rank] for rank in range(world_size)]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def _worker(rank: int, jobs: Any, results: Any) -> None:
+    torch.set_num_threads(1)
+    while True:
+        world_size, port, function, args, kwargs = jobs.get()
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            GROUP_RANK="0",
+            WORLD_SIZE=str(world_size),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            TORCHELASTIC_RUN_ID="pool",
+        )
+        try:
+            result, error = function(*args, **kwargs), None
+        except BaseException:
+            result, error = None, traceback.format_exc()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        results.put((rank, result, error))
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
