@@ -1,0 +1,43 @@
+"""Train any Hugging Face model on any layout of devices, behind Lightning's Trainer.
+
+Names are imported when they are first used: `import automodel_trainer` alone is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule
+    from automodel_trainer.models import AutoModelForCausalLM
+    from automodel_trainer.modules import CausalLMModule, OptimizerConfig, SchedulerConfig
+    from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, StrategyRegistry
+    from automodel_trainer.trainer import Trainer
+
+_HOMES = {
+    "AutoModelForCausalLM": "models",
+    "CausalLMModule": "modules",
+    "ChatDataModule": "data",
+    "DDPStrategy": "strategies",
+    "FSDP2Strategy": "strategies",
+    "MeshStrategy": "strategies",
+    "MockDataModule": "data",
+    "OptimizerConfig": "modules",
+    "SchedulerConfig": "modules",
+    "StrategyRegistry": "strategies",
+    "TextDataModule": "data",
+    "Trainer": "trainer",
+}
+
+__all__ = [*sorted(_HOMES)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

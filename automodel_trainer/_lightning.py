@@ -11,6 +11,7 @@ from lightning.pytorch.overrides.distributed import prepare_for_backward
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher, _WorkerOutput
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.argparse import _defaults_from_env_vars
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 
@@ -18,11 +19,13 @@ __all__ = [
     "DDPForwardRedirection",
     "NotebookLauncher",
     "SubprocessLauncher",
+    "defaults_from_env_vars",
     "install_quiet_epoch_loop",
     "prepare_for_backward",
     "sync_rank_zero",
 ]
 
+defaults_from_env_vars = _defaults_from_env_vars
 DDPForwardRedirection = _DDPForwardRedirection
 SubprocessLauncher = _SubprocessScriptLauncher
 

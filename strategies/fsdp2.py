@@ -142,6 +142,17 @@ class FSDP2Strategy(MeshStrategy):
             model.set_is_last_backward(last)
         yield
 
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Used by Lightning while a user's automatic optimization accumulates."""
+        assert self.lightning_module is not None
+        roots = [m for m in self.lightning_module.modules() if isinstance(m, FSDPModule)]
+        for root in roots:
+            root.set_requires_gradient_sync(False)
+        yield
+        for root in roots:
+            root.set_requires_gradient_sync(True)
+
 
 def is_laid_out(model: nn.Module) -> bool:
     """Whether some layout has already taken this module in hand."""

@@ -47,7 +47,7 @@ class ParallelDims:
             raise ValueError(
                 f"dp_replicate={resolved.dp_replicate} × dp_shard={resolved.dp_shard} = "
                 f"{resolved.dp_replicate * resolved.dp_shard}, but this run has {world_size} rank(s). "
-                f"Give sizes whose product is {world_size} (dp_shard=-1 takes what is left), or change devices/num_nodes."
+                f"Give sizes whose product is {world_size} (dp_shard=-1 takes the rest), or change devices/num_nodes."
             )
         return resolved
 

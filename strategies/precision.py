@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from lightning.pytorch.plugins import Precision
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import Optimizer
+
+from automodel_trainer.strategies.clip import clip_grads_, total_grad_norm
 
 _ALIASES = {
     None: "32-true",
@@ -69,3 +72,8 @@ class MeshPrecision(Precision):
     def __init__(self, precision: str) -> None:
         self.precision = precision  # type: ignore[assignment]
         self.dtypes = dtypes_of(precision)
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """For a user's automatic optimization: the norm over all shards, plain parameters beside sharded ones."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        clip_grads_(parameters, float(clip_val), total_grad_norm(parameters))

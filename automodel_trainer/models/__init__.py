@@ -1,0 +1,5 @@
+"""Models: the one builder, weights in, weights out."""
+
+from automodel_trainer.models.auto import AutoModelForCausalLM
+
+__all__ = ["AutoModelForCausalLM"]

@@ -1,0 +1,348 @@
+"""CausalLMModule: next-token training of a Hugging Face language model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from automodel_trainer.models.auto import AutoModelForCausalLM, fill_from_folder
+from automodel_trainer.models.files import resolve_folder
+from automodel_trainer.modules.loss import next_token_targets, supervised_tokens, token_losses
+from automodel_trainer.modules.metrics import FiniteGuard, LossWindow, TokenMetrics
+from automodel_trainer.modules.neftune import add_neftune
+from automodel_trainer.modules.optim import (
+    OptimizerConfig,
+    SchedulerConfig,
+    build_optimizer,
+    build_scheduler,
+    trainable,
+)
+from automodel_trainer.strategies import MeshStrategy
+
+MicroBatch = dict[str, Any]
+# What a model's forward is given of a micro-batch. The rest (labels, sample ids) is ours.
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class CausalLMModule(pl.LightningModule):
+    """Trains a causal language model on next-token prediction.
+
+    Optimization is manual: a batch is the list of micro-batches of one optimizer step, which the strategy runs. The loss
+    is the sum of token losses over the supervised tokens of the *global* batch, so it does not depend on
+    accumulation, on the number of ranks or on ragged batches. State-dict keys are the Hugging Face keys.
+
+    Args:
+        model: a folder or Hub id, or a `PreTrainedModel` (real, or on meta with its path in `name_or_path`).
+        tokenizer: a tokenizer or its path; by default the model's own.
+        lora: not available yet.
+        lr: the highest learning rate.
+        optimizer: configuration, class path, or a callable that takes parameter groups.
+        scheduler: configuration or name of the schedule.
+        gradient_clip_val: largest global gradient norm; 0 only measures it. `Trainer(gradient_clip_val=)` goes first.
+        neftune_alpha: strength of NEFTune noise (5 in the paper); 0 is off.
+        attn_implementation: transformers' name of an attention kernel; by default its own choice.
+        trust_remote_code: run code that comes with the checkpoint.
+        revision: branch, tag or commit of a Hub repository.
+        config_overrides: attributes of the model's config to change.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+        lora: None = None,
+        lr: float = 2e-5,
+        optimizer: OptimizerConfig | str | Callable[..., Optimizer] = OptimizerConfig(),  # noqa: B008
+        scheduler: SchedulerConfig | str = SchedulerConfig(),  # noqa: B008
+        gradient_clip_val: float = 1.0,
+        neftune_alpha: float = 0.0,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        config_overrides: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.lr = lr
+        self.optimizer_config = optimizer
+        self.scheduler_config = scheduler
+        self.gradient_clip_val = gradient_clip_val
+        self.neftune_alpha = neftune_alpha
+        self.attn_implementation = attn_implementation
+        self.trust_remote_code = trust_remote_code
+        self.revision = revision
+        self.config_overrides = config_overrides or {}
+        self.model_reference = model
+        self._tokenizer = tokenizer
+        self.model: Any = None
+        self.metrics = TokenMetrics()
+        self._window = LossWindow()
+        self._guard: FiniteGuard | None = None
+        self._grad_norm: Tensor | None = None
+        self._lr = lr
+        self.save_hyperparameters(
+            {
+                "model": model if isinstance(model, (str, os.PathLike)) else model.name_or_path,
+                "lr": lr,
+                "optimizer": _plain(optimizer),
+                "scheduler": _plain(scheduler),
+                "gradient_clip_val": gradient_clip_val,
+                "neftune_alpha": neftune_alpha,
+            }
+        )
+
+    # --- building -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def source(self) -> Path | None:
+        """The folder that weights and tokenizer come from; None for a model that was made in memory."""
+        reference = self.model_reference
+        if isinstance(reference, (str, os.PathLike)):
+            return resolve_folder(reference, self.revision)
+        return Path(reference.name_or_path) if os.path.isdir(reference.name_or_path) else None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when it is first asked for.
+
+        Raises:
+            ValueError: the model is an object without a folder, and no tokenizer was given.
+        """
+        if isinstance(self._tokenizer, PreTrainedTokenizerBase):
+            return self._tokenizer
+        folder = resolve_folder(self._tokenizer) if self._tokenizer is not None else self.source
+        if folder is None:
+            raise ValueError(
+                "This model was made in memory and names no folder with a tokenizer: give CausalLMModule(tokenizer=…)."
+            )
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer if there is one to be had."""
+        return self.tokenizer if self._tokenizer is not None or self.source is not None else None
+
+    def configure_model(self) -> None:
+        """Build the model on the strategy's mesh. Called by the Trainer once the processes have started."""
+        if self.model is not None:
+            return
+        reference = self.model_reference
+        if isinstance(reference, PreTrainedModel):
+            self.model = self._adopt(reference)
+        else:
+            self.model = AutoModelForCausalLM.from_pretrained(
+                self.source or reference,
+                self.strategy,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+                **self.config_overrides,
+            )
+        if self.neftune_alpha:
+            add_neftune(self.model.get_input_embeddings(), self.neftune_alpha)
+        self.model.train()
+
+    def _adopt(self, model: PreTrainedModel) -> PreTrainedModel:
+        dtype = self.strategy.dtypes.parameters
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
+            return self.strategy.parallelize(model.to(dtype))  # type: ignore[return-value]
+        if self.source is None:
+            raise ValueError(
+                f"The model is on meta, and its name_or_path {model.name_or_path!r} is no folder to read weights from."
+            )
+        fill_from_folder(model.to(dtype), self.source, self.strategy)
+        return model
+
+    @property
+    def strategy(self) -> MeshStrategy:
+        """The Trainer's strategy.
+
+        Raises:
+            ValueError: it is not one that can run this module.
+        """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, MeshStrategy):
+            raise ValueError(
+                f"{type(self).__name__} runs on automodel_trainer's strategies, not on {type(strategy).__name__}. "
+                "Use automodel_trainer.Trainer(strategy='auto' | 'ddp' | 'fsdp2' | 'hsdp' | …)."
+            )
+        return strategy
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.optimizer_config, self.model, self.lr)
+        planned = getattr(self.trainer, "planned_steps", lambda: None)()
+        scheduler = build_scheduler(self.scheduler_config, optimizer, planned)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- the objective --------------------------------------------------------------------------------------------
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's own forward."""
+        return self.model(**inputs)
+
+    def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
+        inputs = {key: micro_batch[key] for key in _MODEL_INPUTS if micro_batch.get(key) is not None}
+        # A cache is of no use in training, and with one transformers ignores the document boundaries of packed rows.
+        inputs["use_cache"] = False
+        return inputs, next_token_targets(micro_batch["labels"])
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        loss = token_losses(outputs.logits, targets).sum()
+        balance = getattr(outputs, "aux_loss", None)  # mixture-of-experts models that were asked for it
+        if balance is not None:
+            loss = loss + self.model.config.router_aux_loss_coef * balance * (targets != -100).sum()
+        return loss
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> None:
+        micro_batches = _as_list(batch)
+        strategy = self.strategy
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert not isinstance(optimizer, list)
+        tokens = strategy.sum_over_data_parallel(
+            torch.stack([supervised_tokens(micro_batch["labels"]) for micro_batch in micro_batches]).sum()
+        )
+        loss_sum = strategy.forward_backward(self, micro_batches, tokens)
+        self._grad_norm = strategy.clip_grad_norm_(trainable(self.model.parameters()), self._clip_value)
+        self._lr = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()  # type: ignore[union-attr, call-arg]
+        optimizer.zero_grad()
+        self._observe(loss_sum, tokens, micro_batches)
+
+    @property
+    def _clip_value(self) -> float:
+        asked = getattr(self.trainer, "requested_gradient_clip_val", None)
+        return self.gradient_clip_val if asked is None else float(asked)
+
+    def _observe(self, loss_sum: Tensor, tokens: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
+        assert self._grad_norm is not None
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._guard is None:
+            self._guard = FiniteGuard(keep=max(every, 1))
+        ids = [i for micro_batch in micro_batches for i in micro_batch.get("sample_ids", [])]
+        step = self.trainer.global_step
+        self._window.add(loss_sum, tokens)
+        self._guard.add(step, loss_sum, self._grad_norm, ids)
+        log_step = every > 0 and step % every == 0
+        if log_step or self.device.type == "cpu":  # on CPU looking costs nothing
+            self.check_finite()
+        if log_step:
+            self._log_window()
+
+    def _log_window(self) -> None:
+        loss_sum, tokens = self._window.pop()
+        loss = self.strategy.sum_over_data_parallel(loss_sum) / tokens
+        self.log_dict({"train_loss": loss.float(), "grad_norm": self._grad_norm, "lr": self._lr})  # type: ignore[dict-item]
+
+    def check_finite(self) -> None:
+        """Stop if any step so far had a loss or a gradient that was not finite. Collective; waits for the device.
+
+        Raises:
+            ValueError: names the step and its sample ids. Checkpoints written before that step are intact.
+        """
+        first = self._guard.first_bad() if self._guard is not None else None
+        if first is None:
+            return
+        assert self._guard is not None
+        first = first.clone()
+        if self.strategy.world_size > 1:
+            dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        if first.isinf():
+            return
+        step = int(first.item())
+        ids = self._guard.samples_of(step)
+        if self.strategy.dp_size > 1:
+            gathered: list[Any] = [None] * self.strategy.world_size
+            dist.all_gather_object(gathered, ids)
+            ids = sorted({i for some in gathered if some for i in some})
+        raise ValueError(
+            f"The loss or the gradient of step {step} was not finite (NaN or infinity). Samples of that step: {ids}. "
+            "Training stops here and writes no further checkpoint; the last one is from before. Look at these samples, "
+            "lower lr, or use precision='fp32' or 'bf16'."
+        )
+
+    def on_train_end(self) -> None:
+        self.check_finite()
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def _start_evaluation(self) -> None:
+        self.metrics.to(self.strategy.root_device)
+        self.metrics.reset()
+
+    def validation_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def _evaluate(self, batch: Sequence[MicroBatch] | MicroBatch) -> None:
+        for micro_batch in _as_list(batch):
+            inputs, targets = self.split(micro_batch)
+            logits = self.strategy.forward(self.model, inputs).logits
+            self.metrics.update(token_losses(logits, targets), logits, targets)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, prefix: str) -> None:
+        values = self.metrics.compute()
+        self.metrics.reset()
+        self.log_dict({f"{prefix}_{name}": value.float() for name, value in values.items()})
+
+    def predict_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Score the data: per micro-batch the log-probability of every supervised token, fp32 `[b, s]` aligned with
+        `input_ids` (0 elsewhere), with `labels` and `sample_ids`."""
+        scored = []
+        for micro_batch in _as_list(batch):
+            inputs, targets = self.split(micro_batch)
+            losses = token_losses(self.strategy.forward(self.model, inputs).logits, targets).view_as(targets)
+            named = {key: micro_batch[key] for key in ("labels", "sample_ids") if key in micro_batch}
+            scored.append({"log_probs": torch.nn.functional.pad(-losses[:, :-1], (1, 0)), **named})
+        return scored
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """`transformers`' generate on the laid-out model. Collective: every rank calls it with the same arguments."""
+        return self.model.generate(input_ids, **kwargs)
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The model's: keys are the Hugging Face keys."""
+        return self.model.state_dict(*args, **kwargs) if self.model is not None else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _as_list(batch: Sequence[MicroBatch] | MicroBatch) -> Sequence[MicroBatch]:
+    """A loader of plain batches (a user's own DataLoader) yields one micro-batch per step."""
+    return [dict(batch)] if isinstance(batch, Mapping) else batch
+
+
+def _plain(config: Any) -> Any:
+    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else str(config)

@@ -1,0 +1,91 @@
+"""What is measured: training losses between two log steps, and token metrics over an evaluation."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from automodel_trainer.modules.loss import IGNORE_INDEX
+
+
+class TokenMetrics(Metric):
+    """Loss, perplexity and accuracy per supervised token, over all batches and ranks.
+
+    Sums are kept in fp64, so that neither the number of batches nor of ranks shows in the result.
+    """
+
+    full_state_update = False
+    loss_sum: Tensor
+    tokens: Tensor
+    correct: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("loss_sum", "tokens", "correct"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Add one micro-batch: losses `[b·s]` (0 where not trained), logits `[b, s, v]`, targets `[b, s]`."""
+        trained = targets != IGNORE_INDEX
+        self.loss_sum += losses.sum(dtype=torch.float64)
+        self.tokens += trained.sum()
+        self.correct += (logits.argmax(-1).eq(targets) & trained).sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        loss = self.loss_sum / self.tokens
+        return {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.correct / self.tokens}
+
+
+class LossWindow:
+    """Sums of loss and tokens since the last log step, kept on the device: nothing here waits for it."""
+
+    def __init__(self) -> None:
+        self.loss_sum: Tensor | None = None
+        self.tokens: Tensor | None = None
+
+    def add(self, loss_sum: Tensor, tokens: Tensor) -> None:
+        """Add one optimizer step: this rank's summed loss and the global batch's supervised tokens, both 0-dim."""
+        loss_sum = loss_sum.double()
+        self.loss_sum = loss_sum if self.loss_sum is None else self.loss_sum + loss_sum
+        self.tokens = tokens if self.tokens is None else self.tokens + tokens
+
+    def pop(self) -> tuple[Tensor, Tensor]:
+        """This rank's loss sum and the global token count since the last call."""
+        assert self.loss_sum is not None
+        assert self.tokens is not None
+        sums = self.loss_sum, self.tokens
+        self.loss_sum = self.tokens = None
+        return sums
+
+    def __bool__(self) -> bool:
+        return self.loss_sum is not None
+
+
+class FiniteGuard:
+    """Remembers, on the device, the first step whose loss or gradient norm was not finite, and the samples it saw.
+
+    `add` costs no host sync; `check` costs one.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._first_bad: Tensor | None = None
+        self._samples: deque[tuple[int, list[int]]] = deque(maxlen=keep)
+
+    def add(self, step: int, loss_sum: Tensor, grad_norm: Tensor, sample_ids: list[int]) -> None:
+        """Note one optimizer step, counted from 1."""
+        bad = ~(torch.isfinite(loss_sum) & torch.isfinite(grad_norm.to(loss_sum.device)))
+        mark = torch.where(bad, float(step), float("inf"))
+        self._first_bad = mark if self._first_bad is None else torch.minimum(self._first_bad, mark)
+        self._samples.append((step, sample_ids))
+
+    def first_bad(self) -> Tensor | None:
+        """The first bad step, 0-dim, inf if there was none; None before any step."""
+        return self._first_bad
+
+    def samples_of(self, step: int) -> list[int] | None:
+        """The sample ids of a step, if they are still remembered."""
+        return next((ids for s, ids in self._samples if s == step), None)

@@ -1,0 +1,176 @@
+"""Optimizer and schedule as configuration: what to build is said before the parameters are sharded."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass
+class OptimizerConfig:
+    """An optimizer by class path.
+
+    Args:
+        name: a `torch.optim` class (`AdamW`) or any class path (`torch.optim.SGD`, `my_package.Lion`).
+        weight_decay: applied to matrices and embeddings; norms and biases (fewer than 2 dimensions) have none.
+        args: further arguments of the class (betas, eps, momentum, fused, …).
+    """
+
+    name: str = "torch.optim.AdamW"
+    weight_decay: float = 0.01
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SchedulerConfig:
+    """A learning-rate schedule over optimizer steps.
+
+    Args:
+        name: `cosine`, `linear` (to `min_lr_ratio`), `constant`, or `wsd` (warm-up, stable, linear decay at the end).
+        warmup_steps: steps of linear warm-up from 0.
+        warmup_ratio: the same as a share of all steps; give one of the two.
+        min_lr_ratio: the last learning rate as a share of the highest.
+        decay_ratio: share of all steps that `wsd` decays over.
+    """
+
+    name: str = "cosine"
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    min_lr_ratio: float = 0.0
+    decay_ratio: float = 0.1
+
+
+def build_optimizer(
+    config: OptimizerConfig | str | Callable[[list[dict[str, Any]]], Optimizer], model: nn.Module, lr: float
+) -> Optimizer:
+    """The optimizer over the trainable parameters of `model`.
+
+    Raises:
+        ValueError: nothing to train, or the name is no optimizer, or it does not take an argument.
+    """
+    if callable(config):
+        return config(parameter_groups(model, weight_decay=None))
+    if isinstance(config, str):
+        config = OptimizerConfig(name=config)
+    cls = _import_optimizer(config.name)
+    accepted = inspect.signature(cls).parameters
+    unknown = [key for key in config.args if key not in accepted]
+    if unknown:
+        hint = difflib.get_close_matches(unknown[0], list(accepted), n=1)
+        raise ValueError(
+            f"optimizer {config.name} does not take {unknown}.{f' Did you mean {hint[0]!r}?' if hint else ''} "
+            f"Allowed: {', '.join(k for k in accepted if k != 'params')}."
+        )
+    args = dict(config.args)
+    groups = parameter_groups(model, config.weight_decay if "weight_decay" in accepted else None)
+    if "fused" in accepted and not {"fused", "foreach"} & args.keys():
+        args["fused"] = True
+    return cls(groups, lr=lr, **args)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float | None) -> list[dict[str, Any]]:
+    """Groups with and without weight decay; DTensors and plain tensors apart, since fused kernels take one kind."""
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((parameter.ndim >= 2, isinstance(parameter, DTensor)), []).append(parameter)
+    if not groups:
+        raise ValueError("No parameter of the model is trainable: nothing to optimize. Unfreeze some (requires_grad).")
+    if weight_decay is None:
+        return [{"params": params} for params in groups.values()]
+    return [
+        {"params": params, "weight_decay": weight_decay if decays else 0.0} for (decays, _), params in groups.items()
+    ]
+
+
+def build_scheduler(config: SchedulerConfig | str, optimizer: Optimizer, total_steps: int | None) -> LambdaLR:
+    """The schedule over `total_steps` optimizer steps (None: not known, as for a stream without max_steps).
+
+    Raises:
+        ValueError: an unknown name, two warm-ups, a warm-up longer than the run, or `total_steps` missing.
+    """
+    if isinstance(config, str):
+        config = SchedulerConfig(name=config)
+    _check(config, total_steps)
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * (total_steps or 0))
+    shape = _SHAPES[config.name]
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if total_steps is None:
+            return 1.0
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape(progress, config)
+
+    return LambdaLR(optimizer, factor)
+
+
+def _cosine(progress: float, config: SchedulerConfig) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _linear(progress: float, config: SchedulerConfig) -> float:
+    return 1 - progress
+
+
+def _constant(progress: float, config: SchedulerConfig) -> float:
+    return 1.0
+
+
+def _wsd(progress: float, config: SchedulerConfig) -> float:
+    return min(1.0, (1 - progress) / config.decay_ratio)
+
+
+_SHAPES: dict[str, Callable[[float, SchedulerConfig], float]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "constant": _constant,
+    "wsd": _wsd,
+}
+
+
+def _check(config: SchedulerConfig, total_steps: int | None) -> None:
+    if config.name not in _SHAPES:
+        raise ValueError(f"scheduler {config.name!r} is unknown. Allowed: {', '.join(_SHAPES)}.")
+    if config.warmup_steps and config.warmup_ratio:
+        raise ValueError("Give warmup_steps or warmup_ratio, not both.")
+    if not 0 <= config.warmup_ratio < 1 or config.warmup_steps < 0:
+        raise ValueError(f"{config} has no sound warm-up: give warmup_steps ≥ 0 or a warmup_ratio in [0, 1).")
+    if total_steps is None and (config.name != "constant" or config.warmup_ratio):
+        raise ValueError(
+            f"scheduler {config.name!r} needs to know how many steps there will be. Set Trainer(max_steps=…), or use "
+            "'constant' with warmup_steps."
+        )
+    if total_steps is not None and config.warmup_steps >= total_steps:
+        raise ValueError(f"warmup_steps={config.warmup_steps} leaves nothing of the run's {total_steps} step(s).")
+
+
+def _import_optimizer(name: str) -> type[Optimizer]:
+    module_name, _, class_name = name.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name or "torch.optim"), class_name)
+    except (ImportError, AttributeError) as error:
+        known = [n for n in dir(torch.optim) if inspect.isclass(getattr(torch.optim, n)) and n != "Optimizer"]
+        hint = difflib.get_close_matches(class_name, known, n=1)
+        raise ValueError(
+            f"optimizer {name!r} cannot be imported.{f' Did you mean {hint[0]!r}?' if hint else ''} "
+            f"Allowed: {', '.join(known)}, or any class path."
+        ) from error
+    return cls
+
+
+def trainable(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Those that want a gradient."""
+    return [parameter for parameter in parameters if parameter.requires_grad]

@@ -1,0 +1,335 @@
+"""Trainer: a Lightning Trainer that takes Hugging Face models and data as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import StrategyRegistry as LightningStrategies
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from automodel_trainer._lightning import defaults_from_env_vars, install_quiet_epoch_loop
+from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
+from automodel_trainer.callbacks.defaults import default_callbacks
+from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
+from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.models.export import export_pretrained
+from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.strategies import Objective, StrategyRegistry
+from automodel_trainer.strategies.precision import canonical_precision
+
+Model = str | os.PathLike[str] | PreTrainedModel | pl.LightningModule
+DEFAULT_EPOCHS = 3  # where neither epochs, steps nor time are given, as Hugging Face's trainer has it
+
+
+class Trainer(pl.Trainer):
+    """`lightning.pytorch.Trainer` for Hugging Face models on any layout of devices.
+
+    Every argument of Lightning's Trainer is here and means the same, with these additions:
+
+    Args:
+        strategy: a name (`auto`, `ddp`, `fsdp2`, `hsdp`, …), a name with sizes (`"fsdp2:dp_shard=2"`), or an object.
+        precision: `fp32`, `bf16` (fp32 master weights, bf16 compute), `bf16-true`, or one of Lightning's names.
+        log_every_n_steps: optimizer steps between two looks at the device's numbers; nothing waits for it in between.
+        accumulate_grad_batches: micro-batches per optimizer step and rank, where the data module has no
+            `global_batch_size`.
+        gradient_clip_val: largest global gradient norm; None leaves it to the module (`CausalLMModule`: 1.0).
+        enable_ledger: print, after the first step, what is trained, in which dtypes, on which mesh; stop on a surprise.
+        enable_throughput: log tokens per second, MFU, memory and data wait.
+    """
+
+    @defaults_from_env_vars
+    def __init__(
+        self,
+        *,
+        accelerator: str | Accelerator = "auto",
+        strategy: str | Strategy = "auto",
+        devices: list[int] | str | int = "auto",
+        num_nodes: int = 1,
+        precision: str | int | None = None,
+        logger: Logger | Iterable[Logger] | bool | None = None,
+        callbacks: list[Callback] | Callback | None = None,
+        fast_dev_run: int | bool = False,
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
+        max_steps: int = -1,
+        min_steps: int | None = None,
+        max_time: str | timedelta | dict[str, int] | None = None,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
+        check_val_every_n_epoch: int | None = 1,
+        num_sanity_val_steps: int | None = None,
+        log_every_n_steps: int = 10,
+        enable_checkpointing: bool | None = None,
+        enable_progress_bar: bool | None = None,
+        enable_model_summary: bool = False,
+        enable_ledger: bool = True,
+        enable_throughput: bool = True,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+        deterministic: bool | Literal["warn"] | None = None,
+        benchmark: bool | None = None,
+        inference_mode: bool = False,
+        use_distributed_sampler: bool = True,
+        profiler: Profiler | str | None = None,
+        detect_anomaly: bool = False,
+        barebones: bool = False,
+        plugins: Any = None,
+        sync_batchnorm: bool = False,
+        reload_dataloaders_every_n_epochs: int = 0,
+        default_root_dir: str | os.PathLike[str] | None = None,
+        enable_autolog_hparams: bool = True,
+        model_registry: str | None = None,
+    ) -> None:
+        if max_epochs is None and max_steps == -1 and max_time is None:
+            max_epochs = DEFAULT_EPOCHS
+        self.requested_gradient_clip_val = gradient_clip_val
+        self.requested_accumulation = accumulate_grad_batches
+        super().__init__(
+            accelerator=accelerator,
+            strategy=resolve_strategy(strategy),
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=canonical_precision(precision),  # type: ignore[arg-type]
+            logger=logger,
+            callbacks=default_callbacks(
+                callbacks,
+                checkpointing=enable_checkpointing is not False and not (barebones or fast_dev_run),
+                progress_bar=enable_progress_bar is not False and not barebones,
+                ledger=enable_ledger and not barebones,
+                throughput=enable_throughput and not barebones,
+            ),
+            fast_dev_run=fast_dev_run,
+            max_epochs=max_epochs,
+            min_epochs=min_epochs,
+            max_steps=max_steps,
+            min_steps=min_steps,
+            max_time=max_time,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            overfit_batches=overfit_batches,
+            val_check_interval=val_check_interval,
+            check_val_every_n_epoch=check_val_every_n_epoch,
+            num_sanity_val_steps=num_sanity_val_steps,
+            log_every_n_steps=log_every_n_steps if not barebones else None,
+            enable_checkpointing=enable_checkpointing,
+            enable_progress_bar=enable_progress_bar,
+            enable_model_summary=enable_model_summary,
+            accumulate_grad_batches=accumulate_grad_batches,
+            gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm,
+            deterministic=deterministic,
+            benchmark=benchmark,
+            inference_mode=inference_mode,
+            use_distributed_sampler=use_distributed_sampler,
+            profiler=profiler,
+            detect_anomaly=detect_anomaly,
+            barebones=barebones,
+            plugins=plugins,
+            sync_batchnorm=sync_batchnorm,
+            reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
+            default_root_dir=default_root_dir,
+            enable_autolog_hparams=enable_autolog_hparams,
+            model_registry=model_registry,
+        )
+        install_quiet_epoch_loop(self)
+
+    # --- entry points ---------------------------------------------------------------------------------------------
+
+    def fit(  # type: ignore[override]
+        self,
+        model: Model,
+        data: Any = None,
+        val_dataloaders: Any = None,
+        *,
+        train_dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
+    ) -> Path | None:
+        """Train.
+
+        Args:
+            model: a Hub id or folder, a `PreTrainedModel` (real, or on meta with its path), or a LightningModule.
+            data: a path or Hub id of a chat or instruction set (jsonl, json, parquet), a `Dataset` or `DatasetDict`, a
+                DataLoader, or a LightningDataModule.
+            val_dataloaders, train_dataloaders, datamodule: as Lightning has them.
+            ckpt_path: a checkpoint folder to go on from, `"last"` or `"best"`.
+            weights_only: as Lightning has it.
+
+        Returns:
+            the newest checkpoint of the run, if it wrote one.
+
+        Raises:
+            ValueError: model, data and trainer do not fit together; the message says how they would.
+        """
+        module, datamodule, loader = self._connect(model, data if data is not None else train_dataloaders, datamodule)
+        if isinstance(module, Objective):
+            # Manual optimization: the module and the data module carry out what Lightning would refuse here.
+            self.accumulate_grad_batches, self.gradient_clip_val = 1, None
+            if isinstance(loader, DataLoader) and self.requested_accumulation > 1:
+                loader = group_micro_batches(loader, self.requested_accumulation)
+        else:
+            self.accumulate_grad_batches = self.requested_accumulation
+            self.gradient_clip_val = self.requested_gradient_clip_val
+        self._training_data = datamodule or loader
+        super().fit(
+            module,
+            train_dataloaders=loader,
+            val_dataloaders=val_dataloaders,
+            datamodule=datamodule,
+            ckpt_path=self._checkpoint_path(ckpt_path),
+            weights_only=weights_only,
+        )
+        last = getattr(self.checkpoint_callback, "last_model_path", None)
+        return Path(last) if last else None
+
+    def validate(self, model: Any = None, data: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Evaluate on the validation data; `model` and `data` as in `fit`."""
+        return super().validate(**self._evaluation_arguments(model, data, "validation", kwargs))
+
+    def test(self, model: Any = None, data: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Evaluate on the test data; `model` and `data` as in `fit`."""
+        return super().test(**self._evaluation_arguments(model, data, "test", kwargs))
+
+    def predict(self, model: Any = None, data: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Score data: `CausalLMModule` returns the log-probability of every supervised token."""
+        return super().predict(**self._evaluation_arguments(model, data, "predict", kwargs))
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> Path:
+        """Write the model as a Hugging Face folder: config, generation config, tokenizer, safetensors. Collective.
+
+        Args:
+            save_directory: the folder; its parent is made if need be.
+            dtype: of the weights on disk; None keeps the trained dtype.
+            max_shard_size: largest weight file.
+
+        Raises:
+            ValueError: there is no model to save in this process.
+        """
+        module = self.lightning_module
+        if not isinstance(module, CausalLMModule) or module.model is None:
+            raise ValueError(
+                "There is no model in this process to save: call fit, validate or test with a Hugging Face model "
+                "first. After training in notebook workers, the weights are in the checkpoint that fit returned."
+            )
+        folder = Path(save_directory)
+        export_pretrained(
+            module.model,
+            folder,
+            tokenizer=module.tokenizer_or_none,
+            source=module.source,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+        )
+        return folder
+
+    # --- what modules and callbacks ask ---------------------------------------------------------------------------
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches per optimizer step and rank, for data without a `global_batch_size`."""
+        return self.requested_accumulation
+
+    def planned_steps(self) -> int | None:
+        """Optimizer steps this run will take, if that is known before it starts."""
+        steps = self._steps_per_epoch()
+        epochs = self.max_epochs
+        by_epochs = None if steps is None or epochs is None or epochs < 0 else steps * epochs
+        by_steps = None if self.max_steps in (-1, None) else self.max_steps
+        return min((n for n in (by_epochs, by_steps) if n is not None), default=None)
+
+    def _steps_per_epoch(self) -> int | None:
+        data = getattr(self, "_training_data", None)
+        steps = data.steps_per_epoch if isinstance(data, MicroBatchDataModule) else _length(data)
+        if steps is None:
+            return None
+        limit = self.limit_train_batches
+        limited = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+        return max(1, limited // self.accumulate_grad_batches)
+
+    # --- connecting model, data and trainer -----------------------------------------------------------------------
+
+    def _connect(
+        self, model: Model, data: Any, datamodule: pl.LightningDataModule | None, role: str = "train"
+    ) -> tuple[pl.LightningModule, pl.LightningDataModule | None, Any]:
+        """The module, and a data module or loaders; tokens are prepared before any process waits for another."""
+        if data is not None and datamodule is not None:
+            raise ValueError("Give data or datamodule=, not both.")
+        module = model if isinstance(model, pl.LightningModule) else CausalLMModule(model)
+        datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role)
+        if isinstance(datamodule, MicroBatchDataModule):
+            if datamodule.tokenizer is None and isinstance(module, CausalLMModule):
+                datamodule.tokenizer = module.tokenizer
+            datamodule.prepare()
+        return module, datamodule, loader
+
+    def _evaluation_arguments(self, model: Any, data: Any, role: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        arguments = dict(kwargs)
+        loaders = arguments.pop("dataloaders", None)
+        data = data if data is not None else loaders
+        if model is None and data is None and arguments.get("datamodule") is None:
+            return arguments
+        module, datamodule, loader = self._connect(
+            model if model is not None else self.lightning_module, data, arguments.pop("datamodule", None), role
+        )
+        path = arguments.pop("ckpt_path", None)
+        if path is not None:
+            arguments["ckpt_path"] = self._checkpoint_path(path)
+        return {**arguments, "model": module, "dataloaders": loader, "datamodule": datamodule}
+
+    def _checkpoint_path(self, path: str | os.PathLike[str] | None) -> str | None:
+        if path not in ("last", "best") or not isinstance(self.checkpoint_callback, DCPCheckpoint):
+            return None if path is None else str(path)
+        finder = self.checkpoint_callback.find_last if path == "last" else self.checkpoint_callback.find_best
+        found = finder(Path(self.default_root_dir))
+        if found is None:
+            raise ValueError(
+                f"ckpt_path={path!r}: there is no checkpoint under {self.default_root_dir}. Leave ckpt_path out to "
+                "start anew, or give default_root_dir or the checkpoint's folder."
+            )
+        return str(found)
+
+
+def resolve_strategy(strategy: str | Strategy) -> str | Strategy:
+    """A strategy object for one of this project's names; Lightning's own names and objects pass through.
+
+    Raises:
+        ValueError: an unknown name or option.
+    """
+    if not isinstance(strategy, str):
+        return strategy
+    ours = StrategyRegistry.names()
+    if strategy.partition(":")[0] not in ours and strategy in LightningStrategies.available_strategies():
+        return strategy
+    return StrategyRegistry.get(strategy)
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
