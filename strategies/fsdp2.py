@@ -89,10 +89,11 @@ class FSDP2Strategy(MeshStrategy):
         return model
 
     def _shard(self, model: nn.Module, sum_gradients: bool) -> None:
+        offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
         options: dict[str, Any] = {
             "mesh": self.shard_mesh,
             "mp_policy": fsdp_policy(self.dtypes),
-            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+            "offload_policy": offload if self.cpu_offload else OffloadPolicy(),
         }
         blocks = find_blocks(model)
         for unit in (*blocks, *_untied_input_embedding(model)):

@@ -38,8 +38,8 @@ _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 class CausalLMModule(pl.LightningModule):
     """Trains a causal language model on next-token prediction.
 
-    Optimization is manual: a batch is the list of micro-batches of one optimizer step, which the strategy runs. The loss
-    is the sum of token losses over the supervised tokens of the *global* batch, so it does not depend on
+    Optimization is manual: a batch is the list of micro-batches of one optimizer step, which the strategy runs. The
+    loss is the sum of token losses over the supervised tokens of the *global* batch, so it does not depend on
     accumulation, on the number of ranks or on ragged batches. State-dict keys are the Hugging Face keys.
 
     Args:

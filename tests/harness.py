@@ -1,0 +1,82 @@
+"""A strategy without a Trainer, and the plain one-device reference that every layout is held against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins import Precision
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from automodel_trainer.modules.loss import next_token_targets, token_losses
+from automodel_trainer.strategies import MeshStrategy, StrategyRegistry
+from automodel_trainer.strategies.precision import canonical_precision
+
+Batch = dict[str, Any]
+
+
+def make_strategy(spec: str, world_size: int, precision: str = "fp32") -> MeshStrategy:
+    """A strategy as the Trainer would have set it up on `world_size` CPU ranks (this process being one of them)."""
+    strategy = StrategyRegistry.get(spec)
+    assert isinstance(strategy, MeshStrategy)
+    plugin = Precision()
+    plugin.precision = canonical_precision(precision)
+    strategy.parallel_devices = [torch.device("cpu")] * world_size
+    strategy.cluster_environment = TorchElasticEnvironment() if world_size > 1 else LightningEnvironment()
+    strategy.accelerator = CPUAccelerator()
+    strategy.precision_plugin = plugin
+    strategy.setup_environment()
+    return strategy
+
+
+class NextToken(nn.Module):
+    """The smallest objective: a model and the summed next-token loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def split(self, micro_batch: Batch) -> tuple[dict[str, Any], Tensor]:
+        inputs = {k: v for k, v in micro_batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
+        return {**inputs, "use_cache": False}, next_token_targets(micro_batch["labels"])
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        return token_losses(outputs.logits, targets).sum()
+
+
+def random_rows(rows: int, length: int, seed: int, vocab_size: int = 260) -> list[Batch]:
+    """Rows with a third of their labels masked, each row another third; one row has no label at all."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(rows):
+        ids = torch.randint(6, vocab_size, (1, length), generator=generator)
+        masked = torch.rand(1, length, generator=generator) < (1.0 if index == 2 else 0.2 + 0.1 * (index % 5))
+        made.append({"input_ids": ids, "labels": ids.masked_fill(masked, -100)})
+    return made
+
+
+def stack(rows: list[Batch]) -> Batch:
+    return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+
+
+def reference_step(
+    model: PreTrainedModel, rows: list[Batch], optimizer: torch.optim.Optimizer, max_norm: float
+) -> dict[str, Any]:
+    """One optimizer step of plain torch on one device over all rows at once."""
+    batch = stack(rows)
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": loss.item(), "norm": norm.item(), "gradients": gradients}
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    return ((value - reference).norm() / reference.norm().clamp(min=1e-12)).item()
