@@ -1,0 +1,48 @@
+"""What happens around training steps. Imported as `automodel_trainer.callbacks`; each callback loads when it is first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from automodel_trainer.callbacks.batch_preview import BatchPreview
+    from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
+    from automodel_trainer.callbacks.hf_export import HFExport
+    from automodel_trainer.callbacks.ledger import Ledger
+    from automodel_trainer.callbacks.preemption import Preemption
+    from automodel_trainer.callbacks.progress import ProgressLine
+    from automodel_trainer.callbacks.sample_generations import SampleGenerations
+    from automodel_trainer.callbacks.throughput import Throughput
+
+_FILES = {
+    "BatchPreview": "batch_preview",
+    "DCPCheckpoint": "dcp_checkpoint",
+    "HFExport": "hf_export",
+    "Ledger": "ledger",
+    "Preemption": "preemption",
+    "ProgressLine": "progress",
+    "SampleGenerations": "sample_generations",
+    "Throughput": "throughput",
+}
+
+__all__ = [
+    "BatchPreview",
+    "DCPCheckpoint",
+    "HFExport",
+    "Ledger",
+    "Preemption",
+    "ProgressLine",
+    "SampleGenerations",
+    "Throughput",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,172 @@
+"""Floating-point operations that training a token takes, and the peak that a device offers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Peak dense FLOP/s of the matrix units for bf16 with fp32 accumulation (fp16 where there is no bf16), per device as
+# `torch.cuda.get_device_name` calls it. Source: the vendors' data sheets; where a sheet gives the figure "with
+# sparsity", half of it. The H100 is the SXM part unless its name says otherwise.
+PEAK_FLOPS = {
+    "B300": 2250e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "B100": 1750e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "RTX A6000": 155e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "MI355X": 2500e12,
+    "MI325X": 1307e12,
+    "MI300X": 1307e12,
+    "MI250X": 191.5e12,  # per die: torch sees each of the two as a device
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak dense bf16 FLOP/s of a device; None for a CPU and for a device that is not in the table."""
+    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops_of(name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a GPU, by its name."""
+    for known in sorted(PEAK_FLOPS, key=len, reverse=True):
+        words = r"\W.*".join(re.escape(word) for word in known.split())  # "H100 PCIe" is "NVIDIA H100 80GB PCIe" too
+        if re.search(rf"(?<![A-Za-z0-9]){words}(?![A-Za-z0-9])", name):
+            return PEAK_FLOPS[known]
+    return None
+
+
+def flops_per_token(model: nn.Module, seq_len: float, causal: bool = True) -> float:
+    """FLOPs of forward and backward for one token, without recomputation (the count that MFU is defined on).
+
+    Per weight that is part of a matrix multiplication, and token: 2 in forward; 2 for the gradient of the input; 2 for
+    the gradient of the weight, if it is trained. So 6 for a trained weight, 4 for a frozen one (as under LoRA), and 2
+    for frozen weights before the first trained one, which backward never reaches. Such weights are all that have two
+    dimensions or more, except lookup tables (`nn.Embedding`); the head counts, tied or not. Of a mixture of experts,
+    `num_experts_per_tok` of the experts count.
+
+    Attention, per layer and token: `2 · heads · (qk_dim + v_dim)` for every key that the token attends to, in forward,
+    and twice that in backward. A causal token attends to `(seq_len + 1) / 2` keys on average, or at most to the sliding
+    window.
+
+    Source: PaLM, arXiv 2204.02311, appendix B (`6N + 12·L·H·Q·T`), with the causal half left out of attention and
+    frozen weights told apart.
+
+    Args:
+        model: a transformers model, or a module that holds one; sharded parameters count in full.
+        seq_len: tokens of a document. Of packed rows `2 · mean(position_ids) + 1` gives the exact attention cost.
+        causal: False counts attention to all `seq_len` keys.
+    """
+    weights = list(_matmul_weights(model))
+    first_trained = next((i for i, (weight, _) in enumerate(weights) if weight.requires_grad), len(weights))
+    if any(p.requires_grad for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()):
+        first_trained = 0
+    total = 0.0
+    for index, (weight, share) in enumerate(weights):
+        passes = 3 if weight.requires_grad else 2 if index > first_trained else 1
+        total += 2 * passes * share * weight.numel()
+    # Attention has a backward in the layers that backward reaches; the last weight is the head.
+    body = max(1, len(weights) - 1)
+    reached = max(0, body - first_trained) / body
+    return total + (1 + 2 * reached) * _attention_flops(_text_config(model), seq_len, causal)
+
+
+def _matmul_weights(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
+    """Every weight of a matrix multiplication with the share of tokens that meet it, in the order of the modules."""
+    config = _text_config(model)
+    experts = next((n for n in map(config.get, ("num_experts", "num_local_experts", "n_routed_experts")) if n), None)
+    chosen = config.get("num_experts_per_tok")
+    active = chosen / experts if chosen and experts else 1.0
+    inside_experts = _modules_of_expert_lists(model, experts)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for weight in module._parameters.values():
+            if weight is not None and weight.ndim >= 2:
+                fused = experts is not None and weight.ndim == 3 and weight.shape[0] == experts
+                yield weight, active if fused or id(module) in inside_experts else 1.0
+
+
+def _modules_of_expert_lists(model: nn.Module, experts: int | None) -> set[int]:
+    """Modules of experts that are kept as a list of modules instead of one stacked weight."""
+    if experts is None:
+        return set()
+    lists = [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == experts and name.endswith("experts")
+    ]
+    return {id(module) for one in lists for module in one.modules()}
+
+
+def _attention_flops(config: dict[str, Any], seq_len: float, causal: bool) -> float:
+    """Forward FLOPs of attention scores and their product with the values, per token, over all layers."""
+    heads, layers = config.get("num_attention_heads"), config.get("num_hidden_layers")
+    if not heads or not layers:
+        return 0.0
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    width = (config.get("qk_head_dim") or head_dim) + (config.get("v_head_dim") or head_dim)
+    window = config.get("sliding_window")
+    kinds = config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layers
+    keys = sum(_keys_per_token(kind, seq_len, window, causal) for kind in kinds)
+    return 2 * heads * width * keys
+
+
+def _keys_per_token(kind: str, seq_len: float, window: int | None, causal: bool) -> float:
+    if "attention" not in kind or "linear" in kind:
+        return 0.0
+    if not causal:
+        return seq_len
+    if kind == "sliding_attention" and window and window < seq_len:
+        return window - window * (window - 1) / (2 * seq_len)
+    return (seq_len + 1) / 2
+
+
+def _text_config(model: nn.Module) -> dict[str, Any]:
+    """The sizes of the language model inside, by the names transformers' configs use; empty if there is none."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "get_text_config"):
+            text = config.get_text_config()  # type: ignore[union-attr, operator]
+            return {name: getattr(text, name, None) for name in _SIZES}
+    return {}
+
+
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "qk_head_dim",
+    "v_head_dim",
+    "layer_types",
+    "sliding_window",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+)
