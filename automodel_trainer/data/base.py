@@ -1,0 +1,264 @@
+"""What all data modules share: batch arithmetic, this rank's share, preparation, loaders, the summary."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from .batches import MicroBatch
+from .loader import MicroBatchLoader
+from .rows import Rows
+
+
+class TrainLoader(Protocol):
+    """Sized, and stateful the way Lightning wants it; an item is a list of micro-batches."""
+
+    batches_yielded: int
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class MicroBatchDataModule(LightningDataModule):
+    """A data module whose batches are lists of micro-batches, one list for an optimizer step on this rank.
+
+    Usable without a Trainer: `dm.setup("fit")`, then iterate `dm.train_dataloader()`.
+
+    Args:
+        tokenizer: a tokenizer, or a path to load one from; the Trainer sets the model's where this is None.
+        seq_len: tokens of a row.
+        micro_batch_size: rows of one forward pass on one rank.
+        global_batch_size: rows of one optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
+            times the Trainer's accumulation.
+        seed: decides the order of the rows in each epoch.
+        num_workers: processes that build micro-batches ahead of the training.
+        drop_last: leave the last global batch of an epoch out where it runs short, rather than fill it.
+    """
+
+    packing: bool = True
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Any = None,
+        seq_len: int = 2048,
+        micro_batch_size: int = 1,
+        global_batch_size: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name}={size}: it must be at least 1.")
+        if seq_len < 2:
+            raise ValueError(f"seq_len={seq_len}: it must be at least 2, one token and the one it predicts.")
+        self.tokenizer = tokenizer
+        self.seq_len = seq_len
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.drop_last = drop_last
+        self.rows: dict[str, Rows] = {}
+        self._prepared = False
+        self._train_loader: TrainLoader | None = None
+        self._train_state: dict[str, Any] | None = None
+
+    @abstractmethod
+    def build_rows(self) -> dict[str, Rows]:
+        """Read, tokenise and pack: the rows of "train", and of "validation" and "test" where there are any."""
+
+    def prepare(self) -> None:
+        """Read, tokenise and pack the data, once; called on every rank before there is a process group.
+
+        Raises:
+            ValueError: the data cannot be trained on; the message says why.
+        """
+        if self._prepared:
+            return
+        self.rows = self.build_rows()
+        self._prepared = True
+        rank_zero_info(self.summary())
+
+    def setup(self, stage: str | None = None) -> None:
+        """Prepare where that has not been done, and check that the batch sizes fit this layout.
+
+        Raises:
+            ValueError: the global batch size does not divide, or `drop_last` leaves no batch.
+        """
+        self.prepare()
+        size = self.rows_per_step
+        if "train" in self.rows and self.steps_per_epoch == 0:
+            raise ValueError(
+                f"drop_last leaves nothing to train on: {len(self.rows['train'])} rows are fewer than a global batch "
+                f"of {size}. Lower global_batch_size or set drop_last=False."
+            )
+
+    def summary(self) -> str:
+        """What the data is, a line for each split."""
+        return "\n".join(f"{split}: {rows.stats.describe()}" for split, rows in self.rows.items())
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's place among those that see different data."""
+        return self._data_parallel()[0]
+
+    @property
+    def dp_size(self) -> int:
+        """How many ranks see different data."""
+        return self._data_parallel()[1]
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step over all ranks.
+
+        Raises:
+            ValueError: `global_batch_size` is no multiple of `micro_batch_size * dp_size`.
+        """
+        unit = self.micro_batch_size * self.dp_size
+        if self.global_batch_size is None:
+            return unit * getattr(self.trainer, "micro_batches_per_step", 1)
+        if self.global_batch_size % unit:
+            lower = self.global_batch_size // unit * unit
+            near = f"{lower} or {lower + unit}" if lower else f"{unit}"
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} cannot be split into micro-batches: it must be a multiple "
+                f"of micro_batch_size={self.micro_batch_size} times dp_size={self.dp_size} (= {unit}). The nearest "
+                f"that work: {near}."
+            )
+        return self.global_batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch of training, which is its number of optimizer steps."""
+        self.prepare()
+        full, rest = divmod(len(self._rows_of("train")), self.rows_per_step)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def train_dataloader(self) -> TrainLoader:
+        """The loader of the training rows, at the position of the checkpoint that is being resumed from, if any."""
+        self._train_loader = self.build_train_loader()
+        if self._train_state is not None:
+            self._train_loader.load_state_dict(self._train_state)
+            self._train_state = None
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the training data.
+
+        Lightning saves the state of the loader too, but does not restore it from a checkpoint written at the end of an
+        epoch, nor where the loader was asked for before the checkpoint was read.
+        """
+        return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state, loader = state_dict.get("train_loader"), self._train_loader
+        if state is not None and loader is not None and loader.batches_yielded == 0:
+            loader.load_state_dict(state)
+        else:
+            self._train_state = state
+
+    def build_train_loader(self) -> TrainLoader:
+        """A loader at the start of the Trainer's current epoch."""
+        trainer = self.trainer
+        # Lightning's `current_epoch` is still the old one while a checkpoint from the end of an epoch is read.
+        progress: Any = None if trainer is None else trainer.fit_loop.epoch_progress.current
+        return MicroBatchLoader(
+            self._rows_of("train"),
+            global_batch_size=self.rows_per_step,
+            seed=self.seed,
+            epoch=0 if progress is None else progress.processed,
+            shuffle=not getattr(trainer, "overfit_batches", 0),
+            drop_last=self.drop_last,
+            num_workers=self.num_workers,
+            limit=self._limit(),
+            **self._layout(),
+        )
+
+    def val_dataloader(self) -> Any:
+        # Lightning skips validation where there is no loader.
+        return self._evaluation_loader("validation") if "validation" in self.rows else []
+
+    def test_dataloader(self) -> Any:
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> Any:
+        return self._evaluation_loader("test" if "test" in self.rows else "validation")
+
+    def first_batch(self, split: str = "train") -> list[MicroBatch]:
+        """The micro-batches this rank gets first, for a look at them."""
+        self.setup("fit")
+        loader = self.build_train_loader() if split == "train" else self._evaluation_loader(split)
+        return next(iter(loader))
+
+    def pad_id(self) -> int:
+        """Token id of the padding; which one does not matter, for it is neither seen nor trained."""
+        ids = (getattr(self.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        return next((i for i in ids if isinstance(i, int)), 0)
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer; where a path was given, loaded from there.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if isinstance(self.tokenizer, str):
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{type(self).__name__} has no tokenizer: give one as `tokenizer=`, or use the data module with a "
+                f"Trainer and a module that has one."
+            )
+        return self.tokenizer
+
+    def _evaluation_loader(self, split: str) -> MicroBatchLoader:
+        # One micro-batch a step: no accumulation is needed, and little is filled up.
+        size = self.micro_batch_size * self.dp_size
+        layout = self._layout()
+        return MicroBatchLoader(
+            self._rows_of(split), global_batch_size=size, shuffle=False, num_workers=self.num_workers, **layout
+        )
+
+    def _layout(self) -> dict[str, Any]:
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "dp_rank": self.dp_rank,
+            "dp_size": self.dp_size,
+            "packed": self.packing,
+            "pad_id": self.pad_id(),
+        }
+
+    def _rows_of(self, split: str) -> Rows:
+        if split not in self.rows:
+            raise ValueError(f"{type(self).__name__} has no {split} data; it has {sorted(self.rows) or 'none yet'}.")
+        return self.rows[split]
+
+    def _limit(self) -> int | None:
+        """The batch an epoch ends at under the Trainer's `limit_train_batches`, None for all."""
+        limit = getattr(self.trainer, "limit_train_batches", None)
+        return int(limit * self.steps_per_epoch) if isinstance(limit, float) else limit
+
+    def _data_parallel(self) -> tuple[int, int]:
+        trainer = self.trainer
+        if trainer is None:
+            return 0, 1
+        strategy: Any = trainer.strategy
+        if hasattr(strategy, "dp_rank"):
+            return strategy.dp_rank, strategy.dp_size
+        # A strategy of Lightning's own says the same in the terms of a sampler.
+        replicas = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return replicas["rank"], replicas["num_replicas"]

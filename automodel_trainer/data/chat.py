@@ -1,0 +1,215 @@
+"""ChatDataModule: conversations, in any of the usual shapes, through the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from .base import MicroBatchDataModule
+from .chat_template import Encoded, encode
+from .checks import check_samples
+from .formats import detect_format
+from .packing import pack
+from .rows import Rows, RowStats, SampleRows, TokenStore, digest
+from .sources import load_rows, load_validation_rows
+from .tokens import check_share, split_ids, tokenize
+
+CHECKED = 200
+"""So many samples, spread over the data, are decoded and looked at (BOS, EOS, mask) at each start."""
+
+
+class ChatDataModule(MicroBatchDataModule):
+    """Conversations for supervised fine-tuning: messages, ShareGPT, prompt/completion or instruction columns.
+
+    Every row becomes a sample with the tokenizer's chat template; only the tokens that `loss_on` names are trained.
+    Samples are packed into rows of `seq_len` without seeing each other, or padded (`packing=False`).
+
+    Args:
+        train: a jsonl, json or parquet file or a folder of them, a folder written by `save_to_disk`, a hub id, a
+            `datasets.Dataset` or `DatasetDict`, or a list of dicts.
+        validation: the same, for validation. None: the validation split that comes with `train`, if any.
+        tokenizer: a tokenizer or the path of one. None: the model's, set by the Trainer.
+        seq_len: tokens of a row.
+        micro_batch_size: rows of one forward pass on one rank.
+        global_batch_size: rows of one optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
+            times the Trainer's accumulation.
+        packing: several samples in a row, none of which sees another. False: a sample to a row, padded, rows of like
+            length together.
+        loss_on: "assistant" trains every assistant turn, "last_turn" the last one, "all" every token.
+        val_split: the share of `train` kept for validation, where `validation` is None.
+        seed: decides the order of the rows in each epoch, and which rows `val_split` takes.
+        columns: names of your columns for the names this project knows, such as `{"messages": "dialog"}` or
+            `{"prompt": "question", "completion": "answer"}`. None: recognised by themselves.
+        overlong: what to do with a sample longer than `seq_len`: "drop" it, "truncate" its end, or stop with an
+            "error". They are counted and reported in every case.
+        test: data for `Trainer.test`.
+        num_workers: processes that build micro-batches ahead of the training.
+        drop_last: leave the last global batch of an epoch out where it runs short, rather than fill it.
+        cache: keep the tokenised samples on disk and read them from there the next time.
+
+    Raises:
+        ValueError: the data cannot be trained on (no rows, unknown columns, no supervised token, all too long).
+    """
+
+    def __init__(
+        self,
+        train: str | Any,
+        validation: str | Any | None = None,
+        *,
+        tokenizer: str | Any | None = None,
+        seq_len: int = 2048,
+        micro_batch_size: int = 1,
+        global_batch_size: int | None = None,
+        packing: bool = True,
+        loss_on: Literal["assistant", "last_turn", "all"] = "assistant",
+        val_split: float = 0.0,
+        seed: int = 0,
+        columns: dict[str, str] | None = None,
+        overlong: Literal["drop", "truncate", "error"] = "drop",
+        test: str | Any | None = None,
+        num_workers: int = 0,
+        drop_last: bool = False,
+        cache: bool = True,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            seq_len=seq_len,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            seed=seed,
+            num_workers=num_workers,
+            drop_last=drop_last,
+        )
+        _check_choice("loss_on", loss_on, ("assistant", "last_turn", "all"))
+        _check_choice("overlong", overlong, ("drop", "truncate", "error"))
+        check_share(val_split)
+        if val_split and validation is not None:
+            raise ValueError(f"validation and val_split={val_split} are both given: leave one of them out.")
+        self.train, self.validation, self.test = train, validation, test
+        self.packing = packing
+        self.loss_on = loss_on
+        self.val_split = val_split
+        self.columns = columns
+        self.overlong = overlong
+        self.cache = cache
+
+    def build_rows(self) -> dict[str, Rows]:
+        store, key = self._samples(load_rows(self.train, "train"))
+        everything = np.arange(len(store))
+        rows: dict[str, Rows] = {}
+        if self.val_split:
+            held_out = split_ids(len(store), self.val_split, self.seed)
+            rows["train"] = self._rows("train", store, np.setdiff1d(everything, held_out), key)
+            rows["validation"] = self._rows("validation", store, held_out, key)
+        else:
+            rows["train"] = self._rows("train", store, everything, key)
+            if (validation := self._validation_rows()) is not None:
+                rows["validation"] = self._whole("validation", validation)
+        if self.test is not None:
+            rows["test"] = self._whole("test", load_rows(self.test, "test"))
+        return rows
+
+    def _validation_rows(self) -> Dataset | None:
+        if self.validation is None:
+            return load_validation_rows(self.train)
+        return load_rows(self.validation, "validation")
+
+    def _whole(self, split: str, rows: Dataset) -> Rows:
+        store, key = self._samples(rows)
+        return self._rows(split, store, np.arange(len(store)), key)
+
+    def _samples(self, rows: Dataset) -> tuple[TokenStore, str]:
+        """Every row as tokens, and a hash that stands for all of them."""
+        tokenizer, loss_on = self.load_tokenizer(), self.loss_on
+        form = detect_format(rows.column_names, self.columns)
+
+        def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            samples: dict[str, list[Any]] = {"input_ids": [], "trained": [], "sample_id": indices}
+            for position, index in enumerate(indices):
+                row = {name: values[position] for name, values in batch.items()}
+                try:
+                    encoded = encode(tokenizer, form.to_messages(row), loss_on)
+                except ValueError as error:
+                    raise ValueError(f"row {index} of the data: {error}") from error
+                samples["input_ids"].append(encoded.input_ids)
+                samples["trained"].append(encoded.trained)
+            return samples
+
+        settings = {"kind": "chat", "loss_on": loss_on, "columns": self.columns}
+        samples, key = tokenize(
+            rows, encode_batch, tokenizer=tokenizer, settings=settings, masked=True, cache=self.cache
+        )
+        store = TokenStore(samples)
+        self._check(store)
+        return store, key
+
+    def _check(self, store: TokenStore) -> None:
+        """Refuse what would train silently wrong; every sample was counted, some are looked at closely."""
+        useful = np.flatnonzero(store.supervised > 0)
+        if len(useful) == 0:
+            useful = np.arange(len(store))
+        chosen = useful[np.linspace(0, len(useful) - 1, min(len(useful), CHECKED), dtype=np.int64)]
+        documents = store.fetch(chosen.tolist())
+        check_samples(self.tokenizer, [Encoded(d.input_ids.tolist(), d.trained.tolist()) for d in documents])
+
+    def _rows(self, split: str, store: TokenStore, indices: np.ndarray, key: str) -> Rows:
+        """The rows of a split: too long samples and those that train nothing are out, the rest packed or alone."""
+        overlong = store.lengths[indices] > self.seq_len
+        self._report_overlong(split, store, indices[overlong], len(indices))
+        kept = indices if self.overlong == "truncate" else indices[~overlong]
+        supervised = store.count_supervised(kept, self.seq_len)
+        kept, without = kept[supervised > 0], int((supervised == 0).sum())
+        if len(kept) == 0:
+            raise ValueError(self._nothing_left(split, int(overlong.sum()), without))
+        if without:
+            rank_zero_warn(f"{split}: {without:,} samples without a supervised token are left out.")
+        lengths = np.minimum(store.lengths[kept], self.seq_len)
+        packed = pack(lengths, self.seq_len) if self.packing else range(len(kept))
+        groups = [kept[group].reshape(-1) for group in packed]
+        tokens = int(lengths.sum())
+        stats = RowStats(
+            samples=len(kept),
+            rows=len(groups),
+            tokens=tokens,
+            supervised=int(supervised.sum()),
+            capacity=len(groups) * self.seq_len if self.packing else tokens,
+            overlong=int(overlong.sum()),
+            overlong_action="truncated" if self.overlong == "truncate" else "dropped",
+            unsupervised=without,
+        )
+        made_by = (
+            key,
+            split,
+            self.seq_len,
+            self.packing,
+            self.overlong,
+            self.val_split and (self.val_split, self.seed),
+        )
+        return SampleRows(store, groups, self.seq_len, stats, digest(*made_by))
+
+    def _report_overlong(self, split: str, store: TokenStore, overlong: np.ndarray, total: int) -> None:
+        if len(overlong) == 0:
+            return
+        ids, longest = store.sample_ids[overlong][:5].tolist(), int(store.lengths[overlong].max())
+        text = (
+            f"{split}: {len(overlong):,} of {total:,} samples are longer than seq_len={self.seq_len} (the longest has "
+            f"{longest:,} tokens; rows {ids}{' ...' if len(overlong) > 5 else ''})"
+        )
+        if self.overlong == "error":
+            raise ValueError(f"{text}. Raise seq_len, or choose overlong='drop' or overlong='truncate'.")
+        rank_zero_warn(f"{text}: {'their end is cut off' if self.overlong == 'truncate' else 'they are dropped'}.")
+
+    def _nothing_left(self, split: str, overlong: int, without: int) -> str:
+        return (
+            f"{split}: no sample is left to train on: {overlong:,} are longer than seq_len={self.seq_len} and "
+            f"{without:,} have no supervised token with loss_on={self.loss_on!r}. Raise seq_len or choose "
+            f"overlong='truncate' for the first, loss_on='all' for the second, or look at the data."
+        )
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: it must be one of {', '.join(map(repr, allowed))}.")

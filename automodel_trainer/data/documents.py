@@ -1,0 +1,34 @@
+"""Raw text to documents of tokens: the text, then the end-of-sequence token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def document_end(tokenizer: Any) -> int:
+    """The token that ends a document.
+
+    Raises:
+        ValueError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no eos_token, which has to end every document: set it (`tokenizer.eos_token = ...`) to "
+            "a token of its vocabulary."
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def encode_documents(tokenizer: Any, texts: list[str | None]) -> list[list[int]]:
+    """Tokens of each text, begun as the tokenizer begins a text (a BOS, or nothing) and ended by one EOS.
+
+    A text that is empty or missing has no tokens at all.
+    """
+    end = document_end(tokenizer)
+    present = [text for text in texts if text]
+    encoded = iter(tokenizer(present, verbose=False)["input_ids"] if present else [])
+    return [_ended(next(encoded), end) if text else [] for text in texts]
+
+
+def _ended(ids: list[int], end: int) -> list[int]:
+    return ids if ids and ids[-1] == end else [*ids, end]

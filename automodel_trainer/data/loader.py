@@ -1,0 +1,198 @@
+"""The stateful loader: one item is what one optimizer step consumes on this rank."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .batches import MicroBatch, collate_packed, collate_padded, padded_width
+from .packing import epoch_order
+from .rows import Rows
+
+Step = tuple[list[int], int]
+"""The rows of this rank in one global batch (-1 = filler), and how wide they are."""
+
+
+class MicroBatchLoader:
+    """Yields `list[micro-batch]` per optimizer step, epoch after epoch, and goes on where its state was saved.
+
+    The rows of global batch `i` depend on the seed, the epoch and the global batch size alone. Of these rows, in
+    order, rank `r` takes numbers `r, r + dp_size, ...` and cuts them into micro-batches. A last global batch that runs
+    short is filled with rows without labels.
+
+    Each `iter()` starts the next epoch, except the first one and the first one after `load_state_dict`, which goes on
+    with the very next batch. The state counts the batches handed out, not those that workers have already fetched.
+
+    Args:
+        rows: the rows, the same on every rank.
+        micro_batch_size: rows of a micro-batch.
+        global_batch_size: rows of a global batch, a multiple of `micro_batch_size * dp_size`.
+        dp_rank: this rank's place among those that see different data.
+        dp_size: how many see different data.
+        seed: decides, with the epoch, the order of the rows.
+        epoch: the epoch of the first `iter()`.
+        shuffle: False for the order of the data set in every epoch.
+        packed: rows as packed micro-batches, else padded ones, grouped by length.
+        pad_id: token id of the padding.
+        drop_last: leave a last global batch that runs short out.
+        num_workers: processes that build micro-batches; 0 builds them in this process.
+        limit: an epoch ends after that many batches at the latest.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        seed: int = 0,
+        epoch: int = 0,
+        shuffle: bool = True,
+        packed: bool = True,
+        pad_id: int = 0,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        assert global_batch_size % (micro_batch_size * dp_size) == 0, "checked by the data module"
+        self.rows = rows
+        self.global_batch_size = global_batch_size
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.seed, self.shuffle, self.packed = seed, shuffle, packed
+        self.drop_last = drop_last
+        self.epoch = epoch
+        self.batches_yielded = 0
+        self._limit = limit
+        self._resumed = False
+        self._loader = step_loader(
+            _Steps(rows, micro_batch_size, packed, pad_id), sampler=_Epoch(self), num_workers=num_workers
+        )
+
+    def __len__(self) -> int:
+        """Global batches in an epoch, those before a resumed position included."""
+        full, rest = divmod(len(self.rows), self.global_batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        end = len(self) if self._limit is None else min(len(self), self._limit)
+        if self.batches_yielded >= end or (self.batches_yielded and not self._resumed):
+            self.epoch += 1
+            self.batches_yielded = 0
+        return self._hand_out()
+
+    def _hand_out(self) -> Iterator[list[MicroBatch]]:
+        for batch in self._loader:
+            self.batches_yielded += 1
+            self._resumed = False
+            yield batch
+
+    def steps(self) -> Iterator[Step]:
+        """This rank's rows of each global batch that is left in the epoch."""
+        for rows in self.global_batches(self.epoch)[self.batches_yielded :]:
+            width = self.rows.width
+            if not self.packed:
+                width = padded_width(int(self.rows.lengths[rows[rows >= 0]].max()), width)
+            yield rows[self.dp_rank :: self.dp_size].tolist(), width
+
+    def global_batches(self, epoch: int) -> np.ndarray:
+        """The rows of every global batch of an epoch, `[len(self), global_batch_size]`; -1 is a filler."""
+        size = self.global_batch_size
+        order = epoch_order(
+            self.rows.lengths, size, seed=self.seed, epoch=epoch, shuffle=self.shuffle, grouped=not self.packed
+        )
+        batches = np.full(len(self) * size, -1, dtype=np.int64)
+        batches[: len(order)] = order[: len(batches)]
+        return batches.reshape(-1, size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, in plain numbers and strings, the same on every rank."""
+        return {
+            "epoch": self.epoch,
+            "batches_yielded": self.batches_yielded,
+            "seed": self.seed,
+            "global_batch_size": self.global_batch_size,
+            "fingerprint": self.rows.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the last batch that was handed out when the state was taken, on any number of ranks.
+
+        Raises:
+            ValueError: the data or its tokenisation changed, or the global batch size did in the middle of an epoch.
+        """
+        if state["fingerprint"] != self.rows.fingerprint:
+            raise ValueError(
+                "the data changed since the checkpoint was written: the rows, the tokenizer, its chat template, or a "
+                "setting that forms rows (seq_len, packing, loss_on, val_split, ...) is not the same, so the position "
+                "in the epoch has no meaning. Restore them, or start a new run from the checkpoint's weights."
+            )
+        size, batches = int(state["global_batch_size"]), int(state["batches_yielded"])
+        finished = batches * size >= len(self.rows) - (size - 1 if self.drop_last else 0)
+        if size != self.global_batch_size and batches and not finished:
+            raise ValueError(
+                f"the checkpoint is {batches} batches of global_batch_size={size} into its epoch, but "
+                f"global_batch_size is {self.global_batch_size} now. Set global_batch_size={size} to go "
+                f"on, or resume from a checkpoint written at the end of an epoch."
+            )
+        if int(state["seed"]) != self.seed:
+            warnings.warn(
+                f"the data order goes on with the checkpoint's seed {state['seed']}, not {self.seed}", stacklevel=2
+            )
+        self.seed = int(state["seed"])
+        self.epoch = int(state["epoch"]) + (1 if finished else 0)
+        self.batches_yielded = 0 if finished else batches
+        self._resumed = True
+
+
+class _Epoch:
+    """The sampler of the inner DataLoader: what is left of the loader's current epoch."""
+
+    def __init__(self, loader: MicroBatchLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Step]:
+        return self.loader.steps()
+
+
+class _Steps(Dataset):
+    """Builds the micro-batches of one step; this is what runs in the workers."""
+
+    def __init__(self, rows: Rows, micro_batch_size: int, packed: bool, pad_id: int) -> None:
+        self.rows, self.micro_batch_size, self.pad_id = rows, micro_batch_size, pad_id
+        self.collate = collate_packed if packed else collate_padded
+
+    def __getitem__(self, step: Step) -> list[MicroBatch]:
+        rows, width = step
+        return micro_batches(self.rows.fetch(rows), self.micro_batch_size, width, self.pad_id, self.collate)
+
+
+def micro_batches(
+    rows: list, size: int, width: int, pad_id: int, collate: Callable = collate_packed
+) -> list[MicroBatch]:
+    """Cut rows into micro-batches of `size` rows."""
+    return [collate(rows[start : start + size], width, pad_id) for start in range(0, len(rows), size)]
+
+
+def step_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:
+    """A torch DataLoader whose items are whole steps: workers, prefetch and pinned memory, no batching of its own."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=_unchanged,
+        generator=torch.Generator(),  # the global one would move by a draw with every epoch
+        **options,
+    )
+
+
+def _unchanged(item: Any) -> Any:
+    return item

@@ -1,0 +1,202 @@
+"""Streamed text: rows of tokens from an `IterableDataset`, with a position that can be saved and gone back to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import IterableDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
+
+from .batches import Document, MicroBatch
+from .cache import cache_key
+from .documents import document_end, encode_documents
+from .loader import micro_batches, step_loader
+
+DOCUMENTS_AT_ONCE = 64
+"""Documents handed to the tokenizer together: it works on several cores."""
+
+Position = dict[str, Any]
+StreamRow = tuple[list[Document], Position]
+
+
+class TokenStream:
+    """Endless rows of `seq_len` tokens: documents laid end to end, epoch after epoch.
+
+    The stream is read in blocks of `shuffle_buffer` documents, each shuffled by (seed, epoch, block). A position names
+    the source's own state at the start of a block, the document within the shuffled block, and the token within the
+    document: plain numbers, from which exactly the next row follows. (The shuffle of `datasets` forgets its buffer when
+    it goes on from a state.)
+
+    Args:
+        source: the rows of text.
+        tokenizer: gives the tokens; must have an EOS token.
+        seq_len: tokens of a row.
+        text_column: the column that has the text.
+        seed: decides the shuffle.
+        shuffle_buffer: documents in a block; 0 or 1 for no shuffle.
+    """
+
+    def __init__(
+        self, source: IterableDataset, tokenizer: Any, *, seq_len: int, text_column: str, seed: int, shuffle_buffer: int
+    ) -> None:
+        document_end(tokenizer)
+        self.source, self.tokenizer = source, tokenizer
+        self.seq_len, self.text_column = seq_len, text_column
+        self.seed, self.block_size = seed, max(1, shuffle_buffer)
+        settings = {"kind": "stream", "seq_len": seq_len, "column": text_column, "seed": seed, "block": self.block_size}
+        self.fingerprint = cache_key("", tokenizer, settings)
+        self._beginning = copy.deepcopy(source.state_dict())
+        first = next(iter(source), None)
+        if first is None:
+            raise ValueError("the stream has no rows.")
+        if text_column not in first:
+            raise ValueError(f"the stream has no column {text_column!r}; its columns are {sorted(first)}.")
+
+    def beginning(self) -> Position:
+        """The position of the first row."""
+        return {"epoch": 0, "block": 0, "read": 0, "source": copy.deepcopy(self._beginning), "document": 0, "token": 0}
+
+    def rows(self, position: Position) -> Iterator[StreamRow]:
+        """Rows from a position on, each with the position behind it."""
+        row: list[Document] = []
+        room = self.seq_len
+        for sample_id, ids, at in self._documents(position):
+            start = at["token"]
+            while start < len(ids):
+                part = np.asarray(ids[start : start + room], dtype=np.int64)
+                row.append(Document(part, np.ones(len(part), dtype=bool), sample_id))
+                start, room = start + len(part), room - len(part)
+                if room == 0:
+                    yield row, {**at, "token": start}
+                    row, room = [], self.seq_len
+
+    def _documents(self, position: Position) -> Iterator[tuple[int, list[int], Position]]:
+        """Documents from a position on: their number in the epoch, their tokens, and the position of their start."""
+        for block, order, at in self._blocks(position):
+            for start in range(at["document"], len(order), DOCUMENTS_AT_ONCE):
+                chosen = order[start : start + DOCUMENTS_AT_ONCE].tolist()
+                encoded = encode_documents(self.tokenizer, [block[index] for index in chosen])
+                for document, (index, ids) in enumerate(zip(chosen, encoded), start=start):
+                    token = at["token"] if document == at["document"] else 0
+                    yield at["read"] + index, ids, {**at, "document": document, "token": token}
+
+    def _blocks(self, position: Position) -> Iterator[tuple[list[str | None], np.ndarray, Position]]:
+        """Blocks of texts from a position on, each with the order to take them in."""
+        at = copy.deepcopy(position)
+        while True:
+            self.source.load_state_dict(copy.deepcopy(at["source"]))
+            rows = iter(self.source)
+            found_text = False
+            while block := [row[self.text_column] for row in islice(rows, self.block_size)]:
+                found_text = found_text or any(block)
+                behind = copy.deepcopy(self.source.state_dict())
+                yield block, self._order(len(block), at), at
+                at = {**at, "block": at["block"] + 1, "read": at["read"] + len(block), "source": behind}
+                at = {**at, "document": 0, "token": 0}
+            if not found_text:  # a position lies behind some text, so this is never met when going on from one
+                raise ValueError(f"no row of the stream has any text in column {self.text_column!r}.")
+            at = {**self.beginning(), "epoch": at["epoch"] + 1}
+
+    def _order(self, count: int, at: Position) -> np.ndarray:
+        if self.block_size == 1:
+            return np.arange(count)
+        return np.random.default_rng([self.seed, at["epoch"], at["block"]]).permutation(count)
+
+
+class StreamLoader:
+    """`MicroBatchLoader`'s counterpart for a stream; it never goes back to the start, each `iter()` goes on.
+
+    It is sized, by the steps asked for: Lightning fetches a batch ahead from loaders that are not, and the state it
+    saves is then a batch off.
+
+    Args:
+        stream: gives the rows, the same on every rank.
+        steps: batches in all.
+        micro_batch_size: rows of a micro-batch.
+        global_batch_size: rows of a global batch, a multiple of `micro_batch_size * dp_size`.
+        dp_rank: this rank's place among those that see different data.
+        dp_size: how many see different data.
+        pad_id: token id of the padding (there is none, rows are full).
+        num_workers: 0, or 1 for a process that reads and tokenises ahead.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        *,
+        steps: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        pad_id: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        assert global_batch_size % (micro_batch_size * dp_size) == 0, "checked by the data module"
+        self.stream, self.total, self.num_workers = stream, steps, num_workers
+        self.global_batch_size = global_batch_size
+        self._share = (micro_batch_size, dp_rank, dp_size, pad_id)
+        self.batches_yielded = 0
+        self.position = stream.beginning()
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        steps = _StreamSteps(self.stream, self.position, self.global_batch_size, *self._share)
+        for batch, position in step_loader(steps, self.num_workers):
+            if self.batches_yielded >= self.total:
+                return
+            self.batches_yielded += 1
+            self.position = position
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, in plain numbers and strings, the same on every rank."""
+        return {
+            "batches_yielded": self.batches_yielded,
+            "position": copy.deepcopy(self.position),
+            "fingerprint": self.stream.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the last batch that was handed out when the state was taken, on any number of ranks.
+
+        Raises:
+            ValueError: a setting that forms the rows is not the same.
+        """
+        if state["fingerprint"] != self.stream.fingerprint:
+            raise ValueError(
+                "the tokenizer or a setting of the stream (seq_len, text_column, seed, shuffle_buffer) changed since "
+                "the checkpoint was written, so the position in it has no meaning. Restore them, or start a new "
+                "run from the weights."
+            )
+        self.batches_yielded = int(state["batches_yielded"])
+        self.position = copy.deepcopy(state["position"])
+
+
+class _StreamSteps(TorchIterableDataset):
+    """This rank's share of each global batch, with the position behind that batch."""
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        position: Position,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        pad_id: int,
+    ) -> None:
+        self.stream, self.position, self.global_batch_size = stream, position, global_batch_size
+        self.micro_batch_size, self.dp_rank, self.dp_size, self.pad_id = micro_batch_size, dp_rank, dp_size, pad_id
+
+    def __iter__(self) -> Iterator[tuple[list[MicroBatch], Position]]:
+        rows = self.stream.rows(self.position)
+        while batch := list(islice(rows, self.global_batch_size)):
+            share = [documents for documents, _ in batch[self.dp_rank :: self.dp_size]]
+            yield micro_batches(share, self.micro_batch_size, self.stream.seq_len, self.pad_id), batch[-1][1]

@@ -1,0 +1,101 @@
+"""Rows to tokenised samples: run an encoder over a data set, on as many cores as there are, through the token cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+
+from .cache import cache_key, load_or_build
+from .sources import fingerprint
+
+ROWS_PER_PROCESS = 5000
+"""Fewer rows than this are not worth another process."""
+
+Encoder = Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]
+"""From columns of rows and their row numbers to columns of samples: `input_ids`, `trained` (optional), `sample_id`."""
+
+
+def tokenize(
+    rows: Dataset, encode: Encoder, *, tokenizer: Any, settings: dict[str, Any], masked: bool, cache: bool
+) -> tuple[Dataset, str]:
+    """Encode all rows, or read them from the cache.
+
+    Args:
+        rows: the data set.
+        encode: the encoder.
+        tokenizer: part of the cache's key.
+        settings: whatever else decides the samples; part of the key.
+        masked: the samples have a `trained` column.
+        cache: False to keep the samples in memory and read or write no cache.
+
+    Returns:
+        The samples (columns `input_ids`, `length`, `sample_id`, and where masked `trained` and `supervised`, the number
+        of trained tokens but the first), and their fingerprint.
+    """
+    key = cache_key(fingerprint(rows), tokenizer, settings)
+
+    def build(scratch: Path | None) -> Dataset:
+        where = {"keep_in_memory": True} if scratch is None else {"cache_file_name": str(scratch / "samples.arrow")}
+        return rows.with_format(None).map(
+            lambda batch, indices: _with_counts(encode(batch, indices)),
+            batched=True,
+            batch_size=100,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=_features(masked),
+            load_from_cache_file=False,
+            new_fingerprint=key,
+            num_proc=_processes(len(rows)),
+            desc="Tokenizing",
+            **where,
+        )
+
+    return (load_or_build(key, build) if cache else build(None)), key
+
+
+def split_ids(count: int, share: float, seed: int) -> np.ndarray:
+    """The row numbers that go to validation: a share of all, drawn by the seed, at least one and never all.
+
+    Raises:
+        ValueError: a single row cannot be split.
+    """
+    if count < 2:
+        raise ValueError(f"val_split={share} needs at least 2 rows to split, the data has {count}.")
+    take = min(max(1, round(count * share)), count - 1)
+    return np.sort(np.random.default_rng([seed, count]).permutation(count)[:take])
+
+
+def check_share(share: float) -> None:
+    """Raise a ValueError where `val_split` is no share."""
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"val_split={share}: it is the share of the rows kept for validation, 0 <= val_split < 1.")
+
+
+def check_columns(wanted: list[str], available: list[str]) -> None:
+    """Raise a ValueError that names the first wanted column that the data does not have."""
+    for name in wanted:
+        if name not in available:
+            raise ValueError(f"the data has no column {name!r}; its columns are {available}.")
+
+
+def _with_counts(samples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    counts = {"length": [len(ids) for ids in samples["input_ids"]]}
+    if "trained" in samples:
+        counts["supervised"] = [sum(trained[1:]) for trained in samples["trained"]]
+    return {**samples, **counts}
+
+
+def _features(masked: bool) -> Features:
+    features = {"input_ids": List(Value("int32")), "sample_id": Value("int64"), "length": Value("int32")}
+    mask = {"trained": List(Value("bool")), "supervised": Value("int32")}
+    return Features({**features, **mask} if masked else features)
+
+
+def _processes(rows: int) -> int | None:
+    count = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, rows // ROWS_PER_PROCESS)
+    return count if count > 1 else None
