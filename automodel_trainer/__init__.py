@@ -30,7 +30,20 @@ _HOMES = {
     "Trainer": "trainer",
 }
 
-__all__ = [*sorted(_HOMES)]  # noqa: PLE0604
+__all__ = [
+    "AutoModelForCausalLM",
+    "CausalLMModule",
+    "ChatDataModule",
+    "DDPStrategy",
+    "FSDP2Strategy",
+    "MeshStrategy",
+    "MockDataModule",
+    "OptimizerConfig",
+    "SchedulerConfig",
+    "StrategyRegistry",
+    "TextDataModule",
+    "Trainer",
+]
 
 
 def __getattr__(name: str) -> Any:

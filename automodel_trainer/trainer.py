@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from automodel_trainer._lightning import defaults_from_env_vars, install_quiet_epoch_loop
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.callbacks.defaults import default_callbacks
-from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
+from automodel_trainer.data.adapt import Steps, as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.models.export import export_pretrained
 from automodel_trainer.modules import CausalLMModule
@@ -194,7 +194,7 @@ class Trainer(pl.Trainer):
         super().fit(
             module,
             train_dataloaders=loader,
-            val_dataloaders=val_dataloaders,
+            val_dataloaders=Steps(val_dataloaders) if isinstance(val_dataloaders, list) else val_dataloaders,
             datamodule=datamodule,
             ckpt_path=self._checkpoint_path(ckpt_path),
             weights_only=weights_only,
@@ -202,17 +202,55 @@ class Trainer(pl.Trainer):
         last = getattr(self.checkpoint_callback, "last_model_path", None)
         return Path(last) if last else None
 
-    def validate(self, model: Any = None, data: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Evaluate on the validation data; `model` and `data` as in `fit`."""
-        return super().validate(**self._evaluation_arguments(model, data, "validation", kwargs))
+    def validate(  # type: ignore[override]
+        self,
+        model: Model | None = None,
+        data: Any = None,
+        *,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: pl.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Evaluate on the validation data; arguments as in `fit`. Returns Lightning's list of metrics."""
+        arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "validation")
+        path = self._checkpoint_path(ckpt_path)
+        return super().validate(**arguments, ckpt_path=path, verbose=verbose, weights_only=weights_only)
 
-    def test(self, model: Any = None, data: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Evaluate on the test data; `model` and `data` as in `fit`."""
-        return super().test(**self._evaluation_arguments(model, data, "test", kwargs))
+    def test(  # type: ignore[override]
+        self,
+        model: Model | None = None,
+        data: Any = None,
+        *,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: pl.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Evaluate on the test data; arguments as in `fit`. Returns Lightning's list of metrics."""
+        arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "test")
+        path = self._checkpoint_path(ckpt_path)
+        return super().test(**arguments, ckpt_path=path, verbose=verbose, weights_only=weights_only)
 
-    def predict(self, model: Any = None, data: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Score data: `CausalLMModule` returns the log-probability of every supervised token."""
-        return super().predict(**self._evaluation_arguments(model, data, "predict", kwargs))
+    def predict(  # type: ignore[override]
+        self,
+        model: Model | None = None,
+        data: Any = None,
+        *,
+        dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Score data; arguments as in `fit`. `CausalLMModule` gives the log-probability of every supervised token."""
+        arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "predict")
+        path = self._checkpoint_path(ckpt_path)
+        return super().predict(
+            **arguments, return_predictions=return_predictions, ckpt_path=path, weights_only=weights_only
+        )
 
     def save_pretrained(
         self,
@@ -287,19 +325,18 @@ class Trainer(pl.Trainer):
             datamodule.prepare()
         return module, datamodule, loader
 
-    def _evaluation_arguments(self, model: Any, data: Any, role: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        arguments = dict(kwargs)
-        loaders = arguments.pop("dataloaders", None)
-        data = data if data is not None else loaders
-        if model is None and data is None and arguments.get("datamodule") is None:
-            return arguments
-        module, datamodule, loader = self._connect(
-            model if model is not None else self.lightning_module, data, arguments.pop("datamodule", None), role
-        )
-        path = arguments.pop("ckpt_path", None)
-        if path is not None:
-            arguments["ckpt_path"] = self._checkpoint_path(path)
-        return {**arguments, "model": module, "dataloaders": loader, "datamodule": datamodule}
+    def _evaluation_arguments(
+        self, model: Model | None, data: Any, dataloaders: Any, datamodule: Any, role: str
+    ) -> dict[str, Any]:
+        data = data if data is not None else dataloaders
+        if model is None:
+            if self.lightning_module is None:
+                raise ValueError("Give a model: this Trainer has not run any yet.")
+            if data is None and datamodule is None:  # Lightning goes on with what the last run was given
+                return {"model": None, "dataloaders": None, "datamodule": None}
+            model = self.lightning_module
+        module, datamodule, loader = self._connect(model, data, datamodule, role)
+        return {"model": module, "dataloaders": loader, "datamodule": datamodule}
 
     def _checkpoint_path(self, path: str | os.PathLike[str] | None) -> str | None:
         if path not in ("last", "best") or not isinstance(self.checkpoint_callback, DCPCheckpoint):

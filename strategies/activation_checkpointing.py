@@ -38,7 +38,7 @@ def apply_activation_checkpointing(model: nn.Module, mode: Literal["full", "sele
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from automodel_trainer._lightning import NotebookLauncher, SubprocessLauncher, sync_rank_zero
 from automodel_trainer.strategies.clip import clip_grads_, total_grad_norm
-from automodel_trainer.strategies.mesh import ParallelDims
+from automodel_trainer.strategies.mesh import TOKEN_AXES, ParallelDims, submesh
 from automodel_trainer.strategies.precision import Dtypes, dtypes_of
 
 MicroBatch = dict[str, Any]
@@ -134,23 +134,19 @@ class MeshStrategy(ParallelStrategy):
 
     @property
     def dp_size(self) -> int:
-        """Ranks that see different data."""
+        """Ranks that see different rows of data."""
         return self.dims.dp_replicate * self.dims.dp_shard
 
     @property
     def dp_rank(self) -> int:
-        """This rank's place among them."""
-        return self.global_rank
+        """This rank's place among them. Ranks of one tp or cp group are neighbours and share it."""
+        return self.global_rank // (self.dims.cp * self.dims.tp)
 
-    @property
-    def dp_group(self) -> dist.ProcessGroup | None:
-        """The process group of those ranks (None: the world)."""
-        return None
-
-    def sum_over_data_parallel(self, tensor: Tensor) -> Tensor:
-        """Sum in place over the ranks that see different data."""
-        if self.dp_size > 1:
-            dist.all_reduce(tensor, group=self.dp_group)
+    def sum_over_tokens(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the ranks that see different tokens (data and context parallel)."""
+        mesh = submesh(self.device_mesh, TOKEN_AXES)
+        if mesh is not None and mesh.size() > 1:
+            dist.all_reduce(tensor, group=mesh.get_group())
         return tensor
 
     # --- dtypes ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
 from automodel_trainer.strategies.base import MeshStrategy, Objective
 from automodel_trainer.strategies.blocks import find_blocks
-from automodel_trainer.strategies.mesh import ParallelDims
+from automodel_trainer.strategies.mesh import SHARD_AXES, ParallelDims, submesh
 from automodel_trainer.strategies.precision import MeshPrecision, fsdp_policy
 
 
@@ -73,8 +73,12 @@ class FSDP2Strategy(MeshStrategy):
     @property
     def shard_mesh(self) -> DeviceMesh:
         """The 1-D mesh that parameters are sharded over, or for HSDP the 2-D mesh (replicate, shard)."""
-        names = ("dp_replicate", "dp_shard") if self.dims.dp_replicate > 1 else ("dp_shard",)
-        return self.device_mesh[names]
+        shard = submesh(self.device_mesh, SHARD_AXES)
+        assert shard is not None
+        if self.dims.dp_replicate == 1:
+            return shard
+        assert shard.mesh_dim_names is not None
+        return self.device_mesh[("dp_replicate", *shard.mesh_dim_names)]
 
     def parallelize(self, model: nn.Module) -> nn.Module:
         if is_laid_out(model):

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from automodel_trainer.strategies._torch import flatten_mesh
+
+DATA_AXES = ("dp_replicate", "dp_shard")  # ranks along these see different rows
+SHARD_AXES = ("dp_shard", "cp")  # parameters are sharded over these
+TOKEN_AXES = ("dp_replicate", "dp_shard", "cp")  # ranks along these see different tokens
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Sizes of the mesh axes.
+    """Sizes of the mesh axes, outermost first: neighbouring ranks differ in the last axis.
 
     Args:
-        dp_replicate: ranks that hold copies of the same shard (the outer axis of HSDP, the only one of DDP).
-        dp_shard: ranks that a replica's parameters are sharded over; -1 takes what the world leaves.
+        dp_replicate: ranks that hold copies of the same shard (the outer axis of HSDP).
+        dp_shard: ranks that see different rows and share a sharded replica; -1 takes what the world leaves.
+        cp: ranks that a sequence is split over (context parallel).
+        tp: ranks that a layer's matrices are split over (tensor parallel).
     """
 
     dp_replicate: int = 1
     dp_shard: int = -1
+    cp: int = 1
+    tp: int = 1
 
     def __post_init__(self) -> None:
         for name, size in vars(self).items():
             if size < 1 and not (name == "dp_shard" and size == -1):
-                raise ValueError(f"{name}={size} is not a size: give a positive number of ranks" + self._hint(name))
-
-    @staticmethod
-    def _hint(name: str) -> str:
-        return ", or -1 for all that are left." if name == "dp_shard" else "."
+                hint = ", or -1 for all that are left" if name == "dp_shard" else ""
+                raise ValueError(f"{name}={size} is not a size: give a positive number of ranks{hint}.")
 
     def resolve(self, world_size: int) -> ParallelDims:
         """These sizes with `dp_shard=-1` filled in.
@@ -34,22 +42,17 @@ class ParallelDims:
         Raises:
             ValueError: the sizes do not multiply to `world_size`.
         """
-        if self.dp_shard != -1:
-            resolved = self
-        elif world_size % self.dp_replicate == 0:
-            resolved = ParallelDims(self.dp_replicate, world_size // self.dp_replicate)
-        else:
+        fixed = math.prod(size for name, size in vars(self).items() if name != "dp_shard")
+        if self.dp_shard == -1 and world_size % fixed == 0:
+            return replace(self, dp_shard=world_size // fixed)
+        if fixed * self.dp_shard != world_size:
+            given = " × ".join(f"{name}={size}" for name, size in vars(self).items() if size != 1)
+            divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
             raise ValueError(
-                f"dp_replicate={self.dp_replicate} does not divide the {world_size} rank(s) of this run. "
-                f"Sizes that do: {_divisors(world_size)}."
+                f"{given} does not fit this run's {world_size} rank(s). The product of all sizes must be {world_size} "
+                f"(sizes that divide it: {divisors}; dp_shard=-1 takes what is left), or change devices/num_nodes."
             )
-        if resolved.dp_replicate * resolved.dp_shard != world_size:
-            raise ValueError(
-                f"dp_replicate={resolved.dp_replicate} × dp_shard={resolved.dp_shard} = "
-                f"{resolved.dp_replicate * resolved.dp_shard}, but this run has {world_size} rank(s). "
-                f"Give sizes whose product is {world_size} (dp_shard=-1 takes the rest), or change devices/num_nodes."
-            )
-        return resolved
+        return self
 
     def build_mesh(self, device_type: str) -> DeviceMesh:
         """A mesh over the world; axes of size 1 are left out, except `dp_shard`, which is always there.
@@ -65,5 +68,9 @@ class ParallelDims:
         return " × ".join(f"{name} {size}" for name, size in vars(self).items() if size > 1) or "one device"
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+def submesh(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh | None:
+    """The 1-D mesh over those of `axes` that `mesh` has; None if it has none of them."""
+    names = tuple(name for name in axes if name in (mesh.mesh_dim_names or ()))
+    if not names:
+        return None
+    return mesh[names[0]] if len(names) == 1 else flatten_mesh(mesh[names], "_".join(names))

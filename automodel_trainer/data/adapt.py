@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +17,8 @@ def as_datamodule(data: Any, role: str = "train") -> tuple[pl.LightningDataModul
     """A data module for data sets and paths, or the loader itself; exactly one of the two is not None (or neither).
 
     Args:
-        data: path or Hub id, `Dataset`, `DatasetDict`, list of rows, DataLoader or other iterable, LightningDataModule.
+        data: path or Hub id, `Dataset`, `DatasetDict`, list of rows or of batches, DataLoader or other iterable, or a
+            LightningDataModule.
         role: "train", "validation", "test" or "predict": what a data set without splits is used for.
 
     Raises:
@@ -29,12 +30,27 @@ def as_datamodule(data: Any, role: str = "train") -> tuple[pl.LightningDataModul
     if isinstance(data, (str, os.PathLike, Dataset, DatasetDict)) or rows:
         evaluated = {} if role == "train" else {"test" if role == "test" else "validation": data}
         return ChatDataModule(data, **evaluated), None
+    if isinstance(data, list):  # Lightning would take a list for several loaders
+        return None, Steps(data)
     if isinstance(data, Iterable):
         return None, data
     raise ValueError(
         f"data is a {type(data).__name__}. Allowed: a path or Hub id, a datasets.Dataset or DatasetDict, a list of "
         "rows, a DataLoader, or a LightningDataModule."
     )
+
+
+class Steps:
+    """A list of batches as a loader."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 def group_micro_batches(loader: DataLoader, count: int) -> DataLoader:

@@ -212,7 +212,7 @@ class CausalLMModule(pl.LightningModule):
         strategy = self.strategy
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
-        tokens = strategy.sum_over_data_parallel(
+        tokens = strategy.sum_over_tokens(
             torch.stack([supervised_tokens(micro_batch["labels"]) for micro_batch in micro_batches]).sum()
         )
         loss_sum = strategy.forward_backward(self, micro_batches, tokens)
@@ -245,7 +245,7 @@ class CausalLMModule(pl.LightningModule):
 
     def _log_window(self) -> None:
         loss_sum, tokens = self._window.pop()
-        loss = self.strategy.sum_over_data_parallel(loss_sum) / tokens
+        loss = self.strategy.sum_over_tokens(loss_sum) / tokens
         self.log_dict({"train_loss": loss.float(), "grad_norm": self._grad_norm, "lr": self._lr})  # type: ignore[dict-item]
 
     def check_finite(self) -> None:
@@ -311,7 +311,8 @@ class CausalLMModule(pl.LightningModule):
     def _log_evaluation(self, prefix: str) -> None:
         values = self.metrics.compute()
         self.metrics.reset()
-        self.log_dict({f"{prefix}_{name}": value.float() for name, value in values.items()})
+        # equal on all ranks already; `sync_dist` only says so to Lightning
+        self.log_dict({f"{prefix}_{name}": value.float() for name, value in values.items()}, sync_dist=True)
 
     def predict_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Score the data: per micro-batch the log-probability of every supervised token, fp32 `[b, s]` aligned with

@@ -34,7 +34,7 @@ def train(spec: str, world_size: int, micro: int, family: str, tied: bool, devic
         rows = random_rows(ROWS, LENGTH, seed=step)
         mine = rows[strategy.dp_rank :: strategy.dp_size]
         micro_batches = [stack(mine[i : i + micro]) for i in range(0, len(mine), micro)]
-        tokens = strategy.sum_over_data_parallel(
+        tokens = strategy.sum_over_tokens(
             torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum()
         )
         loss = strategy.forward_backward(objective, micro_batches, tokens)
@@ -42,7 +42,7 @@ def train(spec: str, world_size: int, micro: int, family: str, tied: bool, devic
         gradients = {name: full(p.grad).clone() for name, p in model.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
-        total = strategy.sum_over_data_parallel(loss.clone()) / tokens
+        total = strategy.sum_over_tokens(loss.clone()) / tokens
         history.append({"loss": total.item(), "norm": norm.item(), "gradients": gradients})
     held = sum(local_tensor(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
     weights = {name: full(p).detach().clone() for name, p in model.named_parameters()}

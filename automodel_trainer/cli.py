@@ -1,0 +1,95 @@
+"""`amt`: Lightning's CLI for this project's Trainer, and the tools. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+USAGE = """\
+usage: amt COMMAND [options]
+
+Train and use Hugging Face models on any layout of devices.
+
+training (options from --config FILE.yaml and from the command line; amt COMMAND --help lists them)
+  fit        train a model
+  validate   evaluate on the validation data
+  test       evaluate on the test data
+  predict    score data: the log-probability of every supervised token
+
+tools
+  preview    show the first batch as the model will see it: trained, masked and boundary tokens
+  generate   answer prompts with a model folder
+  merge      merge a LoRA adapter into its base model
+
+  amt fit --config configs/quickstart.yaml
+  amt fit --config configs/sft.yaml --trainer.strategy fsdp2 --trainer.devices 4
+  amt preview --config configs/quickstart.yaml --html batch.html
+"""
+
+_TRAINING = ("fit", "validate", "test", "predict")
+_TOOLS = {
+    "generate": "automodel_trainer.tools.generate",
+    "merge": "automodel_trainer.tools.merge",
+    "preview": "automodel_trainer.tools.preview_command",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; exits with 2 on a usage error and with 1 on an error that says what to do."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help", "help"):
+        print(USAGE, end="")
+    elif command == "--version":
+        print(_version())
+    elif command in _TRAINING:
+        _explain_errors(lambda: _train(argv))
+    elif command in _TOOLS:
+        _explain_errors(lambda: import_module(_TOOLS[command]).main(argv[1:]))
+    else:
+        _unknown(command)
+
+
+def _train(argv: list[str]) -> None:
+    from automodel_trainer.lightning_cli import run
+
+    run(argv)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"automodel-trainer {version('automodel-trainer')}"
+
+
+def _unknown(command: str) -> None:
+    import difflib
+
+    known = [*_TRAINING, *_TOOLS]
+    hint = difflib.get_close_matches(command, known, n=1)
+    nearest = f" Did you mean {hint[0]!r}?" if hint else ""
+    print(f"amt: {command!r} is not a command.{nearest} Allowed: {', '.join(known)}.", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _explain_errors(run: Callable[[], None]) -> None:
+    """Print what this project says to its users without a traceback; anything else is a bug and keeps its own."""
+    try:
+        run()
+    except ValueError as error:
+        if os.environ.get("AMT_TRACEBACK") or not _is_ours(error):
+            raise
+        print(f"\namt: {error}\n(AMT_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised by this package's own code, on purpose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = Path(__file__).resolve().parent
+    homes = (package, package.parent / "strategies", package.parent / "callbacks")
+    return bool(frames) and any(home in Path(frames[-1].filename).resolve().parents for home in homes)

@@ -1,0 +1,125 @@
+"""LightningCLI for `amt fit | validate | test | predict`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+import automodel_trainer.callbacks
+from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule
+from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.trainer import Trainer
+
+CONFIG_NAME = "config.yaml"
+
+# Known by their short names in YAML, as Lightning's own are.
+__all__ = ["AmtCLI", "CausalLMModule", "ChatDataModule", "MockDataModule", "TextDataModule", "run"]
+
+
+_NOT_ACCEPTED = re.compile(r"(?:does not accept option|Option|Key|No action for key) ['\"]([\w.]+)['\"]")
+_UNRECOGNIZED = re.compile(r"[Uu]nrecognized arguments: --([\w.]+)")
+_CLASS = re.compile(r"given class_path '([\w.]+)'")
+
+
+class AmtParser(LightningArgumentParser):
+    """Says in two lines what is wrong with a configuration, and names the nearest known key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        found = _NOT_ACCEPTED.search(message) or _UNRECOGNIZED.search(message)
+        if found is None:
+            self.exit(2, f"amt: {message}\n")
+        unknown, owners = found.group(1), _CLASS.findall(message[: found.start()])
+        known = _arguments_of(owners[-1]) if owners else [action.dest for action in self._all_actions()]
+        where = f" of {owners[-1].rpartition('.')[2]}" if owners else ""
+        self.exit(2, f"amt: {unknown!r} is not an option{where}.{_nearest(unknown, known)}\n")
+        raise AssertionError("exit() exits")
+
+    def _all_actions(self) -> list[Any]:
+        """Of the subcommand's parser too: an error can surface in either."""
+        nested = [parser for action in self._actions for parser in getattr(action, "_name_parser_map", {}).values()]
+        return [action for parser in (self, *nested) for action in parser._actions]
+
+
+def _arguments_of(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    return list(inspect.signature(getattr(import_module(module), name)).parameters)
+
+
+def _nearest(unknown: str, known: list[str]) -> str:
+    """A hint by the whole key, or by its last part (`trainer.max_epoch`, `max_epoch`)."""
+    tops = sorted({name.partition(".")[0] for name in known} - {"help", "print_config", "config"})
+    head = unknown.partition(".")[0]
+    if head != unknown and head not in tops:
+        unknown, known = head, tops
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    match = difflib.get_close_matches(unknown, known, n=1) or [
+        leaves[leaf] for leaf in difflib.get_close_matches(unknown.rpartition(".")[2], leaves, n=1)
+    ]
+    if match:
+        return f" Did you mean {match[0]!r}?"
+    return f" Allowed: {', '.join(tops)}."
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the run's whole configuration to `<default_root_dir>/config.yaml`; checkpoints take a copy along."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / CONFIG_NAME, skip_none=False, overwrite=True, multifile=self.multifile)
+
+
+class AmtCLI(LightningCLI):
+    """`model:` is a CausalLMModule and `data:` a ChatDataModule unless a `class_path` says otherwise."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults(
+            {
+                "model": {"class_path": "automodel_trainer.CausalLMModule"},
+                "data": {"class_path": "automodel_trainer.ChatDataModule"},
+            }
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        evaluation = {"model", "data", "dataloaders", "datamodule"}
+        return {
+            "fit": {"model", "data", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": evaluation,
+            "test": evaluation,
+            "predict": evaluation,
+        }
+
+
+def run(argv: list[str]) -> AmtCLI:
+    """Parse `argv` (command first), build trainer, model and data, and run the command."""
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    return AmtCLI(
+        model_class=pl.LightningModule,
+        datamodule_class=pl.LightningDataModule,
+        trainer_class=Trainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveRunConfig,
+        parser_kwargs={"prog": "amt"},
+        seed_everything_default=0,
+        parser_class=AmtParser,
+        auto_configure_optimizers=False,
+        args=argv,
+    )
+
+
+assert automodel_trainer.callbacks  # its classes too are known by their short names
