@@ -1,0 +1,75 @@
+"""What one rank fails at fails on all: nobody waits for a rank that has given up."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+T = TypeVar("T")
+
+
+class CheckpointError(OSError):
+    """A file of a checkpoint could not be written (what was there before stays) or read. Raised on all ranks."""
+
+
+def on_all_ranks(action: Callable[[], T], folder: Any) -> T:
+    """Call `action` on every rank and wait for all; if it failed on any, raise the same error on every rank.
+
+    Raises:
+        ValueError: some rank raised one (bad input: trying again will not help).
+        CheckpointError: some rank raised an OSError.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except (OSError, ValueError) as raised:
+        error = raised
+    except CheckpointException as raised:  # DCP's agreement on a failed read or write: a BaseException on all ranks
+        raise CheckpointError(_errno_of(raised), f"{folder}: {_first_failure(raised)}") from raised
+    failures = _gather(None if error is None else _describe(error))
+    first = next(((rank, failure) for rank, failure in enumerate(failures) if failure is not None), None)
+    if first is not None:
+        rank, (kind, number, message) = first
+        where = f" (on rank {rank})" if len(failures) > 1 else ""
+        if kind == "ValueError":
+            raise ValueError(message + where) from error
+        raise CheckpointError(number, f"{folder}: {message}{where}") from error
+    return result  # type: ignore[return-value]
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _gather(value: Any) -> list[Any]:
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _describe(error: Exception) -> tuple[str, int, str]:
+    if isinstance(error, ValueError):
+        return "ValueError", 0, str(error)
+    return "OSError", getattr(error, "errno", None) or errno.EIO, str(error)
+
+
+def _errno_of(exception: CheckpointException) -> int:
+    errors = [failure[0] for failure in exception.failures.values()]
+    return next((e.errno for e in errors if isinstance(e, OSError) and e.errno), errno.EIO)
+
+
+def _first_failure(exception: CheckpointException) -> str:
+    number, (error, _) = sorted(exception.failures.items())[0]
+    return f"{type(error).__name__}: {error} (on rank {number})"

@@ -1,0 +1,101 @@
+"""Python state as JSON and back, exactly: what a pickle would hold, without one."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LARGEST_TENSOR = 1_000_000  # elements; what is larger belongs into safetensors
+_PLAIN = (str, int, bool, type(None))
+
+
+def encode(value: Any, key: str = "") -> Any:
+    """Turn nested state into what `json.dumps` writes.
+
+    Beyond JSON it knows tuples, sets, dicts with keys that are not strings, small tensors of any dtype, numpy scalars,
+    paths, dtypes and devices, and NaN and infinity (which are not JSON).
+
+    Args:
+        value: the state.
+        key: where it stands, for the error message.
+
+    Raises:
+        ValueError: a value of any other kind; the message names its key.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"__float__": repr(float(value))}
+    if isinstance(value, (Mapping, argparse.Namespace)):
+        return _encode_dict(vars(value) if isinstance(value, argparse.Namespace) else value, key)
+    if type(value) is list:
+        return [encode(item, f"{key}[{i}]") for i, item in enumerate(value)]
+    if type(value) in (tuple, set):
+        items = value if type(value) is tuple else sorted(value, key=repr)
+        return {f"__{type(value).__name__}__": [encode(item, f"{key}[{i}]") for i, item in enumerate(items)]}
+    return _encode_object(value, key)
+
+
+def decode(value: Any) -> Any:
+    """The inverse of `encode`."""
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = next(iter(value)) if value else ""
+    if tag in _DECODERS:
+        return _DECODERS[tag](value)
+    return {name: decode(item) for name, item in value.items()}
+
+
+def _encode_dict(value: Mapping[Any, Any], key: str) -> dict[str, Any]:
+    ours = any(isinstance(name, str) and name in _DECODERS for name in value)
+    if ours or any(type(name) is not str for name in value):
+        pairs = [[encode(name, key), encode(item, f"{key}[{name!r}]")] for name, item in value.items()]
+        return {"__dict__": pairs}
+    return {name: encode(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+
+
+def _encode_object(value: Any, key: str) -> Any:
+    if isinstance(value, Tensor) and type(value) in (Tensor, torch.nn.Parameter) and value.numel() <= _LARGEST_TENSOR:
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {"__tensor__": encode(value.detach().cpu().tolist(), key), "dtype": dtype, "shape": list(value.shape)}
+    if isinstance(value, np.generic):
+        return encode(value.item(), key)
+    if isinstance(value, Path):
+        return {"__path__": str(value)}
+    if isinstance(value, torch.dtype):
+        return {"__dtype__": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"__device__": str(value)}
+    if isinstance(value, (str, int)):  # enumerations with a value, and other subclasses
+        return str.__str__(value) if isinstance(value, str) else int(value)
+    raise ValueError(
+        f"{key or 'the state'} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot "
+        "hold: it is written as JSON and safetensors, never as pickle. Keep numbers, strings, lists, dicts and small "
+        "tensors in state dicts and hyperparameters (self.save_hyperparameters(ignore=[...]) leaves others out)."
+    )
+
+
+def _decode_tensor(value: dict[str, Any]) -> Tensor:
+    dtype = getattr(torch, value["dtype"])
+    return torch.tensor(decode(value["__tensor__"]), dtype=dtype).reshape(value["shape"])
+
+
+_DECODERS: dict[str, Any] = {
+    "__float__": lambda value: float(value["__float__"]),
+    "__tuple__": lambda value: tuple(decode(value["__tuple__"])),
+    "__set__": lambda value: set(decode(value["__set__"])),
+    "__dict__": lambda value: {decode(name): decode(item) for name, item in value["__dict__"]},
+    "__tensor__": _decode_tensor,
+    "__path__": lambda value: Path(value["__path__"]),
+    "__dtype__": lambda value: getattr(torch, value["__dtype__"]),
+    "__device__": lambda value: torch.device(value["__device__"]),
+}

@@ -1,0 +1,72 @@
+"""The checkpoints of a run in their folder, and the runs beside each other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from automodel_trainer.checkpoint.folder import check_checkpoint, read_manifest
+
+LATEST, BEST = "latest", "best"
+
+
+def step_folder(step: int) -> str:
+    """The name of the checkpoint of an optimizer step."""
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def saved_in(run: Path) -> list[Path]:
+    """The checkpoints in a run's folder in the order they were written; what has no manifest is none."""
+    found = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    whole = [path for path in found if (path / "manifest.json").is_file()]
+    return sorted(whole, key=lambda path: (_created(path), path.name))
+
+
+def runs(base: Path) -> list[Path]:
+    """`base`, `base-v1`, `base-v2`, … as far as they are there."""
+    if not base.parent.is_dir():
+        return []
+    pattern = re.compile(re.escape(base.name) + r"(?:-v(\d+))?")
+    numbered = [(pattern.fullmatch(path.name), path) for path in base.parent.iterdir() if path.is_dir()]
+    return [path for _, path in sorted((int(match[1] or 0), path) for match, path in numbered if match)]
+
+
+def new_run(base: Path) -> Path:
+    """A folder of which no checkpoint of an earlier run is in the way."""
+    version, run = 0, base
+    while saved_in(run):
+        version += 1
+        run = base.with_name(f"{base.name}-v{version}")
+    return run
+
+
+def find_last(base: Path) -> Path | None:
+    """The newest whole checkpoint of all runs; damaged ones are passed over, with a warning."""
+    everything = [checkpoint for run in runs(base) for checkpoint in saved_in(run)]
+    for checkpoint in sorted(everything, key=_created, reverse=True):
+        try:
+            check_checkpoint(checkpoint)
+        except ValueError as error:
+            rank_zero_warn(f"Passing over a damaged checkpoint: {error}")
+        else:
+            return checkpoint
+    return None
+
+
+def find_best(base: Path) -> Path | None:
+    """What `best` points to in the newest run that has one."""
+    links = [run / BEST for run in runs(base) if (run / BEST).is_dir()]
+    return links[-1].resolve() if links else None
+
+
+def _created(checkpoint: Path) -> float:
+    try:
+        return float(read_manifest(checkpoint)["created"])
+    except (ValueError, KeyError):
+        return 0.0

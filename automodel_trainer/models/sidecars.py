@@ -1,0 +1,142 @@
+"""The files of a model folder beside its weights: config, generation config, tokenizer, whatever else came with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+# Weights in any format, and what may hold code in disguise (pickle).
+_WEIGHTS = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".hdf5", ".ot",
+    ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".nemo", ".engine", ".index", ".meta",
+}  # fmt: skip
+_UNCHANGED = ("architectures", "transformers_version", "_name_or_path")  # config keys that training does not change
+
+
+def source_folder(model: PreTrainedModel) -> Path | None:
+    """The local folder a model came from, if it is (still) there; a Hub id is looked up in the local cache only."""
+    name = getattr(model.config, "name_or_path", "") or getattr(model, "name_or_path", "")
+    if not name:
+        return None
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(name), local_files_only=True))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+            return None
+    return folder if (folder / "config.json").is_file() else None
+
+
+def copy_sidecars(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    source: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Put everything but the weights into `folder`: on one rank, without touching a parameter's values.
+
+    Files of the folder the model came from are copied byte by byte (model card, license, tokenizer, chat template,
+    code, generation config); its config.json keeps every field, known or not, that training did not change.
+
+    Args:
+        model: the trained model.
+        folder: an existing folder.
+        source: where the model came from; by default what its config says. Without one the files are made anew.
+        tokenizer: written in place of the source's where it differs from that.
+        dtype: of the weights beside; by default the model's.
+    """
+    source = source or source_folder(model)
+    dtype = dtype or model.dtype
+    if source is None:
+        _save_config(model, folder, dtype)
+    else:
+        for file in _sidecars_of(source, folder):
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        (folder / "config.json").write_text(json.dumps(_merged_config(model, source, dtype), indent=2) + "\n")
+    if model.can_generate() and not (folder / "generation_config.json").is_file():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None and (source is None or not _same_tokenizer(tokenizer, source)):
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # of the tokenizer that is replaced
+        tokenizer.save_pretrained(folder)
+
+
+def is_weight_file(file: Path) -> bool:
+    """Whether a file of a model folder holds weights, or says where they are."""
+    return file.suffix.lower() in _WEIGHTS or file.name.endswith(".index.json")
+
+
+def _sidecars_of(source: Path, folder: Path) -> list[Path]:
+    """Files to copy: not weights, nothing hidden (caches, version control), nothing that lies in `folder` itself."""
+    files = []
+    for file in sorted(source.rglob("*")):
+        parts = file.relative_to(source).parts
+        if any(part.startswith(".") or part == "__pycache__" for part in parts) or not file.is_file():
+            continue
+        if not is_weight_file(file) and not file.resolve().is_relative_to(folder.resolve()):
+            files.append(file)
+    return files
+
+
+def _save_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    config = json.loads(model.config.to_json_string())
+    config |= {"dtype": _name(dtype), "architectures": [_class_name(model)]}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _merged_config(model: PreTrainedModel, source: Path, dtype: torch.dtype) -> dict[str, Any]:
+    original = json.loads((source / "config.json").read_text())
+    before = json.loads(type(model.config).from_pretrained(source).to_json_string(use_diff=False))
+    now = json.loads(model.config.to_json_string(use_diff=False))
+    now["dtype"] = _name(dtype)
+    return _merge(original, before, now)
+
+
+def _merge(original: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """`original` with the values in which `now` differs from `before`."""
+    merged = dict(original)
+    for key, value in now.items():
+        if key in _UNCHANGED or (key in before and value == before[key]):
+            continue
+        known = merged.get(key)
+        if isinstance(value, dict) and isinstance(known, dict):
+            merged[key] = _merge(known, before.get(key) or {}, value)
+        elif key == "dtype" and "torch_dtype" in merged:  # the older name of the field
+            merged["torch_dtype"] = value
+        else:
+            merged[key] = value
+    return merged
+
+
+def _same_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path) -> bool:
+    try:
+        original = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError):  # none there, or one that needs code that is not trusted
+        return str(getattr(tokenizer, "name_or_path", "")) == str(source)
+    return _identity(tokenizer) == _identity(original)
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """What a tokenizer does, whatever padding and truncation it was last called with."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    return [rules, tokenizer.chat_template, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
+
+
+def _class_name(model: PreTrainedModel) -> str:
+    return type(model).__name__.removeprefix("FSDP")  # FSDP2 puts a class of its own before the model's
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

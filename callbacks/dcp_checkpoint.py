@@ -1,0 +1,284 @@
+"""When to save: every so many steps or epochs, at the best validation score, at the end; and what to keep."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from automodel_trainer.checkpoint import CheckpointError, remove_checkpoint
+from automodel_trainer.checkpoint.codec import encode
+from automodel_trainer.checkpoint.folder import link
+from automodel_trainer.checkpoint.rng import set_rng_state
+from automodel_trainer.checkpoint.runs import BEST, LATEST, find_best, find_last, new_run, runs, saved_in, step_folder
+from automodel_trainer.checkpoint.state import CONFIG_KEY, RNG_KEY
+
+
+class DCPCheckpoint(Checkpoint):
+    """Saves `<dirpath>/step-00000010`, and links `latest` and `best` to checkpoints that are whole.
+
+    A checkpoint holds all that training needs to go on as if it had never stopped; its `model/` is a Hugging Face
+    folder. It is written to another name and renamed when it is whole, so a crash leaves the one before as the latest.
+    Where a save fails (a full disk), training goes on to the next one, with a warning.
+
+    A new run does not mix with checkpoints that are there already: it takes `checkpoints-v1`, `-v2`, … A resumed run
+    goes on in the folder that it was resumed from.
+
+    Args:
+        dirpath: by default `<default_root_dir>/checkpoints`.
+        every_n_steps: optimizer steps between saves.
+        every_n_epochs: epochs between saves, each after the last step of an epoch. 1 where neither is given and nothing
+            is monitored.
+        keep_last: newest checkpoints to keep; None keeps all.
+        monitor: a logged validation metric; each validation that is among the `keep_best` best is saved.
+        mode: whether a lower (`min`) or a higher (`max`) score is better.
+        keep_best: best checkpoints to keep beside the newest.
+        save_at_end: save the last step.
+
+    Attributes:
+        last_model_path: the newest checkpoint, or "".
+        best_model_path, best_model_score: the best one and its score, or "" and None.
+        failed_saves: how many could not be written.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        keep_last: int | None = 3,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        keep_best: int = 1,
+        save_at_end: bool = True,
+    ) -> None:
+        counts = {"every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs, "keep_last": keep_last}
+        for name, value in {**counts, "keep_best": keep_best}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"DCPCheckpoint({name}={value}): it must be at least 1, or None.")
+        if mode not in ("min", "max"):
+            raise ValueError(f"DCPCheckpoint(mode={mode!r}) is unknown. Allowed: min, max.")
+        if every_n_steps is None and every_n_epochs is None and monitor is None:
+            every_n_epochs = 1
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.monitor, self.mode = monitor, mode
+        self.save_at_end = save_at_end
+        self.run_folder: Path | None = None
+        self.last_model_path = ""
+        self.scores: dict[str, float] = {}
+        self.failed_saves = 0
+        self._requested = False
+        self._last_step = 0
+        self._last_saved = -1
+        self._validation_due = False
+        self._rng: dict[str, Any] | None = None
+
+    # --- looking back -----------------------------------------------------------------------------------------------
+
+    def find_last(self, default_root_dir: str | Path) -> Path | None:
+        """The newest whole checkpoint of this and earlier runs; None if there is none."""
+        return find_last(self._base(default_root_dir))
+
+    def find_best(self, default_root_dir: str | Path) -> Path | None:
+        """The best checkpoint of the newest run that has one."""
+        return find_best(self._base(default_root_dir))
+
+    @property
+    def best_model_path(self) -> str:
+        ranked = self._ranked()
+        return str(self.run_folder / ranked[0]) if ranked and self.run_folder is not None else ""
+
+    @property
+    def best_model_score(self) -> float | None:
+        ranked = self._ranked()
+        return self.scores[ranked[0]] if ranked else None
+
+    # --- Lightning's hooks --------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        for owner in filter(None, (pl_module, trainer.datamodule)):  # before the first step, not at the first save
+            encode(dict(owner.hparams), f"{type(owner).__name__}.hparams")
+        # Rank 0 looks for all: another rank could already see what rank 0 has written.
+        found = self._choose_run(trainer) if trainer.is_global_zero else None
+        self.run_folder = trainer.strategy.broadcast(found)
+        self._last_saved = -1
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._rng = checkpoint.get(RNG_KEY)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning makes an iterator of the loader after it has restored, and an iterator may draw a random number. In
+        # the middle of an epoch the saved state is from after that draw; at its end from before it.
+        if self._rng is not None and trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0:
+            set_rng_state(self._rng)
+        self._rng = None
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        due = self._is_due(trainer)
+        self._last_step = trainer.global_step
+        if due:
+            self._validation_due = _validates_after(trainer)
+            self._save(trainer, pl_module)
+            self._validation_due = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        name, score = step_folder(trainer.global_step), self._monitored(trainer)
+        if math.isnan(score):
+            return
+        others = {other: value for other, value in self.scores.items() if other != name}
+        self.scores = {**others, name: score}
+        if name not in self._ranked()[: self.keep_best] or not self._save(trainer, pl_module):
+            self.scores = others
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.save_at_end:
+            self._save(trainer, pl_module)
+        if self.failed_saves:
+            rank_zero_warn(
+                f"{self.failed_saves} checkpoint(s) of this run could not be written. The last good one is "
+                f"{self.last_model_path or 'none'}."
+            )
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        config = Path(trainer.default_root_dir) / "config.yaml"
+        if config.is_file():
+            checkpoint[CONFIG_KEY] = config.read_text()
+        if self._validation_due:
+            _resume_with_validation(checkpoint["loops"]["fit_loop"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": dict(self.scores), "monitor": self.monitor, "mode": self.mode}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode) and self.run_folder is not None:
+            there = {folder.name for folder in saved_in(self.run_folder)}
+            self.scores = {name: score for name, score in state_dict["scores"].items() if name in there}
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def request_save(self) -> None:
+        """Save after the step that is running; to be called on every rank."""
+        self._requested = True
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        step = trainer.global_step
+        if self._requested:
+            self._requested = False
+            return True
+        if self.every_n_steps and step // self.every_n_steps > self._last_step // self.every_n_steps:
+            return True
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs and trainer.is_last_batch and epoch % self.every_n_epochs == 0:
+            return True
+        # The last step is saved here rather than at the end, where Lightning takes any epoch for a finished one.
+        last_epoch = trainer.is_last_batch and epoch == trainer.max_epochs
+        stops = trainer.should_stop and step >= (trainer.min_steps or 0) and not trainer.min_epochs
+        return self.save_at_end and (step == trainer.max_steps or last_epoch or stops)
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Save the step unless it is saved; False if that failed."""
+        assert self.run_folder is not None
+        folder = self.run_folder / step_folder(trainer.global_step)
+        if self._last_saved != trainer.global_step:
+            if callable(check := getattr(pl_module, "check_finite", None)):
+                check()  # raises rather than have a broken state saved over a good one
+            try:
+                trainer.save_checkpoint(folder)
+            except CheckpointError as error:
+                self.failed_saves += 1
+                rank_zero_warn(
+                    f"The checkpoint of step {trainer.global_step} could not be written: {error}. Training goes on; "
+                    f"the latest checkpoint is still {self.last_model_path or 'none'}."
+                )
+                return False
+            self._last_saved = trainer.global_step
+            self.last_model_path = str(folder)
+        if trainer.is_global_zero:
+            self._tidy(self.run_folder, folder)
+        trainer.strategy.barrier("DCPCheckpoint")
+        return True
+
+    def _tidy(self, run: Path, newest: Path) -> None:
+        """Move the links, then remove what is to be kept no longer."""
+        best = self._ranked()[: self.keep_best]
+        link(run / LATEST, newest.name)
+        if best:
+            link(run / BEST, best[0])
+        saved = saved_in(run)
+        keep = {newest.name, *best, *(folder.name for folder in saved[-(self.keep_last or len(saved)) :])}
+        for folder in saved:
+            if folder.name not in keep:
+                remove_checkpoint(folder)
+
+    def _ranked(self) -> list[str]:
+        """Names of scored checkpoints, the best first; of equal ones the earlier."""
+        sign = 1 if self.mode == "min" else -1
+        return sorted(self.scores, key=lambda name: (sign * self.scores[name], name))
+
+    def _monitored(self, trainer: pl.Trainer) -> float:
+        assert self.monitor is not None
+        if self.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"DCPCheckpoint(monitor={self.monitor!r}): no such metric was logged in validation. There are: "
+                f"{', '.join(sorted(trainer.callback_metrics)) or 'none'}."
+            )
+        # Ranks that decide by different numbers would wait for each other for ever.
+        return float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
+
+    def _base(self, default_root_dir: str | Path) -> Path:
+        return self.dirpath or Path(default_root_dir) / "checkpoints"
+
+    def _choose_run(self, trainer: pl.Trainer) -> Path:
+        base = self._base(trainer.default_root_dir).absolute()
+        if trainer.ckpt_path:
+            resumed = Path(trainer.ckpt_path).resolve().parent
+            if resumed in [run.resolve() for run in runs(base)]:
+                return resumed
+        return new_run(base)
+
+
+def _validates_after(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates between this step and the next by its schedule of batches and epochs."""
+    if not trainer.enable_validation or not trainer.val_check_batch:
+        return False
+    every = trainer.check_val_every_n_epoch
+    if every is not None and (trainer.current_epoch + 1) % every != 0:
+        return False
+    if trainer.val_check_batch == float("inf"):
+        return trainer.is_last_batch
+    loop = trainer.fit_loop
+    done = (loop.total_batch_idx if every is None else loop.batch_idx) + 1
+    return done % trainer.val_check_batch == 0
+
+
+def _resume_with_validation(fit_loop: dict[str, Any]) -> None:
+    """Make the state one from the beginning of validation: a resumed run then does it.
+
+    Lightning would take a state from the end of a training batch, with validation about to follow, as one in which it
+    has been done.
+    """
+    batches = fit_loop["epoch_loop.batch_progress"]
+    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    for scope in ("total", "current"):
+        batches[scope]["completed"] = batches[scope]["ready"]
+    done = validation["total"]["completed"]
+    validation["total"] = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
+    validation["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    validation["is_last_batch"] = False

@@ -1,0 +1,52 @@
+"""Leave a Hugging Face folder behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedModel
+
+from automodel_trainer.callbacks.preemption import Preemption
+from automodel_trainer.models.export import export_pretrained
+
+
+class HFExport(Callback):
+    """Exports the trained model at the end of `fit`, unless the run was stopped by a signal, and says where to.
+
+    Args:
+        dirpath: by default `<default_root_dir>/hf`.
+        dtype: of the weights on disk, by torch's name ("bfloat16"); None keeps the trained dtype.
+
+    Raises:
+        ValueError: a name that is no dtype; a module without a Hugging Face model.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None, dtype: str | torch.dtype | None = None) -> None:
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not isinstance(found, torch.dtype):
+            raise ValueError(f"HFExport(dtype={dtype!r}) is not a torch dtype. Allowed: bfloat16, float16, float32.")
+        self.dtype: torch.dtype | None = found
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not isinstance(getattr(pl_module, "model", None), PreTrainedModel):
+            raise ValueError(
+                f"HFExport exports Hugging Face models, but {type(pl_module).__name__}.model is none. Remove it."
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if any(isinstance(callback, Preemption) and callback.stopped_by for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            return
+        folder = self.dirpath or Path(trainer.default_root_dir) / "hf"
+        export_pretrained(
+            pl_module.model,  # type: ignore[arg-type]
+            folder,
+            tokenizer=getattr(pl_module, "tokenizer_or_none", None),
+            source=getattr(pl_module, "source", None),
+            dtype=self.dtype,
+        )
+        rank_zero_info(f"Model exported to {folder}\nTry it: amt generate --model {folder}")
