@@ -82,17 +82,22 @@ def flops_per_token(model: nn.Module, seq_len: float, causal: bool = True) -> fl
         causal: False counts attention to all `seq_len` keys.
     """
     weights = list(_matmul_weights(model))
-    first_trained = next((i for i, (weight, _) in enumerate(weights) if weight.requires_grad), len(weights))
+    first = next((index for index, (weight, _) in enumerate(weights) if weight.requires_grad), len(weights))
     if any(p.requires_grad for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()):
-        first_trained = 0
+        first = -1
     total = 0.0
     for index, (weight, share) in enumerate(weights):
-        passes = 3 if weight.requires_grad else 2 if index > first_trained else 1
-        total += 2 * passes * share * weight.numel()
+        forward, input_gradient, weight_gradient = 1, index > first, weight.requires_grad
+        total += 2 * (forward + input_gradient + weight_gradient) * share * weight.numel()
     # Attention has a backward in the layers that backward reaches; the last weight is the head.
     body = max(1, len(weights) - 1)
-    reached = max(0, body - first_trained) / body
+    reached = (body - max(0, first)) / body if first < body else 0.0
     return total + (1 + 2 * reached) * _attention_flops(_text_config(model), seq_len, causal)
+
+
+def holds_language_model(model: nn.Module) -> bool:
+    """Whether a transformers model is inside, whose sizes `flops_per_token` knows."""
+    return bool(_text_config(model))
 
 
 def _matmul_weights(model: nn.Module) -> Iterator[tuple[Tensor, float]]:

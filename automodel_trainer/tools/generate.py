@@ -1,0 +1,197 @@
+"""`amt generate`: ask a Hugging Face folder something and watch the answer arrive.
+
+amt generate --model runs/quickstart/export --prompt "What does `math.hypot` do in Python?"
+amt generate --model runs/quickstart/export            # a conversation, one line at a time
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+def generate(
+    model: str | Path,
+    prompt: str | None,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> list[str]:
+    """Load a model folder, stream the answer to the terminal and return it.
+
+    Args:
+        model: a folder with config, tokenizer and weights (or the id of a model that is in the local cache).
+        prompt: the question; None reads one per line from standard input, as turns of one conversation (an empty
+            line starts a new one).
+        system: a system message put before the conversation; models without chat template take none.
+        max_new_tokens: the most tokens one answer may have.
+        temperature: 0 always takes the likeliest token (greedy); above 0 draws.
+        top_p: draws only from the likeliest tokens that hold this share of the probability.
+        seed: makes drawn answers repeatable.
+        device: where to run; None takes a GPU when there is one.
+        dtype: "auto" takes what the folder was saved in, or a torch name such as "bfloat16".
+
+    Returns:
+        The answers, one for each prompt.
+
+    Raises:
+        ValueError: the folder holds no model, or an argument makes no sense for it.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: temperature must be at least "
+            "0 (0 is greedy), top_p above 0 and at most 1, max_new_tokens at least 1."
+        )
+    check_folder(model)
+    loaded, tokenizer = load(model, device=device, dtype=dtype)
+    if system is not None and not tokenizer.chat_template:
+        raise ValueError(f"{model} has no chat template, so a system message has no place in it. Leave `system` out.")
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    config = _generation_config(loaded, tokenizer, max_new_tokens, temperature, top_p)
+    opening = [{"role": "system", "content": system}] if system is not None else []
+    answers = []
+    conversation = list(opening)
+    for line in [prompt] if prompt is not None else _read_lines():
+        if not line.strip():
+            conversation = list(opening)
+            continue
+        conversation.append({"role": "user", "content": line})
+        answers.append(_answer(loaded, tokenizer, conversation, config))
+        conversation.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def check_folder(model: str | Path) -> None:
+    """Refuse a folder that cannot be loaded, naming what it lacks; a name that is no folder is left to transformers."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return
+    has_weights = any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)
+    lacks = [] if (folder / "config.json").is_file() else ["config.json"]
+    lacks += [] if has_weights else ["weights (*.safetensors)"]
+    if lacks:
+        inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"{folder} is not a model folder: no {' and no '.join(lacks)} in it (it holds: {inside}). Name a folder "
+            "written by `save_pretrained`."
+        )
+
+
+def load(model: str | Path, device: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model (in eval mode, on its device) and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
+    except OSError as error:
+        found = (
+            "is there, but cannot be loaded" if Path(model).is_dir() else "is no folder, nor in the local model cache"
+        )
+        raise ValueError(f"--model {model}: {found}. Name a folder written by `save_pretrained`. ({error})") from error
+    return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
+def _generation_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> GenerationConfig:
+    """The model's own settings (its end tokens above all) with the user's choice of length and sampling."""
+    config = copy.deepcopy(model.generation_config)
+    draws = temperature > 0
+    # Settings for drawing that stay behind in a greedy config only cause warnings.
+    config.update(
+        do_sample=draws,
+        temperature=temperature if draws else None,
+        top_p=top_p if draws else None,
+        top_k=0 if draws else None,
+        max_new_tokens=max_new_tokens,
+        max_length=None,
+    )
+    config.eos_token_id = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return config
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: list[dict[str, str]],
+    config: GenerationConfig,
+) -> str:
+    from transformers import TextStreamer
+
+    inputs = encode(tokenizer, conversation).to(model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = model.generate(**inputs, generation_config=config, streamer=streamer)
+    new_tokens = output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new_tokens, skip_special_tokens=True))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> Any:
+    """Token ids and mask, ``[1, s]`` each; without a chat template the last message is continued as plain text."""
+    if not tokenizer.chat_template:
+        return tokenizer(conversation[-1]["content"], return_tensors="pt", return_token_type_ids=False)
+    return tokenizer.apply_chat_template(
+        conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+
+def _read_lines() -> Iterator[str]:
+    """Lines of standard input, with a prompt mark when a person types them, until the end of the input."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("Type a line and press Enter. An empty line starts a new conversation, Ctrl-D ends.")
+    try:
+        while True:
+            yield input("> " if interactive else "")
+    except (EOFError, KeyboardInterrupt):
+        if interactive:
+            print()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="amt generate", description="Generate text with a model folder.")
+    parser.add_argument("--model", required=True, help="folder with config, tokenizer and safetensors")
+    parser.add_argument("--prompt", help="the question; without it, lines are read from the terminal")
+    parser.add_argument("--system", help="a system message before the conversation")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, help="makes drawn answers repeatable")
+    parser.add_argument("--device", help="for example cuda:0 or cpu (default: a GPU when there is one)")
+    parser.add_argument("--dtype", default="auto", help="for example bfloat16 (default: as saved)")
+    try:
+        generate(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

