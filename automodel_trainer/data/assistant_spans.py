@@ -1,0 +1,201 @@
+"""Where the assistant's turns lie in a rendered conversation, for chat templates as they are.
+
+A template with `{% generation %}` says so itself. For any other, the turn of message i starts where the prompt that
+inference would give the model (the messages before i, with the generation prompt) ends, and it ends where the
+rendering of the messages up to and including i ends: two renderings that are usually prefixes of the whole one.
+
+Some templates render a message differently once others follow (reasoning stripped from earlier turns, the system
+message moved into the last user turn, another end-of-turn token). There a message is found by substitution: render
+again with its content replaced, and what differs is its content. What a part of the conversation has after its last
+message's content, the whole conversation must have in that place too.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .rendered_chat import Message, RenderedChat, Span, called_function, shared_length, shortened, with_arguments
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
+
+
+def assistant_spans(chat: RenderedChat, special: re.Pattern[str], last_turn: bool = False) -> list[Span]:
+    """The characters the assistant writes, in order: every turn, or the last one.
+
+    Args:
+        chat: the rendered conversation. Assistant messages with `"weight": 0` are left out.
+        special: matches the special tokens of the tokenizer: a turn ends with the last one it has.
+        last_turn: only the last of the assistant messages.
+
+    Raises:
+        ValueError: a turn cannot be placed. The message shows the rendered conversation.
+    """
+    turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    wanted = [i for i in (turns[-1:] if last_turn else turns) if chat.messages[i].get("weight", 1) != 0]
+    for i in wanted:
+        _check_calls(chat, i)
+    if chat.marked is not None:
+        return chat.marked if wanted == turns else _marked_spans(chat, turns, wanted)
+    spans = [_turn_span(chat, i, special) for i in wanted]
+    for i, span, following in zip(wanted, spans, [*spans[1:], (len(chat.text), 0)]):
+        if not span[0] <= span[1] <= following[0]:
+            raise _unplaced(chat, i, "its characters overlap those of another turn")
+        _check_content(chat, i, span)
+    return spans
+
+
+def _marked_spans(chat: RenderedChat, turns: list[int], wanted: list[int]) -> list[Span]:
+    """Those spans the template marks that belong to wanted messages; a turn may have several."""
+    starts = [_turn_start(chat, i) for i in turns]
+    spans = []
+    for span in chat.marked or []:
+        owner = sum(start < span[1] for start in starts) - 1
+        if owner >= 0 and turns[owner] in wanted:
+            spans.append(span)
+    return spans
+
+
+def _turn_span(chat: RenderedChat, i: int, special: re.Pattern[str]) -> Span:
+    start = _turn_start(chat, i)
+    return start, _without_newline(chat.text, start, _turn_end(chat, i, special), special)
+
+
+def _turn_start(chat: RenderedChat, i: int) -> int:
+    """The end of the generation prompt before message i."""
+    before = chat.messages[:i]
+    prompt = chat.render(before, add_generation_prompt=True)
+    if prompt is None:
+        return _start_after_header(chat, i)
+    if chat.text.startswith(prompt):
+        return len(prompt)
+    # The prompt reads differently on its own: look for what follows its last message.
+    end_in_prompt = _content(chat, before, i - 1, prompt, add_generation_prompt=True)[1]
+    end_in_text = _content(chat, chat.messages, i - 1, chat.text)[1]
+    tail = prompt[end_in_prompt:]
+    shared = _shared_header(tail, chat.text[end_in_text:])
+    header = len(tail) - len(_generation_prompt(chat, before))
+    if len(shared) < len(tail) and len(shared) <= header:
+        raise _unplaced(chat, i, f"the prompt before it ends with {tail!r}, which the conversation does not have there")
+    return min(end_in_text + len(shared), _content(chat, chat.messages, i, chat.text)[0])
+
+
+def _turn_end(chat: RenderedChat, i: int, special: re.Pattern[str]) -> int:
+    """The end of all the template writes for message i (and that is not the next message's)."""
+    if i == len(chat.messages) - 1:
+        return len(chat.text)
+    part = chat.render(chat.messages[: i + 1])
+    if part is not None and chat.text.startswith(part):
+        return len(part)
+    content_end = _content(chat, chat.messages, i, chat.text)[1]
+    if part is not None:
+        tail = part[_content(chat, chat.messages[: i + 1], i, part)[1] :]
+        if chat.text.startswith(tail, content_end):
+            return content_end + len(tail)
+    # The turn ends in another way where it is the last one: take its own first special token.
+    next_content = _content(chat, chat.messages, i + 1, chat.text)[0]
+    if stop := special.search(chat.text, content_end, next_content):
+        return stop.end()
+    raise _unplaced(chat, i, "its end is not where the conversation up to it ends, and no special token ends it")
+
+
+def _without_newline(text: str, start: int, end: int, special: re.Pattern[str]) -> int:
+    """Cut the white space after the end-of-turn token, which the model never writes.
+
+    A template may leave the turn open and have the next header's special token stop it: then that is the end.
+    """
+    stops = [match.end() for match in special.finditer(text, start, end)]
+    if stops and not text[stops[-1] : end].strip():
+        return stops[-1]
+    following = special.match(text, end)
+    return following.end() if following else end
+
+
+def _start_after_header(chat: RenderedChat, i: int) -> int:
+    """The start of a message that has no prompt of its own, such as the first: after the last header before it."""
+    header = _generation_prompt(chat, [{"role": "user", "content": "."}])
+    begin = _content(chat, chat.messages, i, chat.text)[0]
+    at = chat.text.rfind(header, 0, begin) if header else -1
+    if at < 0:
+        raise _unplaced(chat, i, f"the generation prompt {header!r} does not stand before it")
+    return at + len(header)
+
+
+def _generation_prompt(chat: RenderedChat, messages: list[Message]) -> str:
+    """What the template adds to the messages when the assistant is asked to go on."""
+    closed, prompt = chat.render(messages) or "", chat.render(messages, add_generation_prompt=True) or ""
+    return prompt[shared_length(closed, prompt) :]
+
+
+def _shared_header(tail: str, text: str) -> str:
+    """The common start of a prompt's tail and the text, whole lines and tags only.
+
+    A generation prompt may go further than the header of a turn, such as opening the reasoning that turns of the past
+    do not have.
+    """
+    shared = tail[: shared_length(tail, text)]
+    if len(shared) == len(tail):
+        return shared
+    tags = re.finditer(r"<[^<>\s]*>|\[[^\[\]\s]*\]", tail)
+    return next((tail[: tag.start()] for tag in tags if tag.start() < len(shared) < tag.end()), shared)
+
+
+def _content(chat: RenderedChat, messages: list[Message], i: int, text: str, **options: Any) -> Span:
+    """The characters of `text` (the rendered messages) that come from the content of message i.
+
+    Raises:
+        ValueError: the template does not take other content, or does not show it.
+    """
+    mark = next(char for char in PRIVATE_USE if char not in text)
+    changed = chat.render([*messages[:i], _substitute(messages[i], mark), *messages[i + 1 :]], **options)
+    if changed is None or changed == text:
+        raise _unplaced(chat, i, "the template does not show its content, or takes no other in its place")
+    start = shared_length(text, changed)
+    return start, max(start, len(text) - shared_length(text[::-1], changed[::-1]))
+
+
+def _substitute(message: Message, mark: str) -> Message:
+    """The message with `mark` for everything it says. Names and ids stay: later messages refer to them."""
+    changed = {**message, **{key: mark for key in REASONING if message.get(key)}}
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [_substitute_call(call, mark) for call in message["tool_calls"]]
+    if message.get("content") or changed == message:  # some templates refuse content beside reasoning and calls
+        is_parts = isinstance(message.get("content"), list)
+        changed["content"] = [{"type": "text", "text": mark}] if is_parts else mark
+    return changed
+
+
+def _substitute_call(tool_call: dict[str, Any], mark: str) -> dict[str, Any]:
+    as_text = isinstance(called_function(tool_call).get("arguments"), str)
+    return with_arguments(tool_call, mark if as_text else {mark: mark})
+
+
+def _check_calls(chat: RenderedChat, i: int) -> None:
+    """A template that knows no tool calls would leave them out without a word."""
+    message = chat.messages[i]
+    if not message.get("tool_calls"):
+        return
+    silent = {key: value for key, value in message.items() if key != "tool_calls"}
+    if chat.render([*chat.messages[:i], silent, *chat.messages[i + 1 :]]) == chat.text:
+        raise ValueError(
+            f"The chat template does not write the tool calls of message {i}. Use a template that knows tool calls, or "
+            f"rows without. The conversation as rendered:\n{shortened(chat.text)}"
+        )
+
+
+def _check_content(chat: RenderedChat, i: int, span: Span) -> None:
+    """What the assistant says must lie in its turn, where the template shows it as it is."""
+    message, turn = chat.messages[i], chat.text[slice(*span)]
+    if isinstance(content := message.get("content"), str) and not message.get("tool_calls"):
+        answer = content.split("</think>")[-1].strip()
+        if answer in chat.text and answer not in turn:
+            raise _unplaced(chat, i, f"its content is not in what was found, {shortened(turn)!r}")
+
+
+def _unplaced(chat: RenderedChat, i: int, reason: str) -> ValueError:
+    return ValueError(
+        f"The turn of message {i} (assistant) cannot be placed in the rendered conversation: {reason}. Mark what "
+        f"the assistant writes with {{% generation %}} … {{% endgeneration %}} in the chat template, or use "
+        f"loss_on='all'. The conversation as rendered:\n{shortened(chat.text)}"
+    )

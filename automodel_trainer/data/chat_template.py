@@ -1,0 +1,183 @@
+"""Chat template to tokens: what the model reads, and which of those tokens it is trained to write.
+
+The tokenizer's chat template is used as it is. The conversation is rendered once to text, the characters of each
+assistant turn are found (`assistant_spans.py`), and the whole text is tokenised once: the ids are exactly those of
+`tokenizer.apply_chat_template`, and a token is trained when it overlaps a turn.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from .assistant_spans import assistant_spans
+from .formats import Conversation
+from .rendered_chat import RenderedChat, Span, shared_length
+
+LossOn = Literal["assistant", "last_turn", "all"]
+
+
+class Encoded(NamedTuple):
+    """One sample: `input_ids` and `trained` have the same length; `trained[i]` is True where token i has a label."""
+
+    input_ids: list[int]
+    trained: list[bool]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, loss_on: LossOn = "assistant") -> Encoded:
+    """Encode one row: with the chat template, or as prompt + completion + EOS where the tokenizer has none.
+
+    Raises:
+        ValueError: no chat template and the row is not prompt/completion; see also `encode_conversation`.
+    """
+    if tokenizer.chat_template is None and conversation.prompt_completion is not None:
+        return encode_prompt_completion(tokenizer, *conversation.prompt_completion, loss_on=loss_on)
+    return encode_conversation(tokenizer, conversation.messages, conversation.tools, loss_on)
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None = None,
+    loss_on: LossOn = "assistant",
+) -> Encoded:
+    """Render with the tokenizer's chat template, tokenise, and mark what the assistant writes.
+
+    An assistant turn is trained from the end of its generation prompt through its end-of-turn token: content,
+    reasoning and tool calls as the template renders them. Headers, the newline after the end-of-turn token, tool
+    results and all other roles are not. Templates with `{% generation %}` say themselves what the assistant writes.
+    An assistant message with `"weight": 0` (OpenAI's key) is read and not trained.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: dicts with `role` and `content` (and `tool_calls`, `reasoning_content`, …), as templates take them.
+        tools: JSON schemas for the template.
+        loss_on: "assistant" = every assistant turn; "last_turn" = the last one; "all" = every token but BOS.
+
+    Raises:
+        ValueError: no chat template, the template refuses the conversation, or an assistant turn cannot be placed in
+            the rendered text (which is shown).
+    """
+    _check_loss_on(loss_on)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "This tokenizer has no chat template, so a conversation cannot be written as tokens. Set one "
+            "(`tokenizer.chat_template = ...`, or take the tokenizer of the model's instruct variant), or use a data "
+            "set with `prompt` and `completion` columns, which is trained as prompt + completion + EOS."
+        )
+    chat = RenderedChat(tokenizer, messages, tools)
+    if loss_on == "all":
+        return _all_but_bos(tokenizer, _tokenize(tokenizer, chat.text, []).input_ids)
+    spans = assistant_spans(chat, special_tokens(tokenizer, len(tokenizer)), last_turn=loss_on == "last_turn")
+    return _tokenize(tokenizer, chat.text, spans)
+
+
+def encode_prompt_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, loss_on: LossOn = "assistant"
+) -> Encoded:
+    """prompt + completion + EOS without any template; the loss is on completion and EOS ("all": everything but BOS).
+
+    The two texts are joined as they stand (no separator) and tokenised together, so that words are split as in
+    running text. BOS is there where the tokenizer writes it by itself.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token, so the model could not learn to stop.
+    """
+    _check_loss_on(loss_on)
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("This tokenizer has no EOS token, so the model cannot learn to stop: set tokenizer.eos_token.")
+    span = (len(prompt), len(prompt) + len(completion))
+    input_ids, trained = _tokenize(tokenizer, prompt + completion, [span], add_special_tokens=True)
+    while input_ids and input_ids[-1] == eos:  # some tokenizers or rows write EOS themselves: one is enough
+        input_ids, trained = input_ids[:-1], trained[:-1]
+    encoded = Encoded([*input_ids, eos], [*trained, True])
+    return _all_but_bos(tokenizer, encoded.input_ids) if loss_on == "all" else encoded
+
+
+@lru_cache(maxsize=8)
+def special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
+    """Matches each special token of the tokenizer, the longest first; `size` = len(tokenizer), which added tokens
+    change."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+def _check_loss_on(loss_on: str) -> None:
+    if loss_on not in get_args(LossOn):
+        raise ValueError(f"loss_on={loss_on!r}: it must be one of {', '.join(map(repr, get_args(LossOn)))}.")
+
+
+def _all_but_bos(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> Encoded:
+    bos = tokenizer.bos_token_id
+    if bos == tokenizer.eos_token_id:  # the same token ends a document: only the one that starts it is BOS
+        return Encoded(input_ids, [i > 0 or token != bos for i, token in enumerate(input_ids)])
+    return Encoded(input_ids, [token != bos for token in input_ids])
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span], add_special_tokens: bool = False
+) -> Encoded:
+    """Tokenise a text and mark the tokens that overlap the spans (in order, apart from each other)."""
+    if not tokenizer.is_fast:
+        return _tokenize_without_offsets(tokenizer, text, spans, add_special_tokens)
+    tokens = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return Encoded(tokens["input_ids"], _overlapping(tokens["offset_mapping"], spans))
+
+
+def _overlapping(offsets: list[Span], spans: list[Span]) -> list[bool]:
+    """Which tokens overlap a span.
+
+    Byte-level tokenizers may trim spaces from offsets, down to nothing for a token of spaces: so a token is taken to
+    begin where the one before it ends. The pieces of one character share its offsets.
+    """
+    trained = [False] * len(offsets)
+    remaining = iter(spans)
+    start, stop = next(remaining, (0, 0))
+    reached = 0
+    for i, (begin, end) in enumerate(offsets):
+        begin = min(begin, reached) if end > reached else begin
+        reached = max(reached, end)
+        while stop <= begin and (following := next(remaining, None)) is not None:
+            start, stop = following
+        trained[i] = begin < stop and end > start and end > begin
+    return trained
+
+
+def _tokenize_without_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span], add_special_tokens: bool
+) -> Encoded:
+    """For tokenizers written in Python: the tokens before a position are those shared with the text cut off there.
+
+    Raises:
+        ValueError: a token reaches over the end of a span, so it cannot be said which tokens are trained.
+    """
+
+    def ids_of(part: str) -> list[int]:
+        return tokenizer.encode(part, add_special_tokens=add_special_tokens, verbose=False)
+
+    input_ids = ids_of(text)
+    trained = [False] * len(input_ids)
+    for start, stop in spans:
+        first = shared_length(input_ids, ids_of(text[:start]))
+        last = len(input_ids)
+        if stop < len(text):
+            cut = ids_of(text[:stop])
+            last = shared_length(input_ids, cut)
+            if last < len(cut) - tokenizer.num_special_tokens_to_add() * add_special_tokens:
+                raise ValueError(
+                    f"{type(tokenizer).__name__} gives no character offsets, and one of its tokens reaches over the "
+                    f"end of a trained turn, {text[start:stop][-80:]!r}: use the fast variant of this tokenizer."
+                )
+        trained[first:last] = [True] * (last - first)
+    return Encoded(input_ids, trained)

@@ -1,0 +1,157 @@
+"""The shapes chat and instruction data come in, and the one they all become: a list of messages.
+
+| format | columns | optional |
+| --- | --- | --- |
+| messages | `messages`: dicts with role, content, tool_calls, … (OpenAI) | `tools` |
+| conversations | `conversations`: dicts with from, value (ShareGPT) | `tools`, `system` |
+| prompt/completion | `prompt`, `completion`: texts or lists of messages (TRL) | `tools`, `system` |
+| instruction/output | `instruction`, `output` (Alpaca) | `input`, `system` |
+| question/answer | `question`, `answer` | `system` |
+| prompt/response | `prompt`, `response` | `system` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .messages import Message, parse_messages, parse_tools
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row of a chat data set.
+
+    Attributes:
+        messages: dicts with `role` (system, developer, user, assistant, tool) and `content`, and what else a chat
+            template may read: `tool_calls` (arguments as dicts), `reasoning_content`, `name`, … An assistant message
+            with `"weight": 0` is not trained.
+        tools: JSON schemas of the functions the assistant may call.
+        prompt_completion: the two texts of a prompt/completion row, for models without a chat template.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    prompt_completion: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A recognised shape: its name, the columns it needs and may have, and the data set's names for them."""
+
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def to_messages(self, row: Mapping[str, Any], index: int | None = None) -> Conversation:
+        """One row as a conversation.
+
+        Args:
+            row: column name to value, as the data set has them.
+            index: the row's number, named in errors.
+
+        Raises:
+            ValueError: an empty message list, an unknown role, a message that cannot be read.
+        """
+        values = {name: row.get(self.columns.get(name, name)) for name in (*self.required, *self.optional)}
+        try:
+            return self._conversation(values)
+        except ValueError as error:
+            if index is None:
+                raise
+            raise ValueError(f"row {index}: {error}") from error
+
+    def _conversation(self, values: dict[str, Any]) -> Conversation:
+        tools = parse_tools(values.get("tools"))
+        first = self.required[0]
+        if len(self.required) == 1:
+            messages = parse_messages(values[first], self.columns.get(first, first))
+            return Conversation([*_system(values), *messages], tools)
+        prompt, answer = (values[name] for name in self.required)
+        if self.name == "prompt/completion":
+            return _prompt_completion(prompt, answer, _system(values), tools)
+        if more := values.get("input"):
+            prompt = f"{prompt}\n\n{more}"
+        pair = [*_turn("user", prompt, first), *_turn("assistant", answer, self.required[1])]
+        return Conversation([*_system(values), *pair], tools)
+
+
+FORMATS = (
+    Format("messages", ("messages",), ("tools",)),
+    Format("conversations", ("conversations",), ("tools", "system")),
+    Format("prompt/completion", ("prompt", "completion"), ("tools", "system")),
+    Format("instruction/output", ("instruction", "output"), ("input", "system")),
+    Format("question/answer", ("question", "answer"), ("system",)),
+    Format("prompt/response", ("prompt", "response"), ("system",)),
+)
+
+
+def detect_format(column_names: Iterable[str], columns: Mapping[str, str] | None = None) -> Format:
+    """The first of `FORMATS` whose columns are all there.
+
+    Args:
+        column_names: the columns of the data set.
+        columns: our name to the data set's name, such as `{"prompt": "my_question", "completion": "my_answer"}`.
+
+    Raises:
+        ValueError: no format fits, a name in `columns` is neither a column of ours nor one of the data set.
+    """
+    found, mapped = list(column_names), dict(columns or {})
+    _check_mapping(found, mapped)
+    available = {*found, *mapped}
+    for known in FORMATS:
+        names = {*known.required, *known.optional}
+        if available.issuperset(known.required) and names.issuperset(mapped):
+            return Format(known.name, known.required, known.optional, mapped)
+    if "text" in found and not mapped:
+        raise ValueError(
+            f"The data has a `text` column and no conversation (columns: {found}): use TextDataModule to train on raw "
+            f"text. {_how_to_map()}"
+        )
+    raise ValueError(
+        f"No chat format fits the columns {found}{f' with columns={mapped}' if mapped else ''}. {_how_to_map()}"
+    )
+
+
+def _check_mapping(found: list[str], mapped: dict[str, str]) -> None:
+    known = sorted({name for known in FORMATS for name in (*known.required, *known.optional)})
+    for ours, theirs in mapped.items():
+        if ours not in known:
+            raise ValueError(f"columns={mapped}: {ours!r} is none of the names that can be mapped: {known}.")
+        if theirs not in found:
+            raise ValueError(f"columns={mapped}: the data has no column {theirs!r}; its columns are {found}.")
+
+
+def _how_to_map() -> str:
+    shapes = "; ".join(" + ".join(known.required) for known in FORMATS)
+    return (
+        f"Recognised columns: {shapes}. Name yours with columns={{recognised: yours}}, such as "
+        f'columns={{"prompt": "my_question", "completion": "my_answer"}}.'
+    )
+
+
+def _system(values: Mapping[str, Any]) -> list[Message]:
+    return _turn("system", values["system"], "system") if values.get("system") else []
+
+
+def _turn(role: str, text: Any, column: str) -> list[Message]:
+    if not isinstance(text, str):
+        raise ValueError(f"{column!r} must be a text, found {type(text).__name__}: {str(text)[:200]!r}")
+    return [{"role": role, "content": text}]
+
+
+def _prompt_completion(
+    prompt: Any, completion: Any, system: list[Message], tools: list[dict[str, Any]] | None
+) -> Conversation:
+    """Texts or message lists, also mixed. Assistant messages of the prompt are there to be read, not trained."""
+    before = _turn("user", prompt, "prompt") if isinstance(prompt, str) else parse_messages(prompt, "prompt")
+    after = (
+        _turn("assistant", completion, "completion")
+        if isinstance(completion, str)
+        else parse_messages(completion, "completion")
+    )
+    before = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in before]
+    texts = (prompt, completion) if isinstance(prompt, str) and isinstance(completion, str) and not system else None
+    return Conversation([*system, *before, *after], tools, texts)

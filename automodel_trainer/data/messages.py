@@ -1,0 +1,137 @@
+"""Messages and tools as data sets store them, made into what chat templates read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+Message = dict[str, Any]
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
+}
+"""The roles data sets use, and those chat templates know."""
+
+CALLS = ("function_call", "tool_call")
+"""ShareGPT roles whose value is a function call as JSON."""
+
+
+def parse_messages(value: Any, column: str) -> list[Message]:
+    """A list of messages (role/content or from/value), which may be a JSON string.
+
+    Keys whose value is None are dropped at every depth: Arrow gives all structs of a column the same keys.
+
+    Raises:
+        ValueError: no list, an empty one, an unknown role, content that is not text.
+    """
+    value = _from_json(value)
+    if not isinstance(value, list):
+        raise ValueError(f"{column!r} must be a list of messages, found {type(value).__name__}: {str(value)[:200]!r}")
+    if not value:
+        raise ValueError(f"{column!r} is an empty list of messages.")
+    return [_parse_message(message, i) for i, message in enumerate(value)]
+
+
+def parse_tools(value: Any) -> list[dict[str, Any]] | None:
+    """A list of JSON schemas, which may be a JSON string, or a list of them; None where there are no tools.
+
+    Raises:
+        ValueError: anything else.
+    """
+    value = _from_json(value)
+    if not value:
+        return None
+    tools = [_without_none(_from_json(tool)) for tool in (value if isinstance(value, list) else [value])]
+    for tool in tools:
+        if not isinstance(tool, dict):
+            raise ValueError(
+                f"'tools' must hold JSON schemas (dicts), found {type(tool).__name__}: {str(tool)[:200]!r}"
+            )
+        function = tool.get("function", tool)
+        if isinstance(function, dict) and isinstance(function.get("parameters"), str):
+            function["parameters"] = _from_json(function["parameters"])
+    return tools
+
+
+def _parse_message(message: Any, i: int) -> Message:
+    if not isinstance(message, dict):
+        raise ValueError(f"message {i} must be a dict with a role and content, found {str(message)[:200]!r}")
+    parsed = _without_none(message)
+    name = str(parsed.pop("role", None) or parsed.pop("from", None))
+    if name not in ROLES:
+        raise ValueError(f"message {i} has the role {name!r}; known roles are {', '.join(ROLES)}.")
+    content = parsed.pop("content", None)
+    content = parsed.pop("value", "") if content is None else content
+    calls = _parse_calls(parsed, name, content)
+    if calls and name in CALLS:
+        content = ""
+    rest = {key: value for key, value in parsed.items() if key not in ("tool_calls", "function_call")}
+    text = _text(content, ROLES[name], i)
+    return {"role": ROLES[name], "content": text, **rest, **({"tool_calls": calls} if calls else {})}
+
+
+def _text(content: Any, role: str, i: int) -> str:
+    """Content as text: parts of text are joined, the structured result of a tool becomes JSON."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(part.get("text", "") for part in content)
+    if role == "tool":
+        return json.dumps(content, ensure_ascii=False)
+    raise ValueError(f"message {i} ({role}) has content that is not text: {str(content)[:200]!r}")
+
+
+def _parse_calls(message: Message, name: str, content: Any) -> list[dict[str, Any]]:
+    """The tool calls of a message: `tool_calls`, the older `function_call`, or a ShareGPT value that is a call."""
+    given = message.get("tool_calls") or message.get("function_call")
+    calls = _from_json(given or (content if name in CALLS else []))
+    calls = [calls] if isinstance(calls, dict) else calls
+    if isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
+        return [_parse_call(call) for call in calls]
+    if given:
+        raise ValueError(f"tool calls must be a list of dicts or its JSON, found {str(given)[:200]!r}")
+    return []  # a call in a syntax of its own: it stays the text of the message
+
+
+def _parse_call(call: dict[str, Any]) -> dict[str, Any]:
+    """`{"type": "function", "function": {"name", "arguments": dict}}`, with `id` and what else was there."""
+    nested = isinstance(call.get("function"), dict)
+    function = dict(call["function"] if nested else {key: call[key] for key in call if key not in ("id", "type")})
+    if not isinstance(function.get("name"), str):
+        raise ValueError(f"a tool call has no function name: {str(call)[:200]!r}")
+    function["arguments"] = _from_json(function.get("arguments")) or {}
+    rest = {key: value for key, value in call.items() if (nested or key in ("id", "type")) and key != "function"}
+    return {"type": "function", **rest, "function": function}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    """What a JSON string says; anything else, and text that is no JSON object or list, as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value

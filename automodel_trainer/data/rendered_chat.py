@@ -1,0 +1,119 @@
+"""One conversation rendered by the chat template of a tokenizer, and what it takes to render parts of it again."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+"""Characters [start, end) of the rendered text."""
+
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+REFUSALS = (TemplateError, TypeError, KeyError, AttributeError, ValueError)
+SHOWN = 2000
+
+
+class RenderedChat:
+    """A conversation as the template writes it.
+
+    Attributes:
+        messages: as the template took them: keys with the value None are gone, and the arguments of tool calls are
+            JSON strings for the templates that cannot take the dicts most others want.
+        text: the whole conversation, without a generation prompt.
+        marked: what the template itself marks with `{% generation %}`; None for a template without the marker.
+
+    Raises:
+        ValueError: the template refuses the conversation.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None) -> None:
+        self.tools = tools or None
+        self.template = tokenizer.get_chat_template(tools=self.tools)
+        if self.tools and "tools" not in self.template:
+            warnings.warn("The data has `tools`, and the chat template does not write them.", stacklevel=3)
+        self.variables = tokenizer.special_tokens_map
+        self.messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            self.text, self.marked = self._render_whole()
+        except REFUSALS as error:
+            raise ValueError(
+                f"The chat template refused the conversation: {type(error).__name__}: {error}\n"
+                f"Roles: {[message.get('role') for message in self.messages]}\n"
+                f"Messages: {shortened(repr(self.messages))}"
+            ) from error
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str | None:
+        """The text of other messages (a part of these, or changed ones); None where the template refuses them."""
+        try:
+            return self._render(messages, add_generation_prompt)[0] if messages else None
+        except REFUSALS:
+            return None
+
+    def _render_whole(self) -> tuple[str, list[Span] | None]:
+        marks = GENERATION.search(self.template) is not None
+        try:
+            return self._render(self.messages, marks=marks)
+        except TypeError:  # such as a template that adds the arguments to a string
+            as_text = [_with_text_arguments(message) for message in self.messages]
+            if as_text == self.messages:
+                raise
+            self.messages = as_text
+            return self._render(self.messages, marks=marks)
+
+    def _render(
+        self, messages: list[Message], add_generation_prompt: bool = False, marks: bool = False
+    ) -> tuple[str, list[Span] | None]:
+        rendered: Any = render_jinja_template(
+            conversations=[messages],
+            tools=self.tools,
+            chat_template=self.template,
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=marks,
+            **self.variables,
+        )
+        return rendered[0][0], rendered[1][0] if marks else None
+
+
+def shortened(text: str) -> str:
+    """At most `SHOWN` characters of a text for an error message."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text) - SHOWN} characters more)"
+
+
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """The length of the common start of two sequences."""
+    differing = (i for i, (a, b) in enumerate(zip(first, second)) if a != b)
+    return next(differing, min(len(first), len(second)))
+
+
+def called_function(tool_call: dict[str, Any]) -> dict[str, Any]:
+    """The dict with `name` and `arguments`: nested under `function` as OpenAI has it, or the call itself."""
+    function = tool_call.get("function")
+    return function if isinstance(function, dict) else tool_call
+
+
+def with_arguments(tool_call: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    """A copy of a tool call that has other arguments."""
+    function = called_function(tool_call)
+    changed = {**function, "arguments": arguments}
+    return changed if function is tool_call else {**tool_call, "function": changed}
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": [_with_text_argument(call) for call in message["tool_calls"]]}
+
+
+def _with_text_argument(tool_call: dict[str, Any]) -> dict[str, Any]:
+    arguments = called_function(tool_call).get("arguments")
+    if not isinstance(arguments, dict):
+        return tool_call
+    return with_arguments(tool_call, json.dumps(arguments, ensure_ascii=False))
