@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -188,8 +189,11 @@ class MicroBatchDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> Any:
-        # Lightning skips validation where there is no loader.
-        return self._evaluation_loader("validation") if "validation" in self.rows else []
+        if "validation" in self.rows:
+            return self._evaluation_loader("validation")
+        # Lightning skips validation where there is no loader, and there is no need to be warned about it.
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        return []
 
     def test_dataloader(self) -> Any:
         return self._evaluation_loader("test")

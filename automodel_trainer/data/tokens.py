@@ -34,14 +34,14 @@ def tokenize(
         cache: False to keep the samples in memory and read or write no cache.
 
     Returns:
-        The samples (columns `input_ids`, `length`, `sample_id`, and where masked `trained` and `supervised`, the number
+        The samples, at least one (columns `input_ids`, `length`, `sample_id`, and where masked `trained` and `supervised`, the number
         of trained tokens but the first), and their fingerprint.
     """
     key = cache_key(fingerprint(rows), tokenizer, settings)
 
     def build(scratch: Path | None) -> Dataset:
         where = {"keep_in_memory": True} if scratch is None else {"cache_file_name": str(scratch / "samples.arrow")}
-        return rows.with_format(None).map(
+        samples = rows.with_format(None).map(
             lambda batch, indices: _with_counts(encode(batch, indices)),
             batched=True,
             batch_size=100,
@@ -54,6 +54,9 @@ def tokenize(
             desc="Tokenizing",
             **where,
         )
+        if len(samples) == 0:
+            raise ValueError("no row of the data has any text.")
+        return samples
 
     return (load_or_build(key, build) if cache else build(None)), key
 
