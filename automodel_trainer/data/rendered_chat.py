@@ -39,7 +39,7 @@ class RenderedChat:
         self.template = tokenizer.get_chat_template(tools=self.tools)
         if self.tools and "tools" not in self.template:
             warnings.warn("The data has `tools`, and the chat template does not write them.", stacklevel=3)
-        self.variables = tokenizer.special_tokens_map
+        self.variables: dict[str, Any] = tokenizer.special_tokens_map
         self.messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             self.text, self.marked = self._render_whole()

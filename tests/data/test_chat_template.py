@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import re
 import time
+from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from automodel_trainer.data.chat_template import Encoded, encode, encode_conversation, encode_prompt_completion
 from automodel_trainer.data.formats import Conversation
@@ -211,6 +213,53 @@ def test_tokenizer_without_offsets() -> None:
     encoded = encode_conversation(tokenizer, messages)
     assert encoded.input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
     assert segments(tokenizer, encoded) == ["ü 😀<|im_end|>", "d<|im_end|>"]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
+def test_tokens_of_several_characters(kind: str) -> None:
+    """A trained vocabulary, where words take the space before them along, and pieces merge."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind == "metaspace"))
+    if kind == "metaspace":
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.post_processor, backend.decoder = processors.ByteLevel(trim_offsets=True), decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    backend.train_from_iterator(
+        [" the answer is in the question\n\n    for the answer"] * 9,
+        trainers.BpeTrainer(special_tokens=special, vocab_size=400, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = TEMPLATES["mistral"][0]
+    messages = [user("the question"), assistant("the answer\n\n    for  the"), user("the answer"), assistant("is")]
+    encoded = encode_conversation(tokenizer, messages)
+    assert len(encoded.input_ids) < 40  # words are tokens
+    runs = groupby(zip(tokenizer.convert_ids_to_tokens(encoded.input_ids), encoded.trained), key=lambda pair: pair[1])
+    pieces = ["".join(token for token, _ in run) for trained, run in runs if trained]
+    space, newline = ("▁", "\n") if kind == "metaspace" else ("Ġ", "Ċ")
+    answers = [" the answer\n\n    for  the</s>", " is</s>"]
+    assert pieces == [answer.replace(" ", space).replace("\n", newline) for answer in answers]
+
+
+# Templates as they come with models, and trl's variants of them that mark what the assistant writes. Left out are those
+# whose variant changes the text or counts the header in.
+@pytest.mark.parametrize(
+    "name", ["llama3", "gemma", "gemma3", "cohere", "phi3", "lfm2", "qwen3_instruct_2507", "idefics3"]
+)
+def test_real_templates_against_marked_variants(name: str) -> None:
+    folder = files(pytest.importorskip("trl")) / "chat_templates"
+    plain, marked = folder / f"{name}.jinja", folder / f"{name}_training.jinja"
+    if not plain.is_file() or not marked.is_file():
+        pytest.skip(f"this trl has no template {name}")
+    special = sorted(set(re.findall(r"<\|\w+\|>|<\w+_of_(?:turn|utterance)>", plain.read_text())) - {"<|im_end|>"})
+    tokenizer = tiny_tokenizer(plain.read_text(), additional_special_tokens=special)
+    found = encode_conversation(tokenizer, [*CHAT, user("ü"), assistant(" 😀 Hello \n")])
+    tokenizer.chat_template = marked.read_text()
+    reference = encode_conversation(tokenizer, [*CHAT, user("ü"), assistant(" 😀 Hello \n")])
+    assert found.input_ids == reference.input_ids
+    without_newline = [text.removesuffix("\n") for text in segments(tokenizer, reference)]  # the variants train it
+    assert segments(tokenizer, found) == without_newline
+    assert len(without_newline) == 3
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
