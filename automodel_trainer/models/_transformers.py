@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import _dtensor_from_local_like, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
 
-__all__ = ["initialize_module", "load_weights", "original_weight_names", "tied_weight_names"]
+__all__ = ["attention_in_use", "initialize_module", "load_weights", "original_weight_names", "tied_weight_names"]
 
 
-def load_weights(model: PreTrainedModel, files: list[Path], device: torch.device) -> tuple[set[str], set[str]]:
+def load_weights(
+    model: PreTrainedModel, files: list[Path], device: torch.device, added: Set[str] = frozenset()
+) -> tuple[set[str], set[str]]:
     """Stream safetensors files into a model whose parameters lie on meta, plain or DTensor.
 
     Every parameter becomes real on `device` (a DTensor: its local shard only, sliced out of the file); buffers that no
-    checkpoint holds are computed, and tied weights tied.
+    checkpoint holds are computed, and tied weights tied. Parameters in `added` (adapters) are not looked for: they come
+    out real and empty.
 
     Returns:
         names the files lack, and names the model has no place for.
@@ -33,11 +41,43 @@ def load_weights(model: PreTrainedModel, files: list[Path], device: torch.device
         weight_mapping=mapping,
     )
     info, _ = PreTrainedModel._load_pretrained_model(model, None, [str(f) for f in files], config)
+    _materialize(model, added, device)
+    info.missing_keys -= added
     info = PreTrainedModel._finalize_model_loading(model, config, info)
     if info.error_msgs or info.mismatched_keys or info.conversion_errors:
         problems = [*info.error_msgs, *(str(k) for k in info.mismatched_keys), *info.conversion_errors]
         raise ValueError(f"The weights in {files[0].parent} do not fit the model: {'; '.join(map(str, problems))}")
     return set(info.missing_keys), set(info.unexpected_keys)
+
+
+def _materialize(model: PreTrainedModel, names: Set[str], device: torch.device) -> None:
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        meta = module._parameters[key]
+        assert meta is not None
+        local = meta.to_local() if isinstance(meta, DTensor) else meta
+        value = torch.empty_like(local, device=device)
+        if isinstance(meta, DTensor):
+            value = _dtensor_from_local_like(value, meta)
+        parameter = torch.nn.Parameter(value, requires_grad=meta.requires_grad)
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        setattr(module, key, parameter)
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """One progress bar for all ranks, and no report: the caller says what is missing or left over."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if dist.is_initialized() and dist.get_rank() > 0:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def initialize_module(model: PreTrainedModel, module: torch.nn.Module) -> None:
@@ -65,3 +105,8 @@ def original_weight_names(model: PreTrainedModel, state_dict: dict[str, Tensor])
 def converts_weights(model: PreTrainedModel) -> bool:
     """Whether checkpoints on disk name or shape weights otherwise than the model in memory."""
     return bool(getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False))
+
+
+def attention_in_use(model: PreTrainedModel) -> str:
+    """Name of the attention kernel that the language model inside runs, as `attn_implementation` takes it."""
+    return str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "eager")

@@ -1,0 +1,170 @@
+"""The builder against transformers' own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import transformers
+from torch.distributed.tensor import DTensor
+
+from automodel_trainer import AutoModelForCausalLM
+from automodel_trainer.strategies.clip import local_tensor
+from tests.harness import make_strategy
+from tests.pool import RankPool
+from tests.tiny import tiny_config, tiny_model
+
+FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt2", "mixtral", "qwen3_moe"]
+
+
+def save(family: str, folder: Path, **overrides: Any) -> torch.Tensor:
+    model = tiny_model(family, **overrides)
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.arange(6, 30).view(2, 12)
+    return model.eval()(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_same_as_transformers(family: str, tied: bool, tmp_path: Path) -> None:
+    save(family, tmp_path, tie_word_embeddings=tied)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert (ours.get_output_embeddings().weight is ours.get_input_embeddings().weight) == tied
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_bare_training_loop_and_generate(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    ids = torch.arange(6, 30).view(2, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    assert model.eval().generate(ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 15)
+
+
+def test_dtype(tmp_path: Path) -> None:
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, make_strategy("auto", 1, "bf16")).dtype == torch.float32
+    with pytest.raises(ValueError, match="not a torch dtype"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float33")
+
+
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
+    save("llama", tmp_path, num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"lacks weights of LlamaForCausalLM: model.layers.2"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3, allow_missing_weights=True)
+    assert model.model.layers[2].mlp.up_proj.weight.std() > 0.01
+
+
+def test_surplus_weights_are_told(tmp_path: Path) -> None:
+    save("llama", tmp_path, num_hidden_layers=2)
+    with pytest.warns(UserWarning, match=r"has no place for: model.layers.1"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=1)
+
+
+def test_unknown_override(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    with pytest.raises(ValueError, match="hidden_dimension"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, hidden_dimension=3)
+
+
+def build_sharded(spec: str, world_size: int, folder: str | None, family: str, tied: bool) -> Any:
+    torch.manual_seed(world_size)
+    strategy = make_strategy(spec, world_size)
+    if folder is not None:
+        model = AutoModelForCausalLM.from_pretrained(folder, strategy)
+    else:
+        model = AutoModelForCausalLM.from_config(tiny_config(family, tie_word_embeddings=tied), strategy, seed=7)
+    sharded = all(isinstance(p, DTensor) for p in model.parameters())
+    return sharded, model.get_output_embeddings().weight is model.get_input_embeddings().weight, logits(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streams_into_shards(pool: RankPool, family: str, tmp_path: Path) -> None:
+    expected = save(family, tmp_path, tie_word_embeddings=True)
+    for sharded, tied, result in pool.run(2, build_sharded, "fsdp2", 2, str(tmp_path), family, True):
+        assert sharded
+        assert tied
+        assert torch.allclose(result, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("spec", "world_size"), [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("ddp", 2)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_random_weights_do_not_depend_on_the_layout(pool: RankPool, spec: str, world_size: int, tied: bool) -> None:
+    expected = logits(AutoModelForCausalLM.from_config(tiny_config(tie_word_embeddings=tied), seed=7))
+    other = logits(AutoModelForCausalLM.from_config(tiny_config(tie_word_embeddings=tied), seed=8))
+    assert not torch.allclose(expected, other, atol=1e-2)
+    for _, is_tied, result in pool.run(world_size, build_sharded, spec, world_size, None, "llama", tied):
+        assert is_tied == tied
+        assert torch.allclose(result, expected, atol=1e-6)
+
+
+def peak_memory_of_load(folder: str) -> float:
+    """Peak growth of this rank's resident memory, mapped file pages included, until its weights are in use; in MiB."""
+    strategy = make_strategy("fsdp2", 4)
+    process, peak, done = psutil.Process(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], process.memory_info().rss)
+            time.sleep(0.002)
+
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = AutoModelForCausalLM.from_pretrained(folder, strategy)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local_tensor(parameter).mul_(1.0)
+    done.set()
+    watcher.join()
+    return (peak[0] - before) / 2**20
+
+
+def test_no_rank_holds_the_whole_model(pool: RankPool, tmp_path: Path) -> None:
+    """A model of SmolLM2-135M's shape (513 MiB in fp32) over 4 ranks: 128 MiB each, and little more at the peak."""
+    shape = {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    }
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(**shape), dtype=torch.float32)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.tie_weights()
+    whole = sum(p.numel() * 4 for p in model.parameters()) / 2**20
+    model.save_pretrained(tmp_path)
+    del model
+    peaks = pool.run(4, peak_memory_of_load, str(tmp_path))
+    print(f"model {whole:.0f} MiB; peak resident memory per rank: {[f'{peak:.0f} MiB' for peak in peaks]}")
+    assert 0.2 * whole < max(peaks) < 0.6 * whole
