@@ -1,4 +1,4 @@
-"""What happens around training steps. Imported as `automodel_trainer.callbacks`; each callback loads when it is first used."""
+"""What happens around training steps. Imported as `automodel_trainer.callbacks`; each loads when it is first used."""
 
 from __future__ import annotations
 

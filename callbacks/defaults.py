@@ -1,0 +1,38 @@
+"""The callbacks every Trainer has unless it is told otherwise."""
+
+from __future__ import annotations
+
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+
+from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
+from automodel_trainer.callbacks.ledger import Ledger
+from automodel_trainer.callbacks.preemption import Preemption
+from automodel_trainer.callbacks.progress import ProgressLine
+from automodel_trainer.callbacks.throughput import Throughput
+
+
+def default_callbacks(
+    given: list[Callback] | Callback | None,
+    *,
+    checkpointing: bool,
+    progress_bar: bool,
+    ledger: bool,
+    throughput: bool,
+) -> list[Callback]:
+    """The user's callbacks, and the defaults they did not bring themselves. Throughput runs before what shows it."""
+    callbacks = [given] if isinstance(given, Callback) else list(given or [])
+
+    def missing(kind: type[Callback]) -> bool:
+        return not any(isinstance(callback, kind) for callback in callbacks)
+
+    if throughput and missing(Throughput):
+        callbacks.insert(0, Throughput())
+    if ledger and missing(Ledger):
+        callbacks.append(Ledger())
+    if progress_bar and missing(ProgressBar):
+        callbacks.append(ProgressLine())
+    if checkpointing and missing(Checkpoint):
+        callbacks.append(DCPCheckpoint())
+    if checkpointing and missing(Preemption):
+        callbacks.append(Preemption())
+    return callbacks

@@ -1,0 +1,214 @@
+"""What a run consists of, as plain data: the facts of the step-1 ledger."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from automodel_trainer.callbacks.counts import Counts, micro_batches
+from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
+from automodel_trainer.strategies import MeshStrategy
+from automodel_trainer.strategies.clip import local_tensor
+
+Facts = dict[str, Any]
+
+
+def trained_model(trainer: pl.Trainer) -> nn.Module:
+    """The module whose parameters are trained."""
+    strategy = trainer.strategy
+    return strategy.trained_module if isinstance(strategy, MeshStrategy) else trainer.lightning_module
+
+
+def gradient_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
+    """Which gradients there are before the optimizer steps. Collective; waits for the device.
+
+    A rank's shard of a parameter can be empty, so a gradient is missing, or zero, only if it is so on all ranks.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = {name: local_tensor(p.grad) for name, p in trained.items() if p.grad is not None}
+    device = trainer.strategy.root_device
+    seen = torch.zeros(2, len(trained), device=device)
+    for index, name in enumerate(trained):
+        if name in grads:
+            seen[0, index] = 1
+            # NaN counts as something: it is not for the ledger to stop on it.
+            seen[1, index] = (grads[name] != 0).any()
+    there, nonzero = trainer.strategy.reduce(seen, reduce_op=dist.ReduceOp.MAX).bool().tolist()
+    return {
+        "tensors": len(trained),
+        "missing": [name for name, has in zip(trained, there) if not has],
+        "all_zero": [name for name, has, some in zip(trained, there, nonzero) if has and not some],
+        "bytes": bytes_by_dtype(grads.values()),
+    }
+
+
+def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
+    """Class, origin, size and dtype of the parameters, ties, attention."""
+    parameters = list(model.parameters())
+    inner = _transformers_models(model)
+    pairs = [(name, source, tied) for m in inner for name, source, tied in tied_pairs(m)]
+    return {
+        "class": type(inner[0] if len(inner) == 1 else model).__name__,
+        "source": str(getattr(trainer.lightning_module, "source", None) or "") or None,
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),  # a DTensor's numel is the global one
+        "frozen": sum(p.numel() for p in parameters if not p.requires_grad),
+        "bytes": bytes_by_dtype(local_tensor(p) for p in parameters),
+        "tied": [f"{name} = {source}" for name, source, tied in pairs if tied],
+        "untied": [f"{name} ≠ {source}" for name, source, tied in pairs if not tied],
+        "attention": sorted({attention_in_use(m) for m in inner}),
+    }
+
+
+def tied_pairs(model: PreTrainedModel) -> list[tuple[str, str, bool]]:
+    """Names of the parameters that the config says are one, and whether they are. Replaced modules are left out."""
+    pairs = []
+    for name, source in tied_weight_names(model).items():
+        try:
+            pairs.append((name, source, model.get_parameter(name) is model.get_parameter(source)))
+        except AttributeError:  # an adapter that trains its own copy of the head stands there
+            continue
+    return pairs
+
+
+def optimizer_facts(trainer: pl.Trainer, module: pl.LightningModule) -> Facts:
+    """The optimizer, its state and the schedule."""
+    optimizers = trainer.optimizers
+    states = [value for optimizer in optimizers for value in _state_tensors(optimizer)]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    first = groups[0] if groups else {}
+    return {
+        "class": ", ".join(type(optimizer).__name__ for optimizer in optimizers),
+        "fused": bool(first.get("fused")),
+        "lr": float(getattr(module, "lr", None) or first.get("initial_lr", first.get("lr", 0.0))),
+        "weight_decay": float(max((group.get("weight_decay") or 0.0 for group in groups), default=0)),
+        "bytes": bytes_by_dtype(states),
+        "schedule": _schedule(trainer, module),
+    }
+
+
+def low_precision_state(optimizers: Iterable[Optimizer]) -> list[str]:
+    """Names of the half-precision dtypes that optimizer state is in."""
+    dtypes = {tensor.dtype for optimizer in optimizers for tensor in _state_tensors(optimizer)}
+    return sorted(_name(dtype) for dtype in dtypes & {torch.bfloat16, torch.float16})
+
+
+def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
+    """Layout, batch arithmetic, steps, data and checkpoints."""
+    strategy = trainer.strategy
+    ours = isinstance(strategy, MeshStrategy)
+    checkpoint: Any = trainer.checkpoint_callback
+    folder = getattr(checkpoint, "run_folder", None) or getattr(checkpoint, "dirpath", None)
+    return {
+        "strategy": type(strategy).__name__,
+        "mesh": _mesh(strategy) if ours else {},
+        "world_size": trainer.world_size,
+        "device": _device_name(strategy.root_device),
+        "precision": str(trainer.precision),
+        "activation_checkpointing": getattr(strategy, "activation_checkpointing", None),
+        "batch": batch_facts(trainer, batch),
+        "steps": planned_steps(trainer),
+        "steps_per_epoch": _steps_per_epoch(trainer),
+        "max_epochs": trainer.max_epochs,
+        "data": _data(trainer),
+        "checkpoints": str(folder) if folder else None,
+    }
+
+
+def batch_facts(trainer: pl.Trainer, batch: Any) -> Facts:
+    """Rows of a micro-batch, micro-batches per step and rank, ranks, and what they multiply to."""
+    parts: Sequence[Any] = micro_batches(batch) or [batch]
+    counts = Counts()
+    counts.add(parts[0])
+    first = counts.totals()
+    dp = strategy.dp_size if isinstance(strategy := trainer.strategy, MeshStrategy) else trainer.world_size
+    accumulation = len(parts) * trainer.accumulate_grad_batches
+    widest = max((m["input_ids"].shape[-1] for m in parts if _has_tokens(m)), default=0)
+    rows = first.rows * accumulation * dp
+    return {"micro": first.rows, "accumulation": accumulation, "dp": dp, "global": rows, "tokens": rows * widest}
+
+
+def planned_steps(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps of the run, as far as they are known."""
+    ask = getattr(trainer, "planned_steps", None)
+    if ask is not None:
+        return ask()
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if steps not in (-1, float("inf")) else None
+
+
+def bytes_by_dtype(tensors: Iterable[Tensor]) -> dict[str, int]:
+    """Bytes of tensors that this rank holds, by the names of their dtypes."""
+    sums: dict[str, int] = defaultdict(int)
+    for tensor in tensors:
+        sums[_name(tensor.dtype)] += tensor.numel() * tensor.element_size()
+    return dict(sums)
+
+
+def _state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """What the optimizer remembers of each parameter; step counters left out."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return [local_tensor(value) for value in values if isinstance(value, Tensor) and value.ndim]
+
+
+def _schedule(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
+    config = getattr(module, "scheduler_config", None)
+    if is_dataclass(config) and not isinstance(config, type):
+        options = {k: v for k, v in asdict(config).items() if k != "name" and v and (k != "decay_ratio")}
+        return ", ".join([str(getattr(config, "name", "")), *(f"{k} {v:g}" for k, v in options.items())])
+    if isinstance(config, str):
+        return config
+    names = [type(c.scheduler).__name__ for c in trainer.lr_scheduler_configs]
+    return ", ".join(names) or None
+
+
+def _mesh(strategy: MeshStrategy) -> dict[str, int]:
+    mesh = strategy.device_mesh
+    return dict(zip(mesh.mesh_dim_names or (), mesh.shape))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _steps_per_epoch(trainer: pl.Trainer) -> int | None:
+    batches = trainer.num_training_batches
+    return None if batches == float("inf") else max(1, int(batches) // trainer.accumulate_grad_batches)
+
+
+def _data(trainer: pl.Trainer) -> str:
+    source: Any = trainer.datamodule if trainer.datamodule is not None else trainer.train_dataloader
+    rows = getattr(source, "rows", None)
+    train = rows.get("train") if isinstance(rows, Mapping) else None
+    try:
+        size = f", {len(train):,} rows" if train is not None else ""
+    except TypeError:  # a stream
+        size = ""
+    return type(source).__name__ + size
+
+
+def _transformers_models(model: nn.Module) -> list[PreTrainedModel]:
+    """The outermost transformers models inside."""
+    found: list[PreTrainedModel] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and id(module) not in inside:
+            found.append(module)
+            inside |= {id(m) for m in module.modules()}
+    return found
+
+
+def _has_tokens(micro_batch: Any) -> bool:
+    return isinstance(micro_batch, Mapping) and isinstance(micro_batch.get("input_ids"), Tensor)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

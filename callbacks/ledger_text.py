@@ -1,0 +1,94 @@
+"""The step-1 ledger for human eyes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from automodel_trainer.callbacks.console import Row
+
+Facts = dict[str, Any]
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+MEMORY = (("parameters", "model"), ("gradients", "gradients"), ("optimizer state", "optimizer"))
+
+
+def ledger_rows(facts: Facts) -> list[Row]:
+    """The lines of the ledger, in reading order."""
+    model, gradients, run = facts["model"], facts["gradients"], facts["run"]
+    rows = [
+        ("model", model["class"] + (f" from {model['source']}" if model["source"] else "")),
+        ("parameters", _parameters(model)),
+        ("per device", ", ".join(f"{name} {_memory(facts[key]['bytes'])}" for name, key in MEMORY)),
+    ]
+    if model["tied"] or model["untied"]:
+        rows.append(("tied weights", "; ".join([*model["tied"], *(f"⚠ {pair}" for pair in model["untied"])])))
+    rows += [("gradients", text) for text in _gradients(gradients)]
+    if model["attention"]:
+        rows.append(("attention", ", ".join(model["attention"])))
+    rows += [
+        ("layout", _layout(run)),
+        ("batch", batch_text(run["batch"])),
+        ("optimizer", _optimizer(facts["optimizer"])),
+        ("steps", _steps(run)),
+        ("data", run["data"]),
+        ("checkpoints", run["checkpoints"] or "off"),
+    ]
+    return rows
+
+
+def batch_text(batch: Facts) -> str:
+    """For example `micro 2 × accumulation 4 × dp 8 = global 64 rows, ≤ 131,072 tokens`."""
+    arithmetic = f"micro {batch['micro']} × accumulation {batch['accumulation']} × dp {batch['dp']}"
+    tokens = f", ≤ {batch['tokens']:,} tokens" if batch["tokens"] else ""
+    return f"{arithmetic} = global {batch['global']:,} rows{tokens}"
+
+
+def shortened(names: list[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def memory_text(count: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _parameters(model: Facts) -> str:
+    share = model["trained"] / max(1, model["trained"] + model["frozen"])
+    percent = f"{share:.0%}" if share in (0, 1) else f"{share:.2%}"
+    return f"{model['trained']:,} trained ({percent}), {model['frozen']:,} frozen"
+
+
+def _memory(sizes: dict[str, int]) -> str:
+    return " + ".join(f"{_SHORT.get(dtype, dtype)} {memory_text(size)}" for dtype, size in sizes.items()) or "none"
+
+
+def _gradients(gradients: Facts) -> list[str]:
+    missing, zero = gradients["missing"], gradients["all_zero"]
+    lines = [f"⚠ none for {len(missing)} of {gradients['tensors']}: {shortened(missing)}"] if missing else []
+    if zero:
+        lines.append(f"⚠ all zero for {len(zero)} of {gradients['tensors']}: {shortened(zero)}")
+    return lines or [f"all {gradients['tensors']} trained tensors have one"]
+
+
+def _layout(run: Facts) -> str:
+    mesh = " × ".join(f"{name} {size}" for name, size in run["mesh"].items())
+    parts = [f"{run['strategy']} ({mesh})" if mesh else run["strategy"], f"{run['world_size']} × {run['device']}"]
+    parts.append(f"precision {run['precision']}")
+    if run["activation_checkpointing"]:
+        parts.append(f"activation checkpointing {run['activation_checkpointing']}")
+    return ", ".join(parts)
+
+
+def _optimizer(optimizer: Facts) -> str:
+    name = optimizer["class"] + " (fused)" * optimizer["fused"]
+    schedule = f", schedule {optimizer['schedule']}" if optimizer["schedule"] else ""
+    return f"{name}, lr {optimizer['lr']:g}, weight decay {optimizer['weight_decay']:g}{schedule}"
+
+
+def _steps(run: Facts) -> str:
+    planned = f"{run['steps']:,} planned" if run["steps"] else "as many as the data gives"
+    epochs = run["max_epochs"]
+    known = [f"{run['steps_per_epoch']:,} per epoch"] if run["steps_per_epoch"] else []
+    if epochs is not None and epochs > 0:
+        known.append(f"at most {epochs} epoch" + "s" * (epochs > 1))
+    return planned + (f" ({', '.join(known)})" if known else "")

@@ -1,0 +1,229 @@
+"""ProgressLine: one live line of what the run is doing, and a closing summary."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from automodel_trainer.callbacks.console import block, is_terminal
+from automodel_trainer.callbacks.ledger_facts import planned_steps
+from automodel_trainer.callbacks.progress_text import (
+    closing_rows,
+    duration,
+    evaluation_line,
+    metric_texts,
+    throughput_texts,
+)
+from automodel_trainer.callbacks.throughput import Throughput
+
+REFRESH_SECONDS = 0.2
+
+
+class ProgressLine(ProgressBar):
+    """Shows on rank 0 how the run is going:
+
+    `step 12/40  loss 2.431  lr 3.0e-04  1,530 tok/s  sup 62%  mem 3.1 GiB  mfu 41%  0:34 left`
+
+    In a terminal the line is live, and what anything else prints scrolls above it. In a file or a pipe there is a line
+    for each log step. Numbers are those of the last log step: nothing here waits for the device in between. After every
+    validation one line stays, and the run ends with a summary, the validation loss before and after included. "Before"
+    is Lightning's check before training, if it covers the whole validation set (`num_sanity_val_steps=-1`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._live: Live | None = None
+        self._drawn = 0.0
+        self._numbers: list[str] = []  # of the last log step
+        self._step = 0
+        self._planned: int | None = None
+        self._first_step: tuple[int, float] | None = None  # the step after the first one of this run, and its time
+        self._started = 0.0
+        self._validation_losses: list[float] = []
+
+    # --- on and off -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_enabled(self) -> bool:
+        return self._enabled
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+        self._close()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._enabled and self._live is None and is_terminal():
+            self._live = Live(console=Console(), auto_refresh=False, transient=True)
+            self._live.start()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._live is not None:
+            self._live.update(Text(""))
+            self._live.stop()
+            self._live = None
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the line."""
+        if self._enabled:
+            print(*args, **kwargs)
+
+    def _draw(self, text: str, now: bool = False) -> None:
+        """Redraw the live line, not more often than an eye can follow."""
+        if self._live is not None and (now or time.monotonic() - self._drawn > REFRESH_SECONDS):
+            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+            self._drawn = time.monotonic()
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validation_losses = []
+        self._numbers = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.monotonic()
+        self._step, self._first_step = trainer.global_step, None
+        if self._enabled:
+            self._planned = planned_steps(trainer)
+            self._draw(self._training_line(), now=True)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        if not self._enabled or not stepped:
+            return
+        self._first_step = self._first_step or (self._step, time.monotonic())
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        log_step = bool(every) and self._step % every == 0
+        if log_step:
+            self._numbers = self._read_numbers(trainer)
+        self._draw(self._training_line(), now=log_step)
+        if log_step and self._live is None:
+            print(self._training_line(), flush=True)
+
+    def _read_numbers(self, trainer: pl.Trainer) -> list[str]:
+        optimizers = trainer.optimizers
+        lr = optimizers[0].param_groups[0]["lr"] if optimizers else None
+        shown = metric_texts(trainer.callback_metrics, trainer.progress_bar_metrics, lr)
+        throughput = _throughput(trainer)
+        return shown + (throughput_texts(throughput.last) if throughput is not None else [])
+
+    def _training_line(self) -> str:
+        steps = f"step {self._step}" + (f"/{self._planned}" if self._planned else "")
+        left = self._seconds_left()
+        return "  ".join([steps, *self._numbers, *([f"{duration(left)} left"] if left is not None else [])])
+
+    def _seconds_left(self) -> float | None:
+        if self._first_step is None or not self._planned or self._step <= self._first_step[0]:
+            return None
+        step, since = self._first_step
+        return (time.monotonic() - since) / (self._step - step) * (self._planned - self._step)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+        if not self._enabled:
+            return
+        throughput = _throughput(trainer)
+        rows = closing_rows(
+            steps=self._step,
+            planned=self._planned,
+            seconds=time.monotonic() - self._started,
+            tokens=throughput.tokens_seen if throughput is not None else 0,
+            validation_losses=self._validation_losses,
+            checkpoint=str(getattr(trainer.checkpoint_callback, "last_model_path", "") or ""),
+        )
+        print(block("training finished", rows), flush=True)
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _total(trainer.num_sanity_val_batches) == _total(trainer.num_val_batches):
+            self._note_validation(trainer.callback_metrics, "validation before training")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.reset_dataloader_idx_tracker()
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._note_validation(trainer.callback_metrics, f"validation after step {trainer.global_step}")
+            self._draw(self._training_line(), now=True)
+
+    def _note_validation(self, metrics: Mapping[str, Any], title: str) -> None:
+        if not self._enabled:
+            return
+        if "val_loss" in metrics:
+            self._validation_losses.append(float(metrics["val_loss"]))
+        line = evaluation_line(metrics, "val_")
+        if line:
+            print(f"{title}: {line}", flush=True)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.has_dataloader_changed(args[3] if len(args) > 3 else 0)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._draw_evaluation("validation", batch_idx, self.total_val_batches_current_dataloader)
+
+    def on_test_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.has_dataloader_changed(args[3] if len(args) > 3 else 0)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._draw_evaluation("test", batch_idx, self.total_test_batches_current_dataloader)
+
+    def on_predict_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.has_dataloader_changed(args[3] if len(args) > 3 else 0)
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._draw_evaluation("predict", batch_idx, self.total_predict_batches_current_dataloader)
+
+    def _draw_evaluation(self, name: str, batch_idx: int, total: float) -> None:
+        of = f"/{int(total)}" if math.isfinite(total) else ""
+        self._draw(f"{name} {batch_idx + 1}{of}")
+
+
+def _throughput(trainer: pl.Trainer) -> Throughput | None:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)  # type: ignore[attr-defined]
+
+
+def _total(batches: Any) -> float:
+    return sum(batches) if isinstance(batches, list) else batches

@@ -1,0 +1,78 @@
+"""The words of the progress line and of the closing summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from automodel_trainer.callbacks.console import Row
+
+_LOSSES = ("train_loss", "loss", "train/loss")  # what a module may call its training loss
+
+
+def metric_texts(logged: Mapping[str, Any], for_the_bar: Mapping[str, Any], lr: float | None) -> list[str]:
+    """Loss, learning rate, and whatever a module logs with `prog_bar=True`. Reads device values: waits for them."""
+    loss = next((float(logged[name]) for name in _LOSSES if name in logged), None)
+    lr = float(logged["lr"]) if "lr" in logged else lr
+    texts = [f"loss {loss:.3f}"] if loss is not None else []
+    texts += [f"lr {float(lr):.1e}"] if lr is not None else []
+    others = {name: value for name, value in for_the_bar.items() if name not in (*_LOSSES, "lr")}
+    return texts + [f"{name} {float(value):.4g}" for name, value in others.items()]
+
+
+def throughput_texts(values: Mapping[str, float]) -> list[str]:
+    """What `Throughput.last` says, in short."""
+    formats = (
+        ("tokens_per_second", "{:,.0f} tok/s"),
+        ("samples_per_second", "{:,.1f} samples/s"),
+        ("supervised_share", "sup {:.0%}"),
+        ("peak_memory_gib", "mem {:.1f} GiB"),
+        ("mfu", "mfu {:.0%}"),
+    )
+    texts = [text.format(values[name]) for name, text in formats if name in values]
+    wait = values.get("data_wait", 0.0)
+    return texts + ([f"data wait {wait:.0%}"] if wait > 0.05 else [])  # worth a word only where it costs something
+
+
+def evaluation_line(metrics: Mapping[str, Any], prefix: str) -> str:
+    """For example `loss 2.43, perplexity 11.4, token accuracy 52%`; empty if nothing of that prefix was logged."""
+    formats = {"loss": "loss {:.3f}", "perplexity": "perplexity {:.1f}", "token_accuracy": "token accuracy {:.0%}"}
+    known = [text.format(float(metrics[prefix + name])) for name, text in formats.items() if prefix + name in metrics]
+    others = [name for name in metrics if name.startswith(prefix) and name.removeprefix(prefix) not in formats]
+    return ", ".join(known + [f"{name.removeprefix(prefix)} {float(metrics[name]):.4g}" for name in others])
+
+
+def closing_rows(
+    *,
+    steps: int,
+    planned: int | None,
+    seconds: float,
+    tokens: int,
+    validation_losses: Sequence[float],
+    checkpoint: str,
+) -> list[Row]:
+    """What a run came to."""
+    rows = [("steps", f"{steps:,}" + (f" of {planned:,}" if planned else "") + f" in {duration(seconds)}")]
+    if tokens:
+        rows.append(("tokens", f"{tokens:,} ({tokens / max(seconds, 1e-9):,.0f} per second, everything included)"))
+    if validation_losses:
+        rows.append(("validation loss", loss_change(validation_losses)))
+    if checkpoint:
+        rows.append(("checkpoint", checkpoint))
+    return rows
+
+
+def loss_change(losses: Sequence[float]) -> str:
+    """For example `4.03 → 2.43 (−40%)`."""
+    first, last = losses[0], losses[-1]
+    if len(losses) == 1:
+        return f"{last:.2f}"
+    change = f"{(last - first) / first:+.0%}".replace("-", "−") if first else "from nothing"
+    return f"{first:.2f} → {last:.2f} ({change})"
+
+
+def duration(seconds: float) -> str:
+    """`0:34`, `12:05`, `1:02:03`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
