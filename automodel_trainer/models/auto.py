@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from automodel_trainer.models._transformers import load_weights, tied_weight_names
 from automodel_trainer.models.files import resolve_folder, weight_files
 from automodel_trainer.models.initialize import initialize_weights
+from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, finish_lora
 
 if TYPE_CHECKING:
     from automodel_trainer.strategies import MeshStrategy
@@ -38,6 +39,7 @@ class AutoModelForCausalLM:
         revision: str | None = None,
         allow_missing_weights: bool = False,
         device: torch.device | str = "cpu",
+        lora: LoRAConfig | None = None,
         **config_overrides: Any,
     ) -> PreTrainedModel:
         """Build a model and stream its checkpoint into it.
@@ -51,6 +53,7 @@ class AutoModelForCausalLM:
             revision: branch, tag or commit of a Hub repository.
             allow_missing_weights: initialise weights that the checkpoint lacks instead of refusing.
             device: where to build without a strategy.
+            lora: adapters to train on the frozen model.
             config_overrides: attributes of the model's config to change.
 
         Raises:
@@ -65,6 +68,8 @@ class AutoModelForCausalLM:
         model.config.name_or_path = str(folder)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        if lora is not None:
+            add_adapters(model, lora, strategy)
         fill_from_folder(model, folder, strategy, device, files=files, allow_missing_weights=allow_missing_weights)
         return model
 
@@ -79,15 +84,28 @@ class AutoModelForCausalLM:
         trust_remote_code: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        lora: LoRAConfig | None = None,
     ) -> PreTrainedModel:
         """Build a model with random weights; the same `seed` gives the same weights under every strategy."""
         model = _build_on_meta(
             config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
+        if lora is not None:
+            add_adapters(model, lora, strategy)
         if strategy is not None:
             strategy.parallelize(model)
         initialize_weights(model, _device(strategy, device), seed)
+        finish_lora(model)
         return model
+
+
+def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: MeshStrategy | None) -> None:
+    """Freeze a model that is not laid out yet and add adapters.
+
+    Nothing updates the frozen weights, so they need no master copy: they are held in the dtype they compute in.
+    """
+    dtypes = strategy.dtypes if strategy is not None else None
+    apply_lora(model, lora, dtypes and dtypes.compute, dtypes and dtypes.parameters)
 
 
 def fill_from_folder(
@@ -104,7 +122,7 @@ def fill_from_folder(
     if strategy is not None:
         strategy.parallelize(model)
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    missing, unexpected = load_weights(model, files, _device(strategy, device))
+    missing, unexpected = load_weights(model, files, _device(strategy, device), adapter_names(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(requires_grad[name])
     missing -= tied_weight_names(model).keys()
@@ -117,6 +135,7 @@ def fill_from_folder(
         warnings.warn(
             f"{folder} holds weights that {type(model).__name__} has no place for: {_some(unexpected)}.", stacklevel=2
         )
+    finish_lora(model)
 
 
 def _load_config(folder: Path, trust_remote_code: bool, overrides: dict[str, Any]) -> PreTrainedConfig:

@@ -30,7 +30,7 @@ def initialize_weights(model: PreTrainedModel, device: torch.device, seed: int) 
         for key, parameter in sharded.items():
             module._parameters[key] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(_seed_of(seed, name))
+            torch.manual_seed(seed_of(seed, name))
             initialize_module(model, module)
         for key, parameter in sharded.items():
             full = module._parameters[key]
@@ -41,5 +41,6 @@ def initialize_weights(model: PreTrainedModel, device: torch.device, seed: int) 
     model.tie_weights()
 
 
-def _seed_of(seed: int, name: str) -> int:
+def seed_of(seed: int, name: str) -> int:
+    """The seed of what is called `name`, in a run with this seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")

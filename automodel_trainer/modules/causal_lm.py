@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from automodel_trainer.models.auto import AutoModelForCausalLM, fill_from_folder
+from automodel_trainer.models.auto import AutoModelForCausalLM, add_adapters, fill_from_folder
 from automodel_trainer.models.files import resolve_folder
+from automodel_trainer.models.lora import LoRAConfig, finish_lora, lora_of
 from automodel_trainer.modules.loss import next_token_targets, supervised_tokens, token_losses
 from automodel_trainer.modules.metrics import FiniteGuard, LossWindow, TokenMetrics
 from automodel_trainer.modules.neftune import add_neftune
@@ -45,7 +46,7 @@ class CausalLMModule(pl.LightningModule):
     Args:
         model: a folder or Hub id, or a `PreTrainedModel` (real, or on meta with its path in `name_or_path`).
         tokenizer: a tokenizer or its path; by default the model's own.
-        lora: not available yet.
+        lora: low-rank adapters to train on the frozen model; None trains the whole model.
         lr: the highest learning rate.
         optimizer: configuration, class path, or a callable that takes parameter groups.
         scheduler: configuration or name of the schedule.
@@ -62,7 +63,7 @@ class CausalLMModule(pl.LightningModule):
         model: str | os.PathLike[str] | PreTrainedModel,
         *,
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
-        lora: None = None,
+        lora: LoRAConfig | None = None,
         lr: float = 2e-5,
         optimizer: OptimizerConfig | str | Callable[..., Optimizer] = OptimizerConfig(),  # noqa: B008
         scheduler: SchedulerConfig | str = SchedulerConfig(),  # noqa: B008
@@ -75,6 +76,7 @@ class CausalLMModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.lora = lora
         self.lr = lr
         self.optimizer_config = optimizer
         self.scheduler_config = scheduler
@@ -95,6 +97,7 @@ class CausalLMModule(pl.LightningModule):
         self.save_hyperparameters(
             {
                 "model": model if isinstance(model, (str, os.PathLike)) else model.name_or_path,
+                "lora": lora and asdict(lora),
                 "lr": lr,
                 "optimizer": _plain(optimizer),
                 "scheduler": _plain(scheduler),
@@ -147,6 +150,7 @@ class CausalLMModule(pl.LightningModule):
                 self.strategy,
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
+                lora=self.lora,
                 **self.config_overrides,
             )
         if self.neftune_alpha:
@@ -155,14 +159,23 @@ class CausalLMModule(pl.LightningModule):
 
     def _adopt(self, model: PreTrainedModel) -> PreTrainedModel:
         dtype = self.strategy.dtypes.parameters
+        if lora_of(model) is not None:  # built with adapters, perhaps trained ones, and in the dtypes it wants
+            if self.lora is not None:
+                raise ValueError("The model has adapters already: leave out CausalLMModule(lora=…) to go on with them.")
+            return self.strategy.parallelize(model)  # type: ignore[return-value]
+        # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
+        model = model.to(dtype)
+        if self.lora is not None:
+            add_adapters(model, self.lora, self.strategy)
         if not any(parameter.is_meta for parameter in model.parameters()):
-            # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
-            return self.strategy.parallelize(model.to(dtype))  # type: ignore[return-value]
+            self.strategy.parallelize(model)
+            finish_lora(model)
+            return model
         if self.source is None:
             raise ValueError(
                 f"The model is on meta, and its name_or_path {model.name_or_path!r} is no folder to read weights from."
             )
-        fill_from_folder(model.to(dtype), self.source, self.strategy)
+        fill_from_folder(model, self.source, self.strategy)
         return model
 
     @property

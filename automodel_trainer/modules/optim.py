@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from automodel_trainer.models.lora import learning_rate_of
+
 
 @dataclass
 class OptimizerConfig:
@@ -60,7 +62,7 @@ def build_optimizer(
         ValueError: nothing to train, or the name is no optimizer, or it does not take an argument.
     """
     if callable(config):
-        return config(parameter_groups(model, weight_decay=None))
+        return config(parameter_groups(model, None, lr))
     if isinstance(config, str):
         config = OptimizerConfig(name=config)
     cls = _import_optimizer(config.name)
@@ -73,25 +75,33 @@ def build_optimizer(
             f"Allowed: {', '.join(k for k in accepted if k != 'params')}."
         )
     args = dict(config.args)
-    groups = parameter_groups(model, config.weight_decay if "weight_decay" in accepted else None)
+    groups = parameter_groups(model, config.weight_decay if "weight_decay" in accepted else None, lr)
     if "fused" in accepted and not {"fused", "foreach"} & args.keys():
         args["fused"] = True
     return cls(groups, lr=lr, **args)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float | None) -> list[dict[str, Any]]:
-    """Groups with and without weight decay; DTensors and plain tensors apart, since fused kernels take one kind."""
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for parameter in model.parameters():
+def parameter_groups(model: nn.Module, weight_decay: float | None, lr: float) -> list[dict[str, Any]]:
+    """Groups with and without weight decay, and by learning rate where LoRA asks for several.
+
+    DTensors and plain tensors stand apart, since fused kernels take one kind.
+    """
+    groups: dict[tuple[bool, bool, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((parameter.ndim >= 2, isinstance(parameter, DTensor)), []).append(parameter)
+            key = (parameter.ndim >= 2, isinstance(parameter, DTensor), learning_rate_of(model, name, lr))
+            groups.setdefault(key, []).append(parameter)
     if not groups:
         raise ValueError("No parameter of the model is trainable: nothing to optimize. Unfreeze some (requires_grad).")
-    if weight_decay is None:
-        return [{"params": params} for params in groups.values()]
-    return [
-        {"params": params, "weight_decay": weight_decay if decays else 0.0} for (decays, _), params in groups.items()
-    ]
+    built: list[dict[str, Any]] = []
+    for (decays, _, own_lr), params in groups.items():
+        group: dict[str, Any] = {"params": params}
+        if weight_decay is not None:
+            group["weight_decay"] = weight_decay if decays else 0.0
+        if own_lr != lr:
+            group["lr"] = own_lr
+        built.append(group)
+    return built
 
 
 def build_scheduler(config: SchedulerConfig | str, optimizer: Optimizer, total_steps: int | None) -> LambdaLR:

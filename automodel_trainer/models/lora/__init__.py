@@ -1,0 +1,25 @@
+"""Low-rank adapters (LoRA, DoRA, QLoRA) on a frozen base model, in the format of PEFT."""
+
+from automodel_trainer.models.lora.apply import (
+    adapter_names,
+    apply_lora,
+    describe_lora,
+    finish_lora,
+    learning_rate_of,
+    lora_of,
+    trained_names,
+)
+from automodel_trainer.models.lora.config import LoRAConfig
+from automodel_trainer.models.lora.layers import adapters
+
+__all__ = [
+    "LoRAConfig",
+    "adapter_names",
+    "adapters",
+    "apply_lora",
+    "describe_lora",
+    "finish_lora",
+    "learning_rate_of",
+    "lora_of",
+    "trained_names",
+]

@@ -1,0 +1,178 @@
+"""Put adapters on a model, and fill them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from automodel_trainer.models._transformers import tied_weight_names
+from automodel_trainer.models.adapters import adapter_config, adapter_targets, load_adapter
+from automodel_trainer.models.initialize import seed_of
+from automodel_trainer.models.lora.config import LoRAConfig
+from automodel_trainer.models.lora.initialize import initialize_adapter
+from automodel_trainer.models.lora.layers import adapt_linear, adapt_parameter, adapters
+from automodel_trainer.models.lora.targets import Target, find_targets, kind, kinds, matches
+from automodel_trainer.models.quantize import prepare_nf4, quantize_nf4
+
+
+def lora_of(model: nn.Module) -> LoRAConfig | None:
+    """The LoRA configuration of a model that has adapters."""
+    config = getattr(model, "lora_config", None)
+    return config if isinstance(config, LoRAConfig) else None
+
+
+def apply_lora(
+    model: PreTrainedModel, config: LoRAConfig, base_dtype: torch.dtype | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Freeze a model and give it adapters, in place, before it is laid out. `finish_lora` fills them.
+
+    Args:
+        model: on meta or real, not yet sharded.
+        config: what to adapt, and how.
+        base_dtype: of the frozen weights; None leaves them as they are.
+        dtype: of what is trained; None: fp32 or wider.
+
+    Raises:
+        ValueError: the configuration does not fit the model; the message lists what would.
+    """
+    if config.adapter is not None:
+        config = adapter_config(config)
+        targets = adapter_targets(model, config)
+    else:
+        targets = find_targets(model, config)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    _check(model, config, targets, linear)
+    saved = _modules_to_save(model, config.modules_to_save)
+    dtype = dtype or torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    _freeze(model, saved, base_dtype, dtype)
+    for target in targets:
+        if target.name in linear:
+            module = model.get_submodule(target.name)
+            assert isinstance(module, nn.Linear)
+            adapt_linear(module, target.rank, target.scaling, dropout=config.dropout, dora=config.use_dora, dtype=dtype)
+        else:
+            owner, _, name = target.name.rpartition(".")
+            adapt_parameter(model.get_submodule(owner), name, target.rank, target.scaling, dtype=dtype)
+    model.lora_config = replace(config, modules_to_save=saved)  # type: ignore[assignment]
+    if config.quantize:
+        prepare_nf4(model)
+    return model
+
+
+@torch.no_grad()
+def finish_lora(model: nn.Module) -> None:
+    """Fill the adapters of a model whose base weights are real now, sharded or not. Collective.
+
+    Every adapter draws from a seed made of the config's and its name, so any layout gets the same numbers.
+    """
+    config = lora_of(model)
+    if config is None:
+        return
+    for adapter in adapters(model):
+        initialize_adapter(adapter, config.init, seed_of(config.seed, adapter.target))
+    if config.quantize:
+        quantize_nf4(model)
+    if config.adapter is not None:
+        load_adapter(model, config.adapter)
+
+
+def trained_names(model: nn.Module) -> set[str] | None:
+    """Names of the parameters that a checkpoint of this model holds: the trained ones. None: it has no adapters."""
+    if lora_of(model) is None:
+        return None
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adapter_names(model: nn.Module) -> set[str]:
+    """State-dict names of all adapter weights: those that no base checkpoint holds."""
+    names = set()
+    for adapter in adapters(model):
+        names |= {f"{adapter.prefix}lora_A.weight", f"{adapter.prefix}lora_B.weight"}
+        if adapter.magnitude is not None:
+            names.add(f"{adapter.prefix}lora_magnitude_vector")
+    return names
+
+
+def learning_rate_of(model: nn.Module, name: str, lr: float) -> float:
+    """The learning rate of a parameter in a run with learning rate `lr`."""
+    config = lora_of(model)
+    if config is None or name.endswith(("lora_A.weight", "lora_magnitude_vector")):
+        return lr
+    if name.endswith("lora_B.weight"):
+        return lr * config.lr_ratio
+    return lr if config.modules_to_save_lr is None else config.modules_to_save_lr
+
+
+def describe_lora(model: nn.Module) -> dict[str, str]:
+    """For the ledger: how many weights of each kind are adapted, and the share of parameters that is trained."""
+    config = lora_of(model)
+    if config is None:
+        return {}
+    found = list(adapters(model))
+    counts = Counter(adapter.target.rpartition(".")[2] for adapter in found)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    ranks = "/".join(str(rank) for rank in sorted({adapter.rank for adapter in found}))
+    rows = {
+        "LoRA": f"rank {ranks} on {len(found)} weights: {', '.join(f'{n} × {k}' for k, n in counts.items())}",
+        "trained share": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
+    }
+    if config.modules_to_save:
+        rows["trained whole"] = ", ".join(config.modules_to_save)
+    return rows
+
+
+def _check(model: PreTrainedModel, config: LoRAConfig, targets: list[Target], linear: set[str]) -> None:
+    parameters = [target.name for target in targets if target.name not in linear]
+    asked = {
+        f"dropout={config.dropout}": bool(config.dropout),
+        "use_dora=True": config.use_dora,
+        f"init={config.init!r}": config.init != "kaiming",
+        f"quantize={config.quantize!r}": bool(config.quantize),
+    }
+    wrong = [option for option, is_on in asked.items() if is_on]
+    if parameters and wrong:
+        raise ValueError(
+            f"lora {', '.join(wrong)} works on linear layers only, but these are fused parameters: {kinds(parameters)}. "
+            f"Leave the option out, or exclude them (exclude: {sorted({kind(p).rpartition('.')[2] for p in parameters})})."
+        )
+    tied = {name.rpartition(".")[0] for pair in tied_weight_names(model).items() for name in pair}
+    if shared := [target.name for target in targets if target.name in tied]:
+        raise ValueError(
+            f"lora target_modules: the weight of {shared} is tied to another module's, which an adapter would untie. "
+            "Leave it out, or train it whole with modules_to_save."
+        )
+
+
+def _modules_to_save(model: nn.Module, patterns: list[str]) -> list[str]:
+    """Full names of the outermost modules that match."""
+    holders = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
+    saved: list[str] = []
+    for pattern in patterns:
+        found = [name for name in holders if matches(name, pattern)]
+        if not found:
+            leaves = [name for name in holders if next(model.get_submodule(name).children(), None) is None]
+            raise ValueError(f"lora modules_to_save: {pattern!r} matches nothing. There are: {kinds(leaves)}.")
+        saved += [name for name in found if name not in saved]
+    return [name for name in saved if not any(name.startswith(other + ".") for other in saved)]
+
+
+def _freeze(model: nn.Module, saved: list[str], base_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
+    """Only modules_to_save are trained of the base; what is frozen and what is trained get their dtypes."""
+    trained = {id(p) for name in saved for p in model.get_submodule(name).parameters()}
+    cast: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in cast:
+                train = id(parameter) in trained
+                wanted = dtype if train else base_dtype or parameter.dtype
+                same = wanted == parameter.dtype
+                cast[id(parameter)] = parameter if same else nn.Parameter(parameter.detach().to(wanted))
+                cast[id(parameter)].requires_grad_(train)
+            module._parameters[name] = cast[id(parameter)]

@@ -1,0 +1,64 @@
+"""The arithmetic of low-rank adapters, in one place: a faster kernel replaces these functions and nothing else."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """The update of a linear layer's output.
+
+    Args:
+        x: `[..., in]`.
+        a: `[rank, in]`.
+        b: `[out, rank]`.
+        scaling: alpha / rank.
+
+    Returns:
+        scaling · x·Aᵀ·Bᵀ, `[..., out]`, in the dtype of the adapter (autocast: in autocast's).
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(a.dtype)
+    return F.linear(F.linear(x, a), b) * scaling
+
+
+def expert_factors(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """One adapter per expert out of PEFT's stacked ones.
+
+    Args:
+        a: `[experts · rank, in]`, expert by expert.
+        b: `[out, rank · experts]`, the expert running fastest.
+
+    Returns:
+        `[experts, rank, in]` and `[experts, out, rank]`.
+    """
+    return a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+
+
+def adapted_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float, transposed: bool = False) -> Tensor:
+    """weight + scaling · B·A for a weight that a module multiplies with by itself.
+
+    The weight, and in backward its gradient, are there in full for as long as the layer runs: what the module does with
+    its weight is its own affair, so the update cannot pass it by.
+
+    Args:
+        weight: `[out, in]`, or fused experts `[experts, out, in]`, or (`transposed`) `[experts, in, out]`.
+        a, b: as `expert_factors` has them.
+        scaling: alpha / rank.
+        transposed: the experts' layout.
+    """
+    if weight.ndim == 2:
+        return torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=scaling)
+    a, b = expert_factors(a, b, weight.shape[0])
+    left, right = (a.mT, b.mT) if transposed else (b, a)
+    return torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=scaling)
+
+
+def direction_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """‖weight + scaling · B·A‖ of every output row, `[out]`: what DoRA divides by. Constant to autograd (§4.3)."""
+    with torch.no_grad():
+        dtype = torch.promote_types(weight.dtype, a.dtype)
+        update = b.to(dtype) @ a.to(dtype)
+        return torch.linalg.vector_norm(weight.to(dtype) + scaling * update, dim=1)

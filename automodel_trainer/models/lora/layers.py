@@ -1,0 +1,183 @@
+"""Adapters on modules that stay what they are: same class (and a bit), same parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from automodel_trainer.models.lora.functional import adapted_weight, direction_norm, low_rank
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with a low-rank update; `weight` and `bias` keep their names. Mixed in by `adapt_linear`."""
+
+    lora_A: nn.Linear  # in -> rank
+    lora_B: nn.Linear  # rank -> out
+    lora_magnitude_vector: nn.Parameter | None  # DoRA: [out]
+    scaling: float
+    lora_dropout: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = super().forward(x)
+        if self.lora_magnitude_vector is not None:
+            return self._dora(x, base)
+        x = F.dropout(x, self.lora_dropout, self.training)
+        return base + low_rank(x, self.lora_A.weight, self.lora_B.weight, self.scaling).to(base.dtype)
+
+    def _dora(self, x: Tensor, base: Tensor) -> Tensor:
+        """magnitude · (W + s·B·A)·x / ‖W + s·B·A‖, written as a change of the base's output."""
+        a, b = self.lora_A.weight, self.lora_B.weight
+        weight = dense(self.weight)
+        scale = self.lora_magnitude_vector / direction_norm(weight, a, b, self.scaling)
+        if self.lora_dropout and self.training:
+            x = F.dropout(x, self.lora_dropout)
+            straight = F.linear(x.to(weight.dtype), weight)
+        else:
+            straight = base if self.bias is None else base - self.bias
+        change = (scale - 1) * straight + scale * low_rank(x, a, b, self.scaling)
+        return base + change.to(base.dtype)
+
+
+class LowRank(nn.Module):
+    """The two factors of one adapted parameter. For fused experts both hold all experts' (see `expert_factors`)."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, experts: int, scaling: float, **factory: Any) -> None:
+        super().__init__()
+        self.lora_A = nn.Linear(inputs, rank * experts, bias=False, **factory)
+        self.lora_B = nn.Linear(rank * experts, outputs, bias=False, **factory)
+        self.scaling = scaling
+
+
+class LoRAParameters(nn.Module):
+    """A module some of whose own parameters have a low-rank update. Mixed in by `adapt_parameter`.
+
+    While its forward runs, the module sees the updated weight under the parameter's name.
+    """
+
+    adapted: list[str]
+
+    def low_rank_of(self, name: str) -> LowRank:
+        return getattr(self, f"lora_{name}")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        transposed = bool(getattr(self, "is_transposed", False))
+        for name in self.adapted:
+            factors = self.low_rank_of(name)
+            a, b = factors.lora_A.weight, factors.lora_B.weight
+            # Python looks into `__dict__` before it asks `nn.Module.__getattr__` for the parameter.
+            self.__dict__[name] = adapted_weight(self._parameters[name], a, b, factors.scaling, transposed)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for name in self.adapted:
+                del self.__dict__[name]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter of a model.
+
+    Args:
+        target: name of the linear module, or of the parameter.
+        module: that holds the adapted weight.
+        parameter: the weight's name on `module`.
+        a, b: the factors.
+        scaling: of B·A.
+        prefix: of the factors' names in `module`'s model.
+        peft_prefix: of the factors' names in PEFT's format.
+    """
+
+    target: str
+    module: nn.Module
+    parameter: str
+    a: nn.Linear
+    b: nn.Linear
+    scaling: float
+    prefix: str
+    peft_prefix: str
+
+    @property
+    def is_linear(self) -> bool:
+        return isinstance(self.module, LoRALinear)
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        return getattr(self.module, "lora_magnitude_vector", None) if self.is_linear else None
+
+    @property
+    def experts(self) -> int:
+        weight = self.module._parameters[self.parameter]
+        assert weight is not None
+        return weight.shape[0] if weight.ndim == 3 else 1
+
+    @property
+    def rank(self) -> int:
+        return self.b.weight.shape[1] // self.experts
+
+
+def adapters(model: nn.Module) -> Iterator[Adapter]:
+    """All adapters, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            prefix = f"{name}."
+            yield Adapter(name, module, "weight", module.lora_A, module.lora_B, module.scaling, prefix, prefix)
+        elif isinstance(module, LoRAParameters):
+            for depth, parameter in enumerate(reversed(module.adapted)):
+                factors = module.low_rank_of(parameter)
+                # PEFT nests one wrapper per parameter around the module, the first parameter's innermost.
+                peft_prefix = f"{name}." + "base_layer." * depth
+                yield Adapter(
+                    f"{name}.{parameter}", module, parameter, factors.lora_A, factors.lora_B, factors.scaling,
+                    f"{name}.lora_{parameter}.", peft_prefix,
+                )  # fmt: skip
+
+
+def adapt_linear(
+    module: nn.Linear, rank: int, scaling: float, *, dropout: float, dora: bool, dtype: torch.dtype
+) -> None:
+    """Give a linear layer an adapter, in place and on its device."""
+    factory: dict[str, Any] = {"device": module.weight.device, "dtype": dtype}
+    module.__class__ = mixed(LoRALinear, type(module))
+    assert isinstance(module, LoRALinear)
+    module.lora_A = nn.Linear(module.in_features, rank, bias=False, **factory)
+    module.lora_B = nn.Linear(rank, module.out_features, bias=False, **factory)
+    magnitude = nn.Parameter(torch.empty(module.out_features, **factory)) if dora else None
+    module.register_parameter("lora_magnitude_vector", magnitude)
+    module.scaling, module.lora_dropout = scaling, dropout
+
+
+def adapt_parameter(module: nn.Module, name: str, rank: int, scaling: float, *, dtype: torch.dtype) -> None:
+    """Give a module's own 2-D or 3-D parameter an adapter, in place and on its device."""
+    weight = module._parameters[name]
+    assert weight is not None
+    experts = weight.shape[0] if weight.ndim == 3 else 1
+    outputs, inputs = weight.shape[-2:]
+    if weight.ndim == 3 and getattr(module, "is_transposed", False):
+        outputs, inputs = inputs, outputs
+    if not isinstance(module, LoRAParameters):
+        module.__class__ = mixed(LoRAParameters, type(module))
+        module.adapted = []
+    assert isinstance(module, LoRAParameters)
+    factors = LowRank(inputs, outputs, rank, experts, scaling, device=weight.device, dtype=dtype)
+    module.add_module(f"lora_{name}", factors)
+    own = list(module._parameters)
+    module.adapted = sorted([*module.adapted, name], key=own.index)
+
+
+def dense(weight: Tensor) -> Tensor:
+    """The weight as numbers: a quantized one is unpacked."""
+    unpack = getattr(weight, "get_original_weight", None)
+    return weight if unpack is None else unpack()
+
+
+@cache
+def mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    """The class `cls` with `mixin` before it."""
+    name = f"{mixin.__name__}_{cls.__name__}"
+    return mixin if issubclass(mixin, cls) else type(name, (mixin, cls), {"__module__": cls.__module__})

@@ -1,0 +1,138 @@
+"""Which weights of a model get an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from automodel_trainer.models.lora.config import LoRAConfig
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight that gets an adapter: of the linear module `name`, or the parameter `name`."""
+
+    name: str
+    rank: int
+    scaling: float
+
+
+def candidates(model: nn.Module) -> dict[str, bool]:
+    """Name of every linear module and every matrix or fused stack of matrices that a module owns by itself.
+
+    The value says whether `all-linear` means it: linear layers and fused expert weights, but not the head, nor single
+    matrices such as a router's.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    found: dict[str, bool] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[name] = module is not head
+        elif not isinstance(module, nn.Embedding):
+            for key, parameter in module.named_parameters(recurse=False):
+                if name and parameter.ndim in (2, 3):
+                    found[f"{name}.{key}"] = parameter.ndim == 3
+    return found
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
+    """The weights that `config` asks for, in the model's order.
+
+    Raises:
+        ValueError: a pattern matches nothing, or misses layers of a kind it matches elsewhere; the message lists what
+            would match.
+    """
+    known = candidates(model)
+    if not any(known.values()):
+        raise ValueError(f"{type(model).__name__} has no linear layers outside its head: LoRA has nothing to adapt.")
+    asked = config.target_modules
+    if isinstance(asked, str) and asked.lower() == ALL_LINEAR:
+        chosen = {name for name, meant in known.items() if meant}
+    else:
+        chosen = _match_all(known, asked)
+    for pattern in config.exclude:
+        out = {name for name in known if matches(name, pattern)}
+        if not out & chosen:
+            raise ValueError(f"lora exclude: {pattern!r} excludes nothing that is targeted. Targeted: {kinds(chosen)}.")
+        chosen -= out
+    if not chosen:
+        raise ValueError(f"lora target_modules minus exclude leaves nothing. There are: {kinds(known)}.")
+    return [Target(name, config.rank, config.scaling(config.rank)) for name in known if name in chosen]
+
+
+def _match_all(known: Mapping[str, bool], asked: str | list[str]) -> set[str]:
+    patterns = [asked] if isinstance(asked, str) else asked
+    found = {
+        pattern: {name for name in known if (matches_regex if isinstance(asked, str) else matches)(name, pattern)}
+        for pattern in patterns
+    }
+    for pattern, names in found.items():
+        if not names:
+            raise ValueError(
+                f"lora target_modules: {pattern!r} matches nothing. Would match: {kinds(known)}, or 'all-linear'."
+            )
+    chosen = set().union(*found.values())
+    if len(found) > 1:
+        _check_siblings(known, found, chosen)
+    return chosen
+
+
+def _check_siblings(known: Mapping[str, bool], found: Mapping[str, set[str]], chosen: set[str]) -> None:
+    """Refuse a pattern that reaches only some layers of a kind where its siblings reach all layers of theirs."""
+    members: dict[str, set[str]] = {}
+    for name in known:
+        members.setdefault(kind(name), set()).add(name)
+    part = {k: names - chosen for k, names in members.items() if names & chosen and names - chosen}
+    whole = any(names & chosen and not names - chosen for names in members.values())
+    for pattern, names in found.items():
+        for k in sorted({kind(name) for name in names} & part.keys()):
+            if whole:
+                raise ValueError(
+                    f"lora target_modules: {pattern!r} matches {k} in some layers but misses {some(part[k])}, while "
+                    f"other patterns match all of their layers. {k!r} would match them all; to adapt some layers "
+                    "only, give one regular expression instead of a list."
+                )
+
+
+def matches(name: str, pattern: str) -> bool:
+    """A name, the end of a name, or a glob over either. A module's bare matrix is only meant by its own name."""
+    if name.endswith(".weight") and not pattern.endswith("weight"):
+        return False
+    return (
+        name == pattern or name.endswith("." + pattern) or any(fnmatchcase(name, p) for p in (pattern, "*." + pattern))
+    )
+
+
+def matches_regex(name: str, pattern: str) -> bool:
+    """A regular expression over the whole name; a plain word also means every name that ends in it."""
+    if name.endswith(".weight") and "weight" not in pattern:
+        return False
+    try:
+        return re.fullmatch(pattern, name) is not None or name.endswith("." + pattern)
+    except re.error as error:
+        raise ValueError(
+            f"lora target_modules={pattern!r} is not a regular expression ({error}). Give names or globs as a list."
+        ) from error
+
+
+def kind(name: str) -> str:
+    """The name with `*` for layer numbers: what is the same in every layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def kinds(names: Iterable[str]) -> str:
+    """All kinds among the names, for a message."""
+    return ", ".join(dict.fromkeys(kind(name) for name in names))
+
+
+def some(names: Iterable[str]) -> str:
+    """A few of the names, and how many more there are."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
