@@ -60,19 +60,22 @@ def load_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], folder: 
         raise ValueError(f"{folder} holds the state of {len(groups)} optimizer(s), but the run has {len(optimizers)}.")
     saved: Mapping[str, Any] = {}
     reader = HuggingFaceStorageReader(str(folder))
-    if any(folder.glob("*.safetensors")):
+    if any(folder.glob("*.safetensors")):  # none before the first step
         saved = reader.read_metadata().state_dict_metadata
-    targets: dict[str, Tensor] = {}
     parameters = {}
     for index, (optimizer, group) in enumerate(zip(optimizers, groups)):
         _load_groups(module, optimizer, group, folder)
         parameters.update({f"{index}.{n}": (optimizer, p) for n, p in _named_parameters(module, optimizer).items()})
         optimizer.state.clear()
-    for name, entry in saved.items():
-        owner = name.rpartition("/")[0]
-        if owner not in parameters:
-            raise ValueError(f"{folder} holds {name}, but the run trains no such parameter.")
-        targets[name] = _target(name, tuple(entry.size), entry.properties.dtype, *parameters[owner])
+    if unknown := {name.rpartition("/")[0] for name in saved} - parameters.keys():
+        raise ValueError(f"{folder} holds state of {some(unknown)}, which the run does not train.")
+    order = {owner: place for place, owner in enumerate(parameters)}
+    targets = {
+        name: _target(
+            name, tuple(saved[name].size), saved[name].properties.dtype, parameters[name.rpartition("/")[0]][1]
+        )
+        for name in sorted(saved, key=lambda name: order[name.rpartition("/")[0]])
+    }
     if targets:
         dcp.load(dict(targets), storage_reader=reader)
     for name, tensor in targets.items():
@@ -134,7 +137,8 @@ def _stored(name: str, value: Any, parameter: Tensor) -> dict[str, Tensor]:
     raise ValueError(f"The optimizer state {name} is a {type(value).__name__}; a checkpoint holds tensors and numbers.")
 
 
-def _target(name: str, size: tuple[int, ...], dtype: torch.dtype, optimizer: Optimizer, parameter: Tensor) -> Tensor:
+def _target(name: str, size: tuple[int, ...], dtype: torch.dtype, parameter: Tensor) -> Tensor:
+    """Where the state tensor `name` is read into: laid out as its parameter, or whole where its shape is another."""
     if ":" in name.rpartition("/")[2]:
         return torch.empty(size, dtype=dtype)
     if isinstance(parameter, DTensor):
@@ -154,5 +158,5 @@ def _restored(tensor: Tensor, kind: str, device: torch.device) -> Any:
 
 def _scalar_device(optimizer: Optimizer, parameter: Tensor) -> torch.device:
     """Where torch's optimizers keep a parameter's step count."""
-    group = next(g for g in optimizer.param_groups if any(parameter is p for p in g["params"]))
-    return parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return parameter.device if on_device else torch.device("cpu")
