@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -218,7 +219,7 @@ class MicroBatchDataModule(LightningDataModule):
         Raises:
             ValueError: there is none.
         """
-        if isinstance(self.tokenizer, str):
+        if isinstance(self.tokenizer, str | os.PathLike):
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)

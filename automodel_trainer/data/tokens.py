@@ -34,8 +34,8 @@ def tokenize(
         cache: False to keep the samples in memory and read or write no cache.
 
     Returns:
-        The samples, at least one (columns `input_ids`, `length`, `sample_id`, and where masked `trained` and `supervised`, the number
-        of trained tokens but the first), and their fingerprint.
+        The samples, at least one (columns `input_ids`, `length`, `sample_id`, and where masked `trained` and
+        `supervised`, the number of trained tokens but the first), and their fingerprint.
     """
     key = cache_key(fingerprint(rows), tokenizer, settings)
 
