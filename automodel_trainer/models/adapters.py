@@ -14,9 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from automodel_trainer.models._transformers import tied_weight_names
 from automodel_trainer.models.files import check_safetensors, resolve_folder
 from automodel_trainer.models.lora.config import LoRAConfig
 from automodel_trainer.models.lora.initialize import assign, whole
@@ -30,14 +28,14 @@ _MAGNITUDE = "lora_magnitude_vector"
 _INITS = {"kaiming": True, "pissa": "pissa", "orthogonal": "orthogonal"}
 # What changes the arithmetic of an adapter in ways that are not built here.
 _UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out", "kasa_config", "layer_replication",
-    "lora_bias", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out", "kasa_config",
+    "layer_replication", "lora_bias", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 # Linear layers by these names are read by PEFT as parts of fused experts, where a model has such.
 _EXPERT_LEAVES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_config(adapter: str | os.PathLike[str]) -> dict[str, Any]:
@@ -143,7 +141,7 @@ def _locate(
         module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(
-            f"Adapter {adapter} is for another base model: it updates {name}, which {type(model).__name__} does not have."
+            f"Adapter {adapter} is for another base model: {type(model).__name__} has no {name}, which it updates."
         ) from None
     if isinstance(module, nn.Linear):
         return name, "weight"
@@ -194,12 +192,12 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> None:
 
 def _misfit(key: str, tensor: Tensor, name: str, weight: Tensor, adapter: str) -> str:
     return (
-        f"Adapter {adapter} is for another base model: its {key} has the shape {list(tensor.shape)}, which does not fit "
-        f"{name} of shape {list(weight.shape)}."
+        f"Adapter {adapter} is for another base model: its {key} has the shape {list(tensor.shape)}, which does not "
+        f"fit {name} of shape {list(weight.shape)}."
     )
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------------------------
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

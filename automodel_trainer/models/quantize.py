@@ -39,8 +39,8 @@ def prepare_nf4(model: nn.Module) -> None:
         if isinstance(module, LoRALinear):
             if module.weight.shape.numel() % BLOCK:
                 raise ValueError(
-                    f"lora quantize='nf4': the weight of {name} has {module.weight.shape.numel()} elements, not a multiple of "
-                    f"{BLOCK}. Leave it out with exclude."
+                    f"lora quantize='nf4': the weight of {name} has {module.weight.shape.numel()} elements, not a "
+                    f"multiple of {BLOCK}. Leave it out with exclude."
                 )
             module.__class__ = mixed(NF4Linear, type(module))
     # DDP's first broadcast cannot take packed weights, and all ranks read the same file.
@@ -98,8 +98,8 @@ def _scale_block(shape: torch.Size, shards: int = 1) -> int:
         elements = shape.numel() // shards
     if elements % BLOCK:
         raise ValueError(
-            f"A weight of shape {list(shape)} in {shards} shards has {elements} elements per rank, not a multiple of the "
-            f"{BLOCK} that share a scale in nf4: use fewer ranks, or leave the layer out with exclude."
+            f"A weight of shape {list(shape)} in {shards} shards has {elements} elements per rank, not a multiple of "
+            f"the {BLOCK} that share a scale in nf4: use fewer ranks, or leave the layer out with exclude."
         )
     return math.gcd(SCALE_BLOCK, elements // BLOCK)
 

@@ -113,7 +113,7 @@ def describe_lora(model: nn.Module) -> dict[str, str]:
     if config is None:
         return {}
     found = list(adapters(model))
-    counts = Counter(adapter.target.rpartition(".")[2] for adapter in found)
+    counts = Counter(_short(adapter.target) for adapter in found)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     ranks = "/".join(str(rank) for rank in sorted({adapter.rank for adapter in found}))
@@ -124,6 +124,10 @@ def describe_lora(model: nn.Module) -> dict[str, str]:
     if config.modules_to_save:
         rows["trained whole"] = ", ".join(config.modules_to_save)
     return rows
+
+
+def _short(name: str) -> str:
+    return ".".join(name.split(".")[-2 if name.endswith(".weight") else -1 :])
 
 
 def _check(model: PreTrainedModel, config: LoRAConfig, targets: list[Target], linear: set[str]) -> None:
@@ -137,8 +141,8 @@ def _check(model: PreTrainedModel, config: LoRAConfig, targets: list[Target], li
     wrong = [option for option, is_on in asked.items() if is_on]
     if parameters and wrong:
         raise ValueError(
-            f"lora {', '.join(wrong)} works on linear layers only, but these are fused parameters: {kinds(parameters)}. "
-            f"Leave the option out, or exclude them (exclude: {sorted({kind(p).rpartition('.')[2] for p in parameters})})."
+            f"lora {', '.join(wrong)} is for linear layers only, and these are fused parameters: {kinds(parameters)}. "
+            f"Leave it out, or exclude them (exclude: {sorted({kind(p).rpartition('.')[2] for p in parameters})})."
         )
     tied = {name.rpartition(".")[0] for pair in tied_weight_names(model).items() for name in pair}
     if shared := [target.name for target in targets if target.name in tied]:

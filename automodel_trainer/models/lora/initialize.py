@@ -13,7 +13,10 @@ from automodel_trainer.models.lora.layers import Adapter, LoRALinear, dense
 
 @torch.no_grad()
 def initialize_adapter(adapter: Adapter, init: str, seed: int) -> None:
-    """Fill an adapter. Drawn on the CPU, in full: adapters are small, and every device and layout gets the same numbers."""
+    """Fill an adapter.
+
+    Values are drawn on the CPU, in full: adapters are small, and every device and layout gets the same numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.empty(adapter.a.weight.shape), torch.zeros(adapter.b.weight.shape)
     if init == "orthogonal":

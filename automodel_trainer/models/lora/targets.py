@@ -25,10 +25,10 @@ class Target:
 
 
 def candidates(model: nn.Module) -> dict[str, bool]:
-    """Name of every linear module and every matrix or fused stack of matrices that a module owns by itself.
+    """Name of every linear module and every fused stack of matrices, or single `weight`, that a module multiplies by.
 
-    The value says whether `all-linear` means it: linear layers and fused expert weights, but not the head, nor single
-    matrices such as a router's.
+    The value says whether `all-linear` means it: linear layers and fused expert weights, but not the head, nor a single
+    matrix such as a router's.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found: dict[str, bool] = {}
@@ -37,7 +37,7 @@ def candidates(model: nn.Module) -> dict[str, bool]:
             found[name] = module is not head
         elif not isinstance(module, nn.Embedding):
             for key, parameter in module.named_parameters(recurse=False):
-                if name and parameter.ndim in (2, 3):
+                if name and (parameter.ndim == 3 or (parameter.ndim == 2 and key == "weight")):
                     found[f"{name}.{key}"] = parameter.ndim == 3
     return found
 
