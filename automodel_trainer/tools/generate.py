@@ -64,7 +64,7 @@ def generate(
         from transformers import set_seed
 
         set_seed(seed)
-    config = _generation_config(loaded, tokenizer, max_new_tokens, temperature, top_p)
+    config = generation_config(loaded, tokenizer, max_new_tokens, temperature, top_p)
     opening = [{"role": "system", "content": system}] if system is not None else []
     answers = []
     conversation = list(opening)
@@ -112,12 +112,12 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[PreTrainedM
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
-def _generation_config(
+def generation_config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
 ) -> GenerationConfig:
     """The model's own settings (its end tokens above all) with the user's choice of length and sampling."""
     config = copy.deepcopy(model.generation_config)
@@ -130,6 +130,7 @@ def _generation_config(
         top_k=0 if draws else None,
         max_new_tokens=max_new_tokens,
         max_length=None,
+        use_cache=True,
     )
     config.eos_token_id = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
     if config.pad_token_id is None:

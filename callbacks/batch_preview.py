@@ -1,0 +1,43 @@
+"""Show the first training batch, token by token, before the model learns from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from automodel_trainer.tools.preview import preview
+
+
+class BatchPreview(Callback):
+    """Prints the first batch of a run on rank 0: what is trained, what is masked, where documents and padding begin.
+
+    Args:
+        rows: how many rows to print.
+        html: also write the whole batch to this file, as a page.
+    """
+
+    def __init__(self, rows: int = 1, html: str | None = None) -> None:
+        if rows < 1:
+            raise ValueError(f"BatchPreview(rows={rows}): it must be at least 1. Leave the callback out to see none.")
+        self.rows = rows
+        self.html = html
+        self._shown = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._shown:
+            return
+        self._shown = True
+        if not trainer.is_global_zero:
+            return
+        micro_batches = batch if isinstance(batch, list) else [batch]
+        tokenizer = getattr(pl_module, "tokenizer", None)
+        if tokenizer is None:
+            rank_zero_warn("BatchPreview shows nothing: the module has no `tokenizer` to turn tokens into text.")
+        elif not all(isinstance(part, dict) and {"input_ids", "labels"} <= part.keys() for part in micro_batches):
+            rank_zero_warn(
+                "BatchPreview shows nothing: the batch is not a list of micro-batches with `input_ids` and `labels`."
+            )
+        else:
+            preview(micro_batches, tokenizer, max_rows=self.rows, html=self.html)
