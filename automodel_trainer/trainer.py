@@ -24,6 +24,7 @@ from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.callbacks.defaults import default_callbacks
 from automodel_trainer.data.adapt import Steps, as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.launch import launched_sizes
 from automodel_trainer.models.export import export_pretrained
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.strategies import Objective, StrategyRegistry
@@ -99,6 +100,7 @@ class Trainer(pl.Trainer):
     ) -> None:
         if max_epochs is None and max_steps == -1 and max_time is None:
             max_epochs = DEFAULT_EPOCHS
+        devices, num_nodes = launched_sizes(devices, num_nodes)
         self.requested_gradient_clip_val = gradient_clip_val
         self.requested_accumulation = accumulate_grad_batches
         super().__init__(
@@ -321,7 +323,7 @@ class Trainer(pl.Trainer):
         datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role)
         if isinstance(datamodule, MicroBatchDataModule):
             if datamodule.tokenizer is None and isinstance(module, CausalLMModule):
-                datamodule.tokenizer = module.tokenizer
+                datamodule.tokenizer = module.tokenizer_or_none
             datamodule.prepare()
         return module, datamodule, loader
 

@@ -1,0 +1,154 @@
+"""Does what CPU tests show hold on real GPUs? One process per case; `python benchmarks/gpu_smoke.py` runs all.
+
+Cases: the loss curve of one GPU against two under ddp, fsdp2 and hsdp (NCCL, fp32), resume on another number of GPUs,
+host syncs inside a step, and the throughput of a 1B-shaped model in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from transformers import LlamaConfig
+
+from automodel_trainer import AutoModelForCausalLM, CausalLMModule, MockDataModule, Trainer
+from automodel_trainer.callbacks import DCPCheckpoint, Throughput
+
+SMALL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
+SMALL |= {"num_key_value_heads": 4, "vocab_size": 1024, "tie_word_embeddings": True}
+ONE_B: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+ONE_B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256}
+
+
+class RandomModel(CausalLMModule):
+    """A model with random weights, the same under every layout."""
+
+    def __init__(self, shape: dict[str, Any], **kwargs: Any) -> None:
+        with torch.device("meta"):
+            import transformers
+
+            meta = transformers.AutoModelForCausalLM.from_config(LlamaConfig(**shape))
+        super().__init__(meta, **kwargs)
+        self.shape = shape
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = AutoModelForCausalLM.from_config(LlamaConfig(**self.shape), self.strategy, seed=1).train()
+
+
+class Curve(Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.losses.append(round(float(trainer.callback_metrics["train_loss"]), 6))
+
+
+class SyncWatch(Callback):
+    """Counts the places where the host waited for the device in steps that log nothing."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, int] = {}
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        quiet = trainer.global_step > 3 and (trainer.global_step + 1) % trainer.log_every_n_steps
+        torch.cuda.set_sync_debug_mode("warn" if quiet else "default")
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def small(strategy: str, root: str, steps: int, resume: bool) -> dict[str, Any]:
+    data = MockDataModule(vocab_size=1024, seq_len=256, micro_batch_size=2, global_batch_size=8, num_samples=200)
+    curve = Curve()
+    trainer = Trainer(
+        strategy=strategy,
+        devices="auto",
+        precision="fp32",
+        max_steps=steps,
+        log_every_n_steps=1,
+        default_root_dir=root,
+        callbacks=[curve, DCPCheckpoint(every_n_steps=5)],
+        enable_progress_bar=False,
+        logger=False,
+    )
+    trainer.fit(RandomModel(SMALL, lr=1e-3), data, ckpt_path="last" if resume else None)
+    return {"losses": curve.losses, "step": trainer.global_step}
+
+
+def one_b(strategy: str, root: str) -> dict[str, Any]:
+    data = MockDataModule(vocab_size=128256, seq_len=4096, micro_batch_size=2, global_batch_size=4, num_samples=400)
+    watch, throughput = SyncWatch(), Throughput()
+    trainer = Trainer(
+        strategy=strategy,
+        devices=1,
+        precision="bf16",
+        max_steps=30,
+        log_every_n_steps=10,
+        default_root_dir=root,
+        callbacks=[watch, throughput],
+        enable_checkpointing=False,
+        logger=False,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(RandomModel(ONE_B, lr=1e-5), data)
+    syncs = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    return {"throughput": throughput.last, "host_syncs": {place: syncs.count(place) for place in set(syncs)}}
+
+
+def launch(case: str, strategy: str, root: str, gpus: int, *extra: str) -> dict[str, Any]:
+    runner = [sys.executable] if gpus == 1 else ["torchrun", "--nproc-per-node", str(gpus)]
+    command = [*runner, __file__, "--case", case, "--strategy", strategy, "--root", root, *extra]
+    environment = {**__import__("os").environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        return {"failed": done.stdout[-1500:] + done.stderr[-3000:]}
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def everything() -> None:
+    count = torch.cuda.device_count()
+    base = Path(tempfile.mkdtemp())
+    reference = launch("small", "auto", str(base / "one"), 1)
+    print("one GPU, fp32:", reference, flush=True)
+    for strategy in ("ddp", "fsdp2", "hsdp") if count > 1 else ("ddp", "fsdp2"):
+        result = launch("small", strategy, str(base / strategy), min(count, 2))
+        if "losses" in result and "losses" in reference:
+            pairs = zip(result["losses"], reference["losses"])
+            result["worst_relative_difference"] = max(abs(a - b) / b for a, b in pairs)
+        print(strategy, min(count, 2), result, flush=True)
+    first = launch("small", "fsdp2", str(base / "resume"), min(count, 2), "--steps", "5")
+    second = launch("small", "ddp", str(base / "resume"), 1, "--resume")
+    print("resume fsdp2@2 -> ddp@1:", first, second, flush=True)
+    for strategy in ("auto", "ddp"):
+        print("1B bf16", strategy, launch("one_b", strategy, str(base / f"b{strategy}"), 1), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--case", choices=["small", "one_b"])
+    parser.add_argument("--strategy", default="auto")
+    parser.add_argument("--root", default="/tmp/smoke")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    if args.case is None:
+        everything()
+        return
+    one = args.case == "one_b"
+    result = one_b(args.strategy, args.root) if one else small(args.strategy, args.root, args.steps, args.resume)
+    print("RESULT " + json.dumps(result, default=str))
+
+
+if __name__ == "__main__":
+    main()
