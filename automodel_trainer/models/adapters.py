@@ -29,7 +29,8 @@ _INITS = {"kaiming": True, "pissa": "pissa", "orthogonal": "orthogonal"}
 # What changes the arithmetic of an adapter in ways that are not built here.
 _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out", "kasa_config",
-    "layer_replication", "lora_bias", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "layer_replication", "lora_bias", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora",
+    "velora_config",
 )  # fmt: skip
 # Linear layers by these names are read by PEFT as parts of fused experts, where a model has such.
 _EXPERT_LEAVES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
