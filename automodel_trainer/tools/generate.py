@@ -94,9 +94,10 @@ def check_folder(model: str | Path) -> None:
         )
 
 
-def load(model: str | Path, device: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(model: str | Path, device: str | None, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model (in eval mode, on its device) and its tokenizer."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -104,7 +105,7 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[PreTrainedM
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         found = (
             "is there, but cannot be loaded" if Path(model).is_dir() else "is no folder, nor in the local model cache"
         )
@@ -139,7 +140,7 @@ def generation_config(
 
 
 def _answer(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     conversation: list[dict[str, str]],
     config: GenerationConfig,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 
 import pytest
@@ -98,6 +99,14 @@ def test_a_folder_without_weights_or_config_is_named(tmp_path, capsys):
     assert "no weights" in capsys.readouterr().err
     assert main(["--model", str(tmp_path / "nowhere"), "--prompt", "hi"]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_truncated_weights_file_is_an_error_that_names_the_folder(folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert main(["--model", str(broken), "--prompt", "hi"]) == 1
+    assert str(broken) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}])
