@@ -66,8 +66,8 @@ def _turn_start(chat: RenderedChat, i: int) -> int:
     """The end of the generation prompt before message i."""
     before = chat.messages[:i]
     prompt = chat.render(before, add_generation_prompt=True)
-    if prompt is None:
-        return _start_after_header(chat, i)
+    if prompt is None:  # such as no message before: any question has the header of the answer
+        return _after_header(chat, i, _generation_prompt(chat, [{"role": "user", "content": "."}]), 0)
     if chat.text.startswith(prompt):
         return len(prompt)
     # The prompt reads differently on its own: look for what follows its last message.
@@ -75,9 +75,9 @@ def _turn_start(chat: RenderedChat, i: int) -> int:
     end_in_text = _content(chat, chat.messages, i - 1, chat.text)[1]
     tail = prompt[end_in_prompt:]
     shared = _shared_header(tail, chat.text[end_in_text:])
-    header = len(tail) - len(_generation_prompt(chat, before))
-    if len(shared) < len(tail) and len(shared) <= header:
-        raise _unplaced(chat, i, f"the prompt before it ends with {tail!r}, which the conversation does not have there")
+    header = _generation_prompt(chat, before)
+    if len(shared) < len(tail) and len(shared) <= len(tail) - len(header):
+        return _after_header(chat, i, header, end_in_text)
     return min(end_in_text + len(shared), _content(chat, chat.messages, i, chat.text)[0])
 
 
@@ -112,11 +112,10 @@ def _without_newline(text: str, start: int, end: int, special: re.Pattern[str]) 
     return following.end() if following else end
 
 
-def _start_after_header(chat: RenderedChat, i: int) -> int:
-    """The start of a message that has no prompt of its own, such as the first: after the last header before it."""
-    header = _generation_prompt(chat, [{"role": "user", "content": "."}])
+def _after_header(chat: RenderedChat, i: int, header: str, after: int) -> int:
+    """The end of the last such header between the position `after` and the content of message i."""
     begin = _content(chat, chat.messages, i, chat.text)[0]
-    at = chat.text.rfind(header, 0, begin) if header else -1
+    at = chat.text.rfind(header, after, begin) if header else -1
     if at < 0:
         raise _unplaced(chat, i, f"the generation prompt {header!r} does not stand before it")
     return at + len(header)

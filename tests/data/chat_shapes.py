@@ -105,10 +105,16 @@ REASONER = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"""
 
-# Messages of the past end with another token than the last one.
+# Messages of the past end with another token than the last one; a call goes without content.
 HARMONY = """{%- for message in messages %}
-    {{- '<|start|>' + message.role + '<|message|>' + message.content }}
-    {{- '<|return|>' if loop.last and message.role == 'assistant' else '<|end|>' }}
+    {%- if message.tool_calls %}
+        {%- if message.content %}{{ raise_exception('A call has no content') }}{% endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '<|start|>assistant to=' + call.name + '<|message|>' + call.arguments | tojson + '<|call|>' }}
+    {%- else %}
+        {{- '<|start|>' + message.role + '<|message|>' + message.content }}
+        {{- '<|return|>' if loop.last and message.role == 'assistant' else '<|end|>' }}
+    {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
 
@@ -132,7 +138,7 @@ TEMPLATES: dict[str, tuple[str, str, list[str]]] = {
     "mistral": (MISTRAL, "</s>", ["[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]),
     "qwen": (QWEN, "<|im_end|>", ["<|im_start|>"]),
     "reasoner": (REASONER, "</s>", ["<|User|>", "<|Assistant|>", "<|call|>", "<|call_end|>"]),
-    "harmony": (HARMONY, "<|return|>", ["<|start|>", "<|message|>", "<|end|>"]),
+    "harmony": (HARMONY, "<|return|>", ["<|start|>", "<|message|>", "<|end|>", "<|call|>"]),
     "open": (OPEN_ENDED, "</s>", ["<|user|>", "<|assistant|>"]),
     "marked": (MARKED, "<|im_end|>", ["<|im_start|>"]),
 }

@@ -140,6 +140,12 @@ HAND_MARKED = [
         ['<|call|>weather\n{"city": "Bonn"}<|call_end|></s>', "d</s>"],
     ),
     ("harmony", CHAT, None, ["<|message|>Hello<|end|>", "<|message|>Hello<|return|>"]),
+    (
+        "harmony",  # the first answer is not the last message, so it is found by substitution
+        [user("a"), assistant("b"), assistant("", tool_calls=call("Bonn")), tool("Sun"), assistant("Sun")],
+        None,
+        ["<|message|>b<|end|>", ' to=weather<|message|>{"city": "Bonn"}<|call|>', "<|message|>Sun<|return|>"],
+    ),
     ("open", CHAT, None, ["Hello<|user|>", "Hello"]),
     ("marked", CHAT, None, ["Hello<|im_end|>", "Hello<|im_end|>"]),
     ("marked", [system("s"), user("a"), assistant(" b \n"), user("c")], None, [" b \n<|im_end|>"]),
@@ -193,6 +199,26 @@ def test_weight_zero_is_read_and_not_trained(name: str) -> None:
     (only,) = segments(tokenizer, encode_conversation(tokenizer, messages))
     assert only.endswith("d<|im_end|>")
     assert "b<|im_end|>" in tokenizer.decode(encode_conversation(tokenizer, messages).input_ids)
+
+
+@pytest.mark.parametrize(
+    ("opener", "header", "answer", "expected"),
+    [
+        ("<think>\n", "", "<thing>", "<thing>"),
+        ("<think>\n", "</think>", "b", "</think>b"),
+        ("<think>\n", "<think></think>", "b", "</think>b"),
+        ("Thought:", "", "The answer", "The answer"),
+    ],
+)
+def test_prompt_that_opens_what_a_turn_does_not_have(opener: str, header: str, answer: str, expected: str) -> None:
+    template = (
+        "{%- for m in messages %}{{- '<|im_start|>' + m.role + ' ' + (HEADER if m.role == 'assistant' else '') "
+        "+ m.content + '<|im_end|>' }}{% endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant ' + OPENER }}{% endif %}"
+    )
+    tokenizer = tiny_tokenizer(template.replace("HEADER", repr(header)).replace("OPENER", repr(opener)))
+    encoded = encode_conversation(tokenizer, [user("a"), assistant(answer), user("c"), assistant(answer)])
+    assert segments(tokenizer, encoded) == [expected + "<|im_end|>"] * 2
 
 
 def test_offsets_that_leave_spaces_out_lose_no_token() -> None:
@@ -328,6 +354,14 @@ class TestRefusals:
             ValueError, match=r"message 1 \(assistant\) cannot be placed(.|\n)*<\|im_start\|>user 3\nHi"
         ):
             encode_conversation(tiny_tokenizer(template), CHAT)
+
+    def test_content_out_of_place(self) -> None:
+        template = (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '<|im_start|>' }}"
+            "{{ messages[loop.index0 - 1].content if loop.index0 else '' }}{% endif %}{% endfor %}"
+        )
+        with pytest.raises(ValueError, match=r"message 1 \(assistant\) cannot be placed.*its content is not in"):
+            encode_conversation(tiny_tokenizer(template), [user("a"), assistant("secret"), user("b")])
 
 
 class TestPromptCompletion:
