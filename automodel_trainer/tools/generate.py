@@ -104,7 +104,7 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[Any, PreTra
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
     except (OSError, SafetensorError) as error:
         found = (
             "is there, but cannot be loaded" if Path(model).is_dir() else "is no folder, nor in the local model cache"
