@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 from rich import box
 from rich.console import Console
+from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +30,43 @@ def show(trainer: pl.Trainer, text: str) -> None:
     bar = trainer.progress_bar_callback
     printer = bar.print if bar is not None and getattr(bar, "is_enabled", False) else print
     printer(text)
+
+
+class LiveLine:
+    """A last line of the terminal that is redrawn, while everything else that is printed scrolls above it."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._live = Live(console=console or Console(), auto_refresh=False, transient=True)
+        before = (sys.stdout, sys.stderr)
+        self._live.start()  # puts its own streams in the place of stdout and stderr
+        self._handlers = [(handler, handler.stream) for handler in _handlers_writing_to(before)]
+        for handler, _ in self._handlers:
+            handler.setStream(sys.stderr)
+
+    @property
+    def width(self) -> int:
+        """Columns of the terminal."""
+        return self._live.console.width
+
+    def draw(self, text: str) -> None:
+        """Replace the line."""
+        self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def close(self) -> None:
+        """Remove the line and give the streams back."""
+        for handler, stream in self._handlers:
+            handler.setStream(stream)
+        self._live.stop()
+
+
+def _handlers_writing_to(streams: Sequence[Any]) -> list[logging.StreamHandler[Any]]:
+    """Log handlers hold on to the stream they were made with, so that replacing `sys.stderr` does not reach them."""
+    loggers = [
+        logging.getLogger(),
+        *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)),
+    ]
+    handlers = {id(h): h for logger in loggers for h in logger.handlers if isinstance(h, logging.StreamHandler)}
+    return [handler for handler in handlers.values() if any(handler.stream is stream for stream in streams)]
 
 
 def block(title: str, rows: Sequence[Row], terminal: bool | None = None, width: int | None = None) -> str:

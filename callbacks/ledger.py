@@ -9,11 +9,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from automodel_trainer.callbacks.console import block, show
+from automodel_trainer.callbacks.layout import max_over_ranks, trained_model
 from automodel_trainer.callbacks.ledger_facts import (
     Facts,
     gradient_facts,
@@ -21,7 +21,6 @@ from automodel_trainer.callbacks.ledger_facts import (
     model_facts,
     optimizer_facts,
     run_facts,
-    trained_model,
 )
 from automodel_trainer.callbacks.ledger_text import ledger_rows, shortened
 from automodel_trainer.strategies import Objective
@@ -109,7 +108,7 @@ class Ledger(Callback):
     def _raise_together(self, trainer: pl.Trainer, surprises: dict[str, str]) -> None:
         """Raise on every rank if any has a surprise: a rank that went on alone would wait for the others forever."""
         mine = torch.tensor([name in surprises for name in SURPRISES], dtype=torch.int32)
-        flags = trainer.strategy.reduce(mine.to(trainer.strategy.root_device), reduce_op=dist.ReduceOp.MAX).tolist()
+        flags = max_over_ranks(trainer, mine.to(trainer.strategy.root_device)).tolist()
         found = [name for name, flag in zip(SURPRISES, flags) if flag and name not in self.allow]
         if found:
             texts = [

@@ -9,23 +9,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from automodel_trainer.callbacks.counts import Counts, micro_batches
+from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.clip import local_tensor
 
 Facts = dict[str, Any]
-
-
-def trained_model(trainer: pl.Trainer) -> nn.Module:
-    """The module whose parameters are trained."""
-    strategy = trainer.strategy
-    return strategy.trained_module if isinstance(strategy, MeshStrategy) else trainer.lightning_module
 
 
 def gradient_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
@@ -42,7 +36,7 @@ def gradient_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
             seen[0, index] = 1
             # NaN counts as something: it is not for the ledger to stop on it.
             seen[1, index] = (grads[name] != 0).any()
-    there, nonzero = trainer.strategy.reduce(seen, reduce_op=dist.ReduceOp.MAX).bool().tolist()
+    there, nonzero = max_over_ranks(trainer, seen).bool().tolist()
     return {
         "tensors": len(trained),
         "missing": [name for name, has in zip(trained, there) if not has],
@@ -104,12 +98,11 @@ def low_precision_state(optimizers: Iterable[Optimizer]) -> list[str]:
 def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
     """Layout, batch arithmetic, steps, data and checkpoints."""
     strategy = trainer.strategy
-    ours = isinstance(strategy, MeshStrategy)
     checkpoint: Any = trainer.checkpoint_callback
     folder = getattr(checkpoint, "run_folder", None) or getattr(checkpoint, "dirpath", None)
     return {
         "strategy": type(strategy).__name__,
-        "mesh": _mesh(strategy) if ours else {},
+        "mesh": _mesh(strategy) if isinstance(strategy, MeshStrategy) else {},
         "world_size": trainer.world_size,
         "device": _device_name(strategy.root_device),
         "precision": str(trainer.precision),
@@ -129,7 +122,7 @@ def batch_facts(trainer: pl.Trainer, batch: Any) -> Facts:
     counts = Counts()
     counts.add(parts[0])
     first = counts.totals()
-    dp = strategy.dp_size if isinstance(strategy := trainer.strategy, MeshStrategy) else trainer.world_size
+    dp = dp_size(trainer)
     accumulation = len(parts) * trainer.accumulate_grad_batches
     widest = max((m["input_ids"].shape[-1] for m in parts if _has_tokens(m)), default=0)
     rows = first.rows * accumulation * dp
@@ -185,7 +178,8 @@ def _steps_per_epoch(trainer: pl.Trainer) -> int | None:
 
 
 def _data(trainer: pl.Trainer) -> str:
-    source: Any = trainer.datamodule if trainer.datamodule is not None else trainer.train_dataloader
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    source = datamodule if datamodule is not None else trainer.train_dataloader
     rows = getattr(source, "rows", None)
     train = rows.get("train") if isinstance(rows, Mapping) else None
     try:

@@ -9,16 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
-from automodel_trainer.callbacks.console import block, is_terminal
+from automodel_trainer.callbacks.console import LiveLine, block, is_terminal
 from automodel_trainer.callbacks.ledger_facts import planned_steps
 from automodel_trainer.callbacks.progress_text import (
     closing_rows,
     duration,
     evaluation_line,
+    fitted,
     metric_texts,
     throughput_texts,
 )
@@ -41,7 +39,7 @@ class ProgressLine(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
-        self._live: Live | None = None
+        self._live: LiveLine | None = None
         self._drawn = 0.0
         self._numbers: list[str] = []  # of the last log step
         self._step = 0
@@ -66,8 +64,7 @@ class ProgressLine(ProgressBar):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self._enabled and self._live is None and is_terminal():
-            self._live = Live(console=Console(), auto_refresh=False, transient=True)
-            self._live.start()
+            self._live = LiveLine()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._close()
@@ -77,8 +74,7 @@ class ProgressLine(ProgressBar):
 
     def _close(self) -> None:
         if self._live is not None:
-            self._live.update(Text(""))
-            self._live.stop()
+            self._live.close()
             self._live = None
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -86,10 +82,10 @@ class ProgressLine(ProgressBar):
         if self._enabled:
             print(*args, **kwargs)
 
-    def _draw(self, text: str, now: bool = False) -> None:
+    def _draw(self, parts: list[str], now: bool = False) -> None:
         """Redraw the live line, not more often than an eye can follow."""
         if self._live is not None and (now or time.monotonic() - self._drawn > REFRESH_SECONDS):
-            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+            self._live.draw(fitted(parts, self._live.width))
             self._drawn = time.monotonic()
 
     # --- training -------------------------------------------------------------------------------------------------
@@ -118,7 +114,7 @@ class ProgressLine(ProgressBar):
             self._numbers = self._read_numbers(trainer)
         self._draw(self._training_line(), now=log_step)
         if log_step and self._live is None:
-            print(self._training_line(), flush=True)
+            print(fitted(self._training_line()), flush=True)
 
     def _read_numbers(self, trainer: pl.Trainer) -> list[str]:
         optimizers = trainer.optimizers
@@ -127,10 +123,10 @@ class ProgressLine(ProgressBar):
         throughput = _throughput(trainer)
         return shown + (throughput_texts(throughput.last) if throughput is not None else [])
 
-    def _training_line(self) -> str:
+    def _training_line(self) -> list[str]:
         steps = f"step {self._step}" + (f"/{self._planned}" if self._planned else "")
         left = self._seconds_left()
-        return "  ".join([steps, *self._numbers, *([f"{duration(left)} left"] if left is not None else [])])
+        return [steps, *self._numbers, f"{duration(left)} left" if left is not None else ""]
 
     def _seconds_left(self) -> float | None:
         if self._first_step is None or not self._planned or self._step <= self._first_step[0]:
@@ -218,7 +214,7 @@ class ProgressLine(ProgressBar):
 
     def _draw_evaluation(self, name: str, batch_idx: int, total: float) -> None:
         of = f"/{int(total)}" if math.isfinite(total) else ""
-        self._draw(f"{name} {batch_idx + 1}{of}")
+        self._draw([f"{name} {batch_idx + 1}{of}"])
 
 
 def _throughput(trainer: pl.Trainer) -> Throughput | None:

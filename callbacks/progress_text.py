@@ -15,7 +15,7 @@ def metric_texts(logged: Mapping[str, Any], for_the_bar: Mapping[str, Any], lr: 
     loss = next((float(logged[name]) for name in _LOSSES if name in logged), None)
     lr = float(logged["lr"]) if "lr" in logged else lr
     texts = [f"loss {loss:.3f}"] if loss is not None else []
-    texts += [f"lr {float(lr):.1e}"] if lr is not None else []
+    texts += [f"lr {lr:.1e}".replace("e-0", "e-")] if lr is not None else []
     others = {name: value for name, value in for_the_bar.items() if name not in (*_LOSSES, "lr")}
     return texts + [f"{name} {float(value):.4g}" for name, value in others.items()]
 
@@ -32,6 +32,16 @@ def throughput_texts(values: Mapping[str, float]) -> list[str]:
     texts = [text.format(values[name]) for name, text in formats if name in values]
     wait = values.get("data_wait", 0.0)
     return texts + ([f"data wait {wait:.0%}"] if wait > 0.05 else [])  # worth a word only where it costs something
+
+
+def fitted(parts: Sequence[str], width: int | None = None) -> str:
+    """One line of the parts; where it is too long, the ones before the last are left out."""
+    first, *middle, last = parts if len(parts) > 1 else [*parts, ""]
+    while True:
+        line = "  ".join(part for part in (first, *middle, last) if part)
+        if width is None or len(line) <= width or not middle:
+            return line
+        middle.pop()
 
 
 def evaluation_line(metrics: Mapping[str, Any], prefix: str) -> str:

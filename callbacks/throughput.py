@@ -8,11 +8,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer.callbacks.counts import Counts, Totals
-from automodel_trainer.strategies import MeshStrategy
+from automodel_trainer.callbacks.layout import dp_size, max_over_ranks, sum_over_ranks, trained_model
 from automodel_trainer.tools.flops import flops_per_token, holds_language_model, peak_flops
 
 GIB = 2**30
@@ -34,8 +33,8 @@ class Throughput(Callback):
     | `padding_share` | share of the tokens that `attention_mask` masks, where there is one |
 
     The first step (compilation, allocation) does not count, nor does the time of validation and checkpoints. Between
-    two log steps nothing waits for the device. On a GPU the host runs ahead of it, so `data_wait` is an upper bound there.
-    The numbers of the last log step are in `last`, the tokens of all ranks since the start in `tokens_seen`.
+    two log steps nothing waits for the device. On a GPU the host runs ahead of it, so `data_wait` is an upper bound
+    there. The numbers of the last log step are in `last`, the tokens of all ranks since the start in `tokens_seen`.
 
     Args:
         peak_flops: FLOP/s of one device at its best, for a device whose peak is not known or not the dense bf16 one.
@@ -114,9 +113,8 @@ class Throughput(Callback):
 
     def _collect(self, trainer: pl.Trainer) -> Totals:
         """The counts of the window over all ranks. Collective; waits for the device."""
-        strategy = trainer.strategy
-        summed = strategy.reduce(self._counts.tensor(strategy.root_device), reduce_op="sum")
-        copies = trainer.world_size // _dp_size(trainer)  # ranks that see the same data count it once
+        summed = sum_over_ranks(trainer, self._counts.tensor(trainer.strategy.root_device))
+        copies = trainer.world_size // dp_size(trainer)  # ranks that see the same data count it once
         self._counts = Counts()
         totals = Totals(*(int(count) // copies for count in summed.tolist()))
         self.tokens_seen += totals.tokens
@@ -135,17 +133,12 @@ class Throughput(Callback):
         return values | self._efficiency(trainer, totals, per_device)
 
     def _efficiency(self, trainer: pl.Trainer, totals: Totals, tokens_per_second: float) -> dict[str, float]:
-        strategy = trainer.strategy
-        model = strategy.trained_module if isinstance(strategy, MeshStrategy) else trainer.lightning_module
+        model = trained_model(trainer)
         if not holds_language_model(model):
             return {}
         achieved = flops_per_token(model, totals.mean_document()) * tokens_per_second
-        peak = self.peak_flops or peak_flops(strategy.root_device)
+        peak = self.peak_flops or peak_flops(trainer.strategy.root_device)
         return {"tflops_per_device": achieved / 1e12} | ({"mfu": achieved / peak} if peak else {})
-
-
-def _dp_size(trainer: pl.Trainer) -> int:
-    return trainer.strategy.dp_size if isinstance(trainer.strategy, MeshStrategy) else trainer.world_size
 
 
 def _synchronize(device: torch.device) -> None:
@@ -158,7 +151,7 @@ def _peak_memory(trainer: pl.Trainer) -> float:
     device = trainer.strategy.root_device
     held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_set()
     peak = torch.tensor(held, dtype=torch.int64, device=device)
-    return float(trainer.strategy.reduce(peak, reduce_op=dist.ReduceOp.MAX))
+    return float(max_over_ranks(trainer, peak))
 
 
 def peak_resident_set() -> int:

@@ -1,0 +1,31 @@
+"""What callbacks ask of a strategy, be it one of ours or one of Lightning's."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from automodel_trainer.strategies import MeshStrategy
+
+
+def trained_model(trainer: pl.Trainer) -> nn.Module:
+    """The module whose parameters are trained."""
+    strategy = trainer.strategy
+    return strategy.trained_module if isinstance(strategy, MeshStrategy) else trainer.lightning_module
+
+
+def dp_size(trainer: pl.Trainer) -> int:
+    """Ranks that see different data."""
+    strategy = trainer.strategy
+    return strategy.dp_size if isinstance(strategy, MeshStrategy) else trainer.world_size
+
+
+def sum_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
+    """The sum of a tensor on the strategy's device. Collective."""
+    return trainer.strategy.reduce(tensor, reduce_op="sum")  # type: ignore[return-value]
+
+
+def max_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
+    """The largest of a tensor on the strategy's device. Collective."""
+    return trainer.strategy.reduce(tensor, reduce_op=dist.ReduceOp.MAX)  # type: ignore[return-value, arg-type]
