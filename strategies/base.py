@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -22,23 +23,29 @@ from torch.optim import Optimizer
 
 from automodel_trainer._lightning import NotebookLauncher, SubprocessLauncher, sync_rank_zero
 from automodel_trainer.strategies.clip import clip_grads_, total_grad_norm
-from automodel_trainer.strategies.mesh import TOKEN_AXES, ParallelDims, submesh
+from automodel_trainer.strategies.mesh import DATA_AXES, TOKEN_AXES, ParallelDims, submesh
 from automodel_trainer.strategies.precision import Dtypes, dtypes_of
 
 MicroBatch = dict[str, Any]
+Part = tuple[dict[str, Any], Any]
+"""The inputs of a model's forward, and the targets of the loss."""
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """What is trained: a module that hands a micro-batch to its model and turns the outputs into a summed loss."""
+class Objective:
+    """What is trained: a module that hands a micro-batch to its model and turns the outputs into a summed loss.
+
+    A LightningModule that a strategy runs step by step (`forward_backward`) has this as a base.
+    """
 
     model: Any
 
     def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Any]:
         """The keyword arguments of the model's forward, and the targets of `loss`."""
+        raise NotImplementedError
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The loss summed over the micro-batch's supervised tokens, 0-dim fp32."""
+        raise NotImplementedError
 
 
 class MeshStrategy(ParallelStrategy):
@@ -86,6 +93,14 @@ class MeshStrategy(ParallelStrategy):
         """A context for one micro-batch; gradients need to be reduced over ranks only in the `last`."""
         raise NotImplementedError
 
+    def split_sequence(self, inputs: dict[str, Any], targets: Any) -> AbstractContextManager[Part]:
+        """This rank's part of a micro-batch, where sequences are split over ranks; covers forward and backward."""
+        return nullcontext((inputs, targets))
+
+    def gather_sequence(self, tensor: Tensor, length: int) -> Tensor:
+        """The whole `[b, length, …]` of what a rank computed of its part `[b, s, …]`. Collective, without gradient."""
+        return tensor
+
     def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         """One forward of the laid-out model."""
         return model(**inputs)
@@ -106,8 +121,9 @@ class MeshStrategy(ParallelStrategy):
         total = torch.zeros((), device=self.root_device)
         for index, micro_batch in enumerate(micro_batches):
             inputs, targets = objective.split(micro_batch)
-            with self.gradient_sync(objective.model, last=index == len(micro_batches) - 1):
-                loss = objective.loss(self.forward(objective.model, inputs), targets)
+            last = index == len(micro_batches) - 1
+            with self.split_sequence(inputs, targets) as (part, wanted), self.gradient_sync(objective.model, last=last):
+                loss = objective.loss(self.forward(objective.model, part), wanted)
                 (loss * scale).backward()
             total += loss.detach()
         return total
@@ -143,8 +159,15 @@ class MeshStrategy(ParallelStrategy):
         return self.global_rank // (self.dims.cp * self.dims.tp)
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
-        """Sum in place over the ranks that see different tokens (data and context parallel)."""
-        mesh = submesh(self.device_mesh, TOKEN_AXES)
+        """Sum in place over the ranks that compute different tokens (data and context parallel): losses."""
+        return self._sum_over(TOKEN_AXES, tensor)
+
+    def sum_over_rows(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the ranks that are fed different rows (data parallel): what is counted in whole rows."""
+        return self._sum_over(DATA_AXES, tensor)
+
+    def _sum_over(self, axes: tuple[str, ...], tensor: Tensor) -> Tensor:
+        mesh = submesh(self.device_mesh, axes)
         if mesh is not None and mesh.size() > 1:
             dist.all_reduce(tensor, group=mesh.get_group())
         return tensor

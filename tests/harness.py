@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from automodel_trainer.modules.loss import next_token_targets, token_losses
-from automodel_trainer.strategies import MeshStrategy, StrategyRegistry
+from automodel_trainer.strategies import MeshStrategy, Objective, StrategyRegistry
 from automodel_trainer.strategies.precision import canonical_precision
 
 Batch = dict[str, Any]
@@ -33,7 +33,7 @@ def make_strategy(spec: str, world_size: int, precision: str = "fp32") -> MeshSt
     return strategy
 
 
-class NextToken(nn.Module):
+class NextToken(Objective, nn.Module):
     """The smallest objective: a model and the summed next-token loss."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -29,14 +29,14 @@ from automodel_trainer.modules.optim import (
     build_scheduler,
     trainable,
 )
-from automodel_trainer.strategies import MeshStrategy
+from automodel_trainer.strategies import MeshStrategy, Objective
 
 MicroBatch = dict[str, Any]
 # What a model's forward is given of a micro-batch. The rest (labels, sample ids) is ours.
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-class CausalLMModule(pl.LightningModule):
+class CausalLMModule(Objective, pl.LightningModule):
     """Trains a causal language model on next-token prediction.
 
     Optimization is manual: a batch is the list of micro-batches of one optimizer step, which the strategy runs. The
@@ -225,7 +225,7 @@ class CausalLMModule(pl.LightningModule):
         strategy = self.strategy
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
-        tokens = strategy.sum_over_tokens(
+        tokens = strategy.sum_over_rows(
             torch.stack([supervised_tokens(micro_batch["labels"]) for micro_batch in micro_batches]).sum()
         )
         loss_sum = strategy.forward_backward(self, micro_batches, tokens)
@@ -311,8 +311,8 @@ class CausalLMModule(pl.LightningModule):
 
     def _evaluate(self, batch: Sequence[MicroBatch] | MicroBatch) -> None:
         for micro_batch in _as_list(batch):
-            inputs, targets = self.split(micro_batch)
-            logits = self.strategy.forward(self.model, inputs).logits
+            with self.strategy.split_sequence(*self.split(micro_batch)) as (inputs, targets):
+                logits = self.strategy.forward(self.model, inputs).logits
             self.metrics.update(token_losses(logits, targets), logits, targets)
 
     def on_validation_epoch_end(self) -> None:
@@ -332,8 +332,9 @@ class CausalLMModule(pl.LightningModule):
         `input_ids` (0 elsewhere), with `labels` and `sample_ids`."""
         scored = []
         for micro_batch in _as_list(batch):
-            inputs, targets = self.split(micro_batch)
-            losses = token_losses(self.strategy.forward(self.model, inputs).logits, targets).view_as(targets)
+            with self.strategy.split_sequence(*self.split(micro_batch)) as (inputs, targets):
+                losses = token_losses(self.strategy.forward(self.model, inputs).logits, targets).view_as(targets)
+            losses = self.strategy.gather_sequence(losses, micro_batch["labels"].shape[1])
             named = {key: micro_batch[key] for key in ("labels", "sample_ids") if key in micro_batch}
             scored.append({"log_probs": torch.nn.functional.pad(-losses[:, :-1], (1, 0)), **named})
         return scored
