@@ -1,0 +1,74 @@
+"""All-to-all attention: sequence shards become head shards, every rank attends over the whole sequence of some heads.
+
+Source: DeepSpeed Ulysses, arXiv 2309.14509.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _AllToAll(torch.autograd.Function):
+    """Slice i of dimension 0 goes to rank i; what rank i sent lands in slice i. It is its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, tensor.contiguous(), group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _AllToAll.apply(gradients[0], ctx.group), None
+
+
+def ulysses_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attend: Callable[..., Tensor],
+    group: Any,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention over the shards of `group`, each rank holding chunks r and 2n−1−r of the sequence.
+
+    Args:
+        query: `[b, h, s/n, d]`, with h divisible by n.
+        key, value: `[b, h_kv, s/n, d]`; heads are repeated where there are fewer than ranks.
+        attend: attention over whole sequences in natural order: `[b, h', s, d]` each, to `[b, s, h', d]`.
+        sinks: `[h]`, attention sinks of the query heads.
+
+    Returns:
+        `[b, s/n, h, d]`.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    repeats = size // math.gcd(size, key.shape[1])
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    whole = [_heads_for_sequence(tensor, size, group) for tensor in (query, key, value)]
+    extra = {} if sinks is None else {"s_aux": sinks.chunk(size)[rank]}
+    return _sequence_for_heads(attend(*whole, **extra), size, group)
+
+
+def _heads_for_sequence(tensor: Tensor, size: int, group: Any) -> Tensor:
+    """`[b, h, s/n, d]` to `[b, h/n, s, d]` in natural order."""
+    b, h, s, d = tensor.shape
+    parts = _AllToAll.apply(tensor.view(b, size, h // size, s, d).transpose(0, 1), group)
+    halves = parts.view(size, b, h // size, 2, s // 2, d)
+    chunks = torch.cat([halves[:, :, :, 0], halves[:, :, :, 1].flip(0)])  # [2n, b, h/n, s/2n, d]
+    return chunks.permute(1, 2, 0, 3, 4).reshape(b, h // size, size * s, d)
+
+
+def _sequence_for_heads(tensor: Tensor, size: int, group: Any) -> Tensor:
+    """`[b, s, h/n, d]` in natural order to `[b, s/n, h, d]`."""
+    b, s, h, d = tensor.shape
+    chunks = tensor.reshape(b, 2 * size, s // (2 * size), h, d).permute(1, 0, 2, 3, 4)
+    parts = torch.cat([chunks[:size], chunks[size:].flip(0)], dim=2)  # [n, b, s/n, h/n, d]
+    return _AllToAll.apply(parts, group).permute(1, 2, 0, 3, 4).reshape(b, s // size, size * h, d)

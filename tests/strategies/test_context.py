@@ -1,0 +1,170 @@
+"""Context parallel against plain torch on one device: packed and padded rows, windows, ulysses and ring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.harness import Batch, NextToken, make_strategy, relative_error, stack
+from tests.pool import RankPool
+from tests.tiny import tiny_model
+
+STEPS, ROWS, MAX_NORM, LR = 3, 4, 0.5, 1e-2
+FORMATS = {"plain": 24, "packed": 24, "padded": 24, "packed, ragged": 29, "padded, ragged": 29, "plain, ragged": 27}
+WINDOW = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+SINGLE_KV = {"num_key_value_heads": 1}
+TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # fewer heads than ranks: only a ring will do
+
+
+def rows_of(form: str, seed: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    length = FORMATS[form]
+    return [_row(form.partition(",")[0], length, index, generator) for index in range(ROWS)]
+
+
+def _row(form: str, length: int, index: int, generator: torch.Generator) -> Batch:
+    ids = torch.randint(6, 260, (1, length), generator=generator)
+    labels = ids.masked_fill(torch.rand(1, length, generator=generator) < 0.3, -100)
+    positions = torch.arange(length)[None]
+    row = {"input_ids": ids, "labels": labels}
+    if form == "packed":
+        cuts = sorted(torch.randperm(length - 2, generator=generator)[:3].add(1).tolist())
+        for cut in cuts:
+            positions[:, cut:] = torch.arange(length - cut)
+            labels[:, cut] = -100
+        return {**row, "position_ids": positions}
+    if form == "padded":
+        end = length - 5 * index
+        labels[:, end:] = -100
+        return {**row, "position_ids": positions, "attention_mask": (positions < end).long()}
+    return row
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(spec: str, world_size: int, family: str, form: str, overrides: dict[str, Any]) -> Any:
+    strategy = make_strategy(spec, world_size)
+    attention = overrides.pop("attn_implementation", None)
+    model = tiny_model(family, **overrides)
+    if attention:
+        model.set_attn_implementation(attention)
+    strategy.parallelize(model)
+    # eps: Adam turns a gradient of 1e-9, which is rounding, into a full step
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-5)
+    history = []
+    for step in range(STEPS):
+        mine = rows_of(form, seed=step)[strategy.dp_rank :: strategy.dp_size]
+        micro_batches = [stack(mine[i : i + 2]) for i in range(0, len(mine), 2)]
+        tokens = strategy.sum_over_rows(sum((m["labels"][:, 1:] != -100).sum() for m in micro_batches))
+        loss = strategy.forward_backward(NextToken(model), micro_batches, tokens)
+        norm = strategy.clip_grad_norm_(model.parameters(), MAX_NORM)
+        gradients = {name: full(p.grad).clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        total = strategy.sum_over_tokens(loss.clone()) / tokens
+        history.append({"loss": total.item(), "norm": norm.item(), "gradients": gradients})
+    weights = {name: full(p).detach().clone() for name, p in model.named_parameters()}
+    return {"history": history, "weights": weights, "method": strategy._context and strategy._context.method}
+
+
+def check(result: Any, expected: Any) -> None:
+    for got, want in zip(result["history"], expected["history"]):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert got["norm"] == pytest.approx(want["norm"], rel=1e-4)
+        for name, gradient in want["gradients"].items():
+            assert relative_error(got["gradients"][name], gradient) < 1e-4, name
+    for name, weight in expected["weights"].items():
+        assert relative_error(result["weights"][name], weight) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("spec", "world_size", "family", "form", "overrides"),
+    [
+        ("fsdp2:cp=2", 2, "llama", "plain", {}),
+        ("fsdp2:cp=2", 2, "llama", "packed", {"attn_implementation": "eager"}),
+        ("fsdp2:cp=2", 2, "llama", "padded, ragged", {}),
+        ("fsdp2:cp=2,activation_checkpointing=full", 2, "qwen3", "packed, ragged", {}),
+        ("fsdp2:cp=4", 4, "qwen3", "packed", SINGLE_KV),  # fewer kv heads than ranks
+        ("fsdp2:cp=4", 4, "gemma3_text", "packed", WINDOW),
+        ("fsdp2:cp=2", 2, "gemma3_text", "padded", WINDOW),
+        ("fsdp2:cp=2", 4, "llama", "plain, ragged", {}),  # dp_shard=2 × cp=2
+        ("hsdp:cp=2", 4, "llama", "packed", {}),
+        ("fsdp2:cp=2,cp_attention=ring", 2, "llama", "plain", {}),
+        ("fsdp2:cp=2,cp_attention=ring", 2, "qwen3", "packed, ragged", {}),
+        ("fsdp2:cp=2,cp_attention=ring,activation_checkpointing=selective", 2, "llama", "padded", {}),
+        ("fsdp2:cp=4,cp_attention=ring", 4, "llama", "plain, ragged", {}),
+        ("fsdp2_cp", 4, "llama", "packed", TWO_HEADS),
+        ("fsdp2:cp=4,cp_attention=ring", 4, "gemma3_text", "packed", WINDOW),
+        ("fsdp2:cp=2,cp_attention=ring", 4, "gemma3_text", "padded, ragged", WINDOW),
+    ],
+)
+def test_parity(pool: RankPool, spec: str, world_size: int, family: str, form: str, overrides: dict[str, Any]) -> None:
+    expected = train("auto", 1, family, form, dict(overrides))
+    assert expected["method"] is None
+    for result in pool.run(world_size, train, spec, world_size, family, form, dict(overrides)):
+        check(result, expected)
+        ring = "ring" in spec or overrides == TWO_HEADS
+        assert result["method"] == ("ring" if ring else "ulysses")
+
+
+def parallelized(spec: str, family: str, **overrides: Any) -> str:
+    """The words of the refusal."""
+    try:
+        make_strategy(spec, 2).parallelize(tiny_model(family, **overrides))
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(
+    ("spec", "family", "overrides", "words"),
+    [
+        ("fsdp2:cp=2,cp_attention=ulysses", "llama", {"num_attention_heads": 1, "num_key_value_heads": 1}, "'ring'"),
+        ("fsdp2:cp=2,cp_attention=tree", "llama", {}, "Allowed: auto, ulysses, ring"),
+        ("fsdp2:cp=2", "lfm2", {"layer_types": ["conv", "full_attention"]}, "conv"),
+    ],
+)
+def test_refusals(pool: RankPool, spec: str, family: str, overrides: dict[str, Any], words: str) -> None:
+    for said in pool.run(2, parallelized, spec, family, **overrides):
+        assert words in said
+
+
+def split_and_gather(length: int) -> Any:
+    strategy = make_strategy("fsdp2:cp=2", 2)
+    model = strategy.parallelize(tiny_model())
+    ids = torch.arange(2 * length).view(2, length)
+    with strategy.split_sequence({"input_ids": ids, "use_cache": False}, {"next": ids + 1}) as (inputs, targets):
+        ids_again = strategy.gather_sequence(inputs["input_ids"], length)
+        targets_again = strategy.gather_sequence(targets["next"], length)
+        positions = inputs["position_ids"]
+    whole = model(input_ids=ids % 260).logits.detach()  # outside of a split the model is what it was
+    saved = model.config.to_dict()
+    return torch.equal(ids_again, ids) and torch.equal(targets_again, ids + 1), positions, whole, saved
+
+
+def test_split_and_gather(pool: RankPool) -> None:
+    results = pool.run(2, split_and_gather, 7)
+    assert all(same for same, *_ in results)
+    assert results[0][1][0].tolist() == [0, 1, 6, 7]
+    assert results[1][1][0].tolist() == [2, 3, 4, 5]
+    expected = tiny_model()(input_ids=torch.arange(14).view(2, 7)).logits
+    torch.testing.assert_close(results[1][2], expected)
+    assert "amt_cp" not in str(results[0][3])
+
+
+def split_pixels() -> str:
+    strategy = make_strategy("fsdp2:cp=2", 2)
+    strategy.parallelize(tiny_model())
+    inputs = {"input_ids": torch.zeros(1, 8, dtype=torch.long), "pixel_values": torch.zeros(1, 3, 8, 8)}
+    with pytest.raises(ValueError, match="pixel_values") as caught, strategy.split_sequence(inputs, None):
+        pass
+    return str(caught.value)
+
+
+def test_inputs_it_cannot_split_are_refused(pool: RankPool) -> None:
+    assert "cp=1" in pool.run(2, split_pixels)[0]
