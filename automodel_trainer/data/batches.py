@@ -46,8 +46,8 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
         pad_id: token id of the padding.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` (int64 `[len(rows), width]`) and `sample_ids`. No attention mask: the
-        document boundaries are where positions restart.
+        `input_ids`, `labels`, `position_ids` (int64 `[len(rows), width]`), `sample_ids` and `packed`. No attention
+        mask: the document boundaries are where positions restart.
     """
     batch = _empty(rows, width, pad_id)
     for index, row in enumerate(rows):
@@ -58,7 +58,7 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
             _place(batch, index, start, document)
             batch["position_ids"][index, start:end] = np.arange(end - start)
         batch["position_ids"][index, end:] = np.arange(width - end)
-    return _tensors(batch, rows)
+    return {**_tensors(batch, rows), "packed": bool((batch["position_ids"] != np.arange(width)).any())}
 
 
 def collate_padded(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:

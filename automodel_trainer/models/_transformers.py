@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import _dtensor_from_local_like, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
@@ -110,3 +110,30 @@ def converts_weights(model: PreTrainedModel) -> bool:
 def attention_in_use(model: PreTrainedModel) -> str:
     """Name of the attention kernel that the language model inside runs, as `attn_implementation` takes it."""
     return str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "eager")
+
+
+def packing_without_sync(model: PreTrainedModel) -> None:
+    """Let `model` read document boundaries out of `position_ids` without waiting for the device.
+
+    In every forward transformers looks whether positions restart at all, to spare itself a mask, and so waits for the
+    device. Whoever passes `position_ids` here knows the answer: while `model` runs, the mask is built unasked.
+    """
+    if getattr(model, "_packing_without_sync", False):
+        return
+    original = masking_utils.find_packed_sequence_indices
+
+    def enter(*_: object) -> None:
+        masking_utils.find_packed_sequence_indices = _document_indices
+
+    def leave(*_: object) -> None:
+        masking_utils.find_packed_sequence_indices = original
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
+    model._packing_without_sync = True  # type: ignore[assignment]
+
+
+def _document_indices(position_ids: Tensor) -> Tensor:
+    """Which document a token belongs to, counted from 0: int64 `[b, s]` of positions that restart at each document."""
+    starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+    return starts.cumsum(-1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from automodel_trainer.models._transformers import packing_without_sync
 from automodel_trainer.models.auto import AutoModelForCausalLM, add_adapters, fill_from_folder
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, lora_of
@@ -86,7 +87,7 @@ class CausalLMModule(Objective, pl.LightningModule):
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.config_overrides = config_overrides or {}
-        self.model_reference = model
+        self._reference = (model,)  # in a tuple: the model to train is `self.model`, and no second submodule
         self._tokenizer = tokenizer
         self.model: Any = None
         self.metrics = TokenMetrics()
@@ -111,7 +112,7 @@ class CausalLMModule(Objective, pl.LightningModule):
     @cached_property
     def source(self) -> Path | None:
         """The folder that weights and tokenizer come from; None for a model that was made in memory."""
-        reference = self.model_reference
+        (reference,) = self._reference
         if isinstance(reference, (str, os.PathLike)):
             return resolve_folder(reference, self.revision)
         return Path(reference.name_or_path) if os.path.isdir(reference.name_or_path) else None
@@ -141,7 +142,7 @@ class CausalLMModule(Objective, pl.LightningModule):
         """Build the model on the strategy's mesh. Called by the Trainer once the processes have started."""
         if self.model is not None:
             return
-        reference = self.model_reference
+        (reference,) = self._reference
         if isinstance(reference, PreTrainedModel):
             self.model = self._adopt(reference)
         else:
@@ -153,6 +154,7 @@ class CausalLMModule(Objective, pl.LightningModule):
                 lora=self.lora,
                 **self.config_overrides,
             )
+        packing_without_sync(self.model)
         if self.neftune_alpha:
             add_neftune(self.model.get_input_embeddings(), self.neftune_alpha)
         self.model.train()
@@ -207,6 +209,8 @@ class CausalLMModule(Objective, pl.LightningModule):
 
     def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
         inputs = {key: micro_batch[key] for key in _MODEL_INPUTS if micro_batch.get(key) is not None}
+        if micro_batch.get("packed") is False:
+            del inputs["position_ids"]  # 0, 1, 2, …: without them attention needs no mask, only its causal kernel
         # A cache is of no use in training, and with one transformers ignores the document boundaries of packed rows.
         inputs["use_cache"] = False
         return inputs, next_token_targets(micro_batch["labels"])

@@ -1,0 +1,312 @@
+"""Trainer and CausalLMModule, against plain transformers in a bare loop."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from datasets import Dataset, DatasetDict
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+from torchmetrics.text import Perplexity
+from transformers import PreTrainedModel
+
+from automodel_trainer import CausalLMModule, ChatDataModule, MockDataModule, OptimizerConfig, SchedulerConfig, Trainer
+from automodel_trainer.callbacks import DCPCheckpoint
+from tests.harness import random_rows, reference_step, relative_error, stack
+from tests.pool import RankPool
+from tests.tiny import tiny_model, tiny_tokenizer
+
+STEPS, LR, MAX_NORM = 4, 1e-2, 1.0
+
+
+class Curve(Callback):
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.rows.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def quiet(root: Path | str, **kwargs: Any) -> dict[str, Any]:
+    """Arguments of a Trainer that says and writes as little as may be."""
+    defaults = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    return {**defaults, "log_every_n_steps": 1, "default_root_dir": str(root), **kwargs}
+
+
+def module(model: Any, **kwargs: Any) -> CausalLMModule:
+    return CausalLMModule(model, lr=LR, optimizer=OptimizerConfig(weight_decay=0.0), scheduler="constant", **kwargs)
+
+
+def steps_of(micro: int) -> list[list[dict[str, Any]]]:
+    """STEPS global batches of 8 rows as lists of micro-batches."""
+    made = []
+    for step in range(STEPS):
+        rows = random_rows(8, 24, seed=step)
+        made.append([stack(rows[i : i + micro]) for i in range(0, 8, micro)])
+    return made
+
+
+def chats(count: int = 60) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"what is {i} plus {i}?"},
+                {"role": "assistant", "content": f"it is {2 * i}"},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    tiny_model(tie_word_embeddings=True).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    (path / "README.md").write_text("# a model card\n")
+    return path
+
+
+@pytest.mark.parametrize("micro", [8, 3, 2])
+def test_against_a_bare_loop(micro: int, tmp_path: Path) -> None:
+    """Loss, gradient norm and weights do not depend on how a global batch is cut."""
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    expected = [reference_step(model, random_rows(8, 24, seed=s), optimizer, MAX_NORM) for s in range(STEPS)]
+    curve = Curve()
+    ours = module(tiny_model())
+    Trainer(**quiet(tmp_path, max_steps=STEPS, callbacks=[curve])).fit(ours, steps_of(micro))
+    for got, want in zip(curve.rows, expected, strict=True):
+        assert got["train_loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(want["norm"], rel=1e-4)
+    for name, weight in model.named_parameters():
+        assert relative_error(ours.model.get_parameter(name), weight) < 1e-4, name
+
+
+def fit_on_ranks(spec: str, root: str) -> Any:
+    """Fit on this rank's share, through the whole Trainer."""
+    curve = Curve()
+    world = int(os.environ["WORLD_SIZE"])
+    data = MockDataModule(vocab_size=260, seq_len=24, micro_batch_size=1, global_batch_size=8, num_samples=40)
+    ours = module(tiny_model(seed=int(os.environ["RANK"])))  # rank 0's weights count, not each rank's own
+    trainer = Trainer(**quiet(root, strategy=spec, devices=world, max_steps=STEPS, callbacks=[curve]))
+    path = trainer.fit(ours, data)
+    return curve.rows, str(path), trainer.strategy.dp_size  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("spec", "world"), [("ddp", 2), ("fsdp2", 2), ("hsdp", 4)])
+def test_ranks_against_one_device(pool: RankPool, spec: str, world: int, tmp_path: Path) -> None:
+    curve = Curve()
+    data = MockDataModule(vocab_size=260, seq_len=24, micro_batch_size=2, global_batch_size=8, num_samples=40)
+    Trainer(**quiet(tmp_path / "one", max_steps=STEPS, callbacks=[curve])).fit(module(tiny_model(seed=0)), data)
+    for rows, path, dp_size in pool.run(world, fit_on_ranks, spec, str(tmp_path / "ranks")):
+        assert dp_size == world
+        assert Path(path).name == f"step-{STEPS:08d}"
+        for got, want in zip(rows, curve.rows, strict=True):
+            assert got["train_loss"] == pytest.approx(want["train_loss"], rel=1e-5)
+            assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["path", "dataset", "datasetdict", "rows", "datamodule", "jsonl of a folder"])
+def test_what_data_may_be(kind: str, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in chats()))
+    data: Any = {
+        "path": str(file),
+        "dataset": Dataset.from_list(chats()),
+        "datasetdict": DatasetDict(train=Dataset.from_list(chats()), validation=Dataset.from_list(chats(5))),
+        "rows": chats(),
+        "datamodule": ChatDataModule(str(file), seq_len=64, val_split=0.2),
+        "jsonl of a folder": file,
+    }[kind]
+    trainer = Trainer(**quiet(tmp_path, max_steps=1, enable_checkpointing=False))
+    trainer.fit(str(folder), data)
+    assert trainer.global_step == 1
+    assert ("val_loss" in trainer.callback_metrics) == (kind in ("datasetdict", "datamodule"))
+
+
+def test_what_a_model_may_be(folder: Path, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        meta = transformers.AutoModelForCausalLM.from_config(tiny_model(tie_word_embeddings=True).config)
+    meta.config.name_or_path = str(folder)
+    meta.name_or_path = str(folder)
+    losses = []
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for model in (str(folder), folder, loaded, meta, CausalLMModule(str(folder))):
+        trainer = Trainer(**quiet(tmp_path, max_steps=1, enable_checkpointing=False))
+        trainer.fit(model, chats())
+        losses.append(float(trainer.callback_metrics["train_loss"]))
+    assert losses == pytest.approx([losses[0]] * 5, rel=1e-6)
+
+
+def test_plain_dataloader_and_accumulation(tmp_path: Path) -> None:
+    rows = [{key: value[0] for key, value in row.items()} for row in random_rows(12, 16, seed=0)]
+    loader = DataLoader(rows, batch_size=2)  # type: ignore[arg-type]
+    trainer = Trainer(**quiet(tmp_path, max_epochs=1, enable_checkpointing=False, accumulate_grad_batches=3))
+    trainer.fit(module(tiny_model()), loader)
+    assert trainer.global_step == trainer.planned_steps() == 2
+
+
+def test_save_pretrained_round_trip(folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(**quiet(tmp_path, max_steps=2, enable_checkpointing=False))
+    trainer.fit(CausalLMModule(str(folder), lr=1e-2), chats())
+    out = trainer.save_pretrained(tmp_path / "out")
+    back = transformers.AutoModelForCausalLM.from_pretrained(out)
+    trained: PreTrainedModel = trainer.lightning_module.model
+    assert back.lm_head.weight is back.model.embed_tokens.weight
+    for name, weight in back.named_parameters():
+        assert torch.equal(weight, trained.get_parameter(name)), name
+    assert not torch.equal(back.model.norm.weight, torch.ones_like(back.model.norm.weight))
+    assert (out / "README.md").read_text() == "# a model card\n"
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == tiny_tokenizer().chat_template
+
+
+def test_validation_against_torchmetrics(folder: Path, tmp_path: Path) -> None:
+    data = ChatDataModule(chats(), chats(7), seq_len=96, micro_batch_size=2)
+    trainer = Trainer(**quiet(tmp_path))
+    (metrics,) = trainer.validate(str(folder), data, verbose=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    perplexity, hits, tokens = Perplexity(ignore_index=-100), 0, 0
+    for step in data.val_dataloader():
+        for batch in step:
+            with torch.no_grad():
+                logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+            targets = batch["labels"][:, 1:]
+            perplexity.update(logits[:, :-1], targets)
+            hits += ((logits[:, :-1].argmax(-1) == targets) & (targets != -100)).sum().item()
+            tokens += (targets != -100).sum().item()
+    assert metrics["val_perplexity"] == pytest.approx(perplexity.compute().item(), rel=1e-4)
+    assert metrics["val_token_accuracy"] == pytest.approx(hits / tokens)
+
+
+def test_predict_scores(folder: Path, tmp_path: Path) -> None:
+    data = ChatDataModule(chats(6), chats(6), seq_len=64, packing=False)
+    scored = Trainer(**quiet(tmp_path)).predict(str(folder), data)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for step, batches in zip(scored, data.predict_dataloader(), strict=True):
+        for result, batch in zip(step, batches, strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            wanted = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+            trained = batch["labels"][:, 1:] != -100
+            assert torch.allclose(result["log_probs"][:, 1:][trained], wanted[trained], atol=1e-5)
+            assert (result["log_probs"][:, 1:][~trained] == 0).all()
+
+
+def test_nan_names_step_and_samples(tmp_path: Path) -> None:
+    class Poisoned(CausalLMModule):
+        def loss(self, outputs: Any, targets: Any) -> Any:
+            return super().loss(outputs, targets) * (float("nan") if self.trainer.global_step == 2 else 1.0)
+
+    steps = steps_of(4)
+    for index, step in enumerate(steps):
+        for half, batch in enumerate(step):
+            batch["sample_ids"] = [10 * index + half]
+    callback = DCPCheckpoint(every_n_steps=1)
+    trainer = Trainer(**quiet(tmp_path, max_steps=STEPS, callbacks=[callback]))
+    with pytest.raises(ValueError, match=r"step 3 was not finite .* Samples of that step: \[20, 21\]"):
+        trainer.fit(Poisoned(tiny_model(), lr=1e-3), steps)
+    assert Path(callback.last_model_path).name == "step-00000002"
+
+
+def test_neftune_only_in_training(folder: Path, tmp_path: Path) -> None:
+    plain, noisy = Curve(), Curve()
+    for curve, alpha in ((plain, 0.0), (noisy, 20.0)):
+        trainer = Trainer(**quiet(tmp_path, max_steps=1, callbacks=[curve], enable_checkpointing=False))
+        trainer.fit(CausalLMModule(str(folder), neftune_alpha=alpha), chats())
+        ids = torch.arange(10, 20)[None]
+        model = trainer.lightning_module.model.eval()
+        assert torch.equal(model(ids).logits, model(ids).logits)
+    assert abs(plain.rows[0]["train_loss"] - noisy.rows[0]["train_loss"]) > 1e-4
+
+
+def test_schedule_and_clipping_reach_the_optimizer(tmp_path: Path) -> None:
+    curve = Curve()
+    ours = CausalLMModule(tiny_model(), lr=1.0, optimizer="SGD", scheduler=SchedulerConfig("linear", warmup_steps=2))
+    before = torch.cat([p.detach().flatten() for p in ours._reference[0].parameters()])
+    trainer = Trainer(**quiet(tmp_path, max_steps=STEPS, callbacks=[curve], gradient_clip_val=1e-3))
+    trainer.fit(ours, steps_of(8))
+    assert [row["lr"] for row in curve.rows] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    after = torch.cat([p.detach().flatten() for p in ours.model.parameters()])
+    assert (after - before).norm() <= 1e-3 * 3.0 * 1.01
+    assert curve.rows[0]["grad_norm"] > 1e-2
+
+
+class Regression(pl.LightningModule):
+    """A user's own module with automatic optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.body = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+        self.scale = torch.nn.Parameter(torch.ones(4))
+        for parameter in self.parameters():
+            parameter.data.uniform_(-0.5, 0.5, generator=generator)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        loss = torch.nn.functional.mse_loss(self.body(x) * self.scale, y)
+        self.log("loss", loss, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def own_module(spec: str, root: str, world: int) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    pairs = [(torch.randn(8, generator=generator), torch.randn(4, generator=generator)) for _ in range(32)]
+    curve = Curve()
+    trainer = Trainer(
+        **quiet(root, strategy=spec, devices=world, max_steps=3, callbacks=[curve], gradient_clip_val=0.1),
+        accumulate_grad_batches=2,
+    )
+    trainer.fit(Regression(), DataLoader(pairs, batch_size=8 // world))  # type: ignore[arg-type]
+    return [row["loss"] for row in curve.rows], str(trainer.checkpoint_callback.last_model_path)  # type: ignore
+
+
+@pytest.mark.parametrize(("spec", "world"), [("ddp", 2), ("fsdp2", 2), ("hsdp", 4)])
+def test_own_lightning_module(pool: RankPool, spec: str, world: int, tmp_path: Path) -> None:
+    """The mean over ranks of every step's loss follows one device's curve: gradients are averaged, not summed."""
+    expected, _ = own_module("auto", str(tmp_path / "one"), 1)
+    for losses, last in pool.run(world, own_module, spec, str(tmp_path / "ranks"), world):
+        assert losses[-1] == pytest.approx(expected[-1], rel=0.25)
+        assert Path(last).name == "step-00000003"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t, f: t.fit(str(f), 3), "data is a int"),
+        (lambda t, f: t.fit(str(f) + "x", chats()), "neither a folder here nor"),
+        (lambda t, f: t.fit(tiny_model(), chats()), "tokenizer"),
+        (lambda t, f: t.fit(str(f), chats(), datamodule=MockDataModule(9)), "not both"),
+        (lambda t, f: t.fit(str(f), chats(), ckpt_path="last"), "there is no checkpoint under"),
+        (lambda t, f: t.validate(), "Give a model"),
+        (lambda t, f: t.save_pretrained("x"), "no model in this process"),
+        (lambda t, f: t.fit(str(f), []), "empty"),
+    ],
+)
+def test_bad_input(call: Any, message: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(Trainer(**quiet(tmp_path, max_steps=1)), folder)
+
+
+def test_every_lightning_argument_is_here() -> None:
+    import inspect
+
+    theirs = inspect.signature(pl.Trainer.__init__).parameters
+    ours = inspect.signature(Trainer.__init__).parameters
+    assert theirs.keys() <= ours.keys()
+
+
+def test_environment_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_TRAINER_MAX_STEPS", "7")
+    assert Trainer(accelerator="cpu", devices=1, logger=False).max_steps == 7
