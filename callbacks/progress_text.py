@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,8 +78,8 @@ def loss_change(losses: Sequence[float]) -> str:
     first, last = losses[0], losses[-1]
     if len(losses) == 1:
         return f"{last:.2f}"
-    change = f"{(last - first) / first:+.0%}".replace("-", "−") if first else "from nothing"
-    return f"{first:.2f} → {last:.2f} ({change})"
+    percent = round(100 * (last - first) / first) if first and math.isfinite(last - first) else 0
+    return f"{first:.2f} → {last:.2f}" + (f" ({percent:+d}%)".replace("-", "−") if percent else "")
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,254 @@
+"""Throughput: what is counted, which time counts, and that nothing waits for the device."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from automodel_trainer.callbacks import Throughput
+from automodel_trainer.callbacks import throughput as throughput_file
+from automodel_trainer.callbacks.counts import Counts
+from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.tools.flops import flops_per_token
+from automodel_trainer.trainer import Trainer
+from tests.pool import RankPool
+from tests.tiny import tiny_model
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_ledger": False,
+}
+
+
+def micro_batch(rows: int = 2, length: int = 8, unsupervised: int = 0) -> dict[str, Any]:
+    ids = torch.randint(1, 200, (rows, length))
+    labels = ids.clone()
+    labels[:, :unsupervised] = -100
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(length).expand(rows, length)}
+
+
+class Clock:
+    """Time that passes only where a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    fake = Clock()
+    monkeypatch.setattr(throughput_file, "time", SimpleNamespace(perf_counter=fake.perf_counter))
+    return fake
+
+
+class TimedModule(CausalLMModule):
+    """Takes 50 s for its first step, 1 s for every other, 100 s for a validation batch and 1000 s for a checkpoint."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(tiny_model(), lr=0.0)
+        self.clock = clock
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        self.clock.now += 50 if self.trainer.global_step == 1 else 1
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.clock.now += 100
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.clock.now += 1000
+
+
+class TimedLoader:
+    """Every batch takes 0.25 s to come."""
+
+    def __init__(self, clock: Clock, batches: list[Any]) -> None:
+        self.clock, self.batches = clock, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.clock.now += 0.25
+            yield batch
+
+
+def test_only_training_time_counts(clock: Clock, tmp_path: Path) -> None:
+    batches = [[micro_batch(), micro_batch(unsupervised=4)] for _ in range(7)]
+    throughput = Throughput(peak_flops=1e6)
+    options = {**QUIET, "enable_checkpointing": True}
+    trainer = Trainer(
+        **options,
+        callbacks=[throughput],
+        max_steps=7,
+        log_every_n_steps=3,
+        num_sanity_val_steps=-1,
+        val_check_interval=2,
+        default_root_dir=tmp_path,
+    )
+    module = TimedModule(clock)
+    trainer.fit(module, TimedLoader(clock, batches), DataLoader([micro_batch()], batch_size=None))
+    # Steps 4 to 6: 3 s of training. Validation follows steps 4 and 6; the gap after step 4 held a validation, so only
+    # the waits before steps 4 and 6 are known to be for data.
+    seconds, tokens = 3 + 2 * 0.25, 3 * 2 * 16
+    assert throughput.last["tokens_per_second"] == pytest.approx(tokens / seconds)
+    assert throughput.last["tokens_per_second_per_device"] == pytest.approx(tokens / seconds)
+    assert throughput.last["data_wait"] == pytest.approx(0.5 / seconds)
+    assert throughput.last["supervised_share"] == pytest.approx(24 / 32)
+    assert throughput.last["mfu"] == pytest.approx(flops_per_token(module.model, 8) * tokens / seconds / 1e6)
+    assert throughput.last["mfu"] == pytest.approx(throughput.last["tflops_per_device"] * 1e6)
+    assert 0.05 < throughput.last["peak_memory_gib"] < 50
+    assert throughput.tokens_seen == 7 * 32
+
+
+def test_the_first_step_and_checkpoints_do_not_count(clock: Clock, tmp_path: Path) -> None:
+    from automodel_trainer.callbacks import DCPCheckpoint
+
+    throughput = Throughput()
+    trainer = Trainer(
+        **{**QUIET, "enable_checkpointing": True},
+        callbacks=[throughput, DCPCheckpoint(every_n_steps=1)],
+        max_steps=4,
+        log_every_n_steps=4,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(TimedModule(clock), TimedLoader(clock, [[micro_batch()] for _ in range(4)]))
+    assert clock.now > 3000
+    assert throughput.last["tokens_per_second"] == pytest.approx(3 * 16 / 3)
+    assert throughput.last["data_wait"] == 0  # every wait had a checkpoint in it
+
+
+def test_numbers_reach_the_logger_at_log_steps_only(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    options = {**QUIET, "logger": logger}
+    trainer = Trainer(**options, max_steps=6, log_every_n_steps=2, default_root_dir=tmp_path)
+    trainer.fit(CausalLMModule(tiny_model()), [[micro_batch()] for _ in range(6)])
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["tokens_per_second"]]
+    assert [row["step"] for row in rows] == ["1", "3", "5"]  # Lightning counts from 0
+    names = {"tokens_per_second", "tokens_per_second_per_device", "peak_memory_gib", "data_wait", "supervised_share"}
+    assert names | {"tflops_per_device", "train_loss"} <= rows[0].keys()
+    assert "mfu" not in rows[0]  # nothing is known of a CPU's peak
+
+
+def test_counts() -> None:
+    masked = micro_batch(rows=1, length=6)
+    masked["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    packed = micro_batch(rows=2, length=8)
+    packed["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]])
+    counts = Counts()
+    counts.add([masked, packed])
+    totals = counts.totals()
+    assert (totals.rows, totals.tokens, totals.labels, totals.supervised) == (3, 22, 22, 22)
+    assert (totals.masked_tokens, totals.padding) == (6, 2)
+    # Attention over rows of the mean document costs what it does over these documents.
+    pairs = sum(n * (n + 1) / 2 for n in (6, 3, 5, 8))
+    assert totals.tokens * (totals.mean_document() + 1) / 2 == pytest.approx(pairs)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Raises where a value of a tensor is read on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default), func
+        assert func is not torch.ops.aten.nonzero.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_counting_reads_no_value_of_a_tensor() -> None:
+    counts = Counts()
+    with NoHostSync():
+        counts.add([{**micro_batch(), "attention_mask": torch.ones(2, 8)}])
+    with pytest.raises(AssertionError), NoHostSync():  # the guard does see it
+        micro_batch()["labels"].sum().item()
+
+
+class Classifier(pl.LightningModule):
+    """A user's own module on data that has no tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.layer(batch[0]).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_users_module_gets_samples_per_second(own: bool, tmp_path: Path, clock: Clock) -> None:
+    class Timed(Classifier):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            clock.now += 1
+            return super().training_step(batch, batch_idx)
+
+    data = DataLoader(torch.utils.data.TensorDataset(torch.randn(32, 4)), batch_size=4)
+    options: dict[str, Any] = {"max_epochs": 1, "log_every_n_steps": 2, "accumulate_grad_batches": 2}
+    throughput = Throughput()
+    if own:
+        trainer: pl.Trainer = Trainer(**QUIET, **options, callbacks=[throughput], default_root_dir=tmp_path)
+    else:
+        quiet = {key: value for key, value in QUIET.items() if key != "enable_ledger"}
+        trainer = pl.Trainer(**quiet, **options, callbacks=[throughput], default_root_dir=tmp_path)
+    trainer.fit(Timed(), data)
+    assert throughput.last["samples_per_second"] == 4  # a batch of 4 a second
+    assert "tokens_per_second" not in throughput.last
+    assert "mfu" not in throughput.last
+
+
+@pytest.mark.parametrize(
+    "batch", [torch.ones(3, 2), [torch.ones(5)], {"image": torch.ones(7, 3)}, "text", None, [1, 2]]
+)
+def test_any_batch_can_be_counted(batch: Any) -> None:
+    counts = Counts()
+    counts.add(batch)
+    expected = next((len(t) for t in (torch.utils._pytree.tree_leaves(batch)) if isinstance(t, Tensor)), 0)
+    assert counts.totals().rows == expected
+    assert counts.totals().tokens == 0
+
+
+def two_ranks(strategy: str, folder: str) -> tuple[dict[str, float], int]:
+    throughput = Throughput()
+    options = {**QUIET, "devices": 2}
+    trainer = Trainer(
+        **options, strategy=strategy, callbacks=[throughput], max_steps=4, log_every_n_steps=2, default_root_dir=folder
+    )
+    length = 8 * (1 + trainer.global_rank)  # padded batches are not equally wide on all ranks
+    batches = [[micro_batch(length=length, unsupervised=length // 2 * trainer.global_rank)] for _ in range(4)]
+    trainer.fit(CausalLMModule(tiny_model()), batches)
+    return throughput.last, throughput.tokens_seen
+
+
+def test_tokens_of_all_ranks_count(pool: RankPool, tmp_path: Path) -> None:
+    (first, seen), (second, also_seen) = pool.run(2, two_ranks, "fsdp2", str(tmp_path))
+    assert seen == also_seen == 4 * (16 + 32)
+    assert first["supervised_share"] == second["supervised_share"] == pytest.approx((16 + 16) / (16 + 32))
+    assert first["peak_memory_gib"] == second["peak_memory_gib"]
+    assert first["tokens_per_second"] == pytest.approx(2 * first["tokens_per_second_per_device"])
+
+
+def test_a_peak_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="peak_flops=0"):
+        Throughput(peak_flops=0)
