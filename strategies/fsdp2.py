@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from automodel_trainer.models.quantize import packed_weights
 from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
 from automodel_trainer.strategies.base import MeshStrategy, Objective
 from automodel_trainer.strategies.blocks import find_blocks
@@ -99,6 +100,11 @@ class FSDP2Strategy(MeshStrategy):
             "mp_policy": fsdp_policy(self.dtypes),
             "offload_policy": offload if self.cpu_offload else OffloadPolicy(),
         }
+        if (packed := packed_weights(model)) and self.shard_mesh.size(self.shard_mesh.ndim - 1) == 1:
+            # Where there is nothing to gather, FSDP2 takes only the first of a packed weight's inner tensors.
+            if self.cpu_offload:
+                raise ValueError("cpu_offload=True with 4-bit weights needs shards: set dp_shard > 1, or no offload.")
+            options["ignored_params"] = packed
         blocks = find_blocks(model)
         for unit in (*blocks, *_untied_input_embedding(model)):
             fully_shard(unit, reshard_after_forward=self.reshard_after_forward, **options)

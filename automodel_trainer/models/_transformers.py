@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +21,17 @@ __all__ = ["attention_in_use", "initialize_module", "load_weights", "original_we
 
 
 def load_weights(
-    model: PreTrainedModel, files: list[Path], device: torch.device, added: Set[str] = frozenset()
+    model: PreTrainedModel,
+    files: list[Path],
+    device: torch.device,
+    added: Set[str] = frozenset(),
+    in_turn: bool = False,
 ) -> tuple[set[str], set[str]]:
     """Stream safetensors files into a model whose parameters lie on meta, plain or DTensor.
 
     Every parameter becomes real on `device` (a DTensor: its local shard only, sliced out of the file); buffers that no
     checkpoint holds are computed, and tied weights tied. Parameters in `added` (adapters) are not looked for: they come
-    out real and empty.
+    out real and empty. `in_turn` reads a weight only once the one before has its place, for modules that pack theirs.
 
     Returns:
         names the files lack, and names the model has no place for.
@@ -40,7 +45,8 @@ def load_weights(
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=mapping,
     )
-    info, _ = PreTrainedModel._load_pretrained_model(model, None, [str(f) for f in files], config)
+    with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1" if in_turn else None):
+        info, _ = PreTrainedModel._load_pretrained_model(model, None, [str(f) for f in files], config)
     _materialize(model, added, device)
     info.missing_keys -= added
     info = PreTrainedModel._finalize_model_loading(model, config, info)
@@ -48,6 +54,18 @@ def load_weights(
         problems = [*info.error_msgs, *(str(k) for k in info.mismatched_keys), *info.conversion_errors]
         raise ValueError(f"The weights in {files[0].parent} do not fit the model: {'; '.join(map(str, problems))}")
     return set(info.missing_keys), set(info.unexpected_keys)
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """The environment variable has this value meanwhile (None: the one it has)."""
+    before = os.environ.get(name)
+    if value is not None:
+        os.environ[name] = value
+    yield
+    if value is not None:
+        os.environ.pop(name)
+        os.environ.update({} if before is None else {name: before})
 
 
 def _materialize(model: PreTrainedModel, names: Set[str], device: torch.device) -> None:

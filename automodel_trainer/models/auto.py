@@ -15,6 +15,7 @@ from automodel_trainer.models._transformers import load_weights, tied_weight_nam
 from automodel_trainer.models.files import resolve_folder, weight_files
 from automodel_trainer.models.initialize import initialize_weights
 from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, finish_lora
+from automodel_trainer.models.quantize import packed_weights
 
 if TYPE_CHECKING:
     from automodel_trainer.strategies import MeshStrategy
@@ -122,7 +123,8 @@ def fill_from_folder(
     if strategy is not None:
         strategy.parallelize(model)
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    missing, unexpected = load_weights(model, files, _device(strategy, device), adapter_names(model))
+    in_turn = bool(packed_weights(model))
+    missing, unexpected = load_weights(model, files, _device(strategy, device), adapter_names(model), in_turn)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(requires_grad[name])
     missing -= tied_weight_names(model).keys()

@@ -24,7 +24,9 @@ class NF4Linear(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and param is not None and not param.is_meta and not is_nf4(param):
+            loaded = getattr(param, "_is_hf_initialized", False)
             param = packed(param)
+            param._is_hf_initialized = loaded  # type: ignore[attr-defined]
         super().register_parameter(name, param)
 
 
@@ -46,6 +48,11 @@ def prepare_nf4(model: nn.Module) -> None:
     # DDP's first broadcast cannot take packed weights, and all ranks read the same file.
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
+
+
+def packed_weights(model: nn.Module) -> set[nn.Parameter]:
+    """The weights that are packed, or will be once they are real."""
+    return {module.weight for module in model.modules() if isinstance(module, NF4Linear)}  # type: ignore[misc]
 
 
 @torch.no_grad()
