@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -217,19 +218,31 @@ def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return tensors
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the adapter as PEFT reads it: a few MB, whatever the size of the base. Collective."""
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    """Write the adapter as PEFT reads it: a few MB, whatever the size of the base. Collective.
+
+    Args:
+        model: that has the adapter, laid out in any way.
+        folder: made if need be.
+        dtype: of the tensors; None keeps each as it is trained.
+
+    Raises:
+        OSError: on rank 0: a file could not be written.
+    """
     gathered = {}
     first = not dist.is_initialized() or dist.get_rank() == 0
     for name, parameter in trained_tensors(model).items():
         full = whole(parameter)
         if first:
             # Tied weights stand under both names: PEFT holds two copies, and safetensors wants no shared memory.
-            gathered[PREFIX + name] = full.detach().to("cpu", copy=True).contiguous()
+            gathered[PREFIX + name] = full.to("cpu", dtype, copy=True).contiguous()
     if first:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        save_file(gathered, path / WEIGHTS_NAME, metadata={"format": "pt"})
+        try:
+            save_file(gathered, path / WEIGHTS_NAME, metadata={"format": "pt"})
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(str(error)) from error
         (path / CONFIG_NAME).write_text(json.dumps(_peft_config(model), indent=2, sort_keys=True) + "\n")
 
 

@@ -100,6 +100,12 @@ class AutoModelForCausalLM:
         return model
 
 
+def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder on meta, in the dtype of its checkpoint: names and shapes without values."""
+    config = _load_config(folder, trust_remote_code, {})
+    return _build_on_meta(config, _parameter_dtype("auto", None, config), None, trust_remote_code)
+
+
 def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: MeshStrategy | None) -> None:
     """Freeze a model that is not laid out yet and add adapters.
 

@@ -1,0 +1,58 @@
+"""Write a safetensors file one tensor at a time: its header is known before its values are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+class SafetensorsWriter:
+    """A context manager; `write` takes the tensors in the order of `planned`.
+
+    Args:
+        file: where to.
+        planned: name -> (dtype, shape) of every tensor.
+    """
+
+    def __init__(self, file: Path, planned: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        self.file, self.planned = file, dict(planned)
+        self._waiting = list(self.planned)
+
+    def __enter__(self) -> SafetensorsWriter:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (dtype, shape) in self.planned.items():
+            end = offset + dtype.itemsize * math.prod(shape)
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+        self._stream = self.file.open("wb")
+        self._stream.write(len(text).to_bytes(8, "little") + text)
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """The next tensor."""
+        assert name == self._waiting.pop(0), "tensors come in the order they were planned in"
+        assert (tensor.dtype, tuple(tensor.shape)) == self.planned[name], "a tensor comes as it was planned"
+        if tensor.numel():
+            self._stream.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+        assert kind is not None or not self._waiting, "every planned tensor was written"
