@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from automodel_trainer._lightning import defaults_from_env_vars, install_quiet_epoch_loop
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.callbacks.defaults import default_callbacks
-from automodel_trainer.data.adapt import Steps, as_datamodule, group_micro_batches
+from automodel_trainer.data.adapt import Steps, as_datamodule, group_micro_batches, len_or_none
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.launch import launched_sizes
 from automodel_trainer.models.export import export_pretrained
@@ -304,7 +304,7 @@ class Trainer(pl.Trainer):
 
     def _steps_per_epoch(self) -> int | None:
         data = getattr(self, "_training_data", None)
-        steps = data.steps_per_epoch if isinstance(data, MicroBatchDataModule) else _length(data)
+        steps = data.steps_per_epoch if isinstance(data, MicroBatchDataModule) else len_or_none(data)
         if steps is None:
             return None
         limit = self.limit_train_batches
@@ -365,10 +365,3 @@ def resolve_strategy(strategy: str | Strategy) -> str | Strategy:
     if strategy.partition(":")[0] not in ours and strategy in LightningStrategies.available_strategies():
         return strategy
     return StrategyRegistry.get(strategy)
-
-
-def _length(data: Any) -> int | None:
-    try:
-        return len(data)
-    except (TypeError, NotImplementedError):
-        return None

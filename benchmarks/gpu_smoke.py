@@ -112,7 +112,7 @@ def launch(case: str, strategy: str, root: str, gpus: int, *extra: str) -> dict[
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
-        return {"failed": done.stdout[-1500:] + done.stderr[-3000:]}
+        return {"failed": done.stdout[-300:] + done.stderr[-1500:]}
     return json.loads(lines[0].removeprefix("RESULT "))
 
 

@@ -126,9 +126,9 @@ def test_what_data_may_be(kind: str, folder: Path, tmp_path: Path) -> None:
         "datamodule": ChatDataModule(str(file), seq_len=64, val_split=0.2),
         "jsonl of a folder": file,
     }[kind]
-    trainer = Trainer(**quiet(tmp_path, max_steps=1, enable_checkpointing=False))
+    trainer = Trainer(**quiet(tmp_path, max_epochs=1, enable_checkpointing=False))
     trainer.fit(str(folder), data)
-    assert trainer.global_step == 1
+    assert trainer.global_step == trainer.planned_steps()
     assert ("val_loss" in trainer.callback_metrics) == (kind in ("datasetdict", "datamodule"))
 
 
@@ -228,8 +228,8 @@ def test_neftune_only_in_training(folder: Path, tmp_path: Path) -> None:
 
 
 def test_schedule_and_clipping_reach_the_optimizer(tmp_path: Path) -> None:
-    curve = Curve()
-    ours = CausalLMModule(tiny_model(), lr=1.0, optimizer="SGD", scheduler=SchedulerConfig("linear", warmup_steps=2))
+    curve, sgd = Curve(), OptimizerConfig("SGD", weight_decay=0.0)
+    ours = CausalLMModule(tiny_model(), lr=1.0, optimizer=sgd, scheduler=SchedulerConfig("linear", warmup_steps=2))
     before = torch.cat([p.detach().flatten() for p in ours._reference[0].parameters()])
     trainer = Trainer(**quiet(tmp_path, max_steps=STEPS, callbacks=[curve], gradient_clip_val=1e-3))
     trainer.fit(ours, steps_of(8))
@@ -274,10 +274,11 @@ def own_module(spec: str, root: str, world: int) -> Any:
 
 @pytest.mark.parametrize(("spec", "world"), [("ddp", 2), ("fsdp2", 2), ("hsdp", 4)])
 def test_own_lightning_module(pool: RankPool, spec: str, world: int, tmp_path: Path) -> None:
-    """The mean over ranks of every step's loss follows one device's curve: gradients are averaged, not summed."""
+    """The mean over ranks of every batch's loss is one device's: gradients are averaged, not summed, also those of a
+    parameter that stands on the module itself, and clipping sees all shards."""
     expected, _ = own_module("auto", str(tmp_path / "one"), 1)
     for losses, last in pool.run(world, own_module, spec, str(tmp_path / "ranks"), world):
-        assert losses[-1] == pytest.approx(expected[-1], rel=0.25)
+        assert losses == pytest.approx(expected, rel=1e-5)
         assert Path(last).name == "step-00000003"
 
 

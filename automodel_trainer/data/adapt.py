@@ -26,6 +26,8 @@ def as_datamodule(data: Any, role: str = "train") -> tuple[pl.LightningDataModul
     """
     if data is None or isinstance(data, pl.LightningDataModule):
         return data, None
+    if isinstance(data, (list, DataLoader)) and len_or_none(data) == 0:
+        raise ValueError("data is empty: there is nothing to train on.")
     rows = isinstance(data, list) and bool(data) and isinstance(data[0], dict) and "input_ids" not in data[0]
     if isinstance(data, (str, os.PathLike, Dataset, DatasetDict)) or rows:
         evaluated = {} if role == "train" else {"test" if role == "test" else "validation": data}
@@ -38,6 +40,14 @@ def as_datamodule(data: Any, role: str = "train") -> tuple[pl.LightningDataModul
         f"data is a {type(data).__name__}. Allowed: a path or Hub id, a datasets.Dataset or DatasetDict, a list of "
         "rows, a DataLoader, or a LightningDataModule."
     )
+
+
+def len_or_none(data: Any) -> int | None:
+    """The length of whatever has one."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 class Steps:
