@@ -106,15 +106,20 @@ class DCPCheckpoint(Checkpoint):
             return
         for owner in filter(None, (pl_module, trainer.datamodule)):  # before the first step, not at the first save
             encode(dict(owner.hparams), f"{type(owner).__name__}.hparams")
-        # Rank 0 looks for all: another rank could already see what rank 0 has written.
-        found = self._choose_run(trainer) if trainer.is_global_zero else None
-        self.run_folder = trainer.strategy.broadcast(found)
-        self._last_saved = -1
+        self.run_folder, self.scores, self.last_model_path = None, {}, ""
+        self._last_saved, self.failed_saves = -1, 0
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        if trainer.state.fn != "fit" or not trainer.ckpt_path:
+            return
         self._rng = checkpoint.get(RNG_KEY)
+        resumed = Path(trainer.ckpt_path).resolve()
+        base = self._base(trainer.default_root_dir).absolute()
+        if resumed.parent in [run.resolve() for run in runs(base)]:
+            self.run_folder, self.last_model_path = resumed.parent, str(resumed)
+            self._last_saved = checkpoint["global_step"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning makes an iterator of the loader after it has restored, and an iterator may draw a random number. In
@@ -123,6 +128,10 @@ class DCPCheckpoint(Checkpoint):
             set_rng_state(self._rng)
         self._rng = None
         self._last_step = trainer.global_step
+        if self.run_folder is None:
+            # Rank 0 looks for all: another rank could already see what rank 0 has written.
+            base = self._base(trainer.default_root_dir).absolute()
+            self.run_folder = trainer.strategy.broadcast(new_run(base) if trainer.is_global_zero else None)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -200,7 +209,7 @@ class DCPCheckpoint(Checkpoint):
             if callable(check := getattr(pl_module, "check_finite", None)):
                 check()  # raises rather than have a broken state saved over a good one
             try:
-                trainer.save_checkpoint(folder)
+                trainer.save_checkpoint(folder, weights_only=False)
             except CheckpointError as error:
                 self.failed_saves += 1
                 rank_zero_warn(
@@ -244,14 +253,6 @@ class DCPCheckpoint(Checkpoint):
 
     def _base(self, default_root_dir: str | Path) -> Path:
         return self.dirpath or Path(default_root_dir) / "checkpoints"
-
-    def _choose_run(self, trainer: pl.Trainer) -> Path:
-        base = self._base(trainer.default_root_dir).absolute()
-        if trainer.ckpt_path:
-            resumed = Path(trainer.ckpt_path).resolve().parent
-            if resumed in [run.resolve() for run in runs(base)]:
-                return resumed
-        return new_run(base)
 
 
 def _validates_after(trainer: pl.Trainer) -> bool:
