@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from automodel_trainer.callbacks.counts import Counts, micro_batches
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
+from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.clip import local_tensor
 
@@ -40,7 +41,11 @@ def gradient_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
     return {
         "tensors": len(trained),
         "missing": [name for name, has in zip(trained, there) if not has],
-        "all_zero": [name for name, has, some in zip(trained, there, nonzero) if has and not some],
+        "all_zero": [
+            name
+            for name, has, some in zip(trained, there, nonzero)
+            if has and not some and not starts_without_gradient(model, name)
+        ],
         "bytes": bytes_by_dtype(grads.values()),
     }
 
@@ -59,6 +64,7 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
         "tied": [f"{name} = {source}" for name, source, tied in pairs if tied],
         "untied": [f"{name} ≠ {source}" for name, source, tied in pairs if not tied],
         "attention": sorted({attention_in_use(m) for m in inner}),
+        "lora": next((text for m in inner if (text := describe_lora(m))), None),
     }
 
 
@@ -142,7 +148,11 @@ def bytes_by_dtype(tensors: Iterable[Tensor]) -> dict[str, int]:
     """Bytes of tensors that this rank holds, by the names of their dtypes."""
     sums: dict[str, int] = defaultdict(int)
     for tensor in tensors:
-        sums[_name(tensor.dtype)] += tensor.numel() * tensor.element_size()
+        if hasattr(tensor, "__tensor_flatten__"):  # packed: what counts are the tensors inside
+            parts, _ = tensor.__tensor_flatten__()
+            sums[type(tensor).__name__] += sum(getattr(tensor, part).nbytes for part in parts)
+        else:
+            sums[_name(tensor.dtype)] += tensor.numel() * tensor.element_size()
     return dict(sums)
 
 

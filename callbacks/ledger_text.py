@@ -19,6 +19,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
         ("parameters", _parameters(model)),
         ("per device", ", ".join(f"{name} {_memory(facts[key]['bytes'])}" for name, key in MEMORY)),
     ]
+    if model["lora"]:
+        rows.append(("adapters", model["lora"]))
     if model["tied"] or model["untied"]:
         rows.append(("tied weights", "; ".join([*model["tied"], *(f"⚠ {pair}" for pair in model["untied"])])))
     rows += [("gradients", text) for text in _gradients(gradients)]

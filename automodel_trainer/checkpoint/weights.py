@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.checkpoint.agreement import rank, world_size
 from automodel_trainer.models._transformers import tied_weight_names
+from automodel_trainer.models.adapters import load_adapter, save_adapter
+from automodel_trainer.models.lora import lora_of
 
 MAX_FILE_BYTES = 2 * 2**30  # a file is serialised in host memory before it is written
 MIN_FILE_BYTES = 64 * 2**20
@@ -59,7 +61,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def save_weights(module: nn.Module, folder: Path) -> None:
-    """Write `model-0000i-of-0000n.safetensors` and their index. Collective; one tensor is gathered at a time."""
+    """Write `model-0000i-of-0000n.safetensors` and their index. Collective; one tensor is gathered at a time.
+
+    Of a model with adapters only these are written, as PEFT has them: the base is where it came from.
+    """
+    if lora_of(module) is not None:
+        save_adapter(module, folder)
+        return
     tensors = named_tensors(module)
     total = sum(tensor.nbytes for tensor in tensors.values())
     limit = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, total // world_size()))
@@ -93,6 +101,9 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: names or shapes differ from the module's.
     """
+    if lora_of(module) is not None:
+        load_adapter(module, folder)
+        return
     tensors = named_tensors(module)
     reader = HuggingFaceStorageReader(str(folder))
     saved = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]

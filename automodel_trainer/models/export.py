@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from automodel_trainer.checkpoint.agreement import on_all_ranks, rank
 from automodel_trainer.checkpoint.weights import named_tensors, whole
 from automodel_trainer.models._transformers import converts_weights, original_weight_names
+from automodel_trainer.models.adapters import save_adapter
 from automodel_trainer.models.files import INDEX_NAME
+from automodel_trainer.models.lora import lora_of
 from automodel_trainer.models.sidecars import copy_sidecars, is_weight_file
 
 
@@ -33,6 +35,8 @@ def export_pretrained(
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a model as a folder for `from_pretrained`: safetensors, config, tokenizer. Collective over all ranks.
+
+    Of a model with adapters only these are written, and the tokenizer: a folder for PEFT's `from_pretrained`.
 
     One tensor is gathered at a time, and rank 0 holds one file's worth of them. Tied weights are written once. Where
     the model's checkpoints on the Hub have other names and shapes than the model in memory, theirs are written.
@@ -49,6 +53,11 @@ def export_pretrained(
         CheckpointError: a file could not be written (on every rank); an older export is then still there.
     """
     folder = Path(folder)
+    if lora_of(model) is not None:
+        on_all_ranks(partial(save_adapter, model, folder, dtype), folder)
+        if rank() == 0 and tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return
     target = folder.with_name(folder.name + ".tmp")
     on_all_ranks(partial(_prepare, target) if rank() == 0 else _nothing, folder)
     tensors = named_tensors(model)

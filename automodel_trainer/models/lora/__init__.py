@@ -7,6 +7,7 @@ from automodel_trainer.models.lora.apply import (
     finish_lora,
     learning_rate_of,
     lora_of,
+    starts_without_gradient,
     trained_names,
 )
 from automodel_trainer.models.lora.config import LoRAConfig
@@ -21,5 +22,6 @@ __all__ = [
     "finish_lora",
     "learning_rate_of",
     "lora_of",
+    "starts_without_gradient",
     "trained_names",
 ]

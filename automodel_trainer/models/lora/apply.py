@@ -107,23 +107,26 @@ def learning_rate_of(model: nn.Module, name: str, lr: float) -> float:
     return lr if config.modules_to_save_lr is None else config.modules_to_save_lr
 
 
-def describe_lora(model: nn.Module) -> dict[str, str]:
-    """For the ledger: how many weights of each kind are adapted, and the share of parameters that is trained."""
+def describe_lora(model: nn.Module) -> str | None:
+    """For the ledger: how many weights of each kind are adapted, and what else is trained."""
     config = lora_of(model)
     if config is None:
-        return {}
+        return None
     found = list(adapters(model))
     counts = Counter(_short(adapter.target) for adapter in found)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
     ranks = "/".join(str(rank) for rank in sorted({adapter.rank for adapter in found}))
-    rows = {
-        "LoRA": f"rank {ranks} on {len(found)} weights: {', '.join(f'{n} × {k}' for k, n in counts.items())}",
-        "trained share": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
-    }
-    if config.modules_to_save:
-        rows["trained whole"] = ", ".join(config.modules_to_save)
-    return rows
+    text = f"rank {ranks} on {len(found)} weights: {', '.join(f'{n} × {k}' for k, n in counts.items())}"
+    flags = {"DoRA": config.use_dora, "rsLoRA": config.use_rslora, f"{config.quantize} base": config.quantize}
+    text += "".join(f", {flag}" for flag, is_on in flags.items() if is_on)
+    return text + (f"; trained whole: {', '.join(config.modules_to_save)}" if config.modules_to_save else "")
+
+
+def starts_without_gradient(model: nn.Module, name: str) -> bool:
+    """Whether it is as it should be that a parameter's first gradient is zero: A's, where B begins as zero."""
+    config = lora_of(model)
+    if config is None or config.adapter is not None:
+        return False
+    return config.init == "kaiming" and name.endswith("lora_A.weight")
 
 
 def _short(name: str) -> str:
