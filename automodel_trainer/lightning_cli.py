@@ -13,7 +13,16 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-import automodel_trainer.callbacks
+from automodel_trainer.callbacks import (
+    BatchPreview,
+    DCPCheckpoint,
+    HFExport,
+    Ledger,
+    Preemption,
+    ProgressLine,
+    SampleGenerations,
+    Throughput,
+)
 from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.trainer import Trainer
@@ -21,7 +30,22 @@ from automodel_trainer.trainer import Trainer
 CONFIG_NAME = "config.yaml"
 
 # Known by their short names in YAML, as Lightning's own are.
-__all__ = ["AmtCLI", "CausalLMModule", "ChatDataModule", "MockDataModule", "TextDataModule", "run"]
+__all__ = [
+    "AmtCLI",
+    "BatchPreview",
+    "CausalLMModule",
+    "ChatDataModule",
+    "DCPCheckpoint",
+    "HFExport",
+    "Ledger",
+    "MockDataModule",
+    "Preemption",
+    "ProgressLine",
+    "SampleGenerations",
+    "TextDataModule",
+    "Throughput",
+    "run",
+]
 
 
 _NOT_ACCEPTED = re.compile(r"(?:does not accept option|Option|Key|No action for key) ['\"]([\w.]+)['\"]")
@@ -120,6 +144,3 @@ def run(argv: list[str]) -> AmtCLI:
         auto_configure_optimizers=False,
         args=argv,
     )
-
-
-assert automodel_trainer.callbacks  # its classes too are known by their short names

@@ -1,0 +1,75 @@
+"""Every YAML in configs/ runs, as it is but for a tiny model, a little data and two steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny import tiny_model, tiny_tokenizer
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("configs")
+    tiny_model(tie_word_embeddings=True).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    chat = [{"role": "user", "content": "what is two plus two?"}, {"role": "assistant", "content": "it is four"}]
+    rows = "".join(json.dumps({"messages": chat}) + "\n" for _ in range(200))
+    (folder / "chats.jsonl").write_text(rows)
+    (folder / "text.jsonl").write_text(
+        "".join(json.dumps({"text": "two and two are four. " * 20}) + "\n" for _ in range(200))
+    )
+    return folder
+
+
+def overrides(config: Path, home: Path) -> list[str]:
+    content = yaml.safe_load(config.read_text())
+    options = {
+        "trainer.accelerator": "cpu",
+        "trainer.devices": "1",
+        "trainer.precision": "fp32",
+        "trainer.max_steps": "2",
+        "trainer.default_root_dir": str(home / config.stem),
+        "model.model": str(home / "model"),
+    }
+    data = content["data"]
+    text = "TextDataModule" in str(data.get("class_path"))
+    options["data.train"] = str(home / ("text.jsonl" if text else "chats.jsonl"))
+    options |= {"data.seq_len": "256", "data.global_batch_size": "4", "data.micro_batch_size": "2"}
+    if "validation" in data:
+        options["data.validation"] = str(home / "chats.jsonl")
+    if "max_steps" in content["trainer"] and isinstance(content["model"].get("scheduler"), dict):
+        options["model.scheduler.warmup_steps"] = "1"
+    return [part for key, value in options.items() for part in (f"--{key}", value)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_runs(config: Path, home: Path) -> None:
+    command = [sys.executable, "-m", "automodel_trainer", "fit", "--config", str(config), *overrides(config, home)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    saved = home / config.stem / "config.yaml"
+    assert (home / config.stem / "checkpoints" / "latest" / "config.yaml").is_file()
+    assert yaml.safe_load(saved.read_text())["trainer"]["max_steps"] == 2
+
+
+def test_a_saved_config_runs_again(home: Path) -> None:
+    config = next(path for path in CONFIGS if path.stem == "sft")
+    first = [sys.executable, "-m", "automodel_trainer", "fit", "--config", str(config), *overrides(config, home)]
+    root = home / "again"
+    first[first.index("--trainer.default_root_dir") + 1] = str(root)
+    subprocess.run(first, check=True, capture_output=True, timeout=300)
+    saved = root / "checkpoints" / "latest" / "config.yaml"
+    again = [sys.executable, "-m", "automodel_trainer", "fit", "--config", str(saved)]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (root / "checkpoints-v1" / "latest").is_dir()
