@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,14 +14,19 @@ from lightning.pytorch.plugins import Precision
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from automodel_trainer.models.quantize import packed_weights
+from automodel_trainer.strategies._torch import StridedShard
 from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
-from automodel_trainer.strategies.base import MeshStrategy, Objective
+from automodel_trainer.strategies.base import MeshStrategy, Objective, Part
 from automodel_trainer.strategies.blocks import find_blocks
+from automodel_trainer.strategies.context import ContextParallel, CPAttention, install
+from automodel_trainer.strategies.loss_parallel import sharded_logits
 from automodel_trainer.strategies.mesh import SHARD_AXES, ParallelDims, submesh
 from automodel_trainer.strategies.precision import MeshPrecision, fsdp_policy
+from automodel_trainer.strategies.tensor import tensor_parallel
+from automodel_trainer.strategies.tensor_size import choose_tp
 
 
 class FSDP2Strategy(MeshStrategy):
@@ -33,6 +39,13 @@ class FSDP2Strategy(MeshStrategy):
     Args:
         dp_shard: ranks to shard over; -1 takes all that are left.
         dp_replicate: replicas of the sharded model (HSDP: replicate between nodes, shard within).
+        cp: ranks that every sequence is split over; they shard parameters like `dp_shard` does. "auto": all of a node.
+        cp_attention: "ulysses" (all-to-all, any mask and kernel; cp must divide the heads), "ring" (keys and values
+            travel; any cp), or "auto": ulysses where it can.
+        tp: ranks that a layer's matrices are split over, by the plan that the model declares. "auto": as many as the
+            node and the model's heads allow.
+        tp_plan: rules that override the model's own (`model.tp_plan`: same names, same styles).
+        sequence_parallel: with tp > 1, norms, dropout and residuals work on parts of the sequence too.
         reshard_after_forward: free a block's gathered parameters between its forward and backward (ZeRO-3). False
             keeps them (ZeRO-2: more memory, fewer gathers).
         forward_prefetch: blocks whose parameters are gathered ahead of the one that runs, beyond FSDP2's own overlap.
@@ -52,6 +65,11 @@ class FSDP2Strategy(MeshStrategy):
         dp_shard: int = -1,
         dp_replicate: int = 1,
         *,
+        cp: int | Literal["auto"] = 1,
+        cp_attention: CPAttention = "auto",
+        tp: int | Literal["auto"] = 1,
+        tp_plan: Mapping[str, str] | None = None,
+        sequence_parallel: bool = True,
         reshard_after_forward: bool = True,
         forward_prefetch: int = 0,
         backward_prefetch: int = 0,
@@ -60,13 +78,29 @@ class FSDP2Strategy(MeshStrategy):
         sync_every_micro_batch: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(ParallelDims(dp_replicate=dp_replicate, dp_shard=dp_shard), **kwargs)
+        dims = ParallelDims(dp_replicate=dp_replicate, dp_shard=dp_shard, cp=1 if cp == "auto" else cp)
+        dims = replace(dims, tp=1 if tp == "auto" else tp)
+        super().__init__(dims, **kwargs)
+        self._cp_of_node = cp == "auto"
+        self.cp_attention = cp_attention
+        self._context: ContextParallel | None = None
+        self._tp_of_model = tp == "auto"
+        self.tp_plan = tp_plan
+        self.sequence_parallel = sequence_parallel
         self.reshard_after_forward = reshard_after_forward
         self.forward_prefetch = forward_prefetch
         self.backward_prefetch = backward_prefetch
         self.cpu_offload = cpu_offload
         self.activation_checkpointing = activation_checkpointing
         self.sync_every_micro_batch = sync_every_micro_batch
+
+    def setup_environment(self) -> None:
+        if self._tp_of_model:
+            room = self.num_processes // self.requested_dims.cp
+            self.requested_dims = replace(self.requested_dims, tp=choose_tp(self.lightning_module, room))
+        if self._cp_of_node:
+            self.requested_dims = replace(self.requested_dims, cp=self.num_processes // self.requested_dims.tp)
+        super().setup_environment()
 
     def convert_precision(self, plugin: Precision) -> Precision:
         return MeshPrecision(str(plugin.precision))
@@ -86,18 +120,40 @@ class FSDP2Strategy(MeshStrategy):
             return model
         if self.activation_checkpointing:
             apply_activation_checkpointing(model, self.activation_checkpointing)
-        if self.dp_size == 1 and not self.dtypes.mixed and not self.cpu_offload:
-            return model if _on_meta(model) else model.to(self.root_device)
+        if self.dims.cp > 1:
+            method = install(model, self.dims.cp, self.dims.tp, self.cp_attention)
+            self._context = ContextParallel(self.device_mesh["cp"], method, multiple_of=self.dims.tp)
         if not _on_meta(model):
             self._broadcast_from_rank_zero(model)
+        if self.dims.tp > 1:
+            tensor_parallel(model, self.device_mesh["tp"], self.tp_plan, self.sequence_parallel)
+        if not self._needs_shards:
+            return model if _on_meta(model) else model.to(self.root_device)
         self._shard(model, sum_gradients=True)
         return model
+
+    @property
+    def _needs_shards(self) -> bool:
+        return self.dp_size * self.dims.cp > 1 or self.dtypes.mixed or self.cpu_offload
+
+    def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        with sharded_logits():  # an objective's loss takes logits that tp left sharded over the vocabulary
+            return super().forward(model, inputs)
+
+    def split_sequence(self, inputs: dict[str, Any], targets: Any) -> AbstractContextManager[Part]:
+        if self._context is None:
+            return super().split_sequence(inputs, targets)
+        return self._context.split(inputs, targets)
+
+    def gather_sequence(self, tensor: torch.Tensor, length: int) -> torch.Tensor:
+        return tensor if self._context is None else self._context.gather(tensor, length)
 
     def _shard(self, model: nn.Module, sum_gradients: bool) -> None:
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
         options: dict[str, Any] = {
             "mesh": self.shard_mesh,
             "mp_policy": fsdp_policy(self.dtypes),
+            "shard_placement_fn": _shard_dimension,
             "offload_policy": offload if self.cpu_offload else OffloadPolicy(),
         }
         if (packed := packed_weights(model)) and self.shard_mesh.size(self.shard_mesh.ndim - 1) == 1:
@@ -120,9 +176,14 @@ class FSDP2Strategy(MeshStrategy):
             if not is_laid_out(module.model):
                 self.parallelize(module.model)
             return
+        if self.dims.cp > 1:
+            raise ValueError(
+                f"cp={self.dims.cp} splits the sequence of micro-batches, which it can do for a CausalLMModule (or any "
+                f"module with `model`, `split` and `loss`); {type(module).__name__} calls its model itself. Set cp=1."
+            )
         for child in module.children():
             self._layout_child(child)
-        _average_unsharded_gradients(module, self.dp_size)
+        _average_unsharded_gradients(module, self.world_size)
         module._apply(lambda t: t if isinstance(t, DTensor) else t.to(self.root_device))
 
     def _layout_child(self, child: nn.Module) -> None:
@@ -132,8 +193,11 @@ class FSDP2Strategy(MeshStrategy):
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # containers have no forward of their own
             for grandchild in child.children():
                 self._layout_child(grandchild)
-        elif self.dp_size > 1 or self.dtypes.mixed or self.cpu_offload:
-            self._broadcast_from_rank_zero(child)
+            return
+        self._broadcast_from_rank_zero(child)
+        if self.dims.tp > 1 and hasattr(child, "tp_plan"):
+            tensor_parallel(child, self.device_mesh["tp"], self.tp_plan, self.sequence_parallel)
+        if self._needs_shards:
             self._shard(child, sum_gradients=False)
 
     @torch.no_grad()
@@ -188,6 +252,14 @@ def _untied_input_embedding(model: nn.Module) -> list[nn.Module]:
     return [embedding] if len(owners) == 1 and not inside_block and embedding is not model else []
 
 
+def _shard_dimension(parameter: nn.Parameter) -> Shard | None:
+    """Dimension 0, unless tensor parallel cuts it in a packed way, which FSDP2 cannot cut once more."""
+    packed = isinstance(parameter, DTensor) and any(
+        isinstance(p, StridedShard) and p.dim == 0 for p in parameter.placements
+    )
+    return Shard(1) if packed and parameter.ndim > 1 else None
+
+
 def _prefetch(blocks: list[nn.Module], forward: int, backward: int) -> None:
     for index, block in enumerate(blocks):
         assert isinstance(block, FSDPModule)
@@ -206,7 +278,7 @@ def _sum_gradients(model: nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _average_unsharded_gradients(module: pl.LightningModule, dp_size: int) -> None:
+def _average_unsharded_gradients(module: pl.LightningModule, world_size: int) -> None:
     """Parameters that stand on a user's LightningModule itself belong to no unit: average their gradients in place.
 
     Averaging twice changes nothing, so it is right under gradient accumulation too.
@@ -215,10 +287,10 @@ def _average_unsharded_gradients(module: pl.LightningModule, dp_size: int) -> No
     def average(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         dist.all_reduce(parameter.grad)
-        parameter.grad /= dp_size
+        parameter.grad /= world_size
 
     for parameter in module.parameters():
-        if dp_size > 1 and parameter.requires_grad and not isinstance(parameter, DTensor):
+        if world_size > 1 and parameter.requires_grad and not isinstance(parameter, DTensor):
             with torch.no_grad():
                 dist.broadcast(parameter, src=0)
             parameter.register_post_accumulate_grad_hook(average)

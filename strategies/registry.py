@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from lightning.pytorch.strategies import Strategy
@@ -22,11 +22,21 @@ def _hsdp(dp_replicate: int = 2, **kwargs: Any) -> FSDP2Strategy:
     return FSDP2Strategy(dp_replicate=dp_replicate, **kwargs)
 
 
+def _fsdp2_cp(cp: int | Literal["auto"] = "auto", **kwargs: Any) -> FSDP2Strategy:
+    return FSDP2Strategy(cp=cp, **kwargs)
+
+
+def _fsdp2_tp(tp: int | Literal["auto"] = "auto", **kwargs: Any) -> FSDP2Strategy:
+    return FSDP2Strategy(tp=tp, **kwargs)
+
+
 # `auto` is sharding on any number of devices: on one device it is the plain model.
 _FACTORIES: dict[str, Callable[..., Strategy]] = {
     "auto": FSDP2Strategy,
     "ddp": DDPStrategy,
     "fsdp2": FSDP2Strategy,
+    "fsdp2_cp": _fsdp2_cp,
+    "fsdp2_tp": _fsdp2_tp,
     "hsdp": _hsdp,
 }
 
@@ -85,7 +95,11 @@ def _parse_options(spec: str, text: str, accepted: list[str]) -> dict[str, Any]:
 def _accepted(factory: Callable[..., Any]) -> list[str]:
     """Names of the keyword arguments, those that `**kwargs` passes on to the bases included."""
     names = [p.name for p in inspect.signature(factory).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    for base in (FSDP2Strategy, MeshStrategy) if factory is _hsdp else getattr(factory, "__mro__", ())[1:]:
+    for base in (
+        (FSDP2Strategy, MeshStrategy)
+        if factory in (_hsdp, _fsdp2_cp, _fsdp2_tp)
+        else getattr(factory, "__mro__", ())[1:]
+    ):
         if issubclass(base, MeshStrategy):
             names += [n for n in inspect.signature(base).parameters if n not in (*names, "dims", "kwargs")]
     return names

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 SIZE = 4
 _TIMEOUT = 240  # seconds that a job may take before the pool is declared stuck
@@ -85,6 +86,7 @@ def _worker(rank: int, jobs: Any, results: Any) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+                _clear_sharding_prop_cache()  # it hands out meshes that equal a new one but name dead groups
         results.put((rank, result, error))
 
 

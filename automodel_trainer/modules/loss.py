@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from automodel_trainer.strategies.loss_parallel import sharded_argmax, sharded_token_losses
 
 IGNORE_INDEX = -100
 
@@ -30,12 +33,19 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy per token, 0 where not trained, in fp32 or wider.
 
     Args:
-        logits: `[b, s, v]`.
+        logits: `[b, s, v]`; a DTensor sharded over v stays so.
         targets: `[b, s]`, from `next_token_targets`.
 
     Returns:
         `[b·s]`.
     """
+    if isinstance(logits, DTensor):
+        return sharded_token_losses(logits, targets, IGNORE_INDEX)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.flatten(0, 1).to(dtype)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """The most likely token of every position, int64 `[b, s]`, of logits `[b, s, v]` (a DTensor sharded over v too)."""
+    return sharded_argmax(logits) if isinstance(logits, DTensor) else logits.argmax(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from automodel_trainer.modules.loss import IGNORE_INDEX
+from automodel_trainer.modules.loss import IGNORE_INDEX, predictions
 
 
 class TokenMetrics(Metric):
@@ -33,7 +33,7 @@ class TokenMetrics(Metric):
         trained = targets != IGNORE_INDEX
         self.loss_sum += losses.sum(dtype=torch.float64)
         self.tokens += trained.sum()
-        self.correct += (logits.argmax(-1).eq(targets) & trained).sum()
+        self.correct += (predictions(logits).eq(targets) & trained).sum()
 
     def compute(self) -> dict[str, Tensor]:
         loss = self.loss_sum / self.tokens
