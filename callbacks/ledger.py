@@ -26,15 +26,16 @@ from automodel_trainer.callbacks.ledger_text import ledger_rows, shortened
 from automodel_trainer.strategies import Objective
 
 HALF_PRECISION = ("bf16-true", "16-true")  # where optimizer state in half precision is what was asked for
-SURPRISES = ("no_grad", "low_precision_state", "untied")
+SURPRISES = ("no_grad", "not_optimized", "low_precision_state", "untied")
 
 
 class Ledger(Callback):
     """Prints what a run consists of after its first optimizer step, and writes it to `<default_root_dir>/ledger.json`.
 
-    Three things are errors on all ranks, unless allowed:
+    Four things are errors on all ranks, unless allowed:
 
     * `no_grad`: a trainable parameter got no gradient (in a user's own LightningModule only a line of the ledger);
+    * `not_optimized`: a trainable parameter is in no optimizer (likewise);
     * `low_precision_state`: the optimizer keeps its state in bf16 or fp16, and `precision` did not ask for it;
     * `untied`: two weights that the model's config says are one, are not.
 
@@ -66,10 +67,11 @@ class Ledger(Callback):
     ) -> None:
         if self.facts or self._gradients is None:
             return
+        model = trained_model(trainer)
         self.facts = {
-            "model": model_facts(trainer, trained_model(trainer)),
+            "model": model_facts(trainer, model),
             "gradients": self._gradients,
-            "optimizer": optimizer_facts(trainer, pl_module),
+            "optimizer": optimizer_facts(trainer, pl_module, model),
             "run": run_facts(trainer, batch),
         }
         surprises = self._surprises(trainer, pl_module)
@@ -83,6 +85,7 @@ class Ledger(Callback):
     def _surprises(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
         """What is wrong on this rank, by the name of its switch."""
         missing, untied = self.facts["gradients"]["missing"], self.facts["model"]["untied"]
+        left_out = self.facts["optimizer"]["left_out"]
         low = low_precision_state(trainer.optimizers)
         found = {}
         if missing and isinstance(pl_module, Objective):
@@ -90,6 +93,12 @@ class Ledger(Callback):
                 f"{len(missing)} trainable parameter(s) got no gradient in the first step: {shortened(missing, 5)}. "
                 "They would stay as they are while counting as trained. Freeze them (requires_grad_(False)) if that is "
                 "meant, or see why the forward does not use them"
+            )
+        if left_out and isinstance(pl_module, Objective):
+            found["not_optimized"] = (
+                f"{len(left_out)} trainable parameter(s) are in no optimizer: {shortened(left_out, 5)}. They would "
+                "stay as they are while counting as trained. Freeze them (requires_grad_(False)) if that is meant, or "
+                "give them to the optimizer"
             )
         if low and trainer.precision not in HALF_PRECISION:
             found["low_precision_state"] = (

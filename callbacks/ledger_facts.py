@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -56,7 +57,7 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
     inner = _transformers_models(model)
     pairs = [(name, source, tied) for m in inner for name, source, tied in tied_pairs(m)]
     return {
-        "class": type(inner[0] if len(inner) == 1 else model).__name__,
+        "class": _class_name(inner[0] if len(inner) == 1 else model),
         "source": str(getattr(trainer.lightning_module, "source", None) or "") or None,
         "trained": sum(p.numel() for p in parameters if p.requires_grad),  # a DTensor's numel is the global one
         "frozen": sum(p.numel() for p in parameters if not p.requires_grad),
@@ -79,18 +80,20 @@ def tied_pairs(model: PreTrainedModel) -> list[tuple[str, str, bool]]:
     return pairs
 
 
-def optimizer_facts(trainer: pl.Trainer, module: pl.LightningModule) -> Facts:
-    """The optimizer, its state and the schedule."""
+def optimizer_facts(trainer: pl.Trainer, module: pl.LightningModule, model: nn.Module) -> Facts:
+    """The optimizer, its state and the schedule, and the trainable parameters that it was not given."""
     optimizers = trainer.optimizers
     states = [value for optimizer in optimizers for value in _state_tensors(optimizer)]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     first = groups[0] if groups else {}
+    given = {id(parameter) for group in groups for parameter in group["params"]}
     return {
         "class": ", ".join(type(optimizer).__name__ for optimizer in optimizers),
         "fused": bool(first.get("fused")),
         "lr": float(getattr(module, "lr", None) or first.get("initial_lr", first.get("lr", 0.0))),
         "weight_decay": float(max((group.get("weight_decay") or 0.0 for group in groups), default=0)),
         "bytes": bytes_by_dtype(states),
+        "left_out": [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in given],
         "schedule": _schedule(trainer, module),
     }
 
@@ -208,6 +211,11 @@ def _transformers_models(model: nn.Module) -> list[PreTrainedModel]:
             found.append(module)
             inside |= {id(m) for m in module.modules()}
     return found
+
+
+def _class_name(model: nn.Module) -> str:
+    """The model's own class; FSDP2 puts one of its own making in front."""
+    return next(cls.__name__ for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def _has_tokens(micro_batch: Any) -> bool:

@@ -30,6 +30,7 @@ def ledger_rows(facts: Facts) -> list[Row]:
         ("layout", _layout(run)),
         ("batch", batch_text(run["batch"])),
         ("optimizer", _optimizer(facts["optimizer"])),
+        *_left_out(facts["optimizer"]["left_out"]),
         ("steps", _steps(run)),
         ("data", run["data"]),
         ("checkpoints", run["checkpoints"] or "off"),
@@ -85,6 +86,10 @@ def _optimizer(optimizer: Facts) -> str:
     name = optimizer["class"] + " (fused)" * optimizer["fused"]
     schedule = f", schedule {optimizer['schedule']}" if optimizer["schedule"] else ""
     return f"{name}, lr {optimizer['lr']:g}, weight decay {optimizer['weight_decay']:g}{schedule}"
+
+
+def _left_out(names: list[str]) -> list[Row]:
+    return [("not optimized", f"⚠ {len(names)} trainable: {shortened(names)}")] if names else []
 
 
 def _steps(run: Facts) -> str:

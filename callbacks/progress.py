@@ -160,6 +160,8 @@ class ProgressLine(ProgressBar):
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._note_validation(trainer.callback_metrics, f"validation after step {trainer.global_step}")
             self._draw(self._training_line(), now=True)
+        else:
+            self._draw([""], now=True)  # Lightning prints its table of results where the line was
 
     def _note_validation(self, metrics: Mapping[str, Any], title: str) -> None:
         if not self._enabled:
@@ -197,6 +199,13 @@ class ProgressLine(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         self._draw_evaluation("test", batch_idx, self.total_test_batches_current_dataloader)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.reset_dataloader_idx_tracker()
+        self._draw([""], now=True)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.reset_dataloader_idx_tracker()
 
     def on_predict_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         self.has_dataloader_changed(args[3] if len(args) > 3 else 0)

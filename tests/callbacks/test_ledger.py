@@ -78,6 +78,17 @@ def test_a_trainable_parameter_without_gradient_stops_the_run_unless_allowed(tmp
     assert allowed.facts["gradients"]["missing"] == ["model.unused"]
 
 
+def test_a_trainable_parameter_in_no_optimizer_stops_the_run_unless_allowed(tmp_path: Path) -> None:
+    def forgetful(groups: Any) -> torch.optim.Optimizer:
+        groups[0]["params"] = groups[0]["params"][1:]
+        return torch.optim.SGD(groups, lr=0.1)
+
+    message = r"1 trainable parameter\(s\) are in no optimizer: model\.embed_tokens\.weight.*allow=\['not_optimized'\]"
+    with pytest.raises(ValueError, match=message):
+        fit(tiny_model(), Ledger(allow=["no_grad"]), tmp_path, optimizer=forgetful)
+    fit(tiny_model(), Ledger(allow=["not_optimized"]), tmp_path, optimizer=forgetful)
+
+
 def test_gradients_that_are_all_zero_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model()
     model.model.norm.register_forward_hook(lambda module, inputs, output: output.detach() + 0 * output)
@@ -195,7 +206,7 @@ def test_a_users_module_may_have_unused_layers(
 
 @pytest.mark.parametrize("allow", [["no_gard"], "no_grad"])
 def test_an_unknown_switch_is_refused(allow: Any) -> None:
-    with pytest.raises(ValueError, match="no_grad, low_precision_state, untied"):
+    with pytest.raises(ValueError, match="no_grad, not_optimized, low_precision_state, untied"):
         Ledger(allow=allow)
 
 
