@@ -148,6 +148,18 @@ class MeshStrategy(ParallelStrategy):
         """The sizes of this run (`dp_shard=-1` filled in)."""
         return self.requested_dims.resolve(self.world_size)
 
+    def choose_sizes(self) -> ParallelDims:
+        """The requested sizes, after those left to the strategy ("auto") have been chosen for the connected module."""
+        return self.requested_dims
+
+    def forget_run(self) -> None:
+        """Let go of processes, mesh and model: what is left is the layout as it was asked for."""
+        self._device_mesh = None
+        self._launcher = self._accelerator = self._precision_plugin = None
+        self._lightning_module = self._model = None
+        self._optimizers, self._lightning_optimizers, self.lr_scheduler_configs = [], [], []
+        self.parallel_devices = self.cluster_environment = None
+
     @property
     def dp_size(self) -> int:
         """Ranks that see different rows of data."""
@@ -247,6 +259,7 @@ class MeshStrategy(ParallelStrategy):
         super().setup_environment()
         reset_seed()
         self.set_world_ranks()
+        self.choose_sizes()
         self.dims  # noqa: B018  sizes that do not fit are refused before any process waits for another
         if not dist.is_initialized():
             self._init_process_group()

@@ -79,6 +79,10 @@ class DDPStrategy(MeshStrategy):
         if isinstance(self.model, DistributedDataParallel) and module is not None and not module.automatic_optimization:
             prepare_for_backward(self.model, closure_loss)
 
+    def forget_run(self) -> None:
+        super().forget_run()
+        self._wrapped = None
+
     def teardown(self) -> None:
         self._wrapped = None
         self.model = self.lightning_module

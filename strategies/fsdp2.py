@@ -94,13 +94,18 @@ class FSDP2Strategy(MeshStrategy):
         self.activation_checkpointing = activation_checkpointing
         self.sync_every_micro_batch = sync_every_micro_batch
 
-    def setup_environment(self) -> None:
+    def choose_sizes(self) -> ParallelDims:
         if self._tp_of_model:
             room = self.num_processes // self.requested_dims.cp
             self.requested_dims = replace(self.requested_dims, tp=choose_tp(self.lightning_module, room))
         if self._cp_of_node:
             self.requested_dims = replace(self.requested_dims, cp=self.num_processes // self.requested_dims.tp)
-        super().setup_environment()
+        self._tp_of_model = self._cp_of_node = False
+        return self.requested_dims
+
+    def forget_run(self) -> None:
+        super().forget_run()
+        self._context = None
 
     def convert_precision(self, plugin: Precision) -> Precision:
         return MeshPrecision(str(plugin.precision))
