@@ -24,10 +24,12 @@ tools
   preview    show the first batch as the model will see it: trained, masked and boundary tokens
   generate   answer prompts with a model folder
   merge      merge a LoRA adapter into its base model
+  verify     prove that a layout computes for your model and data what one device computes
 
   amt fit --config configs/quickstart.yaml
   amt fit --config configs/sft.yaml --trainer.strategy fsdp2 --trainer.devices 4
   amt preview --config configs/quickstart.yaml --html batch.html
+  amt verify --config configs/sft.yaml --strategy fsdp2_tp:tp=2
 """
 
 _TRAINING = ("fit", "validate", "test", "predict")
@@ -35,6 +37,7 @@ _TOOLS = {
     "generate": "automodel_trainer.tools.generate",
     "merge": "automodel_trainer.tools.merge",
     "preview": "automodel_trainer.tools.preview_command",
+    "verify": "automodel_trainer.tools.verify",
 }
 
 

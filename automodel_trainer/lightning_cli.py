@@ -44,6 +44,7 @@ __all__ = [
     "SampleGenerations",
     "TextDataModule",
     "Throughput",
+    "build",
     "run",
 ]
 
@@ -130,6 +131,16 @@ class AmtCLI(LightningCLI):
 
 def run(argv: list[str]) -> AmtCLI:
     """Parse `argv` (command first), build trainer, model and data, and run the command."""
+    return _cli(argv, run=True)
+
+
+def build(config: dict[str, Any] | list[str]) -> tuple[Trainer, pl.LightningModule, pl.LightningDataModule]:
+    """Trainer, module and data that a configuration (or `--config FILE` and options) describes; nothing runs."""
+    cli = _cli(config, run=False)
+    return cli.trainer, cli.model, cli.datamodule  # type: ignore[return-value]
+
+
+def _cli(args: dict[str, Any] | list[str], run: bool) -> AmtCLI:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     return AmtCLI(
         model_class=pl.LightningModule,
@@ -142,5 +153,6 @@ def run(argv: list[str]) -> AmtCLI:
         seed_everything_default=0,
         parser_class=AmtParser,
         auto_configure_optimizers=False,
-        args=argv,
+        args=args,
+        run=run,
     )

@@ -1,0 +1,88 @@
+"""The first micro-batches of a user's data, cut short, with the token ids they use renumbered from 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from automodel_trainer.data.base import MicroBatchDataModule
+
+MicroBatch = dict[str, Any]
+_PER_TOKEN = ("input_ids", "labels", "position_ids", "attention_mask")
+_TOKENS = ("input_ids", "labels")
+IGNORE_INDEX = -100
+
+
+def first_steps(data: Any, steps: int, per_step: int, length: int, rows: int = 2) -> list[list[MicroBatch]]:
+    """`steps` lists of `per_step` micro-batches, in the order of the data; few data are gone through again.
+
+    Args:
+        data: a data module, or an iterable of batches (a micro-batch, or a list of them).
+        length: rows are cut to the window of so many tokens that has the most labels.
+        rows: of a micro-batch, at most.
+
+    Raises:
+        ValueError: there is no data, or no label in all of it.
+    """
+    wanted = steps * per_step
+    found: list[MicroBatch] = []
+    for micro_batch in _stream(data):
+        found.append(_cut(micro_batch, length, rows))
+        if len(found) == wanted:
+            break
+    if not found or not any((m["labels"][:, 1:] != IGNORE_INDEX).any() for m in found):
+        raise ValueError("There is nothing to verify with: the data gave no batch with a trained token.")
+    found = [found[i % len(found)] for i in range(wanted)]
+    return [found[i : i + per_step] for i in range(0, wanted, per_step)]
+
+
+def _stream(data: Any) -> Iterator[MicroBatch]:
+    if isinstance(data, MicroBatchDataModule):
+        data.setup("fit")
+        data = data.build_train_loader()
+    elif isinstance(data, pl.LightningDataModule):
+        data.prepare_data()
+        data.setup("fit")
+        data = data.train_dataloader()
+    for batch in data:
+        yield from [batch] if isinstance(batch, Mapping) else batch
+
+
+def _cut(micro_batch: MicroBatch, length: int, rows: int) -> MicroBatch:
+    labels = micro_batch["labels"][:rows]
+    length = min(length, labels.shape[1])
+    counts = (labels != IGNORE_INDEX).sum(0).cumsum(0)
+    counts = torch.cat([counts.new_zeros(1), counts])
+    start = int((counts[length:] - counts[:-length]).argmax())
+    cut = {
+        key: value[:rows, start : start + length] if key in _PER_TOKEN and isinstance(value, Tensor) else value
+        for key, value in micro_batch.items()
+        if key != "sample_ids"
+    }
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in cut.items()}
+
+
+def renumber(steps: list[list[MicroBatch]], config: PreTrainedConfig) -> int:
+    """Number the token ids in use from 0, in place, in batches and config; returns how many there are.
+
+    A vocabulary of a hundred thousand would be most of a small model, and most of its time.
+    """
+    batches = [micro_batch for step in steps for micro_batch in step]
+    used = torch.cat([m[key].flatten() for m in batches for key in _TOKENS]).unique()
+    used = used[used != IGNORE_INDEX]
+    for micro_batch in {id(m): m for m in batches}.values():  # few data: the same one may come again
+        for key in _TOKENS:
+            ids = micro_batch[key]
+            micro_batch[key] = torch.where(ids == IGNORE_INDEX, ids, torch.searchsorted(used, ids))
+    text = config.get_text_config(decoder=True)
+    numbers = {int(old): new for new, old in enumerate(used)}
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for part in {id(config): config, id(text): text}.values():
+            old = getattr(part, name, None)
+            setattr(part, name, numbers.get(old) if isinstance(old, int) else None)
+    return len(used)
