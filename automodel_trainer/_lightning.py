@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +21,7 @@ __all__ = [
     "NotebookLauncher",
     "SubprocessLauncher",
     "defaults_from_env_vars",
+    "drop_advertisement",
     "install_quiet_epoch_loop",
     "prepare_for_backward",
     "sync_rank_zero",
@@ -69,6 +71,13 @@ class _QuietEpochLoop(_TrainingEpochLoop):
 
     def _broadcast_sigterm_tensor(self) -> None:
         pass
+
+
+def drop_advertisement() -> None:
+    """Lightning logs a hint about a product of its makers whenever a Trainer is made."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if not logger.filters:
+        logger.addFilter(lambda record: "litlogger" not in record.getMessage().lower())
 
 
 def install_quiet_epoch_loop(trainer: pl.Trainer) -> None:

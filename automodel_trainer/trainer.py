@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import StrategyRegistry as LightningStrategies
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from automodel_trainer._lightning import defaults_from_env_vars, install_quiet_epoch_loop
+from automodel_trainer._lightning import defaults_from_env_vars, drop_advertisement, install_quiet_epoch_loop
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.callbacks.defaults import default_callbacks
 from automodel_trainer.data.adapt import Steps, as_datamodule, group_micro_batches, len_or_none
@@ -103,6 +103,7 @@ class Trainer(pl.Trainer):
         devices, num_nodes = launched_sizes(devices, num_nodes)
         self.requested_gradient_clip_val = gradient_clip_val
         self.requested_accumulation = accumulate_grad_batches
+        drop_advertisement()
         super().__init__(
             accelerator=accelerator,
             strategy=resolve_strategy(strategy),

@@ -32,7 +32,10 @@ class BatchPreview(Callback):
         if not trainer.is_global_zero:
             return
         micro_batches = batch if isinstance(batch, list) else [batch]
-        tokenizer = getattr(pl_module, "tokenizer", None)
+        try:
+            tokenizer = getattr(pl_module, "tokenizer", None)
+        except ValueError:  # a CausalLMModule around a model that has none
+            tokenizer = None
         if tokenizer is None:
             rank_zero_warn("BatchPreview shows nothing: the module has no `tokenizer` to turn tokens into text.")
         elif not all(isinstance(part, dict) and {"input_ids", "labels"} <= part.keys() for part in micro_batches):

@@ -1,0 +1,37 @@
+"""`amt preview`: the first batch of a run's configuration, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from automodel_trainer.data import MicroBatchDataModule
+from automodel_trainer.lightning_cli import build
+from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.tools.preview import preview
+
+# Data is looked at on one device: neither GPUs nor the run's own layout are needed for it.
+_ONE_DEVICE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the first rows; with --html write the whole batch as a page.
+
+    Raises:
+        ValueError: the configuration's data is not one of this project's data modules.
+    """
+    parser = argparse.ArgumentParser(
+        prog="amt preview",
+        description="Show the first batch as the model will see it: trained, masked and boundary tokens.",
+        epilog="All other options are those of `amt fit`: --config FILE, --data.seq_len 512, …",
+    )
+    parser.add_argument("--html", metavar="FILE", help="write the whole batch as a page")
+    parser.add_argument("--rows", type=int, default=1, help="rows to print (default: 1)")
+    own, rest = parser.parse_known_args(argv)
+    _, module, data = build([*rest, *_ONE_DEVICE])
+    if not isinstance(data, MicroBatchDataModule):
+        raise ValueError(f"amt preview shows data modules of automodel_trainer, not {type(data).__name__}.")
+    if data.tokenizer is None and isinstance(module, CausalLMModule):
+        data.tokenizer = module.tokenizer
+    batch = data.first_batch()
+    preview(batch, data.load_tokenizer(), max_rows=own.rows, html=own.html)

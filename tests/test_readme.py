@@ -1,0 +1,57 @@
+"""Every code block of the README runs, in a folder that holds what it names: `my-model` and `chats.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_model, tiny_tokenizer
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+(YAML,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    tiny_model(tie_word_embeddings=True).save_pretrained(folder / "my-model")
+    tiny_tokenizer().save_pretrained(folder / "my-model")
+    turns = [{"role": "user", "content": "what is two plus two?"}, {"role": "assistant", "content": "it is four"}]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(200)))
+    (folder / "run.yaml").write_text(YAML)
+    return folder
+
+
+def run(command: list[str], home: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def test_python_blocks(home: Path) -> None:
+    """In order, as a reader would; one process, for imports are what takes the time."""
+    assert len(PYTHON) == 4
+    run([sys.executable, "-c", "\n".join(PYTHON)], home)
+    assert (home / "my-tuned-model" / "config.json").is_file()
+    assert (home / "runs/python/checkpoints/latest").resolve().name == "step-00000006"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=[" ".join(line.split()[:2]) for line in COMMANDS])
+def test_commands(command: str, home: Path) -> None:
+    run(shlex.split(command), home)
+
+
+def test_the_two_commands_exist() -> None:
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
