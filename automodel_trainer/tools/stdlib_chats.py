@@ -1,8 +1,8 @@
 """A real data set that every machine with Python already has: what the standard library says about itself.
 
-Each public class, function and method with a docstring becomes one chat: a question about it, and the opening of its
-docstring as the answer. Training and validation come from different packages, so validation loss measures what was
-learned about *how* to answer, not what was memorised.
+Each public class, function and method with a docstring becomes one chat: a question about it, and an answer in the
+manner of a reference work, a heading and the opening of its docstring. Training and validation come from different
+packages, so validation loss measures what was learned about *how* to answer, not what was memorised.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 def build_chats(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """All chats as (train, validation), rows of ``{"messages": [...], "source": "package"}``.
 
-    No package gives rows to both sides and no answer occurs twice. The result depends on the seed and the Python
+    No package gives rows to both sides and no explanation occurs twice. The result depends on the seed and the Python
     version alone (as long as no library has replaced standard functions by its own, as torch does with two of them).
     """
     by_package = _chats_by_package()
@@ -88,13 +88,14 @@ def _chats_by_package() -> dict[str, list[dict[str, Any]]]:
     for module_name in MODULES:
         package = module_name.partition(".")[0]
         for kind, name, docstring in _documented(module_name):
-            answer = opening(docstring)
-            key = re.sub(r"\W+", "", answer).lower()
-            if not answer or key in seen:
+            explanation = opening(docstring)
+            key = re.sub(r"\W+", "", explanation).lower()
+            if not explanation or key in seen:
                 continue
             seen.add(key)
             phrasings = QUESTIONS[kind]
             question = phrasings[zlib.crc32(name.encode()) % len(phrasings)].format(name)
+            answer = f"**{name}** ({kind})\n\n{explanation}"
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             chats.setdefault(package, []).append({"messages": messages, "source": package})
     return chats

@@ -19,7 +19,10 @@ def question(chat):
 
 
 def answer(chat):
-    return chat["messages"][1]["content"]
+    """The explanation under the heading of an answer."""
+    heading, _, explanation = chat["messages"][1]["content"].partition("\n\n")
+    assert heading.startswith("**")
+    return explanation
 
 
 def test_there_are_thousands_of_chats_in_messages_format(chats):
@@ -42,9 +45,9 @@ def test_validation_shares_no_package_and_no_answer_with_training(chats):
 
 
 def test_known_answers_come_out_as_written(chats):
-    by_question = {question(chat): answer(chat) for side in chats for chat in side}
+    by_question = {question(chat): chat["messages"][1]["content"] for side in chats for chat in side}
     answers = [text for asked, text in by_question.items() if "`math.radians" in asked]
-    assert answers == ["Convert angle x from degrees to radians."]
+    assert answers == ["**math.radians** (function)\n\nConvert angle x from degrees to radians."]
 
 
 def test_another_process_with_another_hash_seed_builds_the_same():
