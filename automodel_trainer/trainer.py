@@ -149,7 +149,7 @@ class Trainer(pl.Trainer):
             plugins=plugins,
             sync_batchnorm=sync_batchnorm,
             reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
-            default_root_dir=default_root_dir,
+            default_root_dir=None if default_root_dir is None else str(default_root_dir),
             enable_autolog_hparams=enable_autolog_hparams,
             model_registry=model_registry,
         )

@@ -43,7 +43,7 @@ def load_weights(
         device_map={"": device},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=mapping,
+        weight_mapping=mapping,  # type: ignore[arg-type]
     )
     with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1" if in_turn else None):
         info, _ = PreTrainedModel._load_pretrained_model(model, None, [str(f) for f in files], config)

@@ -115,7 +115,8 @@ class CausalLMModule(Objective, pl.LightningModule):
         (reference,) = self._reference
         if isinstance(reference, (str, os.PathLike)):
             return resolve_folder(reference, self.revision)
-        return Path(reference.name_or_path) if os.path.isdir(reference.name_or_path) else None
+        name = reference.name_or_path
+        return Path(name) if name and os.path.isdir(name) else None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -166,7 +167,7 @@ class CausalLMModule(Objective, pl.LightningModule):
                 raise ValueError("The model has adapters already: leave out CausalLMModule(lora=…) to go on with them.")
             return self.strategy.parallelize(model)  # type: ignore[return-value]
         # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
-        model = model.to(dtype)
+        model = model.to(dtype)  # type: ignore[arg-type]
         if self.lora is not None:
             add_adapters(model, self.lora, self.strategy)
         if not any(parameter.is_meta for parameter in model.parameters()):
@@ -195,7 +196,7 @@ class CausalLMModule(Objective, pl.LightningModule):
             )
         return strategy
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.optimizer_config, self.model, self.lr)
         planned = getattr(self.trainer, "planned_steps", lambda: None)()
         scheduler = build_scheduler(self.scheduler_config, optimizer, planned)
@@ -339,7 +340,7 @@ class CausalLMModule(Objective, pl.LightningModule):
             with self.strategy.split_sequence(*self.split(micro_batch)) as (inputs, targets):
                 losses = token_losses(self.strategy.forward(self.model, inputs).logits, targets).view_as(targets)
             losses = self.strategy.gather_sequence(losses, micro_batch["labels"].shape[1])
-            named = {key: micro_batch[key] for key in ("labels", "sample_ids") if key in micro_batch}
+            named: dict[str, Any] = {key: micro_batch[key] for key in ("labels", "sample_ids") if key in micro_batch}
             scored.append({"log_probs": torch.nn.functional.pad(-losses[:, :-1], (1, 0)), **named})
         return scored
 
@@ -350,7 +351,7 @@ class CausalLMModule(Objective, pl.LightningModule):
 
     # --- state ----------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The model's: keys are the Hugging Face keys."""
         return self.model.state_dict(*args, **kwargs) if self.model is not None else {}
 

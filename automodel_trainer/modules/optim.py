@@ -78,7 +78,7 @@ def build_optimizer(
     groups = parameter_groups(model, config.weight_decay if "weight_decay" in accepted else None, lr)
     if "fused" in accepted and not {"fused", "foreach"} & args.keys():
         args["fused"] = True
-    return cls(groups, lr=lr, **args)
+    return cls(groups, lr=lr, **args)  # type: ignore[call-arg]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float | None, lr: float) -> list[dict[str, Any]]:
