@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -29,6 +29,10 @@ from automodel_trainer.models.export import export_pretrained
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.strategies import Objective, StrategyRegistry
 from automodel_trainer.strategies.precision import canonical_precision
+
+if TYPE_CHECKING:
+    from automodel_trainer.tools.verify_ranks import Launcher
+    from automodel_trainer.tools.verify_report import Report
 
 Model = str | os.PathLike[str] | PreTrainedModel | pl.LightningModule
 DEFAULT_EPOCHS = 3  # where neither epochs, steps nor time are given, as Hugging Face's trainer has it
@@ -254,6 +258,32 @@ class Trainer(pl.Trainer):
         return super().predict(
             **arguments, return_predictions=return_predictions, ckpt_path=path, weights_only=weights_only
         )
+
+    def verify(
+        self, model: Model, data: Any, *, devices: int | None = None, full: bool = False, launch: Launcher | None = None
+    ) -> Report:
+        """Prove that this Trainer's strategy computes for a model and data what one device computes; prints a table.
+
+        A small copy of the model (same architecture, random weights) takes three optimizer steps on one device and on
+        the layout; loss, gradients and weights are compared. Ranks are processes on this machine's CPU.
+
+        Args:
+            model, data: as in `fit`; of the data the first batches are used.
+            devices: ranks of the layout; None: as few as its sizes allow.
+            full: use this machine's GPUs.
+            launch: starts the ranks in some other way.
+
+        Raises:
+            ValueError: the layout refuses this model, or it is none of this project's.
+        """
+        from automodel_trainer.tools.verify import verify
+
+        module, datamodule, loader = self._connect(model, data, None)
+        if not isinstance(module, CausalLMModule):
+            raise ValueError(f"verify knows CausalLMModule and its subclasses, not {type(module).__name__}.")
+        report = verify(module, datamodule or loader, self.strategy, devices, full=full, launch=launch)
+        report.print()
+        return report
 
     def save_pretrained(
         self,

@@ -41,7 +41,7 @@ _CONFIG_KEYS = ("seed_everything", "model", "data")
 def verify(
     module: CausalLMModule,
     data: Any,
-    strategy: str | MeshStrategy = "fsdp2",
+    strategy: Any = "fsdp2",
     devices: int | None = None,
     *,
     full: bool = False,
@@ -53,7 +53,7 @@ def verify(
     Args:
         module: what is trained: its model's config, loss, optimizer and adapters.
         data: a data module or an iterable of batches; the first of them are used, cut to `length` tokens.
-        strategy: the layout.
+        strategy: the layout, by name or as an object.
         devices: ranks; None: as few as the layout's sizes allow.
         full: on this machine's GPUs instead of processes on the CPU.
         launch: starts the ranks; None: processes on this machine.
@@ -94,7 +94,7 @@ def verify(
     return report
 
 
-def fresh(strategy: str | MeshStrategy) -> MeshStrategy:
+def fresh(strategy: Any) -> MeshStrategy:
     """A strategy as it was before a Trainer took it in hand.
 
     Raises:
@@ -176,7 +176,7 @@ def main(argv: Sequence[str]) -> None:
     raise SystemExit(0 if report.passed else 1)
 
 
-def _from_arguments(args: argparse.Namespace) -> tuple[CausalLMModule, Any, str | MeshStrategy]:
+def _from_arguments(args: argparse.Namespace) -> tuple[CausalLMModule, Any, Any]:
     if bool(args.config) == bool(args.model):
         raise ValueError("Give amt verify --config run.yaml, or --model and --data.")
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "") if args.full else ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import socket
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -78,6 +80,8 @@ class Processes:
 
 def _rank(outcomes: Any, rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of torch about shapes and views, once per rank: the table says what matters
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     names |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "verify"}
     os.environ.update({name: str(value) for name, value in names.items()})

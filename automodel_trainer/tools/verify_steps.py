@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,7 +112,7 @@ def layout_run(job: Job, folder: Path) -> Comparison:
             norm = strategy.clip_grad_norm_(parameters, None)
             result.norm.append(_scalar(norm, reference[f"norm/{step}"]))
             gradients = {name: _full(grad) for name, grad in _gradients(model)}
-            expected = {name: reference[f"gradient/{step}/{name}"] for name in gradients}
+            expected = reference.below(f"gradient/{step}/")
             result.gradients.append(_errors(gradients, expected, float(reference[f"norm/{step}"])))
             if step == 0:
                 result.scale = _common_scale(gradients, expected)
@@ -120,7 +120,7 @@ def layout_run(job: Job, folder: Path) -> Comparison:
             optimizer.step()
             optimizer.zero_grad()
         weights = {name: _full(p.detach()) for name, p in model.named_parameters()}
-        result.weights = _errors(weights, {name: reference[f"weight/{name}"] for name in weights})
+        result.weights = _errors(weights, reference.below("weight/"))
         result.outputs = _compare_outputs(recorder.outputs[0], reference, strategy)
     return result
 
@@ -193,17 +193,19 @@ def _full(tensor: Tensor) -> Tensor:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-class _Reference(dict[str, Tensor]):
+class _Reference:
     """Tensors by name, read when they are asked for."""
 
     def __init__(self, file: Any) -> None:
-        super().__init__()
         self._file = file
-        self.names: Sequence[str] = file.keys()
+        self.names: list[str] = sorted(file.keys())
 
-    def __missing__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): self[name] for name in self.names if name.startswith(prefix)}
 
 
 @contextmanager
@@ -217,7 +219,12 @@ def _scalar(value: Tensor, reference: Tensor) -> float:
 
 
 def _errors(values: dict[str, Tensor], expected: dict[str, Tensor], total: float = 0.0) -> dict[str, float]:
-    return {name: relative_error(value, expected[name], _FLOOR * total) for name, value in values.items()}
+    """By name, in the order of the model; infinite for what only one of the two has."""
+    errors = {
+        name: relative_error(value, expected[name], _FLOOR * total) if name in expected else math.inf
+        for name, value in values.items()
+    }
+    return errors | {name: math.inf for name in expected if name not in values}
 
 
 def relative_error(value: Tensor, reference: Tensor, floor: float = 0.0) -> float:
@@ -230,7 +237,7 @@ def relative_error(value: Tensor, reference: Tensor, floor: float = 0.0) -> floa
 
 def _common_scale(values: dict[str, Tensor], expected: dict[str, Tensor]) -> float | None:
     """The c for which value ≈ c · expected holds for all gradients at once, None if there is none."""
-    if any(value.shape != expected[name].shape for name, value in values.items()):
+    if values.keys() != expected.keys() or any(values[n].shape != expected[n].shape for n in values):
         return None
     value = torch.cat([v.flatten() for v in values.values()]).double()
     reference = torch.cat([expected[name].flatten() for name in values]).double()
@@ -240,11 +247,9 @@ def _common_scale(values: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
 
 def _compare_outputs(outputs: dict[str, Tensor], reference: _Reference, strategy: MeshStrategy) -> dict[str, float]:
     """Errors of this rank's first micro-batch, in forward order, of the modules whose output can be put together."""
-    prefix = f"output/{strategy.dp_rank}/"
     errors = {}
-    for key in sorted(name for name in reference.names if name.startswith(prefix)):
-        name = key.removeprefix(prefix).partition("/")[2]
-        expected = reference[key]
+    for key, expected in reference.below(f"output/{strategy.dp_rank}/").items():
+        name = key.partition("/")[2]
         whole = whole_output(outputs[name], expected.shape, strategy) if name in outputs else None
         if whole is not None:
             errors[name] = relative_error(whole.cpu(), expected)
