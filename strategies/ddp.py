@@ -40,7 +40,10 @@ class DDPStrategy(MeshStrategy):
         super().__init__(ParallelDims(dp_replicate=1, dp_shard=-1), **kwargs)
         self._forward_redirection = DDPForwardRedirection()
         self.activation_checkpointing = activation_checkpointing
-        self.ddp_options: dict[str, Any] = {"find_unused_parameters": find_unused_parameters, "bucket_cap_mb": bucket_cap_mb}
+        self.ddp_options: dict[str, Any] = {
+            "find_unused_parameters": find_unused_parameters,
+            "bucket_cap_mb": bucket_cap_mb,
+        }
         self._wrapped: DistributedDataParallel | None = None
 
     @property

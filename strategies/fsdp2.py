@@ -176,6 +176,26 @@ class FSDP2Strategy(MeshStrategy):
         if sum_gradients:
             _sum_gradients(model)
 
+    def setup(self, trainer: pl.Trainer) -> None:
+        self.reshard()  # the optimizer must be given the shards
+        super().setup(trainer)
+
+    def reshard(self) -> None:
+        """Free gathered parameters. Training does so in backward; after an evaluation the root still holds its own."""
+        assert self.lightning_module is not None
+        for module in self.lightning_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def on_validation_end(self) -> None:
+        self.reshard()
+
+    def on_test_end(self) -> None:
+        self.reshard()
+
+    def on_predict_end(self) -> None:
+        self.reshard()
+
     def layout(self, module: pl.LightningModule) -> None:
         if isinstance(module, Objective):
             if not is_laid_out(module.model):

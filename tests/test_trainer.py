@@ -186,6 +186,21 @@ def test_validation_against_torchmetrics(folder: Path, tmp_path: Path) -> None:
     assert metrics["val_token_accuracy"] == pytest.approx(hits / tokens)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_after_an_evaluation(precision: str, folder: Path, tmp_path: Path) -> None:
+    """An evaluation leaves parameters gathered; the optimizer of a later fit must still get the shards."""
+    curves = []
+    for evaluate in (False, True):
+        curve = Curve()
+        ours = module(str(folder))
+        if evaluate:
+            Trainer(**quiet(tmp_path, precision=precision)).validate(ours, chats(5), verbose=False)
+        trainer = Trainer(**quiet(tmp_path, precision=precision, max_steps=3, callbacks=[curve]))
+        trainer.fit(ours, ChatDataModule(chats(), chats(4), seq_len=64, micro_batch_size=4))
+        curves.append([row["train_loss"] for row in curve.rows])
+    assert curves[0] == curves[1]
+
+
 def test_predict_scores(folder: Path, tmp_path: Path) -> None:
     data = ChatDataModule(chats(6), chats(6), seq_len=64, packing=False)
     scored = Trainer(**quiet(tmp_path)).predict(str(folder), data)
