@@ -122,9 +122,10 @@ class DCPCheckpoint(Checkpoint):
             self._last_saved = checkpoint["global_step"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning makes an iterator of the loader after it has restored, and an iterator may draw a random number. In
-        # the middle of an epoch the saved state is from after that draw; at its end from before it.
-        if self._rng is not None and trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0:
+        # Lightning makes an iterator of the loader after it has restored, and an iterator may draw a random number.
+        # Where an epoch is still to be ended, the saved state is from after that draw; between epochs from before it.
+        epoch = trainer.fit_loop.epoch_progress.current
+        if self._rng is not None and epoch.ready > epoch.processed:
             set_rng_state(self._rng)
         self._rng = None
         self._last_step = trainer.global_step
@@ -139,7 +140,7 @@ class DCPCheckpoint(Checkpoint):
         due = self._is_due(trainer)
         self._last_step = trainer.global_step
         if due:
-            self._validation_due = _validates_after(trainer)
+            self._validation_due |= _validates_after(trainer)
             self._save(trainer, pl_module)
             self._validation_due = False
 
@@ -182,9 +183,11 @@ class DCPCheckpoint(Checkpoint):
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
-    def request_save(self) -> None:
-        """Save after the step that is running; to be called on every rank."""
+    def request_save(self, trainer: pl.Trainer) -> None:
+        """Save the step that has just run; to be called on every rank, in `on_train_batch_end`."""
         self._requested = True
+        # Looked up now: who asks for a last save may be about to switch validation off.
+        self._validation_due = _validates_after(trainer)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step

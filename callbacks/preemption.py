@@ -104,7 +104,7 @@ class Preemption(Callback):
     def _stop(self, trainer: pl.Trainer) -> None:
         savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, DCPCheckpoint)]
         for saver in savers:  # Lightning calls checkpoint callbacks last, so they still see this step
-            saver.request_save()
+            saver.request_save(trainer)
         if savers:
             rank_zero_info(f"{self.stopped_by} received: saving a checkpoint and stopping.")
         else:

@@ -272,16 +272,19 @@ class OwnModule(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
-def fit_own(root: Path, epochs: int, ckpt_path: str | None = None, extra: Any = None) -> OwnModule:
+def fit_own(
+    root: Path, epochs: int, ckpt_path: str | None = None, validate: bool = True, extra: Any = None
+) -> OwnModule:
     pl.seed_everything(3)
     rows = torch.utils.data.TensorDataset(torch.randn(16, 4))
-    module = OwnModule(extra=extra)
+    module, monitored = OwnModule(extra=extra), DCPCheckpoint(monitor="val_loss", every_n_epochs=1)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=epochs,
         accumulate_grad_batches=2,
-        callbacks=[EarlyStopping("val_loss", patience=10), DCPCheckpoint(monitor="val_loss", every_n_epochs=1)],
+        limit_val_batches=1.0 if validate else 0,
+        callbacks=[EarlyStopping("val_loss", patience=10), monitored] if validate else None,
         default_root_dir=root,
         logger=False,
         enable_progress_bar=False,
@@ -294,10 +297,12 @@ def fit_own(root: Path, epochs: int, ckpt_path: str | None = None, extra: Any = 
     return module
 
 
-def test_a_users_module_and_loader_go_on_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_users_module_and_loader_go_on_at_the_end_of_an_epoch(tmp_path: Path, validate: bool) -> None:
     """Shuffling draws from the global generator, dropout and batch statistics are state too."""
-    whole = fit_own(tmp_path / "whole", 4)
-    first, second = fit_own(tmp_path / "halves", 2), fit_own(tmp_path / "halves", 4, "last")
+    whole = fit_own(tmp_path / "whole", 4, validate=validate)
+    first = fit_own(tmp_path / "halves", 2, validate=validate)
+    second = fit_own(tmp_path / "halves", 4, "last", validate=validate)
     assert first.losses + second.losses == whole.losses
     for name, value in whole.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
