@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import empty as empty_dtensor
 from torch.optim import Optimizer
 
@@ -25,6 +25,7 @@ from automodel_trainer.checkpoint.agreement import rank, world_size
 from automodel_trainer.checkpoint.codec import decode, encode
 from automodel_trainer.checkpoint.folder import write_json
 from automodel_trainer.checkpoint.weights import MAX_FILE_BYTES, some, split_into_files
+from automodel_trainer.strategies._torch import placeable
 
 GROUPS = "groups.json"
 # How state that is no array is told apart in a file of arrays: each is stored with the shape [1].
@@ -82,6 +83,8 @@ def load_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], folder: 
         owner, _, key = name.rpartition("/")
         optimizer, parameter = parameters[owner]
         key, _, kind = key.partition(":")
+        if isinstance(tensor, DTensor) and tensor.shape == parameter.shape:
+            tensor = _redistributed(tensor, parameter.placements)  # type: ignore[attr-defined]
         optimizer.state[parameter][key] = _restored(tensor, kind, _scalar_device(optimizer, parameter))
 
 
@@ -128,7 +131,7 @@ def _stored(name: str, value: Any, parameter: Tensor) -> dict[str, Tensor]:
             raise ValueError(
                 f"The optimizer state {name} is not a DTensor though its parameter is: it cannot be saved."
             )
-        return {name: value.detach() if isinstance(value, DTensor) else value.detach().contiguous()}
+        return {name: _placeable(value.detach()) if isinstance(value, DTensor) else value.detach().contiguous()}
     for kind, python in _KINDS.items():
         if isinstance(value, Tensor) if kind == "0d" else type(value) is python:
             plain = value.full_tensor() if isinstance(value, DTensor) else value
@@ -142,12 +145,22 @@ def _target(name: str, size: tuple[int, ...], dtype: torch.dtype, parameter: Ten
     if ":" in name.rpartition("/")[2]:
         return torch.empty(size, dtype=dtype)
     if isinstance(parameter, DTensor):
-        placements = (
-            parameter.placements if size == tuple(parameter.shape) else [Replicate()] * parameter.device_mesh.ndim
-        )
+        same = size == tuple(parameter.shape)
+        placements = placeable(parameter) if same else (Replicate(),) * parameter.device_mesh.ndim
         state = empty_dtensor(*size, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)
         return state.to(parameter.device)  # a mesh of GPUs, but shards in host memory: CPU offload
     return torch.empty(size, dtype=dtype, device=parameter.device)
+
+
+def _placeable(value: DTensor) -> DTensor:
+    return _redistributed(value, placeable(value))
+
+
+def _redistributed(value: DTensor, placements: tuple[Placement, ...]) -> DTensor:
+    if value.placements == placements:
+        return value
+    moved = value.to(value.device_mesh.device_type).redistribute(placements=placements)  # CPU offload: off the host
+    return moved.to(value.device)
 
 
 def _restored(tensor: Tensor, kind: str, device: torch.device) -> Any:
