@@ -155,6 +155,14 @@ def test_model_is_a_hugging_face_folder(pool: RankPool, tmp_path: Path) -> None:
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
+def test_model_folder_of_a_mixture_of_experts(tmp_path: Path) -> None:
+    """Experts lie in it as in memory, in one tensor per layer; transformers reads that as well."""
+    model = tiny_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    save_checkpoint(tmp_path / "a", LIGHTNING, model, [])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
 def test_nothing_is_pickled(pool: RankPool, tmp_path: Path) -> None:
     pool.run(2, save, "fsdp2", 2, tmp_path / "a")
     files = [file for file in (tmp_path / "a").rglob("*") if file.is_file()]
