@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from typing import Any, Literal
 
 import numpy as np
@@ -112,6 +114,18 @@ class ChatDataModule(MicroBatchDataModule):
             rows["test"] = self._whole("test", load_rows(self.test, "test"))
         return rows
 
+    def sample_prompts(self, count: int) -> list[str]:
+        """Questions to try a model on: the first user turns of the validation data, or else of the training data."""
+        rows = self._validation_rows()
+        if rows is None:
+            rows = load_rows(self.train, "train")
+            if self.val_split:
+                rows = rows.select(split_ids(len(rows), self.val_split, self.seed))
+        form = detect_format(rows.column_names, self.columns)
+        conversations = (form.to_messages(rows[index], index).messages for index in range(len(rows)))
+        questions = (first_user_turn(messages) for messages in conversations)
+        return list(islice(filter(None, questions), count))
+
     def _validation_rows(self) -> Dataset | None:
         if self.validation is None:
             return load_validation_rows(self.train)
@@ -208,6 +222,13 @@ class ChatDataModule(MicroBatchDataModule):
             f"{without:,} have no supervised token with loss_on={self.loss_on!r}. Raise seq_len or choose "
             f"overlong='truncate' for the first, loss_on='all' for the second, or look at the data."
         )
+
+
+def first_user_turn(messages: list[dict[str, Any]]) -> str | None:
+    """What a conversation's user says first, if it is text."""
+    turns = (message.get("content") for message in messages if message["role"] == "user")
+    first = next(turns, None)
+    return first if isinstance(first, str) else None
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

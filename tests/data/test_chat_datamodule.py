@@ -319,3 +319,16 @@ def test_it_is_built_from_yaml(tmp_path: Path) -> None:
     arguments["overlong"] = "cut"
     with pytest.raises(jsonargparse.ArgumentError, match="overlong"):
         parser.parse_string(yaml.safe_dump(config))
+
+
+def test_sample_prompts_are_of_the_validation_data() -> None:
+    def rows(word: str) -> list[dict[str, str]]:
+        return [{"prompt": f"{word} {i}", "completion": "yes"} for i in range(20)]
+
+    data = ChatDataModule(rows("train"), rows("val"))
+    assert data.sample_prompts(2) == ["val 0", "val 1"]
+    assert ChatDataModule(rows("train")).sample_prompts(1) == ["train 0"]
+    held_out = ChatDataModule(rows("train"), val_split=0.1, tokenizer=tiny_tokenizer(), seq_len=64)
+    held_out.setup("fit")
+    ids = [i for step in held_out.val_dataloader() for batch in step for i in batch["sample_ids"]]
+    assert sorted(held_out.sample_prompts(2)) == sorted(f"train {i}" for i in ids)
