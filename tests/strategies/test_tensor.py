@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
 from tests.harness import NextToken, make_strategy, random_rows, reference_step, relative_error, stack
 from tests.pool import RankPool
 from tests.tiny import tiny_model
@@ -32,21 +33,33 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(spec: str, world_size: int, family: str, **overrides: Any) -> Any:
+class WithBalance(NextToken):
+    """Adds the router's balancing loss where the model computes one."""
+
+    def loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        balance = getattr(outputs, "aux_loss", None)
+        loss = super().loss(outputs, targets)
+        return loss if balance is None else loss + 0.1 * balance * (targets != -100).sum()
+
+
+def train(spec: str, world_size: int, family: str, lora: dict[str, Any] | None = None, **overrides: Any) -> Any:
     """Three optimizer steps of two micro-batches on this rank; full gradients and weights come back."""
     torch.manual_seed(world_size)
     strategy = make_strategy(spec, world_size)
-    model = strategy.parallelize(tiny_model(family, **overrides))
+    model = tiny_model(family, **overrides)
+    if lora is not None:
+        apply_lora(model, LoRAConfig(rank=4, **lora))
+    strategy.parallelize(model)
+    if lora is not None:
+        finish_lora(model)
     optimizer = adam(model)
     history = []
     for step in range(STEPS):
         mine = random_rows(ROWS, LENGTH, seed=step)[strategy.dp_rank :: strategy.dp_size]
         half = len(mine) // 2
         micro_batches = [stack(mine[:half]), stack(mine[half:])]
-        tokens = strategy.sum_over_tokens(
-            torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum()
-        )
-        loss = strategy.forward_backward(NextToken(model), micro_batches, tokens)
+        tokens = strategy.sum_over_rows(torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum())
+        loss = strategy.forward_backward(WithBalance(model), micro_batches, tokens)
         norm = strategy.clip_grad_norm_(model.parameters(), MAX_NORM)
         gradients = {name: full(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
@@ -100,5 +113,26 @@ def check(result: Any, expected: Any) -> None:
 )
 def test_parity(pool: RankPool, spec: str, world_size: int, family: str, overrides: dict[str, Any]) -> None:
     expected = reference(family, **overrides)
+    for result in pool.run(world_size, train, spec, world_size, family, **overrides):
+        check(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "world_size", "family", "overrides"),
+    [
+        ("fsdp2:tp=2", 4, "llama", {"lora": {"init": "orthogonal"}, "attention_bias": True}),
+        ("fsdp2:tp=2,sequence_parallel=false", 2, "qwen3", {"lora": {"init": "orthogonal"}}),
+        ("fsdp2:tp=2", 2, "phi3", {"lora": {"init": "orthogonal", "modules_to_save": ["lm_head"]}}),
+        ("fsdp2:tp=2", 2, "llama", {"lora": {"use_dora": True, "target_modules": ["q_proj", "up_proj"]}}),
+        ("fsdp2:tp=2", 4, "qwen3_moe", {"lora": {}, **MOE}),
+        ("fsdp2:tp=2", 2, "deepseek_v2", {"lora": {}, **LATENT, "topk_method": "greedy"}),
+        ("fsdp2:tp=2", 2, "qwen3_moe", {"output_router_logits": True, **MOE}),
+        ("fsdp2:tp=2,cp=2", 4, "qwen3", {"tie_word_embeddings": True}),
+        ("fsdp2:tp=2,cp=2,cp_attention=ring", 4, "llama", {"num_key_value_heads": 2}),
+    ],
+)
+def test_as_on_one_device(pool: RankPool, spec: str, world_size: int, family: str, overrides: dict[str, Any]) -> None:
+    """Adapters, balancing loss and context parallel: held against the same run on one device."""
+    expected = train("auto", 1, family, **overrides)
     for result in pool.run(world_size, train, spec, world_size, family, **overrides):
         check(result, expected)
