@@ -104,7 +104,8 @@ class DCPCheckpoint(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        for owner in filter(None, (pl_module, trainer.datamodule)):  # before the first step, not at the first save
+        owners = (pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        for owner in filter(None, owners):  # before the first step, not at the first save
             encode(dict(owner.hparams), f"{type(owner).__name__}.hparams")
         self.run_folder, self.scores, self.last_model_path = None, {}, ""
         self._last_saved, self.failed_saves = -1, 0
@@ -124,7 +125,7 @@ class DCPCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning makes an iterator of the loader after it has restored, and an iterator may draw a random number.
         # Where an epoch is still to be ended, the saved state is from after that draw; between epochs from before it.
-        epoch = trainer.fit_loop.epoch_progress.current
+        epoch: Any = trainer.fit_loop.epoch_progress.current
         if self._rng is not None and epoch.ready > epoch.processed:
             set_rng_state(self._rng)
         self._rng = None

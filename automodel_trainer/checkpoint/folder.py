@@ -83,13 +83,13 @@ def publish(target: Path, folder: Path) -> None:
     files = sorted(file for file in target.rglob("*") if file.is_file())
     sizes = {str(file.relative_to(target)): {"size": file.stat().st_size} for file in files}
     write_text(target / MANIFEST, json.dumps({"created": time.time(), "files": sizes}, indent=1))
-    for directory in (*(path for path in target.rglob("*") if path.is_dir()), target):
-        _sync_directory(directory)
+    for path in (*target.rglob("*"), target):
+        _sync(path)
     old = folder.with_name(folder.name + TEMPORARY + "-old")
     if folder.exists():
         folder.rename(old)
     target.rename(folder)
-    _sync_directory(folder.parent)
+    _sync(folder.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -123,8 +123,9 @@ def link(link: Path, name: str) -> None:
     new.replace(link)
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file, or a directory's list of files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

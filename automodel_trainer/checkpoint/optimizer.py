@@ -131,7 +131,7 @@ def _stored(name: str, value: Any, parameter: Tensor) -> dict[str, Tensor]:
             raise ValueError(
                 f"The optimizer state {name} is not a DTensor though its parameter is: it cannot be saved."
             )
-        return {name: _placeable(value.detach()) if isinstance(value, DTensor) else value.detach().contiguous()}
+        return {name: _placeable(value).detach() if isinstance(value, DTensor) else value.detach().contiguous()}
     for kind, python in _KINDS.items():
         if isinstance(value, Tensor) if kind == "0d" else type(value) is python:
             plain = value.full_tensor() if isinstance(value, DTensor) else value
@@ -159,8 +159,8 @@ def _placeable(value: DTensor) -> DTensor:
 def _redistributed(value: DTensor, placements: tuple[Placement, ...]) -> DTensor:
     if value.placements == placements:
         return value
-    moved = value.to(value.device_mesh.device_type).redistribute(placements=placements)  # CPU offload: off the host
-    return moved.to(value.device)
+    on_mesh = value.to(value.device_mesh.device_type)  # CPU offload: off the host
+    return on_mesh.redistribute(placements=placements).to(value.device)  # type: ignore[attr-defined]
 
 
 def _restored(tensor: Tensor, kind: str, device: torch.device) -> Any:

@@ -57,7 +57,7 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     # With CPU offload the shards lie in host memory, where NCCL cannot gather them.
-    return tensor.to(tensor.device_mesh.device_type).full_tensor()
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 
 
 def save_weights(module: nn.Module, folder: Path) -> None:
