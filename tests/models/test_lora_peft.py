@@ -81,7 +81,8 @@ def test_peft_reads_ours_and_we_read_it_back(case: str, tmp_path: Path) -> None:
     assert torch.equal(again(IDS).logits, expected)
     save_adapter(again, tmp_path / "copy")
     ours, copied = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "copy"))
-    assert ours.keys() == copied.keys() and all(torch.equal(ours[name], copied[name]) for name in ours)
+    assert ours.keys() == copied.keys()
+    assert all(torch.equal(ours[name], copied[name]) for name in ours)
 
 
 THEIRS = {
@@ -206,7 +207,7 @@ def test_training_goes_on_from_a_peft_adapter(tmp_path: Path) -> None:
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -292,7 +293,7 @@ def test_tied_weights_that_were_trained_apart(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["base_model.model.lm_head.weight"] += 1
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="different values for .*ties together"):
+    with pytest.raises(ValueError, match=r"different values for .*ties together"):
         load(folder, tmp_path / "adapter")
 
 

@@ -1,0 +1,205 @@
+"""LoRA on 2 and 4 ranks against one, and through the Trainer: checkpoints, resume, export, merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import peft
+import pytest
+import torch
+import transformers
+from lightning.pytorch.callbacks import Callback
+
+from automodel_trainer import CausalLMModule, MockDataModule, Trainer
+from automodel_trainer.models.adapters import trained_tensors
+from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer.models.lora import LoRAConfig
+from automodel_trainer.models.lora.initialize import whole
+from automodel_trainer.strategies.clip import local_tensor
+from tests.harness import NextToken, make_strategy, random_rows, relative_error, stack
+from tests.pool import RankPool
+from tests.tiny import tiny_model, tiny_tokenizer
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+IDS = torch.arange(6, 70).view(2, 32)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    tiny_model("llama").save_pretrained(folder / "dense")
+    tiny_tokenizer().save_pretrained(folder / "dense")
+    tiny_model("qwen3_moe", **MOE).save_pretrained(folder / "moe")
+    return folder
+
+
+def train(spec: str, world_size: int, precision: str, base: Path, lora: dict[str, Any]) -> dict[str, Any]:
+    """Five steps on this rank."""
+    torch.manual_seed(world_size)  # nothing may depend on it
+    strategy = make_strategy(spec, world_size, precision)
+    model = AutoModelForCausalLM.from_pretrained(base, strategy, lora=LoRAConfig(rank=4, **lora)).train()
+    if spec == "ddp" and world_size > 1:
+        strategy._wrapped = strategy._wrap(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, eps=1e-6)
+    losses, norms = [], []
+    for step in range(5):
+        mine = random_rows(8, 24, seed=step)[strategy.dp_rank :: strategy.dp_size]
+        micro_batches = [stack(mine[i : i + 1]) for i in range(len(mine))]
+        tokens = strategy.sum_over_tokens(
+            torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum()
+        )
+        loss = strategy.forward_backward(NextToken(model), micro_batches, tokens)
+        norms.append(strategy.clip_grad_norm_(parameters, 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((strategy.sum_over_tokens(loss) / tokens).item())
+    return {
+        "losses": losses,
+        "norms": norms,
+        "trained": {name: whole(p).clone() for name, p in trained_tensors(model).items()},
+        "held": sum(local_tensor(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters()),
+        "dtypes": {(p.requires_grad, str(p.dtype)) for p in model.parameters()},
+    }
+
+
+LAYOUTS = [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp:dp_replicate=2", 4)]
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("dense", {}),
+    "dora-head": ("dense", {"use_dora": True, "modules_to_save": ["lm_head"]}),
+    "pissa": ("dense", {"init": "pissa", "use_rslora": True}),
+    "experts": ("moe", {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks(pool: RankPool, bases: Path, kind: str) -> None:
+    family, lora = KINDS[kind]
+    (one,) = pool.run(1, train, "ddp", 1, "fp32", bases / family, lora)
+    for spec, world_size in LAYOUTS:
+        for result in pool.run(world_size, train, spec, world_size, "fp32", bases / family, lora):
+            assert result["losses"] == pytest.approx(one["losses"], rel=1e-5)
+            assert result["norms"] == pytest.approx(one["norms"], rel=1e-4)
+            for name, value in one["trained"].items():
+                assert relative_error(result["trained"][name], value) < 1e-4, (spec, name)
+            shards = {"ddp": 1, "hsdp:dp_replicate=2": 2}.get(spec, world_size)
+            assert result["held"] == pytest.approx(1 / shards, rel=0.1)
+
+
+@pytest.mark.parametrize(("spec", "world_size"), [("fsdp2", 1), ("fsdp2", 2)])
+def test_bf16_holds_the_base_in_bf16_and_adapters_in_fp32(
+    pool: RankPool, bases: Path, spec: str, world_size: int
+) -> None:
+    (exact,) = pool.run(1, train, "ddp", 1, "fp32", bases / "dense", {})
+    result = pool.run(world_size, train, spec, world_size, "bf16", bases / "dense", {})[0]
+    assert result["dtypes"] == {(True, "torch.float32"), (False, "torch.bfloat16")}
+    assert result["losses"] == pytest.approx(exact["losses"], rel=5e-3)
+
+
+# --- through the Trainer ----------------------------------------------------------------------------------------------
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.values.append(float(trainer.callback_metrics["train_loss"]))
+
+
+def fit(base: Path, root: Path, steps: int, stop: int, ckpt: Path | None = None, **lora: Any) -> dict[str, Any]:
+    """Train up to step `stop` of a run of `steps`."""
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step >= stop
+
+    losses = Losses()
+    torch.manual_seed(0)  # of dropout
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1 if not torch.distributed.is_torchelastic_launched() else "auto",
+        strategy="fsdp2",
+        max_steps=steps,
+        logger=False,
+        enable_progress_bar=False,
+        log_every_n_steps=1,
+        default_root_dir=root,
+        callbacks=[losses, Stop()],
+    )
+    module = CausalLMModule(base, lora=LoRAConfig(rank=4, dropout=0.1, modules_to_save=["norm"], **lora), lr=1e-2)
+    data = MockDataModule(vocab_size=264, seq_len=32, micro_batch_size=2, num_samples=64)
+    checkpoint = trainer.fit(module, data, ckpt_path=ckpt)
+    return {"trainer": trainer, "module": module, "checkpoint": checkpoint, "losses": losses.values}
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_resume_is_exact_and_writes_no_base(bases: Path, tmp_path: Path, init: Any) -> None:
+    straight = fit(bases / "dense", tmp_path / "a", 6, 6, init=init)
+    half = fit(bases / "dense", tmp_path / "b", 6, 3, init=init)
+    rest = fit(bases / "dense", tmp_path / "c", 6, 6, half["checkpoint"], init=init)
+    assert half["losses"] + rest["losses"] == straight["losses"]
+    for name, parameter in trained_tensors(straight["module"].model).items():
+        assert torch.equal(parameter, trained_tensors(rest["module"].model)[name]), name
+    files = {file.name for file in (half["checkpoint"] / "model").glob("*.safetensors*")}
+    assert files == {"adapter_model.safetensors"}
+
+
+def test_checkpoint_export_and_merge_are_what_was_trained(bases: Path, tmp_path: Path) -> None:
+    run = fit(bases / "dense", tmp_path / "run", 3, 3)
+    model = run["module"].model.eval()
+    expected = model(IDS).logits
+    run["trainer"].save_pretrained(tmp_path / "export")
+    for adapter in (run["checkpoint"] / "model", tmp_path / "export"):
+        plain = transformers.AutoModelForCausalLM.from_pretrained(bases / "dense")
+        theirs = peft.PeftModel.from_pretrained(plain, str(adapter)).eval()
+        torch.testing.assert_close(theirs(IDS).logits, expected, atol=1e-5, rtol=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert tokenizer.chat_template == run["module"].tokenizer.chat_template
+    merged = run["trainer"].merge_and_save(tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(merged).eval()
+    torch.testing.assert_close(loaded(IDS).logits, expected, atol=1e-5, rtol=0)
+    assert transformers.AutoTokenizer.from_pretrained(merged).chat_template
+    assert not list(tmp_path.glob(".merged*"))
+    facts = (tmp_path / "run" / "ledger.json").read_text()
+    assert "rank 4 on 14 weights" in facts
+
+
+def on_ranks(base: Path, root: Path) -> list[float]:
+    half = fit(base, root / "half", 4, 2)
+    rest = fit(base, root / "rest", 4, 4, half["checkpoint"])
+    rest["trainer"].save_pretrained(root / "export")
+    rest["trainer"].merge_and_save(root / "merged")
+    return half["losses"] + rest["losses"]
+
+
+def test_trainer_on_two_ranks(pool: RankPool, bases: Path, tmp_path: Path) -> None:
+    first, second = pool.run(2, on_ranks, bases / "dense", tmp_path)
+    assert first == second
+    assert len(first) == 4
+    plain = transformers.AutoModelForCausalLM.from_pretrained(bases / "dense")
+    adapter = peft.PeftModel.from_pretrained(plain, str(tmp_path / "export")).eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(IDS).logits, adapter(IDS).logits, atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_of_other_targets_is_refused(bases: Path, tmp_path: Path) -> None:
+    half = fit(bases / "dense", tmp_path / "a", 4, 2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"lacks .*k_proj"):
+        fit(bases / "dense", tmp_path / "b", 4, 4, half["checkpoint"], target_modules=["q_proj", "k_proj"])
+
+
+def test_a_model_object_gets_adapters_and_one_that_has_them_keeps_them(bases: Path, tmp_path: Path) -> None:
+    plain = transformers.AutoModelForCausalLM.from_pretrained(bases / "dense")
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, default_root_dir=tmp_path, **quiet)
+    data = MockDataModule(vocab_size=264, seq_len=32, micro_batch_size=2, num_samples=4)
+    trainer.fit(CausalLMModule(plain, lora=LoRAConfig(rank=2)), data)
+    values = {name: p.clone() for name, p in trained_tensors(plain).items()}
+    assert any((v != 0).any() for name, v in values.items() if "lora_B" in name)
+    with pytest.raises(ValueError, match="has adapters already"):
+        trainer.validate(CausalLMModule(plain, lora=LoRAConfig(rank=2)), data)
+    trainer.validate(CausalLMModule(plain), MockDataModule(vocab_size=264, seq_len=32, num_samples=4, val_samples=4))
+    assert all(torch.equal(values[name], p) for name, p in trained_tensors(plain).items())
