@@ -50,7 +50,7 @@ def _stream(data: Any) -> Iterator[MicroBatch]:
         data.setup("fit")
         data = data.train_dataloader()
     for batch in data:
-        yield from [batch] if isinstance(batch, Mapping) else batch
+        yield from [dict(batch)] if isinstance(batch, Mapping) else batch
 
 
 def _cut(micro_batch: MicroBatch, length: int, rows: int) -> MicroBatch:

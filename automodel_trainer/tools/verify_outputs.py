@@ -57,7 +57,7 @@ def whole_output(local: Tensor, shape: torch.Size, strategy: MeshStrategy) -> Te
     """
     if isinstance(local, DTensor):
         local = local.full_tensor()
-    if local.ndim != len(shape) or local.ndim < 3:
+    if local.ndim != 3 or len(shape) != 3:  # not [rows, tokens, features]
         return local if local.shape == shape else None
     dims, length = strategy.dims, shape[1]
     part = -(-length // dims.cp)

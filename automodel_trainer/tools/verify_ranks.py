@@ -37,7 +37,7 @@ class Processes:
         self.start_method, self.timeout = start_method, timeout
 
     def __call__(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        context = mp.get_context(self.start_method)
+        context: Any = mp.get_context(self.start_method)
         outcomes: Any = context.Queue()
         port = _free_port()
         processes = [
@@ -82,7 +82,13 @@ def _rank(outcomes: Any, rank: int, world_size: int, port: int, function: Callab
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of torch about shapes and views, once per rank: the table says what matters
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    names: dict[str, Any] = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "GROUP_RANK": 0,
+        "WORLD_SIZE": world_size,
+        "MASTER_PORT": port,
+    }
     names |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "verify"}
     os.environ.update({name: str(value) for name, value in names.items()})
     outcome: Outcome

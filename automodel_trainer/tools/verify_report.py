@@ -125,16 +125,16 @@ def _first_different(ranks: list[Comparison]) -> tuple[str, float] | None:
 
 
 def _findings(report: Report, ranks: list[Comparison]) -> list[str]:
-    first = next(q for q in report.quantities if not q.passed)
+    first = min((q for q in report.quantities if not q.passed), key=_moment)
     gradients = next(q for q in report.quantities if q.name == "gradients")
     found = []
     if report.module is not None:
         name, error = report.module
         found.append(f"The first module in forward order whose output differs is {name} (by {error:.1e}).")
-    elif first.name == "loss" and first.step == 1:
+    elif first.name == "loss":
         found.append(
-            "Every module's output is the same, and the loss is not: look at targets (a label lost where the sequence "
-            "is split?) and at the number of tokens that the loss is divided by."
+            f"Every module's output is the same, and the loss of step {first.step} is not: look at targets (a label "
+            "lost where the sequence is split?) and at the number of tokens that the loss is divided by."
         )
     else:
         found.append("Forward is the same in every module: the difference is made in backward or in the reductions.")
@@ -142,6 +142,11 @@ def _findings(report: Report, ranks: list[Comparison]) -> list[str]:
     if first.ranks and len(first.ranks) < len(ranks):
         found.append(f"Only rank(s) {first.ranks} of {len(ranks)} are off: ranks disagree on what they should share.")
     return found
+
+
+def _moment(quantity: Quantity) -> tuple[float, int]:
+    """When in a run a quantity is computed."""
+    return quantity.step or float("inf"), ("loss", "gradients", "gradient norm", "weights").index(quantity.name)
 
 
 def _about_gradients(gradients: Quantity, ranks: list[Comparison]) -> list[str]:

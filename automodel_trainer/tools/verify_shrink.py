@@ -34,7 +34,7 @@ def shrink(config: PreTrainedConfig, ranks: int, length: int, vocab_size: int) -
         if isinstance(value := getattr(text, name, None), int):
             setattr(text, name, alike(value, 4 * HEAD_DIM, ranks))
     _shrink_experts(text, ranks)
-    text.vocab_size = alike(text.vocab_size, vocab_size, ranks)
+    text.vocab_size = alike(text.vocab_size, max(vocab_size, 4 * HEAD_DIM), ranks)
     for name in ("sliding_window", "attention_chunk_size"):
         if isinstance(value := getattr(text, name, None), int):
             setattr(text, name, min(value, max(2, length // 3)))

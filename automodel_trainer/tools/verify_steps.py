@@ -28,8 +28,8 @@ from automodel_trainer.modules.optim import build_optimizer, trainable
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.tools.verify_outputs import OutputRecorder, whole_output
 
-LR = 1e-2  # three steps must move the weights, or nothing would be compared
-EPS = 1e-5  # Adam turns a gradient of 1e-9, which is rounding, into a full step
+LR = 3e-3  # three steps must move the weights, or nothing would be compared
+EPS = 1e-3  # else Adam turns small gradients, whose rounding is large, into full steps, and rounding is all one sees
 _FLOOR = 1e-4  # of all gradients' norm: where a gradient is zero but for rounding, its relative error means nothing
 
 
@@ -150,7 +150,9 @@ def _start(strategy: MeshStrategy, module: CausalLMModule, job: Job) -> None:
     cuda = job.device == "cuda"
     plugin = Precision()
     plugin.precision = "32-true"
-    strategy.parallel_devices = [torch.device(job.device, i if cuda else None) for i in range(job.world_size)]
+    strategy.parallel_devices = [
+        torch.device("cuda", i) if cuda else torch.device("cpu") for i in range(job.world_size)
+    ]
     strategy.cluster_environment = TorchElasticEnvironment()
     strategy.accelerator = CUDAAccelerator() if cuda else CPUAccelerator()
     strategy.precision_plugin = plugin
