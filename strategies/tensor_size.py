@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from automodel_trainer.strategies.tensor_plan import heads_of, tp_sizes
 
@@ -37,12 +36,8 @@ def choose_tp(module: nn.Module | None, devices: int) -> int:
 
 
 def _config(module: Any) -> PreTrainedConfig | None:
-    """The config of what a LightningModule trains: of a model it holds, or of the folder or Hub id it names."""
-    reference = getattr(module, "model_reference", None)
-    if isinstance(reference, (str, os.PathLike)):
-        trusted = bool(getattr(module, "trust_remote_code", False))
-        return AutoConfig.from_pretrained(
-            reference, trust_remote_code=trusted, revision=getattr(module, "revision", None)
-        )
-    held = [reference, *(module.modules() if isinstance(module, nn.Module) else ())]
-    return next((m.config for m in held if isinstance(getattr(m, "config", None), PreTrainedConfig)), None)
+    """The config of what a LightningModule will train (`model_config`), or of a model that it holds."""
+    stated = getattr(module, "model_config", None)
+    held = module.modules() if isinstance(module, nn.Module) else ()
+    found = [stated, *(getattr(m, "config", None) for m in held)]
+    return next((config for config in found if isinstance(config, PreTrainedConfig)), None)

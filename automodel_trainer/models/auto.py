@@ -62,7 +62,7 @@ class AutoModelForCausalLM:
         """
         folder = resolve_folder(pretrained_model_name_or_path, revision)
         files = weight_files(folder)
-        config = _load_config(folder, trust_remote_code, config_overrides)
+        config = load_config(folder, trust_remote_code, config_overrides)
         model = _build_on_meta(
             config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
@@ -102,7 +102,7 @@ class AutoModelForCausalLM:
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a folder on meta, in the dtype of its checkpoint: names and shapes without values."""
-    config = _load_config(folder, trust_remote_code, {})
+    config = load_config(folder, trust_remote_code, {})
     return _build_on_meta(config, _parameter_dtype("auto", None, config), None, trust_remote_code)
 
 
@@ -146,7 +146,8 @@ def fill_from_folder(
     finish_lora(model)
 
 
-def _load_config(folder: Path, trust_remote_code: bool, overrides: dict[str, Any]) -> PreTrainedConfig:
+def load_config(folder: Path, trust_remote_code: bool, overrides: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a model's folder, some attributes changed; ValueError for one that it does not have."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.models._transformers import packing_without_sync
-from automodel_trainer.models.auto import AutoModelForCausalLM, add_adapters, fill_from_folder
+from automodel_trainer.models.auto import AutoModelForCausalLM, add_adapters, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, lora_of
 from automodel_trainer.modules.loss import next_token_targets, supervised_tokens, token_losses
@@ -117,6 +117,15 @@ class CausalLMModule(Objective, pl.LightningModule):
             return resolve_folder(reference, self.revision)
         name = reference.name_or_path
         return Path(name) if name and os.path.isdir(name) else None
+
+    @property
+    def model_config(self) -> PreTrainedConfig:
+        """The model's config, also before the model is built."""
+        (reference,) = self._reference
+        if isinstance(reference, PreTrainedModel):
+            return reference.config
+        assert self.source is not None
+        return load_config(self.source, self.trust_remote_code, self.config_overrides)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -1,0 +1,271 @@
+"""Tensor parallel as it is used: through the Trainer, from checkpoints, in a user's own module; and its errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from automodel_trainer import ChatDataModule, Trainer
+from automodel_trainer.checkpoint.optimizer import load_optimizers, save_optimizers
+from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer.modules.loss import predictions, token_losses
+from automodel_trainer.strategies import FSDP2Strategy
+from automodel_trainer.strategies.clip import local_tensor
+from automodel_trainer.strategies.tensor_plan import expand_plan
+from automodel_trainer.strategies.tensor_size import choose_tp
+from tests.harness import NextToken, make_strategy, random_rows, stack
+from tests.pool import RankPool
+from tests.strategies.test_tensor import LATENT, MOE, adam, full
+from tests.test_trainer import Curve, chats, module, quiet
+from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
+
+# --- through the Trainer --------------------------------------------------------------------------------------------
+
+
+def fit(spec: Any, root: str, folder: str) -> dict[str, Any]:
+    curve = Curve()
+    data = ChatDataModule(chats(), chats(7), seq_len=51, micro_batch_size=2, global_batch_size=4)
+    ours = module(folder)
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    trainer = Trainer(**quiet(root, strategy=spec, devices=devices, max_steps=3, callbacks=[curve]))
+    trainer.fit(ours, data)
+    validation = trainer.validate(ours, data, verbose=False)[0]
+    tokens = ours.generate(torch.arange(10, 19)[None], max_new_tokens=4, do_sample=False)
+    held = sum(local_tensor(p).numel() for p in ours.model.parameters()) / sum(
+        p.numel() for p in ours.model.parameters()
+    )
+    out = trainer.save_pretrained(Path(root) / "out")
+    return {
+        "losses": [row["train_loss"] for row in curve.rows], "validation": validation, "tokens": tokens,
+        "tp": getattr(trainer.strategy.dims, "tp", 1), "held": held, "out": str(out),
+    }  # fmt: skip
+
+
+def fit_on_one(root: str, folder: str) -> dict[str, Any]:
+    return fit("auto", root, folder)
+
+
+@pytest.mark.parametrize(("spec", "world"), [("fsdp2_tp", 2), ("fsdp2_tp", 4)])
+def test_fsdp2_tp_sizes_itself_and_trains_as_one_device(pool: RankPool, spec: str, world: int, tmp_path: Path) -> None:
+    """Two kv heads: tp=2, and what is left of four ranks shards."""
+    folder = tmp_path / "model"
+    tiny_model(tie_word_embeddings=True, vocab_size=263).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (expected,) = pool.run(1, fit_on_one, str(tmp_path / "one"), str(folder))
+    for result in pool.run(world, fit, spec, str(tmp_path / "ranks"), str(folder)):
+        assert result["tp"] == 2
+        assert result["held"] == pytest.approx(1 / world, rel=0.05)
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert result["validation"] == pytest.approx(expected["validation"], rel=1e-4)
+        assert torch.equal(result["tokens"], expected["tokens"])
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "ranks" / "out")
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "out")
+    for name, weight in wanted.named_parameters():
+        assert torch.allclose(saved.get_parameter(name), weight, atol=1e-4), name
+
+
+class Own(pl.LightningModule):
+    """A user's module: its own loss, automatic optimization, a head that is not Hugging Face's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_model()
+        self.scale = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        loss = self.model(**batch, use_cache=False).loss * self.scale(torch.ones(1)).sum()
+        self.log("train_loss", loss, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit_own(spec: str, root: str) -> Any:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    pl.seed_everything(0, verbose=False)
+    rows = [{key: value[0] for key, value in row.items()} for row in random_rows(2, 13, 0) + random_rows(2, 13, 1)] * 3
+    loader = torch.utils.data.DataLoader(rows, batch_size=4 // (2 if world == 4 else 1))  # type: ignore[arg-type]
+    ours = Own()
+    trainer = Trainer(
+        **quiet(root, strategy=spec, devices=world, max_steps=3, gradient_clip_val=1.0, enable_checkpointing=False)
+    )
+    trainer.fit(ours, loader)
+    return {name: full(p).detach().clone() for name, p in ours.named_parameters()}
+
+
+def test_a_users_own_module(pool: RankPool, tmp_path: Path) -> None:
+    (expected,) = pool.run(1, fit_own, "auto", str(tmp_path))
+    for result in pool.run(2, fit_own, "fsdp2_tp:tp=2", str(tmp_path)):
+        for name, weight in expected.items():
+            assert torch.allclose(result[name], weight, atol=1e-5), name
+
+
+# --- weights and state ------------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "llama": {"vocab_size": 265, "tie_word_embeddings": True},
+    "qwen3_moe": MOE,
+    "deepseek_v2": {**LATENT, "topk_method": "greedy"},
+    "phi3": {},
+}
+
+
+def build(family: str, folder: str | None) -> dict[str, torch.Tensor]:
+    strategy = make_strategy("fsdp2:tp=2", int(os.environ["WORLD_SIZE"]))
+    if folder is None:
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **FAMILIES[family]), strategy, seed=3)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, strategy)
+    assert all(isinstance(p, DTensor) and p.device_mesh.ndim == 2 for p in model.parameters())
+    return {name: full(p).detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_stream_into_shards(pool: RankPool, family: str, tmp_path: Path) -> None:
+    model = tiny_model(family, **FAMILIES[family])
+    model.save_pretrained(tmp_path)
+    random = AutoModelForCausalLM.from_config(tiny_config(family, **FAMILIES[family]), dtype=torch.float32, seed=3)
+    for folder, wanted in ((str(tmp_path), model), (None, random)):
+        for result in pool.run(4, build, family, folder):
+            for name, weight in wanted.named_parameters():
+                assert torch.equal(result[name], weight), name
+
+
+def step_and_keep(spec: str, folder: str, save: bool) -> dict[str, torch.Tensor]:
+    strategy = make_strategy(spec, int(os.environ["WORLD_SIZE"]))
+    model = strategy.parallelize(tiny_model("qwen3_moe", **MOE))
+    optimizer = adam(model)
+    strategy.forward_backward(NextToken(model), [stack(random_rows(2, 13, seed=int(save)))], torch.tensor(10))
+    optimizer.step()
+    if save:
+        save_optimizers(model, [optimizer], Path(folder))
+    else:
+        load_optimizers(model, [optimizer], Path(folder))
+    for parameter in model.parameters():  # the next step needs state that is laid out as its parameter
+        assert getattr(optimizer.state[parameter]["exp_avg"], "placements", ()) == getattr(parameter, "placements", ())
+    return {f"{n}/{k}": full(v).clone() for n, p in model.named_parameters() for k, v in optimizer.state[p].items()}
+
+
+def test_optimizer_state_of_packed_experts_reshards(pool: RankPool, tmp_path: Path) -> None:
+    saved = pool.run(4, step_and_keep, "fsdp2:tp=2", str(tmp_path), True)[0]
+    for spec in ("fsdp2:tp=2", "fsdp2"):
+        for loaded in pool.run(4, step_and_keep, spec, str(tmp_path), False):
+            assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def sharded_loss(vocab_size: int, dtype: torch.dtype) -> Any:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    whole, targets = logits_and_targets(vocab_size, dtype)
+    logits = distribute_tensor(whole, mesh, [Shard(2)], src_data_rank=None).requires_grad_()
+    losses = token_losses(logits * 2, targets)
+    (losses * torch.arange(losses.numel())).sum().backward()
+    assert isinstance(logits.grad, DTensor)
+    return losses.detach(), logits.grad.full_tensor(), predictions(logits)
+
+
+def logits_and_targets(vocab_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(2, 7, vocab_size, generator=generator)).to(dtype)
+    targets = torch.randint(0, vocab_size, (2, 7), generator=generator)
+    targets[0, :3] = -100
+    return logits, targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [32, 33, 5, 3])
+def test_loss_and_predictions_of_sharded_logits(pool: RankPool, vocab_size: int, dtype: torch.dtype) -> None:
+    """5 and 3 leave ranks without a piece of the vocabulary."""
+    logits, targets = logits_and_targets(vocab_size, dtype)
+    logits.requires_grad_()
+    doubled = (logits * 2).float().flatten(0, 1)
+    expected = F.cross_entropy(doubled, targets.flatten(), ignore_index=-100, reduction="none")
+    (expected * torch.arange(expected.numel())).sum().backward()
+    for losses, gradient, tokens in pool.run(4, sharded_loss, vocab_size, dtype):
+        assert torch.allclose(losses, expected, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(
+            gradient.float(), logits.grad.float(), rtol=1e-5, atol=1e-2 if dtype.itemsize == 2 else 1e-5
+        )  # type: ignore[union-attr]
+        assert torch.equal(tokens, logits.argmax(-1))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "plan", "says"),
+    [
+        ("gpt2", 2, None, "declares none.*tp_plan="),
+        ("llama", 4, None, r"tp=4 does not fit.*num_key_value_heads=2.*tp in \[1, 2\]"),
+        ("llama", 3, None, r"tp=3 does not fit.*tp in \[1, 2, 4\]"),
+        ("llama", 2, {"model.layers.*.mlp.up": "colwise"}, "matches nothing.*Did you mean"),
+        ("llama", 2, {"model.layers.*.mlp.up_proj": "columns"}, "unknown style 'columns'"),
+        ("llama", 2, {"model.layers.*.input_layernorm": "colwise"}, "no linear layer but LlamaRMSNorm"),
+    ],
+)
+def test_plans_that_do_not_fit(family: str, size: int, plan: dict[str, str] | None, says: str) -> None:
+    sizes = {} if family == "gpt2" else {"head_dim": 8}
+    with pytest.raises(ValueError, match=says):
+        expand_plan(tiny_model(family, **sizes), size, plan)
+
+
+def test_tied_weights_that_are_cut_in_two_ways() -> None:
+    with pytest.raises(ValueError, match="a tied weight, in two ways"):
+        expand_plan(tiny_model(tie_word_embeddings=True), 2, {"model.embed_tokens": "embedding_colwise"})
+
+
+@pytest.mark.parametrize(
+    ("make", "devices", "chosen"),
+    [
+        (lambda: tiny_model(), 8, 2),
+        (lambda: tiny_model(num_key_value_heads=4), 8, 4),
+        (lambda: tiny_model(num_key_value_heads=1), 8, 1),
+        (lambda: tiny_model(num_attention_heads=16, num_key_value_heads=8, head_dim=2), 12, 4),
+        (lambda: tiny_model(num_attention_heads=16, num_key_value_heads=16, head_dim=2), 16, 8),
+    ],
+)
+def test_sizes_chosen(make: Callable[[], Any], devices: int, chosen: int) -> None:
+    assert choose_tp(module(make()), devices) == chosen
+
+
+def test_a_size_cannot_be_chosen_without_a_model() -> None:
+    with pytest.raises(ValueError, match="fsdp2_tp:tp=2"):
+        choose_tp(torch.nn.Linear(2, 2), 8)
+
+
+def packed_plan() -> list[str]:
+    """A fused projection cut half by half, by the user's own rule."""
+    plan = {"model.layers.*.mlp.gate_up_proj": "packed_colwise", "model.layers.*.mlp.down_proj": "rowwise"}
+    strategy = FSDP2Strategy(tp=2, tp_plan=plan)
+    default = make_strategy("fsdp2:tp=2", 4)
+    for name in ("parallel_devices", "cluster_environment", "accelerator", "precision_plugin"):
+        setattr(strategy, name, getattr(default, name))
+    strategy._device_mesh = default.device_mesh
+    model = tiny_model("phi3")
+    plain = NextToken(tiny_model("phi3"))
+    batches = [stack(random_rows(4, 13, seed=0))]
+    expected = plain.loss(plain.model(**plain.split(batches[0])[0]), plain.split(batches[0])[1])
+    (expected / 10).backward()
+    strategy.parallelize(model)
+    mine = [stack(random_rows(4, 13, seed=0)[strategy.dp_rank :: 2])]
+    strategy.forward_backward(NextToken(model), mine, torch.tensor(10))
+    wanted = dict(plain.model.named_parameters())
+    return [n for n, p in model.named_parameters() if not torch.allclose(full(p.grad), wanted[n].grad, atol=1e-5)]  # type: ignore[arg-type]
+
+
+def test_fused_projections_can_be_cut_in_halves(pool: RankPool) -> None:
+    assert pool.run(4, packed_plan) == [[]] * 4
