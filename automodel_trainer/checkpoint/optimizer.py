@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import empty as empty_dtensor
 from torch.optim import Optimizer
 
+from automodel_trainer.checkpoint import packed
 from automodel_trainer.checkpoint.agreement import rank, world_size
 from automodel_trainer.checkpoint.codec import decode, encode
 from automodel_trainer.checkpoint.folder import write_json
@@ -35,14 +36,21 @@ _KINDS = {"0d": Tensor, "int": int, "float": float, "bool": bool}
 def save_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], folder: Path) -> None:
     """Write the state of all optimizers: each rank its own shards, rank 0 the parameter groups. Collective."""
     tensors: dict[str, Tensor] = {}
+    packings: dict[str, Any] = {}
     for index, optimizer in enumerate(optimizers):
         for name, parameter in _named_parameters(module, optimizer).items():
             for key, value in optimizer.state.get(parameter, {}).items():
-                if value is not None:
-                    tensors.update(_stored(f"{index}.{name}/{key}", value, parameter))
+                state = f"{index}.{name}/{key}"
+                if packed.is_packed(value):
+                    packings[state] = packed.describe(state, value)
+                    tensors.update(packed.parts(state, value))
+                elif value is not None:
+                    tensors.update(_stored(state, value, parameter))
     folder.mkdir(exist_ok=True)
     if rank() == 0:
         write_json(folder / GROUPS, [_groups(module, optimizer) for optimizer in optimizers])
+        if packings:
+            write_json(folder / packed.PACKED, packings)
     if tensors:
         # DCP places shards by their offsets, those of FSDP2 on top of tensor parallelism (_StridedShard) too.
         files = split_into_files(tensors, MAX_FILE_BYTES * world_size())
@@ -71,8 +79,12 @@ def load_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], folder: 
     if unknown := {name.rpartition("/")[0] for name in saved} - parameters.keys():
         raise ValueError(f"{folder} holds state of {some(unknown)}, which the run does not train.")
     order = {owner: place for place, owner in enumerate(parameters)}
+    states = packed.empty_states(folder, parameters)
+    inside = {name: part for state, value in states.items() for name, part in packed.parts(state, value).items()}
     targets = {
-        name: _target(
+        name: inside[name]
+        if name in inside
+        else _target(
             name, tuple(saved[name].size), saved[name].properties.dtype, parameters[name.rpartition("/")[0]][1]
         )
         for name in sorted(saved, key=lambda name: order[name.rpartition("/")[0]])
@@ -82,6 +94,10 @@ def load_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], folder: 
     for name, tensor in targets.items():
         owner, _, key = name.rpartition("/")
         optimizer, parameter = parameters[owner]
+        if name in inside:
+            key = key.partition("@")[0]
+            optimizer.state[parameter][key] = states[f"{owner}/{key}"]
+            continue
         key, _, kind = key.partition(":")
         if isinstance(tensor, DTensor) and tensor.shape == parameter.shape:
             tensor = _redistributed(tensor, parameter.placements)  # type: ignore[attr-defined]
