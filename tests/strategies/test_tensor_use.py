@@ -39,11 +39,10 @@ def fit(spec: Any, root: str, folder: str) -> dict[str, Any]:
     devices = int(os.environ.get("WORLD_SIZE", 1))
     trainer = Trainer(**quiet(root, strategy=spec, devices=devices, max_steps=3, callbacks=[curve]))
     trainer.fit(ours, data)
+    parameters = list(ours.model.parameters())
+    held = sum(local_tensor(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
     validation = trainer.validate(ours, data, verbose=False)[0]
     tokens = ours.generate(torch.arange(10, 19)[None], max_new_tokens=4, do_sample=False)
-    held = sum(local_tensor(p).numel() for p in ours.model.parameters()) / sum(
-        p.numel() for p in ours.model.parameters()
-    )
     out = trainer.save_pretrained(Path(root) / "out")
     return {
         "losses": [row["train_loss"] for row in curve.rows], "validation": validation, "tokens": tokens,
