@@ -21,7 +21,8 @@ from automodel_trainer.strategies._torch import StridedShard
 from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
 from automodel_trainer.strategies.base import MeshStrategy, Objective, Part
 from automodel_trainer.strategies.blocks import find_blocks
-from automodel_trainer.strategies.context import ContextParallel, CPAttention, install
+from automodel_trainer.strategies.context import ContextParallel
+from automodel_trainer.strategies.context_attention import CPAttention, install_attention
 from automodel_trainer.strategies.loss_parallel import sharded_logits
 from automodel_trainer.strategies.mesh import SHARD_AXES, ParallelDims, submesh
 from automodel_trainer.strategies.precision import MeshPrecision, fsdp_policy
@@ -126,7 +127,7 @@ class FSDP2Strategy(MeshStrategy):
         if self.activation_checkpointing:
             apply_activation_checkpointing(model, self.activation_checkpointing)
         if self.dims.cp > 1:
-            method = install(model, self.dims.cp, self.dims.tp, self.cp_attention)
+            method = install_attention(model, self.dims.cp, self.dims.tp, self.cp_attention)
             self._context = ContextParallel(self.device_mesh["cp"], method, multiple_of=self.dims.tp)
         if not _on_meta(model):
             self._broadcast_from_rank_zero(model)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from automodel_trainer import CausalLMModule, Trainer
 from tests.harness import Batch, NextToken, make_strategy, relative_error, stack
 from tests.pool import RankPool
 from tests.tiny import tiny_model
@@ -168,3 +169,21 @@ def split_pixels() -> str:
 
 def test_inputs_it_cannot_split_are_refused(pool: RankPool) -> None:
     assert "cp=1" in pool.run(2, split_pixels)[0]
+
+
+def evaluate(spec: str, devices: int) -> Any:
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(strategy=spec, accelerator="cpu", devices=devices, **options)
+    module = CausalLMModule(tiny_model())
+    data = [[row] for row in rows_of("packed, ragged", seed=0)]
+    (metrics,) = trainer.validate(module, data, verbose=False)
+    scores = trainer.predict(module, data)
+    return metrics, torch.cat([scored["log_probs"] for batch in scores for scored in batch])
+
+
+def test_evaluation_sees_whole_rows(pool: RankPool) -> None:
+    metrics, scores = evaluate("auto", 1)
+    assert metrics.keys() == {"val_loss", "val_perplexity", "val_token_accuracy"}
+    for found, parts in pool.run(2, evaluate, "fsdp2:cp=2", 2):
+        assert found == pytest.approx(metrics, rel=1e-5)
+        torch.testing.assert_close(parts, scores)
