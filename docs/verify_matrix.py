@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests.tiny
 
 from automodel_trainer import CausalLMModule
-from automodel_trainer.data import MockDataModule
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.tools.verify import verify
 from automodel_trainer.tools.verify_ranks import Processes
+from tests.strategies.test_context import rows_of
 from tests.tiny import tiny_config, tiny_tokenizer
 
 SIZES = {"num_hidden_layers": 6, "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -76,7 +76,7 @@ def cell(family: str, options: dict[str, Any], layout: str, devices: int, notes:
         config = tiny_config(family, **{**SIZES, **options})
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_dict()))
     module = CausalLMModule(model, tokenizer=tiny_tokenizer(), lora=lora)
-    data = MockDataModule(vocab_size=264, seq_len=128)
+    data = [[row] for seed in range(8) for row in rows_of("packed, ragged", seed)]  # 29 tokens, 4 documents
     try:
         report = verify(module, data, layout, devices, launch=Processes("fork"))
     except ValueError as error:
