@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,11 +11,15 @@ GROUPED_BATCHES = 32
 """Length grouping sorts this many global batches at a time: alike lengths, and an order that is still random."""
 
 
-def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Pack samples into rows: first-fit decreasing, O(n log n), the same result for the same lengths.
+SEARCH_BUDGET = 500
+"""Samples tried beyond the first filling of a row before the best one found is taken."""
 
-    The longest samples are placed first, each into the first row that still has room for it. A binary tree over the
-    rows, holding the largest room of each half, finds that row in O(log n).
+
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
+    """Pack samples into rows by minimum bin slack; the same result for the same lengths.
+
+    Row by row: the longest sample that is left opens a row, and a short search finds those that fill the rest best.
+    The first try of that search is first-fit; where rows hold few samples, going on leaves half as much empty.
 
     Args:
         lengths: tokens of each sample, each from 1 to `capacity`.
@@ -22,28 +27,60 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
 
     Returns:
         For each row the indices of its samples.
+
+    Source: Gupta & Ho, "A new heuristic algorithm for the one-dimensional bin-packing problem", 1999.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     assert len(lengths) == 0 or (lengths.min() > 0 and lengths.max() <= capacity), "a sample does not fit into a row"
-    order = np.argsort(-lengths, kind="stable")
-    leaves = 1 << max(1, len(lengths) - 1).bit_length()  # at worst every sample has a row of its own
-    room = [capacity] * (2 * leaves)
+    samples: dict[int, list[int]] = {}
+    for sample in np.argsort(-lengths, kind="stable").tolist():
+        samples.setdefault(int(lengths[sample]), []).append(sample)
+    sizes = sorted(samples)
+    counts = {size: len(of_size) for size, of_size in samples.items()}
     rows: list[list[int]] = []
-    for sample, length in zip(order.tolist(), lengths[order].tolist()):
-        node = 1
-        while node < leaves:
-            node = 2 * node if room[2 * node] >= length else 2 * node + 1
-        if node - leaves == len(rows):
-            rows.append([])
-        rows[node - leaves].append(sample)
-        room[node] -= length
-        while node > 1:
-            node //= 2
-            largest = max(room[2 * node], room[2 * node + 1])
-            if room[node] == largest:
-                break
-            room[node] = largest
+    while sizes:
+        longest = sizes[-1]
+        counts[longest] -= 1
+        filling = [longest, *_fill(sizes, counts, capacity - longest)]
+        rows.append([samples[size].pop() for size in filling])
+        counts.update((size, len(samples[size])) for size in filling)
+        for size in {size for size in filling if not samples[size]}:
+            sizes.remove(size)
     return rows
+
+
+def _fill(sizes: list[int], counts: dict[int, int], room: int) -> list[int]:
+    """Sizes that fill `room` as far as the search finds, each at most as often as `counts` says.
+
+    Depth first, large before small, until nothing is left empty or the budget is spent. `sizes` are in order.
+    """
+    best: list[int] = []
+    least, budget = room, SEARCH_BUDGET
+    taken: list[int] = []  # indices into `sizes`, not rising
+    below = len(sizes)
+    backtracked = False  # the first filling is free, however many samples it takes
+    while least and budget:
+        index = min(bisect_right(sizes, room), below) - 1
+        while index >= 0 and not counts[sizes[index]]:
+            index -= 1
+        if index >= 0:
+            budget -= backtracked
+            taken.append(index)
+            counts[sizes[index]] -= 1
+            room -= sizes[index]
+            below = index + 1
+            if room < least:
+                best, least = [sizes[i] for i in taken], room
+        elif taken:  # nothing more fits: put the last one back and go on with smaller ones
+            backtracked = True
+            below = taken.pop()
+            counts[sizes[below]] += 1
+            room += sizes[below]
+        else:
+            break
+    for index in taken:
+        counts[sizes[index]] += 1
+    return best
 
 
 def epoch_order(

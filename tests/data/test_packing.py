@@ -33,17 +33,31 @@ def test_every_sample_is_in_one_row_and_no_row_overflows(lengths: list[int]) -> 
     assert all(0 < sum(lengths[i] for i in row) <= 64 for row in rows)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 20), max_size=40))
-def test_it_is_first_fit_decreasing(lengths: list[int]) -> None:
-    reference: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = (row for row in reference if sum(lengths[i] for i in row) + lengths[index] <= 20)
-        row = next(fitting, None)
-        if row is None:
-            reference.append(row := [])
-        row.append(index)
-    assert pack(lengths, 20) == reference
+def test_no_sample_of_a_later_row_fits_into_an_earlier_one(lengths: list[int]) -> None:
+    rows = pack(lengths, 20)
+    for position, row in enumerate(rows):
+        room = 20 - sum(lengths[i] for i in row)
+        assert all(lengths[i] > room for later in rows[position + 1 :] for i in later)
+
+
+def test_fuller_than_first_fit_where_rows_hold_few_samples() -> None:
+    lengths = np.random.default_rng(0).normal(77, 12, 3400).astype(int).clip(53, 168)
+    rows: list[int] = []
+    for length in sorted(lengths, reverse=True):  # first-fit decreasing
+        index = next((i for i, used in enumerate(rows) if used + length <= 512), None)
+        if index is None:
+            rows.append(int(length))
+        else:
+            rows[index] += length
+    ours = lengths.sum() / (len(pack(lengths, 512)) * 512)
+    assert ours > 0.98
+    assert ours > lengths.sum() / (len(rows) * 512)
+
+
+def test_long_rows_of_many_samples_are_full() -> None:
+    lengths = np.random.default_rng(0).integers(5, 60, 30_000)
+    assert len(pack(lengths, 131_072)) == -(-int(lengths.sum()) // 131_072)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
