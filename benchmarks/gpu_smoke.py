@@ -1,6 +1,6 @@
 """Does what CPU tests show hold on real GPUs? One process per case; `python benchmarks/gpu_smoke.py` runs all.
 
-Cases: the loss curve of one GPU against two under ddp, fsdp2 and hsdp (NCCL, fp32), resume on another number of GPUs,
+Cases: the loss curve of one GPU against two under every layout (NCCL, fp32), resume on another number of GPUs,
 host syncs inside a step, and the throughput of a 1B-shaped model in bf16.
 """
 
@@ -121,8 +121,9 @@ def everything() -> None:
     base = Path(tempfile.mkdtemp())
     reference = launch("small", "auto", str(base / "one"), 1)
     print("one GPU, fp32:", reference, flush=True)
-    for strategy in ("ddp", "fsdp2", "hsdp") if count > 1 else ("ddp", "fsdp2"):
-        result = launch("small", strategy, str(base / strategy), min(count, 2))
+    several = ("hsdp", "fsdp2:tp=2", "fsdp2:cp=2", "fsdp2:cp=2,cp_attention=ring") if count > 1 else ()
+    for strategy in ("ddp", "fsdp2", *several):
+        result = launch("small", strategy, str(base / strategy.replace(":", "-")), min(count, 2))
         if "losses" in result and "losses" in reference:
             pairs = zip(result["losses"], reference["losses"])
             result["worst_relative_difference"] = max(abs(a - b) / b for a, b in pairs)
