@@ -44,7 +44,7 @@ def describe(name: str, value: Tensor) -> dict[str, Any]:
 def parts(name: str, value: Tensor) -> dict[str, Tensor]:
     """The tensors inside by `name@part`, cut as the state is."""
     local = local_part(value)
-    names, _ = local.__tensor_flatten__()
+    names, _ = local.__tensor_flatten__()  # type: ignore[attr-defined]
     inside = {part: getattr(local, part) for part in names if part not in _TABLES}
     if isinstance(value, DTensor):
         mesh, placements = value.device_mesh, value.placements

@@ -59,8 +59,12 @@ def packed_weights(model: nn.Module) -> set[nn.Parameter]:
 def quantize_nf4(model: nn.Module) -> None:
     """Pack the weights that came before `prepare_nf4` could see them. Collective."""
     for module in model.modules():
-        if isinstance(module, NF4Linear) and not is_nf4(module.weight):
-            module.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
+        if not isinstance(module, NF4Linear):
+            continue
+        weight = module._parameters["weight"]
+        assert weight is not None
+        if not is_nf4(weight):
+            module.weight = nn.Parameter(weight.detach(), requires_grad=False)
 
 
 def is_nf4(tensor: Tensor) -> bool:
@@ -80,7 +84,7 @@ def packed(weight: Tensor) -> nn.Parameter:
         raise ValueError(
             f"A weight of shape {list(shape)} cannot be packed as nf4 in {shards} shards: use fewer ranks."
         )
-    full = weight.to(mesh.device_type).full_tensor()
+    full = weight.to(mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     whole = _nf4_tensor().from_tensor(full, BLOCK, _scale_block(shape, shards))
     # torchao splits packed rows, scales and second scales alike; the mean of all scales stays the whole weight's.
     local = whole.split(shape[0] // shards)[_place(weight)] if shards > 1 else whole

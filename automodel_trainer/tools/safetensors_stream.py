@@ -49,7 +49,7 @@ class SafetensorsWriter:
         assert name == self._waiting.pop(0), "tensors come in the order they were planned in"
         assert (tensor.dtype, tuple(tensor.shape)) == self.planned[name], "a tensor comes as it was planned"
         if tensor.numel():
-            self._stream.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            self._stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
