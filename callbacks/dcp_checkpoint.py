@@ -123,12 +123,9 @@ class DCPCheckpoint(Checkpoint):
             self._last_saved = checkpoint["global_step"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning makes an iterator of the loader after it has restored, and an iterator may draw a random number.
-        # Where an epoch is still to be ended, the saved state is from after that draw; between epochs from before it.
-        epoch: Any = trainer.fit_loop.epoch_progress.current
-        if self._rng is not None and epoch.ready > epoch.processed:
-            set_rng_state(self._rng)
-        self._rng = None
+        if self._rng is not None:
+            _go_on(trainer, self._rng)
+            self._rng = None
         self._last_step = trainer.global_step
         if self.run_folder is None:
             # Rank 0 looks for all: another rank could already see what rank 0 has written.
@@ -257,6 +254,21 @@ class DCPCheckpoint(Checkpoint):
 
     def _base(self, default_root_dir: str | Path) -> Path:
         return self.dirpath or Path(default_root_dir) / "checkpoints"
+
+
+def _go_on(trainer: pl.Trainer, rng: dict[str, Any]) -> None:
+    """Make a resumed run count and draw random numbers as the first run did, where Lightning does not see to it."""
+    fit_loop = trainer.fit_loop
+    epoch: Any = fit_loop.epoch_progress.current
+    # Lightning has taken note of a validation that is still to be done; its counters would say so ever after.
+    fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
+    if epoch.ready > epoch.processed:
+        # It has made an iterator of the loader after it restored, and an iterator may draw a random number. In an
+        # epoch that is not over the saved state is from after that draw, between epochs from before it.
+        set_rng_state(rng)
+    else:
+        # It has counted the epoch as over, but would not count the next one as begun, nor call its hooks.
+        fit_loop.reset_restart_stage()
 
 
 def _validates_after(trainer: pl.Trainer) -> bool:

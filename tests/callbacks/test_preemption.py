@@ -74,6 +74,18 @@ def test_one_device_stops_after_the_step(tmp_path: Path, number: int) -> None:
     assert all(torch.equal(value, rest["weights"][name]) for name, value in whole["weights"].items())
 
 
+@pytest.mark.parametrize("schedule", [{"val_check_interval": 3}, {"limit_val_batches": 0}], ids=str)
+def test_stopped_after_every_step_a_run_is_as_uninterrupted(tmp_path: Path, schedule: dict[str, Any]) -> None:
+    whole = train(tmp_path / "whole", **schedule)
+    journal = []
+    for step in range(1, 11):
+        callbacks = [Signal(step), Preemption(), DCPCheckpoint(every_n_epochs=100)]
+        part = train(tmp_path / "parts", callbacks, ckpt_path="last" if step > 1 else None, **schedule)
+        journal += part["journal"]
+    assert journal == whole["journal"]
+    assert all(torch.equal(value, part["weights"][name]) for name, value in whole["weights"].items())
+
+
 def test_a_signal_on_one_rank_stops_all_one_step_later(pool: RankPool, tmp_path: Path) -> None:
     first, second = pool.run(2, preempted, tmp_path, 3, signal.SIGUSR1, 1, 2, strategy="fsdp2")
     assert first == second
