@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule
     from automodel_trainer.models import AutoModelForCausalLM
+    from automodel_trainer.models.lora import LoRAConfig
     from automodel_trainer.modules import CausalLMModule, OptimizerConfig, SchedulerConfig
     from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, StrategyRegistry
     from automodel_trainer.trainer import Trainer
@@ -21,6 +22,7 @@ _HOMES = {
     "ChatDataModule": "data",
     "DDPStrategy": "strategies",
     "FSDP2Strategy": "strategies",
+    "LoRAConfig": "models.lora",
     "MeshStrategy": "strategies",
     "MockDataModule": "data",
     "OptimizerConfig": "modules",
@@ -36,6 +38,7 @@ __all__ = [
     "ChatDataModule",
     "DDPStrategy",
     "FSDP2Strategy",
+    "LoRAConfig",
     "MeshStrategy",
     "MockDataModule",
     "OptimizerConfig",
