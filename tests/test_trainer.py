@@ -215,6 +215,38 @@ def test_predict_scores(folder: Path, tmp_path: Path) -> None:
             assert (result["log_probs"][:, 1:][~trained] == 0).all()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_packed_is_one_document_at_a_time(
+    family: str, packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step over all chats, against plain transformers that sees each chat alone."""
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    total, tokens = torch.zeros(()), 0
+    for chat in chats(20):
+        text = tokenizer.apply_chat_template(chat["messages"], tokenize=False)
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        prompt = tokenizer.apply_chat_template(chat["messages"][:1], tokenize=False, add_generation_prompt=True)
+        start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        answer = slice(start, ids.shape[1] - 1)  # the line feed after the end-of-turn token is not the model's
+        logits = model(input_ids=ids).logits[0, answer.start - 1 : answer.stop - 1]
+        total = total + torch.nn.functional.cross_entropy(logits, ids[0, answer], reduction="sum")
+        tokens += answer.stop - answer.start
+    (total / tokens).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+    def waits(*_: Any) -> None:
+        raise AssertionError("transformers asked the device for document boundaries")
+
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", waits)
+    data = ChatDataModule(chats(20), tokenizer=tokenizer, seq_len=256, packing=packing, global_batch_size=20)
+    curve = Curve()
+    trainer = Trainer(**quiet(tmp_path, max_steps=1, callbacks=[curve], enable_checkpointing=False))
+    trainer.fit(module(tiny_model(family), tokenizer=tokenizer), data)
+    assert curve.rows[0]["train_loss"] == pytest.approx((total / tokens).item(), rel=1e-5)
+    assert curve.rows[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
 def test_nan_names_step_and_samples(tmp_path: Path) -> None:
     class Poisoned(CausalLMModule):
         def loss(self, outputs: Any, targets: Any) -> Any:

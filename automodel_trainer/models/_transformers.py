@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -133,22 +134,28 @@ def attention_in_use(model: PreTrainedModel) -> str:
 def packing_without_sync(model: PreTrainedModel) -> None:
     """Let `model` read document boundaries out of `position_ids` without waiting for the device.
 
-    In every forward transformers looks whether positions restart at all, to spare itself a mask, and so waits for the
-    device. Whoever passes `position_ids` here knows the answer: while `model` runs, the mask is built unasked.
+    In every forward transformers looks whether positions restart anywhere, and so waits for the device. Whoever calls
+    the model knows: `position_ids` are given where they restart, and left out where they do not. So while `model` runs,
+    the documents are told apart unasked in the first case, and in the second there is one.
     """
     if getattr(model, "_packing_without_sync", False):
         return
     original = masking_utils.find_packed_sequence_indices
 
-    def enter(*_: object) -> None:
-        masking_utils.find_packed_sequence_indices = _document_indices
+    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        known = _document_indices if kwargs.get("position_ids") is not None else _one_document
+        masking_utils.find_packed_sequence_indices = known
 
     def leave(*_: object) -> None:
         masking_utils.find_packed_sequence_indices = original
 
-    model.register_forward_pre_hook(enter)
+    model.register_forward_pre_hook(enter, with_kwargs=True)
     model.register_forward_hook(leave, always_call=True)
     model._packing_without_sync = True  # type: ignore[assignment]
+
+
+def _one_document(position_ids: Tensor) -> None:
+    return None
 
 
 def _document_indices(position_ids: Tensor) -> Tensor:
