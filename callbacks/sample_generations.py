@@ -120,7 +120,7 @@ class SampleGenerations(Callback):
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
-            add_text = getattr(logger.experiment, "add_text", None)  # TensorBoard's name for it
+            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)  # TensorBoard's name for it
             for number, (prompt, answer) in enumerate(zip(self._asked, answers)):
                 if callable(add_text):
                     add_text(f"samples/{number}", f"**{prompt}**\n\n{answer}", trainer.global_step)

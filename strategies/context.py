@@ -80,7 +80,7 @@ class ContextParallel:
         whole = None if mask is None else self._pad(mask, 0).bool()
         documents = find_packed_sequence_indices(positions) if packed else None
         # A mask of ones tells transformers not to look for documents in a shard's positions: they jump between chunks.
-        local_mask = whole.to(mask.dtype) if whole is not None else torch.ones_like(positions)
+        local_mask = torch.ones_like(positions) if whole is None else whole.to(positions.dtype)
         inputs["input_ids"] = self._pad(inputs["input_ids"], 0)
         inputs["position_ids"], inputs["attention_mask"] = positions, local_mask
         order = torch.cat([self._indices(rank, self.padded(length), device) for rank in range(self.size)])
