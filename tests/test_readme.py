@@ -40,7 +40,7 @@ def run(command: list[str], home: Path) -> None:
 
 def test_python_blocks(home: Path) -> None:
     """In order, as a reader would; one process, for imports are what takes the time."""
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 5
     run([sys.executable, "-c", "\n".join(PYTHON)], home)
     assert (home / "my-tuned-model" / "config.json").is_file()
     assert (home / "runs/python/checkpoints/latest").resolve().name == "step-00000006"
