@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that the whole test session shares: starting a process costs seconds, a job in it milliseconds."""
+"""A pool of gloo ranks that all tests share: starting a process costs seconds, a job in it milliseconds."""
 
 from __future__ import annotations
 
