@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from automodel_trainer.models.quantize import packed_weights
 from automodel_trainer.strategies._torch import StridedShard
 from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
-from automodel_trainer.strategies.base import MeshStrategy, Objective, Part
+from automodel_trainer.strategies.base import MeshStrategy, MicroBatch, Objective, Part
 from automodel_trainer.strategies.blocks import find_blocks
 from automodel_trainer.strategies.context import ContextParallel
 from automodel_trainer.strategies.context_attention import CPAttention, install_attention
@@ -27,6 +27,7 @@ from automodel_trainer.strategies.loss_parallel import sharded_logits
 from automodel_trainer.strategies.mesh import SHARD_AXES, ParallelDims, submesh
 from automodel_trainer.strategies.precision import MeshPrecision, fsdp_policy
 from automodel_trainer.strategies.tensor import tensor_parallel
+from automodel_trainer.strategies.tensor_check import check_replicas
 from automodel_trainer.strategies.tensor_size import choose_tp
 
 
@@ -88,6 +89,7 @@ class FSDP2Strategy(MeshStrategy):
         self._tp_of_model = tp == "auto"
         self.tp_plan = tp_plan
         self.sequence_parallel = sequence_parallel
+        self._check_replicas = False
         self.reshard_after_forward = reshard_after_forward
         self.forward_prefetch = forward_prefetch
         self.backward_prefetch = backward_prefetch
@@ -133,6 +135,7 @@ class FSDP2Strategy(MeshStrategy):
             self._broadcast_from_rank_zero(model)
         if self.dims.tp > 1:
             tensor_parallel(model, self.device_mesh["tp"], self.tp_plan, self.sequence_parallel)
+            self._check_replicas = True
         if not self._needs_shards:
             return model if _on_meta(model) else model.to(self.root_device)
         self._shard(model, sum_gradients=True)
@@ -145,6 +148,15 @@ class FSDP2Strategy(MeshStrategy):
     def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         with sharded_logits():  # an objective's loss takes logits that tp left sharded over the vocabulary
             return super().forward(model, inputs)
+
+    def forward_backward(
+        self, objective: Objective, micro_batches: Sequence[MicroBatch], num_tokens: torch.Tensor
+    ) -> torch.Tensor:
+        loss = super().forward_backward(objective, micro_batches, num_tokens)
+        if self._check_replicas:  # once: a plan that is wrong is wrong in the first step
+            self._check_replicas = False
+            check_replicas(objective.model, self.device_mesh["tp"])
+        return loss
 
     def split_sequence(self, inputs: dict[str, Any], targets: Any) -> AbstractContextManager[Part]:
         if self._context is None:

@@ -84,12 +84,19 @@ class SequenceParallel:
             *_, last = blocks = list(self._modules[stack].children())
             wrap(blocks[0], self._first)
             wrap(last, self._last)
+            for block in blocks:
+                wrap(block, _noted)
 
     def _first(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         args, kwargs = on_hidden_states(self._enter, args, kwargs)
         return original(*args, **kwargs)
 
     def _enter(self, x: Tensor) -> Tensor:
+        if x.ndim != 3:
+            raise ValueError(
+                f"sequence_parallel=True needs hidden states [b, s, h], and this model's are {list(x.shape)}. "
+                "Set sequence_parallel=False."
+            )
         self.length = x.shape[1]
         return slice_sequence(x, self.group)
 
@@ -98,13 +105,31 @@ class SequenceParallel:
 
     def _gathering(self, partial: bool, scatters: bool) -> Callable[..., Any]:
         def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            args, kwargs = on_hidden_states(
-                lambda x: gather_sequence(x, self.group, self.length, partial), args, kwargs
-            )
+            shape: list[int] = []
+
+            def gather(x: Tensor) -> Tensor:
+                shape[:] = [x.shape[0], self.length, -1]
+                return gather_sequence(x, self.group, self.length, partial)
+
+            args, kwargs = on_hidden_states(gather, args, kwargs)
             output = original(*args, **kwargs)
-            return output if scatters else on_output(lambda x: slice_sequence(x, self.group), output)
+            if scatters:
+                return output
+            # some give tokens back in one row, and leave it to the block to cut it
+            return on_output(lambda x: slice_sequence(x.reshape(shape), self.group), output)
 
         return forward
+
+
+def _noted(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return original(*args, **kwargs)
+    except RuntimeError as error:
+        error.add_note(
+            "This block ran on a part of the sequence (sequence_parallel=True). If shapes do not match, the model "
+            "mixes parts with whole sequences between its layers: set sequence_parallel=False."
+        )
+        raise
 
 
 def works_on_parts(module: nn.Module) -> bool:

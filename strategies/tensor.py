@@ -23,6 +23,7 @@ from automodel_trainer.strategies.blocks import find_blocks
 from automodel_trainer.strategies.collectives import sum_gradient
 from automodel_trainer.strategies.sequence import SequenceParallel
 from automodel_trainer.strategies.tensor_adapters import cut_adapters
+from automodel_trainer.strategies.tensor_check import check_gates
 from automodel_trainer.strategies.tensor_layers import joint_entries, wrap, wrap_entry, wrap_layer
 from automodel_trainer.strategies.tensor_plan import TensorPlan, expand_plan
 
@@ -45,6 +46,7 @@ def tensor_parallel(
         ValueError: see `expand_plan`.
     """
     expanded = expand_plan(model, mesh.size(), plan)
+    check_gates(model, expanded, mesh.size())
     cut_adapters(model, expanded)
     joint = joint_entries(model, expanded)
     sequence = SequenceParallel(model, expanded, joint, mesh.get_group()) if sequence_parallel else None

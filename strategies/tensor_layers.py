@@ -101,7 +101,7 @@ def wrap_layer(
         wrap(module, _embedding_rows(module, group))
     elif style == "embedding_colwise":
         wrap(module, lambda f, *a, **k: gather_features(f(*a, **k), group, module.embedding_dim))  # type: ignore[arg-type]
-    elif style == "moe_tp_experts":
+    elif style == "moe_tp_experts" or (style == "all_reduce" and _holds_cut_weights(module, plan)):
         wrap(module, _experts(group))
     elif style == "moe_identity_expert":
         wrap(module, lambda f, x, *a, **k: f(x / mesh.size(), *a, **k))
@@ -109,6 +109,10 @@ def wrap_layer(
         wrap(module, lambda f, *a, **k: on_output(lambda x: all_reduce(x, group), f(*a, **k)))
     elif style == "mla_kv_a_proj":
         wrap(module, _latent(_rope_width(model, name), group))
+
+
+def _holds_cut_weights(module: nn.Module, plan: TensorPlan) -> bool:
+    return any(id(parameter) in plan.placements for parameter in module.parameters(recurse=False))
 
 
 def _columns(module: nn.Module, group: ProcessGroup, joint: bool, gather: bool) -> Forward:

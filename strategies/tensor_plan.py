@@ -24,6 +24,7 @@ ROWS = {"rowwise", "rowwise_split_input", "rowwise_rep"}
 SPLIT_INPUT = ROWS - {"rowwise"}
 PACKED = {"packed_colwise", "packed_rowwise"}
 BETWEEN = "replicated_with_grad_allreduce"
+ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 STYLES = {
     *COLUMNS, *ROWS, *PACKED, BETWEEN, "embedding_rowwise", "embedding_colwise", "mla_kv_a_proj", "all_reduce",
     "moe_tp_experts", "moe_identity_expert", "local_params", "sequence_parallel", "replicate",
@@ -67,6 +68,7 @@ def expand_plan(model: nn.Module, size: int, overrides: Mapping[str, str] | None
     if not plan.placements:
         raise ValueError(_no_plan(model, "matches none of its modules"))
     _join_tied_embedding(model, plan, names)
+    _sum_inside(model, plan)
     _check(model, plan, size)
     return plan
 
@@ -166,6 +168,22 @@ def _join_tied_embedding(model: nn.Module, plan: TensorPlan, names: dict[int, st
         plan.head = names[id(head)]
 
 
+def _sum_inside(model: nn.Module, plan: TensorPlan) -> None:
+    """Parameters inside of what is cut that plans are silent on: of activation functions, and of embeddings.
+
+    Such an activation function, after a layer cut by columns, sees this rank's columns only; a norm inside of an
+    embedding that is cut by rows, this rank's tokens.
+    """
+    for name, module in model.named_modules():
+        if plan.modules.get(name) == "embedding_rowwise":
+            plan.summed |= {id(p) for p in module.parameters() if id(p) not in plan.placements}
+        parent = name.rpartition(".")[0]
+        cut = any(style == "colwise" and child.rpartition(".")[0] == parent for child, style in plan.modules.items())
+        if cut and type(module).__module__ in ACTIVATIONS and next(module.parameters(), None) is not None:
+            plan.modules[name] = BETWEEN
+            plan.summed |= {id(parameter) for parameter in module.parameters()}
+
+
 def _check(model: nn.Module, plan: TensorPlan, size: int) -> None:
     """Every rank must get whole heads and an equal share of every width. Only vocabularies may be uneven."""
     heads = heads_of(getattr(model, "config", None))
@@ -178,6 +196,12 @@ def _check(model: nn.Module, plan: TensorPlan, size: int) -> None:
         head_dim = getattr(parent, "head_dim", 1) if cuts_heads else 1
         for key, parameter in module.named_parameters(recurse=False):
             cut = plan.placements.get(id(parameter))
+            if cut is None and plan.modules.get(name) == "moe_tp_experts":
+                raise ValueError(
+                    f"The tensor-parallel plan of {type(model).__name__} cuts the experts {name} but not their {key}, "
+                    f"which every rank would add. Give tp_plan={{'{_generic(name)}.{key}': 'colwise' or 'rowwise'}}, "
+                    f"or replicate the experts with tp_plan={{'{_generic(name)}': 'replicate', …}}."
+                )
             if cut is None:
                 continue
             width = parameter.shape[cut.dim] // getattr(cut, "split_factor", 1)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,13 @@ def converts_weights(model: PreTrainedModel) -> bool:
 def attention_in_use(model: PreTrainedModel) -> str:
     """Name of the attention kernel that the language model inside runs, as `attn_implementation` takes it."""
     return str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "eager")
+
+
+def expert_gate(module: torch.nn.Module) -> tuple[str, Callable[[Tensor], Tensor]] | None:
+    """Of a module of gated experts: the name of its fused gate and up projections, and what makes `[n, w]` of their
+    output `[n, 2·w]`."""
+    gate = getattr(module, "_apply_gate", None)
+    return ("gate_up_proj", gate) if gate is not None and getattr(module, "has_gate", False) else None
 
 
 def packing_without_sync(model: PreTrainedModel) -> None:

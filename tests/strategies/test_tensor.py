@@ -104,6 +104,7 @@ def check(result: Any, expected: Any) -> None:
         ("fsdp2:tp=4", 4, "gpt_neox", {"attention_bias": True}),
         ("fsdp2:tp=2", 2, "gpt_neox", {"tie_word_embeddings": True}),
         ("fsdp2:tp=2", 2, "starcoder2", {"residual_dropout": 0.0}),
+        ("fsdp2:tp=2", 2, "apertus", {}),  # an activation function with parameters
         ("fsdp2:tp=2", 4, "qwen3_moe", MOE),
         ("fsdp2:tp=2,sequence_parallel=false", 2, "qwen3_moe", MOE),
         ("fsdp2:tp=2", 2, "qwen2_moe", {**MOE, "shared_expert_intermediate_size": 32}),

@@ -21,6 +21,7 @@ from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.modules.loss import predictions, token_losses
 from automodel_trainer.strategies import FSDP2Strategy
 from automodel_trainer.strategies.clip import local_tensor
+from automodel_trainer.strategies.tensor_check import check_gates
 from automodel_trainer.strategies.tensor_plan import expand_plan
 from automodel_trainer.strategies.tensor_size import choose_tp
 from tests.harness import NextToken, make_strategy, random_rows, stack
@@ -222,6 +223,17 @@ def test_plans_that_do_not_fit(family: str, size: int, plan: dict[str, str] | No
         expand_plan(tiny_model(family, **sizes), size, plan)
 
 
+def test_fused_experts_that_are_cut_across_their_gate() -> None:
+    """Some models' own plans say this; nothing but the numbers tells."""
+    model = tiny_model("qwen3_moe", **MOE)
+    check_gates(model, expand_plan(model, 2), 2)
+    rule = "model.layers.*.mlp.experts.gate_up_proj"
+    with pytest.raises(ValueError, match="'packed_colwise'"):
+        check_gates(model, expand_plan(model, 2, {rule: "colwise"}), 2)
+    with pytest.raises(ValueError, match="but not their gate_up_proj, which every rank would add"):
+        expand_plan(model, 2, {rule: "replicate"})
+
+
 def test_tied_weights_that_are_cut_in_two_ways() -> None:
     with pytest.raises(ValueError, match="a tied weight, in two ways"):
         expand_plan(tiny_model(tie_word_embeddings=True), 2, {"model.embed_tokens": "embedding_colwise"})
@@ -244,6 +256,25 @@ def test_sizes_chosen(make: Callable[[], Any], devices: int, chosen: int) -> Non
 def test_a_size_cannot_be_chosen_without_a_model() -> None:
     with pytest.raises(ValueError, match="fsdp2_tp:tp=2"):
         choose_tp(torch.nn.Linear(2, 2), 8)
+
+
+def wrong_plan(spec: str, plan: dict[str, str]) -> str:
+    strategy = make_strategy(spec, int(os.environ["WORLD_SIZE"]))
+    assert isinstance(strategy, FSDP2Strategy)
+    strategy.tp_plan = plan
+    model = strategy.parallelize(tiny_model("qwen3"))
+    try:
+        strategy.forward_backward(NextToken(model), [stack(random_rows(2, 13, seed=0))], torch.tensor(10))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("spec", "world"), [("fsdp2:tp=2", 2), ("fsdp2:tp=2,sequence_parallel=false", 4)])
+def test_a_plan_that_forgets_a_sum_is_found(pool: RankPool, spec: str, world: int) -> None:
+    for said in pool.run(world, wrong_plan, spec, {"model.layers.*.self_attn.q_norm": "replicate"}):
+        assert "gradients of model.layers.*.self_attn.q_norm: the plan of Qwen3ForCausalLM" in said
+    assert pool.run(world, wrong_plan, spec, {}) == [""] * world
 
 
 def packed_plan() -> list[str]:
