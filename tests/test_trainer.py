@@ -247,6 +247,22 @@ def test_packed_is_one_document_at_a_time(
     assert curve.rows[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
+def test_a_resumed_run_logs_the_same_losses(tmp_path: Path) -> None:
+    """Also where the log step averages over steps before and after the stop."""
+    curves = []
+    for stop in (None, 4):
+        data = MockDataModule(vocab_size=260, seq_len=24, global_batch_size=4, num_samples=40)
+        root = tmp_path / str(stop)
+        common = {"log_every_n_steps": 3, "callbacks": [DCPCheckpoint(every_n_steps=4)]}
+        if stop:
+            Trainer(**quiet(root, max_steps=stop, **common)).fit(module(tiny_model()), data)
+        curve = Curve()
+        trainer = Trainer(**quiet(root, max_steps=6, **{**common, "callbacks": [DCPCheckpoint(), curve]}))
+        trainer.fit(module(tiny_model()), data, ckpt_path="last" if stop else None)
+        curves.append(curve.rows[-1]["train_loss"])
+    assert curves[0] == curves[1]
+
+
 def test_nan_names_step_and_samples(tmp_path: Path) -> None:
     class Poisoned(CausalLMModule):
         def loss(self, outputs: Any, targets: Any) -> Any:

@@ -33,6 +33,7 @@ from automodel_trainer.modules.optim import (
 from automodel_trainer.strategies import MeshStrategy, Objective
 
 MicroBatch = dict[str, Any]
+_WINDOW_KEY = "loss_window"
 # What a model's forward is given of a micro-batch. The rest (labels, sample ids) is ours.
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -363,6 +364,21 @@ class CausalLMModule(Objective, pl.LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The model's: keys are the Hugging Face keys."""
         return self.model.state_dict(*args, **kwargs) if self.model is not None else {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the next log step will average over, so that a resumed run logs the same numbers. Collective."""
+        if self._window:
+            loss_sum, tokens = self._window.sums()
+            whole = self.strategy.sum_over_tokens(loss_sum.clone())
+            checkpoint[_WINDOW_KEY] = {"loss_sum": float(whole), "tokens": int(tokens)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._window = LossWindow()
+        if _WINDOW_KEY in checkpoint:
+            saved, device = checkpoint[_WINDOW_KEY], self.strategy.root_device
+            ranks = self.strategy.sum_over_tokens(torch.ones((), dtype=torch.float64, device=device))
+            share = torch.tensor(saved["loss_sum"], dtype=torch.float64, device=device) / ranks
+            self._window.add(share, torch.tensor(saved["tokens"], device=device))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         return self.model.load_state_dict(state_dict, strict=strict, assign=assign)

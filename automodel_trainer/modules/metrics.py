@@ -53,11 +53,15 @@ class LossWindow:
         self.loss_sum = loss_sum if self.loss_sum is None else self.loss_sum + loss_sum
         self.tokens = tokens if self.tokens is None else self.tokens + tokens
 
-    def pop(self) -> tuple[Tensor, Tensor]:
-        """This rank's loss sum and the global token count since the last call."""
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """This rank's loss sum and the global token count since the last `pop`."""
         assert self.loss_sum is not None
         assert self.tokens is not None
-        sums = self.loss_sum, self.tokens
+        return self.loss_sum, self.tokens
+
+    def pop(self) -> tuple[Tensor, Tensor]:
+        """The same, and begin anew."""
+        sums = self.sums()
         self.loss_sum = self.tokens = None
         return sums
 
