@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from automodel_trainer.callbacks.console import show_rich
+from automodel_trainer.callbacks.layout import tokenizer_of
 from automodel_trainer.tools.preview import preview
 
 
@@ -32,10 +34,7 @@ class BatchPreview(Callback):
         if not trainer.is_global_zero:
             return
         micro_batches = batch if isinstance(batch, list) else [batch]
-        try:
-            tokenizer = getattr(pl_module, "tokenizer", None)
-        except ValueError:  # a CausalLMModule around a model that has none
-            tokenizer = None
+        tokenizer = tokenizer_of(pl_module)
         if tokenizer is None:
             rank_zero_warn("BatchPreview shows nothing: the module has no `tokenizer` to turn tokens into text.")
         elif not all(isinstance(part, dict) and {"input_ids", "labels"} <= part.keys() for part in micro_batches):
@@ -43,4 +42,7 @@ class BatchPreview(Callback):
                 "BatchPreview shows nothing: the batch is not a list of micro-batches with `input_ids` and `labels`."
             )
         else:
-            preview(micro_batches, tokenizer, max_rows=self.rows, html=self.html)
+            show_rich(
+                trainer,
+                lambda console: preview(micro_batches, tokenizer, max_rows=self.rows, html=self.html, console=console),
+            )

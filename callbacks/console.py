@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,9 +27,17 @@ def show(trainer: pl.Trainer, text: str) -> None:
     """Print on rank 0, above whatever progress bar there is."""
     if not trainer.is_global_zero:
         return
-    bar = trainer.progress_bar_callback
+    bar = getattr(trainer, "progress_bar_callback", None)
     printer = bar.print if bar is not None and getattr(bar, "is_enabled", False) else print
     printer(text)
+
+
+def show_rich(trainer: pl.Trainer, write: Callable[[Console], object]) -> None:
+    """The same for what `write` prints on a rich console, which by itself would write into the progress line."""
+    console = Console()
+    with console.capture() as captured:
+        write(console)
+    show(trainer, captured.get().rstrip("\n"))
 
 
 class LiveLine:

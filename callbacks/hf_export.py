@@ -7,9 +7,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedModel
 
+from automodel_trainer.callbacks.console import show
 from automodel_trainer.callbacks.preemption import Preemption
 from automodel_trainer.models.export import export_pretrained
 
@@ -32,6 +32,8 @@ class HFExport(Callback):
             raise ValueError(f"HFExport(dtype={dtype!r}) is not a torch dtype. Allowed: bfloat16, float16, float32.")
         self.dtype: torch.dtype | None = found
 
+        self.exported_to: Path | None = None
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(getattr(pl_module, "model", None), PreTrainedModel):
             raise ValueError(
@@ -49,4 +51,8 @@ class HFExport(Callback):
             source=getattr(pl_module, "source", None),
             dtype=self.dtype,
         )
-        rank_zero_info(f"Model exported to {folder}\nTry it: amt generate --model {folder}")
+        self.exported_to = folder
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and self.exported_to is not None:  # the last word of a run is what to do with the model
+            show(trainer, f"Model exported to {self.exported_to}\nTry it: amt generate --model {self.exported_to}")

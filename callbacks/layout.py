@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -29,3 +31,8 @@ def sum_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
 def max_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
     """The largest of a tensor on the strategy's device. Collective."""
     return trainer.strategy.reduce(tensor, reduce_op=dist.ReduceOp.MAX)  # type: ignore[return-value, arg-type]
+
+
+def tokenizer_of(module: pl.LightningModule) -> Any:
+    """The module's tokenizer, or None. A CausalLMModule raises where it is asked for one it cannot have."""
+    return getattr(module, "tokenizer_or_none" if hasattr(type(module), "tokenizer_or_none") else "tokenizer", None)

@@ -10,11 +10,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from automodel_trainer.callbacks.console import show_rich
+from automodel_trainer.callbacks.layout import tokenizer_of
 from automodel_trainer.tools.generate import encode, generation_config
 
 
@@ -68,7 +70,8 @@ class SampleGenerations(Callback):
         answers = self._answer_all(trainer, pl_module)
         self._log(trainer, answers)
         if trainer.is_global_zero:
-            Console().print(side_by_side(self._asked, {f"step {step}": answers}))
+            answered = side_by_side(self._asked, {f"step {step}": answers})
+            show_rich(trainer, lambda console: console.print(answered))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._asked:
@@ -77,10 +80,11 @@ class SampleGenerations(Callback):
         self._log(trainer, after)
         if trainer.is_global_zero:
             columns = {"before training": self._before, f"after {trainer.global_step} steps": after}
-            Console().print(side_by_side(self._asked, columns))
+            answered = side_by_side(self._asked, columns)
+            show_rich(trainer, lambda console: console.print(answered))
 
     def _find_prompts(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        if getattr(pl_module, "tokenizer", None) is None:
+        if tokenizer_of(pl_module) is None:
             rank_zero_warn("SampleGenerations is off: the module has no `tokenizer`.")
             return []
         if not hasattr(getattr(pl_module, "model", None), "generate"):

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from automodel_trainer import AutoModelForCausalLM as Builder
-from automodel_trainer.callbacks import hf_export
 from automodel_trainer.callbacks.hf_export import HFExport
 from automodel_trainer.callbacks.preemption import Preemption
 from automodel_trainer.checkpoint import CheckpointError
@@ -230,11 +229,9 @@ def test_full_disk_fails_on_all_ranks_and_leaves_the_older_export(pool: RankPool
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), tiny_model().state_dict())
 
 
-def test_callback_exports_at_the_end_and_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(hf_export, "rank_zero_info", said.append)
+def test_callback_exports_at_the_end_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = train(tmp_path, [HFExport(dtype="bfloat16")], max_steps=2, max_epochs=None)
-    assert f"amt generate --model {tmp_path / 'hf'}" in said[-1]
+    assert capsys.readouterr().out.rstrip().endswith(f"amt generate --model {tmp_path / 'hf'}")
     weights = {name: value.bfloat16() for name, value in result["weights"].items()}
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), weights)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == tiny_tokenizer().chat_template
