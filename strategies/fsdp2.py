@@ -129,7 +129,7 @@ class FSDP2Strategy(MeshStrategy):
         if self.activation_checkpointing:
             apply_activation_checkpointing(model, self.activation_checkpointing)
         if self.dims.cp > 1:
-            method = install_attention(model, self.dims.cp, self.dims.tp, self.cp_attention)
+            method = install_attention(model, self.dims.cp, self.dims.tp, self.cp_attention)  # type: ignore[arg-type]
             self._context = ContextParallel(self.device_mesh["cp"], method, multiple_of=self.dims.tp)
         if not _on_meta(model):
             self._broadcast_from_rank_zero(model)

@@ -115,7 +115,7 @@ def _local(held: _Held, group: ProcessGroup) -> Callable[..., Any]:
 
 @contextmanager
 def _local_parameters(held: _Held, group: ProcessGroup) -> Iterator[None]:
-    swapped = []
+    swapped: list[Any] = []
     try:
         for module, key, summed in held:
             parameter = module._parameters[key]

@@ -162,11 +162,12 @@ def _embedding_rows(module: nn.Module, group: ProcessGroup) -> Forward:
         weight = module._parameters["weight"]
         assert weight is not None
         rows = weight.shape[0]
-        start = min(-(-module.num_embeddings // group.size()) * group.rank(), module.num_embeddings)  # type: ignore
+        start: int = min(-(-module.num_embeddings // group.size()) * group.rank(), module.num_embeddings)  # type: ignore
         local = ids - start
         outside = (local < 0) | (local >= rows)
         padding = module.padding_idx  # its row gets no gradient: of this part, or of another rank's
-        module.padding_idx = padding - start if padding is not None and 0 <= padding - start < rows else None  # type: ignore
+        here = padding is not None and 0 <= padding - start < rows  # type: ignore[operator]
+        module.padding_idx = padding - start if here else None  # type: ignore
         try:
             found = original(local.masked_fill(outside, 0))
         finally:
