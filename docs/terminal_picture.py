@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +17,8 @@ DROP = ("Script ", "Seed set", "GPU available", "TPU available", "/work", "e.py"
 def lines_of(log: str) -> list[str]:
     """What stood on each line in the end: a live line is its last state."""
     states = (CONTROL.sub("", line).rstrip().split("\r")[-1] for line in log.replace("\r\n", "\n").split("\n"))
-    kept = [line for line in states if not Text.from_ansi(line).plain.strip().startswith(DROP)]
+    said = (line for line in states if not Text.from_ansi(line).plain.strip().startswith(DROP))
+    kept = [line for line, _ in groupby(said)]  # of several empty lines one
     # A live line is written again below every message that scrolls past it: keep its last writing only.
     live = re.compile(r"^(step \d+/\d+|validation \d+/\d+)")
     return [
