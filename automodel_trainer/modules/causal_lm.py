@@ -153,22 +153,26 @@ class CausalLMModule(Objective, pl.LightningModule):
         """Build the model on the strategy's mesh. Called by the Trainer once the processes have started."""
         if self.model is not None:
             return
-        (reference,) = self._reference
-        if isinstance(reference, PreTrainedModel):
-            self.model = self._adopt(reference)
-        else:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                self.source or reference,
-                self.strategy,
-                attn_implementation=self.attn_implementation,
-                trust_remote_code=self.trust_remote_code,
-                lora=self.lora,
-                **self.config_overrides,
-            )
+        # Lightning calls this with the GPU as the default device; the builder says for itself what lies where.
+        with torch.device("cpu"):
+            self.model = self._build()
         packing_without_sync(self.model)
         if self.neftune_alpha:
             add_neftune(self.model.get_input_embeddings(), self.neftune_alpha)
         self.model.train()
+
+    def _build(self) -> PreTrainedModel:
+        (reference,) = self._reference
+        if isinstance(reference, PreTrainedModel):
+            return self._adopt(reference)
+        return AutoModelForCausalLM.from_pretrained(
+            self.source or reference,
+            self.strategy,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+            lora=self.lora,
+            **self.config_overrides,
+        )
 
     def _adopt(self, model: PreTrainedModel) -> PreTrainedModel:
         dtype = self.strategy.dtypes.parameters

@@ -17,8 +17,8 @@ def initialize_adapter(adapter: Adapter, init: str, seed: int) -> None:
 
     Values are drawn on the CPU, in full: adapters are small, and every device and layout gets the same numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
-    a, b = torch.empty(adapter.a.weight.shape), torch.zeros(adapter.b.weight.shape)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    a, b = torch.empty(adapter.a.weight.shape, device="cpu"), torch.zeros(adapter.b.weight.shape, device="cpu")
     if init == "orthogonal":
         a, b = _orthogonal(a.shape, b.shape, generator)
     elif init == "pissa":
@@ -39,9 +39,9 @@ def initialize_adapter(adapter: Adapter, init: str, seed: int) -> None:
 def _orthogonal(a_shape: torch.Size, b_shape: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A and B from opposite halves of a random orthogonal basis: both random, and B·A = 0 (as PEFT has it)."""
     rank, inputs, outputs = a_shape[0], a_shape[1], b_shape[0]
-    basis, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
-    a = (torch.randn(inputs, rank // 2, generator=generator) @ basis[0::2]).T / 10
-    b = torch.randn(rank // 2, outputs, generator=generator).T @ basis[1::2] / 10
+    basis, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator, device="cpu"))
+    a = (torch.randn(inputs, rank // 2, generator=generator, device="cpu") @ basis[0::2]).T / 10
+    b = torch.randn(rank // 2, outputs, generator=generator, device="cpu").T @ basis[1::2] / 10
     return a.contiguous(), b.contiguous()
 
 
