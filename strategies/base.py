@@ -84,6 +84,9 @@ class MeshStrategy(ParallelStrategy):
     def parallelize(self, model: nn.Module) -> nn.Module:
         """Lay `model` (on meta, or real and equal on all ranks) out on the mesh, in place. Idempotent."""
 
+    def place(self, model: nn.Module) -> None:
+        """Called once the parameters of a laid-out model have their values: put them where this layout keeps them."""
+
     @property
     def gradient_scale(self) -> float:
         """What a loss is multiplied by so that the reduced gradient is the *sum* over ranks."""

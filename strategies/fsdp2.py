@@ -189,6 +189,14 @@ class FSDP2Strategy(MeshStrategy):
         if sum_gradients:
             _sum_gradients(model)
 
+    def place(self, model: nn.Module) -> None:
+        """With CPU offload shards wait on the CPU; buffers, which do not travel, stay where the computation is."""
+        if self.cpu_offload and self.root_device.type != "cpu":
+            model.cpu()
+            for module in model.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = buffer.to(self.root_device)
+
     def setup(self, trainer: pl.Trainer) -> None:
         self.reshard()  # the optimizer must be given the shards
         super().setup(trainer)

@@ -97,6 +97,8 @@ class AutoModelForCausalLM:
             strategy.parallelize(model)
         initialize_weights(model, _device(strategy, device), seed)
         finish_lora(model)
+        if strategy is not None:
+            strategy.place(model)
         return model
 
 
@@ -144,6 +146,8 @@ def fill_from_folder(
             f"{folder} holds weights that {type(model).__name__} has no place for: {_some(unexpected)}.", stacklevel=2
         )
     finish_lora(model)
+    if strategy is not None:
+        strategy.place(model)
 
 
 def load_config(folder: Path, trust_remote_code: bool, overrides: dict[str, Any]) -> PreTrainedConfig:
@@ -190,7 +194,7 @@ def _parameter_dtype(
 def _device(strategy: MeshStrategy | None, device: torch.device | str) -> torch.device:
     if strategy is None:
         return torch.device(device)
-    return torch.device("cpu") if getattr(strategy, "cpu_offload", False) else strategy.root_device
+    return strategy.root_device
 
 
 def _some(names: set[str]) -> str:
