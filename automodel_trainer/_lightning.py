@@ -52,15 +52,24 @@ class NotebookLauncher(_MultiProcessingLauncher):
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
         if self._strategy.local_rank != 0:
             return None
-        best = getattr(trainer.checkpoint_callback, "best_model_path", None)
         extra = self.get_extra_results(trainer)
-        extra["last_checkpoint"] = getattr(trainer.checkpoint_callback, "last_model_path", None)
-        return _WorkerOutput(best, None, trainer.state, results, extra)
+        callback = trainer.checkpoint_callback
+        extra["checkpoint"] = {name: getattr(callback, name) for name in _CHECKPOINT_STATE if _settable(callback, name)}
+        return _WorkerOutput(None, None, trainer.state, results, extra)
 
-    def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
-        super().update_main_process_results(trainer, extra)
-        if trainer.checkpoint_callback is not None:
-            trainer.checkpoint_callback.last_model_path = extra["last_checkpoint"]  # type: ignore[attr-defined]
+    def _recover_results_in_main_process(self, worker_output: _WorkerOutput, trainer: pl.Trainer) -> None:
+        trainer.state = worker_output.trainer_state
+        self.update_main_process_results(trainer, worker_output.extra)
+        for name, value in worker_output.extra["checkpoint"].items():
+            setattr(trainer.checkpoint_callback, name, value)
+
+
+# Where a checkpoint callback, ours or Lightning's, keeps what it has written.
+_CHECKPOINT_STATE = ("run_folder", "scores", "last_model_path", "best_model_path", "best_model_score")
+
+
+def _settable(callback: Any, name: str) -> bool:
+    return hasattr(callback, name) and not isinstance(getattr(type(callback), name, None), property)
 
 
 class _QuietEpochLoop(_TrainingEpochLoop):

@@ -1,0 +1,68 @@
+"""How processes are started: `devices=`, fork and spawn for notebooks, and what torchrun and srun decided before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from automodel_trainer.launch import launched_sizes
+
+SCRIPT = """
+import sys
+from automodel_trainer import CausalLMModule, FSDP2Strategy, MockDataModule, Trainer
+from tests.tiny import tiny_model
+
+if __name__ == "__main__":
+    launcher, root = sys.argv[1:]
+    trainer = Trainer(
+        strategy=FSDP2Strategy(launcher=launcher), accelerator="cpu", devices=2, max_steps=2, logger=False,
+        default_root_dir=root, log_every_n_steps=1, enable_progress_bar=False,
+    )
+    data = MockDataModule(vocab_size=260, seq_len=16, global_batch_size=4, num_samples=16)
+    path = trainer.fit(CausalLMModule(tiny_model(), lr=1e-2), data)
+    print("PATH", path, "WORLD", trainer.world_size, "LOSS", "train_loss" in trainer.callback_metrics)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["fork", "spawn", "subprocess"])
+def test_devices_starts_processes(launcher: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, str(script), launcher, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"PATH {tmp_path / 'run/checkpoints/step-00000002'} WORLD 2 LOSS True" in done.stdout
+    assert (tmp_path / "run/checkpoints/step-00000002/rank-00001.json").is_file()
+
+
+@pytest.fixture(autouse=True)
+def nothing_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
+
+
+def test_without_a_launcher_nothing_changes() -> None:
+    assert launched_sizes("auto", 1) == ("auto", 1)
+    assert launched_sizes(4, 2) == (4, 2)
+
+
+def test_torchrun_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched_sizes("auto", 1) == (4, 2)
+    assert launched_sizes(4, 2) == (4, 2)
+    with pytest.raises(ValueError, match=r"devices=8, but the launcher started 4 process"):
+        launched_sizes(8, 1)
+
+
+def test_srun_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "16", "SLURM_NNODES": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched_sizes("auto", 1) == (8, 2)
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    assert launched_sizes("auto", 1) == ("auto", 1)
