@@ -105,6 +105,12 @@ def untied_head(patch: pytest.MonkeyPatch) -> None:
 
 def norm_not_synchronised(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tensor, "sum_gradient", lambda local, group, **kwargs: local)
+    # The strategy's own look at replicated gradients sees this one too, before there is anything to compare.
+    patch.setattr(fsdp2, "check_replicas", lambda model, mesh: None)
+
+
+def norm_not_synchronised_with_the_look(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tensor, "sum_gradient", lambda local, group, **kwargs: local)
 
 
 def _after_split(patch: pytest.MonkeyPatch, change: Callable[[dict[str, Any], Any], Any]) -> None:
@@ -154,6 +160,12 @@ def documents_forgotten(patch: pytest.MonkeyPatch) -> None:
         return inputs, sequences
 
     patch.setattr(ContextParallel, "_prepare", prepare)
+
+
+def test_the_strategy_itself_refuses_an_unsynchronised_norm(pool: RankPool) -> None:
+    launch = Planted(pool, norm_not_synchronised_with_the_look)
+    with pytest.raises(AssertionError, match=r"different gradients of model.layers.\*.input_layernorm"):
+        verify(module_of(), batches(), "fsdp2:tp=2", launch=launch)
 
 
 @pytest.mark.parametrize(
