@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-KSTfhlsu]")  # cursor and erase sequences; colours (…m) stay
-DROP = ("Script ", "Seed set", "GPU available", "TPU available", "/work", "e.py", "`isinstance", "INFO:")
+DROP = ("Script ", ".venv/lib", "Seed set", "GPU available", "TPU available", "/work", "e.py", "`isinstance", "INFO:")
 
 
 def lines_of(log: str) -> list[str]:
