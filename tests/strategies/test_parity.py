@@ -20,7 +20,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(spec: str, world_size: int, micro: int, family: str, tied: bool, device_mesh_only: bool = False) -> Any:
+def train(spec: str, world_size: int, micro: int, family: str, tied: bool) -> Any:
     """Three optimizer steps on this rank; full gradients and weights come back."""
     torch.manual_seed(world_size)  # nothing may depend on it
     strategy = make_strategy(spec, world_size)
