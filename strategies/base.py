@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from automodel_trainer._lightning import NotebookLauncher, SubprocessLauncher, sync_rank_zero
 from automodel_trainer.strategies.clip import clip_grads_, total_grad_norm
+from automodel_trainer.strategies.deferred_logits import deferred_logits
 from automodel_trainer.strategies.mesh import DATA_AXES, TOKEN_AXES, ParallelDims, submesh
 from automodel_trainer.strategies.precision import Dtypes, dtypes_of
 
@@ -105,8 +106,9 @@ class MeshStrategy(ParallelStrategy):
         return tensor
 
     def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """One forward of the laid-out model."""
-        return model(**inputs)
+        """One forward of the laid-out model, for an objective: its loss takes logits that are deferred."""
+        with deferred_logits():
+            return model(**inputs)
 
     def forward_backward(self, objective: Objective, micro_batches: Sequence[MicroBatch], num_tokens: Tensor) -> Tensor:
         """Forward and backward of one optimizer step.

@@ -71,7 +71,9 @@ class DDPStrategy(MeshStrategy):
     def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         # In evaluation the plain model: DDP's buffers and buckets serve backward only.
         wrapped = self._wrapped if self._wrapped is not None and model.training else model
-        return wrapped(**inputs)
+        if self.ddp_options["find_unused_parameters"]:  # it looks for what the outputs depend on: all must be there
+            return wrapped(**inputs)
+        return super().forward(wrapped, inputs)
 
     def gradient_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last or self._wrapped is None else self._wrapped.no_sync()

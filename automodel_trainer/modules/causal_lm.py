@@ -20,7 +20,7 @@ from automodel_trainer.models._transformers import packing_without_sync
 from automodel_trainer.models.auto import AutoModelForCausalLM, add_adapters, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, lora_of
-from automodel_trainer.modules.loss import next_token_targets, supervised_tokens, token_losses
+from automodel_trainer.modules.loss import next_token_targets, summed_loss, supervised_tokens, token_losses
 from automodel_trainer.modules.metrics import FiniteGuard, LossWindow, TokenMetrics
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.modules.optim import (
@@ -31,6 +31,7 @@ from automodel_trainer.modules.optim import (
     trainable,
 )
 from automodel_trainer.strategies import MeshStrategy, Objective
+from automodel_trainer.strategies.deferred_logits import defer_logits
 
 MicroBatch = dict[str, Any]
 _WINDOW_KEY = "loss_window"
@@ -157,6 +158,7 @@ class CausalLMModule(Objective, pl.LightningModule):
         with torch.device("cpu"):
             self.model = self._build()
         packing_without_sync(self.model)
+        defer_logits(self.model)
         if self.neftune_alpha:
             add_neftune(self.model.get_input_embeddings(), self.neftune_alpha)
         self.model.train()
@@ -231,7 +233,7 @@ class CausalLMModule(Objective, pl.LightningModule):
         return inputs, next_token_targets(micro_batch["labels"])
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        loss = token_losses(outputs.logits, targets).sum()
+        loss = summed_loss(outputs.logits, targets)
         balance = getattr(outputs, "aux_loss", None)  # mixture-of-experts models that were asked for it
         if balance is not None:
             loss = loss + self.model.config.router_aux_loss_coef * balance * (targets != -100).sum()
@@ -332,7 +334,7 @@ class CausalLMModule(Objective, pl.LightningModule):
         for micro_batch in _as_list(batch):
             with self.strategy.split_sequence(*self.split(micro_batch)) as (inputs, targets):
                 logits = self.strategy.forward(self.model, inputs).logits
-            self.metrics.update(token_losses(logits, targets), logits, targets)
+            self.metrics.update(logits, targets)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")

@@ -1,15 +1,24 @@
-"""Next-token loss: the one place where logits become a number."""
+"""Next-token loss: the one place where logits become a number.
+
+Logits come as a tensor `[b, s, v]`, as a DTensor sharded over v, or as `DeferredLogits`, gone through in chunks.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
-from automodel_trainer.strategies.loss_parallel import sharded_argmax, sharded_token_losses
+from automodel_trainer.modules.linear_cross_entropy import IGNORE_INDEX, chunk_rows, linear_cross_entropy
+from automodel_trainer.strategies.deferred_logits import DeferredLogits
+from automodel_trainer.strategies.loss_parallel import sharded_argmax, sharded_logits, sharded_token_losses
 
-IGNORE_INDEX = -100
+Logits = Tensor | DeferredLogits
 
 
 def next_token_targets(labels: Tensor) -> Tensor:
@@ -29,16 +38,55 @@ def supervised_tokens(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+def summed_loss(logits: Logits, targets: Tensor) -> Tensor:
+    """The sum of `token_losses`, 0-dim."""
+    if isinstance(logits, DeferredLogits) and (weight := logits.plain_weight) is not None:
+        bias: Any = getattr(logits.layer, "bias", None)
+        return linear_cross_entropy(logits.hidden.flatten(0, -2), weight, bias, targets.flatten())
+    return token_losses(logits, targets).sum()
+
+
+def token_losses(logits: Logits, targets: Tensor) -> Tensor:
     """Cross-entropy per token, 0 where not trained, in fp32 or wider.
 
     Args:
-        logits: `[b, s, v]`; a DTensor sharded over v stays so.
+        logits: of `[b, s, v]`.
         targets: `[b, s]`, from `next_token_targets`.
 
     Returns:
         `[b·s]`.
     """
+    if isinstance(logits, DeferredLogits):
+        return torch.cat(list(_by_chunks(logits, targets, _token_losses)))
+    return _token_losses(logits, targets)
+
+
+def losses_and_predictions(logits: Logits, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_losses` and the most likely token of every position, int64 `[b·s]`. Without gradients."""
+
+    def both(logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack([_token_losses(logits, targets).double(), predictions(logits).flatten().double()])
+
+    with torch.no_grad():
+        parts = _by_chunks(logits, targets, both) if isinstance(logits, DeferredLogits) else [both(logits, targets)]
+        losses, likeliest = torch.cat(list(parts), dim=1)
+    return losses, likeliest.long()
+
+
+def _by_chunks(logits: DeferredLogits, targets: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
+    """`of` the logits and targets of a chunk of tokens at a time; backward makes them anew."""
+    hidden = logits.hidden.flatten(0, -2)[None]  # a head that is cut over ranks wants [b, s, h]
+    rows = chunk_rows(logits.vocabulary, hidden.device)
+
+    def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        with sharded_logits():
+            return of(logits.of(hidden), targets)
+
+    for part, wanted in zip(hidden.split(rows, dim=1), targets.reshape(1, -1).split(rows, dim=1)):
+        yield checkpoint(chunk, part, wanted, use_reentrant=False)
+
+
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     if isinstance(logits, DTensor):
         return sharded_token_losses(logits, targets, IGNORE_INDEX)
     dtype = torch.promote_types(logits.dtype, torch.float32)

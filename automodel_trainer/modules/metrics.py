@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from automodel_trainer.modules.loss import IGNORE_INDEX, predictions
+from automodel_trainer.modules.loss import IGNORE_INDEX, Logits, losses_and_predictions
 
 
 class TokenMetrics(Metric):
@@ -28,12 +28,14 @@ class TokenMetrics(Metric):
         for name in ("loss_sum", "tokens", "correct"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Add one micro-batch: losses `[b·s]` (0 where not trained), logits `[b, s, v]`, targets `[b, s]`."""
+    def update(self, logits: Logits, targets: Tensor) -> None:
+        """Add one micro-batch: logits of `[b, s, v]`, targets `[b, s]`."""
+        losses, predictions = losses_and_predictions(logits, targets)
+        targets = targets.flatten()
         trained = targets != IGNORE_INDEX
         self.loss_sum += losses.sum(dtype=torch.float64)
         self.tokens += trained.sum()
-        self.correct += (predictions(logits).eq(targets) & trained).sum()
+        self.correct += (predictions.eq(targets) & trained).sum()
 
     def compute(self) -> dict[str, Tensor]:
         loss = self.loss_sum / self.tokens

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from automodel_trainer.strategies import MeshStrategy
+from automodel_trainer.strategies.deferred_logits import DeferredLogits
 
 
 class OutputRecorder:
@@ -41,10 +42,11 @@ class OutputRecorder:
 
 
 def _first_tensor(output: Any) -> Tensor | None:
+    output = output if getattr(output, "logits", None) is None else output.logits
+    if isinstance(output, DeferredLogits):
+        output = output.whole()
     if isinstance(output, Tensor):
         return output
-    if getattr(output, "logits", None) is not None:
-        return output.logits  # type: ignore[no-any-return]
     values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
     return next((value for value in values if isinstance(value, Tensor)), None)
 
