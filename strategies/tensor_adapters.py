@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from automodel_trainer.models.lora.layers import Adapter, adapters
-from automodel_trainer.models.quantize import NF4Linear
+from automodel_trainer.models.quantize import packs
 from automodel_trainer.strategies._torch import StridedShard
 from automodel_trainer.strategies.tensor_plan import TensorPlan
 
@@ -44,7 +44,7 @@ def _outputs(adapter: Adapter, ndim: int) -> int:
 
 
 def _refuse(adapter: Adapter, columns: bool) -> None:
-    if isinstance(adapter.module, NF4Linear):
+    if packs(adapter.module, adapter.parameter):
         raise ValueError(
             f"lora quantize: {adapter.target} is held in 4 bits, which tensor parallel cannot cut. Set tp=1."
         )

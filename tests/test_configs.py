@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.beside import folder_of, use
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.torchao import FOLDER as TORCHAO
-from tests.torchao import use_torchao
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -58,8 +57,10 @@ def test_runs(config: Path, home: Path) -> None:
     command = [sys.executable, "-m", "automodel_trainer", "fit", "--config", str(config), *overrides(config, home)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if "torchao" in config.read_text():
-        use_torchao()
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(TORCHAO)]))
+        use("torchao")
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [environment.get("PYTHONPATH"), str(folder_of("torchao"))])
+        )
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     saved = home / config.stem / "config.yaml"

@@ -302,6 +302,18 @@ def test_schedule_and_clipping_reach_the_optimizer(tmp_path: Path) -> None:
     assert curve.rows[0]["grad_norm"] > 1e-2
 
 
+def test_a_learning_rate_in_a_tensor_is_logged_as_it_was_used(tmp_path: Path) -> None:
+    """torchao's optimizers keep it so, and schedules then change it in place."""
+    curve = Curve()
+    ours = CausalLMModule(
+        tiny_model(),
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=torch.tensor(1.0), foreach=False),
+        scheduler=SchedulerConfig("linear", warmup_steps=2),
+    )
+    Trainer(**quiet(tmp_path, max_steps=STEPS, callbacks=[curve], enable_checkpointing=False)).fit(ours, steps_of(8))
+    assert [float(row["lr"]) for row in curve.rows] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+
+
 class Regression(pl.LightningModule):
     """A user's own module with automatic optimization."""
 

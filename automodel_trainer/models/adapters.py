@@ -100,7 +100,7 @@ def adapter_config(config: LoRAConfig) -> LoRAConfig:
         use_rslora=bool(saved.get("use_rslora")),
         use_dora=bool(saved.get("use_dora")),
         # Any other first values are overwritten by the adapter's; PiSSA's are part of the base it was trained on.
-        init=inits.get(saved.get("init_lora_weights"), "kaiming"),
+        init=inits.get(saved.get("init_lora_weights"), "kaiming"),  # type: ignore[arg-type]
         modules_to_save=sorted(modules),
     )
 
@@ -210,7 +210,7 @@ def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
         named = {"lora_A.weight": adapter.a.weight, "lora_B.weight": adapter.b.weight, _MAGNITUDE: adapter.magnitude}
         for suffix, parameter in named.items():
             if parameter is not None:
-                tensors[adapter.peft_prefix + suffix] = parameter
+                tensors[adapter.peft_prefix + suffix] = parameter  # type: ignore[assignment]
                 ours.add(id(parameter))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad and id(parameter) not in ours:

@@ -113,8 +113,10 @@ def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: MeshStrateg
 
     Nothing updates the frozen weights, so they need no master copy: they are held in the dtype they compute in.
     """
-    dtypes = strategy.dtypes if strategy is not None else None
-    apply_lora(model, lora, dtypes and dtypes.compute, dtypes and dtypes.parameters)
+    if strategy is None:
+        apply_lora(model, lora)
+    else:
+        apply_lora(model, lora, strategy.dtypes.compute, strategy.dtypes.parameters)
 
 
 def fill_from_folder(

@@ -1,4 +1,4 @@
-"""4-bit base weights for QLoRA: torchao's NF4, on one device or in FSDP2's shards."""
+"""4-bit base weights for QLoRA (torchao's NF4 or bitsandbytes'), on one device or in FSDP2's shards."""
 
 from __future__ import annotations
 
@@ -9,88 +9,121 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from automodel_trainer.models.lora.layers import LoRALinear, mixed
+from automodel_trainer.models import _bitsandbytes, _torchao
+from automodel_trainer.models.lora.layers import LoRALinear, LoRAParameters, mixed
+from automodel_trainer.models.nf4 import BLOCK, SCALE_BLOCK
+from automodel_trainer.models.packed_tensor import pack
 
-BLOCK = 64  # weights that share a scale
-SCALE_BLOCK = 256  # scales that share a second scale, where a weight is large enough
 _RANKS = 8  # up to this many ranks a weight's shards end between blocks, so any layout gets the same numbers
 
 
-class NF4Linear(nn.Module):
-    """A linear layer that packs its weight when it gets it. Mixed in by `prepare_nf4`.
+class PackedWeights(nn.Module):
+    """A module that packs some of its weights when it gets them. Mixed in by `prepare_packing`.
 
     While a checkpoint streams in, no more than one weight is there in full.
     """
 
+    packing: str
+    packed_names: tuple[str, ...]
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight" and param is not None and not param.is_meta and not is_nf4(param):
+        if name in self.packed_names and param is not None and not param.is_meta and not is_packed(param):
             loaded = getattr(param, "_is_hf_initialized", False)
-            param = packed(param)
+            param = packed(param, self.packing)
             param._is_hf_initialized = loaded  # type: ignore[attr-defined]
         super().register_parameter(name, param)
 
 
-def prepare_nf4(model: nn.Module) -> None:
-    """Make the adapted linear layers of `model` (on meta or real) hold their weights as NF4 from now on.
+def prepare_packing(model: nn.Module, packing: str) -> None:
+    """Make `model` (on meta or real) hold its adapted linear weights and fused expert weights packed from now on.
 
     Raises:
-        ValueError: torchao is not installed, or a weight's size is no multiple of a block.
+        ValueError: the library is not installed, or a weight's size is no multiple of a block.
     """
-    _nf4_tensor()
+    _bitsandbytes.functional() if packing == "bnb-nf4" else _torchao.nf4_tensor()
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            if module.weight.shape.numel() % BLOCK:
+        if not (names := _to_pack(module)):
+            continue
+        for key in names:
+            if (elements := module._parameters[key].shape.numel()) % BLOCK:  # type: ignore[union-attr]
                 raise ValueError(
-                    f"lora quantize='nf4': the weight of {name} has {module.weight.shape.numel()} elements, not a "
-                    f"multiple of {BLOCK}. Leave it out with exclude."
+                    f"lora quantize={packing!r}: the {key} of {name} has {elements} elements, not a multiple of "
+                    f"{BLOCK}. Leave it out with exclude."
                 )
-            module.__class__ = mixed(NF4Linear, type(module))
+        module.__class__ = mixed(PackedWeights, type(module))  # type: ignore[arg-type]
+        assert isinstance(module, PackedWeights)
+        module.packing, module.packed_names = packing, names
     # DDP's first broadcast cannot take packed weights, and all ranks read the same file.
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
 
 
+def _to_pack(module: nn.Module) -> tuple[str, ...]:
+    """A single matrix that is not a linear layer's (a router's) is small, and stays as it is."""
+    if isinstance(module, LoRALinear):
+        return ("weight",)
+    if isinstance(module, LoRAParameters):
+        return tuple(name for name in module.adapted if module._parameters[name].ndim == 3)  # type: ignore[union-attr]
+    return ()
+
+
+def packs(module: nn.Module, name: str) -> bool:
+    """Whether this parameter of `module` is packed, or will be once it is real."""
+    return isinstance(module, PackedWeights) and name in module.packed_names
+
+
 def packed_weights(model: nn.Module) -> set[nn.Parameter]:
     """The weights that are packed, or will be once they are real."""
-    return {module.weight for module in model.modules() if isinstance(module, NF4Linear)}  # type: ignore[misc]
+    return {
+        module._parameters[name]  # type: ignore[misc]
+        for module in model.modules()
+        if isinstance(module, PackedWeights)
+        for name in module.packed_names
+    }
 
 
 @torch.no_grad()
-def quantize_nf4(model: nn.Module) -> None:
-    """Pack the weights that came before `prepare_nf4` could see them. Collective."""
+def pack_weights(model: nn.Module) -> None:
+    """Pack the weights that came before `prepare_packing` could see them. Collective."""
     for module in model.modules():
-        if not isinstance(module, NF4Linear):
-            continue
-        weight = module._parameters["weight"]
-        assert weight is not None
-        if not is_nf4(weight):
-            module.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        for name in module.packed_names if isinstance(module, PackedWeights) else ():
+            weight = module._parameters[name]
+            assert weight is not None
+            if not is_packed(weight):
+                setattr(module, name, nn.Parameter(weight.detach(), requires_grad=False))
 
 
-def is_nf4(tensor: Tensor) -> bool:
+def is_packed(tensor: Tensor) -> bool:
     """Whether the tensor, or the shard that this rank holds of it, is packed."""
-    return hasattr(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, "quantized_data")
+    return hasattr(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, "get_original_weight")
 
 
 @torch.no_grad()
-def packed(weight: Tensor) -> nn.Parameter:
+def packed(weight: Tensor, packing: str) -> nn.Parameter:
     """`weight` as NF4, frozen. A DTensor is gathered, packed and sharded again (collective)."""
     weight = weight.detach()
     if not isinstance(weight, DTensor):
-        return nn.Parameter(_nf4_tensor().from_tensor(weight, BLOCK, _scale_block(weight.shape)), requires_grad=False)
+        return nn.Parameter(_shard_of(weight, packing, 0, 1), requires_grad=False)
     mesh, shape = weight.device_mesh, weight.shape
     shards = math.prod(mesh.size(axis) for axis, p in enumerate(weight.placements) if isinstance(p, Shard))
     if any(not isinstance(p, Replicate) and p != Shard(0) for p in weight.placements) or shape[0] % shards:
         raise ValueError(
-            f"A weight of shape {list(shape)} cannot be packed as nf4 in {shards} shards: use fewer ranks."
+            f"A weight of shape {list(shape)} cannot be packed as {packing} in {shards} shards: use fewer ranks."
         )
     full = weight.to(mesh.device_type).full_tensor()  # type: ignore[attr-defined]
-    whole = _nf4_tensor().from_tensor(full, BLOCK, _scale_block(shape, shards))
-    # torchao splits packed rows, scales and second scales alike; the mean of all scales stays the whole weight's.
-    local = whole.split(shape[0] // shards)[_place(weight)] if shards > 1 else whole
-    local = local.to(weight.to_local().device)
+    local = _shard_of(full, packing, _place(weight), shards).to(weight.to_local().device)
     spread = DTensor.from_local(local, mesh, weight.placements, run_check=False, shape=shape, stride=weight.stride())
     return nn.Parameter(spread, requires_grad=False)
+
+
+def _shard_of(weight: Tensor, packing: str, index: int, count: int) -> Any:
+    """One of `count` shards of the packed weight; the mean of all scales stays the whole weight's."""
+    scale_block = _scale_block(weight.shape, count)
+    if packing == "nf4" and weight.ndim == 2:
+        whole = _torchao.nf4_tensor().from_tensor(weight, BLOCK, scale_block)
+        return whole.split(weight.shape[0] // count)[index] if count > 1 else whole
+    made = pack(weight, packing, scale_block)
+    return made.shard(index, count) if count > 1 else made
 
 
 def _place(weight: DTensor) -> int:
@@ -113,11 +146,3 @@ def _scale_block(shape: torch.Size, shards: int = 1) -> int:
             f"the {BLOCK} that share a scale in nf4: use fewer ranks, or leave the layer out with exclude."
         )
     return math.gcd(SCALE_BLOCK, elements // BLOCK)
-
-
-def _nf4_tensor() -> Any:
-    try:
-        from torchao.quantization import NF4Tensor
-    except ImportError as error:
-        raise ValueError("lora quantize='nf4' needs torchao: pip install 'automodel-trainer[fp8]'.") from error
-    return NF4Tensor

@@ -96,7 +96,7 @@ class CausalLMModule(Objective, pl.LightningModule):
         self._window = LossWindow()
         self._guard: FiniteGuard | None = None
         self._grad_norm: Tensor | None = None
-        self._lr = lr
+        self._lr: float | Tensor = lr
         self.save_hyperparameters(
             {
                 "model": model if isinstance(model, (str, os.PathLike)) else model.name_or_path,
@@ -251,7 +251,8 @@ class CausalLMModule(Objective, pl.LightningModule):
         )
         loss_sum = strategy.forward_backward(self, micro_batches, tokens)
         self._grad_norm = strategy.clip_grad_norm_(trainable(self.model.parameters()), self._clip_value)
-        self._lr = optimizer.param_groups[0]["lr"]
+        lr = optimizer.param_groups[0]["lr"]
+        self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # the scheduler fills a tensor in place
         optimizer.step()
         scheduler.step()  # type: ignore[union-attr, call-arg]
         optimizer.zero_grad()

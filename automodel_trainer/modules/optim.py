@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from automodel_trainer.models.lora import learning_rate_of
+from automodel_trainer.strategies._torch import without_graph_cache
 
 
 @dataclass
@@ -62,7 +64,7 @@ def build_optimizer(
         ValueError: nothing to train, or the name is no optimizer, or it does not take an argument.
     """
     if callable(config):
-        return config(parameter_groups(model, None, lr))
+        return compiled_apart(config(parameter_groups(model, None, lr)))
     if isinstance(config, str):
         config = OptimizerConfig(name=config)
     cls = _import_optimizer(config.name)
@@ -78,7 +80,17 @@ def build_optimizer(
     groups = parameter_groups(model, config.weight_decay if "weight_decay" in accepted else None, lr)
     if "fused" in accepted and not {"fused", "foreach"} & args.keys():
         args["fused"] = True
-    return cls(groups, lr=lr, **args)  # type: ignore[call-arg]
+    return compiled_apart(cls(groups, lr=lr, **args))  # type: ignore[call-arg]
+
+
+def compiled_apart(optimizer: Optimizer) -> Optimizer:
+    """Let torchao's optimizers, which compile their step, do so on shards without torch's cache of graphs."""
+    sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    if sharded and type(optimizer).__module__.startswith("torchao."):
+        scope = ExitStack()
+        optimizer.register_step_pre_hook(lambda *_: scope.enter_context(without_graph_cache()) and None)
+        optimizer.register_step_post_hook(lambda *_: scope.close())
+    return optimizer
 
 
 def parameter_groups(model: nn.Module, weight_decay: float | None, lr: float) -> list[dict[str, Any]]:

@@ -48,9 +48,7 @@ def train(spec: str, world_size: int, precision: str, base: Path, lora: dict[str
     for step in range(5):
         mine = random_rows(8, 24, seed=step)[strategy.dp_rank :: strategy.dp_size]
         micro_batches = [stack(mine[i : i + 1]) for i in range(len(mine))]
-        tokens = strategy.sum_over_tokens(
-            torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum()
-        )
+        tokens = strategy.sum_over_rows(torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum())
         loss = strategy.forward_backward(NextToken(model), micro_batches, tokens)
         norms.append(strategy.clip_grad_norm_(parameters, 1.0).item())
         optimizer.step()
@@ -65,7 +63,7 @@ def train(spec: str, world_size: int, precision: str, base: Path, lora: dict[str
     }
 
 
-LAYOUTS = [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp:dp_replicate=2", 4)]
+LAYOUTS = [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp:dp_replicate=2", 4), ("fsdp2:cp=2", 2)]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("dense", {}),
     "dora-head": ("dense", {"use_dora": True, "modules_to_save": ["lm_head"]}),

@@ -14,20 +14,20 @@ from automodel_trainer.models import quantize
 from automodel_trainer.models.adapters import save_adapter
 from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig, adapters
-from automodel_trainer.models.quantize import is_nf4
+from automodel_trainer.models.quantize import is_packed
 from automodel_trainer.modules.optim import OptimizerConfig, build_optimizer
+from tests.beside import use
 from tests.harness import NextToken, make_strategy, random_rows
 from tests.models.test_lora_layouts import train
 from tests.pool import RankPool
 from tests.tiny import tiny_model
-from tests.torchao import use_torchao
 
 IDS = torch.arange(6, 70).view(2, 32)
 
 
 @pytest.fixture(autouse=True)
 def _torchao() -> None:
-    use_torchao()
+    use("torchao")
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def with_torchao(function: Any, *args: Any) -> Any:
+def with_libraries(names: list[str], function: Any, *args: Any) -> Any:
     """`function` on a rank of the pool."""
-    use_torchao()
+    use(*names)
     return function(*args)
 
 
@@ -48,7 +48,7 @@ def test_base_is_packed_and_near_what_it_was(base: Path) -> None:
     plain = tiny_model("llama")
     for adapter in adapters(model):
         weight = adapter.module.weight
-        assert is_nf4(weight)
+        assert is_packed(weight)
         assert not weight.requires_grad
         exact = plain.get_submodule(adapter.target).weight
         block = exact.reshape(-1, 64).abs().amax(dim=1, keepdim=True)
@@ -56,7 +56,7 @@ def test_base_is_packed_and_near_what_it_was(base: Path) -> None:
         assert error.max() < 0.16  # half of the widest gap between two levels, and the rounding of the scales
         packed = sum(getattr(weight, part).nbytes for part in ("quantized_data", "quantized_scalers"))
         assert packed <= 0.6 * weight.numel()
-    assert not is_nf4(model.lm_head.weight)
+    assert not is_packed(model.lm_head.weight)
     assert (model(IDS).logits - plain(IDS).logits).abs().mean() < 0.05
 
 
@@ -83,10 +83,10 @@ def test_gradients_are_those_of_the_unpacked_base(base: Path) -> None:
 def test_ranks(pool: RankPool, base: Path, precision: str, dora: bool) -> None:
     lora = {"quantize": "nf4", "use_dora": dora}
     tight = 1e-5 if precision == "fp32" else 2e-3
-    one = pool.run(1, with_torchao, train, "fsdp2", 1, precision, base, lora)[0]
+    one = pool.run(1, with_libraries, ["torchao"], train, "fsdp2", 1, precision, base, lora)[0]
     layouts = [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp:dp_replicate=2", 4)]
     for spec, world_size in layouts if precision == "fp32" and not dora else layouts[1:2]:
-        for result in pool.run(world_size, with_torchao, train, spec, world_size, precision, base, lora):
+        for result in pool.run(world_size, with_libraries, ["torchao"], train, spec, world_size, precision, base, lora):
             assert result["losses"] == pytest.approx(one["losses"], rel=tight)
     exact = pool.run(1, train, "fsdp2", 1, precision, base, {"use_dora": dora})[0]
     assert one["losses"] != exact["losses"]
@@ -98,15 +98,16 @@ def test_one_weight_at_a_time(base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     events: list[int] = []
     original = quantize.packed
 
-    def packed(weight: torch.Tensor) -> torch.nn.Parameter:
-        events.append(sum(not w.is_meta and not is_nf4(w) for w in quantize.packed_weights(models[0])))
-        return original(weight)
+    def packed(weight: torch.Tensor, packing: str) -> torch.nn.Parameter:
+        events.append(sum(not w.is_meta and not is_packed(w) for w in quantize.packed_weights(models[0])))
+        return original(weight, packing)
 
     models: list[Any] = []
-    prepare = quantize.prepare_nf4
+    prepare = quantize.prepare_packing
     monkeypatch.setattr(quantize, "packed", packed)
     monkeypatch.setattr(
-        "automodel_trainer.models.lora.apply.prepare_nf4", lambda model: (models.append(model), prepare(model))
+        "automodel_trainer.models.lora.apply.prepare_packing",
+        lambda model, packing: (models.append(model), prepare(model, packing)),
     )
     AutoModelForCausalLM.from_pretrained(base, lora=LoRAConfig(rank=4, quantize="nf4"))
     assert events == [0] * 14
@@ -120,10 +121,6 @@ def test_the_adapter_is_saved_without_the_base(base: Path, tmp_path: Path) -> No
 
 
 def test_bad_input(base: Path, tmp_path: Path) -> None:
-    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
-    tiny_model("qwen3_moe", **moe).save_pretrained(tmp_path / "moe")
-    with pytest.raises(ValueError, match=r"quantize='nf4' is for linear layers only.*experts"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "moe", lora=LoRAConfig(quantize="nf4"))
     tiny_model("llama", intermediate_size=65).save_pretrained(tmp_path / "odd")
     with pytest.raises(ValueError, match=r"not a multiple of 64. Leave it out with exclude"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "odd", lora=LoRAConfig(quantize="nf4"))
@@ -140,10 +137,12 @@ def test_scale_blocks_do_not_depend_on_the_ranks() -> None:
 
 def low_bit(name: str, folder: Path, world_size: int, halves: bool) -> list[float]:
     """Six steps of a low-bit optimizer; with `halves`, saved after three and read into a new one."""
-    use_torchao()
+    use("torchao")
     strategy = make_strategy("fsdp2", world_size)
     config = tiny_model("llama", hidden_size=128, intermediate_size=256).config
-    model = AutoModelForCausalLM.from_config(config, strategy, lora=LoRAConfig(rank=64)).train()
+    model = AutoModelForCausalLM.from_config(
+        config, strategy, lora=LoRAConfig(rank=64, target_modules=["up_proj"])
+    ).train()
     optimizer = build_optimizer(OptimizerConfig(f"torchao.optim.{name}"), model, 1e-2)
     losses = []
     for step in range(6):
@@ -153,7 +152,7 @@ def low_bit(name: str, folder: Path, world_size: int, halves: bool) -> list[floa
             optimizer = build_optimizer(OptimizerConfig(f"torchao.optim.{name}"), model, 1e-2)
             load_optimizers(model, [optimizer], folder)
         mine = random_rows(4, 24, seed=0)[strategy.dp_rank :: strategy.dp_size]
-        tokens = strategy.sum_over_tokens(torch.stack([(row["labels"][:, 1:] != -100).sum() for row in mine]).sum())
+        tokens = strategy.sum_over_rows(torch.stack([(row["labels"][:, 1:] != -100).sum() for row in mine]).sum())
         loss = strategy.forward_backward(NextToken(model), mine, tokens)
         optimizer.step()
         optimizer.zero_grad()
@@ -167,7 +166,7 @@ def _local(value: Any) -> Any:
     return getattr(value, "_local_tensor", value)
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("AdamW8bit", 2), ("AdamW4bit", 1)])
+@pytest.mark.parametrize(("name", "world_size"), [("AdamW8bit", 2), ("AdamW4bit", 1), ("AdamW4bit", 2)])
 def test_low_bit_optimizers_resume_bit_for_bit(pool: RankPool, tmp_path: Path, name: str, world_size: int) -> None:
     straight = pool.run(world_size, low_bit, name, tmp_path, world_size, False)[0]
     halves = pool.run(world_size, low_bit, name, tmp_path, world_size, True)[0]

@@ -16,7 +16,7 @@ from automodel_trainer.models.lora.config import LoRAConfig
 from automodel_trainer.models.lora.initialize import initialize_adapter
 from automodel_trainer.models.lora.layers import adapt_linear, adapt_parameter, adapters
 from automodel_trainer.models.lora.targets import Target, find_targets, kind, kinds, matches
-from automodel_trainer.models.quantize import prepare_nf4, quantize_nf4
+from automodel_trainer.models.quantize import pack_weights, prepare_packing
 
 
 def lora_of(model: nn.Module) -> LoRAConfig | None:
@@ -59,7 +59,7 @@ def apply_lora(
             adapt_parameter(model.get_submodule(owner), name, target.rank, target.scaling, dtype=dtype)
     model.lora_config = replace(config, modules_to_save=saved)  # type: ignore[assignment]
     if config.quantize:
-        prepare_nf4(model)
+        prepare_packing(model, config.quantize)
     return model
 
 
@@ -75,7 +75,7 @@ def finish_lora(model: nn.Module) -> None:
     for adapter in adapters(model):
         initialize_adapter(adapter, config.init, seed_of(config.seed, adapter.target))
     if config.quantize:
-        quantize_nf4(model)
+        pack_weights(model)
     if config.adapter is not None:
         load_adapter(model, config.adapter)
 
@@ -139,7 +139,6 @@ def _check(model: PreTrainedModel, config: LoRAConfig, targets: list[Target], li
         f"dropout={config.dropout}": bool(config.dropout),
         "use_dora=True": config.use_dora,
         f"init={config.init!r}": config.init != "kaiming",
-        f"quantize={config.quantize!r}": bool(config.quantize),
     }
     wrong = [option for option, is_on in asked.items() if is_on]
     if parameters and wrong:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from automodel_trainer.models.nf4 import PACKINGS
+
 INITS = ("kaiming", "pissa", "orthogonal")
 
 
@@ -27,7 +29,8 @@ class LoRAConfig:
         modules_to_save: names or globs of modules that are trained whole and saved with the adapter (embeddings, head).
         lr_ratio: the learning rate of B as a multiple of A's (LoRA+, arXiv 2402.12354).
         modules_to_save_lr: learning rate of modules_to_save; None: that of the adapters.
-        quantize: `nf4` holds the adapted base weights in 4 bits (QLoRA, arXiv 2305.14314); needs torchao.
+        quantize: `nf4` holds the adapted base weights (linear layers and fused experts) in 4 bits (QLoRA, arXiv
+            2305.14314) and needs torchao; `bnb-nf4` is bitsandbytes' packing of the same.
         adapter: folder or Hub id of an adapter in PEFT's format to go on from. It decides rank, alpha, dropout, targets
             and the kind of adapter; leave these out.
         seed: of the adapters' first values.
@@ -47,7 +50,7 @@ class LoRAConfig:
     modules_to_save: list[str] = field(default_factory=list)
     lr_ratio: float = 1.0
     modules_to_save_lr: float | None = None
-    quantize: Literal["nf4"] | None = None
+    quantize: Literal["nf4", "bnb-nf4"] | None = None
     adapter: str | None = None
     seed: int = 0
 
@@ -68,10 +71,12 @@ class LoRAConfig:
             raise ValueError("lora lr_ratio must be positive and modules_to_save_lr not negative.")
         if self.modules_to_save_lr is not None and not self.modules_to_save and not self.adapter:
             raise ValueError("lora modules_to_save_lr is given, but modules_to_save names nothing.")
-        if self.quantize not in (None, "nf4"):
-            raise ValueError(f"lora quantize={self.quantize!r} is unknown. Allowed: nf4, or none.")
+        if self.quantize not in (None, *PACKINGS):
+            raise ValueError(f"lora quantize={self.quantize!r} is unknown. Allowed: {', '.join(PACKINGS)}, or none.")
         if self.quantize and self.init == "pissa":
-            raise ValueError("lora init='pissa' takes the adapter out of the base weight: that weight cannot be nf4.")
+            raise ValueError(
+                "lora init='pissa' takes the adapter out of the base weight: that weight cannot be packed."
+            )
 
     @property
     def scale(self) -> float:

@@ -63,7 +63,7 @@ def whole(tensor: Tensor) -> Tensor:
     if (unpacked := dense(local)) is not local:
         tensor = DTensor.from_local(unpacked, tensor.device_mesh, tensor.placements, run_check=False)
     # With CPU offload the shards lie in host memory, where NCCL cannot gather them.
-    return tensor.to(tensor.device_mesh.device_type).full_tensor()
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 
 
 def assign(parameter: Tensor, full: Tensor) -> None:

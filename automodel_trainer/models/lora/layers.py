@@ -34,7 +34,7 @@ class LoRALinear(nn.Linear):
         """magnitude · (W + s·B·A)·x / ‖W + s·B·A‖, written as a change of the base's output."""
         a, b = self.lora_A.weight, self.lora_B.weight
         weight = dense(self.weight)
-        scale = self.lora_magnitude_vector / direction_norm(weight, a, b, self.scaling)
+        scale = self.lora_magnitude_vector / direction_norm(weight, a, b, self.scaling)  # type: ignore[arg-type, operator]
         if self.lora_dropout and self.training:
             x = F.dropout(x, self.lora_dropout)
             straight = F.linear(x.to(weight.dtype), weight)
@@ -71,7 +71,8 @@ class LoRAParameters(nn.Module):
             factors = self.low_rank_of(name)
             a, b = factors.lora_A.weight, factors.lora_B.weight
             # Python looks into `__dict__` before it asks `nn.Module.__getattr__` for the parameter.
-            self.__dict__[name] = adapted_weight(self._parameters[name], a, b, factors.scaling, transposed)
+            base = dense(self._parameters[name])  # type: ignore[arg-type]
+            self.__dict__[name] = adapted_weight(base, a, b, factors.scaling, transposed)
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -143,7 +144,7 @@ def adapt_linear(
 ) -> None:
     """Give a linear layer an adapter, in place and on its device."""
     factory: dict[str, Any] = {"device": module.weight.device, "dtype": dtype}
-    module.__class__ = mixed(LoRALinear, type(module))
+    module.__class__ = mixed(LoRALinear, type(module))  # type: ignore[assignment, arg-type]
     assert isinstance(module, LoRALinear)
     module.lora_A = nn.Linear(module.in_features, rank, bias=False, **factory)
     module.lora_B = nn.Linear(rank, module.out_features, bias=False, **factory)
@@ -161,8 +162,8 @@ def adapt_parameter(module: nn.Module, name: str, rank: int, scaling: float, *, 
     if weight.ndim == 3 and getattr(module, "is_transposed", False):
         outputs, inputs = inputs, outputs
     if not isinstance(module, LoRAParameters):
-        module.__class__ = mixed(LoRAParameters, type(module))
-        module.adapted = []
+        module.__class__ = mixed(LoRAParameters, type(module))  # type: ignore[arg-type]
+        module.adapted = []  # type: ignore[assignment]
     assert isinstance(module, LoRAParameters)
     factors = LowRank(inputs, outputs, rank, experts, scaling, device=weight.device, dtype=dtype)
     module.add_module(f"lora_{name}", factors)

@@ -1,0 +1,40 @@
+"""NF4 as torchao packs it; what is private there is named here (torchao 0.18)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from automodel_trainer.models.nf4 import BLOCK, Parts
+
+
+def nf4_tensor() -> Any:
+    """torchao's NF4Tensor, which holds weights of one or two dimensions.
+
+    Raises:
+        ValueError: torchao is not installed.
+    """
+    try:
+        from torchao.quantization import NF4Tensor
+    except ImportError as error:
+        raise ValueError("lora quantize='nf4' needs torchao: pip install 'automodel-trainer[fp8]'.") from error
+    return NF4Tensor
+
+
+def pack(weight: Tensor, scale_block: int) -> Parts:
+    """A dense weight of any shape as parts."""
+    made = nf4_tensor().from_tensor(weight.reshape(-1, BLOCK).contiguous(), BLOCK, scale_block)
+    return Parts(made.quantized_data, made.quantized_scalers, made.quantization_factor, made.scaler_mean, made.nf4)
+
+
+def unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
+    """The numbers in a row, `[n]`."""
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import SubclassTensorArgs
+
+    blocks = parts.scales.numel()
+    shape, scale_block = torch.Size((blocks, BLOCK)), blocks // parts.factors.numel()
+    meta = SubclassTensorArgs(shape, (BLOCK, 1), 0, parts.levels.dtype, parts.codes.device, False)
+    inner = (parts.scales, parts.factors, parts.mean, parts.codes, parts.levels)
+    return nf4_tensor()(meta, BLOCK, blocks, scale_block, *inner).get_original_weight().reshape(-1).to(dtype)

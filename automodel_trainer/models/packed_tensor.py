@@ -1,0 +1,173 @@
+"""A frozen weight of any shape that is held as NF4, and that FSDP2 shards and gathers packed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from automodel_trainer.models import _bitsandbytes, _torchao
+from automodel_trainer.models.nf4 import Parts
+
+_NAMES = [field.name for field in fields(Parts)]
+_CUT = ("codes", "scales", "factors")  # these lie in the order of the weight; the others are the whole weight's
+_LIBRARIES = {"nf4": _torchao, "bnb-nf4": _bitsandbytes}
+aten = torch.ops.aten
+
+
+def pack(weight: Tensor, packing: str, scale_block: int) -> PackedTensor:
+    """Pack a dense weight of any shape; `scale_block` scales share a second one."""
+    return PackedTensor(_LIBRARIES[packing].pack(weight, scale_block), packing, weight.shape, weight.dtype)
+
+
+class PackedTensor(torch.Tensor):
+    """Looks like the dense weight (shape, dtype), and holds `Parts`.
+
+    torchao's own NF4Tensor has two dimensions at most, and bitsandbytes' parameter knows nothing of shards.
+
+    Args:
+        parts: what it is packed into; codes in the row-major order of the weight.
+        packing: `nf4` (torchao's) or `bnb-nf4` (bitsandbytes').
+        shape: of the dense weight.
+        dtype: that it unpacks into.
+    """
+
+    parts: Parts
+    packing: str
+
+    @staticmethod
+    def __new__(cls, parts: Parts, packing: str, shape: Sequence[int], dtype: torch.dtype) -> PackedTensor:
+        made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=parts.codes.device)
+        made.parts, made.packing = parts, packing
+        for name in _NAMES:  # where `__tensor_flatten__` says they are
+            setattr(made, f"part_{name}", getattr(parts, name))
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"PackedTensor({self.packing}, shape={list(self.shape)}, dtype={self.dtype})"
+
+    def get_original_weight(self) -> Tensor:
+        """The dense weight. (The name is NF4Tensor's, so that a caller need not tell them apart.)"""
+        return _LIBRARIES[self.packing].unpack(self.parts, self.dtype).view(self.shape)
+
+    def remade(self, function: Callable[[Tensor], Tensor], shape: Sequence[int] | None = None) -> PackedTensor:
+        """The same with `function` applied to every part."""
+        parts = Parts(**{name: function(getattr(self.parts, name)) for name in _NAMES})
+        return PackedTensor(parts, self.packing, self.shape if shape is None else shape, self.dtype)
+
+    def shard(self, index: int, count: int) -> PackedTensor:
+        """One of `count` equal shards along dimension 0, copied out."""
+        cut = {name: getattr(self.parts, name).chunk(count)[index].clone() for name in _CUT if self._has(name)}
+        shape = (self.shape[0] // count, *self.shape[1:])
+        return PackedTensor(replace(self.parts, **cut), self.packing, shape, self.dtype)
+
+    def _has(self, name: str) -> bool:
+        return getattr(self.parts, name).numel() > 0
+
+    # --- FSDP2's extension for tensors that are gathered as several --------------------------------------------------
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
+        names = [name for name in _CUT if self._has(name)]
+        shape = (self.shape[0] * mesh.size(), *self.shape[1:])
+        return tuple(getattr(self.parts, name) for name in names), (names, shape, self)
+
+    def fsdp_post_all_gather(
+        self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> Any:
+        if out is not None:  # its parts are views of `outputs`
+            return None
+        names, shape, shard = metadata
+        parts = replace(shard.parts, **dict(zip(names, outputs)))
+        return PackedTensor(parts, shard.packing, shape, shard.dtype), outputs
+
+    # --- torch's protocols for subclasses ----------------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return [f"part_{name}" for name in _NAMES], (self.packing, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> PackedTensor:
+        packing, dtype = context
+        return PackedTensor(Parts(**{name: inner[f"part_{name}"] for name in _NAMES}), packing, size, dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return _linear(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func not in _OPS:
+            raise NotImplementedError(f"A weight packed as NF4 does not know {func}: unpack it (get_original_weight).")
+        return _OPS[func](func, *args, **(kwargs or {}))
+
+
+def _same(func: Any, tensor: PackedTensor, **_: Any) -> PackedTensor:
+    return tensor.remade(func)
+
+
+def _shaped(func: Any, tensor: PackedTensor, shape: Sequence[int], *_: Any) -> PackedTensor:
+    """view and as_strided: the same numbers in the same order."""
+    shape = [tensor.numel()] if list(shape) == [-1] else shape
+    assert math.prod(shape) == tensor.numel(), "a part of a packed weight cannot be viewed"
+    return tensor.remade(aten.detach.default, shape)
+
+
+def _sliced(func: Any, tensor: PackedTensor, dim: int = 0, start: int = 0, end: int | None = None) -> PackedTensor:
+    assert start in (0, None), "a part of a packed weight cannot be cut out"
+    assert end is None or end >= tensor.shape[dim], "a part of a packed weight cannot be cut out"
+    return tensor.remade(aten.detach.default)
+
+
+def _moved(func: Any, tensor: PackedTensor, **options: Any) -> PackedTensor:
+    """To another device, or to another dtype to unpack into."""
+    dtype = options.get("dtype") or tensor.dtype
+    device, wait = options.get("device"), not options.get("non_blocking", False)
+    moved = tensor.remade(lambda part: part.to(device, non_blocking=not wait, copy=True))
+    return PackedTensor(moved.parts, tensor.packing, tensor.shape, dtype)
+
+
+def _pinned(func: Any, tensor: PackedTensor, *args: Any, **kwargs: Any) -> bool:
+    return all(func(getattr(tensor.parts, name), *args, **kwargs) for name in _CUT if tensor._has(name))
+
+
+_OPS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.clone.default: _same,
+    aten._pin_memory.default: _same,
+    aten.is_pinned.default: _pinned,
+    aten.view.default: _shaped,
+    aten._unsafe_view.default: _shaped,
+    aten.as_strided.default: _shaped,
+    aten.slice.Tensor: _sliced,
+    aten._to_copy.default: _moved,
+}
+
+
+class _Linear(torch.autograd.Function):
+    """x·Wᵀ that keeps the packed weight for backward, not the dense one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedTensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.get_original_weight().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight.get_original_weight().to(gradient.dtype), None
+
+
+def _linear(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) -> Tensor:
+    out = _Linear.apply(x, weight)
+    return out if bias is None else out + bias.to(out.dtype)
