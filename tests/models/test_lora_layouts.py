@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import transformers
 from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer import CausalLMModule, MockDataModule, Trainer
+from automodel_trainer.callbacks.ledger_text import ledger_rows
 from automodel_trainer.models.adapters import trained_tensors
 from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.initialize import whole
 from automodel_trainer.strategies.clip import local_tensor
+from tests.beside import use
 from tests.harness import NextToken, make_strategy, random_rows, relative_error, stack
 from tests.pool import RankPool
 from tests.tiny import tiny_model, tiny_tokenizer
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+ADAPTED = [*(f"{n}_proj" for n in "qkvo"), "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(6, 70).view(2, 32)
 
 
@@ -133,11 +137,13 @@ def fit(base: Path, root: Path, steps: int, stop: int, ckpt: Path | None = None,
     return {"trainer": trainer, "module": module, "checkpoint": checkpoint, "losses": losses.values}
 
 
-@pytest.mark.parametrize("init", ["kaiming", "pissa"])
-def test_resume_is_exact_and_writes_no_base(bases: Path, tmp_path: Path, init: Any) -> None:
-    straight = fit(bases / "dense", tmp_path / "a", 6, 6, init=init)
-    half = fit(bases / "dense", tmp_path / "b", 6, 3, init=init)
-    rest = fit(bases / "dense", tmp_path / "c", 6, 6, half["checkpoint"], init=init)
+@pytest.mark.parametrize("lora", [{}, {"init": "pissa"}, {"quantize": "nf4"}], ids=["plain", "pissa", "nf4"])
+def test_resume_is_exact_and_writes_no_base(bases: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    if "quantize" in lora:
+        use("torchao")
+    straight = fit(bases / "dense", tmp_path / "a", 6, 6, **lora)
+    half = fit(bases / "dense", tmp_path / "b", 6, 3, **lora)
+    rest = fit(bases / "dense", tmp_path / "c", 6, 6, half["checkpoint"], **lora)
     assert half["losses"] + rest["losses"] == straight["losses"]
     for name, parameter in trained_tensors(straight["module"].model).items():
         assert torch.equal(parameter, trained_tensors(rest["module"].model)[name]), name
@@ -161,8 +167,14 @@ def test_checkpoint_export_and_merge_are_what_was_trained(bases: Path, tmp_path:
     torch.testing.assert_close(loaded(IDS).logits, expected, atol=1e-5, rtol=0)
     assert transformers.AutoTokenizer.from_pretrained(merged).chat_template
     assert not list(tmp_path.glob(".merged*"))
-    facts = (tmp_path / "run" / "ledger.json").read_text()
-    assert "rank 4 on 14 weights" in facts
+    facts = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    found = [f"2 × {name}" for name in sorted(ADAPTED)]
+    assert facts["model"]["lora"].startswith("rank 4 on 14 weights: ")
+    assert sorted(facts["model"]["lora"].partition(": ")[2].partition(";")[0].split(", ")) == found
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    text = dict(ledger_rows(facts))["parameters"]
+    assert text == f"{trained:,} trained ({trained / total:.2%}), {total - trained:,} frozen"
 
 
 def on_ranks(base: Path, root: Path) -> list[float]:
