@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 
-import torch._functorch.config
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
-__all__ = [
-    "StridedShard",
-    "all_gather_single",
-    "flatten_mesh",
-    "placeable",
-    "reduce_scatter_single",
-    "without_graph_cache",
-]
+__all__ = ["StridedShard", "all_gather_single", "flatten_mesh", "placeable", "reduce_scatter_single"]
 
 # renamed in torch 2.13
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,14 +19,6 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
     """A multi-dimensional mesh as one axis called `name`. Asked for twice, the same mesh comes back."""
     return mesh._flatten(name)
-
-
-def without_graph_cache() -> AbstractContextManager[None]:
-    """Compile without looking for the graph on disk, where DTensors are told apart by shape and placement alone.
-
-    Graphs of other packings of the same shape (8-bit and 4-bit optimizer state) are taken for this one's, and fail.
-    """
-    return torch._functorch.config.patch(enable_autograd_cache=False)
 
 
 def placeable(tensor: DTensor) -> tuple[Placement, ...]:
