@@ -4,16 +4,77 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
-__all__ = ["StridedShard", "all_gather_single", "flatten_mesh", "placeable", "reduce_scatter_single"]
+__all__ = [
+    "StridedShard",
+    "all_gather_first",
+    "all_reduce_sum",
+    "flatten_mesh",
+    "placeable",
+    "prefer_recomputing",
+    "raise_recompile_limit",
+    "reduce_scatter_first",
+]
 
 # renamed in torch 2.13
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+# Inside of a compiled function collectives are the functional ones, which the compiler can see (and overlap); outside,
+# the plain ones, which cost less on the host.
+
+
+def all_reduce_sum(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of the ranks' `x`, a new tensor."""
+    if torch.compiler.is_compiling():
+        return _waited(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group.group_name))
+    x = x.contiguous().clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def all_gather_first(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The ranks' contiguous `[n, …]`, one after the other: `[ranks · n, …]`."""
+    if torch.compiler.is_compiling():
+        return _waited(torch.ops._c10d_functional.all_gather_into_tensor(x, group.size(), group.group_name))
+    whole = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    _all_gather(whole, x, group=group)
+    return whole
+
+
+def reduce_scatter_first(x: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's `[n, …]` of the sum of the ranks' contiguous `[ranks · n, …]`."""
+    if torch.compiler.is_compiling():
+        return _waited(torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", group.size(), group.group_name))
+    part = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    _reduce_scatter(part, x, group=group)
+    return part
+
+
+def _waited(tensor: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(tensor)  # type: ignore[no-any-return]
+
+
+def raise_recompile_limit() -> None:
+    """Blocks of several kinds share one compiled function: dynamo's 8 variants of it may be too few."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+
+def prefer_recomputing() -> None:
+    """Let compiled backwards recompute what is cheap (activations, norms) also where a matmul reads it.
+
+    By default such tensors are kept from the forward. They are a fifth of a block's activations when it is adapted by
+    LoRA, whose factors' gradients read every input.
+    """
+    torch._functorch.config.ban_recompute_materialized_backward = False
 
 
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from automodel_trainer.strategies.blocks import find_blocks
+from automodel_trainer.strategies.wrap import wrap
 
 # What is dear to compute and cheap to keep: matmuls and attention. Everything else is recomputed.
 _KEEP = {
@@ -23,22 +27,34 @@ _KEEP = {
 
 
 def apply_activation_checkpointing(model: nn.Module, mode: Literal["full", "selective"]) -> None:
-    """Checkpoint every block of a transformers model, in place; parameter names do not change.
+    """Checkpoint the training forward of every block of `model`, in place; parameter names do not change.
+
+    What is wrapped around a block's forward before is recomputed with it, what is wrapped around it later is not.
 
     Raises:
-        ValueError: an unknown mode, or a model that does not support checkpointing.
+        ValueError: an unknown mode, or a model without blocks.
     """
     if mode not in ("full", "selective"):
         raise ValueError(f"activation_checkpointing={mode!r} is unknown. Allowed: full, selective, or none at all.")
-    if not getattr(model, "supports_gradient_checkpointing", False):
+    blocks = find_blocks(model)
+    if not blocks:
         raise ValueError(
-            f"{type(model).__name__} does not support activation checkpointing in transformers. "
-            "Set activation_checkpointing to null."
+            f"activation_checkpointing recomputes a model block by block, and {type(model).__name__} has no list of "
+            "blocks (nn.ModuleList). Set activation_checkpointing to null."
         )
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
+    for block in blocks:
+        wrap(block, partial(_checkpointed, block, options))
+
+
+def _checkpointed(
+    block: nn.Module, options: dict[str, Any], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, **options, **kwargs)
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from automodel_trainer._lightning import NotebookLauncher, SubprocessLauncher, sync_rank_zero
 from automodel_trainer.strategies.clip import clip_grads_, total_grad_norm
+from automodel_trainer.strategies.compile import wants_compile
 from automodel_trainer.strategies.deferred_logits import deferred_logits
 from automodel_trainer.strategies.mesh import DATA_AXES, TOKEN_AXES, ParallelDims, submesh
 from automodel_trainer.strategies.precision import Dtypes, dtypes_of
@@ -59,6 +60,8 @@ class MeshStrategy(ParallelStrategy):
         dims: sizes of the mesh axes.
         launcher: how `devices=N` starts its processes where torchrun or srun did not: `subprocess` runs the script
             again, `fork` and `spawn` run `fit` in worker processes, as a notebook needs it; `auto` tells by itself.
+        compile: run every block as one compiled function in training. "auto": where there is a GPU.
+        compile_backend: of `torch.compile`.
         process_group_backend: defaults to gloo on CPU, and to NCCL with gloo beside it for CPU tensors on CUDA.
         timeout: how long a collective waits for a missing rank.
     """
@@ -67,12 +70,15 @@ class MeshStrategy(ParallelStrategy):
         self,
         dims: ParallelDims,
         *,
+        compile: bool | Literal["auto"] = "auto",
+        compile_backend: str = "inductor",
         launcher: Literal["auto", "subprocess", "fork", "spawn"] = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
         super().__init__()
         self.requested_dims = dims
+        self.compile, self.compile_backend = compile, compile_backend
         self.launcher_name = launcher
         self.process_group_backend = process_group_backend
         self.timeout = timeout
@@ -84,6 +90,11 @@ class MeshStrategy(ParallelStrategy):
     @abstractmethod
     def parallelize(self, model: nn.Module) -> nn.Module:
         """Lay `model` (on meta, or real and equal on all ranks) out on the mesh, in place. Idempotent."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks of an objective's model are compiled; ValueError where they cannot be."""
+        return wants_compile(self.compile, self.compile_backend, self.root_device)
 
     def place(self, model: nn.Module) -> None:
         """Called once the parameters of a laid-out model have their values: put them where this layout keeps them."""

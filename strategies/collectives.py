@@ -12,13 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
-from automodel_trainer.strategies._torch import all_gather_single, reduce_scatter_single
+from automodel_trainer.strategies._torch import all_gather_first, all_reduce_sum, reduce_scatter_first
 
 SEQUENCE = 1  # activations are [b, s, h]
 
@@ -70,13 +69,13 @@ class _SumGradient(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         dtype = torch.promote_types(grad.dtype, torch.float32) if ctx.wide else grad.dtype
-        return _summed(grad.to(dtype), ctx.group).to(grad.dtype), None, None
+        return all_reduce_sum(grad.to(dtype), ctx.group).to(grad.dtype), None, None
 
 
 class _AllReduce(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return _summed(x, group)
+        return all_reduce_sum(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -139,12 +138,6 @@ class _ReduceScatterSequence(Function):
         return _gathered(grad, ctx.group, SEQUENCE, ctx.length), None
 
 
-def _summed(x: Tensor, group: ProcessGroup) -> Tensor:
-    x = x.contiguous().clone()
-    dist.all_reduce(x, group=group)
-    return x
-
-
 def _chunk(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     """This rank's part as `torch.chunk` has it: the last ones may be shorter, or empty."""
     size, width = group.size(), x.shape[dim]
@@ -165,18 +158,13 @@ def _padded_chunk(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def _gathered(x: Tensor, group: ProcessGroup, dim: int, length: int) -> Tensor:
     """The ranks' chunks side by side, without the padding at the end."""
-    size, dim = group.size(), dim % x.ndim
+    size = group.size()
     x = _pad(x, dim, -(-length // size)).contiguous()
-    parts = x.new_empty(size, *x.shape)
-    all_gather_single(parts.flatten(0, 1), x, group=group)
-    whole = parts.movedim(0, dim).flatten(dim, dim + 1)
+    whole = torch.cat(all_gather_first(x, group).chunk(size), dim)
     return whole.narrow(dim, 0, length).contiguous()  # models call view on it
 
 
 def _reduce_scattered(x: Tensor, group: ProcessGroup) -> Tensor:
     size = group.size()
     x = _pad(x, SEQUENCE, -(-x.shape[SEQUENCE] // size) * size)
-    parts = x.unflatten(SEQUENCE, (size, -1)).movedim(SEQUENCE, 0).contiguous()
-    out = torch.empty_like(parts[0])
-    reduce_scatter_single(out, parts.flatten(0, 1), group=group)
-    return out
+    return reduce_scatter_first(torch.cat(x.chunk(size, SEQUENCE)), group)

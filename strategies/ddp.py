@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from automodel_trainer._lightning import DDPForwardRedirection, prepare_for_backward
 from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
 from automodel_trainer.strategies.base import MeshStrategy, Objective
+from automodel_trainer.strategies.compile import compile_blocks
 from automodel_trainer.strategies.mesh import ParallelDims
 
 
@@ -24,7 +25,7 @@ class DDPStrategy(MeshStrategy):
         activation_checkpointing: "full" or "selective", see `FSDP2Strategy`.
         find_unused_parameters: let parameters that take no part in a step pass (costs a walk over the graph).
         bucket_cap_mb: size of a gradient bucket, in MiB.
-        launcher, process_group_backend, timeout: see `MeshStrategy`.
+        compile, compile_backend, launcher, process_group_backend, timeout: see `MeshStrategy`.
 
     Source: torch.nn.parallel.DistributedDataParallel; arXiv 2006.15704.
     """
@@ -53,6 +54,8 @@ class DDPStrategy(MeshStrategy):
     def parallelize(self, model: nn.Module) -> nn.Module:
         if self.activation_checkpointing:
             apply_activation_checkpointing(model, self.activation_checkpointing)
+        if self.compiles:
+            compile_blocks(model, self.compile_backend)
         return model  # wrapped in `layout`: DDP needs real parameters
 
     def layout(self, module: pl.LightningModule) -> None:

@@ -21,6 +21,7 @@ from automodel_trainer.strategies._torch import StridedShard
 from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
 from automodel_trainer.strategies.base import MeshStrategy, MicroBatch, Objective, Part
 from automodel_trainer.strategies.blocks import find_blocks
+from automodel_trainer.strategies.compile import compile_blocks
 from automodel_trainer.strategies.context import ContextParallel
 from automodel_trainer.strategies.context_attention import CPAttention, install_attention
 from automodel_trainer.strategies.loss_parallel import sharded_logits
@@ -57,7 +58,7 @@ class FSDP2Strategy(MeshStrategy):
             and attention and recomputes the rest.
         sync_every_micro_batch: reduce gradients after every micro-batch instead of once per optimizer step: more
             traffic, but unsharded gradients are not held while micro-batches accumulate.
-        launcher, process_group_backend, timeout: see `MeshStrategy`.
+        compile, compile_backend, launcher, process_group_backend, timeout: see `MeshStrategy`.
 
     Source: `torch.distributed.fsdp.fully_shard`; ZeRO, arXiv 1910.02054.
     """
@@ -126,8 +127,12 @@ class FSDP2Strategy(MeshStrategy):
     def parallelize(self, model: nn.Module) -> nn.Module:
         if is_laid_out(model):
             return model
-        if self.activation_checkpointing:
-            apply_activation_checkpointing(model, self.activation_checkpointing)
+        # The compiler sees what is recomputed. Under tp recomputing takes the parameters' parts anew, outside of it.
+        checkpoint_first = self.dims.tp == 1
+        if checkpoint_first:
+            self._checkpoint_activations(model)
+        if self.compiles:
+            compile_blocks(model, self.compile_backend)
         if self.dims.cp > 1:
             method = install_attention(model, self.dims.cp, self.dims.tp, self.cp_attention)  # type: ignore[arg-type]
             self._context = ContextParallel(self.device_mesh["cp"], method, multiple_of=self.dims.tp)
@@ -136,10 +141,21 @@ class FSDP2Strategy(MeshStrategy):
         if self.dims.tp > 1:
             tensor_parallel(model, self.device_mesh["tp"], self.tp_plan, self.sequence_parallel)
             self._check_replicas = True
+        if not checkpoint_first:
+            self._checkpoint_activations(model)
         if not self._needs_shards:
             return model if _on_meta(model) else model.to(self.root_device)
         self._shard(model, sum_gradients=True)
         return model
+
+    def _checkpoint_activations(self, model: nn.Module) -> None:
+        if self.activation_checkpointing == "selective" and self.compiles and self.dims.tp > 1:
+            raise ValueError(
+                "activation_checkpointing='selective' cannot look into compiled blocks that tensor parallel cut. Set "
+                "activation_checkpointing='full', or compile=False."
+            )
+        if self.activation_checkpointing:
+            apply_activation_checkpointing(model, self.activation_checkpointing)
 
     @property
     def _needs_shards(self) -> bool:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from automodel_trainer.strategies.collectives import gather_sequence, slice_sequence
-from automodel_trainer.strategies.tensor_layers import on_hidden_states, on_output, wrap
+from automodel_trainer.strategies.tensor_layers import on_hidden_states, on_output
 from automodel_trainer.strategies.tensor_plan import ROWS, TensorPlan
+from automodel_trainer.strategies.wrap import wrap
 
 _SUMMING = {"moe_tp_experts", "all_reduce"}  # styles whose output is whole
 

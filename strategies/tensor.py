@@ -24,8 +24,9 @@ from automodel_trainer.strategies.collectives import sum_gradient
 from automodel_trainer.strategies.sequence import SequenceParallel
 from automodel_trainer.strategies.tensor_adapters import cut_adapters
 from automodel_trainer.strategies.tensor_check import check_gates
-from automodel_trainer.strategies.tensor_layers import joint_entries, wrap, wrap_entry, wrap_layer
+from automodel_trainer.strategies.tensor_layers import joint_entries, wrap_entry, wrap_layer
 from automodel_trainer.strategies.tensor_plan import TensorPlan, expand_plan
+from automodel_trainer.strategies.wrap import wrap
 
 _Held = list[tuple[nn.Module, str, bool]]  # module, parameter, whether its gradient is summed over the ranks
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,19 +20,7 @@ from automodel_trainer.strategies.collectives import (
 )
 from automodel_trainer.strategies.loss_parallel import keeps_logits_sharded
 from automodel_trainer.strategies.tensor_plan import BETWEEN, COLUMNS, GATHERED, ROWS, SPLIT_INPUT, TensorPlan
-
-Forward = Callable[..., Any]
-
-
-def wrap(module: nn.Module, around: Forward) -> None:
-    """Make `module` run `around(its forward, *args, **kwargs)`."""
-    original = module.forward
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
-
-    module.forward = forward  # type: ignore[method-assign]
+from automodel_trainer.strategies.wrap import Forward, wrap
 
 
 def on_hidden_states(change: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -1,0 +1,108 @@
+"""Compiled blocks: the same numbers, one compiled function for all blocks, checkpointing inside, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from automodel_trainer.strategies.compile import compile_blocks
+from tests.harness import make_strategy
+from tests.pool import RankPool
+from tests.strategies.test_parity import check, reference, train
+from tests.tiny import tiny_model
+
+COMPILED = "compile=true,compile_backend=aot_eager"
+
+
+@pytest.mark.parametrize("spec", ["auto", "ddp", "fsdp2:activation_checkpointing=full"])
+def test_one_device(spec: str) -> None:
+    separator = "," if ":" in spec else ":"
+    check(train(f"{spec}{separator}{COMPILED}", 1, 4, "llama", tied=True), reference("llama", tied=True))
+
+
+@pytest.mark.parametrize(
+    ("spec", "family"),
+    [
+        ("fsdp2:activation_checkpointing=selective", "gemma3_text"),
+        ("fsdp2:tp=2", "llama"),
+        ("fsdp2:tp=2,activation_checkpointing=full", "qwen3"),
+        ("fsdp2:tp=2,sequence_parallel=false", "phi3"),
+    ],
+)
+def test_ranks(pool: RankPool, spec: str, family: str) -> None:
+    for result in pool.run(2, train, f"{spec},{COMPILED}", 2, 4, family, False):
+        check(result, reference(family, tied=False))
+
+
+def count_graphs(spec: str) -> tuple[int, int]:
+    """Graphs that training two micro-batches compiled, and times that dynamo gave up on a piece of code."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train(spec, 2, 4, "llama", False)
+    counters: Any = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize("spec", ["fsdp2", "fsdp2:tp=2"])
+def test_blocks_share_one_graph(pool: RankPool, spec: str) -> None:
+    separator = "," if ":" in spec else ":"
+    for graphs, breaks in pool.run(2, count_graphs, f"{spec}{separator}{COMPILED}"):
+        assert breaks == 0
+        assert graphs == 1
+
+
+class Counted(torch.nn.Module):
+    """An activation function that counts how often it is computed."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.inner(x)
+
+
+def count_calls(spec: str, world_size: int) -> int:
+    torch._dynamo.reset()
+    strategy = make_strategy(spec, world_size)
+    model = tiny_model("llama").train()
+    counted = model.model.layers[0].mlp.act_fn = Counted(model.model.layers[0].mlp.act_fn)
+    model = strategy.parallelize(model)
+    model(input_ids=torch.arange(8)[None]).logits.sum().backward()
+    return counted.calls
+
+
+@pytest.mark.parametrize("spec", ["fsdp2", f"fsdp2:{COMPILED}", "fsdp2:tp=2", "fsdp2:cpu_offload=true"])
+def test_checkpointing_recomputes(pool: RankPool, spec: str) -> None:
+    """What a block computes is computed once more in backward, and once only without checkpointing."""
+    separator = "," if ":" in spec else ":"
+    assert pool.run(2, count_calls, spec, 2) == [1, 1]
+    assert pool.run(2, count_calls, f"{spec}{separator}activation_checkpointing=full", 2) == [2, 2]
+
+
+def test_evaluation_is_not_compiled() -> None:
+    model = tiny_model("llama").eval()
+    ids = torch.arange(8)[None]
+    expected = model(input_ids=ids).logits
+
+    def fail(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("compiled")
+
+    compile_blocks(model, fail)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+def test_refusals(pool: RankPool) -> None:
+    with pytest.raises(ValueError, match="compile=True makes GPU kernels, and this run is on cpu"):
+        train("fsdp2:compile=true", 1, 4, "llama", tied=True)
+    with pytest.raises(ValueError, match="compile='yes' is unknown"):
+        train("fsdp2:compile='yes'", 1, 4, "llama", tied=True)
+    selective = f"fsdp2:tp=2,activation_checkpointing=selective,{COMPILED}"
+    with pytest.raises(AssertionError, match="'selective' cannot look into compiled blocks"):
+        pool.run(2, count_calls, selective, 2)
+    with pytest.raises(ValueError, match="no list of blocks"):
+        compile_blocks(torch.nn.Linear(2, 2))
