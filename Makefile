@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint types venv clean
+.PHONY: quickstart test test-matrix lint types venv clean
 
 venv: $(VENV)/.installed
 
@@ -37,6 +37,12 @@ types: venv
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# All of what `make test` takes a covering subset of: a hundred kills, every layout resumed on every other (writes the
+# table of docs/resume.md).
+test-matrix: venv
+	AMT_KILLS=100 $(BIN)/python -m pytest tests/checkpoint/test_crashes.py
+	$(BIN)/python docs/resume_matrix.py
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

@@ -179,7 +179,8 @@ class Trainer(pl.Trainer):
             data: a path or Hub id of a chat or instruction set (jsonl, json, parquet), a `Dataset` or `DatasetDict`, a
                 DataLoader, or a LightningDataModule.
             val_dataloaders, train_dataloaders, datamodule: as Lightning has them.
-            ckpt_path: a checkpoint folder to go on from, `"last"` or `"best"`.
+            ckpt_path: a checkpoint folder to go on from, `"last"`, `"best"`, or `"last-whole"`: the newest that is not
+                damaged (with `"last"` a damaged one is an error that names the file).
             weights_only: as Lightning has it.
 
         Returns:
@@ -394,10 +395,11 @@ class Trainer(pl.Trainer):
         return {"model": module, "dataloaders": loader, "datamodule": datamodule}
 
     def _checkpoint_path(self, path: str | os.PathLike[str] | None) -> str | None:
-        if path not in ("last", "best") or not isinstance(self.checkpoint_callback, DCPCheckpoint):
+        saver = self.checkpoint_callback
+        if path not in ("last", "last-whole", "best") or not isinstance(saver, DCPCheckpoint):
             return None if path is None else str(path)
-        finder = self.checkpoint_callback.find_last if path == "last" else self.checkpoint_callback.find_best
-        found = finder(Path(self.default_root_dir))
+        root = Path(self.default_root_dir)
+        found = saver.find_best(root) if path == "best" else saver.find_last(root, whole=path == "last-whole")
         if found is None:
             raise ValueError(
                 f"ckpt_path={path!r}: there is no checkpoint under {self.default_root_dir}. Leave ckpt_path out to "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +12,25 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from automodel_trainer.callbacks.resumed_loops import go_on, resume_with_validation, validates_after
 from automodel_trainer.checkpoint import CheckpointError, remove_checkpoint
+from automodel_trainer.checkpoint.background import BackgroundSaver
 from automodel_trainer.checkpoint.codec import encode
 from automodel_trainer.checkpoint.folder import link
-from automodel_trainer.checkpoint.rng import set_rng_state
-from automodel_trainer.checkpoint.runs import BEST, LATEST, find_best, find_last, new_run, runs, saved_in, step_folder
+from automodel_trainer.checkpoint.runs import (
+    BEST,
+    LATEST,
+    find_best,
+    find_last,
+    new_run,
+    runs,
+    saved_in,
+    step_folder,
+    step_of,
+)
 from automodel_trainer.checkpoint.state import CONFIG_KEY, RNG_KEY
+
+LAST_WAIT = 20.0  # seconds that a failing run waits for the save in flight
 
 
 class DCPCheckpoint(Checkpoint):
@@ -38,9 +53,12 @@ class DCPCheckpoint(Checkpoint):
         mode: whether a lower (`min`) or a higher (`max`) score is better.
         keep_best: best checkpoints to keep beside the newest.
         save_at_end: save the last step.
+        async_save: training waits only while weights and optimizer state are copied into host memory (as much of it as
+            a rank's share of the checkpoint); files are written in the background, one save at a time. What could not
+            be written is reported with the next save, or at the end.
 
     Attributes:
-        last_model_path: the newest checkpoint, or "".
+        last_model_path: the newest checkpoint that is known to be whole, or "".
         best_model_path, best_model_score: the best one and its score, or "" and None.
         failed_saves: how many could not be written.
     """
@@ -55,6 +73,7 @@ class DCPCheckpoint(Checkpoint):
         mode: Literal["min", "max"] = "min",
         keep_best: int = 1,
         save_at_end: bool = True,
+        async_save: bool = False,
     ) -> None:
         counts = {"every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs, "keep_last": keep_last}
         for name, value in {**counts, "keep_best": keep_best}.items():
@@ -68,7 +87,7 @@ class DCPCheckpoint(Checkpoint):
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.keep_last, self.keep_best = keep_last, keep_best
         self.monitor, self.mode = monitor, mode
-        self.save_at_end = save_at_end
+        self.save_at_end, self.async_save = save_at_end, async_save
         self.run_folder: Path | None = None
         self.last_model_path = ""
         self.scores: dict[str, float] = {}
@@ -78,12 +97,14 @@ class DCPCheckpoint(Checkpoint):
         self._last_saved = -1
         self._validation_due = False
         self._rng: dict[str, Any] | None = None
+        self._saver: BackgroundSaver | None = None
+        self._newest: Path | None = None
 
     # --- looking back -----------------------------------------------------------------------------------------------
 
-    def find_last(self, default_root_dir: str | Path) -> Path | None:
-        """The newest whole checkpoint of this and earlier runs; None if there is none."""
-        return find_last(self._base(default_root_dir))
+    def find_last(self, default_root_dir: str | Path, whole: bool = False) -> Path | None:
+        """The newest checkpoint of this and earlier runs, with `whole` the newest that is not damaged; or None."""
+        return find_last(self._base(default_root_dir), whole)
 
     def find_best(self, default_root_dir: str | Path) -> Path | None:
         """The best checkpoint of the newest run that has one."""
@@ -124,9 +145,10 @@ class DCPCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._rng is not None:
-            _go_on(trainer, self._rng)
+            go_on(trainer, self._rng)
             self._rng = None
         self._last_step = trainer.global_step
+        self._saver, self._newest = BackgroundSaver() if self.async_save else None, None
         if self.run_folder is None:
             # Rank 0 looks for all: another rank could already see what rank 0 has written.
             base = self._base(trainer.default_root_dir).absolute()
@@ -138,7 +160,7 @@ class DCPCheckpoint(Checkpoint):
         due = self._is_due(trainer)
         self._last_step = trainer.global_step
         if due:
-            self._validation_due |= _validates_after(trainer)
+            self._validation_due |= validates_after(trainer)
             self._save(trainer, pl_module)
             self._validation_due = False
 
@@ -154,13 +176,31 @@ class DCPCheckpoint(Checkpoint):
             self.scores = others
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle()
         if self.save_at_end:
             self._save(trainer, pl_module)
+        self._settle()
+        if self._saver is not None:
+            self._saver.close()
+            self._saver = None
         if self.failed_saves:
             rank_zero_warn(
                 f"{self.failed_saves} checkpoint(s) of this run could not be written. The last good one is "
                 f"{self.last_model_path or 'none'}."
             )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        saver, self._saver = self._saver, None
+        if saver is None or saver.in_flight is None:
+            return
+        folder = saver.in_flight
+        try:
+            if saver.wait(LAST_WAIT):
+                self.last_model_path = str(folder)
+            else:
+                rank_zero_warn(f"{folder} was not written within {LAST_WAIT} seconds after the error, and is given up.")
+        except (CheckpointError, ValueError) as error:
+            rank_zero_warn(f"The checkpoint that was being written is lost: {error}")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -169,7 +209,7 @@ class DCPCheckpoint(Checkpoint):
         if config.is_file():
             checkpoint[CONFIG_KEY] = config.read_text()
         if self._validation_due:
-            _resume_with_validation(checkpoint["loops"]["fit_loop"])
+            resume_with_validation(checkpoint["loops"]["fit_loop"])
 
     def state_dict(self) -> dict[str, Any]:
         return {"scores": dict(self.scores), "monitor": self.monitor, "mode": self.mode}
@@ -185,7 +225,7 @@ class DCPCheckpoint(Checkpoint):
         """Save the step that has just run; to be called on every rank, in `on_train_batch_end`."""
         self._requested = True
         # Looked up now: who asks for a last save may be about to switch validation off.
-        self._validation_due = _validates_after(trainer)
+        self._validation_due = validates_after(trainer)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step
@@ -203,39 +243,83 @@ class DCPCheckpoint(Checkpoint):
         return self.save_at_end and (step == trainer.max_steps or last_epoch or stops)
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Save the step unless it is saved; False if that failed."""
+        """Save the step unless it is saved; False if that failed. An async save has then only begun."""
         assert self.run_folder is not None
         folder = self.run_folder / step_folder(trainer.global_step)
-        if self._last_saved != trainer.global_step:
-            if callable(check := getattr(pl_module, "check_finite", None)):
-                check()  # raises rather than have a broken state saved over a good one
-            try:
+        if self._last_saved == trainer.global_step:
+            self._tidy_if(folder, trainer)
+            return True
+        if callable(check := getattr(pl_module, "check_finite", None)):
+            check()  # raises rather than have a broken state saved over a good one
+        self._settle()
+        whole = partial(self._on_whole, folder) if trainer.is_global_zero else None
+        try:
+            if self._saver is not None:
+                save = partial(self._saver.save, then=whole)
+                trainer.save_checkpoint(folder, weights_only=False, storage_options=save)
+            else:
                 trainer.save_checkpoint(folder, weights_only=False)
-            except CheckpointError as error:
-                self.failed_saves += 1
-                rank_zero_warn(
-                    f"The checkpoint of step {trainer.global_step} could not be written: {error}. Training goes on; "
-                    f"the latest checkpoint is still {self.last_model_path or 'none'}."
-                )
-                return False
-            self._last_saved = trainer.global_step
+        except CheckpointError as error:
+            self._report(folder, error)
+            return False
+        self._last_saved = trainer.global_step
+        if self._saver is None:
             self.last_model_path = str(folder)
-        if trainer.is_global_zero:
-            self._tidy(self.run_folder, folder)
-        trainer.strategy.barrier("DCPCheckpoint")
+            if whole is not None:
+                whole()
+            trainer.strategy.barrier("DCPCheckpoint")
         return True
 
-    def _tidy(self, run: Path, newest: Path) -> None:
+    def _settle(self) -> None:
+        """Wait for the save in flight, on all ranks, and take note of how it ended."""
+        folder = None if self._saver is None else self._saver.in_flight
+        if self._saver is None or folder is None:
+            return
+        try:
+            self._saver.wait()
+        except CheckpointError as error:
+            self._report(folder, error)
+            self.scores = {name: score for name, score in self.scores.items() if name != folder.name}
+            self._last_saved = -1
+        else:
+            self.last_model_path = str(folder)
+
+    def _report(self, folder: Path, error: CheckpointError) -> None:
+        self.failed_saves += 1
+        rank_zero_warn(
+            f"The checkpoint of step {step_of(folder)} could not be written: {error}. Training goes on; the latest "
+            f"checkpoint is still {self.last_model_path or 'none'}."
+        )
+
+    def _on_whole(self, folder: Path) -> None:
+        """On rank 0, as soon as a checkpoint is whole: in the thread that wrote it."""
+        with self._saver.lock if self._saver is not None else nullcontext():
+            self._newest = folder
+            self._tidy(folder)
+
+    def _tidy_if(self, folder: Path, trainer: pl.Trainer) -> None:
+        """Tidy again, now that a checkpoint has a score; while it is being written, the thread will do so."""
+        with self._saver.lock if self._saver is not None else nullcontext():
+            if trainer.is_global_zero and self._newest == folder:
+                self._tidy(folder)
+        if self._saver is None:
+            trainer.strategy.barrier("DCPCheckpoint")
+
+    def _tidy(self, newest: Path) -> None:
         """Move the links, then remove what is to be kept no longer."""
+        run = newest.parent
         best = self._ranked()[: self.keep_best]
-        link(run / LATEST, newest.name)
-        if best:
-            link(run / BEST, best[0])
-        saved = saved_in(run)
-        keep = {newest.name, *best, *(folder.name for folder in saved[-(self.keep_last or len(saved)) :])}
-        for folder in saved:
-            if folder.name not in keep:
-                remove_checkpoint(folder)
+        try:
+            link(run / LATEST, newest.name)
+            saved = saved_in(run)
+            if best and run / best[0] in saved:
+                link(run / BEST, best[0])
+            keep = {newest.name, *best, *(folder.name for folder in saved[-(self.keep_last or len(saved)) :])}
+            for folder in saved:
+                if folder.name not in keep:
+                    remove_checkpoint(folder)
+        except OSError as error:
+            rank_zero_warn(f"{newest} is written, but links or old checkpoints in {run} could not be changed: {error}")
 
     def _ranked(self) -> list[str]:
         """Names of scored checkpoints, the best first; of equal ones the earlier."""
@@ -254,48 +338,3 @@ class DCPCheckpoint(Checkpoint):
 
     def _base(self, default_root_dir: str | Path) -> Path:
         return self.dirpath or Path(default_root_dir) / "checkpoints"
-
-
-def _go_on(trainer: pl.Trainer, rng: dict[str, Any]) -> None:
-    """Make a resumed run count and draw random numbers as the first run did, where Lightning does not see to it."""
-    fit_loop = trainer.fit_loop
-    epoch: Any = fit_loop.epoch_progress.current
-    # Lightning has taken note of a validation that is still to be done; its counters would say so ever after.
-    fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
-    if epoch.ready > epoch.processed:
-        # It has made an iterator of the loader after it restored, and an iterator may draw a random number. In an
-        # epoch that is not over the saved state is from after that draw, between epochs from before it.
-        set_rng_state(rng)
-    else:
-        # It has counted the epoch as over, but would not count the next one as begun, nor call its hooks.
-        fit_loop.reset_restart_stage()
-
-
-def _validates_after(trainer: pl.Trainer) -> bool:
-    """Whether Lightning validates between this step and the next by its schedule of batches and epochs."""
-    if not trainer.enable_validation or not trainer.val_check_batch:
-        return False
-    every = trainer.check_val_every_n_epoch
-    if every is not None and (trainer.current_epoch + 1) % every != 0:
-        return False
-    if trainer.val_check_batch == float("inf"):
-        return trainer.is_last_batch
-    loop = trainer.fit_loop
-    done = (loop.total_batch_idx if every is None else loop.batch_idx) + 1
-    return done % trainer.val_check_batch == 0
-
-
-def _resume_with_validation(fit_loop: dict[str, Any]) -> None:
-    """Make the state one from the beginning of validation: a resumed run then does it.
-
-    Lightning would take a state from the end of a training batch, with validation about to follow, as one in which it
-    has been done.
-    """
-    batches = fit_loop["epoch_loop.batch_progress"]
-    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
-    for scope in ("total", "current"):
-        batches[scope]["completed"] = batches[scope]["ready"]
-    done = validation["total"]["completed"]
-    validation["total"] = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
-    validation["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    validation["is_last_batch"] = False

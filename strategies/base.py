@@ -371,10 +371,15 @@ class MeshStrategy(ParallelStrategy):
         """Nothing: `load_checkpoint` has already read the weights into their shards."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint folder: sharded safetensors under Hugging Face names, and JSON. Collective."""
+        """Write a checkpoint folder: sharded safetensors under Hugging Face names, and JSON. Collective.
+
+        Args:
+            storage_options: what saves in place of `checkpoint.save_checkpoint`, called as that is.
+        """
         from automodel_trainer.checkpoint import save_checkpoint
 
-        save_checkpoint(Path(filepath), checkpoint, self.trained_module, self.optimizers)
+        save = storage_options or save_checkpoint
+        save(Path(filepath), checkpoint, self.trained_module, self.optimizers)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint folder, whatever layout wrote it, into this layout's shards. Collective."""

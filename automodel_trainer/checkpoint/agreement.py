@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
+from zlib import crc32
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -16,8 +17,13 @@ class CheckpointError(OSError):
     """A file of a checkpoint could not be written (what was there before stays) or read. Raised on all ranks."""
 
 
-def on_all_ranks(action: Callable[[], T], folder: Any) -> T:
+def on_all_ranks(action: Callable[[], T], folder: Any, group: dist.ProcessGroup | None = None) -> T:
     """Call `action` on every rank and wait for all; if it failed on any, raise the same error on every rank.
+
+    Args:
+        action: what to do.
+        folder: named in the error message.
+        group: whose ranks agree, on their CPUs; None: all, over the default group.
 
     Raises:
         ValueError: some rank raised one (bad input: trying again will not help).
@@ -30,7 +36,7 @@ def on_all_ranks(action: Callable[[], T], folder: Any) -> T:
         error = raised
     except CheckpointException as raised:  # DCP's agreement on a failed read or write: a BaseException on all ranks
         raise CheckpointError(_errno_of(raised), f"{folder}: {_first_failure(raised)}") from raised
-    failures = _gather(None if error is None else _describe(error))
+    failures = gather(None if error is None else _describe(error), group)
     first = next(((rank, failure) for rank, failure in enumerate(failures) if failure is not None), None)
     if first is not None:
         rank, (kind, number, message) = first
@@ -51,12 +57,23 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _gather(value: Any) -> list[Any]:
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What every rank has of it, in the order of ranks. Collective."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def own_share(pieces: Iterable[str]) -> set[str]:
+    """Of the pieces that this rank holds, those it is to write: each falls to one of the ranks that hold it alike."""
+    mine = list(pieces)
+    holders: dict[str, list[int]] = {}
+    for number, held in enumerate(gather(mine)):
+        for piece in held:
+            holders.setdefault(piece, []).append(number)
+    return {piece for piece in mine if holders[piece][crc32(piece.encode()) % len(holders[piece])] == rank()}
 
 
 def _describe(error: Exception) -> tuple[str, int, str]:

@@ -44,15 +44,26 @@ def encode(value: Any, key: str = "") -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The inverse of `encode`."""
+    """The inverse of `encode`.
+
+    Raises:
+        ValueError: not what `encode` makes.
+    """
+    try:
+        return _decode(value)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"it holds what no checkpoint is written with: {type(error).__name__}: {error}") from error
+
+
+def _decode(value: Any) -> Any:
     if isinstance(value, list):
-        return [decode(item) for item in value]
+        return [_decode(item) for item in value]
     if not isinstance(value, dict):
         return value
     tag = next(iter(value)) if value else ""
     if tag in _DECODERS:
         return _DECODERS[tag](value)
-    return {name: decode(item) for name, item in value.items()}
+    return {name: _decode(item) for name, item in value.items()}
 
 
 def _encode_dict(value: Mapping[Any, Any], key: str) -> dict[str, Any]:
@@ -85,17 +96,30 @@ def _encode_object(value: Any, key: str) -> Any:
 
 
 def _decode_tensor(value: dict[str, Any]) -> Tensor:
-    dtype = getattr(torch, value["dtype"])
-    return torch.tensor(decode(value["__tensor__"]), dtype=dtype).reshape(value["shape"])
+    values = _decode(value["__tensor__"])
+    return torch.tensor(values, dtype=_dtype(value["dtype"])).reshape(value["shape"])
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):  # any other name in torch is none of a checkpoint's
+        raise TypeError(f"{name!r} is not a dtype")
+    return found
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
 
 
 _DECODERS: dict[str, Any] = {
-    "__float__": lambda value: float(value["__float__"]),
-    "__tuple__": lambda value: tuple(decode(value["__tuple__"])),
-    "__set__": lambda value: set(decode(value["__set__"])),
-    "__dict__": lambda value: {decode(name): decode(item) for name, item in value["__dict__"]},
+    "__float__": lambda value: float(_text(value["__float__"])),
+    "__tuple__": lambda value: tuple(_decode(value["__tuple__"])),
+    "__set__": lambda value: set(_decode(value["__set__"])),
+    "__dict__": lambda value: {_decode(name): _decode(item) for name, item in value["__dict__"]},
     "__tensor__": _decode_tensor,
     "__path__": lambda value: Path(value["__path__"]),
-    "__dtype__": lambda value: getattr(torch, value["__dtype__"]),
-    "__device__": lambda value: torch.device(value["__device__"]),
+    "__dtype__": lambda value: _dtype(value["__dtype__"]),
+    "__device__": lambda value: torch.device(_text(value["__device__"])),
 }

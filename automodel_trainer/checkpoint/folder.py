@@ -2,64 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from automodel_trainer.models.files import check_safetensors
+from automodel_trainer.checkpoint.manifest import MANIFEST, write_manifest
+from automodel_trainer.checkpoint.record import Entry, entry_of, sync
 
-MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"  # step-00000010.tmp: being written; step-00000010.tmp-old: being replaced
-
-
-def check_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """Check that a checkpoint is whole, without reading its tensors: every file of its manifest is there, full length.
-
-    Raises:
-        ValueError: no such folder, no manifest (a save that did not end), a missing or truncated file (named).
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a checkpoint: there is no such folder.")
-    for name, entry in read_manifest(folder)["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"The checkpoint {folder} lacks {name}: it was removed, or not copied. {_OTHER}")
-        size = file.stat().st_size
-        if size != entry["size"]:
-            raise ValueError(f"{file} is damaged: it has {size:,} bytes where {entry['size']:,} were written. {_OTHER}")
-        if file.suffix == ".safetensors":
-            check_safetensors(file)
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether `check_checkpoint` passes."""
-    try:
-        check_checkpoint(folder)
-    except ValueError:
-        return False
-    return True
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The list of a checkpoint's files: `{"created": seconds, "files": {name: {"size": bytes}}}`.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text())
-        if not isinstance(manifest["files"], dict):
-            raise TypeError("no list of files")
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} is missing, so {folder} is no whole checkpoint of this library. {_OTHER}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}. {_OTHER}") from error
-    return manifest
+_IN_WORK: set[Path] = set()  # temporary folders that this process is writing, maybe in the background
 
 
 def temporary(folder: Path) -> Path:
@@ -70,26 +22,53 @@ def temporary(folder: Path) -> Path:
 def prepare(folder: Path) -> Path:
     """Remove what crashed saves and removals have left beside `folder`, and create its temporary folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f"*{TEMPORARY}*"):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
     target = temporary(folder)
+    assert target not in _IN_WORK, "one save of a folder at a time"
+    for leftover in folder.parent.glob(f"*{TEMPORARY}*"):
+        if leftover.is_dir() and not leftover.is_symlink() and leftover not in _IN_WORK:
+            shutil.rmtree(leftover)
     target.mkdir()
+    _IN_WORK.add(target)
     return target
 
 
-def publish(target: Path, folder: Path) -> None:
-    """List the files of `target` in its manifest, flush all to the disk, and rename it to `folder`."""
-    files = sorted(file for file in target.rglob("*") if file.is_file())
-    sizes = {str(file.relative_to(target)): {"size": file.stat().st_size} for file in files}
-    write_text(target / MANIFEST, json.dumps({"created": time.time(), "files": sizes}, indent=1))
-    for path in (*target.rglob("*"), target):
-        _sync(path)
+def abandon(target: Path) -> None:
+    """Remove a temporary folder that will not become a checkpoint, as far as that can be."""
+    _IN_WORK.discard(target)
+    shutil.rmtree(target, ignore_errors=True)
+
+
+def publish(target: Path, folder: Path, written: Mapping[str, Entry]) -> None:
+    """List the files of `target` in its manifest, flush all to the disk, and rename it to `folder`.
+
+    Args:
+        target: the temporary folder.
+        folder: its final name.
+        written: files by their path in `target`, as the ranks that wrote (and flushed) them have noted them. What lies
+            there beside them is read and flushed here.
+
+    Raises:
+        OSError: a file is not there, or not as long as it was written.
+    """
+    entries = dict(written)
+    for file in sorted(file for file in target.rglob("*") if file.is_file()):
+        name = file.relative_to(target).as_posix()
+        if name not in entries:
+            entries[name] = entry_of(file)
+            sync(file)
+    for name, entry in entries.items():
+        size = (target / name).stat().st_size
+        if size != entry["size"]:
+            raise OSError(f"{name} has {size:,} bytes where {entry['size']:,} were written: the disk lost some")
+    write_manifest(target, entries, folder.name)
+    for path in (*(path for path in target.rglob("*") if path.is_dir()), target):
+        sync(path)
     old = folder.with_name(folder.name + TEMPORARY + "-old")
     if folder.exists():
         folder.rename(old)
     target.rename(folder)
-    _sync(folder.parent)
+    _IN_WORK.discard(target)
+    sync(folder.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -103,33 +82,13 @@ def remove_checkpoint(folder: str | os.PathLike[str]) -> None:
         shutil.rmtree(gone)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file and flush it to the disk."""
-    with file.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def write_json(file: Path, value: Any) -> None:
-    write_text(file, json.dumps(value, indent=1, allow_nan=False))
-
-
 def link(link: Path, name: str) -> None:
-    """Point the symlink `link` at its sibling `name`, in one move."""
+    """Point the symlink `link` at its sibling `name`, in one move, and flush it to the disk."""
     new = link.with_name(link.name + TEMPORARY)
     new.unlink(missing_ok=True)
     new.symlink_to(name)
     new.replace(link)
+    sync(link.parent)
 
 
-def _sync(path: Path) -> None:
-    """Flush a file, or a directory's list of files, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-_OTHER = "Copy it again, or resume from another checkpoint."
+__all__ = ["MANIFEST", "abandon", "link", "prepare", "publish", "remove_checkpoint", "temporary"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from automodel_trainer.checkpoint.manifest import damage_named, read_json
 
 PACKED = "packed.json"
 _TABLES = ("qmap",)  # the same for every state: made anew
@@ -64,9 +65,10 @@ def empty_states(folder: Path, parameters: Mapping[str, tuple[Any, Tensor]]) -> 
     """
     if not (folder / PACKED).is_file():
         return {}
-    specs = json.loads((folder / PACKED).read_text())
-    known = {name: spec for name, spec in specs.items() if name.rpartition("/")[0] in parameters}
-    return {name: _empty(name, spec, parameters[name.rpartition("/")[0]][1]) for name, spec in known.items()}
+    specs = read_json(folder / PACKED)
+    with damage_named(folder / PACKED):
+        known = {name: dict(spec) for name, spec in specs.items() if name.rpartition("/")[0] in parameters}
+        return {name: _empty(name, spec, parameters[name.rpartition("/")[0]][1]) for name, spec in known.items()}
 
 
 def _empty(name: str, spec: Mapping[str, Any], parameter: Tensor) -> Tensor:
@@ -96,9 +98,12 @@ def _class(path: str) -> Any:
     if not path.startswith("torchao.optim."):  # a checkpoint names no code of its own
         raise ValueError(f"{path} is not a packing of torchao's optimizers.")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"The checkpoint holds torchao's {name}: install the version that wrote it.") from error
+    if not (isinstance(found, type) and issubclass(found, Tensor)):
+        raise ValueError(f"{path} is not a packing of torchao's optimizers.")
+    return found
 
 
 def _shards(tensor: DTensor) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from automodel_trainer.checkpoint.folder import check_checkpoint, read_manifest
+from automodel_trainer.checkpoint.manifest import MANIFEST, check_checkpoint, read_manifest
 
 LATEST, BEST = "latest", "best"
 
@@ -23,9 +23,12 @@ def step_of(folder: Path) -> int:
 
 def saved_in(run: Path) -> list[Path]:
     """The checkpoints in a run's folder in the order they were written; what has no manifest is none."""
-    found = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    whole = [path for path in found if (path / "manifest.json").is_file()]
-    return sorted(whole, key=lambda path: (_created(path), path.name))
+    return [path for path in _step_folders(run) if (path / MANIFEST).is_file()]
+
+
+def _step_folders(run: Path) -> list[Path]:
+    found = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (_created(path), path.name))
 
 
 def runs(base: Path) -> list[Path]:
@@ -40,18 +43,25 @@ def runs(base: Path) -> list[Path]:
 def new_run(base: Path) -> Path:
     """A folder of which no checkpoint of an earlier run is in the way."""
     version, run = 0, base
-    while saved_in(run):
+    while _step_folders(run):
         version += 1
         run = base.with_name(f"{base.name}-v{version}")
     return run
 
 
-def find_last(base: Path) -> Path | None:
-    """The newest whole checkpoint of all runs; damaged ones are passed over, with a warning."""
-    everything = [checkpoint for run in runs(base) for checkpoint in saved_in(run)]
+def find_last(base: Path, whole: bool = False) -> Path | None:
+    """The newest checkpoint of all runs; None if there is none.
+
+    Args:
+        base: the folder of the first run.
+        whole: read what is found, and pass over what is damaged, with a warning each. Otherwise the newest is returned
+            as it is: loading it says what is wrong with it.
+    """
+    everything = [checkpoint for run in runs(base) for checkpoint in _step_folders(run)]
     for checkpoint in sorted(everything, key=_created, reverse=True):
         try:
-            check_checkpoint(checkpoint)
+            if whole:
+                check_checkpoint(checkpoint)
         except ValueError as error:
             rank_zero_warn(f"Passing over a damaged checkpoint: {error}")
         else:
@@ -66,7 +76,8 @@ def find_best(base: Path) -> Path | None:
 
 
 def _created(checkpoint: Path) -> float:
+    """When it was written; where the manifest cannot tell, when its folder was last changed (so by the damage)."""
     try:
         return float(read_manifest(checkpoint)["created"])
-    except (ValueError, KeyError):
-        return 0.0
+    except ValueError:
+        return checkpoint.stat().st_mtime

@@ -9,22 +9,28 @@ twice the size and of no use to other programs, stays in shards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from automodel_trainer.checkpoint.agreement import rank, world_size
+from automodel_trainer.checkpoint.agreement import gather, rank, world_size
+from automodel_trainer.checkpoint.record import Entry, write_json, write_safetensors
+from automodel_trainer.checkpoint.staging import Copy, keep
 from automodel_trainer.models._transformers import tied_weight_names
-from automodel_trainer.models.adapters import load_adapter, save_adapter
+from automodel_trainer.models.adapters import CONFIG_NAME as ADAPTER_CONFIG
+from automodel_trainer.models.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
+from automodel_trainer.models.adapters import gather_adapter, load_adapter
+from automodel_trainer.models.files import INDEX_NAME
 from automodel_trainer.models.lora import lora_of
 
-MAX_FILE_BYTES = 2 * 2**30  # a file is serialised in host memory before it is written
+MAX_FILE_BYTES = 2 * 2**30  # files are shared out over the ranks
 MIN_FILE_BYTES = 64 * 2**20
 
 
@@ -60,37 +66,97 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 
 
-def save_weights(module: nn.Module, folder: Path) -> None:
-    """Write `model-0000i-of-0000n.safetensors` and their index. Collective; one tensor is gathered at a time.
+@dataclass
+class Weights:
+    """This rank's share of a module's weights, whole tensors, and what it writes them into."""
 
-    Of a model with adapters only these are written, as PEFT has them: the base is where it came from.
+    files: dict[str, dict[str, Tensor]]
+    index: dict[str, Any] | None = None
+    adapter: dict[str, Any] | None = None
+
+    def write(self, folder: Path) -> dict[str, Entry]:
+        """Write the files into `folder`; returns their entries. Not collective: nobody waits for another rank."""
+        folder.mkdir(exist_ok=True)
+        metadata = {"format": "pt"}
+        written = {name: write_safetensors(folder / name, tensors, metadata) for name, tensors in self.files.items()}
+        if self.index is not None:
+            written[INDEX_NAME] = write_json(folder / INDEX_NAME, self.index)
+        if self.adapter is not None:
+            written[ADAPTER_CONFIG] = write_json(folder / ADAPTER_CONFIG, self.adapter)
+        return written
+
+
+def stage_weights(module: nn.Module, copy: Copy = keep) -> Weights:
+    """Gather the weights, one tensor at a time, each to the rank that writes it. Collective.
+
+    Of a model with adapters only these are taken, as PEFT has them: the base is where it came from. Ranks may hold
+    different tensors (pipeline stages); each is written by a rank that holds it.
+
+    Args:
+        module: what is trained.
+        copy: makes a copy in host memory that training does not change; by default tensors are left where they are.
     """
     if lora_of(module) is not None:
-        save_adapter(module, folder)
-        return
+        tensors, config = gather_adapter(module)  # copies, of a few MB
+        return Weights({ADAPTER_WEIGHTS: tensors} if rank() == 0 else {}, adapter=config if rank() == 0 else None)
     tensors = named_tensors(module)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    limit = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, total // world_size()))
-    files = split_into_files(tensors, limit)
-    owned = {}
+    files = _plan(tensors)
+    count = max((number for number, _ in files.values()), default=0)
+    mine: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
-        if (files[name] - 1) % world_size() == rank():
+        number, owner = files[name]
+        if owner == rank():
             # What was gathered leaves the device at once; what lies there anyway leaves it file by file.
-            owned[name] = (full.cpu() if full is not tensor else full).contiguous()
-    # In this mode DCP writes each rank's tensors as they are, and the index over all of them.
-    dcp.save(owned, storage_writer=HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files))
+            taken = copy(f"weights/{name}", full) if copy is not keep else full.cpu() if full is not tensor else full
+            mine.setdefault(f"model-{number:05d}-of-{count:05d}.safetensors", {})[name] = taken
+    if rank() != 0:
+        return Weights(mine)
+    weight_map = {name: f"model-{number:05d}-of-{count:05d}.safetensors" for name, (number, _) in files.items()}
+    return Weights(mine, {"metadata": {"total_size": _total(tensors)}, "weight_map": weight_map})
 
 
-def split_into_files(tensors: Mapping[str, Tensor], limit: int) -> dict[str, int]:
+def _plan(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Of every tensor of every rank, its file's number (from 1) and the rank that writes it. Collective."""
+    sizes: dict[str, int] = {}
+    holders: dict[str, list[int]] = {}
+    for number, held in enumerate(gather({name: tensor.nbytes for name, tensor in tensors.items()})):
+        sizes.update(held)
+        for name in held:
+            holders.setdefault(name, []).append(number)
+    limit = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, sum(sizes.values()) // world_size()))
+    plan: dict[str, tuple[int, int]] = {}
+    last = 0
+    for group in _groups(holders):
+        numbered = split_into_files({name: sizes[name] for name in group}, limit)
+        for name, number in numbered.items():
+            owners = holders[name]
+            plan[name] = last + number, owners[(last + number - 1) % len(owners)]
+        last += max(numbered.values())
+    return plan
+
+
+def _groups(holders: Mapping[str, list[int]]) -> list[list[str]]:
+    """Names that the same ranks hold: a file is written by one rank."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, ranks in holders.items():
+        groups.setdefault(tuple(ranks), []).append(name)
+    return list(groups.values())
+
+
+def _total(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def split_into_files(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
     """Number each tensor's file, from 1: files in the order of the tensors, no larger than `limit` if that can be."""
     files: dict[str, int] = {}
     index, size = 1, 0
-    for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > limit:
+    for name, nbytes in sizes.items():
+        if size and size + nbytes > limit:
             index, size = index + 1, 0
         files[name] = index
-        size += tensor.nbytes
+        size += nbytes
     return files
 
 

@@ -229,6 +229,20 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.
     Raises:
         OSError: on rank 0: a file could not be written.
     """
+    gathered, config = gather_adapter(model, dtype)
+    if gathered:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(gathered, path / WEIGHTS_NAME, metadata={"format": "pt"})
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(str(error)) from error
+        (path / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def gather_adapter(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """On rank 0 copies of an adapter's tensors in host memory, by PEFT's names, elsewhere none; and PEFT's
+    configuration. Collective."""
     gathered = {}
     first = not dist.is_initialized() or dist.get_rank() == 0
     for name, parameter in trained_tensors(model).items():
@@ -236,14 +250,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.
         if first:
             # Tied weights stand under both names: PEFT holds two copies, and safetensors wants no shared memory.
             gathered[PREFIX + name] = full.to("cpu", dtype, copy=True).contiguous()
-    if first:
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(gathered, path / WEIGHTS_NAME, metadata={"format": "pt"})
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OSError(str(error)) from error
-        (path / CONFIG_NAME).write_text(json.dumps(_peft_config(model), indent=2, sort_keys=True) + "\n")
+    return gathered, _peft_config(model)
 
 
 def _peft_config(model: nn.Module) -> dict[str, Any]:

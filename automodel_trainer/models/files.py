@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -82,6 +83,11 @@ def check_safetensors(file: Path) -> None:
     expected = 8 + header_size + max(ends, default=0)
     if size != expected:
         raise ValueError(_damaged(file, f"it has {size:,} bytes where its header promises {expected:,}"))
+    try:
+        with safe_open(file, framework="pt"):  # shapes, dtypes and offsets agree; nothing is read but the header
+            pass
+    except SafetensorError as error:
+        raise ValueError(_damaged(file, str(error))) from error
 
 
 def _files_of_index(index: Path) -> list[Path]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.complex64: "C64",
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
@@ -25,22 +27,37 @@ class SafetensorsWriter:
     Args:
         file: where to.
         planned: name -> (dtype, shape) of every tensor.
+        metadata: texts beside the tensors.
+        stream: opens the file for writing; whatever it returns has `write` and `close`.
+
+    Raises:
+        ValueError: a dtype that the format does not have.
     """
 
-    def __init__(self, file: Path, planned: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def __init__(
+        self,
+        file: Path,
+        planned: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+        stream: Callable[[Path], Any] | None = None,
+    ) -> None:
         self.file, self.planned = file, dict(planned)
+        self.metadata = {"format": "pt", **(metadata or {})}
+        self._open = stream or (lambda path: path.open("wb"))
         self._waiting = list(self.planned)
 
     def __enter__(self) -> SafetensorsWriter:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": self.metadata}
         offset = 0
         for name, (dtype, shape) in self.planned.items():
+            if dtype not in _NAMES:
+                raise ValueError(f"{name} is of {dtype}, which safetensors cannot hold: cast it.")
             end = offset + dtype.itemsize * math.prod(shape)
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-        self._stream = self.file.open("wb")
+        self._stream = self._open(self.file)
         self._stream.write(len(text).to_bytes(8, "little") + text)
         return self
 

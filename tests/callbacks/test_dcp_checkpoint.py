@@ -15,11 +15,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
-from torch.distributed.checkpoint.filesystem import FileSystem
 
 from automodel_trainer import Trainer
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import check_checkpoint
+from automodel_trainer.checkpoint.record import RecordedFile
 from tests.callbacks.runs import train
 from tests.pool import RankPool
 
@@ -183,7 +183,8 @@ def test_a_new_run_does_not_touch_an_older_one(tmp_path: Path) -> None:
     assert newest == tmp_path / "checkpoints-v2" / "step-00000002"
     os.truncate(newest / "trainer.json", 10)
     with pytest.warns(UserWarning, match="Passing over a damaged checkpoint: .*trainer.json"):
-        assert DCPCheckpoint().find_last(tmp_path) == tmp_path / "checkpoints-v1" / "step-00000002"
+        assert DCPCheckpoint().find_last(tmp_path, whole=True) == tmp_path / "checkpoints-v1" / "step-00000002"
+    assert DCPCheckpoint().find_last(tmp_path) == newest
     train(tmp_path, max_steps=3, max_epochs=None, ckpt_path=tmp_path / "checkpoints" / "latest")
     assert names(tmp_path / "checkpoints") == ["latest", "step-00000002", "step-00000003"]
     assert DCPCheckpoint().find_last(tmp_path / "elsewhere") is None
@@ -208,7 +209,7 @@ class FullDisk(Callback):
 
         self.patch.undo()
         if trainer.global_step in self.steps and trainer.global_rank == trainer.world_size - 1:
-            self.patch.setattr(FileSystem, "create_stream", fail)
+            self.patch.setattr(RecordedFile, "write", fail)
 
 
 def train_with_full_disk(root: Path, devices: int) -> tuple[int, list[str], list[str]]:

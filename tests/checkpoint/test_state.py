@@ -26,6 +26,7 @@ from automodel_trainer.checkpoint import (
     state,
     weights,
 )
+from automodel_trainer.checkpoint import optimizer as optimizer_states
 from tests.harness import make_strategy
 from tests.pool import RankPool
 from tests.tiny import tiny_model
@@ -220,7 +221,6 @@ def test_state_that_is_no_json_is_refused_and_named(tmp_path: Path) -> None:
 
 def fail_on_rank_1(folder: Path, which: str) -> tuple[str, int | None]:
     """A full disk on rank 1 only."""
-    from torch.distributed.checkpoint.filesystem import FileSystem
 
     def full_disk(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -229,7 +229,9 @@ def fail_on_rank_1(folder: Path, which: str) -> tuple[str, int | None]:
     step(model, optimizer)
     with pytest.MonkeyPatch.context() as patch:
         if int(os.environ["RANK"]) == 1:
-            patch.setattr(*((FileSystem, "create_stream") if which == "tensors" else (state, "write_json")), full_disk)
+            patch.setattr(
+                *((optimizer_states, "write_safetensors") if which == "tensors" else (state, "write_text")), full_disk
+            )
         try:
             save_checkpoint(folder, LIGHTNING, model, [optimizer])
         except CheckpointError as error:
@@ -262,12 +264,13 @@ def slowly(*args):
 
 module = torch.nn.Linear(3, 3)
 save_checkpoint(Path(sys.argv[1]) / "step-00000001", LIGHTNING, module, [])
-setattr(state, sys.argv[2], slowly)
+owner, name = {"optimizer": (state.OptimizerStates, "write"), "publish": (state, "publish")}[sys.argv[2]]
+setattr(owner, name, slowly)
 save_checkpoint(Path(sys.argv[1]) / "step-00000002", LIGHTNING, module, [])
 """
 
 
-@pytest.mark.parametrize("during", ["save_optimizers", "publish"])
+@pytest.mark.parametrize("during", ["optimizer", "publish"])
 def test_kill_during_a_save_leaves_the_one_before(tmp_path: Path, during: str) -> None:
     from automodel_trainer.checkpoint.runs import find_last
 

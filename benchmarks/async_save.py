@@ -1,0 +1,159 @@
+"""How long training stands still for a checkpoint: saved while it waits, and in the background.
+
+python benchmarks/async_save.py                                       # CPU, a 50M-shaped model
+python benchmarks/async_save.py --model 1b --seq-len 2048             # a GPU: 1B, all parameters (16 GB a checkpoint)
+python benchmarks/async_save.py --model 8b --lora 16 --seq-len 2048   # a GPU: 8B, LoRA
+torchrun --nproc-per-node 2 benchmarks/async_save.py --model 1b       # several GPUs, fsdp2
+
+Weights are random, made on the device. `--root` should be on the disk that checkpoints go to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from transformers import AutoModelForCausalLM as Reference
+from transformers import LlamaConfig, PreTrainedModel
+
+from automodel_trainer import AutoModelForCausalLM, CausalLMModule, LoRAConfig, MockDataModule, Trainer
+from automodel_trainer.callbacks import DCPCheckpoint
+
+_HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8}
+SHAPES: dict[str, dict[str, Any]] = {
+    "50m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 32000}
+    | {"num_attention_heads": 8, "num_key_value_heads": 4},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256} | _HEADS,
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256} | _HEADS,
+}
+
+
+class RandomModel(CausalLMModule):
+    def __init__(self, shape: dict[str, Any], **kwargs: Any) -> None:
+        with torch.device("meta"):
+            super().__init__(Reference.from_config(LlamaConfig(**shape)), **kwargs)
+        self.shape = shape
+
+    def _build(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(LlamaConfig(**self.shape), self.strategy, seed=1, lora=self.lora)
+
+
+class Clock(Callback):
+    """Seconds from the start of each step to the start of the next, the device waited for."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.starts.append(time.perf_counter())
+
+
+class TimedCheckpoint(DCPCheckpoint):
+    """Also notes when each checkpoint was whole."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.whole: list[float] = []
+
+    def _on_whole(self, folder: Path) -> None:
+        self.whole.append(time.perf_counter())
+        super()._on_whole(folder)
+
+
+def run(args: argparse.Namespace, root: Path, background: bool) -> dict[str, Any]:
+    clock = Clock()
+    saver = TimedCheckpoint(every_n_steps=args.every, keep_last=1, async_save=background, save_at_end=False)
+    data = MockDataModule(
+        vocab_size=SHAPES[args.model]["vocab_size"],
+        seq_len=args.seq_len,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=args.global_batch_size,
+        num_samples=args.global_batch_size * args.steps,
+    )
+    trainer = Trainer(
+        strategy=args.strategy,
+        precision=args.precision,
+        max_steps=args.steps,
+        callbacks=[clock, saver],
+        default_root_dir=root,
+        enable_progress_bar=False,
+        enable_ledger=False,
+        logger=False,
+    )
+    lora = LoRAConfig(rank=args.lora) if args.lora else None
+    trainer.fit(RandomModel(SHAPES[args.model], lora=lora, lr=1e-5), data)
+    return summary(clock.starts, saver, args.every, _size(root / "checkpoints"))
+
+
+def summary(starts: list[float], saver: TimedCheckpoint, every: int, size: int) -> dict[str, Any]:
+    """Steps after the first save's: those that save, those while files are written, the others."""
+    steps = [(index + 1, start, end) for index, (start, end) in enumerate(pairwise(starts))]
+    saves = {step: end for step, _, end in steps if step % every == 0}
+    writing = list(zip(saves.values(), saver.whole))
+    quiet, busy = [], []
+    for step, start, end in steps[2:]:
+        if step in saves:
+            continue
+        overlapping = any(start < done and end > begun for begun, done in writing)
+        (busy if overlapping else quiet).append(end - start)
+    normal = statistics.median(quiet or busy)
+    stalls = [end - start - normal for step, start, end in steps if step in saves]
+    return {
+        "checkpoint_bytes": size,
+        "step_s": normal,
+        "first_stall_s": stalls[0],  # host memory is taken
+        "stall_s": statistics.median(stalls[1:]),
+        "stalls_s": stalls,
+        "step_while_writing_s": statistics.median(busy) if busy else None,
+        "written_after_s": statistics.median(done - begun for begun, done in writing[1:]) if writing[1:] else None,
+    }
+
+
+def _size(run: Path) -> int:
+    latest = run / "latest"
+    return sum(file.stat().st_size for file in latest.resolve().rglob("*") if file.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="50m")
+    parser.add_argument("--lora", type=int, default=0, help="rank of the adapters; 0 trains all parameters")
+    parser.add_argument("--strategy", default="auto")
+    parser.add_argument("--precision", default=None, help="by default bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--global-batch-size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--root", type=Path, default=None)
+    args = parser.parse_args()
+    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    base = Path(tempfile.mkdtemp(dir=args.root))
+    result = {}
+    for name, background in (("sync", False), ("async", True)):
+        result[name] = run(args, base / name, background)
+        print(name, json.dumps(result[name]), flush=True)
+    shutil.rmtree(base, ignore_errors=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    what = f"LoRA {args.lora}" if args.lora else "all parameters"
+    sync, background = result["sync"], result["async"]
+    print(
+        f"\n| {device} | {args.model}, {what} | {sync['checkpoint_bytes'] / 1e9:.2f} GB | {sync['step_s']:.3f} | "
+        f"{sync['stall_s']:.2f} | {background['first_stall_s']:.2f} | {background['stall_s']:.2f} | "
+        f"{background['step_while_writing_s'] or float('nan'):.3f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
