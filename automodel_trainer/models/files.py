@@ -78,8 +78,10 @@ def check_safetensors(file: Path) -> None:
         try:
             header = json.loads(stream.read(header_size))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(_damaged(file, "its header cannot be read")) from error
+        if not all(isinstance(end, int) for end in ends):
+            raise ValueError(_damaged(file, "its header cannot be read"))
     expected = 8 + header_size + max(ends, default=0)
     if size != expected:
         raise ValueError(_damaged(file, f"it has {size:,} bytes where its header promises {expected:,}"))
@@ -92,10 +94,10 @@ def check_safetensors(file: Path) -> None:
 
 def _files_of_index(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted({str.__str__(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is not a safetensors index: {error}. Download or copy it again.") from error
-    outside = [name for name in names if Path(name).name != name]
+    outside = [name for name in names if Path(name).name != name or "\0" in name]
     if outside:
         raise ValueError(f"{index} names files outside its folder: {outside}. It is not to be trusted.")
     return [index.parent / name for name in names]

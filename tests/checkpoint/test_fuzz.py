@@ -104,6 +104,8 @@ def test_safetensors_of_any_bytes(
 
 @SLOW
 @given(JSON)
+@example({"weight": None})
+@example({"weight": "\0"})
 def test_index_and_manifest_of_any_shape(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     folder = tmp_path_factory.getbasetemp() / "any"
     folder.mkdir(exist_ok=True)
