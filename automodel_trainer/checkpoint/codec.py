@@ -43,16 +43,20 @@ def encode(value: Any, key: str = "") -> Any:
     return _encode_object(value, key)
 
 
-def decode(value: Any) -> Any:
+def decode(value: Any, place: Any = "the state") -> Any:
     """The inverse of `encode`.
+
+    Args:
+        value: plain JSON.
+        place: where it comes from, for the error message.
 
     Raises:
         ValueError: not what `encode` makes.
     """
     try:
         return _decode(value)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"it holds what no checkpoint is written with: {type(error).__name__}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{place} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _decode(value: Any) -> Any:

@@ -104,11 +104,12 @@ def read_json(file: Path) -> Any:
 
 
 @contextmanager
-def damage_named(file: Path) -> Iterator[None]:
-    """What fails in here fails because `file` does not hold what it should: a ValueError that names it."""
+def damage_named(file: Path, *also: type[Exception]) -> Iterator[None]:
+    """What fails in here (of the usual kinds, and `also`) fails because `file` does not hold what it should: a
+    ValueError that names it."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, *also) as error:
         raise ValueError(f"{file} is damaged: it does not hold what a checkpoint does ({error!r}). {OTHER}") from error
 
 

@@ -205,7 +205,7 @@ def _groups(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _read_groups(file: Path) -> list[dict[str, Any]]:
-    saved = decode(read_json(file))
+    saved = decode(read_json(file), file)
     with damage_named(file):
         return [
             {

@@ -157,14 +157,14 @@ def _read_trainer(file: Path) -> tuple[dict[str, Any], int]:
     """Lightning's state, and how many ranks wrote it."""
     description = read_json(file)
     with damage_named(file):
-        return dict(decode(description["lightning"])), int(description["world_size"])
+        return dict(decode(description["lightning"], file)), int(description["world_size"])
 
 
 def _read_rank(file: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Set the random generators to a rank's, which are returned, and put the position of its loader in its place."""
     own = read_json(file)
-    with damage_named(file):
-        generators, loaders = decode(own["rng"]), decode(own["loaders"])
+    with damage_named(file, ValueError):
+        generators, loaders = decode(own["rng"], file), decode(own["loaders"], file)
         set_rng_state(generators)
         if loaders is not None:
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = loaders
