@@ -107,9 +107,10 @@ def read_json(file: Path) -> Any:
 def damage_named(file: Path, *also: type[Exception]) -> Iterator[None]:
     """What fails in here (of the usual kinds, and `also`) fails because `file` does not hold what it should: a
     ValueError that names it."""
+    kinds = (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, *also)
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, *also) as error:
+    except kinds as error:
         raise ValueError(f"{file} is damaged: it does not hold what a checkpoint does ({error!r}). {OTHER}") from error
 
 

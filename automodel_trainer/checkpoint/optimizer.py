@@ -230,7 +230,7 @@ def read_shapes(reader: HuggingFaceStorageReader, folder: Path) -> Mapping[str, 
         ValueError: they do not, or what says where they belong is damaged.
     """
     try:
-        saved = reader.read_metadata().state_dict_metadata
+        saved: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{folder} is damaged: where its shards belong cannot be read ({error!r}).") from error
     for name, entry in saved.items():

@@ -19,7 +19,7 @@ def test_each_layout_goes_on_from_another(pool: RankPool, tmp_path: Path) -> Non
     for number, (first, second) in enumerate(pairwise(RING)):
         lora, root = bool(number % 2), tmp_path / str(number)
         whole = train(pool, root, first, lora)
-        seen = [row for step in whole["rows"][:5] for row in step]
+        seen = [row for step in whole["rows"][:5] for row in step if row[0]]  # fillers have no sample
         assert len(set(seen)) == len(seen), "no row twice in an epoch"
         rest = train(pool, tmp_path / f"{number}-rest", second, lora, checkpoint(root))
         assert len(rest["steps"]) == STEPS - 3
