@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule
     from automodel_trainer.models import AutoModelForCausalLM
+    from automodel_trainer.models.kernels import KernelsConfig
     from automodel_trainer.models.lora import LoRAConfig
     from automodel_trainer.modules import CausalLMModule, OptimizerConfig, SchedulerConfig
     from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, StrategyRegistry
@@ -22,6 +23,7 @@ _HOMES = {
     "ChatDataModule": "data",
     "DDPStrategy": "strategies",
     "FSDP2Strategy": "strategies",
+    "KernelsConfig": "models.kernels",
     "LoRAConfig": "models.lora",
     "MeshStrategy": "strategies",
     "MockDataModule": "data",
@@ -38,6 +40,7 @@ __all__ = [
     "ChatDataModule",
     "DDPStrategy",
     "FSDP2Strategy",
+    "KernelsConfig",
     "LoRAConfig",
     "MeshStrategy",
     "MockDataModule",

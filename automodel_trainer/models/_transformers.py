@@ -18,6 +18,8 @@ from transformers.core_model_loading import _dtensor_from_local_like, revert_wei
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from automodel_trainer.models.attention import set_documents
+
 __all__ = ["attention_in_use", "initialize_module", "load_weights", "original_weight_names", "tied_weight_names"]
 
 
@@ -143,18 +145,22 @@ def packing_without_sync(model: PreTrainedModel) -> None:
 
     In every forward transformers looks whether positions restart anywhere, and so waits for the device. Whoever calls
     the model knows: `position_ids` are given where they restart, and left out where they do not. So while `model` runs,
-    the documents are told apart unasked in the first case, and in the second there is one.
+    the documents are told apart unasked in the first case, and in the second there is one. A further argument
+    `document_boundaries` is for attention kernels (see `attention.py`).
     """
     if getattr(model, "_packing_without_sync", False):
         return
     original = masking_utils.find_packed_sequence_indices
 
-    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         known = _document_indices if kwargs.get("position_ids") is not None else _one_document
         masking_utils.find_packed_sequence_indices = known
+        set_documents(kwargs.pop("document_boundaries", None))
+        return args, kwargs
 
     def leave(*_: object) -> None:
         masking_utils.find_packed_sequence_indices = original
+        set_documents(None)
 
     model.register_forward_pre_hook(enter, with_kwargs=True)
     model.register_forward_hook(leave, always_call=True)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from automodel_trainer.models._transformers import load_weights, tied_weight_names
 from automodel_trainer.models.files import resolve_folder, weight_files
 from automodel_trainer.models.initialize import initialize_weights
+from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, finish_lora
 from automodel_trainer.models.quantize import packed_weights
 
@@ -41,6 +42,7 @@ class AutoModelForCausalLM:
         allow_missing_weights: bool = False,
         device: torch.device | str = "cpu",
         lora: LoRAConfig | None = None,
+        kernels: KernelsConfig | None = None,
         **config_overrides: Any,
     ) -> PreTrainedModel:
         """Build a model and stream its checkpoint into it.
@@ -55,6 +57,7 @@ class AutoModelForCausalLM:
             allow_missing_weights: initialise weights that the checkpoint lacks instead of refusing.
             device: where to build without a strategy.
             lora: adapters to train on the frozen model.
+            kernels: what it computes with; None leaves that to transformers.
             config_overrides: attributes of the model's config to change.
 
         Raises:
@@ -67,6 +70,8 @@ class AutoModelForCausalLM:
             config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
         model.config.name_or_path = str(folder)
+        if kernels is not None:
+            apply_kernels(model, kernels, _device(strategy, device))
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         if lora is not None:
@@ -86,11 +91,14 @@ class AutoModelForCausalLM:
         seed: int = 0,
         device: torch.device | str = "cpu",
         lora: LoRAConfig | None = None,
+        kernels: KernelsConfig | None = None,
     ) -> PreTrainedModel:
         """Build a model with random weights; the same `seed` gives the same weights under every strategy."""
         model = _build_on_meta(
             config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
+        if kernels is not None:
+            apply_kernels(model, kernels, _device(strategy, device))
         if lora is not None:
             add_adapters(model, lora, strategy)
         if strategy is not None:

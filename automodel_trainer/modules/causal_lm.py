@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from automodel_trainer.models._transformers import packing_without_sync
 from automodel_trainer.models.auto import AutoModelForCausalLM, add_adapters, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
+from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, lora_of
 from automodel_trainer.modules.loss import next_token_targets, summed_loss, supervised_tokens, token_losses
 from automodel_trainer.modules.metrics import FiniteGuard, LossWindow, TokenMetrics
@@ -36,7 +37,7 @@ from automodel_trainer.strategies.deferred_logits import defer_logits
 MicroBatch = dict[str, Any]
 _WINDOW_KEY = "loss_window"
 # What a model's forward is given of a micro-batch. The rest (labels, sample ids) is ours.
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_boundaries")
 
 
 class CausalLMModule(Objective, pl.LightningModule):
@@ -55,7 +56,7 @@ class CausalLMModule(Objective, pl.LightningModule):
         scheduler: configuration or name of the schedule.
         gradient_clip_val: largest global gradient norm; 0 only measures it. `Trainer(gradient_clip_val=)` goes first.
         neftune_alpha: strength of NEFTune noise (5 in the paper); 0 is off.
-        attn_implementation: transformers' name of an attention kernel; by default its own choice.
+        kernels: what the model computes with; by default chosen by the hardware.
         trust_remote_code: run code that comes with the checkpoint.
         revision: branch, tag or commit of a Hub repository.
         config_overrides: attributes of the model's config to change.
@@ -72,7 +73,7 @@ class CausalLMModule(Objective, pl.LightningModule):
         scheduler: SchedulerConfig | str = SchedulerConfig(),  # noqa: B008
         gradient_clip_val: float = 1.0,
         neftune_alpha: float = 0.0,
-        attn_implementation: str | None = None,
+        kernels: KernelsConfig = KernelsConfig(),  # noqa: B008
         trust_remote_code: bool = False,
         revision: str | None = None,
         config_overrides: dict[str, Any] | None = None,
@@ -85,7 +86,7 @@ class CausalLMModule(Objective, pl.LightningModule):
         self.scheduler_config = scheduler
         self.gradient_clip_val = gradient_clip_val
         self.neftune_alpha = neftune_alpha
-        self.attn_implementation = attn_implementation
+        self.kernels = kernels
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.config_overrides = config_overrides or {}
@@ -170,9 +171,9 @@ class CausalLMModule(Objective, pl.LightningModule):
         return AutoModelForCausalLM.from_pretrained(
             self.source or reference,
             self.strategy,
-            attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             lora=self.lora,
+            kernels=self.kernels,
             **self.config_overrides,
         )
 
@@ -184,6 +185,7 @@ class CausalLMModule(Objective, pl.LightningModule):
             return self.strategy.parallelize(model)  # type: ignore[return-value]
         # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
         model = model.to(dtype)  # type: ignore[arg-type]
+        apply_kernels(model, self.kernels, self.strategy.root_device)
         if self.lora is not None:
             add_adapters(model, self.lora, self.strategy)
         if not any(parameter.is_meta for parameter in model.parameters()):
