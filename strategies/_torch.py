@@ -17,6 +17,7 @@ __all__ = [
     "all_gather_first",
     "all_reduce_sum",
     "flatten_mesh",
+    "overlap_matmuls_with_collectives",
     "placeable",
     "prefer_recomputing",
     "raise_recompile_limit",
@@ -97,3 +98,12 @@ def placeable(tensor: DTensor) -> tuple[Placement, ...]:
             if placement.split_factor != math.prod(tensor.device_mesh.size(i) for i in inner):
                 placements[axis] = Shard(placement.dim)
     return tuple(placements)
+
+
+def overlap_matmuls_with_collectives(group: ProcessGroup) -> None:
+    """Let inductor fuse matmuls with the gathers and scatters of `group` that they meet."""
+    import torch._inductor.config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    enable_symm_mem_for_group(group.group_name)
+    torch._inductor.config._micro_pipeline_tp = True

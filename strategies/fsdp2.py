@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from automodel_trainer.models.quantize import packed_weights
 from automodel_trainer.strategies._torch import StridedShard
 from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
+from automodel_trainer.strategies.async_tp import enable_async_tp
 from automodel_trainer.strategies.base import MeshStrategy, MicroBatch, Objective, Part
 from automodel_trainer.strategies.blocks import find_blocks
 from automodel_trainer.strategies.compile import compile_blocks
@@ -49,6 +50,7 @@ class FSDP2Strategy(MeshStrategy):
             node and the model's heads allow.
         tp_plan: rules that override the model's own (`model.tp_plan`: same names, same styles).
         sequence_parallel: with tp > 1, norms, dropout and residuals work on parts of the sequence too.
+        async_tp: overlap the collectives of tensor parallel with its matmuls (GPUs, compile, sequence_parallel).
         reshard_after_forward: free a block's gathered parameters between its forward and backward (ZeRO-3). False
             keeps them (ZeRO-2: more memory, fewer gathers).
         forward_prefetch: blocks whose parameters are gathered ahead of the one that runs, beyond FSDP2's own overlap.
@@ -73,6 +75,7 @@ class FSDP2Strategy(MeshStrategy):
         tp: int | Literal["auto"] = 1,
         tp_plan: Mapping[str, str] | None = None,
         sequence_parallel: bool = True,
+        async_tp: bool = False,
         reshard_after_forward: bool = True,
         forward_prefetch: int = 0,
         backward_prefetch: int = 0,
@@ -90,6 +93,7 @@ class FSDP2Strategy(MeshStrategy):
         self._tp_of_model = tp == "auto"
         self.tp_plan = tp_plan
         self.sequence_parallel = sequence_parallel
+        self.async_tp = async_tp
         self._check_replicas = False
         self.reshard_after_forward = reshard_after_forward
         self.forward_prefetch = forward_prefetch
@@ -127,6 +131,13 @@ class FSDP2Strategy(MeshStrategy):
     def parallelize(self, model: nn.Module) -> nn.Module:
         if is_laid_out(model):
             return model
+        if self.async_tp:
+            enable_async_tp(
+                submesh(self.device_mesh, ("tp",)),
+                self.root_device,
+                compiled=self.compiles,
+                sequence_parallel=self.sequence_parallel,
+            )
         # The compiler sees what is recomputed. Under tp recomputing takes the parameters' parts anew, outside of it.
         checkpoint_first = self.dims.tp == 1
         if checkpoint_first:

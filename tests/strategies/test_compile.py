@@ -106,3 +106,10 @@ def test_refusals(pool: RankPool) -> None:
         pool.run(2, count_calls, selective, 2)
     with pytest.raises(ValueError, match="no list of blocks"):
         compile_blocks(torch.nn.Linear(2, 2))
+
+
+def test_async_tp_is_refused_where_it_cannot_be(pool: RankPool) -> None:
+    with pytest.raises(ValueError, match=r"async_tp=True needs tp > 1 .* and GPUs .* on cpu\) and compile=True\. "):
+        train("fsdp2:async_tp=true", 1, 4, "llama", tied=True)
+    with pytest.raises(AssertionError, match=r"async_tp=True needs GPUs .* and sequence_parallel=True"):
+        pool.run(2, count_calls, f"fsdp2:tp=2,async_tp=true,sequence_parallel=false,{COMPILED}", 2)
