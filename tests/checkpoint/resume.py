@@ -47,6 +47,14 @@ class Diary(Callback):
         self.steps.append((trainer.global_step, float(trainer.callback_metrics["train_loss"]), rate))
 
 
+class Stop(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
 def data_of(kind: str) -> MicroBatchDataModule:
     """`packed`: chats, several to a row; `workers`: the same, built ahead in processes; `stream`: text, streamed."""
     draw = torch.Generator().manual_seed(0)
@@ -63,8 +71,19 @@ def data_of(kind: str) -> MicroBatchDataModule:
     return ChatDataModule([{"messages": chat} for chat in chats[:37]], seq_len=128, num_workers=workers, **shared)
 
 
-def run(root: Path, layout: str, lora: bool, ckpt_path: str | None, kind: str = "packed") -> dict[str, Any]:
-    """This rank's part of a run to step STEPS that saves step SAVED."""
+def run(
+    root: Path,
+    layout: str,
+    lora: bool,
+    ckpt_path: str | None,
+    kind: str = "packed",
+    every: int = SAVED,
+    last: int = STEPS,
+) -> dict[str, Any]:
+    """This rank's part of a run that saves every so many steps and trains on from `ckpt_path` to the step `last`.
+
+    The learning rate is that of a run of STEPS.
+    """
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have workers
     strategy, devices = LAYOUTS[layout]
     pl.seed_everything(7)
@@ -74,7 +93,7 @@ def run(root: Path, layout: str, lora: bool, ckpt_path: str | None, kind: str = 
         devices=devices,
         strategy=strategy,
         max_steps=STEPS,
-        callbacks=[diary, DCPCheckpoint(every_n_steps=SAVED, keep_last=None, save_at_end=False)],
+        callbacks=[diary, Stop(last), DCPCheckpoint(every_n_steps=every, keep_last=None, save_at_end=False)],
         default_root_dir=root,
         logger=False,
         log_every_n_steps=1,
@@ -94,17 +113,23 @@ def run(root: Path, layout: str, lora: bool, ckpt_path: str | None, kind: str = 
 
 
 def train(
-    pool: RankPool, root: Path, layout: str, lora: bool, ckpt_path: str | None = None, kind: str = "packed"
+    pool: RankPool,
+    root: Path,
+    layout: str,
+    lora: bool,
+    ckpt_path: str | None = None,
+    kind: str = "packed",
+    **options: int,
 ) -> dict[str, Any]:
     """The run on all its ranks: curve, and of every step the rows of the global batch, in one order."""
-    ranks = pool.run(LAYOUTS[layout][1], run, root, layout, lora, ckpt_path, kind)
+    ranks = pool.run(LAYOUTS[layout][1], run, root, layout, lora, ckpt_path, kind, **options)
     by_place = {rank["dp_rank"]: rank["rows"] for rank in ranks}
     rows = [sorted(row for place in by_place.values() for row in place[step]) for step in range(len(ranks[0]["steps"]))]
     return {"steps": ranks[0]["steps"], "rows": rows}
 
 
-def checkpoint(root: Path) -> str:
-    return str(root / "checkpoints" / f"step-{SAVED:08d}")
+def checkpoint(root: Path, step: int = SAVED) -> str:
+    return str(root / "checkpoints" / f"step-{step:08d}")
 
 
 def difference(rest: dict[str, Any], whole: dict[str, Any], same_layout: bool) -> float:
@@ -113,9 +138,10 @@ def difference(rest: dict[str, Any], whole: dict[str, Any], same_layout: bool) -
     Raises:
         AssertionError: other steps, learning rates or rows, or a difference that is too large.
     """
-    expected = whole["steps"][SAVED:]
+    first = rest["steps"][0][0] - 1
+    expected = whole["steps"][first : first + len(rest["steps"])]
     assert [(step, rate) for step, _, rate in rest["steps"]] == [(step, rate) for step, _, rate in expected]
-    assert rest["rows"] == whole["rows"][SAVED:], "the data goes on with other rows"
+    assert rest["rows"] == whole["rows"][first : first + len(rest["rows"])], "the data goes on with other rows"
     worst = max(abs(loss - want) / abs(want) for (_, loss, _), (_, want, _) in zip(rest["steps"], expected))
     assert worst <= (0.0 if same_layout else TOLERANCE), f"the loss differs by {worst:.1e}"
     return worst

@@ -1,8 +1,7 @@
-"""Going on under another layout; all pairs are in docs/resume.md (`make test-matrix`), here a ring through all."""
+"""Going on under another layout; all pairs are in docs/resume.md (`make test-matrix`), here every layout once."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,26 +9,37 @@ import pytest
 from tests.checkpoint.resume import LAYOUTS, STEPS, checkpoint, difference, train
 from tests.pool import RankPool
 
-RING = ["single", "ddp ×2", "fsdp2 ×4", "tp ×2", "hsdp 2×2", "cp ×2", "fsdp2 ×2, tp ×2", "fsdp2 ×2", "single"]
+# Layouts, and the step that each trains to.
+CHAINS = {
+    "full": {"tp ×2": 2, "hsdp 2×2": 3, "cp ×2": 4, "fsdp2 ×4": 6, "single": STEPS},
+    "LoRA": {"ddp ×2": 2, "fsdp2 ×2, tp ×2": 4, "fsdp2 ×2": 6, "cp ×2": STEPS},
+}
 
 
-def test_each_layout_goes_on_from_another(pool: RankPool, tmp_path: Path) -> None:
-    """Curve, learning rate and the rows of every global batch; full and LoRA in turn."""
-    assert set(RING) == LAYOUTS.keys()
-    for number, (first, second) in enumerate(pairwise(RING)):
-        lora, root = bool(number % 2), tmp_path / str(number)
-        whole = train(pool, root, first, lora)
-        seen = [row for step in whole["rows"][:5] for row in step if row[0]]  # fillers have no sample
-        assert len(set(seen)) == len(seen), "no row twice in an epoch"
-        rest = train(pool, tmp_path / f"{number}-rest", second, lora, checkpoint(root))
-        assert len(rest["steps"]) == STEPS - 3
-        difference(rest, whole, same_layout=False)
+def test_the_chains_pass_through_every_layout() -> None:
+    assert {layout for chain in CHAINS.values() for layout in chain} == LAYOUTS.keys()
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_a_run_passed_on_from_layout_to_layout_is_one_run(pool: RankPool, tmp_path: Path, kind: str) -> None:
+    """Curve, learning rate and the rows of every global batch, step by step, beyond the end of an epoch."""
+    whole = train(pool, tmp_path / "whole", "single", kind == "LoRA")
+    seen = [row for step in whole["rows"][:5] for row in step if row[0]]  # fillers have no sample
+    assert len(set(seen)) == len(seen), "no row twice in an epoch"
+    before, done = None, 0
+    for layout, last in CHAINS[kind].items():
+        root = tmp_path / str(last)
+        part = train(pool, root, layout, kind == "LoRA", before, every=1, last=last)
+        assert [step for step, _, _ in part["steps"]] == list(range(done + 1, last + 1))
+        difference(part, whole, same_layout=False)
+        before, done = checkpoint(root, last), last
 
 
 @pytest.mark.parametrize("kind", ["workers", "stream"])
 def test_data_goes_on_row_by_row(pool: RankPool, tmp_path: Path, kind: str) -> None:
-    """With batches that workers have built ahead, and in the middle of a stream: on other ranks, then on the same."""
+    """With batches that workers have built ahead, and in the middle of a stream: on the same ranks and on others."""
     whole = train(pool, tmp_path / "whole", "fsdp2 ×2", False, kind=kind)
     for layout in ("single", "fsdp2 ×2"):
         rest = train(pool, tmp_path / layout, layout, False, checkpoint(tmp_path / "whole"), kind=kind)
+        assert len(rest["steps"]) == STEPS - 3
         difference(rest, whole, same_layout=layout == "fsdp2 ×2")
