@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from automodel_trainer._lightning import defaults_from_env_vars, drop_advertisement, install_quiet_epoch_loop
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.callbacks.defaults import default_callbacks
+from automodel_trainer.checkpoint.remote import fetch, is_remote
 from automodel_trainer.data.adapt import Steps, as_datamodule, group_micro_batches, len_or_none
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.launch import launched_sizes
@@ -179,8 +180,8 @@ class Trainer(pl.Trainer):
             data: a path or Hub id of a chat or instruction set (jsonl, json, parquet), a `Dataset` or `DatasetDict`, a
                 DataLoader, or a LightningDataModule.
             val_dataloaders, train_dataloaders, datamodule: as Lightning has them.
-            ckpt_path: a checkpoint folder to go on from, `"last"`, `"best"`, or `"last-whole"`: the newest that is not
-                damaged (with `"last"` a damaged one is an error that names the file).
+            ckpt_path: a checkpoint folder (or URL) to go on from, `"last"`, `"best"`, or `"last-whole"`: the newest
+                that is not damaged (with `"last"` a damaged one is an error that names the file).
             weights_only: as Lightning has it.
 
         Returns:
@@ -396,6 +397,8 @@ class Trainer(pl.Trainer):
 
     def _checkpoint_path(self, path: str | os.PathLike[str] | None) -> str | None:
         saver = self.checkpoint_callback
+        if is_remote(path):
+            return str(fetch(str(path), Path(self.default_root_dir) / "downloads"))
         if path not in ("last", "last-whole", "best") or not isinstance(saver, DCPCheckpoint):
             return None if path is None else str(path)
         root = Path(self.default_root_dir)

@@ -13,10 +13,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from automodel_trainer.callbacks.resumed_loops import go_on, resume_with_validation, validates_after
-from automodel_trainer.checkpoint import CheckpointError, remove_checkpoint
+from automodel_trainer.checkpoint import CheckpointError, remove_checkpoint, save_checkpoint
 from automodel_trainer.checkpoint.background import BackgroundSaver
 from automodel_trainer.checkpoint.codec import encode
 from automodel_trainer.checkpoint.folder import link
+from automodel_trainer.checkpoint.remote import RemoteRuns, download_best, download_last, is_remote, mirror
 from automodel_trainer.checkpoint.runs import (
     BEST,
     LATEST,
@@ -44,7 +45,8 @@ class DCPCheckpoint(Checkpoint):
     goes on in the folder that it was resumed from.
 
     Args:
-        dirpath: by default `<default_root_dir>/checkpoints`.
+        dirpath: by default `<default_root_dir>/checkpoints`. A URL of object storage (`s3://bucket/run`, `gs://…`):
+            checkpoints are written there as ever and then copied to the store, whose copies are kept and removed alike.
         every_n_steps: optimizer steps between saves.
         every_n_epochs: epochs between saves, each after the last step of an epoch. 1 where neither is given and nothing
             is monitored.
@@ -83,7 +85,8 @@ class DCPCheckpoint(Checkpoint):
             raise ValueError(f"DCPCheckpoint(mode={mode!r}) is unknown. Allowed: min, max.")
         if every_n_steps is None and every_n_epochs is None and monitor is None:
             every_n_epochs = 1
-        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.remote = RemoteRuns(str(dirpath)) if is_remote(dirpath) else None
+        self.dirpath = None if dirpath is None or self.remote is not None else Path(dirpath)
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.keep_last, self.keep_best = keep_last, keep_best
         self.monitor, self.mode = monitor, mode
@@ -99,16 +102,20 @@ class DCPCheckpoint(Checkpoint):
         self._rng: dict[str, Any] | None = None
         self._saver: BackgroundSaver | None = None
         self._newest: Path | None = None
+        self._mirror: Any = None
 
     # --- looking back -----------------------------------------------------------------------------------------------
 
     def find_last(self, default_root_dir: str | Path, whole: bool = False) -> Path | None:
         """The newest checkpoint of this and earlier runs, with `whole` the newest that is not damaged; or None."""
-        return find_last(self._base(default_root_dir), whole)
+        base = self._base(default_root_dir)
+        local = find_last(base, whole)
+        return local if self.remote is None else download_last(self.remote, base, local, whole)
 
     def find_best(self, default_root_dir: str | Path) -> Path | None:
         """The best checkpoint of the newest run that has one."""
-        return find_best(self._base(default_root_dir))
+        base = self._base(default_root_dir)
+        return find_best(base) if self.remote is None else download_best(self.remote, base)
 
     @property
     def best_model_path(self) -> str:
@@ -152,7 +159,11 @@ class DCPCheckpoint(Checkpoint):
         if self.run_folder is None:
             # Rank 0 looks for all: another rank could already see what rank 0 has written.
             base = self._base(trainer.default_root_dir).absolute()
-            self.run_folder = trainer.strategy.broadcast(new_run(base) if trainer.is_global_zero else None)
+            taken = self.remote.runs() if self.remote is not None and trainer.is_global_zero else ()
+            self.run_folder = trainer.strategy.broadcast(new_run(base, taken) if trainer.is_global_zero else None)
+        if self.remote is not None:
+            base_name = self._base(trainer.default_root_dir).name
+            self._mirror = partial(mirror, self.remote, self.run_folder.name.removeprefix(base_name))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -254,11 +265,12 @@ class DCPCheckpoint(Checkpoint):
         self._settle()
         whole = partial(self._on_whole, folder) if trainer.is_global_zero else None
         try:
+            save: Any = None
             if self._saver is not None:
-                save = partial(self._saver.save, then=whole)
-                trainer.save_checkpoint(folder, weights_only=False, storage_options=save)
-            else:
-                trainer.save_checkpoint(folder, weights_only=False)
+                save = partial(self._saver.save, then=whole, mirror=self._mirror)
+            elif self._mirror is not None:
+                save = partial(save_checkpoint, mirror=self._mirror)
+            trainer.save_checkpoint(folder, weights_only=False, storage_options=save)
         except CheckpointError as error:
             self._report(folder, error)
             return False
@@ -318,6 +330,9 @@ class DCPCheckpoint(Checkpoint):
             for folder in saved:
                 if folder.name not in keep:
                     remove_checkpoint(folder)
+            if self.remote is not None:
+                links = {LATEST: newest.name, **({BEST: best[0]} if best else {})}
+                self.remote.tidy(self._mirror.args[1], keep, links)
         except OSError as error:
             rank_zero_warn(f"{newest} is written, but links or old checkpoints in {run} could not be changed: {error}")
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from automodel_trainer.checkpoint.agreement import CheckpointError, world_size
 from automodel_trainer.checkpoint.staging import HostBuffers
-from automodel_trainer.checkpoint.state import Snapshot, stage, write_snapshot
+from automodel_trainer.checkpoint.state import Mirror, Snapshot, stage, write_snapshot
 
 
 class BackgroundSaver:
@@ -50,31 +50,32 @@ class BackgroundSaver:
         module: nn.Module,
         optimizers: Sequence[Optimizer],
         then: Callable[[], None] | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         """As `checkpoint.save_checkpoint`, but return when all is copied; the files are written in the background.
 
         Collective. Waits for the save in flight, if there is one, and raises what became of it.
 
         Args:
-            then: called in the thread once the checkpoint is whole.
+            then: called in the thread once the checkpoint is whole, and mirrored.
         """
         self.wait()
         snapshot = stage(folder, lightning_checkpoint, module, optimizers, self.buffers.copy)
         self.buffers.synchronize()
-        self.start(snapshot, folder, then)
+        self.start(snapshot, folder, then, mirror)
 
-    def start(self, snapshot: Snapshot, folder: Path, then: Callable[[], None] | None = None) -> None:
-        """Begin to write; returns at once.
-
-        Args:
-            snapshot: of tensors that training does not change (staged into `buffers`).
-            folder: where to.
-            then: called in the thread once the checkpoint is whole.
-        """
+    def start(
+        self,
+        snapshot: Snapshot,
+        folder: Path,
+        then: Callable[[], None] | None = None,
+        mirror: Mirror | None = None,
+    ) -> None:
+        """Begin to write a snapshot of tensors that training leaves alone (staged into `buffers`); returns at once."""
         assert self._thread is None, "one save at a time: wait for the one before"
         self._folder, self._error = folder, None
         self._thread = threading.Thread(
-            target=self._write, args=(snapshot, folder, then), name="checkpoint", daemon=True
+            target=self._write, args=(snapshot, folder, then, mirror), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -105,9 +106,9 @@ class BackgroundSaver:
             dist.destroy_process_group(self._group)
         self.buffers.clear()
 
-    def _write(self, snapshot: Snapshot, folder: Path, then: Callable[[], None] | None) -> None:
+    def _write(self, snapshot: Snapshot, folder: Path, then: Callable[[], None] | None, mirror: Mirror | None) -> None:
         try:
-            write_snapshot(snapshot, folder, self._group)
+            write_snapshot(snapshot, folder, self._group, mirror)
             if then is not None:
                 then()
         except (OSError, ValueError) as error:

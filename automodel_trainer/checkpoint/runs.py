@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -28,7 +29,7 @@ def saved_in(run: Path) -> list[Path]:
 
 def _step_folders(run: Path) -> list[Path]:
     found = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (_created(path), path.name))
+    return sorted(found, key=lambda path: (created(path), path.name))
 
 
 def runs(base: Path) -> list[Path]:
@@ -40,10 +41,10 @@ def runs(base: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1] or 0), path) for match, path in numbered if match)]
 
 
-def new_run(base: Path) -> Path:
-    """A folder of which no checkpoint of an earlier run is in the way."""
+def new_run(base: Path, taken: Collection[str] = ()) -> Path:
+    """A folder of which no checkpoint of an earlier run is in the way; its suffix is none of those `taken`."""
     version, run = 0, base
-    while _step_folders(run):
+    while _step_folders(run) or run.name.removeprefix(base.name) in taken:
         version += 1
         run = base.with_name(f"{base.name}-v{version}")
     return run
@@ -58,7 +59,7 @@ def find_last(base: Path, whole: bool = False) -> Path | None:
             as it is: loading it says what is wrong with it.
     """
     everything = [checkpoint for run in runs(base) for checkpoint in _step_folders(run)]
-    for checkpoint in sorted(everything, key=_created, reverse=True):
+    for checkpoint in sorted(everything, key=created, reverse=True):
         try:
             if whole:
                 check_checkpoint(checkpoint)
@@ -75,7 +76,7 @@ def find_best(base: Path) -> Path | None:
     return links[-1].resolve() if links else None
 
 
-def _created(checkpoint: Path) -> float:
+def created(checkpoint: Path) -> float:
     """When it was written; where the manifest cannot tell, when its folder was last changed (so by the damage)."""
     try:
         return float(read_manifest(checkpoint)["created"])

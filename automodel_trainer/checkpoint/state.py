@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,8 +57,16 @@ class Snapshot:
         return written
 
 
+Mirror = Callable[[Path, dist.ProcessGroup | None], None]
+"""What is done with a checkpoint once it is whole, on all ranks: a copy elsewhere. Raises CheckpointError."""
+
+
 def save_checkpoint(
-    folder: Path, lightning_checkpoint: dict[str, Any], module: nn.Module, optimizers: Sequence[Optimizer]
+    folder: Path,
+    lightning_checkpoint: dict[str, Any],
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    mirror: Mirror | None = None,
 ) -> None:
     """Write a checkpoint folder; on failure nothing of it stays. Collective.
 
@@ -76,12 +84,13 @@ def save_checkpoint(
         lightning_checkpoint: Lightning's state, without weights and optimizer state.
         module: what is trained: its state-dict keys are the checkpoint's.
         optimizers: those whose state is saved.
+        mirror: called when the checkpoint is whole.
 
     Raises:
         ValueError: state that neither JSON nor safetensors can hold; the message names it.
         CheckpointError: a file could not be written, on whichever rank. Raised on every rank.
     """
-    write_snapshot(stage(folder, lightning_checkpoint, module, optimizers), folder)
+    write_snapshot(stage(folder, lightning_checkpoint, module, optimizers), folder, mirror=mirror)
 
 
 def stage(
@@ -102,7 +111,9 @@ def stage(
     return Snapshot(weights, states, files, module if rank() == 0 else None)
 
 
-def write_snapshot(snapshot: Snapshot, folder: Path, group: dist.ProcessGroup | None = None) -> None:
+def write_snapshot(
+    snapshot: Snapshot, folder: Path, group: dist.ProcessGroup | None = None, mirror: Mirror | None = None
+) -> None:
     """Write every rank's snapshot; on failure nothing of it stays. Collective over `group` (of CPUs; None: default).
 
     Raises:
@@ -119,6 +130,8 @@ def write_snapshot(snapshot: Snapshot, folder: Path, group: dist.ProcessGroup | 
         if first:
             abandon(target)
         raise
+    if mirror is not None:
+        mirror(folder, group)
 
 
 def load_checkpoint(folder: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:

@@ -1,0 +1,238 @@
+"""Checkpoints in object storage (`s3://`, `gs://`, whatever fsspec knows): a copy of each local one.
+
+A prefix is a checkpoint once its manifest is there, which is uploaded last: an object is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import fsspec
+import torch.distributed as dist
+from filelock import FileLock
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from automodel_trainer.checkpoint.agreement import on_all_ranks, rank, world_size
+from automodel_trainer.checkpoint.folder import TEMPORARY
+from automodel_trainer.checkpoint.manifest import MANIFEST, check_checkpoint, read_manifest
+from automodel_trainer.checkpoint.runs import BEST, created
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_STEP = re.compile(r"step-\d+")
+
+
+def is_remote(path: object) -> bool:
+    """Whether a path is a URL of object storage."""
+    return "://" in str(path)
+
+
+def _os_error(method: Callable[P, T]) -> Callable[P, T]:
+    """Each store fails with errors of its own: they are made OSErrors, for the caller to report or to try again."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:
+            raise OSError(f"{args[0]}: {type(error).__name__}: {error}") from error
+
+    return call
+
+
+class RemoteRuns:
+    """The runs `url`, `url-v1`, … of a store. Methods raise OSError where the store fails.
+
+    Args:
+        url: of the first run; credentials and endpoint come from the store's usual environment variables.
+
+    Raises:
+        ValueError: a protocol that fsspec does not know, or whose package is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            self._fs, self._root = fsspec.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{url!r} cannot be used for checkpoints: {error}") from error
+
+    def __str__(self) -> str:
+        return self.url
+
+    @_os_error
+    def upload(self, folder: Path, run: str, part: int, parts: int) -> None:
+        """Upload a share of a whole local checkpoint's files, all but the manifest, over what a crash has left.
+
+        Args:
+            folder: the checkpoint.
+            run: "" for the first run, "-v1" for the second, …
+            part, parts: which share, of how many.
+        """
+        files = read_manifest(folder)["files"]
+        for name in sorted(files)[part::parts]:
+            target = self._path(run, folder.name, name)
+            self._fs.put_file(str(folder / name), target)
+            if (size := self._fs.info(target)["size"]) != files[name]["size"]:
+                raise OSError(f"{target} has {size:,} bytes where {files[name]['size']:,} were sent")
+
+    @_os_error
+    def withdraw(self, run: str, name: str) -> None:
+        """Remove a checkpoint or what is left of one: its manifest first, so that it is none at any moment after."""
+        place = self._path(run, name)
+        self._fs.invalidate_cache()
+        if self._fs.exists(f"{place}/{MANIFEST}"):
+            self._fs.rm_file(f"{place}/{MANIFEST}")
+        if self._fs.exists(place):
+            self._fs.rm(place, recursive=True)
+
+    @_os_error
+    def commit(self, folder: Path, run: str) -> None:
+        """Upload the manifest: from now on the checkpoint is there."""
+        self._fs.put_file(str(folder / MANIFEST), self._path(run, folder.name, MANIFEST))
+
+    @_os_error
+    def tidy(self, run: str, keep: Iterable[str], links: dict[str, str]) -> None:
+        """Write the names that links stand for, then remove checkpoints that are not kept, and what crashes left."""
+        for link, name in links.items():
+            self._fs.pipe_file(self._path(run, link), name.encode())
+        self._fs.invalidate_cache()
+        for name in set(self._steps(run)) - set(keep):
+            self.withdraw(run, name)
+
+    @_os_error
+    def runs(self) -> list[str]:
+        """The suffixes of the runs that have checkpoints."""
+        parent, _, base = self._root.rpartition("/")
+        self._fs.invalidate_cache()
+        names = [path.rstrip("/").rpartition("/")[2] for path in self._list(parent)]
+        numbered = [(re.fullmatch(re.escape(base) + r"(-v\d+)?", name), name) for name in names]
+        found = [match[1] or "" for match, _ in numbered if match]
+        return [run for run in sorted(found, key=_number) if self._whole(run)]
+
+    @_os_error
+    def newest(self) -> list[tuple[str, str]]:
+        """All checkpoints (run, name), the newest first."""
+        found = [(self._created(run, name), run, name) for run in self.runs() for name in self._whole(run)]
+        return [(run, name) for _, run, name in sorted(found, reverse=True)]
+
+    @_os_error
+    def target(self, link: str) -> tuple[str, str] | None:
+        """What `best` or `latest` of the newest run that has one stands for."""
+        for run in reversed(self.runs()):
+            if self._fs.exists(self._path(run, link)):
+                return run, self._fs.cat_file(self._path(run, link)).decode()
+        return None
+
+    @_os_error
+    def download(self, run: str, name: str, folder: Path) -> None:
+        """Fetch a checkpoint into `folder`, unless it is there and whole. One process does, those beside it wait."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(folder.name + TEMPORARY + ".lock")):
+            manifest = json.loads(self._fs.cat_file(self._path(run, name, MANIFEST)))
+            if folder.is_dir() and _same(folder, manifest):
+                return
+            part = folder.with_name(folder.name + TEMPORARY)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            (part / MANIFEST).write_bytes(self._fs.cat_file(self._path(run, name, MANIFEST)))
+            for file in read_manifest(part)["files"]:  # checked: none of them leaves the folder
+                (part / file).parent.mkdir(parents=True, exist_ok=True)
+                self._fs.get_file(self._path(run, name, file), str(part / file))
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+
+    def _path(self, run: str, *names: str) -> str:
+        return "/".join((self._root + run, *names))
+
+    def _list(self, place: str) -> list[str]:
+        try:
+            return list(self._fs.ls(place, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def _steps(self, run: str) -> list[str]:
+        names = [path.rstrip("/").rpartition("/")[2] for path in self._list(self._path(run))]
+        return sorted(name for name in names if _STEP.fullmatch(name))
+
+    def _whole(self, run: str) -> list[str]:
+        return [name for name in self._steps(run) if self._fs.exists(self._path(run, name, MANIFEST))]
+
+    def _created(self, run: str, name: str) -> float:
+        try:
+            return float(json.loads(self._fs.cat_file(self._path(run, name, MANIFEST)))["created"])
+        except (ValueError, KeyError, TypeError):
+            return self._fs.modified(self._path(run, name, MANIFEST)).timestamp()
+
+
+def mirror(remote: RemoteRuns, run: str, folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Upload a whole local checkpoint, each rank a share of its files, over what is there of that name. Collective.
+
+    Raises:
+        CheckpointError: the store failed; what is there of it is then no checkpoint.
+    """
+    first = rank() == 0
+    on_all_ranks(lambda: remote.withdraw(run, folder.name) if first else None, remote, group)
+    on_all_ranks(lambda: remote.upload(folder, run, rank(), world_size()), remote, group)
+    on_all_ranks(lambda: remote.commit(folder, run) if first else None, remote, group)
+
+
+def fetch(url: str, folder: Path) -> Path:
+    """Download the checkpoint `url` into `folder`; returns where it is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    parent, _, name = url.rstrip("/").rpartition("/")
+    try:
+        RemoteRuns(parent).download("", name, folder / name)
+    except FileNotFoundError as error:
+        raise ValueError(f"{url} is no whole checkpoint: it has no {MANIFEST}.") from error
+    return folder / name
+
+
+def download_last(remote: RemoteRuns, base: Path, local: Path | None, whole: bool) -> Path | None:
+    """The newest checkpoint of a store below `base`, unless the newest `local` one is newer; see `runs.find_last`."""
+    for run, name in remote.newest():
+        folder = base.with_name(base.name + run) / name
+        try:
+            remote.download(run, name, folder)
+            if whole:
+                check_checkpoint(folder)
+        except ValueError as error:
+            if not whole:
+                raise
+            rank_zero_warn(f"Passing over a damaged checkpoint: {remote}{run}/{name}: {error}")
+            continue
+        return local if local is not None and created(local) > created(folder) else folder
+    return local
+
+
+def download_best(remote: RemoteRuns, base: Path) -> Path | None:
+    """What `best` of a store stands for, below `base`; None if there is none."""
+    found = remote.target(BEST)
+    if found is None:
+        return None
+    run, name = found
+    remote.download(run, name, base.with_name(base.name + run) / name)
+    return base.with_name(base.name + run) / name
+
+
+def _same(folder: Path, manifest: Any) -> bool:
+    try:
+        check_checkpoint(folder)
+        return bool(read_manifest(folder)["created"] == manifest["created"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _number(run: str) -> int:
+    return int(run.removeprefix("-v") or 0)
