@@ -161,7 +161,7 @@ class DCPCheckpoint(Checkpoint):
             base = self._base(trainer.default_root_dir).absolute()
             taken = self.remote.runs() if self.remote is not None and trainer.is_global_zero else ()
             self.run_folder = trainer.strategy.broadcast(new_run(base, taken) if trainer.is_global_zero else None)
-        if self.remote is not None:
+        if self.remote is not None and self.run_folder is not None:
             base_name = self._base(trainer.default_root_dir).name
             self._mirror = partial(mirror, self.remote, self.run_folder.name.removeprefix(base_name))
 

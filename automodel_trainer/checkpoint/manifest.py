@@ -107,7 +107,15 @@ def read_json(file: Path) -> Any:
 def damage_named(file: Path, *also: type[Exception]) -> Iterator[None]:
     """What fails in here (of the usual kinds, and `also`) fails because `file` does not hold what it should: a
     ValueError that names it."""
-    kinds = (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, *also)
+    kinds: tuple[type[Exception], ...] = (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        RuntimeError,
+        *also,
+    )
     try:
         yield
     except kinds as error:

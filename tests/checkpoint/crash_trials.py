@@ -6,6 +6,7 @@ python -m tests.checkpoint.crash_trials FOLDER --kills 100 --seed 0
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -25,7 +26,8 @@ from tests.callbacks.runs import train
 from tests.pool import _free_port
 
 RANKS, STEPS, EVERY = 2, 8, 2
-LONGEST = 60.0  # seconds after which ranks count as hung
+WAITED = -99  # in place of an exit code
+PATIENCE = 15.0  # seconds that a rank may take to notice that another died, before it is ended as a launcher would do
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "shutil.rmtree"}
 
 
@@ -76,6 +78,7 @@ def rank_main(rank: int, port: int, root: Path, moment: int, background: bool) -
     log = os.open(root.parent / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.register(signal.SIGUSR2)
     names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ.update({key: str(value) for key, value in names.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="crash")
@@ -96,7 +99,7 @@ def rank_main(rank: int, port: int, root: Path, moment: int, background: bool) -
 
 
 def launch(root: Path, background: bool, victim: int | None, moment: int, after: float, all_ranks: bool) -> list[int]:
-    """Run until the ranks are gone; returns their exit codes (negative: killed by that signal, None: hung).
+    """Run until the ranks are gone; returns their exit codes (negative: killed by that signal).
 
     Args:
         victim: the rank that dies; None: nobody.
@@ -114,8 +117,8 @@ def launch(root: Path, background: bool, victim: int | None, moment: int, after:
                 print(repr(error), file=sys.stderr, flush=True)
                 os._exit(1)
         children[process] = rank
-    started, codes = time.monotonic(), {}
-    while len(codes) < RANKS and time.monotonic() - started < LONGEST:
+    started, codes, died = time.monotonic(), {}, 0.0
+    while len(codes) < RANKS and not (died and time.monotonic() - died > PATIENCE):
         if victim is not None and not moment and time.monotonic() - started > after:
             moment = -1
             for process, rank in children.items():
@@ -126,15 +129,24 @@ def launch(root: Path, background: bool, victim: int | None, moment: int, after:
             time.sleep(0.002)
             continue
         codes[children[process]] = os.waitstatus_to_exitcode(status)
+        died = died or time.monotonic()
         if codes[children[process]] == -signal.SIGKILL and all_ranks:
             for other, rank in children.items():
                 if rank not in codes:
                     os.kill(other, signal.SIGKILL)
     for process, rank in children.items():
-        if rank not in codes:  # hung
+        if rank not in codes:
+            os.kill(process, signal.SIGUSR2)  # writes to its log where it is
+            time.sleep(0.2)
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-    return [codes.get(rank, -99) for rank in range(RANKS)]
+    return [codes.get(rank, WAITED) for rank in range(RANKS)]
+
+
+def waited_in(log: Path) -> str:
+    """Where a rank was that did not notice: the innermost function of its main thread."""
+    stack = log.read_text().rpartition("(most recent call first):\n")[2].splitlines()
+    return " < ".join(line.split(" in ")[-1] for line in stack[:4])
 
 
 def outcome_of(folder: Path) -> dict[str, Any]:
@@ -157,7 +169,14 @@ def trials(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     duration = time.monotonic() - started
     reference = outcome_of(reference_folder)
     moments = [json.loads((reference_folder / f"rank-{r}.json").read_text())["moments"] for r in range(RANKS)]
-    report: dict[str, Any] = {"kills": 0, "inside_a_save": 0, "one_rank": 0, "finished": 0, "problems": []}
+    report: dict[str, Any] = {
+        "kills": 0,
+        "inside_a_save": 0,
+        "one_rank": 0,
+        "finished": 0,
+        "waited": [],
+        "problems": [],
+    }
     number = 0
     while report["kills"] < kills or (folder / str(number)).exists():
         place = folder / str(number)
@@ -170,8 +189,8 @@ def trials(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             victim, moment = None, 0
         codes = launch(place / "run", background, victim, moment, duration * draw.random(), all_ranks)
         where = f"run {number}, kill {report['kills']} (rank {victim}, moment {moment}, async {background}): "
-        if -99 in codes:
-            report["problems"].append(where + "the other rank hung")
+        if WAITED in codes:
+            report["waited"].append(waited_in(place / f"rank-{codes.index(WAITED)}.log"))
         if victim is not None and -signal.SIGKILL in codes:
             report["kills"] += 1
             report["one_rank"] += not all_ranks
