@@ -22,7 +22,14 @@ from lightning.pytorch.callbacks import Callback
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from automodel_trainer import AutoModelForCausalLM, CausalLMModule, MockDataModule, TextDataModule, Trainer
+from automodel_trainer import (
+    AutoModelForCausalLM,
+    CausalLMModule,
+    MockDataModule,
+    SchedulerConfig,
+    TextDataModule,
+    Trainer,
+)
 from automodel_trainer.callbacks import Throughput
 from automodel_trainer.models._transformers import packing_without_sync
 from automodel_trainer.strategies.deferred_logits import defer_logits
@@ -94,8 +101,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             str(real_text(Path(args.root))),
             tokenizer=byte_tokenizer(),
             seq_len=args.seq_len,
-            micro_batch_size=1,
-            global_batch_size=2,
+            micro_batch_size=args.micro_batch_size,
+            global_batch_size=2 * args.micro_batch_size,
         )
     throughput = Throughput()
     trainer = Trainer(
@@ -111,12 +118,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         logger=False,
     )
     began = time.monotonic()
-    trainer.fit(RandomModel(shape, lr=1e-4), data)
+    schedule = SchedulerConfig(name="linear", warmup_steps=10)  # Adam's first steps go by the signs of noise
+    trainer.fit(RandomModel(shape, lr=2e-5, scheduler=schedule), data)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     times = sorted(_Curve.times[len(_Curve.times) // 2 :])
-    rows = 1 if args.long else 2
+    rows = 1 if args.long else 2 * args.micro_batch_size
     return {
         "losses": losses,
+        "norms": _Curve.norms,
         "tokens_per_second": round(rows * args.seq_len / times[len(times) // 2], 1),
         "peak_gib": round(peak, 1),
         "seconds": round(time.monotonic() - began, 1),
@@ -126,6 +135,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 class _Curve(Callback):
     times: list[float] = []
+    norms: list[float] = []
 
     def __init__(self, losses: list[float]) -> None:
         self.losses = losses
@@ -136,6 +146,7 @@ class _Curve(Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self.losses.append(float(trainer.callback_metrics["train_loss"]))  # waits for the device
+        self.norms.append(float(trainer.callback_metrics["grad_norm"]))
         self.times.append(time.monotonic() - self.began)
 
 
@@ -155,11 +166,13 @@ def everything(args: argparse.Namespace) -> None:
     common = ["--tiny"] if args.tiny else []
     reference: list[float] = []
     for case in args.cases:
-        result = launch(case, CASES[case], args, "--steps", str(args.steps), "--seq-len", str(args.seq_len), *common)
+        sizes = ["--seq-len", str(args.seq_len), "--micro-batch-size", str(args.micro_batch_size)]
+        result = launch(case, CASES[case], args, "--steps", str(args.steps), *sizes, *common)
         reference = reference or result.get("losses", [])
         if "losses" in result:
             pairs = list(zip(result["losses"], reference))
             result["worst_difference"] = round(max(abs(a - b) / b for a, b in pairs), 5)
+            result["norms"] = [round(norm, 3) for norm in result["norms"][:: max(1, len(pairs) // 6)]]
             result["losses"] = [round(loss, 3) for loss in result["losses"][:: max(1, len(pairs) // 6)]]
         print(case, json.dumps(result), flush=True)
         if "output" in result:
@@ -178,6 +191,7 @@ def main() -> None:
     parser.add_argument("--strategy")
     parser.add_argument("--cases", nargs="*", default=["fsdp2", "tp", "cp"], choices=list(CASES))
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--long", type=int, nargs="*", default=[])
     parser.add_argument("--tiny", action="store_true")

@@ -56,8 +56,6 @@ class ContextParallel:
             ValueError: an input that there is no rule to split by.
         """
         rows, length = inputs["input_ids"].shape
-        inputs = dict(inputs)
-        boundaries = inputs.pop("document_boundaries", None)  # attention sees whole sequences, so that these stay whole
         _refuse_unknown(inputs, rows, length)
         inputs, sequences = self._prepare(inputs, rows, length)
         parts = {key: self.shard(v) if isinstance(v, Tensor) else v for key, v in inputs.items()}
@@ -67,12 +65,11 @@ class ContextParallel:
             ),
             targets,
         )
-        if boundaries is not None:
-            parts["document_boundaries"] = pad_boundaries(boundaries, rows, length, self.padded(length))
         with exchanging(sequences):
             yield parts, targets
 
     def _prepare(self, inputs: dict[str, Any], rows: int, length: int) -> tuple[dict[str, Any], Sequences]:
+        inputs = dict(inputs)
         device = inputs["input_ids"].device
         positions = inputs.get("position_ids")
         packed = positions is not None and inputs.get("attention_mask") is None
@@ -111,23 +108,6 @@ class ContextParallel:
     def _indices(self, rank: int, length: int, device: torch.device) -> Tensor:
         chunks = torch.arange(length, device=device).chunk(2 * self.size)
         return torch.cat([chunks[rank], chunks[2 * self.size - 1 - rank]])
-
-
-def pad_boundaries(boundaries: Tensor, rows: int, length: int, padded: int) -> Tensor:
-    """Document boundaries of rows that are padded at their end, by a document of its own.
-
-    Args:
-        boundaries: int32 `[n + 1]`, counted over rows of `length`.
-
-    Returns:
-        int32 `[n + rows + 1]`, counted over rows of `padded`; `boundaries` if that is the same.
-    """
-    missing = padded - length
-    if not missing:
-        return boundaries
-    moved = boundaries + missing * torch.clamp(boundaries // length, max=rows)
-    padding = torch.arange(1, rows + 1, device=boundaries.device, dtype=boundaries.dtype) * padded - missing
-    return torch.cat([moved, padding]).sort().values
 
 
 def _pad_positions(positions: Tensor, length: int, restart: bool) -> Tensor:

@@ -28,6 +28,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from automodel_trainer.models._transformers import attention_in_use
+from automodel_trainer.models.attention import set_documents
 from automodel_trainer.strategies.ring_attention import ring_attention
 from automodel_trainer.strategies.ulysses import ulysses_attention
 
@@ -208,6 +209,7 @@ def _whole_mask(sequences: Sequences, inner: str, mask_function: Callable[..., A
     arguments |= {"attention_mask": sequences.attention_mask, "q_offset": 0, "kv_offset": 0}
     if sequences.method == "ring":
         return _rows_of_mask(sequences, mask_function, **arguments)
+    set_documents(sequences.documents)
     build = ALL_MASK_ATTENTION_FUNCTIONS[inner]
     lengths = {"q_length": sequences.length, "kv_length": sequences.length}
     return build(mask_function=mask_function, **{**arguments, **lengths})

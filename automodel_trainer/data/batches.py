@@ -47,7 +47,7 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
 
     Returns:
         `input_ids`, `labels`, `position_ids` (int64 `[len(rows), width]`), `sample_ids` and `packed`. No attention
-        mask: the document boundaries are where positions restart, and in `document_boundaries` (int32 `[n + 1]`).
+        mask: the document boundaries are where positions restart.
     """
     batch = _empty(rows, width, pad_id)
     for index, row in enumerate(rows):
@@ -58,22 +58,7 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
             _place(batch, index, start, document)
             batch["position_ids"][index, start:end] = np.arange(end - start)
         batch["position_ids"][index, end:] = np.arange(width - end)
-    packed = bool((batch["position_ids"] != np.arange(width)).any())
-    boundaries = {"document_boundaries": document_boundaries(batch["position_ids"])} if packed else {}
-    return {**_tensors(batch, rows), **boundaries, "packed": packed}
-
-
-def document_boundaries(position_ids: np.ndarray) -> torch.Tensor:
-    """Where documents begin in packed rows `[b, s]`, counted over all rows, and where the last one ends.
-
-    Returns:
-        int32 `[n + 1]`, from 0 to b·s. n is a multiple of 64, so that it seldom changes: there are empty documents at
-        the end.
-    """
-    starts = np.flatnonzero(position_ids.reshape(-1) == 0)
-    boundaries = np.full(-(-len(starts) // 64) * 64 + 1, position_ids.size, dtype=np.int32)
-    boundaries[: len(starts)] = starts
-    return torch.from_numpy(boundaries)
+    return {**_tensors(batch, rows), "packed": bool((batch["position_ids"] != np.arange(width)).any())}
 
 
 def collate_padded(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:

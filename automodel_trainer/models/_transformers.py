@@ -145,18 +145,15 @@ def packing_without_sync(model: PreTrainedModel) -> None:
 
     In every forward transformers looks whether positions restart anywhere, and so waits for the device. Whoever calls
     the model knows: `position_ids` are given where they restart, and left out where they do not. So while `model` runs,
-    the documents are told apart unasked in the first case, and in the second there is one. A further argument
-    `document_boundaries` is for attention kernels (see `attention.py`).
+    the documents are told apart unasked in the first case, and in the second there is one.
     """
     if getattr(model, "_packing_without_sync", False):
         return
     original = masking_utils.find_packed_sequence_indices
 
-    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         known = _document_indices if kwargs.get("position_ids") is not None else _one_document
         masking_utils.find_packed_sequence_indices = known
-        set_documents(kwargs.pop("document_boundaries", None))
-        return args, kwargs
 
     def leave(*_: object) -> None:
         masking_utils.find_packed_sequence_indices = original
@@ -168,10 +165,12 @@ def packing_without_sync(model: PreTrainedModel) -> None:
 
 
 def _one_document(position_ids: Tensor) -> None:
-    return None
+    set_documents(None)
 
 
 def _document_indices(position_ids: Tensor) -> Tensor:
     """Which document a token belongs to, counted from 0: int64 `[b, s]` of positions that restart at each document."""
     starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
-    return starts.cumsum(-1)
+    numbers = starts.cumsum(-1)
+    set_documents(numbers)
+    return numbers

@@ -1,8 +1,9 @@
-"""Attention kernels for packed rows, as Hugging Face attention functions: no mask of `s × s` is ever made.
+"""Attention for packed rows, as a Hugging Face attention function: no mask of `s × s` is ever made.
 
 Transformers describes packed rows by a mask `[b, 1, s, s]`, with which attention can use neither its fastest kernels
-nor the fact that most of a row is not looked at. Here the mask that travels through the model is the list of document
-boundaries `[n + 1]` instead, and attention runs over documents of different lengths.
+nor the fact that most of a row is not looked at. FlexAttention (arXiv 2412.05496) wants to know only which blocks of
+128 tokens look at each other, and that follows from where documents begin: the block mask is made once per forward and
+kind of layer, without waiting for the device. Rows of one document go to `sdpa`, which has faster kernels for them.
 """
 
 from __future__ import annotations
@@ -10,93 +11,110 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from automodel_trainer.models.varlen import varlen_attention
-
-NAME = "varlen"
+NAME = "amt_flex"
+BLOCK = 128
 _HALF = (torch.bfloat16, torch.float16)
 _documents: Tensor | None = None  # of the micro-batch whose masks are being made
 
 
-def set_documents(boundaries: Tensor | None) -> None:
-    """The rows of the forward that begins are packed from documents that begin at these positions.
+def set_documents(numbers: Tensor | None) -> None:
+    """The next masks are for rows with these documents.
 
     Args:
-        boundaries: int32 `[n + 1]`, counted over all rows one after the other, from 0 to `b · s`; documents at the end
-            may be empty. None: each row is one document, or it is not known.
+        numbers: int64 `[b, s]`, which document a token belongs to, never falling within a row. None: each row is one
+            document, or it is not known.
     """
     global _documents
-    _documents = boundaries
+    _documents = numbers
 
 
-def install_varlen(model: PreTrainedModel) -> None:
-    """Let `model` attend over documents of packed rows one by one, and as before (`sdpa`) to all other rows.
+def install_flex(model: PreTrainedModel) -> None:
+    """Let `model` attend to packed rows through FlexAttention, and to all others as before (`sdpa`).
 
     Raises:
-        ValueError: the model needs something of attention that the kernel does not do.
+        ValueError: the model needs something of attention that this does not do.
     """
-    obstacle = varlen_obstacle(model)
+    obstacle = flex_obstacle(model)
     if obstacle:
-        raise ValueError(f"attention='varlen' does not fit {type(model).__name__}: {obstacle}. Use 'sdpa'.")
+        raise ValueError(f"attention='flex' does not fit {type(model).__name__}: {obstacle}. Use 'sdpa' or 'eager'.")
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
 
 
-def varlen_obstacle(model: PreTrainedModel) -> str | None:
-    """Why `model` cannot attend with the variable-length kernel; None if it can."""
+def flex_obstacle(model: PreTrainedModel) -> str | None:
+    """Why `model` cannot attend through FlexAttention; None if it can."""
     config = model.config.get_text_config(decoder=True)
     kernel = str(getattr(config, "_attn_implementation", None) or "eager")
     if kernel != "sdpa":
         return f"it attends with {kernel!r}, by its own choice or yours"
+    if not getattr(model, "_supports_flex_attn", False):
+        return "transformers does not offer it for this model"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"it has layers of kind {', '.join(sorted(kinds))}"
     if getattr(config, "attention_dropout", 0):
         return "it has attention dropout"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "it caps attention scores"
-    key = (getattr(config, "qk_nope_head_dim", 0) or 0) + (getattr(config, "qk_rope_head_dim", 0) or 0)
-    if key and key != getattr(config, "v_head_dim", key):
-        return "its keys and values have different widths"
-    width = key or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if width > 256 or width % 8:
-        return f"its heads are {width} wide, and the kernel wants a multiple of 8 up to 256"
     return None
 
 
-def _mask(*, dtype: torch.dtype = torch.float32, local_size: int | None = None, **arguments: Any) -> Tensor | None:
-    """Document boundaries where they are known, else what `sdpa` would be given.
+def document_block_mask(numbers: Tensor, window: int | None = None) -> BlockMask:
+    """Causal attention within documents, as FlexAttention wants it.
 
-    A sliding window is not in the boundaries: attention functions are told of it by the layer.
+    Args:
+        numbers: int64 `[b, s]`, see `set_documents`.
+        window: tokens that a query sees, itself included; None: all before it.
     """
-    plain = arguments.get("attention_mask") is None and not arguments.get("use_vmap")  # nothing of the model's own
+    length = numbers.shape[1]
+    blocks = -(-length // BLOCK)
+    padded = F.pad(numbers, (0, blocks * BLOCK - length), value=-1).unflatten(1, (blocks, BLOCK))
+    first, last = padded[:, :, 0], padded.amax(-1)
+    row = torch.arange(blocks, device=numbers.device)
+    distance = (row[:, None] - row[None, :]) * BLOCK  # of the first tokens of a query and a key block
+    some = (distance >= 0) & (last[:, None, :] >= first[:, :, None])
+    one_document = (first == last) & (padded[:, :, -1] >= 0)
+    whole = (distance > 0) & (first[:, :, None] == first[:, None, :]) & one_document[:, :, None]
+    whole &= one_document[:, None, :]
+    if window is not None:
+        some &= distance - (BLOCK - 1) < window
+        whole &= distance + BLOCK - 1 < window
+
+    def looks_at(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = (query >= key) & (numbers[b, query] == numbers[b, key])
+        return seen if window is None else seen & (query - key < window)
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=looks_at, seq_lengths=(length, length)
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of bool `[b, q, k]`: how many key blocks a query block has, int32 `[b, 1, q]`, and which, `[b, 1, q, k]`."""
+    which = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return blocks.sum(-1, dtype=torch.int32)[:, None], which[:, None]
+
+
+def _mask(
+    *, dtype: torch.dtype = torch.float32, local_size: int | None = None, use_vmap: bool = False, **arguments: Any
+) -> Tensor | BlockMask | None:
+    """The block mask of packed rows in half precision, else what `sdpa` would be given."""
+    plain = arguments.get("attention_mask") is None and not use_vmap  # nothing of the model's own on top
     if _documents is not None and dtype in _HALF and plain:
-        return _documents
-    return sdpa_mask(dtype=dtype, local_size=local_size, **arguments)
+        return document_block_mask(_documents, local_size)
+    return sdpa_mask(dtype=dtype, local_size=local_size, use_vmap=use_vmap, **arguments)
 
 
 def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     """query `[b, h, s, d]`, key and value `[b, h_kv, s, d]`; out `[b, s, h, d]`."""
-    if attention_mask is None or attention_mask.ndim != 1:
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
-        )
-        return out, None
-    rows, _, length, _ = query.shape
-    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
-    out = varlen_attention(*flat, attention_mask, length, scaling, sliding_window)
-    return out.unflatten(0, (rows, length)), None
+    attend = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
+    return attend(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]

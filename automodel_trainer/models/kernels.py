@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from automodel_trainer.models.attention import NAME as VARLEN
-from automodel_trainer.models.attention import install_varlen, varlen_obstacle
+from automodel_trainer.models.attention import flex_obstacle, install_flex
 
 
 @dataclass
@@ -16,9 +15,9 @@ class KernelsConfig:
     """The `kernels:` section.
 
     Args:
-        attention: "varlen" (documents of packed rows one by one, FlashAttention; GPU only), any of transformers' names
-            (sdpa, eager, flex_attention, flash_attention_2, …), or "auto": varlen on a GPU for a model that it fits,
-            else what transformers chooses.
+        attention: "flex" (packed rows through FlexAttention, others through sdpa; GPU only), any of transformers' names
+            (sdpa, eager, flex_attention, flash_attention_2, …), or "auto": flex on a GPU for a model that it fits, else
+            what transformers chooses.
     """
 
     attention: str = "auto"
@@ -30,10 +29,10 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
     Raises:
         ValueError: a kernel that this device or model does not have.
     """
-    choice = kernels.attention
-    if choice == VARLEN and device.type != "cuda":
-        raise ValueError(f"attention='varlen' needs a GPU, and this run is on {device.type}. Leave it at 'auto'.")
-    if choice not in ("auto", VARLEN):
+    choice, gpu = kernels.attention, device.type == "cuda"
+    if choice == "flex" and not gpu:
+        raise ValueError(f"attention='flex' needs a GPU, and this run is on {device.type}. Leave it at 'auto'.")
+    if choice not in ("auto", "flex"):
         model.set_attn_implementation(choice)
-    elif choice == VARLEN or (device.type == "cuda" and varlen_obstacle(model) is None):
-        install_varlen(model)
+    elif choice == "flex" or (gpu and flex_obstacle(model) is None):
+        install_flex(model)

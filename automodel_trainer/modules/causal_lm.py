@@ -37,7 +37,7 @@ from automodel_trainer.strategies.deferred_logits import defer_logits
 MicroBatch = dict[str, Any]
 _WINDOW_KEY = "loss_window"
 # What a model's forward is given of a micro-batch. The rest (labels, sample ids) is ours.
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_boundaries")
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class CausalLMModule(Objective, pl.LightningModule):

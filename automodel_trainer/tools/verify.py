@@ -137,7 +137,7 @@ def _without_model(module: CausalLMModule) -> CausalLMModule:
 
 def _attention(name: str | None, full: bool) -> str | None:
     """A kernel that the CPU does not have is stood in for by one that computes the same."""
-    if name in ("auto", "varlen"):
+    if name in ("auto", "flex"):
         return None
     return name if full or name in ("eager", "sdpa") else "sdpa"
 

@@ -1,0 +1,131 @@
+"""Block masks against masks written out, and models that attend through them against transformers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from transformers.integrations import flex_attention as flex_integration
+
+from automodel_trainer.models import attention
+from automodel_trainer.models._transformers import attention_in_use, packing_without_sync
+from automodel_trainer.models.attention import NAME, document_block_mask, install_flex
+from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
+from tests.tiny import tiny_model
+
+
+def _plain_flex(*args: Any, training: bool = False, **kwargs: Any) -> Any:
+    return flex_attention(*args, **kwargs)
+
+
+def documents(lengths: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Positions and document numbers `[b, s]` of rows of documents."""
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    numbers = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
+    return positions, numbers
+
+
+def seen(numbers: Tensor, window: int | None) -> Tensor:
+    """bool `[b, s, s]`: what a query may look at."""
+    place = torch.arange(numbers.shape[1])
+    distance = place[:, None] - place[None, :]
+    mask = (distance >= 0) & (numbers[:, :, None] == numbers[:, None, :])
+    return mask if window is None else mask & (distance < window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300, 5000])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [[512]],
+        [[128, 128, 256], [1, 127, 384]],
+        [[100, 412], [511, 1]],
+        [[300, 300, 1, 39], [640]],  # a length that is no multiple of the block
+        [[3] * 43, [129]],
+    ],
+)
+def test_block_mask(lengths: list[list[int]], window: int | None) -> None:
+    """Every block is listed as what it is, and the function that masks within blocks is right."""
+    _, numbers = documents(lengths)
+    mask = document_block_mask(numbers, window)
+    wanted = seen(numbers, window)
+    rows, length = numbers.shape
+    b = torch.arange(rows)[:, None, None]
+    query, key = torch.arange(length)[:, None], torch.arange(length)
+    torch.testing.assert_close(mask.mask_mod(b, torch.zeros(()), query, key), wanted)
+    blocks = -(-length // 128)
+    padded = torch.zeros(rows, blocks * 128, blocks * 128, dtype=torch.bool)
+    padded[:, :length, :length] = wanted
+    tiles = padded.unflatten(1, (blocks, 128)).unflatten(3, (blocks, 128)).transpose(2, 3)
+    whole, some = tiles.flatten(3).all(-1), tiles.flatten(3).any(-1)
+
+    def listed(count: Any, which: Any) -> Tensor:
+        found = torch.zeros(rows, blocks, blocks, dtype=torch.bool)
+        for r in range(rows):
+            for q in range(blocks):
+                found[r, q, which[r, 0, q, : count[r, 0, q]].long()] = True
+        return found
+
+    full = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    partial = listed(mask.kv_num_blocks, mask.kv_indices)
+    assert not (full & ~whole).any(), "a block that is not whole is not masked"
+    assert not (full & partial).any()
+    torch.testing.assert_close(full | partial, some)
+    assert full.sum() >= 0.5 * (whole.sum() if length % 128 == 0 else 0), "most whole blocks are known to be whole"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3", "gpt_neox", "mistral"])
+def test_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed rows give the logits that transformers' own masks give, and no mask of s × s is made."""
+    monkeypatch.setattr(attention, "_HALF", (torch.float32,))
+    # uncompiled: the same numbers, without the minutes that a C++ compiler takes
+    monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", _plain_flex)
+    options: dict[str, Any] = {"sliding_window": 40} if family in ("gemma3_text", "mistral") else {}
+    model = tiny_model(family, attn_implementation="sdpa", **options).eval()
+    packing_without_sync(model)
+    lengths = [[100, 28, 140], [1, 200, 67]]
+    positions, _ = documents(lengths)
+    ids = torch.randint(5, 260, positions.shape)
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        alone = model(input_ids=ids[:, 100:128][:1], use_cache=False).logits
+        install_flex(model)
+        monkeypatch.setattr(attention, "sdpa_mask", None)  # it would be called for a whole mask
+        out = model(**inputs).logits
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out[:1, 100:128], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_other_rows_go_to_sdpa() -> None:
+    model = tiny_model("llama", attn_implementation="sdpa").eval()
+    packing_without_sync(model)
+    ids = torch.randint(5, 260, (2, 30))
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    wanted = model(input_ids=ids).logits, model(input_ids=ids, attention_mask=mask).logits
+    install_flex(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted[0])
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, wanted[1])
+
+
+def test_choice() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    model = tiny_model("llama")
+    apply_kernels(model, KernelsConfig(), cpu)
+    assert attention_in_use(model) == "sdpa"
+    with pytest.raises(ValueError, match="attention='flex' needs a GPU"):
+        apply_kernels(model, KernelsConfig(attention="flex"), cpu)
+    apply_kernels(model, KernelsConfig(), gpu)
+    assert attention_in_use(model) == NAME
+    apply_kernels(model, KernelsConfig(attention="eager"), gpu)
+    assert attention_in_use(model) == "eager"
+    for options, reason in (({"attention_dropout": 0.1}, "dropout"), ({"attn_implementation": "eager"}, "'eager'")):
+        model = tiny_model("llama", **options)
+        with pytest.raises(ValueError, match=reason):
+            apply_kernels(model, KernelsConfig(attention="flex"), gpu)
+        apply_kernels(model, KernelsConfig(), gpu)
+        assert attention_in_use(model) != NAME
