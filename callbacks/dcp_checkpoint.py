@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from automodel_trainer.checkpoint.runs import (
 from automodel_trainer.checkpoint.state import CONFIG_KEY, RNG_KEY
 
 LAST_WAIT = 20.0  # seconds that a failing run waits for the save in flight
+SLOW = 1.0  # seconds that a save may hold training up without a word
 
 
 class DCPCheckpoint(Checkpoint):
@@ -103,6 +105,7 @@ class DCPCheckpoint(Checkpoint):
         self._saver: BackgroundSaver | None = None
         self._newest: Path | None = None
         self._mirror: Any = None
+        self._trained_since, self._slow = 0.0, False
 
     # --- looking back -----------------------------------------------------------------------------------------------
 
@@ -155,6 +158,7 @@ class DCPCheckpoint(Checkpoint):
             go_on(trainer, self._rng)
             self._rng = None
         self._last_step = trainer.global_step
+        self._trained_since, self._slow = time.monotonic(), False
         self._saver, self._newest = BackgroundSaver() if self.async_save else None, None
         if self.run_folder is None:
             # Rank 0 looks for all: another rank could already see what rank 0 has written.
@@ -262,7 +266,10 @@ class DCPCheckpoint(Checkpoint):
             return True
         if callable(check := getattr(pl_module, "check_finite", None)):
             check()  # raises rather than have a broken state saved over a good one
+        begun = time.monotonic()
         self._settle()
+        if self._saver is not None:
+            self._report_slow(folder, time.monotonic() - begun)
         whole = partial(self._on_whole, folder) if trainer.is_global_zero else None
         try:
             save: Any = None
@@ -276,6 +283,7 @@ class DCPCheckpoint(Checkpoint):
             return False
         self._last_saved = trainer.global_step
         if self._saver is None:
+            self._report_slow(folder, time.monotonic() - begun)
             self.last_model_path = str(folder)
             if whole is not None:
                 whole()
@@ -295,6 +303,18 @@ class DCPCheckpoint(Checkpoint):
             self._last_saved = -1
         else:
             self.last_model_path = str(folder)
+
+    def _report_slow(self, folder: Path, waited: float) -> None:
+        """Say once if training waits for the disk for longer than it trained since the save before."""
+        trained, self._trained_since = time.monotonic() - waited - self._trained_since, time.monotonic()
+        if waited > max(SLOW, trained) and not self._slow:
+            self._slow = True
+            what = "the checkpoint before that of" if self._saver is not None else "the checkpoint of"
+            hint = "" if self._saver is not None else ", or with async_save=True"
+            rank_zero_warn(
+                f"Training waited {waited:.1f} s for {what} step {step_of(folder)}, after {trained:.1f} s of training: "
+                f"the disk is slow for saves this frequent. Save less often{hint}."
+            )
 
     def _report(self, folder: Path, error: CheckpointError) -> None:
         self.failed_saves += 1

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from automodel_trainer.callbacks import dcp_checkpoint
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import CheckpointError, check_checkpoint, state
 from automodel_trainer.checkpoint.background import BackgroundSaver
@@ -175,6 +176,23 @@ def test_a_save_in_flight_is_left_alone_by_another_into_the_same_folder(tmp_path
     for name in ("step-1", "step-2"):
         check_checkpoint(tmp_path / name)
     assert names(tmp_path) == ["step-1", "step-2"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_slow_disk_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, background: bool
+) -> None:
+    monkeypatch.setattr(dcp_checkpoint, "SLOW", 0.3)
+    patch = slow_disk(0.1)
+    try:
+        callback = DCPCheckpoint(every_n_steps=1, async_save=background)
+        train(tmp_path, [callback], max_steps=4, max_epochs=None, limit_val_batches=0)
+    finally:
+        patch.undo()
+    reported = [str(w.message) for w in recwarn if "Training waited" in str(w.message)]
+    assert len(reported) == 1
+    assert ("async_save" in reported[0]) is not background
+    assert names(tmp_path / "checkpoints") == ["latest", "step-00000002", "step-00000003", "step-00000004"]
 
 
 def test_buffers_are_taken_once(tmp_path: Path) -> None:
