@@ -11,6 +11,7 @@ from automodel_trainer.checkpoint.manifest import MANIFEST, write_manifest
 from automodel_trainer.checkpoint.record import Entry, entry_of, sync
 
 TEMPORARY = ".tmp"  # step-00000010.tmp: being written; step-00000010.tmp-old: being replaced
+_OLD = "-old"
 _IN_WORK: set[Path] = set()  # temporary folders that this process is writing, maybe in the background
 
 
@@ -20,13 +21,20 @@ def temporary(folder: Path) -> Path:
 
 
 def prepare(folder: Path) -> Path:
-    """Remove what crashed saves and removals have left beside `folder`, and create its temporary folder."""
+    """Remove what crashed saves and removals have left beside `folder`, and create its temporary folder.
+
+    A checkpoint that was about to be replaced when the process died gets its name back.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     target = temporary(folder)
     assert target not in _IN_WORK, "one save of a folder at a time"
     for leftover in folder.parent.glob(f"*{TEMPORARY}*"):
         if leftover.is_dir() and not leftover.is_symlink() and leftover not in _IN_WORK:
-            shutil.rmtree(leftover)
+            replaced = leftover.with_name(leftover.name.removesuffix(TEMPORARY + _OLD))
+            if leftover.name.endswith(TEMPORARY + _OLD) and not replaced.exists():
+                leftover.rename(replaced)
+            else:
+                shutil.rmtree(leftover)
     target.mkdir()
     _IN_WORK.add(target)
     return target
@@ -63,7 +71,7 @@ def publish(target: Path, folder: Path, written: Mapping[str, Entry]) -> None:
     write_manifest(target, entries, folder.name)
     for path in (*(path for path in target.rglob("*") if path.is_dir()), target):
         sync(path)
-    old = folder.with_name(folder.name + TEMPORARY + "-old")
+    old = folder.with_name(folder.name + TEMPORARY + _OLD)
     if folder.exists():
         folder.rename(old)
     target.rename(folder)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from automodel_trainer.checkpoint import (
     CheckpointError,
     check_checkpoint,
+    folder,
     load_checkpoint,
     save_checkpoint,
     state,
@@ -287,6 +288,33 @@ def test_kill_during_a_save_leaves_the_one_before(tmp_path: Path, during: str) -
     save_checkpoint(base / "step-00000003", LIGHTNING, module, [])
     assert sorted(path.name for path in base.iterdir()) == ["step-00000001", "step-00000003"]
     assert find_last(base) == base / "step-00000003"
+
+
+def test_killed_while_a_checkpoint_is_replaced_the_old_one_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = torch.nn.Linear(3, 3)
+    save_checkpoint(tmp_path / "mine", LIGHTNING, module, [])
+    renamed: list[Path] = []
+
+    class Killed(BaseException):
+        pass
+
+    def rename(path: Path, target: Path) -> None:
+        if renamed:
+            raise Killed
+        renamed.append(path)
+        os.rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path / "mine", LIGHTNING, module, [])
+    folder._IN_WORK.clear()  # as in a new process
+    assert not (tmp_path / "mine").exists()
+    save_checkpoint(tmp_path / "other", LIGHTNING, module, [])
+    check_checkpoint(tmp_path / "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "other"]
 
 
 def test_random_numbers_go_on(pool: RankPool, tmp_path: Path) -> None:
