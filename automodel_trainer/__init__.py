@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from automodel_trainer.models.kernels import KernelsConfig
     from automodel_trainer.models.lora import LoRAConfig
     from automodel_trainer.modules import CausalLMModule, OptimizerConfig, SchedulerConfig
-    from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, StrategyRegistry
+    from automodel_trainer.strategies import (
+        DDPStrategy,
+        FSDP2Strategy,
+        MegatronFSDPStrategy,
+        MeshStrategy,
+        StrategyRegistry,
+    )
     from automodel_trainer.trainer import Trainer
 
 _HOMES = {
@@ -25,6 +31,7 @@ _HOMES = {
     "FSDP2Strategy": "strategies",
     "KernelsConfig": "models.kernels",
     "LoRAConfig": "models.lora",
+    "MegatronFSDPStrategy": "strategies",
     "MeshStrategy": "strategies",
     "MockDataModule": "data",
     "OptimizerConfig": "modules",
@@ -42,6 +49,7 @@ __all__ = [
     "FSDP2Strategy",
     "KernelsConfig",
     "LoRAConfig",
+    "MegatronFSDPStrategy",
     "MeshStrategy",
     "MockDataModule",
     "OptimizerConfig",

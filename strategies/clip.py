@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from automodel_trainer.models.uneven import holds_nothing
+
 _Group = tuple[DeviceMesh | None, tuple[int, ...]]
 
 
@@ -30,6 +32,8 @@ def total_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     for parameter in parameters:
         if parameter.grad is not None:
             groups[_sharding(parameter.grad)].append(local_tensor(parameter.grad))
+        elif parameter.requires_grad and holds_nothing(parameter):  # other ranks have a part of this gradient
+            groups[_sharding(parameter)].append(local_tensor(parameter))
     squares = [_sum_of_squares(grads, group) for group, grads in groups.items()]
     if not squares:
         return torch.zeros(())

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import Strategy
 from automodel_trainer.strategies.base import MeshStrategy
 from automodel_trainer.strategies.ddp import DDPStrategy
 from automodel_trainer.strategies.fsdp2 import FSDP2Strategy
+from automodel_trainer.strategies.megatron_fsdp import MegatronFSDPStrategy
 
 ENTRY_POINT_GROUP = "automodel_trainer.strategies"
 
@@ -38,6 +39,7 @@ _FACTORIES: dict[str, Callable[..., Strategy]] = {
     "fsdp2_cp": _fsdp2_cp,
     "fsdp2_tp": _fsdp2_tp,
     "hsdp": _hsdp,
+    "megatron_fsdp": MegatronFSDPStrategy,
 }
 
 
@@ -94,7 +96,10 @@ def _parse_options(spec: str, text: str, accepted: list[str]) -> dict[str, Any]:
 
 def _accepted(factory: Callable[..., Any]) -> list[str]:
     """Names of the keyword arguments, those that `**kwargs` passes on to the bases included."""
-    names = [p.name for p in inspect.signature(factory).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = inspect.signature(factory).parameters.values()
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    if len(names) == len(parameters):
+        return names  # all that there is: nothing is passed on
     for base in (
         (FSDP2Strategy, MeshStrategy)
         if factory in (_hsdp, _fsdp2_cp, _fsdp2_tp)

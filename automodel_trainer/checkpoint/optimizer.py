@@ -31,6 +31,7 @@ from automodel_trainer.checkpoint.manifest import damage_named, read_json
 from automodel_trainer.checkpoint.record import Entry, write_json, write_safetensors
 from automodel_trainer.checkpoint.staging import Copy, keep
 from automodel_trainer.checkpoint.weights import MAX_FILE_BYTES, some, split_into_files
+from automodel_trainer.models.uneven import empty_like_shard, holds_nothing, is_uneven, placed_like
 from automodel_trainer.strategies._torch import placeable
 
 GROUPS = "groups.json"
@@ -84,6 +85,8 @@ def stage_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], copy: C
     packings: dict[str, Any] = {}
     for index, optimizer in enumerate(optimizers):
         for name, parameter in _named_parameters(module, optimizer).items():
+            if holds_nothing(parameter):
+                continue  # no step of such a parameter is counted here: other ranks have the state
             for key, value in optimizer.state.get(parameter, {}).items():
                 state = f"{index}.{name}/{key}"
                 if packed.is_packed(value):
@@ -262,7 +265,9 @@ def _stored(name: str, value: Any, parameter: Tensor) -> dict[str, Tensor]:
             raise ValueError(
                 f"The optimizer state {name} is not a DTensor though its parameter is: it cannot be saved."
             )
-        return {name: _placeable(value).detach() if isinstance(value, DTensor) else value.detach().contiguous()}
+        if not isinstance(value, DTensor):
+            return {name: value.detach().contiguous()}
+        return {name: placed_like(_placeable(value).detach(), parameter)}
     for kind, python in _KINDS.items():
         if isinstance(value, Tensor) if kind == "0d" else type(value) is python:
             plain = value.full_tensor() if isinstance(value, DTensor) else value
@@ -275,6 +280,8 @@ def _target(name: str, size: tuple[int, ...], dtype: torch.dtype, parameter: Ten
     """Where the state tensor `name` is read into: laid out as its parameter, or whole where its shape is another."""
     if ":" in name.rpartition("/")[2]:
         return torch.empty(size, dtype=dtype)
+    if is_uneven(parameter) and size == tuple(parameter.shape):
+        return empty_like_shard(parameter, dtype)
     if isinstance(parameter, DTensor):
         same = size == tuple(parameter.shape)
         placements = placeable(parameter) if same else (Replicate(),) * parameter.device_mesh.ndim

@@ -29,6 +29,7 @@ from automodel_trainer.models.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from automodel_trainer.models.adapters import gather_adapter, load_adapter
 from automodel_trainer.models.files import INDEX_NAME
 from automodel_trainer.models.lora import lora_of
+from automodel_trainer.models.uneven import detached, gather_uneven, is_uneven
 
 MAX_FILE_BYTES = 2 * 2**30  # files are shared out over the ranks
 MIN_FILE_BYTES = 64 * 2**20
@@ -54,12 +55,14 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
         if id(value) in seen or (name in tied and id(value) in shared):
             continue
         seen.add(id(value))
-        tensors[name] = value.detach()
+        tensors[name] = detached(value)
     return tensors
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor: a DTensor is gathered over its mesh (collective)."""
+    if is_uneven(tensor):
+        return gather_uneven(tensor)
     if not isinstance(tensor, DTensor):
         return tensor
     # With CPU offload the shards lie in host memory, where NCCL cannot gather them.

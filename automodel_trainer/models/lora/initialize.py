@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from automodel_trainer.models.lora.layers import Adapter, LoRALinear, dense
+from automodel_trainer.models.uneven import assign_uneven, gather_uneven, is_uneven
 
 
 @torch.no_grad()
@@ -56,6 +57,8 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor, unpacked; of a DTensor, gathered (collective)."""
+    if is_uneven(tensor):
+        return gather_uneven(tensor)
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
@@ -68,6 +71,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 def assign(parameter: Tensor, full: Tensor) -> None:
     """Write a full tensor into a parameter, or this rank's shard of it."""
+    if is_uneven(parameter):
+        assign_uneven(parameter, full)
+        return
     if not isinstance(parameter, DTensor):
         parameter.copy_(full)
         return
