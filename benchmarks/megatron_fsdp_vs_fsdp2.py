@@ -1,4 +1,4 @@
-"""Megatron-FSDP against FSDP2 on 2 GPUs: `python benchmarks/megatron_fsdp.py` runs everything, in about 5 minutes.
+"""Megatron-FSDP against FSDP2 on 2 GPUs: `python benchmarks/megatron_fsdp_vs_fsdp2.py`, in about 5 minutes.
 
 Cases: the same fp32 curve under every ZeRO stage and with tensor, context and activation parallel; checkpoints saved by
 one and resumed by the other; LoRA; a 1B-shaped llama from a safetensors checkpoint on real text (the standard library's
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-GPUS = 2
+GPUS = int(os.environ.get("GPUS", "2"))
 BUDGET = 350  # seconds for everything
 START = 75  # seconds that two processes may take before their first case begins
 SMALL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 520, "num_hidden_layers": 4, "num_attention_heads": 8}
@@ -328,7 +329,7 @@ def everything(only: str, out: Path) -> None:
     root, results = Path(tempfile.mkdtemp()), {}
     deadline = time.time() + BUDGET
     for group in GROUPS:
-        left = [case for case in group if only in case.name]
+        left = [case for case in group if re.search(only, case.name)]
         while left:
             if time.time() > deadline - 15:
                 print("no time for", [case.name for case in left], flush=True)
@@ -343,8 +344,8 @@ def everything(only: str, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", help="run the cases whose name holds this")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "/tmp")) / "megatron_fsdp.json")
+    parser.add_argument("--only", default="", help="a regular expression: run the cases whose names match")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "/tmp")) / "megatron_fsdp_vs_fsdp2.json")
     parser.add_argument("--root", type=Path)
     parser.add_argument("--cases")
     args = parser.parse_args()
