@@ -118,7 +118,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         logger=False,
     )
     began = time.monotonic()
-    schedule = SchedulerConfig(name="linear", warmup_steps=min(10, args.steps // 2))  # Adam's first steps go by the signs of noise
+    # warm-up, for the first steps of Adam go by the signs of noise
+    schedule = SchedulerConfig(
+        name="linear", warmup_steps=min(10, args.steps // 2)
+    )  # Adam's first steps go by the signs of noise
     trainer.fit(RandomModel(shape, lr=2e-5, scheduler=schedule), data)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     times = sorted(_Curve.times[len(_Curve.times) // 2 :])

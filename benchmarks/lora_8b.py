@@ -1,0 +1,253 @@
+"""LoRA (r=16, every projection) of a llama-8B-shaped model on one GPU: seq 4096, micro-batch 2, 4 micro-batches a step.
+
+`python benchmarks/lora_8b.py` runs every case in a process of its own on the same GPU and prints one line each, with
+the ratio to every peer. `--profile DIR` writes the kernels of our step. `--tiny` is for a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EIGHT_B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
+EIGHT_B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 5e5}
+TINY: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "rope_theta": 5e5}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROWS, ACCUMULATION = 2, 4
+CASES = ("ours", "ours, eager", "ours, fp8", "peft and liger", "unsloth")
+
+
+def ours(args: argparse.Namespace) -> dict[str, Any]:
+    from lightning.pytorch.callbacks import Callback
+    from transformers import LlamaConfig
+
+    from automodel_trainer import (
+        AutoModelForCausalLM,
+        CausalLMModule,
+        KernelsConfig,
+        LoRAConfig,
+        MockDataModule,
+        Trainer,
+    )
+    from automodel_trainer.models._transformers import packing_without_sync
+    from automodel_trainer.strategies.deferred_logits import defer_logits
+
+    shape = LlamaConfig(**args.shape, max_position_embeddings=8192)
+    kernels = KernelsConfig()
+
+    class RandomLoRA(CausalLMModule):
+        def configure_model(self) -> None:
+            if self.model is None:
+                self.model = AutoModelForCausalLM.from_config(
+                    shape, self.strategy, seed=1, kernels=self.kernels, lora=self.lora
+                )
+                packing_without_sync(self.model)
+                defer_logits(self.model)
+                self.model.train()
+
+    class Clock(Callback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+            self.losses: list[float] = []
+            self.profiler: Any = None
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if args.profile and trainer.global_step == args.steps - 1:
+                activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+                self.profiler = torch.profiler.profile(activities=activities)
+                self.profiler.start()
+            synchronize()
+            self.began = time.perf_counter()
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            synchronize()
+            self.times.append(time.perf_counter() - self.began)
+            if self.profiler:
+                self.profiler.stop()
+            self.losses.append(float(trainer.callback_metrics["train_loss"]))
+
+    clock = Clock()
+    data = MockDataModule(
+        vocab_size=args.shape["vocab_size"],
+        seq_len=args.seq_len,
+        micro_batch_size=ROWS,
+        global_batch_size=ROWS * ACCUMULATION,
+        num_samples=ROWS * ACCUMULATION * args.steps,
+    )
+    trainer = Trainer(
+        strategy="fsdp2:compile=false" if "eager" in args.case else "fsdp2",
+        devices=1,
+        precision="bf16",
+        max_steps=args.steps,
+        log_every_n_steps=1,
+        default_root_dir=tempfile.mkdtemp(),
+        callbacks=[clock],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        logger=False,
+    )
+    with torch.device("meta"):
+        import transformers
+
+        meta = transformers.AutoModelForCausalLM.from_config(shape)
+    trainer.fit(RandomLoRA(meta, lora=LoRAConfig(rank=16, alpha=32), kernels=kernels, lr=1e-4), data)
+    if args.profile:
+        Path(args.profile).mkdir(parents=True, exist_ok=True)
+        table = clock.profiler.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=90)
+        (Path(args.profile) / f"{args.case.replace(', ', '_')}.txt").write_text(table)
+        clock.times.pop()
+    return figures(args, clock.times, clock.losses)
+
+
+def peft_and_liger(args: argparse.Namespace) -> dict[str, Any]:
+    """A bare loop over what HF Trainer would run: PEFT's adapters, Liger's kernels, SDPA."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    apply_liger_kernel_to_llama()
+    with torch.device(device()):
+        config = LlamaConfig(**args.shape, max_position_embeddings=8192)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS), autocast_adapter_dtype=False)
+    return loop(args, model.train())
+
+
+def unsloth(args: argparse.Namespace) -> dict[str, Any]:
+    """Unsloth's own loading and adapters; needs the folder that `--save DIR` writes."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        args.folder, max_seq_length=args.seq_len, dtype=torch.bfloat16, load_in_4bit=False, local_files_only=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0,
+        bias="none",
+        target_modules=TARGETS,
+        use_gradient_checkpointing=False,
+    )
+    return loop(args, model.train())
+
+
+def loop(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    times, losses = [], []
+    for _ in range(args.steps):
+        shape = (ROWS, args.seq_len)
+        rows = [torch.randint(0, args.shape["vocab_size"], shape, device=device()) for _ in range(ACCUMULATION)]
+        synchronize()
+        began = time.perf_counter()
+        for row in rows:
+            loss = model(input_ids=row, labels=row).loss
+            (loss / ACCUMULATION).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize()
+        times.append(time.perf_counter() - began)
+        losses.append(float(loss))
+    return figures(args, times, losses)
+
+
+def figures(args: argparse.Namespace, times: list[float], losses: list[float]) -> dict[str, Any]:
+    steady = sorted(times[3:]) or times
+    median = steady[len(steady) // 2]
+    return {
+        "tokens_per_second": round(ROWS * ACCUMULATION * args.seq_len / median, 1),
+        "spread": round((steady[-1] - steady[0]) / median, 4),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else 0,
+        "first_step_s": round(times[0], 1),
+        "losses": [round(loss, 4) for loss in losses[:3]],
+    }
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def save(args: argparse.Namespace) -> None:
+    """A checkpoint with random weights and a tokenizer, for peers that only load from a folder."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = {"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128002}
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device()):
+        model = LlamaForCausalLM(LlamaConfig(**args.shape, max_position_embeddings=8192, **special))
+    model.save_pretrained(args.save)
+    names = {128000: "<s>", 128001: "</s>", 128002: "<pad>", 128003: "<unk>"}
+    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {names.get(i, f"t{i}"): i for i in range(256, 128256)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    backend.decoder = decoders.ByteFallback()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(args.save)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", choices=CASES)
+    parser.add_argument("--cases", nargs="*", default=["ours", "peft and liger"], choices=CASES)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--fp8", default="tensorwise")
+    parser.add_argument("--profile")
+    parser.add_argument("--folder", default="/tmp/llama8b")
+    parser.add_argument("--save")
+    parser.add_argument("--timeout", type=int, default=200)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    args.shape = TINY if args.tiny else EIGHT_B
+    if args.save:
+        save(args)
+        return
+    if args.case:
+        run = unsloth if args.case == "unsloth" else peft_and_liger if "peft" in args.case else ours
+        print("RESULT " + json.dumps(run(args)), flush=True)
+        return
+    results: dict[str, Any] = {}
+    for case in args.cases:
+        passed = [a for a in sys.argv[1:] if a not in ("--cases", *args.cases)]
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, "--case", case, *passed],
+                capture_output=True, text=True, timeout=args.timeout,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            print(case, "took too long", flush=True)
+            continue
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            print(case, "failed:", done.stdout[-300:], done.stderr[-2500:], flush=True)
+            continue
+        results[case] = json.loads(lines[0].removeprefix("RESULT "))
+        print(case, json.dumps(results[case]), flush=True)
+    peers = [case for case in results if not case.startswith("ours")]
+    for case in results:
+        for peer in peers:
+            ratio = results[case]["tokens_per_second"] / results[peer]["tokens_per_second"]
+            print(f"{case} / {peer}: {ratio:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
