@@ -22,6 +22,7 @@ from automodel_trainer.callbacks import (
     ProgressLine,
     SampleGenerations,
     Throughput,
+    Watchdog,
 )
 from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule
 from automodel_trainer.modules import CausalLMModule
@@ -44,6 +45,7 @@ __all__ = [
     "SampleGenerations",
     "TextDataModule",
     "Throughput",
+    "Watchdog",
     "build",
     "run",
 ]
@@ -109,6 +111,8 @@ class SaveRunConfig(SaveConfigCallback):
 
 class AmtCLI(LightningCLI):
     """`model:` is a CausalLMModule and `data:` a ChatDataModule unless a `class_path` says otherwise."""
+
+    trainer: Trainer
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults(

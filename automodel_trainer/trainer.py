@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from automodel_trainer._lightning import defaults_from_env_vars, drop_advertisement, install_quiet_epoch_loop
-from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.callbacks.defaults import default_callbacks
-from automodel_trainer.checkpoint.remote import fetch, is_remote
+from automodel_trainer.callbacks.preemption import preemption_of
 from automodel_trainer.data.adapt import Steps, as_datamodule, group_micro_batches, len_or_none
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.launch import launched_sizes
 from automodel_trainer.models.export import export_pretrained
 from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.resume import checkpoint_path, saved_before_restart
 from automodel_trainer.strategies import Objective, StrategyRegistry
 from automodel_trainer.strategies.precision import canonical_precision
 
@@ -50,6 +50,8 @@ class Trainer(pl.Trainer):
         log_every_n_steps: optimizer steps between two looks at the device's numbers; nothing waits for it in between.
         accumulate_grad_batches: micro-batches per optimizer step and rank, where the data module has no
             `global_batch_size`.
+        max_time: save and stop so that no more time than this passes from `fit` on (see `Preemption`). A resumed run
+            has all of it again.
         gradient_clip_val: largest global gradient norm; None leaves it to the module (`CausalLMModule`: 1.0).
         enable_ledger: print, after the first step, what is trained, in which dtypes, on which mesh; stop on a surprise.
         enable_throughput: log tokens per second, MFU, memory and data wait.
@@ -103,8 +105,8 @@ class Trainer(pl.Trainer):
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
     ) -> None:
-        if max_epochs is None and max_steps == -1 and max_time is None:
-            max_epochs = DEFAULT_EPOCHS
+        if max_epochs is None and max_steps == -1:
+            max_epochs = DEFAULT_EPOCHS if max_time is None else -1
         devices, num_nodes = launched_sizes(devices, num_nodes)
         self.requested_gradient_clip_val = gradient_clip_val
         self.requested_accumulation = accumulate_grad_batches
@@ -122,13 +124,15 @@ class Trainer(pl.Trainer):
                 progress_bar=enable_progress_bar is not False and not barebones,
                 ledger=enable_ledger and not barebones,
                 throughput=enable_throughput and not barebones,
+                watchdog=not barebones,
+                max_time=max_time,
             ),
             fast_dev_run=fast_dev_run,
             max_epochs=max_epochs,
             min_epochs=min_epochs,
             max_steps=max_steps,
             min_steps=min_steps,
-            max_time=max_time,
+            max_time=None,  # Preemption's: Lightning's timer leaves no room to save, and all ranks wait for rank 0
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
             limit_test_batches=limit_test_batches,
@@ -180,8 +184,9 @@ class Trainer(pl.Trainer):
             data: a path or Hub id of a chat or instruction set (jsonl, json, parquet), a `Dataset` or `DatasetDict`, a
                 DataLoader, or a LightningDataModule.
             val_dataloaders, train_dataloaders, datamodule: as Lightning has them.
-            ckpt_path: a checkpoint folder (or URL) to go on from, `"last"`, `"best"`, or `"last-whole"`: the newest
-                that is not damaged (with `"last"` a damaged one is an error that names the file).
+            ckpt_path: a checkpoint folder (or URL) to go on from, `"last"`, `"best"`, `"last-whole"`: the newest not
+                damaged (with `"last"` a damaged one is an error that names the file), or `"auto"`: that if there is
+                one. Where torchrun has started the run again after a failure, its own last checkpoint goes first.
             weights_only: as Lightning has it.
 
         Returns:
@@ -205,7 +210,7 @@ class Trainer(pl.Trainer):
             train_dataloaders=loader,
             val_dataloaders=Steps(val_dataloaders) if isinstance(val_dataloaders, list) else val_dataloaders,
             datamodule=datamodule,
-            ckpt_path=self._checkpoint_path(ckpt_path),
+            ckpt_path=saved_before_restart(self) or checkpoint_path(self, ckpt_path),
             weights_only=weights_only,
         )
         last = getattr(self.checkpoint_callback, "last_model_path", None)
@@ -223,9 +228,8 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = None,
     ) -> Any:
         """Evaluate on the validation data; arguments as in `fit`. Returns Lightning's list of metrics."""
-        arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "validation")
-        path = self._checkpoint_path(ckpt_path)
-        return super().validate(**arguments, ckpt_path=path, verbose=verbose, weights_only=weights_only)
+        arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "validation", ckpt_path)
+        return super().validate(**arguments, verbose=verbose, weights_only=weights_only)
 
     def test(  # type: ignore[override]
         self,
@@ -239,9 +243,8 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = None,
     ) -> Any:
         """Evaluate on the test data; arguments as in `fit`. Returns Lightning's list of metrics."""
-        arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "test")
-        path = self._checkpoint_path(ckpt_path)
-        return super().test(**arguments, ckpt_path=path, verbose=verbose, weights_only=weights_only)
+        arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "test", ckpt_path)
+        return super().test(**arguments, verbose=verbose, weights_only=weights_only)
 
     def predict(  # type: ignore[override]
         self,
@@ -255,11 +258,8 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = None,
     ) -> Any:
         """Score data; arguments as in `fit`. `CausalLMModule` gives the log-probability of every supervised token."""
-        arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "predict")
-        path = self._checkpoint_path(ckpt_path)
-        return super().predict(
-            **arguments, return_predictions=return_predictions, ckpt_path=path, weights_only=weights_only
-        )
+        arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "predict", ckpt_path)
+        return super().predict(**arguments, return_predictions=return_predictions, weights_only=weights_only)
 
     def verify(
         self, model: Model, data: Any, *, devices: int | None = None, full: bool = False, launch: Launcher | None = None
@@ -366,6 +366,21 @@ class Trainer(pl.Trainer):
         limited = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
         return max(1, limited // self.accumulate_grad_batches)
 
+    @property
+    def stopped_by(self) -> str | None:
+        """The signal that ended the last run before its time, or "max_time"; None if nothing did."""
+        preemption = preemption_of(self)
+        return None if preemption is None else preemption.stopped_by
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should end with: 0, 75 if the run is to be started again, 130 after Ctrl-C (`Preemption`).
+
+        On ranks other than the first always 0: what started them takes anything else for a failure.
+        """
+        preemption = preemption_of(self)
+        return 0 if preemption is None or not self.is_global_zero else preemption.exit_code
+
     # --- connecting model, data and trainer -----------------------------------------------------------------------
 
     def _connect(
@@ -383,32 +398,18 @@ class Trainer(pl.Trainer):
         return module, datamodule, loader
 
     def _evaluation_arguments(
-        self, model: Model | None, data: Any, dataloaders: Any, datamodule: Any, role: str
+        self, model: Model | None, data: Any, dataloaders: Any, datamodule: Any, role: str, ckpt_path: Any
     ) -> dict[str, Any]:
+        path = checkpoint_path(self, ckpt_path)
         data = data if data is not None else dataloaders
         if model is None:
             if self.lightning_module is None:
                 raise ValueError("Give a model: this Trainer has not run any yet.")
             if data is None and datamodule is None:  # Lightning goes on with what the last run was given
-                return {"model": None, "dataloaders": None, "datamodule": None}
+                return {"model": None, "dataloaders": None, "datamodule": None, "ckpt_path": path}
             model = self.lightning_module
         module, datamodule, loader = self._connect(model, data, datamodule, role)
-        return {"model": module, "dataloaders": loader, "datamodule": datamodule}
-
-    def _checkpoint_path(self, path: str | os.PathLike[str] | None) -> str | None:
-        saver = self.checkpoint_callback
-        if is_remote(path):
-            return str(fetch(str(path), Path(self.default_root_dir) / "downloads"))
-        if path not in ("last", "last-whole", "best") or not isinstance(saver, DCPCheckpoint):
-            return None if path is None else str(path)
-        root = Path(self.default_root_dir)
-        found = saver.find_best(root) if path == "best" else saver.find_last(root, whole=path == "last-whole")
-        if found is None:
-            raise ValueError(
-                f"ckpt_path={path!r}: there is no checkpoint under {self.default_root_dir}. Leave ckpt_path out to "
-                "start anew, or give default_root_dir or the checkpoint's folder."
-            )
-        return str(found)
+        return {"model": module, "dataloaders": loader, "datamodule": datamodule, "ckpt_path": path}
 
 
 def resolve_strategy(strategy: str | Strategy) -> str | Strategy:

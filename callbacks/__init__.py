@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from automodel_trainer.callbacks.progress import ProgressLine
     from automodel_trainer.callbacks.sample_generations import SampleGenerations
     from automodel_trainer.callbacks.throughput import Throughput
+    from automodel_trainer.callbacks.watchdog import Watchdog
 
 _FILES = {
     "BatchPreview": "batch_preview",
@@ -24,6 +25,7 @@ _FILES = {
     "ProgressLine": "progress",
     "SampleGenerations": "sample_generations",
     "Throughput": "throughput",
+    "Watchdog": "watchdog",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "ProgressLine",
     "SampleGenerations",
     "Throughput",
+    "Watchdog",
 ]
 
 

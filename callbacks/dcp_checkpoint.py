@@ -20,8 +20,10 @@ from automodel_trainer.checkpoint.codec import encode
 from automodel_trainer.checkpoint.folder import link
 from automodel_trainer.checkpoint.remote import RemoteRuns, download_best, download_last, is_remote, mirror
 from automodel_trainer.checkpoint.runs import (
+    ALWAYS,
     BEST,
     LATEST,
+    created,
     find_best,
     find_last,
     new_run,
@@ -65,6 +67,7 @@ class DCPCheckpoint(Checkpoint):
         last_model_path: the newest checkpoint that is known to be whole, or "".
         best_model_path, best_model_score: the best one and its score, or "" and None.
         failed_saves: how many could not be written.
+        longest_save: seconds of the run's slowest save until it was whole on disk; None before the first.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class DCPCheckpoint(Checkpoint):
         self.last_model_path = ""
         self.scores: dict[str, float] = {}
         self.failed_saves = 0
+        self.longest_save: float | None = None
         self._requested = False
         self._last_step = 0
         self._last_saved = -1
@@ -109,11 +113,15 @@ class DCPCheckpoint(Checkpoint):
 
     # --- looking back -----------------------------------------------------------------------------------------------
 
-    def find_last(self, default_root_dir: str | Path, whole: bool = False) -> Path | None:
-        """The newest checkpoint of this and earlier runs, with `whole` the newest that is not damaged; or None."""
+    def find_last(
+        self, default_root_dir: str | Path, whole: bool = False, written: tuple[float, float] = ALWAYS
+    ) -> Path | None:
+        """The newest checkpoint of this and earlier runs (`whole`: that is not damaged; `written`: then), or None."""
         base = self._base(default_root_dir)
-        local = find_last(base, whole)
-        return local if self.remote is None else download_last(self.remote, base, local, whole)
+        found = find_last(base, whole, written)
+        if self.remote is not None:
+            found = download_last(self.remote, base, found, whole)
+        return found if found is not None and written[0] <= created(found) <= written[1] else None
 
     def find_best(self, default_root_dir: str | Path) -> Path | None:
         """The best checkpoint of the newest run that has one."""
@@ -139,7 +147,7 @@ class DCPCheckpoint(Checkpoint):
         for owner in filter(None, owners):  # before the first step, not at the first save
             encode(dict(owner.hparams), f"{type(owner).__name__}.hparams")
         self.run_folder, self.scores, self.last_model_path = None, {}, ""
-        self._last_saved, self.failed_saves = -1, 0
+        self._last_saved, self.failed_saves, self.longest_save = -1, 0, None
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -283,6 +291,7 @@ class DCPCheckpoint(Checkpoint):
             return False
         self._last_saved = trainer.global_step
         if self._saver is None:
+            self._note_time(time.monotonic() - begun)
             self._report_slow(folder, time.monotonic() - begun)
             self.last_model_path = str(folder)
             if whole is not None:
@@ -302,7 +311,11 @@ class DCPCheckpoint(Checkpoint):
             self.scores = {name: score for name, score in self.scores.items() if name != folder.name}
             self._last_saved = -1
         else:
+            self._note_time(self._saver.seconds)
             self.last_model_path = str(folder)
+
+    def _note_time(self, seconds: float) -> None:
+        self.longest_save = max(self.longest_save or 0.0, seconds)
 
     def _report_slow(self, folder: Path, waited: float) -> None:
         """Say once if training waits for the disk for longer than it trained since the save before."""

@@ -9,6 +9,8 @@ from automodel_trainer.callbacks.ledger import Ledger
 from automodel_trainer.callbacks.preemption import Preemption
 from automodel_trainer.callbacks.progress import ProgressLine
 from automodel_trainer.callbacks.throughput import Throughput
+from automodel_trainer.callbacks.time_limit import Duration
+from automodel_trainer.callbacks.watchdog import Watchdog
 
 
 def default_callbacks(
@@ -18,6 +20,8 @@ def default_callbacks(
     progress_bar: bool,
     ledger: bool,
     throughput: bool,
+    watchdog: bool = False,
+    max_time: Duration | None = None,
 ) -> list[Callback]:
     """The user's callbacks, and the defaults they did not bring themselves. Throughput runs before what shows it."""
     callbacks = [given] if isinstance(given, Callback) else list(given or [])
@@ -33,6 +37,10 @@ def default_callbacks(
         callbacks.append(ProgressLine())
     if checkpointing and missing(Checkpoint):
         callbacks.append(DCPCheckpoint())
-    if checkpointing and missing(Preemption):
+    if watchdog and missing(Watchdog):
+        callbacks.insert(0, Watchdog())  # notes where a rank is before another callback hangs there
+    if (checkpointing or max_time is not None) and missing(Preemption):
         callbacks.append(Preemption())
+    if max_time is not None:
+        next(callback for callback in callbacks if isinstance(callback, Preemption)).set_limit(max_time)
     return callbacks

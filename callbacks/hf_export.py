@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedModel
 
 from automodel_trainer.callbacks.console import show
-from automodel_trainer.callbacks.preemption import Preemption
+from automodel_trainer.callbacks.preemption import TIME, preemption_of
 from automodel_trainer.models.export import export_pretrained
 
 
@@ -41,8 +41,9 @@ class HFExport(Callback):
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if any(isinstance(callback, Preemption) and callback.stopped_by for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            return
+        preemption = preemption_of(trainer)
+        if preemption is not None and preemption.stopped_by not in (None, TIME):
+            return  # who sent a signal will not wait
         folder = self.dirpath or Path(trainer.default_root_dir) / "hf"
         export_pretrained(
             pl_module.model,  # type: ignore[arg-type]

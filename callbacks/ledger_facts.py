@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.callbacks.counts import Counts, micro_batches
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
+from automodel_trainer.callbacks.watchdog import Watchdog
 from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.strategies import MeshStrategy
@@ -121,6 +122,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "steps_per_epoch": _steps_per_epoch(trainer),
         "max_epochs": trainer.max_epochs,
         "data": _data(trainer),
+        "watchdog": next((c.silence for c in trainer.callbacks if isinstance(c, Watchdog) and c.active), None),  # type: ignore[attr-defined]
         "checkpoints": str(folder) if folder else None,
     }
 

@@ -35,6 +35,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
         ("data", run["data"]),
         ("checkpoints", run["checkpoints"] or "off"),
     ]
+    if run.get("watchdog"):
+        rows.append(("watchdog", f"ends the run when a rank is silent for {run['watchdog']:g} s, or gone"))
     return rows
 
 

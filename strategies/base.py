@@ -22,11 +22,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from automodel_trainer._lightning import NotebookLauncher, SubprocessLauncher, sync_rank_zero
+from automodel_trainer.launch import in_notebook
 from automodel_trainer.strategies.clip import clip_grads_, total_grad_norm
 from automodel_trainer.strategies.compile import wants_compile
 from automodel_trainer.strategies.deferred_logits import deferred_logits
 from automodel_trainer.strategies.mesh import DATA_AXES, TOKEN_AXES, ParallelDims, submesh
+from automodel_trainer.strategies.place import at, during
 from automodel_trainer.strategies.precision import Dtypes, dtypes_of
+from automodel_trainer.strategies.rendezvous import agent_store
 
 MicroBatch = dict[str, Any]
 Part = tuple[dict[str, Any], Any]
@@ -139,13 +142,16 @@ class MeshStrategy(ParallelStrategy):
             inputs, targets = objective.split(micro_batch)
             last = index == len(micro_batches) - 1
             with self.split_sequence(inputs, targets) as (part, wanted), self.gradient_sync(objective.model, last=last):
+                at("forward")
                 loss = objective.loss(self.forward(objective.model, part), wanted)
+                at("backward")
                 (loss * scale).backward()
             total += loss.detach()
         return total
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
         """Clip to `max_norm` (None or 0: only measure); returns the global norm before clipping, 0-dim."""
+        at("clip")
         parameters = list(parameters)
         norm = total_grad_norm(parameters)
         if max_norm:
@@ -263,9 +269,8 @@ class MeshStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         if self.cluster_environment.creates_processes_externally or self.num_processes * self.num_nodes == 1:
             return
-        start = self.launcher_name
-        if start == "auto":
-            start = "fork" if _in_notebook() else "subprocess"
+        chosen: Literal["fork", "subprocess"] = "fork" if in_notebook() else "subprocess"
+        start = chosen if self.launcher_name == "auto" else self.launcher_name
         if start == "subprocess":
             self._launcher = SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
@@ -298,9 +303,8 @@ class MeshStrategy(ParallelStrategy):
         if environment.world_size() == 1:
             dist.init_process_group(store=dist.HashStore(), **options)
             return
-        os.environ["MASTER_ADDR"] = environment.main_address
-        os.environ["MASTER_PORT"] = str(environment.main_port)
-        dist.init_process_group(**options)
+        os.environ.update(MASTER_ADDR=environment.main_address, MASTER_PORT=str(environment.main_port))
+        dist.init_process_group(store=agent_store(self.timeout), **options)
 
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None
@@ -378,23 +382,19 @@ class MeshStrategy(ParallelStrategy):
         """
         from automodel_trainer.checkpoint import save_checkpoint
 
-        save = storage_options or save_checkpoint
-        save(Path(filepath), checkpoint, self.trained_module, self.optimizers)
+        with during("save"):
+            save = storage_options or save_checkpoint
+            save(Path(filepath), checkpoint, self.trained_module, self.optimizers)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint folder, whatever layout wrote it, into this layout's shards. Collective."""
         from automodel_trainer.checkpoint import load_checkpoint
 
-        return load_checkpoint(Path(checkpoint_path), self.trained_module, self.optimizers)
+        with during("load"):
+            return load_checkpoint(Path(checkpoint_path), self.trained_module, self.optimizers)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         from automodel_trainer.checkpoint import remove_checkpoint
 
         if self.is_global_zero:
             remove_checkpoint(Path(filepath))
-
-
-def _in_notebook() -> bool:
-    import sys
-
-    return hasattr(sys, "ps1") or "ipykernel" in sys.modules

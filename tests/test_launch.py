@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from automodel_trainer.launch import launched_sizes
 
 SCRIPT = """
 import sys
+import time
 from automodel_trainer import CausalLMModule, FSDP2Strategy, MockDataModule, Trainer
 from tests.tiny import tiny_model
 
@@ -66,3 +68,43 @@ def test_srun_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched_sizes("auto", 1) == (8, 2)
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
     assert launched_sizes("auto", 1) == ("auto", 1)
+
+
+RAISES = """
+import os, sys, threading
+from lightning.pytorch.callbacks import Callback
+from automodel_trainer import CausalLMModule, DDPStrategy, MockDataModule, Trainer
+from tests.tiny import tiny_model
+
+class Accident(Callback):
+    def on_train_batch_start(self, trainer, *args):
+        print("PID", os.getpid(), flush=True)
+        if trainer.global_rank == int(sys.argv[2]):
+            raise RuntimeError("on purpose, on one rank only")
+        threading.Event().wait(300)
+
+if __name__ == "__main__":
+    trainer = Trainer(
+        strategy=DDPStrategy(), accelerator="cpu", devices=2, max_steps=2, logger=False, callbacks=[Accident()],
+        default_root_dir=sys.argv[1], enable_progress_bar=False,
+    )
+    data = MockDataModule(vocab_size=260, seq_len=16, global_batch_size=4, num_samples=16)
+    trainer.fit(CausalLMModule(tiny_model(), lr=1e-2), data)
+"""
+
+
+def test_a_rank_that_raises_takes_the_others_along(tmp_path: Path) -> None:
+    """Rank 0, which has started the other: nobody but the watchdog would see to that."""
+    script = tmp_path / "train.py"
+    script.write_text(RAISES)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, str(script), str(tmp_path / "run"), "0"]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode != 0
+    assert "RuntimeError: on purpose, on one rank only" in done.stderr
+    pids = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PID")]
+    assert len(pids) == 2
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.1)
+        assert time.monotonic() - started < 90

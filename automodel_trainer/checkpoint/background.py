@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ class BackgroundSaver:
     Attributes:
         buffers: host memory, taken by the first save and kept.
         lock: for what the thread and its owner share.
+        seconds: from the beginning of the last save that ended until it was whole.
     """
 
     def __init__(self, timeout: timedelta = timedelta(hours=1)) -> None:
@@ -37,6 +39,7 @@ class BackgroundSaver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._folder: Path | None = None
+        self.seconds, self._started = 0.0, 0.0
 
     @property
     def in_flight(self) -> Path | None:
@@ -60,6 +63,7 @@ class BackgroundSaver:
             then: called in the thread once the checkpoint is whole, and mirrored.
         """
         self.wait()
+        self._started = time.monotonic()
         snapshot = stage(folder, lightning_checkpoint, module, optimizers, self.buffers.copy)
         self.buffers.synchronize()
         self.start(snapshot, folder, then, mirror)
@@ -111,6 +115,7 @@ class BackgroundSaver:
             write_snapshot(snapshot, folder, self._group, mirror)
             if then is not None:
                 then()
+            self.seconds = time.monotonic() - self._started
         except (OSError, ValueError) as error:
             self._error = error
         except Exception as error:  # a rank that died, or took longer than the timeout

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -188,10 +192,31 @@ def step_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoade
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_survive_signals,
         collate_fn=_unchanged,
         generator=torch.Generator(),  # the global one would move by a draw with every epoch
         **options,
     )
+
+
+def _survive_signals(worker: int) -> None:
+    """Signals that tell a run to save and stop reach its workers too (Ctrl-C, torchrun, Slurm); they have work to do.
+
+    A worker leaves its parent's process group, and ends on its parent's SIGTERM alone, or when its parent is gone.
+    """
+    os.setpgid(0, 0)
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # where a process can be told who sent it a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    while parent is not None and signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
+        continue
+    os._exit(0)
 
 
 def _unchanged(item: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -14,11 +15,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from automodel_trainer import Trainer
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.callbacks.preemption import Preemption
 from automodel_trainer.checkpoint import check_checkpoint
 from tests.callbacks.runs import train
 from tests.pool import RankPool
+from tests.processes import Job
+from tests.tiny import tiny_model, tiny_tokenizer
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -137,3 +141,108 @@ def test_without_a_checkpoint_callback_it_says_that_nothing_is_saved(tmp_path: P
 def test_unknown_signals_are_refused() -> None:
     with pytest.raises(ValueError, match="SIGFOO"):
         Preemption(signals=["SIGFOO"])
+
+
+class Slow(Callback):
+    """Steps of 50 ms, counted on stdout."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        time.sleep(0.05)
+        print(f"step {trainer.global_step + 1}", flush=True)
+
+
+def limited(root: Path, devices: int, **options: Any) -> dict[str, Any]:
+    started = time.monotonic()
+    limits = {"max_time": {"seconds": 2}, "max_epochs": None, "max_steps": 10_000, **options}
+    trainer = train(root, [Slow(), DCPCheckpoint(every_n_steps=10)], devices=devices, **limits)["trainer"]
+    last = Path(trainer.checkpoint_callback.last_model_path).name
+    took = time.monotonic() - started
+    codes = (trainer.exit_code, trainer.callbacks[-2].exit_code)
+    return {"by": trainer.stopped_by, "step": trainer.global_step, "last": last, "codes": codes, "took": took}
+
+
+def test_the_time_limit_is_kept_and_resumes_with_all_of_it_again(tmp_path: Path) -> None:
+    result = limited(tmp_path, 1)
+    assert result["by"] == "max_time"
+    assert result["took"] < 4, "the limit, and Lightning's own end"
+    assert result["step"] > 5
+    assert result["last"] == f"step-{result['step']:08d}"
+    assert result["codes"][0] == 75
+    assert (tmp_path / "requeue").read_text() == "max_time\n"
+    again = train(tmp_path, ckpt_path="auto", max_time={"minutes": 5}, max_epochs=None, max_steps=result["step"] + 2)
+    assert again["journal"][0][1] == result["step"] + 1
+    assert again["trainer"].exit_code == 0
+    assert not (tmp_path / "requeue").exists()
+
+
+def test_ranks_agree_on_the_time(pool: RankPool, tmp_path: Path) -> None:
+    first, second = pool.run(2, limited, tmp_path, 2, strategy="ddp")
+    assert first["by"] == second["by"] == "max_time"
+    assert first["step"] == second["step"]
+    assert first["last"] == second["last"] == f"step-{first['step']:08d}"
+    assert first["codes"][0] == 0, "torchrun would start the run again"
+    assert (tmp_path / "requeue").exists()
+
+
+def test_a_limit_is_given_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not to both"):
+        Trainer(max_time="00:00:10:00", callbacks=[Preemption(max_time="00:00:10:00")])
+
+
+def amt_fit(root: Path, *options: str) -> None:
+    """`amt fit` in this process, with a worker for the data."""
+    from automodel_trainer.cli import main
+
+    tiny_model().save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    config = {
+        "trainer": {
+            "accelerator": "cpu", "default_root_dir": str(root), "logger": False, "enable_progress_bar": False,
+            "callbacks": [{"class_path": "tests.callbacks.test_preemption.Slow"}],
+        },
+        "model": {"model": str(root / "model"), "lr": 1e-3},
+        "data": {
+            "class_path": "MockDataModule",
+            "init_args": {"vocab_size": 264, "seq_len": 16, "num_samples": 2000, "num_workers": 1},
+        },
+    }  # fmt: skip
+    (root / "run.json").write_text(json.dumps(config))
+    main(["fit", "--config", str(root / "run.json"), *options])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_amt_fit_saves_and_tells_the_scheduler(number: int, code: int, tmp_path: Path) -> None:
+    """The signal goes to the whole process group, data worker included, as terminals and torchrun send it."""
+    job = Job(tmp_path, amt_fit, tmp_path)
+    job.until("step 3")
+    job.signal(number)
+    assert job.wait() == [code], job.log()
+    check_checkpoint(tmp_path / "checkpoints" / "latest")
+    assert "worker" not in job.log().lower().replace("does not have many workers", ""), job.log()
+    assert (tmp_path / "requeue").exists() == (code == 75)
+
+
+def stuck_step(root: Path) -> None:
+    train(root, [Stuck()])
+
+
+class Stuck(Callback):
+    """A step that never ends, in C as a collective would be; Python runs again only once it is over."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 2:
+            print("stuck", flush=True)
+            for _ in range(200):
+                time.sleep(0.05)  # the first Ctrl-C is heard here
+
+
+def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
+    job = Job(tmp_path, stuck_step, tmp_path)
+    job.until("stuck")
+    job.signal(signal.SIGINT)
+    job.until("Once more stops now")
+    job.signal(signal.SIGINT)
+    started = time.monotonic()
+    assert job.wait() == [-signal.SIGINT]
+    assert time.monotonic() - started < 3
+    assert not list(tmp_path.glob("checkpoints/step-*"))

@@ -1,0 +1,46 @@
+"""Which checkpoint a run goes on from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
+from automodel_trainer.checkpoint.remote import fetch, is_remote
+from automodel_trainer.launch import before_restart
+
+
+def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) -> str | None:
+    """The folder that `path` means: "last", "best", "last-whole", "auto" (that if there is one), a folder, or a URL.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    callback = trainer.checkpoint_callback
+    if is_remote(path):
+        return str(fetch(str(path), Path(trainer.default_root_dir) / "downloads"))
+    if path not in ("last", "last-whole", "best", "auto") or not isinstance(callback, DCPCheckpoint):
+        return None if path is None else str(path)
+    root = Path(trainer.default_root_dir)
+    found = callback.find_best(root) if path == "best" else callback.find_last(root, whole=path != "last")
+    if found is None and path != "auto":
+        raise ValueError(
+            f"ckpt_path={path!r}: there is no checkpoint under {trainer.default_root_dir}. Leave ckpt_path out to "
+            "start anew (or give 'auto'), or give default_root_dir or the checkpoint's folder."
+        )
+    return None if found is None else str(found)
+
+
+def saved_before_restart(trainer: pl.Trainer) -> str | None:
+    """After a restart by torchrun: the newest whole checkpoint that this run, not one before it, has written."""
+    span, callback = before_restart(), trainer.checkpoint_callback
+    if span is None or not isinstance(callback, DCPCheckpoint):
+        return None
+    found = callback.find_last(Path(trainer.default_root_dir), whole=True, written=span)
+    if found is None:
+        return None
+    rank_zero_info(f"torchrun has started this run again: it goes on from {found}.")
+    return str(found)

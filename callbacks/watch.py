@@ -1,0 +1,158 @@
+"""The thread behind `Watchdog`: tells where this rank is, sees that a rank is stuck or lost, ends the process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from automodel_trainer.callbacks.side_channel import SideChannel
+from automodel_trainer.callbacks.stacks import current_call, dump_stacks
+from automodel_trainer.strategies.place import here
+
+INTERVAL = 1.0  # seconds between two looks
+LOST_AFTER = 20.0  # seconds without a sign of life
+GRACE = 5.0  # seconds for a rank to raise, or end, by itself when another has
+ANSWER = 5.0  # seconds to wait for what other ranks have to say before the end
+EXIT_CODE = 1
+
+
+class Watch:
+    """Started on every rank; `stop` or `report` ends it.
+
+    Args:
+        channel: to the other ranks.
+        patience: how many seconds this rank may stay where it is.
+        folder: where stacks are written when the job is ended.
+        kill_children: ends processes that would outlive this one.
+    """
+
+    def __init__(
+        self,
+        channel: SideChannel,
+        patience: Callable[[], float],
+        folder: Path,
+        kill_children: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.channel, self.patience, self.folder, self.kill_children = channel, patience, folder, kill_children
+        self._others = set(range(channel.world_size)) - {channel.rank}
+        self._done = threading.Event()
+        self._signs: dict[int, tuple[int, float]] = {}  # of each rank the last beat, and when it was seen first
+        self._beat = 0
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+
+    # --- the main thread's side -------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """The run is over on this rank. Rank 0, where the store is, waits for the others to know."""
+        self._leave("bye")
+
+    def report(self, exception: str) -> None:
+        """This rank has raised: tell the others, and see that they know before this process ends."""
+        with suppress(*SideChannel.LOST):  # rank 0 has gone before
+            self.channel.declare({"kind": "raised", "rank": self.channel.rank, "text": exception})
+        self._leave("seen")
+
+    def _leave(self, word: str) -> None:
+        self._done.set()
+        self._thread.join()
+        with suppress(*SideChannel.LOST):  # nobody is there to listen
+            self.channel.tell("seen")
+            self.channel.tell("bye")
+            if self.channel.rank == 0 or word == "seen":
+                self.channel.wait_for(word, self._others, ANSWER)
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._done.wait(INTERVAL):
+            try:
+                if self.channel.has_told("bye", 0):  # the run is over, and the store about to go
+                    self.channel.tell("bye")
+                    return
+                self._tell()
+                verdict = self.channel.verdict() or self._judge()
+            except SideChannel.LOST as error:
+                verdict = {"kind": "lost", "rank": 0, "text": f"rank 0, where all ranks meet, is gone ({error})"}
+            if verdict is not None:
+                self._end(verdict)
+                return
+
+    def _tell(self) -> None:
+        self._beat += 1
+        silent = time.monotonic() - here.since
+        collective, line = current_call() if silent > 2 * INTERVAL else ("", "")
+        place = {"step": here.step, "phase": here.phase, "silent": silent, "collective": collective, "line": line}
+        self.channel.tell("place", {"beat": self._beat, **place})
+
+    def _judge(self) -> dict[str, Any] | None:
+        silent = time.monotonic() - here.since
+        if silent > self.patience():
+            text = f"rank {self.channel.rank} has not moved for {silent:.0f} s ({here.phase} of step {here.step})"
+            return self.channel.declare({"kind": "stuck", "rank": self.channel.rank, "text": text})
+        if self.channel.rank == 0 and (lost := self._lost_rank()) is not None:
+            text = f"rank {lost} has given no sign of life for {LOST_AFTER:.0f} s: its process is gone, or frozen"
+            return self.channel.declare({"kind": "lost", "rank": lost, "text": text})
+        return None
+
+    def _lost_rank(self) -> int | None:
+        now = time.monotonic()
+        for rank, place in self.channel.told("place").items():
+            beat, seen = self._signs.get(rank, (-1, now))
+            self._signs[rank] = (place["beat"], now if place["beat"] != beat else seen)
+        gone = self.channel.told("bye")
+        return next((r for r, (_, seen) in self._signs.items() if now - seen > LOST_AFTER and r not in gone), None)
+
+    def _end(self, verdict: dict[str, Any]) -> None:
+        """End this process, unless it ends by itself because of the same."""
+        with suppress(*SideChannel.LOST):
+            self.channel.tell("seen")
+        if verdict["kind"] != "stuck" and self._done.wait(GRACE):
+            return
+        with suppress(OSError):
+            dump_stacks(self.folder / f"rank-{self.channel.rank:05d}.txt")
+        try:
+            self._last_words(verdict)
+        except SideChannel.LOST:
+            print(f"Rank {self.channel.rank} ends: {_headline(verdict)}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.kill_children()
+        os._exit(EXIT_CODE)
+
+    def _last_words(self, verdict: dict[str, Any]) -> None:
+        """Rank 0 speaks for all, and the others wait until it has: launchers kill all when the first one ends."""
+        self._tell()
+        self.channel.tell("stacks")
+        if self.channel.rank == 0:
+            self.channel.wait_for("stacks", self._others - {verdict["rank"]}, ANSWER)
+            print(self._report(verdict), file=sys.stderr, flush=True)
+            self.channel.tell("spoken")
+        elif verdict["rank"] == 0 and verdict["kind"] != "stuck":
+            print(f"Rank {self.channel.rank} ends: {_headline(verdict)}", file=sys.stderr)
+        else:
+            self.channel.wait_for("spoken", {0}, 2 * ANSWER)
+
+    def _report(self, verdict: dict[str, Any]) -> str:
+        table = place_table(self.channel.told("place"))
+        return f"\nThe job ends: {_headline(verdict)}\n{table}\nStacks of all threads: {self.folder}\n"
+
+
+def _headline(verdict: dict[str, Any]) -> str:
+    return f"rank {verdict['rank']} raised\n{verdict['text']}" if verdict["kind"] == "raised" else verdict["text"]
+
+
+def place_table(places: dict[int, dict[str, Any]]) -> str:
+    """One line for each rank: where it was when it was last heard of."""
+    rows = [("rank", "step", "phase", "since", "collective", "at")]
+    for rank, place in sorted(places.items()):
+        since = f"{place['silent']:.0f} s"
+        rows.append((str(rank), str(place["step"]), place["phase"], since, place["collective"] or "-", place["line"]))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,0 +1,138 @@
+"""Watchdog: a run on several ranks that hangs, or loses one of them, says where and ends."""
+
+from __future__ import annotations
+
+import signal
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from automodel_trainer.callbacks.side_channel import SideChannel
+from automodel_trainer.callbacks.watch import Watch
+from automodel_trainer.strategies.place import at, here
+
+_IN_STEP = ("data", "step", "forward", "backward", "clip", "optimizer")
+_SHARE = 0.9  # of the time after which a collective gives up: whoever speaks later is not heard
+
+
+class Watchdog(Callback):
+    """Ends a run on several ranks when one does not move, raises or is gone; with one rank it does nothing.
+
+    * A rank that stays at one place of a step for `silence`, or anywhere (loading, the first step with its compilation,
+      a save, validation) for 0.9 of the time that collectives wait: a table of where every rank is, with the collective
+      if it is in one, goes to stderr, the stacks of all threads of all ranks to `<default_root_dir>/stacks/`, and the
+      processes end with code 1.
+    * A rank that raises: the others do the same after 5 s, unless they raise, too.
+    * A rank that is gone (killed, out of memory, its machine lost): the same after 20 s.
+
+    Ranks talk through a TCPStore of their own, from a thread: it works while NCCL hangs. The thread needs Python's
+    interpreter lock; a rank that holds it while it hangs counts as gone.
+
+    Args:
+        silence: seconds, or a timedelta.
+    """
+
+    def __init__(self, silence: float | timedelta = 600.0) -> None:
+        self.silence = silence.total_seconds() if isinstance(silence, timedelta) else float(silence)
+        if self.silence <= 0:
+            raise ValueError(f"Watchdog(silence={silence!r}): give seconds > 0.")
+        self._watch: Watch | None = None
+        self._first_step = True
+        self._elsewhere = self.silence
+
+    @property
+    def active(self) -> bool:
+        """Whether a run is being watched."""
+        return self._watch is not None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.world_size == 1 or self._watch is not None:
+            return
+        at("build", 0)
+        self._first_step = True
+        timeout: Any = getattr(trainer.strategy, "timeout", None)
+        waits = timeout.total_seconds() if isinstance(timeout, timedelta) else 600.0
+        self._elsewhere = max(self.silence, _SHARE * waits)
+        self._watch = Watch(_connect(trainer), self._patience, _folder(trainer), lambda: _kill_children(trainer))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._watch is not None:
+            self._watch.report("".join(traceback.format_exception(exception)))
+            self._watch = None
+
+    def _patience(self) -> float:
+        return self._elsewhere if self._first_step or here.phase not in _IN_STEP else self.silence
+
+    # --- where this rank is: what strategies and modules do not say themselves ---------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        at("data", trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        at("step", trainer.global_step + 1)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
+        at("backward")
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        at("clip")
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        at("optimizer")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._first_step = False
+        at("data")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        at("validation")
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        at("validation")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        at("data")
+
+    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        at("test")
+
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        at("predict")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        at("end")
+
+
+def _connect(trainer: pl.Trainer) -> SideChannel:
+    """The ranks' own store. Collective."""
+    rank, size = trainer.global_rank, trainer.world_size
+    host = trainer.strategy.cluster_environment.main_address  # type: ignore[attr-defined]
+    channel = SideChannel(rank, size, host, None) if rank == 0 else None
+    port = trainer.strategy.broadcast(None if channel is None else channel.port)
+    return channel or SideChannel(rank, size, host, port)
+
+
+def _folder(trainer: pl.Trainer) -> Path:
+    name = trainer.strategy.broadcast(time.strftime("%Y%m%d-%H%M%S"))
+    return Path(trainer.default_root_dir) / "stacks" / name
+
+
+def _kill_children(trainer: pl.Trainer) -> None:
+    """Of a launch with `devices=N`, rank 0 is the parent of the others."""
+    launcher: Any = trainer.strategy.launcher
+    if getattr(launcher, "procs", None):
+        launcher.kill(signal.SIGKILL)

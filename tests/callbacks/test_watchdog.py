@@ -1,0 +1,184 @@
+"""Ranks that hang, raise or vanish: real processes, whose main threads wait in something that nothing interrupts."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+from automodel_trainer.callbacks.side_channel import SideChannel
+from automodel_trainer.callbacks.stacks import current_call
+from automodel_trainer.callbacks.watch import place_table
+from automodel_trainer.callbacks.watchdog import Watchdog
+from automodel_trainer.strategies.place import at, during, here
+from tests.callbacks.runs import train
+from tests.pool import RankPool
+from tests.processes import Job
+
+STEP = 3
+
+
+class Accident(Callback):
+    """In step 3 rank 1 hangs, raises or is killed; what rank 0 waits for then never comes, as with NCCL."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step + 1 != STEP:
+            return
+        if trainer.global_rank == 0 or self.kind == "hangs":
+            print("waits", flush=True)
+            threading.Event().wait(300)  # nothing wakes it
+        if self.kind == "raises":
+            raise RuntimeError("on purpose, on one rank only")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def accident(root: Path, kind: str) -> None:
+    train(root, [Watchdog(silence=4), Accident(kind)], devices=2, strategy="fsdp2")
+
+
+def test_a_hang_says_where_and_ends(tmp_path: Path) -> None:
+    job = Job(tmp_path, accident, tmp_path, "hangs", world_size=2)
+    assert job.wait() == [1, 1]
+    log = job.log()
+    assert re.search(r"The job ends: rank [01] has not moved for \d+ s \(step of step 3\)", log), log
+    for rank in (0, 1):
+        assert re.search(rf"^{rank} +3 +step +\d s +- +python3.11/threading.py:\d+ wait$", log, re.MULTILINE), log
+    stacks = sorted((tmp_path / "stacks").glob("*/rank-*.txt"))
+    assert [file.name for file in stacks] == ["rank-00000.txt", "rank-00001.txt"]
+    assert all("in on_train_batch_start" in file.read_text() for file in stacks)
+    assert "The job ends" not in job.log(1), "one rank speaks for all"
+
+
+def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
+    job = Job(tmp_path, accident, tmp_path, "raises", world_size=2)
+    job.until("waits")
+    started = time.monotonic()
+    assert job.wait() == [1, 1]
+    assert time.monotonic() - started < 30
+    log = job.log()
+    assert "rank 1 raised\nTraceback" in log
+    assert log.index("RuntimeError: on purpose, on one rank only") < log.index("rank  step  phase"), "traceback first"
+    assert "RuntimeError: on purpose" in job.log(1)
+
+
+def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
+    """Rank 0 is the one that goes: the others lose the store with it, and speak for themselves."""
+    job = Job(tmp_path, accident, tmp_path, "hangs", world_size=2)
+    job.until("waits")
+    job.signal(signal.SIGKILL)
+    started = time.monotonic()
+    assert job.wait() == [-signal.SIGKILL, 1]
+    assert time.monotonic() - started < 30
+    assert "Rank 1 ends: rank 0, where all ranks meet, is gone" in job.log(1)
+
+
+def all_raise(root: Path) -> str:
+    class Failure(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            time.sleep(0.5 * trainer.global_rank)
+            raise ValueError(f"rank {trainer.global_rank}")
+
+    with pytest.raises(ValueError, match=r"rank \d") as caught:
+        train(root, [Failure()], devices=2, strategy="ddp")
+    time.sleep(1.5)
+    return f"{caught.value}, {[thread.name for thread in threading.enumerate() if thread.name == 'watchdog']}"
+
+
+def test_ranks_that_all_raise_do_so_themselves(pool: RankPool, tmp_path: Path) -> None:
+    assert pool.run(2, all_raise, tmp_path) == ["rank 0, []", "rank 1, []"]
+
+
+def phases(root: Path) -> tuple[list[str], float]:
+    seen: list[str] = []
+
+    class Spy(Watchdog):
+        def on_train_batch_end(self, *args: Any) -> None:
+            seen.append(f"{here.step} {here.phase}")
+            super().on_train_batch_end(*args)
+
+    train(root, [Spy()], devices=2, strategy="fsdp2", max_steps=2, max_epochs=None)
+    started = time.perf_counter()
+    for _ in range(10_000):
+        at("forward")
+    return seen, (time.perf_counter() - started) / 10_000
+
+
+def test_a_healthy_run_is_left_alone_and_says_where_it_is(pool: RankPool, tmp_path: Path) -> None:
+    for seen, cost in pool.run(2, phases, tmp_path):
+        assert seen == ["1 optimizer", "2 optimizer"]
+        assert cost < 20e-6, "microseconds on a busy machine, nanoseconds on a quiet one"
+
+
+def test_one_rank_is_not_watched(tmp_path: Path) -> None:
+    watchdog = Watchdog()
+    train(tmp_path, [watchdog], max_steps=1, max_epochs=None)
+    assert not watchdog.active
+
+
+def test_a_phase_inside_a_phase() -> None:
+    at("data", 7)
+    with during("save"):
+        assert (here.step, here.phase) == (7, "save")
+    assert here.phase == "data"
+    with pytest.raises(OSError, match="full"), during("save"):
+        raise OSError("full")
+    assert here.phase == "save", "where it failed"
+
+
+def waits_alone() -> tuple[str, str]:
+    """The first of two ranks in a collective that the other comes late to."""
+    found: list[tuple[str, str]] = []
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if dist.get_rank() == 1:
+        time.sleep(1)
+    thread = threading.Thread(target=lambda: (time.sleep(0.5), found.append(current_call())))
+    thread.start()
+    dist.all_reduce(torch.ones(1))
+    thread.join()
+    return found[0]
+
+
+def test_the_collective_is_read_from_the_stack(pool: RankPool) -> None:
+    (first, line), (second, _) = pool.run(2, waits_alone)
+    assert first == "all_reduce"
+    assert line.startswith("distributed/distributed_c10d.py:")
+    assert second == "", "it had been over"
+
+
+def test_the_channel() -> None:
+    first = SideChannel(0, 2, "127.0.0.1", None)
+    second = SideChannel(1, 2, "127.0.0.1", first.port)
+    assert first.told("place") == {}
+    second.tell("place", {"step": 3})
+    assert first.told("place") == {1: {"step": 3}}
+    first.tell("place", {"step": 4})
+    assert second.told("place") == {0: {"step": 4}, 1: {"step": 3}}
+    assert first.verdict() is None
+    assert second.declare({"kind": "stuck"}) == {"kind": "stuck"}
+    assert first.declare({"kind": "lost"}) == {"kind": "stuck"}, "the first counts"
+
+
+def test_the_table_is_aligned() -> None:
+    place = {"step": 12, "phase": "backward", "silent": 61.4, "collective": "all_gather", "line": "a/b.py:3 f"}
+    lines = place_table({10: place, 2: {**place, "collective": ""}}).splitlines()
+    assert [line.index("backward") for line in lines[1:]] == [lines[0].index("phase")] * 2
+    assert lines[1].split() == ["2", "12", "backward", "61", "s", "-", "a/b.py:3", "f"]
+
+
+def test_silence_is_a_duration() -> None:
+    with pytest.raises(ValueError, match="give seconds > 0"):
+        Watchdog(silence=0)

@@ -1,0 +1,87 @@
+"""torchrun starts a run again after a rank was killed: it goes on by itself, on the same curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from automodel_trainer.callbacks import DCPCheckpoint
+from automodel_trainer.checkpoint.runs import find_last
+from automodel_trainer.launch import before_restart
+from tests.callbacks.runs import train
+from tests.pool import RankPool
+
+KILLED_IN = 8
+
+
+def again() -> bool:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT") == "1"
+
+
+class Diary(Callback):
+    """A line for every step, written as it happens; rank 1 is killed in the middle of one, the first time."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step + 1 == KILLED_IN and trainer.global_rank == 1 and not again():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.is_global_zero:
+            entry = [trainer.global_step, float(trainer.callback_metrics["train_loss"]), again()]
+            with self.file.open("a") as stream:
+                stream.write(json.dumps(entry) + "\n")
+
+
+def run(root: str) -> None:
+    folder = Path(root)
+    train(folder, [Diary(folder / "diary.jsonl"), DCPCheckpoint(every_n_steps=3)], devices=2, strategy="fsdp2")
+    span = before_restart()
+    assert span is not None
+    age = span[0] - (folder / "launched").stat().st_mtime
+    assert -2 < age < 60, f"torchrun is said to have started {age} s after the test did"
+
+
+def uninterrupted(root: Path) -> list[Any]:
+    return [entry for entry in train(root, devices=2, strategy="fsdp2")["journal"] if entry[0] == "train"]
+
+
+def test_torchrun_restarts_go_on(pool: RankPool, tmp_path: Path) -> None:
+    whole, _ = pool.run(2, uninterrupted, tmp_path / "whole")
+    train(tmp_path, [DCPCheckpoint()], max_steps=2, max_epochs=None)  # an earlier run, which is not to be gone on with
+    (tmp_path / "launched").touch()
+    code = f"from tests.test_restart import run; run({str(tmp_path)!r})"
+    script = tmp_path / "train.py"
+    script.write_text(code)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "--max-restarts", "1", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    entries = [json.loads(line) for line in (tmp_path / "diary.jsonl").read_text().splitlines()]
+    before, after = ([entry for entry in entries if entry[2] == again] for again in (False, True))
+    assert [step for step, *_ in before] == list(range(1, KILLED_IN))
+    assert [step for step, *_ in after] == list(range(7, 11)), "it goes on from the checkpoint of step 6"
+    expected = {entry[1]: entry[3] for entry in whole}
+    assert [loss for _, loss, _ in entries] == [expected[step] for step, *_ in entries]
+    saved = tmp_path / "checkpoints-v1" / "step-00000006"
+    assert f"torchrun has started this run again: it goes on from {saved}" in done.stderr
+
+
+def test_a_restart_passes_over_what_was_there_before(tmp_path: Path) -> None:
+    train(tmp_path, [DCPCheckpoint()], max_steps=2, max_epochs=None)
+    saved = tmp_path / "checkpoints" / "step-00000002"
+    created = json.loads((saved / "manifest.json").read_text())["created"]
+    assert find_last(tmp_path / "checkpoints", written=(created - 1, created + 1)) == saved
+    assert find_last(tmp_path / "checkpoints", written=(created + 1, created + 9)) is None
+    assert find_last(tmp_path / "checkpoints", written=(created - 9, created - 1)) is None
