@@ -172,54 +172,26 @@ class ProgressLine(ProgressBar):
         if line:
             print(f"{title}: {line}", flush=True)
 
-    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.has_dataloader_changed(args[3] if len(args) > 3 else 0)
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self.has_dataloader_changed(args[4] if len(args) > 4 else 0)
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._draw_evaluation("validation", batch_idx, self.total_val_batches_current_dataloader)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
-    def on_test_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.has_dataloader_changed(args[3] if len(args) > 3 else 0)
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._draw_evaluation("validation", args[4], self.total_val_batches_current_dataloader)
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._draw_evaluation("test", batch_idx, self.total_test_batches_current_dataloader)
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._draw_evaluation("test", args[4], self.total_test_batches_current_dataloader)
+
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._draw_evaluation("predict", args[4], self.total_predict_batches_current_dataloader)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.reset_dataloader_idx_tracker()
-        self._draw([""], now=True)
+        self._draw([""], now=True)  # Lightning prints its table of results where the line was
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.reset_dataloader_idx_tracker()
-
-    def on_predict_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.has_dataloader_changed(args[3] if len(args) > 3 else 0)
-
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._draw_evaluation("predict", batch_idx, self.total_predict_batches_current_dataloader)
 
     def _draw_evaluation(self, name: str, batch_idx: int, total: float) -> None:
         of = f"/{int(total)}" if math.isfinite(total) else ""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 # `torch.cuda.get_device_name` calls it. Source: the vendors' data sheets; where a sheet gives the figure "with
 # sparsity", half of it. The H100 is the SXM part unless its name says otherwise.
 PEAK_FLOPS = {
+    "GB300": 2500e12,
     "B300": 2250e12,
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -23,6 +24,7 @@ PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800 PCIe": 756e12,
     "H800": 989e12,
     "H20": 148e12,
     "A100": 312e12,
@@ -34,12 +36,15 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
+    "RTX 5090": 209.5e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "RTX A6000": 155e12,
+    "V100 PCIE": 112e12,
     "V100": 125e12,
     "T4": 65e12,
     "MI355X": 2500e12,
+    "MI350X": 2300e12,
     "MI325X": 1307e12,
     "MI300X": 1307e12,
     "MI250X": 191.5e12,  # per die: torch sees each of the two as a device
