@@ -23,7 +23,10 @@ training (options from --config FILE.yaml and from the command line; amt COMMAND
 tools
   preview    show the first batch as the model will see it: trained, masked and boundary tokens
   generate   answer prompts with a model folder
-  merge      merge a LoRA adapter into its base model
+  export     a checkpoint as a model folder for any program; --check proves that it computes the same
+  inspect    what a checkpoint or model folder holds, and whether it is whole
+  merge      a LoRA adapter and its base model, or the shards of a checkpoint, as one model
+  reshard    the same weights in another number of files
   verify     prove that a layout computes for your model and data what one device computes
 
   amt fit --config configs/quickstart.yaml
@@ -34,15 +37,18 @@ tools
 
 _TRAINING = ("fit", "validate", "test", "predict")
 _TOOLS = {
+    "export": "automodel_trainer.tools.export",
     "generate": "automodel_trainer.tools.generate",
+    "inspect": "automodel_trainer.tools.inspect",
     "merge": "automodel_trainer.tools.merge",
     "preview": "automodel_trainer.tools.preview_command",
+    "reshard": "automodel_trainer.tools.reshard",
     "verify": "automodel_trainer.tools.verify",
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; exits with 2 on a usage error and with 1 on an error that says what to do."""
+    """Run one command; exits with 2 on a usage error, 1 on an error that says what to do, 75 to be requeued."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help", "help"):
@@ -50,9 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     elif command == "--version":
         print(_version())
     elif command in _TRAINING:
-        _explain_errors(lambda: _train(argv))
+        explain_errors(lambda: _train(argv))
     elif command in _TOOLS:
-        _explain_errors(lambda: import_module(_TOOLS[command]).main(argv[1:]))
+        explain_errors(lambda: import_module(_TOOLS[command]).main(argv[1:]))
     else:
         _unknown(command)
 
@@ -60,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
 def _train(argv: list[str]) -> None:
     from automodel_trainer.lightning_cli import run
 
-    run(argv)
+    code = run(argv).trainer.exit_code
+    if code:
+        raise SystemExit(code)
 
 
 def _version() -> str:
@@ -79,7 +87,7 @@ def _unknown(command: str) -> None:
     raise SystemExit(2)
 
 
-def _explain_errors(run: Callable[[], None]) -> None:
+def explain_errors(run: Callable[[], None]) -> None:
     """Print what this project says to its users without a traceback; anything else is a bug and keeps its own."""
     try:
         run()

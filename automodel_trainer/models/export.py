@@ -62,7 +62,7 @@ def export_pretrained(
     on_all_ranks(partial(_prepare, target) if rank() == 0 else _nothing, folder)
     tensors = named_tensors(model)
     writer = _ShardWriter(target, _planned(model, tensors, dtype), max_shard_size) if rank() == 0 else None
-    for group in _groups(model, tensors):
+    for group in conversion_groups(model, tensors):
         gathered = {name: _kept(tensors[name], writer is not None) for name in group}
         if writer is not None:
             converted = original_weight_names(model, gathered) if converts_weights(model) else gathered
@@ -145,7 +145,7 @@ def _meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
 
 
-def _groups(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> list[list[str]]:
+def conversion_groups(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> list[list[str]]:
     """Tensors that must be converted together: the smallest groups that give what converting all at once gives."""
     alone = [[name] for name in tensors]
     if not converts_weights(model):

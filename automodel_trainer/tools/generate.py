@@ -176,7 +176,8 @@ def _read_lines() -> Iterator[str]:
             print()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="amt generate", description="Generate text with a model folder.")
     parser.add_argument("--model", required=True, help="folder with config, tokenizer and safetensors")
     parser.add_argument("--prompt", help="the question; without it, lines are read from the terminal")
@@ -187,13 +188,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="makes drawn answers repeatable")
     parser.add_argument("--device", help="for example cuda:0 or cpu (default: a GPU when there is one)")
     parser.add_argument("--dtype", default="auto", help="for example bfloat16 (default: as saved)")
-    try:
-        generate(**vars(parser.parse_args(argv)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    generate(**vars(parser.parse_args(argv)))

@@ -1,7 +1,8 @@
-"""`amt merge`: a LoRA adapter and its base model become one model folder.
+"""`amt merge`: a LoRA adapter and its base model, or the shards of a checkpoint, become one model folder.
 
 amt merge runs/lora/export --output runs/lora/merged
 amt merge adapter --output merged --base org/model --dtype bfloat16
+amt merge runs/sft/checkpoints/latest --output merged --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ import argparse
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -22,16 +22,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from automodel_trainer.checkpoint.agreement import on_all_ranks, rank
-from automodel_trainer.models._transformers import original_weight_names, tied_weight_names
+from automodel_trainer.models._transformers import converts_weights, original_weight_names, tied_weight_names
 from automodel_trainer.models.adapters import read_config, read_tensors, save_adapter, trained_tensors
 from automodel_trainer.models.auto import empty_model
+from automodel_trainer.models.export import conversion_groups
 from automodel_trainer.models.files import INDEX_NAME, resolve_folder, weight_files
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, lora_of
 from automodel_trainer.models.lora.functional import adapted_weight, direction_norm
 from automodel_trainer.models.lora.initialize import principal_factors
 from automodel_trainer.models.lora.layers import Adapter
 from automodel_trainer.models.sidecars import copy_sidecars
-from automodel_trainer.tools.safetensors_stream import DTYPES, SafetensorsWriter
+from automodel_trainer.tools.safetensors_stream import SafetensorsWriter
+from automodel_trainer.tools.sources import is_adapter, model_folder, new_folder
+from automodel_trainer.tools.weight_stream import (
+    Advance,
+    Convert,
+    Header,
+    Weights,
+    header_of,
+    progress,
+    write_stream,
+)
 
 if TYPE_CHECKING:
     from automodel_trainer.modules import CausalLMModule
@@ -41,51 +52,77 @@ _KEPT = 4  # updates of fused weights held at a time: files order their parts ex
 
 
 def merge(
-    adapter: str | os.PathLike[str],
+    source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     *,
+    max_shard_size: int | str = "5GB",
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write base + adapter as a plain model folder, one tensor in memory at a time.
+    """Write a plain model folder, one tensor in memory at a time: a checkpoint's model, or base + adapter.
 
-    The sum is taken in fp32 and rounded once. An adapter that was trained on a 4-bit base is added to the full one.
+    Of an adapter the sum is taken in fp32 and rounded once. One that was trained on a 4-bit base is added to the full
+    one. A checkpoint of all weights is written under the names that the model has on the Hub.
 
     Args:
-        adapter: folder or Hub id of an adapter in PEFT's format.
+        source: a checkpoint (its model, or adapter, is taken), or the folder or Hub id of a model or of an adapter in
+            PEFT's format.
         output: the folder to write; it appears when it is whole.
         base: folder or Hub id of the base model; by default what the adapter's config names.
         dtype: of floating-point weights; None keeps each as the base has it.
+        max_shard_size: largest weight file, where there is no adapter; merging into a base keeps the base's files.
         trust_remote_code: run model code that comes with the base.
 
     Raises:
         ValueError: adapter and base do not fit, one of them is damaged, or `output` exists.
     """
-    output = Path(output)
-    if output.exists():
-        raise ValueError(f"{output} exists already: give a new folder, or remove it first.")
+    folder = model_folder(source)
+    if is_adapter(folder):
+        return _merge_adapter(folder, Path(output), base, dtype, trust_remote_code)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no adapter_config.json, as an adapter has, and no config.json, as a model has.")
+    if base is not None:
+        raise ValueError(f"{source} is a whole model, not an adapter: leave out the base {base}.")
+    with new_folder(Path(output)) as target:
+        weights, model = Weights(folder), empty_model(folder, trust_remote_code)
+        groups, convert = _conversion(model, weights)
+        options: dict[str, Any] = {"max_shard_size": max_shard_size, "groups": groups, "convert": convert}
+        write_stream(weights, target, dtype=dtype, title="merging", **options)
+        copy_sidecars(model, target, source=folder, dtype=dtype)
+    return Path(output)
+
+
+def _conversion(model: PreTrainedModel, weights: Weights) -> tuple[list[list[str]] | None, Convert | None]:
+    """From the names of the model in memory, if these are the checkpoint's, to those it has on the Hub."""
+    meta = weights.meta()
+    if not converts_weights(model) or not meta.keys() <= model.state_dict().keys():
+        return None, None
+    return conversion_groups(model, meta), partial(original_weight_names, model)
+
+
+def _merge_adapter(
+    adapter: Path, output: Path, base: str | os.PathLike[str] | None, dtype: torch.dtype | None, trust_remote_code: bool
+) -> Path:
     named = base or read_config(adapter).get("base_model_name_or_path")
     if not named:
         raise ValueError(f"The config of adapter {adapter} names no base model: say which it is (--base).")
     source = resolve_folder(named)
     model = apply_lora(empty_model(source, trust_remote_code), LoRAConfig(adapter=str(adapter)))
     updates = Updates(model, read_tensors(adapter), dtype)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        target = Path(scratch) / output.name
-        target.mkdir()
+    with new_folder(output) as target:
         files = weight_files(source)
-        updates.check({name for file in files for name in _shapes(file)}, source)
-        for file in files:
-            _merge_file(file, target / file.name, updates)
+        headers = {file: header_of(file) for file in files}
+        updates.check({name for header in headers.values() for name in header}, source)
+        with progress("merging", sum(file.stat().st_size for file in files)) as advance:
+            for file, header in headers.items():
+                _merge_file(file, header, target / file.name, updates, advance)
         _write_index(source, target)
         kept = dtype or getattr(torch, str(model.config.dtype).removeprefix("torch."))
         copy_sidecars(model, target, source=source, dtype=kept)
         for pattern in _TOKENIZER_FILES:
             for file in resolve_folder(adapter).glob(pattern):
                 shutil.copyfile(file, target / file.name)
-        target.rename(output)
     return output
 
 
@@ -187,23 +224,19 @@ def merged_weight(adapter: Adapter, factors: Mapping[str, Tensor], weight: Tenso
     return merged
 
 
-def _merge_file(file: Path, target: Path, updates: Updates) -> None:
-    planned = {name: (updates.kept_dtype(dtype), shape) for name, (dtype, shape) in _shapes(file).items()}
+def _merge_file(file: Path, header: Header, target: Path, updates: Updates, advance: Advance) -> None:
+    planned = {name: (updates.kept_dtype(dtype), shape) for name, (dtype, shape) in header.items()}
     with safe_open(file, framework="pt") as tensors, SafetensorsWriter(target, planned) as writer:
         for name in planned:
-            writer.write(name, updates.apply(name, tensors.get_tensor(name)))
-
-
-def _shapes(file: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    with safe_open(file, framework="pt") as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
-        return {name: (DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in slices.items()}
+            tensor = tensors.get_tensor(name)
+            writer.write(name, updates.apply(name, tensor))
+            advance(tensor.nbytes)
 
 
 def _write_index(source: Path, target: Path) -> None:
     if (source / INDEX_NAME).is_file():
         index = json.loads((source / INDEX_NAME).read_text())
-        sizes = (t for file in target.glob("*.safetensors") for t in _shapes(file).values())
+        sizes = (t for file in target.glob("*.safetensors") for t in header_of(file).values())
         total = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in sizes)
         index["metadata"] = {**index.get("metadata", {}), "total_size": total}
         (target / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -242,13 +275,28 @@ def _merge_and_tokenizer(module: CausalLMModule, scratch: Path, folder: Path, dt
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="amt merge", description="Merge a LoRA adapter into its base model.")
-    parser.add_argument("adapter", help="folder or Hub id of an adapter in PEFT's format")
+    args = arguments("amt merge", "Write a checkpoint, or an adapter and its base model, as one model.").parse_args(
+        argv
+    )
+    print(f"Merged model in {merge_as_asked(args)}. Try it: amt generate --model {args.output}")
+
+
+def arguments(program: str, description: str) -> argparse.ArgumentParser:
+    """What `amt merge` and `amt export` are told."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("source", help="checkpoint, or folder or Hub id of a model or of an adapter in PEFT's format")
     parser.add_argument("--output", required=True, help="folder to write; must not exist")
     parser.add_argument("--base", help="folder or Hub id of the base model (default: what the adapter names)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: base's)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as it is)"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: %(default)s)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def merge_as_asked(args: argparse.Namespace) -> Path:
+    """`merge` with these arguments."""
+    options = {"max_shard_size": args.max_shard_size, "trust_remote_code": args.trust_remote_code}
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    folder = merge(args.adapter, args.output, args.base, dtype, trust_remote_code=args.trust_remote_code)
-    print(f"Merged model in {folder}. Try it: amt generate --model {folder}")
+    return merge(args.source, args.output, args.base, dtype, **options)

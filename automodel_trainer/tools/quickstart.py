@@ -22,6 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from automodel_trainer.cli import explain_errors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -174,20 +176,16 @@ def _say(line: str) -> None:
     print(f"quickstart  {line}", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m automodel_trainer.tools.quickstart", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--output", default="runs/quickstart", help="folder for model/ and data/ (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
-    try:
-        prepare(arguments.output)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    prepare(arguments.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    explain_errors(main)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import sys
 
 import pytest
 import torch
 
+from automodel_trainer.cli import main as cli
 from automodel_trainer.tools.generate import check_folder, generate, main
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -95,18 +97,19 @@ def test_a_folder_without_weights_or_config_is_named(tmp_path, capsys):
     tiny_model().config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no weights"):
         check_folder(tmp_path)
-    assert main(["--model", str(tmp_path), "--prompt", "hi"]) == 1
-    assert "no weights" in capsys.readouterr().err
-    assert main(["--model", str(tmp_path / "nowhere"), "--prompt", "hi"]) == 1
-    assert "nowhere" in capsys.readouterr().err
+    for wrong, message in ((tmp_path, "no weights"), (tmp_path / "nowhere", "nowhere")):
+        with pytest.raises(SystemExit) as ended:
+            cli(["generate", "--model", str(wrong), "--prompt", "hi"])
+        assert ended.value.code == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_truncated_weights_file_is_an_error_that_names_the_folder(folder, tmp_path, capsys):
     broken = shutil.copytree(folder, tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    assert main(["--model", str(broken), "--prompt", "hi"]) == 1
-    assert str(broken) in capsys.readouterr().err
+    with pytest.raises(ValueError, match=re.escape(str(broken))):
+        main(["--model", str(broken), "--prompt", "hi"])
 
 
 @pytest.mark.parametrize("arguments", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}])
@@ -116,5 +119,5 @@ def test_settings_that_make_no_sense_are_refused(folder, arguments):
 
 
 def test_main_answers(folder, capsys):
-    assert main(["--model", str(folder), "--prompt", "hi", "--max-new-tokens", "5"]) == 0
+    main(["--model", str(folder), "--prompt", "hi", "--max-new-tokens", "5"])
     assert capsys.readouterr().out.strip()
