@@ -21,6 +21,7 @@ training (options from --config FILE.yaml and from the command line; amt COMMAND
   predict    score data: the log-probability of every supervised token
 
 tools
+  bench      measure the training steps of a configuration: tokens per second, MFU, memory, the largest kernels
   preview    show the first batch as the model will see it: trained, masked and boundary tokens
   generate   answer prompts with a model folder
   export     a checkpoint as a model folder for any program; --check proves that it computes the same
@@ -37,6 +38,7 @@ tools
 
 _TRAINING = ("fit", "validate", "test", "predict")
 _TOOLS = {
+    "bench": "automodel_trainer.tools.bench",
     "export": "automodel_trainer.tools.export",
     "generate": "automodel_trainer.tools.generate",
     "inspect": "automodel_trainer.tools.inspect",

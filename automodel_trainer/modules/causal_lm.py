@@ -29,7 +29,7 @@ from automodel_trainer.modules.optim import (
     SchedulerConfig,
     build_optimizer,
     build_scheduler,
-    trainable,
+    parameters_of,
 )
 from automodel_trainer.strategies import MeshStrategy, Objective
 from automodel_trainer.strategies.deferred_logits import defer_logits
@@ -252,7 +252,7 @@ class CausalLMModule(Objective, pl.LightningModule):
             torch.stack([supervised_tokens(micro_batch["labels"]) for micro_batch in micro_batches]).sum()
         )
         loss_sum = strategy.forward_backward(self, micro_batches, tokens)
-        self._grad_norm = strategy.clip_grad_norm_(trainable(self.model.parameters()), self._clip_value)
+        self._grad_norm = strategy.clip_grad_norm_(parameters_of(optimizer), self._clip_value)
         lr = optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # the scheduler fills a tensor in place
         optimizer.step()

@@ -193,6 +193,11 @@ def _import_optimizer(name: str) -> type[Optimizer]:
     return cls
 
 
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """What it updates. To walk through the modules of a model instead costs every step a part of a millisecond."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
+
+
 def trainable(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Those that want a gradient."""
     return [parameter for parameter in parameters if parameter.requires_grad]
