@@ -193,7 +193,7 @@ def _import_optimizer(name: str) -> type[Optimizer]:
     return cls
 
 
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: Any) -> list[Tensor]:
     """What it updates. To walk through the modules of a model instead costs every step a part of a millisecond."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
 

@@ -57,7 +57,7 @@ class Bench(Callback):
         if not clock.seconds:
             raise ValueError(
                 f"The run ended after {trainer.global_step} optimizer step(s), before one was measured: lower --warmup "
-                f"(now {clock.warmup}), or give it more data, steps or epochs."
+                f"(now {clock.warmup}), or give it more data or epochs."
             )
         found = results(clock.seconds, clock.warmup_seconds, clock.data_seconds, clock.totals, world)
         held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_set()
@@ -88,15 +88,18 @@ def bench(
         the results, by names that say their units.
 
     Raises:
-        ValueError: the data or the schedule end before a step was measured.
+        ValueError: the data end before a step was measured, or before all that are profiled.
     """
     clock = StepClock(warmup, steps, STEPS if profile else 0)
     measured = Bench(clock)
-    kept = [callback for callback in trainer.callbacks if not isinstance(callback, _LEFT_OUT)]
+    given: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    kept = [callback for callback in given if not isinstance(callback, _LEFT_OUT)]
     profiler = [ProfileSteps(profile, warmup + steps)] if profile else []
     # What the kept ones do is part of a step.
-    trainer.callbacks = [BatchWatch(clock), *kept, clock, measured, *profiler]
+    trainer.callbacks = [BatchWatch(clock), *kept, clock, measured, *profiler]  # type: ignore[attr-defined]
     trainer.loggers = []
+    if 0 <= trainer.max_steps < (needed := warmup + steps + clock.extra):
+        trainer.fit_loop.epoch_loop.max_steps = needed
     trainer.limit_val_batches = trainer.num_sanity_val_steps = 0
     trainer.fit(module, data)
     found = measured.found

@@ -44,11 +44,11 @@ def _matmul(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _attention(device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> float:
-    made = [torch.randn(*shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
+    q, k, v = (torch.randn(*shape, device=device).to(dtype).requires_grad_() for _ in range(3))
     gradient = torch.randn(*shape, device=device).to(dtype)
 
     def both_ways() -> None:
-        F.scaled_dot_product_attention(*made, is_causal=True).backward(gradient)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(gradient)
 
     keys = (shape.length + 1) / 2  # that a token attends to, on average
     flops = 3 * 4 * shape.batch * shape.heads * shape.length * keys * shape.head_dim

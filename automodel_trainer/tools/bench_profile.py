@@ -49,6 +49,15 @@ class ProfileSteps(Callback):
             if trainer.is_global_zero:
                 self._write(self._profile)
 
+    def on_train_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if not self.kernels:
+            if self._profile is not None:
+                self._profile.stop()
+            raise ValueError(
+                f"The run ended after {trainer.global_step} optimizer step(s), and --profile looks at {STEPS} beyond "
+                f"{self.first}: lower --steps or --warmup, or give it more data or epochs."
+            )
+
     def _write(self, profiled: profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         profiled.export_chrome_trace(str(self.folder / "trace.json.gz"))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from automodel_trainer.models.lora.functional import adapted_weight, direction_norm, low_rank
+from automodel_trainer.models.packed_tensor import PackedTensor
 
 
 class LoRALinear(nn.Linear):
@@ -173,6 +174,8 @@ def adapt_parameter(module: nn.Module, name: str, rank: int, scaling: float, *, 
 
 def dense(weight: Tensor) -> Tensor:
     """The weight as numbers: a quantized one is unpacked."""
+    if isinstance(weight, PackedTensor):  # said so that a compiler can follow it
+        return weight.get_original_weight()
     unpack = getattr(weight, "get_original_weight", None)
     return weight if unpack is None else unpack()
 
