@@ -54,21 +54,32 @@ class Clock(Callback):
         self.starts: list[float] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.starts.append(time.perf_counter())
+        self.starts.append(_now())
 
 
 class TimedCheckpoint(DCPCheckpoint):
-    """Also notes when each checkpoint was whole."""
+    """Notes when each save began, when training went on, and when the checkpoint was whole."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.saves: list[tuple[float, float]] = []
         self.whole: list[float] = []
 
+    def _save(self, trainer: Any, pl_module: Any) -> bool:
+        begun = _now()
+        saved = super()._save(trainer, pl_module)
+        self.saves.append((begun, _now()))
+        return saved
+
     def _on_whole(self, folder: Path) -> None:
-        self.whole.append(time.perf_counter())
         super()._on_whole(folder)
+        self.whole.append(time.perf_counter())
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def run(args: argparse.Namespace, root: Path, background: bool) -> dict[str, Any]:
@@ -93,30 +104,26 @@ def run(args: argparse.Namespace, root: Path, background: bool) -> dict[str, Any
     )
     lora = LoRAConfig(rank=args.lora) if args.lora else None
     trainer.fit(RandomModel(SHAPES[args.model], lora=lora, lr=1e-5), data)
-    return summary(clock.starts, saver, args.every, _size(root / "checkpoints"))
+    return summary(clock.starts, saver, _size(root / "checkpoints"))
 
 
-def summary(starts: list[float], saver: TimedCheckpoint, every: int, size: int) -> dict[str, Any]:
-    """Steps after the first save's: those that save, those while files are written, the others."""
-    steps = [(index + 1, start, end) for index, (start, end) in enumerate(pairwise(starts))]
-    saves = {step: end for step, _, end in steps if step % every == 0}
-    writing = list(zip(saves.values(), saver.whole))
+def summary(starts: list[float], saver: TimedCheckpoint, size: int) -> dict[str, Any]:
+    """Seconds: of steps while nothing is written and while something is, of saves, and until a checkpoint is whole."""
+    writing = [(begun, whole) for (begun, _), whole in zip(saver.saves, saver.whole)]
     quiet, busy = [], []
-    for step, start, end in steps[2:]:
-        if step in saves:
-            continue
-        overlapping = any(start < done and end > begun for begun, done in writing)
-        (busy if overlapping else quiet).append(end - start)
-    normal = statistics.median(quiet or busy)
-    stalls = [end - start - normal for step, start, end in steps if step in saves]
+    for start, end in list(pairwise(starts))[2:]:  # the first steps allocate and compile
+        pause = sum(done - begun for begun, done in saver.saves if start <= begun < end)
+        overlapping = any(start < whole and end > begun for begun, whole in writing)
+        (busy if overlapping else quiet).append(end - start - pause)
+    stalls = [done - begun for begun, done in saver.saves]
     return {
         "checkpoint_bytes": size,
-        "step_s": normal,
+        "step_s": statistics.median(quiet or busy),
+        "step_while_writing_s": statistics.median(busy or quiet),
+        "stalls_s": stalls,
         "first_stall_s": stalls[0],  # host memory is taken
         "stall_s": statistics.median(stalls[1:]),
-        "stalls_s": stalls,
-        "step_while_writing_s": statistics.median(busy) if busy else None,
-        "written_after_s": statistics.median(done - begun for begun, done in writing[1:]) if writing[1:] else None,
+        "whole_after_s": statistics.median(whole - begun for begun, whole in writing),
     }
 
 
@@ -151,7 +158,7 @@ def main() -> None:
     print(
         f"\n| {device} | {args.model}, {what} | {sync['checkpoint_bytes'] / 1e9:.2f} GB | {sync['step_s']:.3f} | "
         f"{sync['stall_s']:.2f} | {background['first_stall_s']:.2f} | {background['stall_s']:.2f} | "
-        f"{background['step_while_writing_s'] or float('nan'):.3f} |"
+        f"{background['step_while_writing_s']:.3f} | {background['whole_after_s']:.1f} |"
     )
 
 
