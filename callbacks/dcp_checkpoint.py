@@ -167,7 +167,8 @@ class DCPCheckpoint(Checkpoint):
             self._rng = None
         self._last_step = trainer.global_step
         self._trained_since, self._slow = time.monotonic(), False
-        self._saver, self._newest = BackgroundSaver() if self.async_save else None, None
+        self._saver = BackgroundSaver() if self.async_save else None
+        self._newest = Path(self.last_model_path) if self.last_model_path else None  # the one resumed from
         if self.run_folder is None:
             # Rank 0 looks for all: another rank could already see what rank 0 has written.
             base = self._base(trainer.default_root_dir).absolute()
@@ -338,7 +339,8 @@ class DCPCheckpoint(Checkpoint):
 
     def _on_whole(self, folder: Path) -> None:
         """On rank 0, as soon as a checkpoint is whole: in the thread that wrote it."""
-        with self._saver.lock if self._saver is not None else nullcontext():
+        saver = self._saver  # a run that fails lets go of it
+        with saver.lock if saver is not None else nullcontext():
             self._newest = folder
             self._tidy(folder)
 
