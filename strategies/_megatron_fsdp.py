@@ -93,7 +93,8 @@ class Options:
             "mixed_precision_policy": MixedPrecisionPolicy(
                 main_params_dtype=self.main_dtype,
                 main_grads_dtype=self.grads_dtype,
-                grad_comm_dtype=self.reduce_dtype,
+                # Over a single rank the package would add what it has cast to what it has cast it from.
+                grad_comm_dtype=self.reduce_dtype if mesh[SHARD].size() > 1 else None,
             ),
             "overlap_grad_reduce": self.overlap_grad_reduce,
             "overlap_param_gather": self.overlap_param_gather,

@@ -58,7 +58,7 @@ def check_replicas(model: nn.Module, mesh: DeviceMesh) -> None:
     norms: list[Tensor] = []
     for name, parameter in model.named_parameters():
         grad = parameter.grad
-        if isinstance(grad, DTensor) and isinstance(grad.placements[-1], Replicate):
+        if isinstance(grad, DTensor) and _is_replica(grad, mesh):
             names.append(name)
             norms.append(grad.to_local().to(mesh.device_type, torch.float64).norm())
     if not norms:
@@ -75,6 +75,12 @@ def check_replicas(model: nn.Module, mesh: DeviceMesh) -> None:
             "that is cut by columns and one cut by rows, say so: "
             f"tp_plan={{{wrong[0]!r}: 'replicated_with_grad_allreduce'}}; else set tp=1 (or sequence_parallel=False)."
         )
+
+
+def _is_replica(grad: DTensor, mesh: DeviceMesh) -> bool:
+    """tp is the last axis of a gradient's mesh, or, where a layout leaves out replicas, no axis of it."""
+    names = grad.device_mesh.mesh_dim_names or ()
+    return isinstance(grad.placements[-1], Replicate) or not set(mesh.mesh_dim_names or ()) & set(names)
 
 
 def _layer(parameter: str) -> str:
