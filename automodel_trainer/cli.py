@@ -27,6 +27,7 @@ tools
   export     a checkpoint as a model folder for any program; --check proves that it computes the same
   inspect    what a checkpoint or model folder holds, and whether it is whole
   merge      a LoRA adapter and its base model, or the shards of a checkpoint, as one model
+  pipeline   show what a pipeline schedule looks like, and how long its ranks wait
   reshard    the same weights in another number of files
   verify     prove that a layout computes for your model and data what one device computes
 
@@ -43,6 +44,7 @@ _TOOLS = {
     "generate": "automodel_trainer.tools.generate",
     "inspect": "automodel_trainer.tools.inspect",
     "merge": "automodel_trainer.tools.merge",
+    "pipeline": "automodel_trainer.tools.pipeline",
     "preview": "automodel_trainer.tools.preview_command",
     "reshard": "automodel_trainer.tools.reshard",
     "verify": "automodel_trainer.tools.verify",

@@ -21,6 +21,7 @@ from automodel_trainer.models._transformers import attention_in_use, tied_weight
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.clip import local_tensor
+from automodel_trainer.strategies.pipeline_names import of_all_stages
 
 Facts = dict[str, Any]
 
@@ -33,21 +34,18 @@ def gradient_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = {name: local_tensor(p.grad) for name, p in trained.items() if p.grad is not None}
     device = trainer.strategy.root_device
-    seen = torch.zeros(2, len(trained), device=device)
-    for index, name in enumerate(trained):
+    silent = of_all_stages(model, {name: starts_without_gradient(model, name) for name in trained})
+    seen = torch.zeros(2, len(silent), device=device)
+    for index, name in enumerate(silent):
         if name in grads:
             seen[0, index] = 1
             # NaN counts as something: it is not for the ledger to stop on it.
             seen[1, index] = (grads[name] != 0).any()
     there, nonzero = max_over_ranks(trainer, seen).bool().tolist()
     return {
-        "tensors": len(trained),
-        "missing": [name for name, has in zip(trained, there) if not has],
-        "all_zero": [
-            name
-            for name, has, some in zip(trained, there, nonzero)
-            if has and not some and not starts_without_gradient(model, name)
-        ],
+        "tensors": len(silent),
+        "missing": [name for name, has in zip(silent, there) if not has],
+        "all_zero": [name for name, has, some in zip(silent, there, nonzero) if has and not some and not silent[name]],
         "bytes": bytes_by_dtype(grads.values()),
     }
 
@@ -55,13 +53,15 @@ def gradient_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
 def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
     """Class, origin, size and dtype of the parameters, ties, attention."""
     parameters = list(model.parameters())
+    # a DTensor's numel is the global one
+    sizes = of_all_stages(model, {name: (p.requires_grad, p.numel()) for name, p in model.named_parameters()})
     inner = _transformers_models(model)
     pairs = [(name, source, tied) for m in inner for name, source, tied in tied_pairs(m)]
     return {
         "class": _class_name(inner[0] if len(inner) == 1 else model),
         "source": str(getattr(trainer.lightning_module, "source", None) or "") or None,
-        "trained": sum(p.numel() for p in parameters if p.requires_grad),  # a DTensor's numel is the global one
-        "frozen": sum(p.numel() for p in parameters if not p.requires_grad),
+        "trained": sum(numel for trained, numel in sizes.values() if trained),
+        "frozen": sum(numel for trained, numel in sizes.values() if not trained),
         "bytes": bytes_by_dtype(local_tensor(p) for p in parameters),
         "tied": [f"{name} = {source}" for name, source, tied in pairs if tied],
         "untied": [f"{name} ≠ {source}" for name, source, tied in pairs if not tied],
@@ -109,6 +109,8 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
     """Layout, batch arithmetic, steps, data and checkpoints."""
     strategy = trainer.strategy
     checkpoint: Any = trainer.checkpoint_callback
+    arithmetic = batch_facts(trainer, batch)
+    describe = getattr(strategy, "describe_pipeline", None)
     folder = getattr(checkpoint, "run_folder", None) or getattr(checkpoint, "dirpath", None)
     return {
         "strategy": type(strategy).__name__,
@@ -117,7 +119,8 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "device": _device_name(strategy.root_device),
         "precision": str(trainer.precision),
         "activation_checkpointing": getattr(strategy, "activation_checkpointing", None),
-        "batch": batch_facts(trainer, batch),
+        "batch": arithmetic,
+        "pipeline": describe(arithmetic["accumulation"]) if describe is not None else None,
         "steps": planned_steps(trainer),
         "steps_per_epoch": _steps_per_epoch(trainer),
         "max_epochs": trainer.max_epochs,

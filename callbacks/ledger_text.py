@@ -28,6 +28,7 @@ def ledger_rows(facts: Facts) -> list[Row]:
         rows.append(("attention", ", ".join(model["attention"])))
     rows += [
         ("layout", _layout(run)),
+        *_pipeline(run.get("pipeline")),
         ("batch", batch_text(run["batch"])),
         ("optimizer", _optimizer(facts["optimizer"])),
         *_left_out(facts["optimizer"]["left_out"]),
@@ -82,6 +83,15 @@ def _layout(run: Facts) -> str:
     if run["activation_checkpointing"]:
         parts.append(f"activation checkpointing {run['activation_checkpointing']}")
     return ", ".join(parts)
+
+
+def _pipeline(pipeline: Facts | None) -> list[Row]:
+    """The schedule as a picture, one line per rank."""
+    if not pipeline:
+        return []
+    layers = " + ".join(map(str, pipeline["layers"]))
+    text = f"{pipeline['schedule']}, layers {layers}, predicted bubble {pipeline['bubble']:.1%}"
+    return [("pipeline", text), *(("", line) for line in (*pipeline["picture"], pipeline["legend"]))]
 
 
 def _optimizer(optimizer: Facts) -> str:

@@ -28,6 +28,7 @@ class Throughput(Callback):
     | `tflops_per_device` | 10¹² FLOP/s that the model's forward and backward need (see `flops_per_token`) |
     | `mfu` | the same as a share of the device's dense bf16 peak; only where that peak is known |
     | `peak_memory_gib` | most memory any rank held: allocated on the device, or, on CPU, the process's resident set |
+    | `pipeline_bubble` | share of the last step that ranks of a pipeline spent waiting, mean over ranks |
     | `data_wait` | share of the time that the host waited for the next batch |
     | `supervised_share` | share of the tokens that have a label |
     | `padding_share` | share of the tokens that `attention_mask` masks, where there is one |
@@ -122,6 +123,7 @@ class Throughput(Callback):
 
     def _measure(self, trainer: pl.Trainer, totals: Totals, seconds: float) -> dict[str, float]:
         values = {"peak_memory_gib": _peak_memory(trainer) / GIB, "data_wait": self._waited / seconds}
+        values |= _pipeline_bubble(trainer)
         if not totals.tokens:
             return {**values, "samples_per_second": totals.rows / seconds}
         per_device = totals.tokens / seconds / trainer.world_size
@@ -139,6 +141,15 @@ class Throughput(Callback):
         achieved = flops_per_token(model, totals.mean_document()) * tokens_per_second
         peak = self.peak_flops or peak_flops(trainer.strategy.root_device)
         return {"tflops_per_device": achieved / 1e12} | ({"mfu": achieved / peak} if peak else {})
+
+
+def _pipeline_bubble(trainer: pl.Trainer) -> dict[str, float]:
+    """Collective where there is a pipeline."""
+    measured = getattr(trainer.strategy, "measured_bubble", lambda: None)()
+    if measured is None:
+        return {}
+    summed = sum_over_ranks(trainer, torch.tensor(measured, device=trainer.strategy.root_device))
+    return {"pipeline_bubble": float(summed) / trainer.world_size}
 
 
 def _synchronize(device: torch.device) -> None:

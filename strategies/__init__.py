@@ -5,6 +5,7 @@ from automodel_trainer.strategies.ddp import DDPStrategy
 from automodel_trainer.strategies.fsdp2 import FSDP2Strategy
 from automodel_trainer.strategies.megatron_fsdp import MegatronFSDPStrategy
 from automodel_trainer.strategies.mesh import ParallelDims
+from automodel_trainer.strategies.parallel_3d import Parallel3DStrategy
 from automodel_trainer.strategies.registry import StrategyRegistry
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "MegatronFSDPStrategy",
     "MeshStrategy",
     "Objective",
+    "Parallel3DStrategy",
     "ParallelDims",
     "StrategyRegistry",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
@@ -17,11 +19,14 @@ __all__ = [
     "all_gather_first",
     "all_reduce_sum",
     "flatten_mesh",
+    "initialize_sharding",
     "overlap_matmuls_with_collectives",
     "placeable",
     "prefer_recomputing",
     "raise_recompile_limit",
+    "reduce_gradients",
     "reduce_scatter_first",
+    "unviewed",
 ]
 
 # renamed in torch 2.13
@@ -107,3 +112,32 @@ def overlap_matmuls_with_collectives(group: ProcessGroup) -> None:
 
     enable_symm_mem_for_group(group.group_name)
     torch._inductor.config._micro_pipeline_tp = True
+
+
+def unviewed(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of it where it is a view of another, which cannot be detached in place."""
+    return tensor.clone() if tensor._is_view() else tensor
+
+
+def initialize_sharding(model: FSDPModule) -> None:
+    """Let FSDP2 find its modules now, while all of them are in their places."""
+    _state(model)._lazy_init()
+
+
+def reduce_gradients(model: FSDPModule) -> None:
+    """Reduce the gradients that several backwards have accumulated without doing so (`set_requires_gradient_sync`)."""
+    model.set_is_last_backward(True)
+    model.set_reshard_after_backward(True)
+    model.set_requires_gradient_sync(True)
+    state = _state(model)
+    for each in state._state_ctx.all_states:
+        # torch 2.11 has one group, 2.13 several
+        groups = getattr(each, "_fsdp_param_groups", None)
+        for group in [each._fsdp_param_group] if groups is None else groups:
+            if group is not None:
+                group.post_backward()
+    state._root_post_backward_final_callback()
+
+
+def _state(model: FSDPModule) -> Any:
+    return fully_shard.state(model)  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -103,6 +103,16 @@ class MeshStrategy(ParallelStrategy):
         """Called once the parameters of a laid-out model have their values: put them where this layout keeps them."""
 
     @property
+    def least_layers(self) -> int:
+        """Layers that a model needs at least to be laid out."""
+        return 1
+
+    @property
+    def least_micro_batches(self) -> int:
+        """Micro-batches that an optimizer step needs at least."""
+        return 1
+
+    @property
     def gradient_scale(self) -> float:
         """What a loss is multiplied by so that the reduced gradient is the *sum* over ranks."""
         return 1.0
@@ -123,6 +133,11 @@ class MeshStrategy(ParallelStrategy):
         """One forward of the laid-out model, for an objective: its loss takes logits that are deferred."""
         with deferred_logits():
             return model(**inputs)
+
+    def from_logits(self, compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What `compute` makes of an evaluation's logits, of this shape, on every rank: some layouts have the logits
+        of `forward` on one of several ranks only, and None elsewhere."""
+        return compute()
 
     def forward_backward(self, objective: Objective, micro_batches: Sequence[MicroBatch], num_tokens: Tensor) -> Tensor:
         """Forward and backward of one optimizer step.
@@ -190,7 +205,7 @@ class MeshStrategy(ParallelStrategy):
     @property
     def dp_rank(self) -> int:
         """This rank's place among them. Ranks of one tp or cp group are neighbours and share it."""
-        return self.global_rank // (self.dims.cp * self.dims.tp)
+        return self.global_rank // (self.dims.cp * self.dims.tp) % self.dp_size
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
         """Sum in place over the ranks that compute different tokens (data and context parallel): losses."""

@@ -75,7 +75,7 @@ class ContextParallel:
         packed = positions is not None and inputs.get("attention_mask") is None
         if positions is None:
             positions = torch.arange(length, device=device)[None]
-        positions = _pad_positions(positions.expand(rows, -1), self.padded(length), restart=packed)
+        positions = pad_positions(positions.expand(rows, -1), self.padded(length), restart=packed)
         mask = inputs.get("attention_mask")
         whole = None if mask is None else self._pad(mask, 0).bool()
         documents = find_packed_sequence_indices(positions) if packed else None
@@ -110,7 +110,7 @@ class ContextParallel:
         return torch.cat([chunks[rank], chunks[2 * self.size - 1 - rank]])
 
 
-def _pad_positions(positions: Tensor, length: int, restart: bool) -> Tensor:
+def pad_positions(positions: Tensor, length: int, restart: bool) -> Tensor:
     """Positions of the padding: a document of its own in packed rows, going on in others."""
     missing = length - positions.shape[1]
     if not missing:

@@ -180,10 +180,13 @@ class FSDP2Strategy(MeshStrategy):
         self, objective: Objective, micro_batches: Sequence[MicroBatch], num_tokens: torch.Tensor
     ) -> torch.Tensor:
         loss = super().forward_backward(objective, micro_batches, num_tokens)
+        self._check_replicas_once(objective.model)
+        return loss
+
+    def _check_replicas_once(self, model: nn.Module) -> None:
         if self._check_replicas:  # once: a plan that is wrong is wrong in the first step
             self._check_replicas = False
-            check_replicas(objective.model, self.device_mesh["tp"])
-        return loss
+            check_replicas(model, self.device_mesh["tp"])
 
     def split_sequence(self, inputs: dict[str, Any], targets: Any) -> AbstractContextManager[Part]:
         if self._context is None:

@@ -23,12 +23,19 @@ class ParallelDims:
         dp_shard: ranks that see different rows and share a sharded replica; -1 takes what the world leaves.
         cp: ranks that a sequence is split over (context parallel).
         tp: ranks that a layer's matrices are split over (tensor parallel).
+        pp: ranks that the layers are split over (pipeline parallel); the outermost axis.
     """
 
     dp_replicate: int = 1
     dp_shard: int = -1
     cp: int = 1
     tp: int = 1
+    pp: int = 1
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Sizes by name, outermost first."""
+        return {"pp": self.pp, **{name: size for name, size in vars(self).items() if name != "pp"}}
 
     def __post_init__(self) -> None:
         for name, size in vars(self).items():
@@ -46,7 +53,7 @@ class ParallelDims:
         if self.dp_shard == -1 and world_size % fixed == 0:
             return replace(self, dp_shard=world_size // fixed)
         if fixed * self.dp_shard != world_size:
-            given = " × ".join(f"{name}={size}" for name, size in vars(self).items() if size != 1)
+            given = " × ".join(f"{name}={size}" for name, size in self.axes.items() if size != 1)
             divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
             raise ValueError(
                 f"{given} does not fit this run's {world_size} rank(s). The product of all sizes must be {world_size} "
@@ -60,12 +67,12 @@ class ParallelDims:
         Must be called on resolved sizes, after the process group exists.
         """
         assert self.dp_shard != -1, "resolve() first"
-        axes = {name: size for name, size in vars(self).items() if size > 1 or name == "dp_shard"}
+        axes = {name: size for name, size in self.axes.items() if size > 1 or name == "dp_shard"}
         return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
     def describe(self) -> str:
         """For example `dp_replicate 2 × dp_shard 4`."""
-        return " × ".join(f"{name} {size}" for name, size in vars(self).items() if size > 1) or "one device"
+        return " × ".join(f"{name} {size}" for name, size in self.axes.items() if size > 1) or "one device"
 
 
 def submesh(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh | None:

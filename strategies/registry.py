@@ -15,6 +15,7 @@ from automodel_trainer.strategies.base import MeshStrategy
 from automodel_trainer.strategies.ddp import DDPStrategy
 from automodel_trainer.strategies.fsdp2 import FSDP2Strategy
 from automodel_trainer.strategies.megatron_fsdp import MegatronFSDPStrategy
+from automodel_trainer.strategies.parallel_3d import Parallel3DStrategy
 
 ENTRY_POINT_GROUP = "automodel_trainer.strategies"
 
@@ -33,6 +34,8 @@ def _fsdp2_tp(tp: int | Literal["auto"] = "auto", **kwargs: Any) -> FSDP2Strateg
 
 # `auto` is sharding on any number of devices: on one device it is the plain model.
 _FACTORIES: dict[str, Callable[..., Strategy]] = {
+    "3d": Parallel3DStrategy,
+    "pp_tp_dp": Parallel3DStrategy,
     "auto": FSDP2Strategy,
     "ddp": DDPStrategy,
     "fsdp2": FSDP2Strategy,

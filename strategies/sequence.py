@@ -82,9 +82,11 @@ class SequenceParallel:
         for name in self.gathering:
             wrap(self._modules[name], self._gathering(partial=name in self.joint, scatters=self._scatters[name]))
         for stack in self._stacks:
-            *_, last = blocks = list(self._modules[stack].children())
-            wrap(blocks[0], self._first)
-            wrap(last, self._last)
+            blocks = list(self._modules[stack].children())
+            # pipeline stages of one rank enter and leave the stack one by one
+            for segment in getattr(self._modules[stack], "segments", [range(len(blocks))]):
+                wrap(blocks[segment[0]], self._first)
+                wrap(blocks[segment[-1]], self._last)
             for block in blocks:
                 wrap(block, _noted)
 

@@ -182,9 +182,10 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 
 def _check(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], module: nn.Module, folder: Path) -> None:
     kind = type(module).__name__
+    everywhere = {name for names in gather(set(tensors)) for name in names}  # before any rank finds fault
     if missing := tensors.keys() - saved.keys():
         raise ValueError(f"{folder} has no weights for {some(missing)} of {kind}: it is a checkpoint of another model.")
-    if unknown := saved.keys() - tensors.keys():
+    if unknown := saved.keys() - everywhere:
         raise ValueError(f"{folder} holds {some(unknown)}, which {kind} does not have: a checkpoint of another model.")
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != tuple(saved[name]):

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from automodel_trainer.models.lora.config import LoRAConfig
 from automodel_trainer.models.lora.initialize import assign, whole
 from automodel_trainer.models.lora.layers import Adapter, adapters
 from automodel_trainer.models.lora.targets import Target, some
+from automodel_trainer.strategies.pipeline_names import WholeTensors, names_of_all_stages, of_all_stages
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -175,9 +176,10 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> None:
     """
     tensors = read_tensors(adapter)
     own = trained_tensors(model)
+    known = set(names_of_all_stages(model, own))
     if missing := own.keys() - tensors.keys():
         raise ValueError(f"Adapter {adapter} lacks {some(missing)}: it was trained with other targets or another base.")
-    if unknown := tensors.keys() - own.keys():
+    if unknown := tensors.keys() - known:
         raise ValueError(f"Adapter {adapter} holds {some(unknown)}, for which the model has no adapter.")
     for name, parameter in own.items():
         if parameter.shape != tensors[name].shape:
@@ -245,9 +247,10 @@ def gather_adapter(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[
     configuration. Collective."""
     gathered = {}
     first = not dist.is_initialized() or dist.get_rank() == 0
-    for name, parameter in trained_tensors(model).items():
-        full = whole(parameter)
-        if first:
+    trained = WholeTensors(model, trained_tensors(model), whole)
+    for name in trained.shapes:
+        full = trained.get(name)
+        if first and full is not None:
             # Tied weights stand under both names: PEFT holds two copies, and safetensors wants no shared memory.
             gathered[PREFIX + name] = full.to("cpu", dtype, copy=True).contiguous()
     return gathered, _peft_config(model)
@@ -256,14 +259,16 @@ def gather_adapter(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[
 def _peft_config(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "lora_config", None)
     assert isinstance(config, LoRAConfig)
-    found = list(adapters(model))
+    # of all stages, where the model is shared out over a pipeline
+    found = [
+        _AdapterFacts(*facts) for facts in of_all_stages(model, {a.target: _facts(a) for a in adapters(model)}).values()
+    ]
     fused = any(adapter.experts > 1 for adapter in found)
     as_parameter = [a for a in found if not a.is_linear or (fused and a.target.rpartition(".")[2] in _EXPERT_LEAVES)]
     as_module = [a for a in found if a not in as_parameter]
-    every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    saved = sorted(
-        {name.rpartition(".")[0] for name in trained_tensors(model) if ".lora_" not in name and "lora_" not in name}
-    )
+    every = names_of_all_stages(model, (n for n, module in model.named_modules() if isinstance(module, nn.Linear)))
+    trained = names_of_all_stages(model, trained_tensors(model))
+    saved = sorted({name.rpartition(".")[0] for name in trained if ".lora_" not in name and "lora_" not in name})
     source = getattr(getattr(model, "config", None), "name_or_path", None)
     return {
         "peft_type": "LORA",
@@ -287,7 +292,22 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _alpha(adapter: Adapter, config: LoRAConfig) -> float:
+@dataclass
+class _AdapterFacts:
+    """What PEFT's configuration says of an adapter."""
+
+    target: str
+    rank: int
+    scaling: float
+    experts: int
+    is_linear: bool
+
+
+def _facts(adapter: Adapter) -> tuple[str, int, float, int, bool]:
+    return adapter.target, adapter.rank, adapter.scaling, adapter.experts, adapter.is_linear
+
+
+def _alpha(adapter: _AdapterFacts, config: LoRAConfig) -> float:
     return round(adapter.scaling * (adapter.rank**0.5 if config.use_rslora else adapter.rank), 9)
 
 

@@ -17,6 +17,7 @@ from automodel_trainer.models.initialize import initialize_weights
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, finish_lora
 from automodel_trainer.models.quantize import packed_weights
+from automodel_trainer.strategies.pipeline_names import held_elsewhere
 
 if TYPE_CHECKING:
     from automodel_trainer.strategies import MeshStrategy
@@ -146,6 +147,7 @@ def fill_from_folder(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(requires_grad[name])
     missing -= tied_weight_names(model).keys()
+    unexpected -= held_elsewhere(model, unexpected)
     if missing and not allow_missing_weights:
         raise ValueError(
             f"{folder} lacks weights of {type(model).__name__}: {_some(missing)}. It is not a checkpoint of this model "

@@ -22,6 +22,7 @@ from automodel_trainer.models.adapters import save_adapter
 from automodel_trainer.models.files import INDEX_NAME
 from automodel_trainer.models.lora import lora_of
 from automodel_trainer.models.sidecars import copy_sidecars, is_weight_file
+from automodel_trainer.strategies.pipeline_names import WholeTensors
 
 
 @torch.no_grad()
@@ -60,10 +61,11 @@ def export_pretrained(
         return
     target = folder.with_name(folder.name + ".tmp")
     on_all_ranks(partial(_prepare, target) if rank() == 0 else _nothing, folder)
-    tensors = named_tensors(model)
-    writer = _ShardWriter(target, _planned(model, tensors, dtype), max_shard_size) if rank() == 0 else None
-    for group in conversion_groups(model, tensors):
-        gathered = {name: _kept(tensors[name], writer is not None) for name in group}
+    tensors = WholeTensors(model, named_tensors(model), whole)
+    meta = {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in tensors.shapes.items()}
+    writer = _ShardWriter(target, _planned(model, meta, dtype), max_shard_size) if rank() == 0 else None
+    for group in conversion_groups(model, meta):
+        gathered = {name: _kept(tensors.get(name), writer is not None) for name in group}
         if writer is not None:
             converted = original_weight_names(model, gathered) if converts_weights(model) else gathered
             writer.add({name: _cast(tensor, dtype) for name, tensor in converted.items()})
@@ -123,10 +125,9 @@ def _prepare(target: Path) -> None:
     target.mkdir(parents=True)
 
 
-def _kept(tensor: Tensor, keep: bool) -> Tensor:
+def _kept(full: Tensor | None, keep: bool) -> Tensor:
     """The gathered tensor on the CPU, or nothing where it is not written."""
-    full = whole(tensor)
-    return full.cpu() if keep else torch.empty(0)
+    return full.cpu() if keep and full is not None else torch.empty(0)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -337,7 +337,8 @@ class CausalLMModule(Objective, pl.LightningModule):
         for micro_batch in _as_list(batch):
             with self.strategy.split_sequence(*self.split(micro_batch)) as (inputs, targets):
                 logits = self.strategy.forward(self.model, inputs).logits
-            self.metrics.update(logits, targets)
+            if logits is not None:  # they may be on one rank of a pipeline only: it counts for all
+                self.metrics.update(logits, targets)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
@@ -357,11 +358,18 @@ class CausalLMModule(Objective, pl.LightningModule):
         scored = []
         for micro_batch in _as_list(batch):
             with self.strategy.split_sequence(*self.split(micro_batch)) as (inputs, targets):
-                losses = token_losses(self.strategy.forward(self.model, inputs).logits, targets).view_as(targets)
+                losses = self._losses(inputs, targets)
             losses = self.strategy.gather_sequence(losses, micro_batch["labels"].shape[1])
             named: dict[str, Any] = {key: micro_batch[key] for key in ("labels", "sample_ids") if key in micro_batch}
             scored.append({"log_probs": torch.nn.functional.pad(-losses[:, :-1], (1, 0)), **named})
         return scored
+
+    def _losses(self, inputs: dict[str, Any], targets: Tensor) -> Tensor:
+        """Per token, fp32 `[b, s]`, on every rank."""
+        logits = self.strategy.forward(self.model, inputs).logits
+        return self.strategy.from_logits(
+            lambda: token_losses(logits, targets).view_as(targets), targets.shape, torch.float32
+        )
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:

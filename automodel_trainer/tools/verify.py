@@ -73,9 +73,10 @@ def verify(
             f"--full runs on {devices} GPUs, and this machine has {torch.cuda.device_count()}. Leave --full out to "
             "verify with processes on the CPU."
         )
-    steps = first_steps(data, STEPS, ACCUMULATION * dims.dp_replicate * dims.dp_shard, length)
+    accumulation = max(ACCUMULATION, strategy.least_micro_batches)
+    steps = first_steps(data, STEPS, accumulation * dims.dp_replicate * dims.dp_shard, length)
     config = copy.deepcopy(config_of(module))
-    small = shrink(config, dims.cp * dims.tp, length, renumber(steps, config))
+    small = shrink(config, dims.cp * dims.tp, length, renumber(steps, config), strategy.least_layers)
     job = Job(
         module=_without_model(module),
         config=small,

@@ -91,7 +91,7 @@ def compile_report(layout: str, model: str, ranks: list[Comparison]) -> Report:
     tensors = [_tensors("gradients", s + 1, [r.gradients[s] for r in ranks]) for s in steps]
     tensors.append(_tensors("weights", None, [r.weights for r in ranks]))
     report = Report(layout, model, [*scalars, *tensors])
-    report.modules_compared = len(ranks[0].outputs)
+    report.modules_compared = len({name for rank in ranks for name in rank.outputs})
     report.module = _first_different(ranks)
     if not report.passed:
         report.findings = _findings(report, ranks)
@@ -105,7 +105,9 @@ def _scalar(name: str, step: int, errors: list[float]) -> Quantity:
 
 def _tensors(name: str, step: int | None, ranks: list[dict[str, float]]) -> Quantity:
     tolerance = TOLERANCES[name]
-    worst = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+    # ranks of a pipeline have different ones
+    names = dict.fromkeys(key for rank in ranks for key in rank)
+    worst = {key: max(rank.get(key, 0.0) for rank in ranks) for key in names}
     where = max(worst, key=worst.__getitem__)
     off = _off([max(rank.values()) for rank in ranks], tolerance)
     count = sum(error > tolerance for error in worst.values())
@@ -117,7 +119,7 @@ def _off(errors: list[float], tolerance: float) -> list[int]:
 
 
 def _first_different(ranks: list[Comparison]) -> tuple[str, float] | None:
-    for name in ranks[0].outputs:
+    for name in dict.fromkeys(name for rank in ranks for name in rank.outputs):
         error = max(rank.outputs.get(name, 0.0) for rank in ranks)
         if error > TOLERANCES["outputs"]:
             return name, error
@@ -158,6 +160,7 @@ def _about_gradients(gradients: Quantity, ranks: list[Comparison]) -> list[str]:
         factors = sorted({f"{scale:.3g}" for scale in scales})
         return [f"All gradients are {' or '.join(factors)} times those of one device: summed too often, or not enough."]
     tolerance = gradients.tolerance
-    off = [n for n in ranks[0].gradients[0] if any(rank.gradients[0][n] > tolerance for rank in ranks)]
+    names_of_all = dict.fromkeys(name for rank in ranks for name in rank.gradients[0])
+    off = [n for n in names_of_all if any(rank.gradients[0].get(n, 0.0) > tolerance for rank in ranks)]
     names = ", ".join(off[:4]) + (", …" if count > 4 else "")
     return [f"{count} of {total} gradients of step 1 differ: {names}"]

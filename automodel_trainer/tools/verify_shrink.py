@@ -15,7 +15,9 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_intermediate_size")
 
 
-def shrink(config: PreTrainedConfig, ranks: int, length: int, vocab_size: int) -> PreTrainedConfig:
+def shrink(
+    config: PreTrainedConfig, ranks: int, length: int, vocab_size: int, layers: int = MIN_LAYERS
+) -> PreTrainedConfig:
     """A small copy of `config`.
 
     What divides by `ranks` (heads, key heads, widths, experts) still does, and what does not still does not, so a
@@ -25,10 +27,11 @@ def shrink(config: PreTrainedConfig, ranks: int, length: int, vocab_size: int) -
         ranks: the largest number of ranks that anything is divided by.
         length: tokens of a row.
         vocab_size: at least as many token ids as the batches use.
+        layers: at least so many, if the original has them.
     """
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
-    _shrink_depth(text)
+    _shrink_depth(text, max(layers, MIN_LAYERS))
     _shrink_heads(text, ranks)
     for name in _WIDTHS:
         if isinstance(value := getattr(text, name, None), int):
@@ -48,9 +51,9 @@ def alike(value: int, least: int, modulus: int) -> int:
     return min(value, least + (value - least) % modulus)
 
 
-def _shrink_depth(config: PreTrainedConfig) -> None:
+def _shrink_depth(config: PreTrainedConfig, layers: int) -> None:
     depth = config.num_hidden_layers
-    keep = _one_of_each(_kinds(config, depth))
+    keep = _one_of_each(_kinds(config, depth), layers)
     per_layer = {
         name: value
         for name, value in config.to_dict().items()
@@ -74,10 +77,10 @@ def _kinds(config: PreTrainedConfig, depth: int) -> list[Any]:
     return [(types[i], mlps[i], i < dense, i in only) for i in range(depth)]
 
 
-def _one_of_each(kinds: list[Any]) -> list[int]:
+def _one_of_each(kinds: list[Any], layers: int) -> list[int]:
     first = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
     more = [i for i in range(len(kinds)) if i not in first]
-    return sorted(first + more[: max(0, MIN_LAYERS - len(first))])
+    return sorted(first + more[: max(0, layers - len(first))])
 
 
 def _shrink_heads(config: PreTrainedConfig, ranks: int) -> None:
