@@ -19,6 +19,7 @@ from automodel_trainer.strategies._torch import initialize_sharding, reduce_grad
 from automodel_trainer.strategies.base import MicroBatch, Objective, Part
 from automodel_trainer.strategies.clip import clip_grads_, local_tensor, total_grad_norm
 from automodel_trainer.strategies.fsdp2 import FSDP2Strategy, is_laid_out
+from automodel_trainer.strategies.mesh import ParallelDims
 from automodel_trainer.strategies.pipeline import Pipeline
 from automodel_trainer.strategies.pipeline_batches import same_shape
 from automodel_trainer.strategies.pipeline_names import mark
@@ -78,7 +79,8 @@ class Parallel3DStrategy(FSDP2Strategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(dp_shard, dp_replicate, cp=cp, tp=tp, reshard_after_forward=reshard_after_forward, **kwargs)
-        self.requested_dims = replace(self.requested_dims, pp=pp)
+        dims: ParallelDims = self.requested_dims
+        self.requested_dims = replace(dims, pp=pp)
         self.schedule = schedule.lower()
         self.stages_per_rank = stages_per_rank(self.schedule, virtual_stages)
         self.split = split if isinstance(split, str) or split is None else list(split)
@@ -162,7 +164,8 @@ class Parallel3DStrategy(FSDP2Strategy):
         self._pipeline = Pipeline(stage_model, group, self.root_device, self.schedule, self.stages_per_rank)
         mark(model, self._pipeline)
         if hasattr(model, "generate"):  # a cache of keys and values would belong to one stage's layers
-            model.generate = partial(model.generate, use_cache=False)  # type: ignore[assignment, arg-type]
+            generate: Any = model.generate
+            model.generate = partial(generate, use_cache=False)  # type: ignore[assignment]
         return super().parallelize(model)
 
     def _splits(self, model: nn.Module) -> bool:

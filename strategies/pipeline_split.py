@@ -270,7 +270,7 @@ def balanced_counts(costs: Sequence[float], first: float, last: float, stages: i
     for cost in costs:
         sums.append(sums[-1] + cost)
 
-    def cost(start: int, end: int, stage: int) -> float:
+    def of_stage(start: int, end: int, stage: int) -> float:
         return sums[end] - sums[start] + (first if stage == 0 else 0) + (last if stage == stages - 1 else 0)
 
     # best[e]: the smallest dearest stage when the stages so far end before layer e, and where they begin
@@ -279,7 +279,7 @@ def balanced_counts(costs: Sequence[float], first: float, last: float, stages: i
         reached: dict[int, tuple[float, list[int]]] = {}
         for end in range(stage + 1, len(costs) - (stages - stage - 1) + 1):
             options = [
-                (max(worst, cost(start, end, stage)), [*counts, end - start])
+                (max(worst, of_stage(start, end, stage)), [*counts, end - start])
                 for start, (worst, counts) in best.items()
                 if start < end
             ]
@@ -292,10 +292,11 @@ def layer_costs(model: nn.Module, parts: Parts) -> tuple[list[float], float, flo
     """Counted cost of every layer, of what runs before them and of what runs after: weights that a token multiplies."""
     active = _active_share(model)
     layers = [_multiplied(layer, active) for layer in find_blocks(model)]
-    ends = (
-        sum(_multiplied(model.get_submodule(name), active) for name in names) for names in (parts.before, parts.after)
+    first, last = (
+        sum((_multiplied(model.get_submodule(name), active) for name in names), 0.0)
+        for names in (parts.before, parts.after)
     )
-    return layers, *ends
+    return layers, first, last
 
 
 def stage_costs(model: nn.Module, parts: Parts, counts: Sequence[int]) -> list[float]:
