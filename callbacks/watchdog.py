@@ -71,7 +71,7 @@ class Watchdog(Callback):
             self._watch = None
 
     def _patience(self) -> float:
-        return self._elsewhere if self._first_step or here.phase not in _IN_STEP else self.silence
+        return self._elsewhere if self._first_step or here.phase.partition(" ")[0] not in _IN_STEP else self.silence
 
     # --- where this rank is: what strategies and modules do not say themselves ---------------------------------------
 

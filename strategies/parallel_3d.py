@@ -110,11 +110,6 @@ class Parallel3DStrategy(FSDP2Strategy):
         return self._pipeline
 
     @property
-    def place(self) -> str:
-        """What this rank computes or waits for at this moment of a step; empty between steps."""
-        return self._pipeline.place if self._pipeline is not None else ""
-
-    @property
     def compiles(self) -> bool:
         if not schedule_kind(self.schedule).splits_backward:
             return super().compiles

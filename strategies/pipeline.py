@@ -23,7 +23,9 @@ from automodel_trainer.strategies.pipeline_schedule import (
 )
 from automodel_trainer.strategies.pipeline_split import Stage
 from automodel_trainer.strategies.pipeline_stage import SplitModel
+from automodel_trainer.strategies.place import at
 
+# how a place begins says the watchdog that it is one of a step
 _WORDS = {"F": "forward", "B": "backward", "I": "backward (inputs)", "W": "backward (weights)"}
 
 
@@ -68,14 +70,11 @@ class Pipeline:
             return ""
         work = self._order[self._position]
         what = f"{_WORDS[work.kind]} of micro-batch {work.micro_batch} on stage {work.stage}"
-        if self._computing:
-            return f"computes the {what}"
         before = work.stage - 1 if work.kind == "F" else work.stage + 1
+        if self._computing or work.kind == "W" or not 0 <= before < len(self.model.split.stages):
+            return what
         sent = "hidden states" if work.kind == "F" else "gradients"
-        if work.kind == "W" or not 0 <= before < len(self.model.split.stages):
-            return f"is about to compute the {what}"
-        owner = next(r for r in range(self.ranks) if before in stages_of(self.schedule, r, self.ranks, self.per_rank))
-        return f"waits for {sent} from stage {before} (pipeline rank {owner}) for the {what}"
+        return f"{what}, waiting for {sent} from stage {before} (pipeline rank {self._owner(before)})"
 
     def step(self, runner: StepRunner, micro_batches: int, shape: tuple[int, int, int]) -> None:
         """Forward and backward of all micro-batches, whose hidden states have this `shape`.
@@ -87,13 +86,14 @@ class Pipeline:
         if self._built is None or self._built[1] != wanted:
             self._built = None  # its buffers go before new ones come
             self._built = (self._build(micro_batches, shape), wanted)
-        self._runner, self._position = runner, 0
+        self._runner, self._position, self._computing = runner, 0, False
+        at(self.place)
         index = torch.arange(micro_batches)
         self.clock.start()
         try:
             self._built[0].step(index=index, target=index, losses=[])
         except Exception as error:
-            error.add_note(f"Pipeline rank {self.rank} of {self.ranks} {self.place}.")
+            error.add_note(f"Pipeline rank {self.rank} of {self.ranks}: {self.place}.")
             raise
         finally:
             self._runner = None
@@ -124,10 +124,12 @@ class Pipeline:
     def computing(self) -> Iterator[None]:
         """Around everything that a stage computes."""
         self._computing = True
+        at(self.place)
         with self.clock.busy():
             yield
         self._computing = False
         self._position += 1
+        at(self.place or "step")
 
     def forward(self, stage: Stage, micro_batch: int, hidden: Tensor | None) -> Tensor:
         assert self._runner is not None

@@ -117,12 +117,23 @@ class SplitModel:
             output = self._original(**inputs)
         if turn.stage.last:
             return output
-        if not isinstance(leaving.hidden, Tensor) or leaving.hidden.ndim != 3:
+        return self._checked(leaving.hidden)
+
+    def _checked(self, hidden: Any) -> Tensor:
+        """What the next stage is prepared to receive; anything else would be received as garbage."""
+        kind = type(self.model).__name__
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[-1] != self.width:
+            what = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise ValueError(
-                f"pp > 1: the layers of {type(self.model).__name__} hand on {type(leaving.hidden).__name__}, not one "
-                "tensor of hidden states [b, s, h]. Use fsdp2, or tp."
+                f"pp > 1: the layers of {kind} hand on {what}, not one tensor of hidden states [b, s, {self.width}]. "
+                "Use fsdp2, or tp."
             )
-        return leaving.hidden
+        if hidden.dtype != self.dtype:
+            raise ValueError(
+                f"pp > 1: the layers of {kind} hand on {hidden.dtype} where precision says {self.dtype}. Use "
+                "precision='fp32' or 'bf16-true', or fsdp2."
+            )
+        return hidden
 
     @contextmanager
     def _exchanged(self, turn: Turn, leaving: _Leaving) -> Iterator[None]:

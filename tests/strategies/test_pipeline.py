@@ -33,7 +33,7 @@ def one_step(spec: str, world_size: int, family: str) -> dict[str, Any]:
     model = strategy.parallelize(build(family, lora=False))
     micro_batches = uneven()
     tokens = torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum()
-    loss = strategy.forward_backward(NextToken(model), micro_batches, tokens) / tokens
+    loss = strategy.sum_over_tokens(strategy.forward_backward(NextToken(model), micro_batches, tokens)) / tokens
     return {"loss": loss.item(), "gradients": {n: full(p.grad).clone() for n, p in model.named_parameters()}}
 
 
