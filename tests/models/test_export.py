@@ -130,7 +130,7 @@ def test_names_on_disk_are_those_that_transformers_writes(pool: RankPool, tmp_pa
 def test_experts_are_converted_tensor_by_tensor() -> None:
     """Else rank 0 would hold the whole model at once."""
     model = tiny_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-    groups = export._groups(model, model.state_dict())
+    groups = export.conversion_groups(model, model.state_dict())
     assert max(map(len, groups)) == 1
 
 
