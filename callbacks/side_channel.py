@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 _VERDICT = "verdict"
-_TIMEOUT = timedelta(seconds=10)
+_CONNECTING, _ANSWERING = timedelta(seconds=60), timedelta(seconds=10)
 
 
 class SideChannel:
@@ -26,7 +26,10 @@ class SideChannel:
 
     def __init__(self, rank: int, world_size: int, host: str, port: int | None) -> None:
         self.rank, self.world_size = rank, world_size
-        self._store = dist.TCPStore(host, port or 0, is_master=port is None, timeout=_TIMEOUT, wait_for_workers=False)
+        self._store = dist.TCPStore(
+            host, port or 0, is_master=port is None, timeout=_CONNECTING, wait_for_workers=False
+        )
+        self._store.set_timeout(_ANSWERING)
         self.port = self._store.port
 
     def tell(self, key: str, value: Any = True) -> None:

@@ -106,8 +106,8 @@ class Watch:
         for rank, place in self.channel.told("place").items():
             beat, seen = self._signs.get(rank, (-1, now))
             self._signs[rank] = (place["beat"], now if place["beat"] != beat else seen)
-        gone = self.channel.told("bye")
-        return next((r for r, (_, seen) in self._signs.items() if now - seen > LOST_AFTER and r not in gone), None)
+        silent = [rank for rank, (_, seen) in self._signs.items() if now - seen > LOST_AFTER]
+        return next((rank for rank in silent if not self.channel.has_told("bye", rank)), None)
 
     def _end(self, verdict: dict[str, Any]) -> None:
         """End this process, unless it ends by itself because of the same."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ class Watchdog(Callback):
         timeout: Any = getattr(trainer.strategy, "timeout", None)
         waits = timeout.total_seconds() if isinstance(timeout, timedelta) else 600.0
         self._elsewhere = max(self.silence, _SHARE * waits)
-        self._watch = Watch(_connect(trainer), self._patience, _folder(trainer), lambda: _kill_children(trainer))
+        channel, folder = _connect(trainer), _folder(trainer)
+        if channel is not None:
+            self._watch = Watch(channel, self._patience, folder, lambda: _kill_children(trainer))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._watch is not None:
@@ -117,13 +120,26 @@ class Watchdog(Callback):
         at("end")
 
 
-def _connect(trainer: pl.Trainer) -> SideChannel:
-    """The ranks' own store. Collective."""
+def _connect(trainer: pl.Trainer) -> SideChannel | None:
+    """The ranks' own store. A rank that cannot have it goes unwatched: it may train well for all that. Collective."""
     rank, size = trainer.global_rank, trainer.world_size
     host = trainer.strategy.cluster_environment.main_address  # type: ignore[attr-defined]
-    channel = SideChannel(rank, size, host, None) if rank == 0 else None
-    port = trainer.strategy.broadcast(None if channel is None else channel.port)
-    return channel or SideChannel(rank, size, host, port)
+    channel, problem = None, ""
+    try:
+        channel = SideChannel(rank, size, host, None) if rank == 0 else None
+    except SideChannel.LOST as error:
+        problem = str(error)
+    port, problem = trainer.strategy.broadcast((None if channel is None else channel.port, problem))
+    try:
+        if channel is None and port is not None:
+            channel = SideChannel(rank, size, host, port)
+    except SideChannel.LOST as error:
+        problem = str(error)
+    if channel is None:
+        warnings.warn(
+            f"Rank {rank} is not watched for hangs: no connection to a store of rank 0 ({problem}).", stacklevel=2
+        )
+    return channel
 
 
 def _folder(trainer: pl.Trainer) -> Path:

@@ -19,8 +19,8 @@ import yaml
 from automodel_trainer.callbacks.console import Row, block
 from automodel_trainer.callbacks.ledger_text import memory_text
 from automodel_trainer.checkpoint.codec import decode
-from automodel_trainer.models.files import check_safetensors, resolve_folder, weight_files
-from automodel_trainer.tools.sources import check_whole, is_adapter, is_checkpoint
+from automodel_trainer.models.files import check_safetensors, weight_files
+from automodel_trainer.tools.sources import check_whole, is_adapter, is_checkpoint, local_folder
 from automodel_trainer.tools.weight_stream import header_of, progress
 
 Facts = dict[str, Any]
@@ -37,7 +37,7 @@ def inspect(source: str | os.PathLike[str]) -> Facts:
     Raises:
         ValueError: no such folder, or nothing of the kind in it.
     """
-    folder = resolve_folder(source)
+    folder = local_folder(source)
     if not is_checkpoint(folder) and not (folder / "model").is_dir():
         return _of_model(folder)
     facts: Facts = {"kind": "checkpoint", "path": str(folder.resolve()), "health": _health(folder)}

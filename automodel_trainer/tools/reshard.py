@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from automodel_trainer.checkpoint.folder import publish
-from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.sidecars import is_weight_file
-from automodel_trainer.tools.sources import is_adapter, is_checkpoint, model_folder, new_folder
+from automodel_trainer.tools.sources import is_adapter, is_checkpoint, local_folder, model_folder, new_folder
 from automodel_trainer.tools.weight_stream import Weights, write_stream
 
 
@@ -33,7 +32,7 @@ def reshard(source: str | os.PathLike[str], output: str | os.PathLike[str], shar
     Raises:
         ValueError: a damaged source, an adapter (which is one file), more shards than tensors, or `output` exists.
     """
-    folder, inside, output = resolve_folder(source), model_folder(source), Path(output)
+    folder, inside, output = local_folder(source), model_folder(source), Path(output)
     if is_adapter(inside):
         raise ValueError(f"{source} holds a LoRA adapter, which is always one file: there is nothing to reshard.")
     with new_folder(output) as target:

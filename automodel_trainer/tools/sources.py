@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from automodel_trainer.checkpoint import check_checkpoint
+from automodel_trainer.checkpoint.remote import fetch, is_remote
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.tools.weight_stream import progress
 
@@ -25,13 +27,26 @@ def is_adapter(folder: Path) -> bool:
     return (folder / _ADAPTER).is_file()
 
 
+def local_folder(source: str | os.PathLike[str]) -> Path:
+    """The folder itself, a Hub repository downloaded, or a checkpoint of object storage (`s3://…`) downloaded.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not is_remote(source):
+        return resolve_folder(source)
+    place = Path(tempfile.gettempdir()) / "amt-downloads" / hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    place.mkdir(parents=True, exist_ok=True)
+    return fetch(str(source), place)
+
+
 def model_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder of the model or adapter: inside a checkpoint, or `source` itself, a folder or a Hub id.
+    """The folder of the model or adapter: inside a checkpoint, or `source` itself; see `local_folder`.
 
     Raises:
         ValueError: no such folder or repository, or a checkpoint that is not whole (what it lacks is named).
     """
-    folder = resolve_folder(source)
+    folder = local_folder(source)
     if not is_checkpoint(folder):
         return folder
     check_whole(folder)

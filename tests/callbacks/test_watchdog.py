@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,30 @@ def test_a_healthy_run_is_left_alone_and_says_where_it_is(pool: RankPool, tmp_pa
     for seen, cost in pool.run(2, phases, tmp_path):
         assert seen == ["1 optimizer", "2 optimizer"]
         assert cost < 20e-6, "microseconds on a busy machine, nanoseconds on a quiet one"
+
+
+def unreachable(root: Path) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        original, SideChannel.__init__ = SideChannel.__init__, refuse  # type: ignore[method-assign]
+        try:
+            step = train(root, [Watchdog()], devices=2, strategy="ddp", max_steps=1, max_epochs=None)[
+                "trainer"
+            ].global_step
+        finally:
+            SideChannel.__init__ = original  # type: ignore[method-assign]
+    return [f"{step}", *(str(w.message) for w in caught if "not watched" in str(w.message))]
+
+
+def refuse(self: SideChannel, rank: int, world_size: int, host: str, port: int | None) -> None:
+    raise RuntimeError("connection refused")
+
+
+def test_a_run_trains_also_where_nothing_can_be_watched(pool: RankPool, tmp_path: Path) -> None:
+    for rank, (step, *said) in enumerate(pool.run(2, unreachable, tmp_path)):
+        assert step == "1"
+        reason = "no connection to a store of rank 0 (connection refused)"
+        assert said == [f"Rank {rank} is not watched for hangs: {reason}."]
 
 
 def test_one_rank_is_not_watched(tmp_path: Path) -> None:

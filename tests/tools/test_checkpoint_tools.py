@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,15 @@ def test_inspect_finds_damage(run: Path, tmp_path: Path, capsys: pytest.CaptureF
         merge(tmp_path / "copy", tmp_path / "merged")
     with pytest.raises(ValueError, match="neither a folder"):
         inspect(tmp_path / "nothing")
+
+
+def test_a_checkpoint_in_object_storage(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    url = f"file://{run}"
+    assert inspect(url)["step"] == 2
+    assert all_tensors(merge(url, tmp_path / "merged")).keys() == all_tensors(run / "model").keys()
+    with pytest.raises(ValueError, match="is no whole checkpoint"):
+        inspect(f"file://{tmp_path}/step-00000001")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
