@@ -6,8 +6,6 @@ import os
 import sys
 from typing import Any
 
-import psutil
-
 
 def launched_sizes(devices: Any, num_nodes: int) -> tuple[Any, int]:
     """`devices` and `num_nodes` with `"auto"` and 1 filled in from the launcher's environment.
@@ -48,25 +46,3 @@ def _srun() -> tuple[int, int] | None:
 def in_notebook() -> bool:
     """Whether this is an interactive session, which a run must not take down with it."""
     return hasattr(sys, "ps1") or "ipykernel" in sys.modules
-
-
-_START = 3.0  # seconds that a process certainly needs until it writes its first checkpoint
-_ERROR = 1.5  # of the time that the system gives for the beginning of a process
-
-
-def before_restart() -> tuple[float, float] | None:
-    """When processes before this one ran under the same torchrun (`--max-restarts`), in seconds since the epoch.
-
-    Read from the processes' ages: torchrun's restart count tells less, because on several nodes each agent counts for
-    itself. Processes in between (a wrapper script) have torchrun's variables in their environment, torchrun has not.
-    """
-    process = psutil.Process()
-    if "TORCHELASTIC_RUN_ID" not in process.environ():  # what it was started with
-        return None
-    for parent in process.parents():
-        try:
-            if "TORCHELASTIC_RUN_ID" not in parent.environ():
-                return parent.create_time() + _ERROR, process.create_time() + _START
-        except psutil.Error:
-            break
-    return None

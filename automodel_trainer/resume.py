@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
+from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.remote import fetch, is_remote
-from automodel_trainer.launch import before_restart
+from automodel_trainer.checkpoint.runs import saved_in
+from automodel_trainer.restarts import begin_fit
 
 
 def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) -> str | None:
@@ -34,13 +36,20 @@ def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) ->
     return None if found is None else str(found)
 
 
-def saved_before_restart(trainer: pl.Trainer) -> str | None:
-    """After a restart by torchrun: the newest whole checkpoint that this run, not one before it, has written."""
-    span, callback = before_restart(), trainer.checkpoint_callback
-    if span is None or not isinstance(callback, DCPCheckpoint):
+def saved_before_restart() -> str | None:
+    """After a restart by torchrun: the newest whole checkpoint in the folder of the run that was restarted.
+
+    To be called once, as `fit` begins.
+    """
+    run = begin_fit()
+    if run is None:
         return None
-    found = callback.find_last(Path(trainer.default_root_dir), whole=True, written=span)
-    if found is None:
-        return None
-    rank_zero_info(f"torchrun has started this run again: it goes on from {found}.")
-    return str(found)
+    for checkpoint in reversed(saved_in(run)):
+        try:
+            check_checkpoint(checkpoint)
+        except ValueError as error:
+            rank_zero_warn(f"Passing over a damaged checkpoint: {error}")
+        else:
+            rank_zero_info(f"torchrun has started this run again: it goes on from {checkpoint}.")
+            return str(checkpoint)
+    return None

@@ -210,7 +210,7 @@ class Trainer(pl.Trainer):
             train_dataloaders=loader,
             val_dataloaders=Steps(val_dataloaders) if isinstance(val_dataloaders, list) else val_dataloaders,
             datamodule=datamodule,
-            ckpt_path=saved_before_restart(self) or checkpoint_path(self, ckpt_path),
+            ckpt_path=saved_before_restart() or checkpoint_path(self, ckpt_path),
             weights_only=weights_only,
         )
         last = getattr(self.checkpoint_callback, "last_model_path", None)

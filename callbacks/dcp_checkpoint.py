@@ -20,10 +20,8 @@ from automodel_trainer.checkpoint.codec import encode
 from automodel_trainer.checkpoint.folder import link
 from automodel_trainer.checkpoint.remote import RemoteRuns, download_best, download_last, is_remote, mirror
 from automodel_trainer.checkpoint.runs import (
-    ALWAYS,
     BEST,
     LATEST,
-    created,
     find_best,
     find_last,
     new_run,
@@ -33,6 +31,7 @@ from automodel_trainer.checkpoint.runs import (
     step_of,
 )
 from automodel_trainer.checkpoint.state import CONFIG_KEY, RNG_KEY
+from automodel_trainer.restarts import remember
 
 LAST_WAIT = 20.0  # seconds that a failing run waits for the save in flight
 SLOW = 1.0  # seconds that a save may hold training up without a word
@@ -113,15 +112,11 @@ class DCPCheckpoint(Checkpoint):
 
     # --- looking back -----------------------------------------------------------------------------------------------
 
-    def find_last(
-        self, default_root_dir: str | Path, whole: bool = False, written: tuple[float, float] = ALWAYS
-    ) -> Path | None:
-        """The newest checkpoint of this and earlier runs (`whole`: that is not damaged; `written`: then), or None."""
+    def find_last(self, default_root_dir: str | Path, whole: bool = False) -> Path | None:
+        """The newest checkpoint of this and earlier runs, with `whole` the newest that is not damaged; or None."""
         base = self._base(default_root_dir)
-        found = find_last(base, whole, written)
-        if self.remote is not None:
-            found = download_last(self.remote, base, found, whole)
-        return found if found is not None and written[0] <= created(found) <= written[1] else None
+        local = find_last(base, whole)
+        return local if self.remote is None else download_last(self.remote, base, local, whole)
 
     def find_best(self, default_root_dir: str | Path) -> Path | None:
         """The best checkpoint of the newest run that has one."""
@@ -174,6 +169,8 @@ class DCPCheckpoint(Checkpoint):
             base = self._base(trainer.default_root_dir).absolute()
             taken = self.remote.runs() if self.remote is not None and trainer.is_global_zero else ()
             self.run_folder = trainer.strategy.broadcast(new_run(base, taken) if trainer.is_global_zero else None)
+        if trainer.is_global_zero:
+            remember(self.run_folder)  # type: ignore[arg-type]
         if self.remote is not None and self.run_folder is not None:
             base_name = self._base(trainer.default_root_dir).name
             self._mirror = partial(mirror, self.remote, self.run_folder.name.removeprefix(base_name))

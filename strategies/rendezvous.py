@@ -10,17 +10,24 @@ from datetime import timedelta
 import torch.distributed as dist
 
 
-def agent_store(timeout: timedelta) -> dist.Store | None:
-    """Where torchrun's agent keeps the store of its ranks: this attempt's part of it. None elsewhere. Collective.
-
-    The agent's store still has the addresses that ranks left in it before a restart, and new ranks would try to reach
-    processes that are dead (pytorch/pytorch#135712). The restart count cannot keep attempts apart: on several nodes
-    each agent counts for itself.
-    """
+def outliving_store(timeout: timedelta) -> dist.Store | None:
+    """The store that torchrun's agent keeps for its ranks, and that is still there after a restart. None elsewhere."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+def agent_store(timeout: timedelta) -> dist.Store | None:
+    """Of the store that torchrun's agent keeps the part for this attempt; None elsewhere. Collective.
+
+    The store still has the addresses that ranks left in it before a restart, and new ranks would try to reach
+    processes that are dead (pytorch/pytorch#135712). The restart count cannot keep attempts apart: on several nodes
+    each agent counts for itself.
+    """
+    store = outliving_store(timeout)
+    if store is None:
+        return None
     return fresh_store(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout)
 
 

@@ -7,15 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from automodel_trainer import restarts
 from automodel_trainer.callbacks import DCPCheckpoint
-from automodel_trainer.checkpoint.runs import find_last
-from automodel_trainer.launch import before_restart
+from automodel_trainer.strategies.rendezvous import outliving_store
 from tests.callbacks.runs import train
 from tests.pool import RankPool
 
@@ -46,10 +49,6 @@ class Diary(Callback):
 def run(root: str) -> None:
     folder = Path(root)
     train(folder, [Diary(folder / "diary.jsonl"), DCPCheckpoint(every_n_steps=3)], devices=2, strategy="fsdp2")
-    span = before_restart()
-    assert span is not None
-    age = span[0] - (folder / "launched").stat().st_mtime
-    assert -2 < age < 60, f"torchrun is said to have started {age} s after the test did"
 
 
 def uninterrupted(root: Path) -> list[Any]:
@@ -59,7 +58,6 @@ def uninterrupted(root: Path) -> list[Any]:
 def test_torchrun_restarts_go_on(pool: RankPool, tmp_path: Path) -> None:
     whole, _ = pool.run(2, uninterrupted, tmp_path / "whole")
     train(tmp_path, [DCPCheckpoint()], max_steps=2, max_epochs=None)  # an earlier run, which is not to be gone on with
-    (tmp_path / "launched").touch()
     code = f"from tests.test_restart import run; run({str(tmp_path)!r})"
     script = tmp_path / "train.py"
     script.write_text(code)
@@ -78,10 +76,15 @@ def test_torchrun_restarts_go_on(pool: RankPool, tmp_path: Path) -> None:
     assert f"torchrun has started this run again: it goes on from {saved}" in done.stderr
 
 
-def test_a_restart_passes_over_what_was_there_before(tmp_path: Path) -> None:
-    train(tmp_path, [DCPCheckpoint()], max_steps=2, max_epochs=None)
-    saved = tmp_path / "checkpoints" / "step-00000002"
-    created = json.loads((saved / "manifest.json").read_text())["created"]
-    assert find_last(tmp_path / "checkpoints", written=(created - 1, created + 1)) == saved
-    assert find_last(tmp_path / "checkpoints", written=(created + 1, created + 9)) is None
-    assert find_last(tmp_path / "checkpoints", written=(created - 9, created - 1)) is None
+def test_a_script_that_fits_twice_is_restarted_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+    for attempt in range(2):
+        monkeypatch.setattr(restarts, "_fits", 0)  # a new process
+        for fit in ("first", "second"):
+            monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+            assert outliving_store(timedelta(seconds=1)) is None, "torchrun alone has one"
+            for name, value in {**address, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+                monkeypatch.setenv(name, value)
+            assert restarts.begin_fit() == (Path(fit) if attempt else None)
+            restarts.remember(Path(fit))

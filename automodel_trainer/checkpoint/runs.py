@@ -11,7 +11,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from automodel_trainer.checkpoint.manifest import MANIFEST, check_checkpoint, read_manifest
 
 LATEST, BEST = "latest", "best"
-ALWAYS = (0.0, float("inf"))
 
 
 def step_folder(step: int) -> str:
@@ -51,19 +50,16 @@ def new_run(base: Path, taken: Collection[str] = ()) -> Path:
     return run
 
 
-def find_last(base: Path, whole: bool = False, written: tuple[float, float] = ALWAYS) -> Path | None:
+def find_last(base: Path, whole: bool = False) -> Path | None:
     """The newest checkpoint of all runs; None if there is none.
 
     Args:
         base: the folder of the first run.
         whole: read what is found, and pass over what is damaged, with a warning each. Otherwise the newest is returned
             as it is: loading it says what is wrong with it.
-        written: from when to when, in seconds since the epoch; what was written earlier or later is left out.
     """
     everything = [checkpoint for run in runs(base) for checkpoint in _step_folders(run)]
     for checkpoint in sorted(everything, key=created, reverse=True):
-        if not written[0] <= created(checkpoint) <= written[1]:
-            continue
         try:
             if whole:
                 check_checkpoint(checkpoint)
