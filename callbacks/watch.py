@@ -64,7 +64,7 @@ class Watch:
         self._thread.join()
         with suppress(*SideChannel.LOST):  # nobody is there to listen
             self.channel.tell("seen")
-            self.channel.tell("bye")
+            self.channel.tell(word)  # not "bye" from a rank that has raised: the others would take the run for over
             if self.channel.rank == 0 or word == "seen":
                 self.channel.wait_for(word, self._others, ANSWER)
 
