@@ -30,15 +30,15 @@ STEP = 3
 
 
 class Accident(Callback):
-    """In step 3 rank 1 hangs, raises or is killed; what rank 0 waits for then never comes, as with NCCL."""
+    """In step 3 a rank hangs, raises or is killed; what the other waits for then never comes, as with NCCL."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, rank: int = 1) -> None:
+        self.kind, self.rank = kind, rank
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.global_step + 1 != STEP:
             return
-        if trainer.global_rank == 0 or self.kind == "hangs":
+        if trainer.global_rank != self.rank or self.kind == "hangs":
             print("waits", flush=True)
             threading.Event().wait(300)  # nothing wakes it
         if self.kind == "raises":
@@ -46,8 +46,8 @@ class Accident(Callback):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def accident(root: Path, kind: str) -> None:
-    train(root, [Watchdog(silence=4), Accident(kind)], devices=2, strategy="fsdp2")
+def accident(root: Path, kind: str, rank: int = 1) -> None:
+    train(root, [Watchdog(silence=60 if kind == "raises" else 4), Accident(kind, rank)], devices=2, strategy="fsdp2")
 
 
 def test_a_hang_says_where_and_ends(tmp_path: Path) -> None:
@@ -73,6 +73,16 @@ def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
     assert "rank 1 raised\nTraceback" in log
     assert log.index("RuntimeError: on purpose, on one rank only") < log.index("rank  step  phase"), "traceback first"
     assert "RuntimeError: on purpose" in job.log(1)
+
+
+def test_rank_0_that_raises_ends_the_others(tmp_path: Path) -> None:
+    job = Job(tmp_path, accident, tmp_path, "raises", 0, world_size=2)
+    job.until("waits", rank=1)
+    started = time.monotonic()
+    assert job.wait() == [1, 1]
+    assert time.monotonic() - started < 30
+    assert "Rank 1 ends: rank 0 raised\nTraceback" in job.log(1)
+    assert "RuntimeError: on purpose" in job.log(0)
 
 
 def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
