@@ -204,11 +204,8 @@ class FSDP2Strategy(MeshStrategy):
             "shard_placement_fn": _shard_dimension,
             "offload_policy": offload if self.cpu_offload else OffloadPolicy(),
         }
-        if (packed := packed_weights(model)) and self.shard_mesh.size(self.shard_mesh.ndim - 1) == 1:
-            # Where there is nothing to gather, FSDP2 takes only the first of a packed weight's inner tensors.
-            if self.cpu_offload:
-                raise ValueError("cpu_offload=True with 4-bit weights needs shards: set dp_shard > 1, or no offload.")
-            options["ignored_params"] = packed
+        if self.shard_mesh.size(self.shard_mesh.ndim - 1) == 1:
+            options["ignored_params"] = self._left_alone(model)
         blocks = find_blocks(model)
         for unit in (*blocks, *_untied_input_embedding(model)):
             fully_shard(unit, reshard_after_forward=self.reshard_after_forward, **options)
@@ -218,6 +215,17 @@ class FSDP2Strategy(MeshStrategy):
         _prefetch(blocks, self.forward_prefetch, self.backward_prefetch)
         if sum_gradients:
             _sum_gradients(model)
+
+    def _left_alone(self, model: nn.Module) -> set[nn.Parameter]:
+        """Where there is nothing to gather: what FSDP2 would copy for nothing before every use (frozen weights in the
+        dtype they compute in), and packed weights, of which it takes only the first of the inner tensors."""
+        packed = packed_weights(model)
+        if not self.cpu_offload:
+            frozen = {p for p in model.parameters() if not p.requires_grad and p.dtype == self.dtypes.compute}
+            return packed | frozen
+        if packed:
+            raise ValueError("cpu_offload=True with 4-bit weights needs shards: set dp_shard > 1, or no offload.")
+        return set()
 
     def place(self, model: nn.Module) -> None:
         """With CPU offload shards wait on the CPU; buffers, which do not travel, stay where the computation is."""
