@@ -86,7 +86,7 @@ class _SliceFeatures(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group, ctx.width = group, x.shape[-1]
-        return _chunk(x, group, -1).contiguous()
+        return _chunk(x, group, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -101,7 +101,7 @@ class _GatherFeatures(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _chunk(grad, ctx.group, -1).contiguous(), None, None
+        return _chunk(grad, ctx.group, -1), None, None
 
 
 class _SliceSequence(Function):
@@ -143,7 +143,15 @@ def _chunk(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     size, width = group.size(), x.shape[dim]
     step = -(-width // size)
     start = min(group.rank() * step, width)
-    return x.narrow(dim, start, min(step, width - start))
+    return _copy(x.narrow(dim, start, min(step, width - start)))
+
+
+def _copy(view: Tensor) -> Tensor:
+    """A contiguous copy, also of a view that is contiguous already.
+
+    The compiler of torch 2.11 takes a view that a Function returns for something without a gradient, and tells nobody.
+    """
+    return view.clone(memory_format=torch.contiguous_format)
 
 
 def _pad(x: Tensor, dim: int, length: int) -> Tensor:
@@ -153,7 +161,7 @@ def _pad(x: Tensor, dim: int, length: int) -> Tensor:
 
 def _padded_chunk(x: Tensor, group: ProcessGroup) -> Tensor:
     step = -(-x.shape[SEQUENCE] // group.size())
-    return _pad(_chunk(x, group, SEQUENCE), SEQUENCE, step).contiguous()
+    return _pad(_chunk(x, group, SEQUENCE), SEQUENCE, step)
 
 
 def _gathered(x: Tensor, group: ProcessGroup, dim: int, length: int) -> Tensor:
@@ -161,7 +169,7 @@ def _gathered(x: Tensor, group: ProcessGroup, dim: int, length: int) -> Tensor:
     size = group.size()
     x = _pad(x, dim, -(-length // size)).contiguous()
     whole = torch.cat(all_gather_first(x, group).chunk(size), dim)
-    return whole.narrow(dim, 0, length).contiguous()  # models call view on it
+    return whole if whole.shape[dim] == length else _copy(whole.narrow(dim, 0, length))
 
 
 def _reduce_scattered(x: Tensor, group: ProcessGroup) -> Tensor:

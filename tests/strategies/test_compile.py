@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from automodel_trainer.strategies import collectives
 from automodel_trainer.strategies.compile import compile_blocks
 from tests.harness import make_strategy
 from tests.pool import RankPool
@@ -51,6 +52,41 @@ def test_blocks_share_one_graph(pool: RankPool, spec: str) -> None:
     for graphs, breaks in pool.run(2, count_graphs, f"{spec}{separator}{COMPILED}"):
         assert breaks == 0
         assert graphs == 1
+
+
+def collective_gradients(rows: int) -> dict[str, float]:
+    """How far compiled collectives, forward and backward, are from those that are not."""
+    group = make_strategy("fsdp2:tp=2", 2).device_mesh["tp"].get_group()
+    x = torch.randn(rows, 4, 8, generator=torch.Generator().manual_seed(group.rank()))
+    functions = {
+        "gather, full": lambda x: collectives.gather_sequence(2 * x, group, 8),
+        "gather, partial": lambda x: collectives.gather_sequence(2 * x, group, 8, partial=True),
+        "gather, padded": lambda x: collectives.gather_sequence(2 * x, group, 7, partial=True),
+        "reduce-scatter": lambda x: collectives.reduce_scatter_sequence(2 * x, group),
+        "slice": lambda x: collectives.slice_sequence(2 * x, group),
+        "all-reduce": lambda x: collectives.all_reduce(2 * x, group),
+        "sum of gradients": lambda x: 2 * collectives.sum_gradient(2 * x, group),
+        "gather features": lambda x: collectives.gather_features(2 * x, group, 16),
+        "slice features": lambda x: collectives.slice_features(2 * x, group),
+    }
+    far = {}
+    for name, function in functions.items():
+        results = []
+        for run in (function, torch.compile(function, backend="aot_eager")):
+            leaf = x.clone().requires_grad_()
+            out = run(leaf)
+            (out * torch.arange(out.numel()).view_as(out)).sum().backward()
+            assert leaf.grad is not None
+            results.append(torch.cat([out.detach().flatten(), leaf.grad.flatten()]))
+        far[name] = float((results[0] - results[1]).norm() / results[0].norm())
+    return far
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_compiled_collectives_have_the_same_gradients(pool: RankPool, rows: int) -> None:
+    """With one row a part of a sequence is a view of the whole, whose gradient torch 2.11 lost."""
+    for far in pool.run(2, collective_gradients, rows):
+        assert max(far.values()) < 1e-6, far
 
 
 class Counted(torch.nn.Module):
