@@ -19,7 +19,7 @@ from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.callbacks.watchdog import Watchdog
 from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
-from automodel_trainer.strategies import MeshStrategy
+from automodel_trainer.strategies import MeshStrategy, Objective
 from automodel_trainer.strategies.clip import local_tensor
 from automodel_trainer.strategies.pipeline_names import of_all_stages
 
@@ -119,6 +119,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "device": _device_name(strategy.root_device),
         "precision": str(trainer.precision),
         "activation_checkpointing": getattr(strategy, "activation_checkpointing", None),
+        "compile": compiled_with(strategy, trainer.lightning_module),
         "batch": arithmetic,
         "pipeline": describe(arithmetic["accumulation"]) if describe is not None else None,
         "steps": planned_steps(trainer),
@@ -128,6 +129,12 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "watchdog": next((c.silence for c in trainer.callbacks if isinstance(c, Watchdog) and c.active), None),  # type: ignore[attr-defined]
         "checkpoints": str(folder) if folder else None,
     }
+
+
+def compiled_with(strategy: Any, module: Any) -> str | None:
+    """The backend that blocks are compiled with, if they are: those of an objective's model alone."""
+    compiles = isinstance(strategy, MeshStrategy) and isinstance(module, Objective) and strategy.compiles
+    return strategy.compile_backend if compiles else None
 
 
 def batch_facts(trainer: pl.Trainer, batch: Any) -> Facts:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from automodel_trainer.callbacks.console import Row
+from automodel_trainer.models.attention import NAME as FLEX
 
 Facts = dict[str, Any]
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+_KERNELS = {FLEX: "FlexAttention for packed rows, sdpa for others"}
 MEMORY = (("parameters", "model"), ("gradients", "gradients"), ("optimizer state", "optimizer"))
 
 
@@ -25,7 +27,7 @@ def ledger_rows(facts: Facts) -> list[Row]:
         rows.append(("tied weights", "; ".join([*model["tied"], *(f"⚠ {pair}" for pair in model["untied"])])))
     rows += [("gradients", text) for text in _gradients(gradients)]
     if model["attention"]:
-        rows.append(("attention", ", ".join(model["attention"])))
+        rows.append(("attention", ", ".join(_KERNELS.get(name, name) for name in model["attention"])))
     rows += [
         ("layout", _layout(run)),
         *_pipeline(run.get("pipeline")),
@@ -82,6 +84,8 @@ def _layout(run: Facts) -> str:
     parts.append(f"precision {run['precision']}")
     if run["activation_checkpointing"]:
         parts.append(f"activation checkpointing {run['activation_checkpointing']}")
+    if run["compile"]:
+        parts.append(f"blocks compiled ({run['compile']})")
     return ", ".join(parts)
 
 

@@ -39,7 +39,7 @@ class MegatronFSDPStrategy(FSDP2Strategy):
 
     Args:
         zero_stage: what is sharded. 1: optimizer state and main weights; 2: gradients too; 3: parameters too; 0: none.
-        dp_shard, dp_replicate, cp, cp_attention, tp, tp_plan, sequence_parallel, activation_checkpointing:
+        dp_shard, dp_replicate, cp, cp_attention, tp, tp_plan, sequence_parallel, async_tp, activation_checkpointing:
             see `FSDP2Strategy`.
         outer_zero_stage: with `dp_replicate` > 1: 1 shards optimizer state over the replicas as well, 0 does not. None:
             1 at `zero_stage=3`, which alone offers it.
@@ -49,7 +49,7 @@ class MegatronFSDPStrategy(FSDP2Strategy):
         nccl_ub: register buffers with NCCL (needs megatron-core's or apex's allocator; implies `double_buffer`).
         grad_reduce_dtype: that gradients travel in. auto: fp32.
         main_params_dtype: of the weights that the optimizer updates. auto: what the Trainer's precision says.
-        launcher, process_group_backend, timeout: see `MeshStrategy`.
+        compile, compile_backend, launcher, process_group_backend, timeout: see `MeshStrategy`.
 
     Source: Megatron-LM, megatron/core/distributed/fsdp; ZeRO, arXiv 1910.02054.
 
@@ -75,7 +75,10 @@ class MegatronFSDPStrategy(FSDP2Strategy):
         tp: int | Literal["auto"] = 1,
         tp_plan: Mapping[str, str] | None = None,
         sequence_parallel: bool = True,
+        async_tp: bool = False,
         activation_checkpointing: Literal["full", "selective"] | None = None,
+        compile: bool | Literal["auto"] = "auto",
+        compile_backend: str = "inductor",
         launcher: Literal["auto", "subprocess", "fork", "spawn"] = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -88,7 +91,10 @@ class MegatronFSDPStrategy(FSDP2Strategy):
             tp=tp,
             tp_plan=tp_plan,
             sequence_parallel=sequence_parallel,
+            async_tp=async_tp,
             activation_checkpointing=activation_checkpointing,
+            compile=compile,
+            compile_backend=compile_backend,
             launcher=launcher,
             process_group_backend=process_group_backend,
             timeout=timeout,

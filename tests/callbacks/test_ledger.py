@@ -228,3 +228,12 @@ def test_a_block_is_plain_in_a_file_and_framed_in_a_terminal() -> None:
     assert framed.startswith("\x1b[2m╭─")
     assert "[1, 2]" in framed
     assert "\x1b[33m⚠ none" in framed
+
+
+def test_compiled_blocks_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    strategy = "auto:compile=true,compile_backend=aot_eager"
+    facts = fit(tiny_model(), Ledger(), tmp_path, strategy=strategy).facts
+    assert facts["run"]["compile"] == "aot_eager"
+    assert "blocks compiled (aot_eager)" in capsys.readouterr().out
+    assert fit(tiny_model(), Ledger(), tmp_path).facts["run"]["compile"] is None
+    assert "compiled" not in capsys.readouterr().out
