@@ -18,6 +18,7 @@ from automodel_trainer.callbacks.counts import Counts, micro_batches
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.callbacks.watchdog import Watchdog
 from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
+from automodel_trainer.models.fp8 import fp8_layers
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.strategies import MeshStrategy, Objective
 from automodel_trainer.strategies.clip import local_tensor
@@ -66,6 +67,7 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
         "tied": [f"{name} = {source}" for name, source, tied in pairs if tied],
         "untied": [f"{name} ≠ {source}" for name, source, tied in pairs if not tied],
         "attention": sorted({attention_in_use(m) for m in inner}),
+        "fp8": next((str(layers) for m in inner if (layers := fp8_layers(m))), None),
         "lora": next((text for m in inner if (text := describe_lora(m))), None),
     }
 

@@ -26,6 +26,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
     if model["tied"] or model["untied"]:
         rows.append(("tied weights", "; ".join([*model["tied"], *(f"⚠ {pair}" for pair in model["untied"])])))
     rows += [("gradients", text) for text in _gradients(gradients)]
+    if model["fp8"]:
+        rows.append(("fp8", model["fp8"]))
     if model["attention"]:
         rows.append(("attention", ", ".join(_KERNELS.get(name, name) for name in model["attention"])))
     rows += [

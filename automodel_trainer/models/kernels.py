@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from automodel_trainer.models.attention import flex_obstacle, install_flex
+from automodel_trainer.models.fp8 import convert_to_fp8
 
 
 @dataclass
@@ -18,9 +19,12 @@ class KernelsConfig:
         attention: "flex" (packed rows through FlexAttention, others through sdpa; GPU only), any of transformers' names
             (sdpa, eager, flex_attention, flash_attention_2, …), or "auto": flex on a GPU for a model that it fits, else
             what transformers chooses.
+        fp8: linear layers of the blocks multiply in fp8 (NVIDIA GPUs since Ada and Hopper, torchao): "tensorwise"
+            (fastest), "rowwise" (more exact) or "rowwise_with_gw_hp" (gradients of weights in bf16). None: they do not.
     """
 
     attention: str = "auto"
+    fp8: str | None = None
 
 
 def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.device) -> None:
@@ -36,3 +40,5 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
         model.set_attn_implementation(choice)
     elif choice == "flex" or (gpu and flex_obstacle(model) is None):
         install_flex(model)
+    if kernels.fp8 is not None:
+        convert_to_fp8(model, kernels.fp8, device)
