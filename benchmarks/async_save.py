@@ -145,6 +145,12 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--root", type=Path, default=None)
     args = parser.parse_args()
+    if args.steps < 2 * args.every:
+        parser.error(
+            f"--steps {args.steps} makes fewer than two saves with --every {args.every}; the first one is apart"
+        )
+    if args.root is not None:
+        args.root.mkdir(parents=True, exist_ok=True)
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     base = Path(tempfile.mkdtemp(dir=args.root))
     result = {}

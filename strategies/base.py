@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,11 +14,9 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import Optimizer
 
 from automodel_trainer._lightning import NotebookLauncher, SubprocessLauncher, sync_rank_zero
 from automodel_trainer.launch import in_notebook
@@ -27,9 +24,10 @@ from automodel_trainer.strategies.clip import clip_grads_, total_grad_norm
 from automodel_trainer.strategies.compile import wants_compile
 from automodel_trainer.strategies.deferred_logits import deferred_logits
 from automodel_trainer.strategies.mesh import DATA_AXES, TOKEN_AXES, ParallelDims, submesh
-from automodel_trainer.strategies.place import at, during
+from automodel_trainer.strategies.place import at
 from automodel_trainer.strategies.precision import Dtypes, dtypes_of
 from automodel_trainer.strategies.rendezvous import agent_store
+from automodel_trainer.strategies.saving import SavingStrategy
 
 MicroBatch = dict[str, Any]
 Part = tuple[dict[str, Any], Any]
@@ -53,7 +51,7 @@ class Objective:
         raise NotImplementedError
 
 
-class MeshStrategy(ParallelStrategy):
+class MeshStrategy(SavingStrategy):
     """A layout of a model on a DeviceMesh.
 
     A subclass says how a model is laid out (`parallelize`) and, where it must, how one optimizer step runs
@@ -369,47 +367,3 @@ class MeshStrategy(ParallelStrategy):
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
-
-    # --- checkpoints --------------------------------------------------------------------------------------------------
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return False  # `load_checkpoint` reads optimizer state straight into its shards
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {}  # `save_checkpoint` writes the shards; Lightning has no need of a second copy
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {}
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing: `load_checkpoint` has already read the weights into their shards."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint folder: sharded safetensors under Hugging Face names, and JSON. Collective.
-
-        Args:
-            storage_options: what saves in place of `checkpoint.save_checkpoint`, called as that is.
-        """
-        from automodel_trainer.checkpoint import save_checkpoint
-
-        with during("save"):
-            save = storage_options or save_checkpoint
-            save(Path(filepath), checkpoint, self.trained_module, self.optimizers)
-
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint folder, whatever layout wrote it, into this layout's shards. Collective."""
-        from automodel_trainer.checkpoint import load_checkpoint
-
-        with during("load"):
-            return load_checkpoint(Path(checkpoint_path), self.trained_module, self.optimizers)
-
-    def remove_checkpoint(self, filepath: str | Path) -> None:
-        from automodel_trainer.checkpoint import remove_checkpoint
-
-        if self.is_global_zero:
-            remove_checkpoint(Path(filepath))
