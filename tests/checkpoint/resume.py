@@ -26,6 +26,8 @@ LAYOUTS = {
     "tp ×2": ("fsdp2:tp=2", 2),
     "fsdp2 ×2, tp ×2": ("fsdp2:dp_shard=2,tp=2", 4),
     "cp ×2": ("fsdp2:cp=2", 2),
+    "pp ×2": ("3d:pp=2", 2),
+    "pp ×2, tp ×2": ("3d:pp=2,tp=2", 4),
 }
 SAVED, STEPS, GLOBAL_BATCH = 3, 7, 4  # an epoch has 5 steps: saved in its middle, trained beyond its end
 TOLERANCE = 1e-4  # relative, of every step's loss, where the layout is another

@@ -11,8 +11,8 @@ from tests.pool import RankPool
 
 # Layouts, and the step that each trains to.
 CHAINS = {
-    "full": {"tp ×2": 2, "hsdp 2×2": 3, "cp ×2": 4, "fsdp2 ×4": 6, "single": STEPS},
-    "LoRA": {"ddp ×2": 2, "fsdp2 ×2, tp ×2": 4, "fsdp2 ×2": 6, "cp ×2": STEPS},
+    "full": {"tp ×2": 2, "hsdp 2×2": 3, "pp ×2": 4, "fsdp2 ×4": 6, "single": STEPS},
+    "LoRA": {"ddp ×2": 2, "fsdp2 ×2, tp ×2": 3, "pp ×2, tp ×2": 5, "fsdp2 ×2": 6, "cp ×2": STEPS},
 }
 
 
