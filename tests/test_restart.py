@@ -64,7 +64,7 @@ def test_torchrun_restarts_go_on(pool: RankPool, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "--max-restarts", "1", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     entries = [json.loads(line) for line in (tmp_path / "diary.jsonl").read_text().splitlines()]
     before, after = ([entry for entry in entries if entry[2] == again] for again in (False, True))
