@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ class SavingStrategy(ParallelStrategy):
     """Checkpoints are folders of sharded safetensors and JSON; Lightning makes no files and copies of its own."""
 
     @property
+    @abstractmethod
     def trained_module(self) -> nn.Module:
         """The module whose parameter names are the checkpoint's."""
-        raise NotImplementedError
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from automodel_trainer.strategies._torch import StridedShard
+from automodel_trainer.strategies.parameters import replace_parameters
 
 
 def stage(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -23,17 +24,7 @@ def stage(model: nn.Module, mesh: DeviceMesh) -> None:
         model: its parameters are plain, or DTensors on a tensor-parallel mesh.
         mesh: `(shard, tp)`; tp of size 1 where parameters are plain.
     """
-    made: dict[int, nn.Parameter] = {}
-    kept = []  # ids stay unique as long as the tensors live
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                cut = _cut(parameter.detach(), mesh)
-                made[id(parameter)] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
-                kept.append(parameter)
-            module._parameters[key] = made[id(parameter)]
+    replace_parameters(model, lambda parameter: _cut(parameter.detach(), mesh))
 
 
 def _cut(tensor: Tensor, mesh: DeviceMesh) -> DTensor:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from automodel_trainer.strategies.blocks import find_blocks
 from automodel_trainer.strategies.collectives import sum_gradient
+from automodel_trainer.strategies.parameters import replace_parameters
 from automodel_trainer.strategies.sequence import SequenceParallel
 from automodel_trainer.strategies.tensor_adapters import cut_adapters
 from automodel_trainer.strategies.tensor_check import check_gates
@@ -66,19 +67,13 @@ def tensor_parallel(
 
 
 def _distribute(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
-    """Every parameter becomes a DTensor on the mesh; one that is not cut is replicated. Tied ones stay one."""
-    made: dict[int, nn.Parameter] = {}
-    kept = []  # ids stay unique as long as the tensors live
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                placement = plan.placements.get(id(parameter), Replicate())
-                cut = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
-                made[id(parameter)] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
-                kept.append(parameter)
-            module._parameters[key] = made[id(parameter)]
+    """Every parameter becomes a DTensor on the mesh; one that is not cut is replicated."""
+
+    def cut(parameter: nn.Parameter) -> DTensor:
+        placement = plan.placements.get(id(parameter), Replicate())
+        return distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+
+    replace_parameters(model, cut)
 
 
 def _use_local_parameters(model: nn.Module, plan: TensorPlan, group: ProcessGroup) -> None:
