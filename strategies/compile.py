@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from automodel_trainer.models.lora.widened import refresh_widened
 from automodel_trainer.strategies._torch import prefer_recomputing, raise_recompile_limit
 from automodel_trainer.strategies.blocks import find_blocks
 from automodel_trainer.strategies.wrap import Forward, own_forward
@@ -77,4 +78,5 @@ class _Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.block.training:
             return self.forward(*args, **kwargs)
+        refresh_widened(self.block)
         return self.compiled(self.forward, *args, **kwargs)

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from automodel_trainer.models.attention import flex_obstacle, install_flex
 from automodel_trainer.models.fp8 import convert_to_fp8
 
+LORA_KERNELS = ("auto", "widened", "separate")
+
 
 @dataclass
 class KernelsConfig:
@@ -21,10 +23,17 @@ class KernelsConfig:
             what transformers chooses.
         fp8: linear layers of the blocks multiply in fp8 (NVIDIA GPUs since Ada and Hopper, torchao): "tensorwise"
             (fastest), "rowwise" (more exact) or "rowwise_with_gw_hp" (gradients of weights in bf16). None: they do not.
+        lora: "widened" (an adapter's update and its frozen weight in one matmul, see `models/lora/widened.py`),
+            "separate", or "auto": widened on a GPU for every layer whose weight lies whole on it.
     """
 
     attention: str = "auto"
     fp8: str | None = None
+    lora: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.lora not in LORA_KERNELS:
+            raise ValueError(f"kernels lora={self.lora!r} is unknown. Allowed: {', '.join(LORA_KERNELS)}.")
 
 
 def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.device) -> None:
@@ -42,3 +51,4 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
         install_flex(model)
     if kernels.fp8 is not None:
         convert_to_fp8(model, kernels.fp8, device)
+    model.lora_kernel = kernels.lora  # type: ignore[assignment]

@@ -20,7 +20,7 @@ from automodel_trainer.models._transformers import packing_without_sync
 from automodel_trainer.models.auto import AutoModelForCausalLM, add_adapters, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
-from automodel_trainer.models.lora import LoRAConfig, finish_lora, lora_of
+from automodel_trainer.models.lora import LoRAConfig, choose_lora_kernel, finish_lora, lora_of
 from automodel_trainer.modules.loss import next_token_targets, summed_loss, supervised_tokens, token_losses
 from automodel_trainer.modules.metrics import FiniteGuard, LossWindow, TokenMetrics
 from automodel_trainer.modules.neftune import add_neftune
@@ -182,7 +182,10 @@ class CausalLMModule(Objective, pl.LightningModule):
         if lora_of(model) is not None:  # built with adapters, perhaps trained ones, and in the dtypes it wants
             if self.lora is not None:
                 raise ValueError("The model has adapters already: leave out CausalLMModule(lora=…) to go on with them.")
-            return self.strategy.parallelize(model)  # type: ignore[return-value]
+            apply_kernels(model, self.kernels, self.strategy.root_device)
+            self.strategy.parallelize(model)
+            choose_lora_kernel(model)
+            return model
         # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
         model = model.to(dtype)  # type: ignore[arg-type]
         apply_kernels(model, self.kernels, self.strategy.root_device)

@@ -3,6 +3,7 @@
 from automodel_trainer.models.lora.apply import (
     adapter_names,
     apply_lora,
+    choose_lora_kernel,
     describe_lora,
     finish_lora,
     learning_rate_of,
@@ -18,6 +19,7 @@ __all__ = [
     "adapter_names",
     "adapters",
     "apply_lora",
+    "choose_lora_kernel",
     "describe_lora",
     "finish_lora",
     "learning_rate_of",

@@ -16,6 +16,7 @@ from automodel_trainer.models.lora.config import LoRAConfig
 from automodel_trainer.models.lora.initialize import initialize_adapter
 from automodel_trainer.models.lora.layers import adapt_linear, adapt_parameter, adapters
 from automodel_trainer.models.lora.targets import Target, find_targets, kind, kinds, matches
+from automodel_trainer.models.lora.widened import widen_adapters
 from automodel_trainer.models.quantize import pack_weights, prepare_packing
 
 
@@ -78,6 +79,12 @@ def finish_lora(model: nn.Module) -> None:
         pack_weights(model)
     if config.adapter is not None:
         load_adapter(model, config.adapter)
+    choose_lora_kernel(model)
+
+
+def choose_lora_kernel(model: nn.Module) -> None:
+    """Let adapters compute as `KernelsConfig.lora` has it; without one they stay as they are."""
+    widen_adapters(model, str(getattr(model, "lora_kernel", "separate")))
 
 
 def trained_names(model: nn.Module) -> set[str] | None:
@@ -118,6 +125,8 @@ def describe_lora(model: nn.Module) -> str | None:
     text = f"rank {ranks} on {len(found)} weights: {', '.join(f'{n} × {k}' for k, n in counts.items())}"
     flags = {"DoRA": config.use_dora, "rsLoRA": config.use_rslora, f"{config.quantize} base": config.quantize}
     text += "".join(f", {flag}" for flag, is_on in flags.items() if is_on)
+    if widened := sum(getattr(adapter.module, "widened", None) is not None for adapter in found):
+        text += f", {widened} in one matmul with their weight"
     return text + (f"; trained whole: {', '.join(config.modules_to_save)}" if config.modules_to_save else "")
 
 

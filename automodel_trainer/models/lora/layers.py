@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from automodel_trainer.models.lora.functional import adapted_weight, direction_norm, low_rank
 from automodel_trainer.models.packed_tensor import PackedTensor
+
+if TYPE_CHECKING:
+    from automodel_trainer.models.lora.widened import WidenedWeight
 
 
 class LoRALinear(nn.Linear):
@@ -23,13 +26,20 @@ class LoRALinear(nn.Linear):
     lora_magnitude_vector: nn.Parameter | None  # DoRA: [out]
     scaling: float
     lora_dropout: float
+    widened: WidenedWeight | None
 
     def forward(self, x: Tensor) -> Tensor:
+        a, b = self.lora_A.weight, self.lora_B.weight
+        if self.widened is not None and self.widened.takes(x, a, b):
+            if not torch.compiler.is_compiling():
+                self.widened.refresh(self.weight, b)
+            xa = F.linear(F.dropout(x, self.lora_dropout, self.training), a) * self.scaling
+            return self.widened(x, xa, b, self.bias)
         base = super().forward(x)
         if self.lora_magnitude_vector is not None:
             return self._dora(x, base)
         x = F.dropout(x, self.lora_dropout, self.training)
-        return base + low_rank(x, self.lora_A.weight, self.lora_B.weight, self.scaling).to(base.dtype)
+        return base + low_rank(x, a, b, self.scaling).to(base.dtype)
 
     def _dora(self, x: Tensor, base: Tensor) -> Tensor:
         """magnitude · (W + s·B·A)·x / ‖W + s·B·A‖, written as a change of the base's output."""
@@ -151,7 +161,7 @@ def adapt_linear(
     module.lora_B = nn.Linear(rank, module.out_features, bias=False, **factory)
     magnitude = nn.Parameter(torch.empty(module.out_features, **factory)) if dora else None
     module.register_parameter("lora_magnitude_vector", magnitude)
-    module.scaling, module.lora_dropout = scaling, dropout
+    module.scaling, module.lora_dropout, module.widened = scaling, dropout, None
 
 
 def adapt_parameter(module: nn.Module, name: str, rank: int, scaling: float, *, dtype: torch.dtype) -> None:

@@ -1,0 +1,125 @@
+"""A frozen weight and its adapter in one matmul, against PEFT, which does them apart."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from automodel_trainer.models.adapters import save_adapter
+from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer.models.kernels import KernelsConfig
+from automodel_trainer.models.lora import LoRAConfig, describe_lora
+from automodel_trainer.models.lora.layers import LoRALinear
+from automodel_trainer.strategies.compile import compile_blocks
+from tests.harness import relative_error
+from tests.models.test_lora_peft import IDS, base, disturb, peft_model
+
+
+def build(folder: Path, family: str = "llama", choice: str = "widened", **lora: Any) -> PreTrainedModel:
+    kernels, config = KernelsConfig(lora=choice), LoRAConfig(**{"rank": 5, **lora})
+    model = AutoModelForCausalLM.from_pretrained(base(folder, family), lora=config, kernels=kernels)
+    disturb(model)
+    return model.train()
+
+
+def three_steps(model: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of three steps, and the trained weights after them under names that PEFT has too."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return losses, {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in trained.items()}
+
+
+@pytest.mark.parametrize("compiled", [None, "aot_eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_three_steps_are_peft_s(tmp_path: Path, family: str, compiled: str | None) -> None:
+    model = build(tmp_path / "base", family)
+    save_adapter(model, tmp_path / "adapter")
+    reference = peft_model(tmp_path / "base", tmp_path / "adapter").train()
+    if compiled:
+        compile_blocks(model, compiled)
+    widened = [m for m in model.modules() if isinstance(m, LoRALinear) and m.widened is not None]
+    assert f"{len(widened)} in one matmul" in str(describe_lora(model)) and widened
+
+    losses, trained = three_steps(model)
+    their_losses, theirs = three_steps(reference)
+
+    assert losses == pytest.approx(their_losses, rel=1e-6)
+    assert trained.keys() == theirs.keys()
+    assert max(relative_error(trained[name], theirs[name]) for name in trained) < 1e-5
+
+
+def test_weights_keep_their_names_and_values(tmp_path: Path) -> None:
+    model, plain = build(tmp_path / "a"), build(tmp_path / "b", choice="separate")
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    three_steps(model)
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    assert all(torch.equal(p, plain.get_parameter(n)) for n, p in frozen.items())
+
+
+def test_moved_copied_and_loaded_weights_are_the_ones_used(tmp_path: Path) -> None:
+    model = build(tmp_path / "base")
+    copied = copy.deepcopy(model)
+    with torch.no_grad():  # what a load_state_dict does
+        for model_ in (model, copied):
+            for name, parameter in model_.named_parameters():
+                parameter.mul_(1.5 if "norm" not in name else 1.0)
+    doubled = model.to(torch.float64)
+    plain = build(tmp_path / "base", choice="separate").to(torch.float64)
+    plain.load_state_dict(doubled.state_dict())
+
+    expected = plain(IDS).logits
+    assert relative_error(doubled(IDS).logits, expected) < 1e-12
+    assert relative_error(copied(IDS).logits, expected.float()) < 1e-5
+
+
+def test_two_forwards_before_their_backwards(tmp_path: Path) -> None:
+    """As in preference losses: the second forward must not spoil what the first one's backward needs."""
+    model, plain = build(tmp_path / "a"), build(tmp_path / "b", choice="separate")
+    for m in (model, plain):
+        (m(IDS).logits.square().mean() - m(IDS.flip(1)).logits.square().mean()).backward()
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    assert max(relative_error(a.grad, b.grad) for a, b in pairs if a.grad is not None) < 1e-5
+
+
+def test_compiled_as_a_whole_by_the_user_it_follows_the_optimizer(tmp_path: Path) -> None:
+    model = build(tmp_path / "a")
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(IDS)
+    disturb(model)
+    plain = build(tmp_path / "b", choice="separate")
+    plain.load_state_dict(model.state_dict())
+    assert relative_error(compiled(IDS).logits, plain(IDS).logits) < 1e-5
+
+
+def test_dropout_is_on_the_update_alone(tmp_path: Path) -> None:
+    model = build(tmp_path / "base", dropout=0.999999)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert relative_error(model(IDS).logits, plain(IDS).logits) < 1e-5
+    assert relative_error(model.eval()(IDS).logits, plain(IDS).logits) > 1e-3
+
+
+def test_what_cannot_be_widened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="DoRA needs base and update apart"):
+        build(tmp_path / "base", use_dora=True)
+    with pytest.raises(ValueError, match="Allowed: auto, widened, separate"):
+        KernelsConfig(lora="merged")
+
+
+def test_auto_on_a_cpu_leaves_layers_alone(tmp_path: Path) -> None:
+    model = build(tmp_path / "base", choice="auto")
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and isinstance(m, LoRALinear)]
+    assert layers and all(m.widened is None for m in layers)
