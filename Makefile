@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
 
@@ -35,8 +36,9 @@ types: venv
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/installed .
 	cd build && MYPYPATH=installed ../$(BIN)/mypy --config-file ../pyproject.toml -p automodel_trainer
 
+# Side by side, file by file: tests of one process leave a core idle, those of several ranks wait for each other.
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 # All of what `make test` takes a covering subset of: a hundred kills, every layout resumed on every other (writes the
 # table of docs/resume.md).

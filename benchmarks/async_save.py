@@ -5,7 +5,10 @@ python benchmarks/async_save.py --model 1b --seq-len 2048             # a GPU: 1
 python benchmarks/async_save.py --model 8b --lora 16 --seq-len 2048   # a GPU: 8B, LoRA
 torchrun --nproc-per-node 2 benchmarks/async_save.py --model 1b       # several GPUs, fsdp2
 
-Weights are random, made on the device. `--root` should be on the disk that checkpoints go to.
+Weights are random, made on the device. `--root` should be on the disk that checkpoints go to, with room for two of
+them. Each command takes about `--seconds`: half for saves that are waited for, half for saves in the background; a line
+for each save says how it went. Look at the last line, a row of the table in docs/resume.md: `async save` should be what
+a copy to host memory takes, a small part of `save`, and `step meanwhile` near `step`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from automodel_trainer import AutoModelForCausalLM, CausalLMModule, LoRAConfig, 
 from automodel_trainer.callbacks import DCPCheckpoint
 
 _HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8}
+SAVES = 5  # the first one apart
+PATIENCE = 10.0  # seconds that the second save may begin late
 SHAPES: dict[str, dict[str, Any]] = {
     "50m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 32000}
     | {"num_attention_heads": 8, "num_key_value_heads": 4},
@@ -48,27 +53,44 @@ class RandomModel(CausalLMModule):
 
 
 class Clock(Callback):
-    """Seconds from the start of each step to the start of the next, the device waited for."""
+    """Seconds from the start of each step to the start of the next, the device waited for; ends the run in time."""
 
-    def __init__(self) -> None:
+    def __init__(self, saver: TimedCheckpoint, end: float) -> None:
+        self.saver, self.end = saver, end
         self.starts: list[float] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
         self.starts.append(_now())
 
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        late, saves = time.perf_counter() - self.end, len(self.saver.saves)
+        enough = saves > SAVES or (saves > 1 and late > 0) or (saves and late > PATIENCE)
+        trainer.should_stop = trainer.strategy.broadcast(bool(enough))
+
 
 class TimedCheckpoint(DCPCheckpoint):
-    """Notes when each save began, when training went on, and when the checkpoint was whole."""
+    """Saves so many steps after the checkpoint before was whole, so that no save waits for another.
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    Notes when each save began and training went on, and when the checkpoint was whole (rank 0).
+    """
+
+    def __init__(self, every: int, **options: Any) -> None:
+        super().__init__(every_n_steps=10**9, **options)
+        self.every, self.steps = every, 0
         self.saves: list[tuple[float, float]] = []
         self.whole: list[float] = []
 
+    def _is_due(self, trainer: Any) -> bool:
+        self.steps = self.steps + 1 if len(self.whole) == len(self.saves) else 0
+        return bool(trainer.strategy.broadcast(self.steps >= self.every))
+
     def _save(self, trainer: Any, pl_module: Any) -> bool:
-        begun = _now()
+        self.steps, begun = 0, _now()
         saved = super()._save(trainer, pl_module)
-        self.saves.append((begun, _now()))
+        if saved:
+            self.saves.append((begun, _now()))
+            if trainer.is_global_zero:
+                print(f"  step {trainer.global_step}: training waited {self.saves[-1][1] - begun:.2f} s", flush=True)
         return saved
 
     def _on_whole(self, folder: Path) -> None:
@@ -83,20 +105,20 @@ def _now() -> float:
 
 
 def run(args: argparse.Namespace, root: Path, background: bool) -> dict[str, Any]:
-    clock = Clock()
-    saver = TimedCheckpoint(every_n_steps=args.every, keep_last=1, async_save=background, save_at_end=False)
+    end = time.perf_counter() + args.seconds / 2
+    saver = TimedCheckpoint(args.every, keep_last=1, async_save=background, save_at_end=False)
     data = MockDataModule(
         vocab_size=SHAPES[args.model]["vocab_size"],
         seq_len=args.seq_len,
         micro_batch_size=args.micro_batch_size,
         global_batch_size=args.global_batch_size,
-        num_samples=args.global_batch_size * args.steps,
+        num_samples=args.global_batch_size * 1000,
     )
     trainer = Trainer(
         strategy=args.strategy,
         precision=args.precision,
-        max_steps=args.steps,
-        callbacks=[clock, saver],
+        max_steps=1000,
+        callbacks=[clock := Clock(saver, end), saver],
         default_root_dir=root,
         enable_progress_bar=False,
         enable_ledger=False,
@@ -104,7 +126,7 @@ def run(args: argparse.Namespace, root: Path, background: bool) -> dict[str, Any
     )
     lora = LoRAConfig(rank=args.lora) if args.lora else None
     trainer.fit(RandomModel(SHAPES[args.model], lora=lora, lr=1e-5), data)
-    return summary(clock.starts, saver, _size(root / "checkpoints"))
+    return summary(clock.starts, saver, _size(root / "checkpoints")) if trainer.is_global_zero else {}
 
 
 def summary(starts: list[float], saver: TimedCheckpoint, size: int) -> dict[str, Any]:
@@ -118,13 +140,17 @@ def summary(starts: list[float], saver: TimedCheckpoint, size: int) -> dict[str,
     stalls = [done - begun for begun, done in saver.saves]
     return {
         "checkpoint_bytes": size,
-        "step_s": statistics.median(quiet or busy),
-        "step_while_writing_s": statistics.median(busy or quiet),
+        "step_s": _median(quiet or busy),
+        "step_while_writing_s": _median(busy or quiet),
         "stalls_s": stalls,
         "first_stall_s": stalls[0],  # host memory is taken
-        "stall_s": statistics.median(stalls[1:]),
-        "whole_after_s": statistics.median(whole - begun for begun, whole in writing),
+        "stall_s": _median(stalls[1:] or stalls),
+        "whole_after_s": _median(whole - begun for begun, whole in writing),
     }
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values) if values else float("nan")
 
 
 def _size(run: Path) -> int:
@@ -141,26 +167,30 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--global-batch-size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--every", type=int, default=10, help="steps between a checkpoint that is whole and a save")
+    parser.add_argument("--seconds", type=float, default=90, help="a save that has begun then is still waited for")
     parser.add_argument("--root", type=Path, default=None)
     args = parser.parse_args()
-    if args.steps < 2 * args.every:
-        parser.error(
-            f"--steps {args.steps} makes fewer than two saves with --every {args.every}; the first one is apart"
-        )
     if args.root is not None:
         args.root.mkdir(parents=True, exist_ok=True)
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     base = Path(tempfile.mkdtemp(dir=args.root))
     result = {}
-    for name, background in (("sync", False), ("async", True)):
-        result[name] = run(args, base / name, background)
-        print(name, json.dumps(result[name]), flush=True)
-    shutil.rmtree(base, ignore_errors=True)
+    try:
+        for name, background in (("sync", False), ("async", True)):
+            result[name] = run(args, base / name, background)
+            shutil.rmtree(base / name, ignore_errors=True)  # there may be no room for both
+            print(name, json.dumps(result[name]), flush=True)
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+    if result["sync"]:  # rank 0
+        report(args, **result)
+
+
+def report(args: argparse.Namespace, sync: dict[str, Any], **rest: Any) -> None:
+    background = rest["async"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     what = f"LoRA {args.lora}" if args.lora else "all parameters"
-    sync, background = result["sync"], result["async"]
     print(
         f"\n| {device} | {args.model}, {what} | {sync['checkpoint_bytes'] / 1e9:.2f} GB | {sync['step_s']:.3f} | "
         f"{sync['stall_s']:.2f} | {background['first_stall_s']:.2f} | {background['stall_s']:.2f} | "

@@ -1,4 +1,7 @@
-"""A pool of gloo ranks that all tests share: starting a process costs seconds, a job in it milliseconds."""
+"""A pool of gloo ranks that all tests share: starting a process costs seconds, a job in it milliseconds.
+
+Processes are forked from one server that has imported everything: what takes ten seconds of a core is done once.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,20 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 SIZE = 4
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "pytest",
+        "tests.callbacks.runs",
+        "tests.harness",
+        "automodel_trainer.lightning_cli",
+        "transformers.models.llama.modeling_llama",
+        "torch._dynamo",
+        "torch.distributed.checkpoint",
+        "torch.distributed.tensor.parallel",
+        "peft",
+    ]
+)
 _TIMEOUT = 240  # seconds that a job may take before the pool is declared stuck
 
 
@@ -29,11 +46,10 @@ class RankPool:
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
-        self._results = context.Queue()
-        self._jobs = [context.Queue() for _ in range(self.size)]
+        self._results = CONTEXT.Queue()
+        self._jobs = [CONTEXT.Queue() for _ in range(self.size)]
         self._processes = [
-            context.Process(target=_worker, args=(rank, self._jobs[rank], self._results), daemon=True)
+            CONTEXT.Process(target=_worker, args=(rank, self._jobs[rank], self._results), daemon=True)
             for rank in range(self.size)
         ]
         for process in self._processes:
@@ -67,6 +83,7 @@ class RankPool:
 
 def _worker(rank: int, jobs: Any, results: Any) -> None:
     torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of data workers, as in a process of its own
     while True:
         world_size, port, function, args, kwargs = jobs.get()
         os.environ.update(

@@ -6,17 +6,17 @@ import multiprocessing as mp
 import os
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tests.pool import _free_port
-
-_CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.callbacks.runs", "automodel_trainer.lightning_cli"])
+from tests.pool import CONTEXT, _free_port
 
 
 class Job:
@@ -30,7 +30,7 @@ class Job:
         self.logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
         port = _free_port()
         self.ranks = [
-            _CONTEXT.Process(target=_main, args=(rank, world_size, port, self.logs[rank], function, args))
+            CONTEXT.Process(target=_main, args=(rank, world_size, port, self.logs[rank], function, args))
             for rank in range(world_size)
         ]
         for process in self.ranks:
@@ -78,3 +78,50 @@ def _main(rank: int, world_size: int, port: int, log: Path, function: Callable[.
         os.environ.update({key: str(value) for key, value in ranks.items()}, GROUP_RANK="0")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="job")
     function(*args)
+
+
+def amt(*arguments: str | Path, folder: Path, path: Sequence[Path] = ()) -> str:
+    """Run `amt ARGUMENTS` in `folder` and return what it printed; it must succeed.
+
+    Args:
+        path: folders to import from beside the environment's.
+    """
+    return call(folder, _amt, [str(argument) for argument in arguments], [str(place) for place in path])
+
+
+def call(folder: Path, function: Callable[..., Any], *args: Any, timeout: float = 300) -> str:
+    """Call `function(*args)` in `folder`, in a process of its own, and return what it printed; it must succeed."""
+    with tempfile.TemporaryDirectory() as logs:
+        job = Job(Path(logs), in_folder, folder, {**os.environ, "OMP_NUM_THREADS": "1"}, function, *args)
+        assert job.wait(timeout) == [0], job.log()
+        return job.log()
+
+
+def in_folder(folder: Path, environment: Mapping[str, str], function: Callable[..., Any], *args: Any) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    function(*args)
+
+
+def run_code(code: str, file: Path, *arguments: str) -> None:
+    """In this process, what `python FILE ARGUMENTS` runs."""
+    main = ModuleType("__main__")
+    main.__dict__.update(__file__=str(file), __spec__=None)
+    sys.modules["__main__"] = main
+    sys.argv = [str(file), *arguments]
+    exec(compile(code, file, "exec"), main.__dict__)
+
+
+def torchrun(max_restarts: int, function: Callable[..., Any], *args: Any) -> None:
+    """What `torchrun --standalone --nproc-per-node 2` does, with ranks that are forked."""
+    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "torchrun", "start_method": "fork"}
+    ranks = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": max_restarts}
+    elastic_launch(LaunchConfig(**ranks, **rendezvous), function)(*args)
+
+
+def _amt(arguments: list[str], path: list[str]) -> None:
+    from automodel_trainer.cli import main
+
+    sys.path += path
+    sys.argv = ["amt", *arguments]
+    main()

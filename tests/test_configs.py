@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.beside import folder_of, use
+from tests.processes import amt
 from tests.tiny import tiny_model, tiny_tokenizer
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -54,15 +52,11 @@ def overrides(config: Path, home: Path) -> list[str]:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_runs(config: Path, home: Path) -> None:
-    command = [sys.executable, "-m", "automodel_trainer", "fit", "--config", str(config), *overrides(config, home)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    beside = []
     if "torchao" in config.read_text():
         use("torchao")
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [environment.get("PYTHONPATH"), str(folder_of("torchao"))])
-        )
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        beside = [folder_of("torchao")]
+    amt("fit", "--config", config, *overrides(config, home), folder=home, path=beside)
     saved = home / config.stem / "config.yaml"
     assert (home / config.stem / "checkpoints" / "latest" / "config.yaml").is_file()
     assert yaml.safe_load(saved.read_text())["trainer"]["max_steps"] == 2
@@ -70,12 +64,9 @@ def test_runs(config: Path, home: Path) -> None:
 
 def test_a_saved_config_runs_again(home: Path) -> None:
     config = next(path for path in CONFIGS if path.stem == "sft")
-    first = [sys.executable, "-m", "automodel_trainer", "fit", "--config", str(config), *overrides(config, home)]
+    options = overrides(config, home)
     root = home / "again"
-    first[first.index("--trainer.default_root_dir") + 1] = str(root)
-    subprocess.run(first, check=True, capture_output=True, timeout=300)
-    saved = root / "checkpoints" / "latest" / "config.yaml"
-    again = [sys.executable, "-m", "automodel_trainer", "fit", "--config", str(saved)]
-    done = subprocess.run(again, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    options[options.index("--trainer.default_root_dir") + 1] = str(root)
+    amt("fit", "--config", config, *options, folder=home)
+    amt("fit", "--config", root / "checkpoints" / "latest" / "config.yaml", folder=home)
     assert (root / "checkpoints-v1" / "latest").is_dir()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import re
 import time
 from pathlib import Path
 
 import pytest
 
 from automodel_trainer.launch import launched_sizes
+from tests.processes import Job, in_folder, run_code, torchrun
 
 SCRIPT = """
 import sys
@@ -30,15 +30,19 @@ if __name__ == "__main__":
 """
 
 
+def started(code: str, folder: Path, *arguments: str) -> Job:
+    """A script, which may start itself again."""
+    script = folder / "train.py"
+    script.write_text(code)
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return Job(folder, in_folder, folder, environment, run_code, code, script, *arguments)
+
+
 @pytest.mark.parametrize("launcher", ["fork", "spawn", "subprocess"])
 def test_devices_starts_processes(launcher: str, tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, str(script), launcher, str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"PATH {tmp_path / 'run/checkpoints/step-00000002'} WORLD 2 LOSS True" in done.stdout
+    job = started(SCRIPT, tmp_path, launcher, str(tmp_path / "run"))
+    assert job.wait(240) == [0], job.log()
+    assert f"PATH {tmp_path / 'run/checkpoints/step-00000002'} WORLD 2 LOSS True" in job.log()
     assert (tmp_path / "run/checkpoints/step-00000002/rank-00001.json").is_file()
 
 
@@ -71,7 +75,7 @@ def test_srun_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RAISES = """
-import os, sys, threading
+import os, sys, threading, time
 from lightning.pytorch.callbacks import Callback
 from automodel_trainer import CausalLMModule, DDPStrategy, MockDataModule, Trainer
 from tests.tiny import tiny_model
@@ -79,7 +83,9 @@ from tests.tiny import tiny_model
 class Accident(Callback):
     def on_train_batch_start(self, trainer, *args):
         print("PID", os.getpid(), flush=True)
-        if trainer.global_rank == int(sys.argv[2]):
+        if trainer.global_rank == 0:
+            time.sleep(1)
+            print("RAISED", time.time(), flush=True)
             raise RuntimeError("on purpose, on one rank only")
         threading.Event().wait(300)
 
@@ -93,18 +99,19 @@ if __name__ == "__main__":
 """
 
 
-def test_a_rank_that_raises_takes_the_others_along(tmp_path: Path) -> None:
-    """Rank 0, which has started the other: nobody but the watchdog would see to that."""
-    script = tmp_path / "train.py"
-    script.write_text(RAISES)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, str(script), str(tmp_path / "run"), "0"]
-    started = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-    assert done.returncode != 0
-    assert "RuntimeError: on purpose, on one rank only" in done.stderr
-    pids = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PID")]
+@pytest.mark.parametrize("launcher", ["devices", "torchrun"])
+def test_a_rank_that_raises_takes_the_others_along(launcher: str, tmp_path: Path) -> None:
+    """Rank 0. With `devices=2` it has started the other: nobody but the watchdog would see to that."""
+    if launcher == "devices":
+        job = started(RAISES, tmp_path, str(tmp_path / "run"))
+    else:
+        job = Job(tmp_path, torchrun, 0, run_code, RAISES, tmp_path / "train.py", str(tmp_path / "run"))
+    assert job.wait(90) != [0]
+    log = job.log()
+    pids = re.findall(r"PID (\d+)", log)
     assert len(pids) == 2
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         time.sleep(0.1)
-        assert time.monotonic() - started < 90
+    (raised,) = re.findall(r"RAISED (\S+)", log)
+    assert time.time() - float(raised) < 30
+    assert re.findall(r"\w+Error: .*", log)[0] == "RuntimeError: on purpose, on one rank only", log

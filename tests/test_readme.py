@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import amt, call, run_code
 from tests.tiny import tiny_model, tiny_tokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -31,24 +32,26 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: list[str], home: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-
-
 def test_python_blocks(home: Path) -> None:
-    """In order, as a reader would; one process, for imports are what takes the time."""
+    """In order, as a reader would."""
     assert len(PYTHON) == 5
-    run([sys.executable, "-c", "\n".join(PYTHON)], home)
+    call(home, run_code, "\n".join(PYTHON), home / "readme.py")
     assert (home / "my-tuned-model" / "config.json").is_file()
     assert (home / "runs/python/checkpoints/latest").resolve().name == "step-00000006"
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[" ".join(line.split()[:2]) for line in COMMANDS])
 def test_commands(command: str, home: Path) -> None:
-    run(shlex.split(command), home)
+    program, *arguments = shlex.split(command)
+    if program == "amt":
+        amt(*arguments, folder=home)
+        return
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [program, *arguments], cwd=home, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 def test_the_two_commands_exist() -> None:

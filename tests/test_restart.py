@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from automodel_trainer.callbacks import DCPCheckpoint
 from automodel_trainer.strategies.rendezvous import outliving_store
 from tests.callbacks.runs import train
 from tests.pool import RankPool
+from tests.processes import Job, torchrun
 
 KILLED_IN = 8
 
@@ -58,14 +57,8 @@ def uninterrupted(root: Path) -> list[Any]:
 def test_torchrun_restarts_go_on(pool: RankPool, tmp_path: Path) -> None:
     whole, _ = pool.run(2, uninterrupted, tmp_path / "whole")
     train(tmp_path, [DCPCheckpoint()], max_steps=2, max_epochs=None)  # an earlier run, which is not to be gone on with
-    code = f"from tests.test_restart import run; run({str(tmp_path)!r})"
-    script = tmp_path / "train.py"
-    script.write_text(code)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "--max-restarts", "1", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    job = Job(tmp_path / "log", torchrun, 1, run, str(tmp_path))
+    assert job.wait(300) == [0], job.log()
     entries = [json.loads(line) for line in (tmp_path / "diary.jsonl").read_text().splitlines()]
     before, after = ([entry for entry in entries if entry[2] == again] for again in (False, True))
     assert [step for step, *_ in before] == list(range(1, KILLED_IN))
@@ -73,7 +66,7 @@ def test_torchrun_restarts_go_on(pool: RankPool, tmp_path: Path) -> None:
     expected = {entry[1]: entry[3] for entry in whole}
     assert [loss for _, loss, _ in entries] == [expected[step] for step, *_ in entries]
     saved = tmp_path / "checkpoints-v1" / "step-00000006"
-    assert f"torchrun has started this run again: it goes on from {saved}" in done.stderr
+    assert f"torchrun has started this run again: it goes on from {saved}" in job.log()
 
 
 def test_a_script_that_fits_twice_is_restarted_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def stage_weights(module: nn.Module, copy: Copy = keep) -> Weights:
         tensors, config = gather_adapter(module)  # copies, of a few MB
         return Weights({ADAPTER_WEIGHTS: tensors} if rank() == 0 else {}, adapter=config if rank() == 0 else None)
     tensors = named_tensors(module)
-    files = _plan(tensors)
+    files, total = _plan(tensors)
     count = max((number for number, _ in files.values()), default=0)
     mine: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -116,11 +116,14 @@ def stage_weights(module: nn.Module, copy: Copy = keep) -> Weights:
     if rank() != 0:
         return Weights(mine)
     weight_map = {name: f"model-{number:05d}-of-{count:05d}.safetensors" for name, (number, _) in files.items()}
-    return Weights(mine, {"metadata": {"total_size": _total(tensors)}, "weight_map": weight_map})
+    return Weights(mine, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _plan(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Of every tensor of every rank, its file's number (from 1) and the rank that writes it. Collective."""
+def _plan(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, int]], int]:
+    """Of every tensor of every rank, its file's number (from 1) and the rank that writes it; and the bytes of all.
+
+    Collective.
+    """
     sizes: dict[str, int] = {}
     holders: dict[str, list[int]] = {}
     for number, held in enumerate(gather({name: tensor.nbytes for name, tensor in tensors.items()})):
@@ -136,7 +139,7 @@ def _plan(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
             owners = holders[name]
             plan[name] = last + number, owners[(last + number - 1) % len(owners)]
         last += max(numbered.values())
-    return plan
+    return plan, sum(sizes.values())
 
 
 def _groups(holders: Mapping[str, list[int]]) -> list[list[str]]:
@@ -145,10 +148,6 @@ def _groups(holders: Mapping[str, list[int]]) -> list[list[str]]:
     for name, ranks in holders.items():
         groups.setdefault(tuple(ranks), []).append(name)
     return list(groups.values())
-
-
-def _total(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def split_into_files(sizes: Mapping[str, int], limit: int) -> dict[str, int]:

@@ -6,8 +6,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -24,18 +22,21 @@ from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.record import RecordedFile
 from tests.callbacks.runs import train
+from tests.checkpoint.crash_trials import trials
 from tests.pool import RankPool
+from tests.processes import call
 
-KILLS = int(os.environ.get("AMT_KILLS", "10"))  # 100 in `make test-matrix`
+KILLS = int(os.environ.get("AMT_KILLS", "6"))  # 100 in `make test-matrix`
+
+
+def crash_trials(folder: Path, kills: int) -> None:
+    (folder.parent / "report.json").write_text(json.dumps(trials(folder, kills, seed=0)))
 
 
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """One of two ranks or both, many inside a save, sync and async; then started again with ckpt_path="last"."""
-    command = [sys.executable, "-m", "tests.checkpoint.crash_trials", str(tmp_path), "--kills", str(KILLS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=20 * KILLS + 60)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    call(tmp_path, crash_trials, tmp_path / "trials", KILLS, timeout=20 * KILLS + 60)
+    report = json.loads((tmp_path / "report.json").read_text())
     assert report["problems"] == []
     assert report["kills"] == KILLS
     assert report["inside_a_save"] > KILLS / 3

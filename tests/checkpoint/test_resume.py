@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.checkpoint.resume import LAYOUTS, STEPS, checkpoint, difference, train
 from tests.pool import RankPool
@@ -33,6 +37,15 @@ def test_a_run_passed_on_from_layout_to_layout_is_one_run(pool: RankPool, tmp_pa
         assert [step for step, _, _ in part["steps"]] == list(range(done + 1, last + 1))
         difference(part, whole, same_layout=False)
         before, done = checkpoint(root, last), last
+        if kind == "full":
+            index, weights = index_and_weights(Path(before) / "model")
+            assert index["weight_map"].keys() == weights.keys()
+            assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights.values())
+
+
+def index_and_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    weights = {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
+    return json.loads((folder / "model.safetensors.index.json").read_text()), weights
 
 
 @pytest.mark.parametrize("kind", ["workers", "stream"])

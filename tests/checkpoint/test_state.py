@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from automodel_trainer.checkpoint import (
 from automodel_trainer.checkpoint import optimizer as optimizer_states
 from tests.harness import make_strategy
 from tests.pool import RankPool
+from tests.processes import Job
 from tests.tiny import tiny_model
 
 LIGHTNING = {"epoch": 1, "global_step": 3, "loops": {}, "lr_schedulers": [{"last_epoch": 3}], "state_dict": {}}
@@ -252,23 +251,16 @@ def test_full_disk_on_one_rank_fails_on_all_and_leaves_the_old(pool: RankPool, t
     assert_equal(pool.run(2, load, "fsdp2", 2, tmp_path / "a")[0], old)
 
 
-_SLOW_SAVE = """
-import sys, time
-from pathlib import Path
-import torch
-from automodel_trainer.checkpoint import save_checkpoint, state
-from tests.checkpoint.test_state import LIGHTNING
+def slow_save(base: Path, during: str) -> None:
+    def slowly(*args: Any) -> None:
+        print("writing", flush=True)
+        time.sleep(60)
 
-def slowly(*args):
-    print("writing", flush=True)
-    time.sleep(60)
-
-module = torch.nn.Linear(3, 3)
-save_checkpoint(Path(sys.argv[1]) / "step-00000001", LIGHTNING, module, [])
-owner, name = {"optimizer": (state.OptimizerStates, "write"), "publish": (state, "publish")}[sys.argv[2]]
-setattr(owner, name, slowly)
-save_checkpoint(Path(sys.argv[1]) / "step-00000002", LIGHTNING, module, [])
-"""
+    module = torch.nn.Linear(3, 3)
+    save_checkpoint(base / "step-00000001", LIGHTNING, module, [])
+    owner, name = {"optimizer": (state.OptimizerStates, "write"), "publish": (state, "publish")}[during]
+    setattr(owner, name, slowly)
+    save_checkpoint(base / "step-00000002", LIGHTNING, module, [])
 
 
 @pytest.mark.parametrize("during", ["optimizer", "publish"])
@@ -276,11 +268,10 @@ def test_kill_during_a_save_leaves_the_one_before(tmp_path: Path, during: str) -
     from automodel_trainer.checkpoint.runs import find_last
 
     base = tmp_path / "checkpoints"
-    child = subprocess.Popen([sys.executable, "-c", _SLOW_SAVE, base, during], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "writing\n"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    job = Job(tmp_path, slow_save, base, during)
+    job.until("writing")
+    job.signal(signal.SIGKILL)
+    assert job.wait() == [-signal.SIGKILL]
     assert (base / "step-00000002.tmp" / "model").is_dir()
     assert find_last(base) == base / "step-00000001"
     module = torch.nn.Linear(3, 3)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from automodel_trainer.tools.export import compare
 from automodel_trainer.tools.inspect import inspect
 from automodel_trainer.tools.merge import merge
 from automodel_trainer.tools.reshard import reshard
+from tests.processes import call, run_code
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.tools.test_merge import MOE
 
@@ -230,9 +229,8 @@ def test_memory_is_bounded_by_a_few_tensors(tmp_path: Path) -> None:
     total = sum(p.numel() * 4 for p in model.parameters()) / 2**20
     model.save_pretrained(tmp_path / "source", max_shard_size="150MB")
     del model
-    command = [sys.executable, "-c", _MEASURE, str(tmp_path / "source"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    printed = call(tmp_path, run_code, _MEASURE, tmp_path / "measure.py", str(tmp_path / "source"), str(tmp_path))
     assert total > 400
-    merged, resharded = map(int, done.stdout.split())
+    merged, resharded = (int(line) for line in printed.splitlines() if line.isdigit())
     assert merged < 0.15 * total
     assert resharded < 0.15 * total

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig, adapters
 from automodel_trainer.tools.merge import main, merge
 from automodel_trainer.tools.safetensors_stream import SafetensorsWriter
+from tests.processes import call, run_code
 from tests.tiny import tiny_model, tiny_tokenizer
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
@@ -163,10 +162,10 @@ def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base", max_shard_size="5GB")
     adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "base", lora=LoRAConfig(rank=4))
     save_adapter(adapted, tmp_path / "adapter")
-    command = [sys.executable, "-c", _MEASURE, str(tmp_path / "adapter"), str(tmp_path / "merged")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    places = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    printed = call(tmp_path, run_code, _MEASURE, tmp_path / "measure.py", *places)
     assert total > 200
-    assert int(done.stdout.split()[-1]) < 0.5 * total
+    assert int(printed.split()[-1]) < 0.5 * total
 
 
 def test_writer_writes_what_safetensors_reads(tmp_path: Path) -> None:
