@@ -28,7 +28,7 @@ class WidenedWeight:
     every use (`refresh`).
     """
 
-    def __init__(self, weight: nn.Parameter, rank: int) -> None:
+    def __init__(self, weight: Tensor, rank: int) -> None:
         step = ALIGNMENT // weight.element_size()
         self.inputs, self.rank = weight.shape[1], rank
         self.padding = -rank % step
@@ -43,7 +43,7 @@ class WidenedWeight:
             return False
         return x.dtype == a.dtype == b.dtype == self.storage.dtype
 
-    def refresh(self, weight: nn.Parameter, b: Tensor) -> None:
+    def refresh(self, weight: Tensor, b: Tensor) -> None:
         """Copy B in; and W, if `weight` was moved or replaced since."""
         storage = self.storage.data  # backward may still want the storage: what it computed with is what it has
         if weight.data_ptr() != storage.data_ptr():
@@ -51,7 +51,7 @@ class WidenedWeight:
             self.hold(weight)
         storage[:, self.inputs : self.inputs + self.rank].copy_(b.detach())
 
-    def hold(self, weight: nn.Parameter) -> None:
+    def hold(self, weight: Tensor) -> None:
         """Take the weight's values in, and make it a part of the storage."""
         held = self.storage.data[:, : self.inputs]
         weight.data = held.copy_(weight.detach())
