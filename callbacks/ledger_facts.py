@@ -19,6 +19,7 @@ from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.callbacks.watchdog import Watchdog
 from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
 from automodel_trainer.models.fp8 import fp8_layers
+from automodel_trainer.models.kernels import kernels_in_use
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.strategies import MeshStrategy, Objective
 from automodel_trainer.strategies.clip import local_tensor
@@ -67,6 +68,7 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
         "tied": [f"{name} = {source}" for name, source, tied in pairs if tied],
         "untied": [f"{name} ≠ {source}" for name, source, tied in pairs if not tied],
         "attention": sorted({attention_in_use(m) for m in inner}),
+        "kernels": next((used for m in inner if (used := kernels_in_use(m))), {}),
         "fp8": next((str(layers) for m in inner if (layers := fp8_layers(m))), None),
         "lora": next((text for m in inner if (text := describe_lora(m))), None),
     }

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from automodel_trainer.callbacks.console import Row
-from automodel_trainer.models.attention import NAME as FLEX
+from automodel_trainer.models.attention import TEXTS
 
 Facts = dict[str, Any]
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
-_KERNELS = {FLEX: "FlexAttention for packed rows, sdpa for others"}
 MEMORY = (("parameters", "model"), ("gradients", "gradients"), ("optimizer state", "optimizer"))
 
 
@@ -29,7 +28,9 @@ def ledger_rows(facts: Facts) -> list[Row]:
     if model["fp8"]:
         rows.append(("fp8", model["fp8"]))
     if model["attention"]:
-        rows.append(("attention", ", ".join(_KERNELS.get(name, name) for name in model["attention"])))
+        rows.append(("attention", ", ".join(TEXTS.get(name, name) for name in model["attention"])))
+    if model["kernels"]:
+        rows.append(("kernels", "; ".join(f"{name}: {text}" for name, text in model["kernels"].items())))
     rows += [
         ("layout", _layout(run)),
         *_pipeline(run.get("pipeline")),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from automodel_trainer.models.fp8 import fp8_layers
 from automodel_trainer.strategies.blocks import find_blocks
 from automodel_trainer.strategies.wrap import wrap
 
@@ -41,6 +42,11 @@ def apply_activation_checkpointing(model: nn.Module, mode: Literal["full", "sele
         raise ValueError(
             f"activation_checkpointing recomputes a model block by block, and {type(model).__name__} has no list of "
             "blocks (nn.ModuleList). Set activation_checkpointing to null."
+        )
+    if (layers := fp8_layers(model)) and layers.has_history:
+        raise ValueError(
+            f"activation_checkpointing={mode!r} runs blocks again in backward, and with fp8='delayed' every run "
+            "changes the scales. Use fp8='current', or no activation checkpointing."
         )
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":

@@ -3,23 +3,37 @@
 Transformers describes packed rows by a mask `[b, 1, s, s]`, with which attention can use neither its fastest kernels
 nor the fact that most of a row is not looked at. FlexAttention (arXiv 2412.05496) wants to know only which blocks of
 128 tokens look at each other, and that follows from where documents begin: the block mask is made once per forward and
-kind of layer, without waiting for the device. Rows of one document go to `sdpa`, which has faster kernels for them.
+kind of layer, without waiting for the device. Rows of one document go to `sdpa`, which has faster kernels for them, or
+to one of its kernels, or another library's, by name (`KERNELS`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from automodel_trainer.models import _transformer_engine
+
 NAME = "amt_flex"
+# Names that transformers gets to know; it takes any with "flash" in it for the flash-attn package.
+KERNELS = {"flex": NAME, "cudnn": "amt_cudnn", "flash": "amt_fa", "te": "amt_te"}
+TEXTS = {  # for the ledger
+    NAME: "FlexAttention for packed rows, sdpa for others",
+    "amt_cudnn": "FlexAttention for packed rows, cuDNN for others",
+    "amt_fa": "FlexAttention for packed rows, torch's FlashAttention for others",
+    "amt_te": "FlexAttention for packed rows, TransformerEngine for others",
+}
 BLOCK = 128
 _HALF = (torch.bfloat16, torch.float16)
 _documents: Tensor | None = None  # of the micro-batch whose masks are being made
@@ -36,18 +50,28 @@ def set_documents(numbers: Tensor | None) -> None:
     _documents = numbers
 
 
-def install_flex(model: PreTrainedModel) -> None:
-    """Let `model` attend to packed rows through FlexAttention, and to all others as before (`sdpa`).
+def install_attention_kernel(model: PreTrainedModel, kernel: str = "flex") -> None:
+    """Let `model` attend to packed rows through FlexAttention, and to rows of one document through `kernel`.
+
+    Rows with a mask of their own (padding, windows) go to `sdpa` as before.
+
+    Args:
+        kernel: of `KERNELS`; "flex" lets torch choose one for rows of one document.
 
     Raises:
         ValueError: the model needs something of attention that this does not do.
     """
     obstacle = flex_obstacle(model)
     if obstacle:
-        raise ValueError(f"attention='flex' does not fit {type(model).__name__}: {obstacle}. Use 'sdpa' or 'eager'.")
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
-    model.set_attn_implementation(NAME)
+        raise ValueError(
+            f"attention={kernel!r} does not fit {type(model).__name__}: {obstacle}. Use 'sdpa' or 'eager'."
+        )
+    if kernel == "te":
+        _transformer_engine.transformer_engine("attention='te'")
+    name = KERNELS[kernel]
+    AttentionInterface.register(name, partial(_attention, _PLAIN[kernel]))
+    AttentionMaskInterface.register(name, _mask)
+    model.set_attn_implementation(name)
 
 
 def flex_obstacle(model: PreTrainedModel) -> str | None:
@@ -113,8 +137,45 @@ def _mask(
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    plain: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """query `[b, h, s, d]`, key and value `[b, h_kv, s, d]`; out `[b, s, h, d]`."""
-    attend = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
+    if isinstance(attention_mask, BlockMask):
+        attend: Callable[..., Any] = flex_attention_forward
+    else:
+        causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
+        whole = attention_mask is None and query.shape[2] == key.shape[2] > 1  # neither masked nor from a cache
+        attend = plain if whole and causal and query.dtype in _HALF else sdpa_attention_forward
     return attend(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def _through(backend: SDPBackend) -> Callable[..., Any]:
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(backend):
+            return sdpa_attention_forward(*args, **kwargs)
+
+    return attend
+
+
+def _through_te(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    if any(kwargs.get(name) for name in ("dropout", "softcap")) or any(
+        kwargs.get(name) is not None for name in ("s_aux", "position_bias")
+    ):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    return _transformer_engine.causal_attention(query, key, value, kwargs.get("scaling")), None
+
+
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "flex": sdpa_attention_forward,
+    "cudnn": _through(SDPBackend.CUDNN_ATTENTION),
+    "flash": _through(SDPBackend.FLASH_ATTENTION),
+    "te": _through_te,
+}

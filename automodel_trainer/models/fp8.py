@@ -24,11 +24,13 @@ class Fp8Layers:
         recipe: how scales are chosen.
         converted: names of the layers that multiply in fp8.
         left: name of every other linear layer of the blocks -> why.
+        has_history: scales come from the forwards before, so that none may be run twice.
     """
 
     recipe: str
     converted: list[str]
     left: dict[str, str] = field(default_factory=dict)
+    has_history: bool = False
 
     def __str__(self) -> str:
         text = f"{len(self.converted)} linear layers in fp8 ({self.recipe})"

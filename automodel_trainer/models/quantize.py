@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from automodel_trainer.models import _bitsandbytes, _torchao
-from automodel_trainer.models.lora.layers import LoRALinear, LoRAParameters, mixed
+from automodel_trainer.models.lora.layers import LoRALinear, LoRAParameters
+from automodel_trainer.models.mixing import mixed
 from automodel_trainer.models.nf4 import BLOCK, SCALE_BLOCK
 from automodel_trainer.models.packed_tensor import pack
 
@@ -44,6 +45,11 @@ def prepare_packing(model: nn.Module, packing: str) -> None:
     for name, module in model.named_modules():
         if not (names := _to_pack(module)):
             continue
+        if not getattr(module, "packable", True):
+            raise ValueError(
+                f"lora quantize={packing!r}: {name} computes as a {type(module).__name__}, which takes no packed "
+                "weight. Leave kernels linear at 'auto'."
+            )
         for key in names:
             if (elements := module._parameters[key].shape.numel()) % BLOCK:  # type: ignore[union-attr]
                 raise ValueError(

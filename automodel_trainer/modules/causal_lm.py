@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from automodel_trainer.models._transformers import packing_without_sync
 from automodel_trainer.models.auto import AutoModelForCausalLM, add_adapters, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
-from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
+from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, choose_lora_kernel, finish_lora, lora_of
 from automodel_trainer.modules.loss import next_token_targets, summed_loss, supervised_tokens, token_losses
 from automodel_trainer.modules.metrics import FiniteGuard, LossWindow, TokenMetrics
@@ -155,11 +155,13 @@ class CausalLMModule(Objective, pl.LightningModule):
         """Build the model on the strategy's mesh. Called by the Trainer once the processes have started."""
         if self.model is not None:
             return
+        check_compiled(self.kernels, self.strategy.compiles)
         # Lightning calls this with the GPU as the default device; the builder says for itself what lies where.
         with torch.device("cpu"):
             self.model = self._build()
         packing_without_sync(self.model)
-        defer_logits(self.model)
+        if self.kernels.on(self.strategy.root_device).loss != "whole":
+            defer_logits(self.model)
         if self.neftune_alpha:
             add_neftune(self.model.get_input_embeddings(), self.neftune_alpha)
         self.model.train()
@@ -238,7 +240,7 @@ class CausalLMModule(Objective, pl.LightningModule):
         return inputs, next_token_targets(micro_batch["labels"])
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        loss = summed_loss(outputs.logits, targets)
+        loss = summed_loss(outputs.logits, targets, self.kernels.on(targets.device).loss)
         balance = getattr(outputs, "aux_loss", None)  # mixture-of-experts models that were asked for it
         if balance is not None:
             loss = loss + self.model.config.router_aux_loss_coef * balance * (targets != -100).sum()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from automodel_trainer.models import _liger
 from automodel_trainer.modules.linear_cross_entropy import IGNORE_INDEX, chunk_rows, linear_cross_entropy
 from automodel_trainer.strategies.deferred_logits import DeferredLogits
 from automodel_trainer.strategies.loss_parallel import sharded_argmax, sharded_logits, sharded_token_losses
@@ -38,11 +39,24 @@ def supervised_tokens(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
-def summed_loss(logits: Logits, targets: Tensor) -> Tensor:
-    """The sum of `token_losses`, 0-dim."""
+def summed_loss(logits: Logits, targets: Tensor, kernel: str = "chunked") -> Tensor:
+    """The sum of `token_losses`, 0-dim.
+
+    Args:
+        kernel: for `DeferredLogits`: "chunked" or "liger".
+
+    Raises:
+        ValueError: "liger", and the head is more than a linear layer of its own.
+    """
     if isinstance(logits, DeferredLogits) and (weight := logits.plain_weight) is not None:
         bias: Any = getattr(logits.layer, "bias", None)
-        return linear_cross_entropy(logits.hidden.flatten(0, -2), weight, bias, targets.flatten())
+        compute = _liger.linear_cross_entropy if kernel == "liger" else linear_cross_entropy
+        return compute(logits.hidden.flatten(0, -2), weight, bias, targets.flatten())
+    if kernel == "liger":
+        raise ValueError(
+            "kernels loss='liger' is for a head that is a linear layer and nothing more: this one is cut over ranks, "
+            "adapted, or followed by a scale or a cap. Use 'chunked'."
+        )
     return token_losses(logits, targets).sum()
 
 

@@ -12,7 +12,7 @@ from transformers.integrations import flex_attention as flex_integration
 
 from automodel_trainer.models import attention
 from automodel_trainer.models._transformers import attention_in_use, packing_without_sync
-from automodel_trainer.models.attention import NAME, document_block_mask, install_flex
+from automodel_trainer.models.attention import NAME, document_block_mask, install_attention_kernel
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from tests.tiny import tiny_model
 
@@ -93,7 +93,7 @@ def test_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         wanted = model(**inputs).logits
         alone = model(input_ids=ids[:, 100:128][:1], use_cache=False).logits
-        install_flex(model)
+        install_attention_kernel(model)
         monkeypatch.setattr(attention, "sdpa_mask", None)  # it would be called for a whole mask
         out = model(**inputs).logits
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
@@ -107,7 +107,7 @@ def test_other_rows_go_to_sdpa() -> None:
     mask = torch.ones_like(ids)
     mask[0, 20:] = 0
     wanted = model(input_ids=ids).logits, model(input_ids=ids, attention_mask=mask).logits
-    install_flex(model)
+    install_attention_kernel(model)
     torch.testing.assert_close(model(input_ids=ids).logits, wanted[0])
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, wanted[1])
 

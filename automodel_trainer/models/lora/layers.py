@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from automodel_trainer.models.lora.functional import adapted_weight, direction_norm, low_rank
+from automodel_trainer.models.mixing import mixed
 from automodel_trainer.models.packed_tensor import PackedTensor
 
 if TYPE_CHECKING:
@@ -188,10 +188,3 @@ def dense(weight: Tensor) -> Tensor:
         return weight.get_original_weight()
     unpack = getattr(weight, "get_original_weight", None)
     return weight if unpack is None else unpack()
-
-
-@cache
-def mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
-    """The class `cls` with `mixin` before it."""
-    name = f"{mixin.__name__}_{cls.__name__}"
-    return mixin if issubclass(mixin, cls) else type(name, (mixin, cls), {"__module__": cls.__module__})

@@ -1,0 +1,70 @@
+"""Every use of Liger Kernel (0.8.5; arXiv 2410.10989): Triton kernels for norms, gated MLPs, rotation and the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from automodel_trainer.models.gated_mlp import GatedMLP, GateKernel
+from automodel_trainer.models.norms import Norm, NormKernel
+
+
+def liger(option: str) -> Any:
+    """The module with Liger's autograd functions.
+
+    Raises:
+        ValueError: it is not installed; `option` is who asked.
+    """
+    try:
+        from liger_kernel import ops
+    except ImportError as error:
+        raise ValueError(
+            f"{option} needs Liger Kernel and Triton: pip install 'automodel-trainer[liger]' ({error})."
+        ) from error
+    return ops
+
+
+def norm_kernel(norm: Norm) -> NormKernel | str:
+    """A kernel for such norms, or why there is none."""
+    ops = liger("norm='liger'")
+    if norm.centred and norm.offset:
+        return "LayerNorm with an offset on its weight"
+    if norm.centred:
+        return lambda x, weight, bias: ops.LigerLayerNormFunction.apply(
+            x, weight, torch.zeros_like(weight) if bias is None else bias, norm.eps
+        )
+    rounding = "gemma" if norm.wide else "llama"  # Liger's names for when the result is cast back
+
+    def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # Not in place: who else needs the gradient of the output is not known here.
+        y: Tensor = ops.LigerRMSNormFunction.apply(x, weight, norm.eps, norm.offset, rounding, False)
+        return y if bias is None else y + bias
+
+    return rms_norm
+
+
+def gate_kernel(mlp: GatedMLP) -> GateKernel | str:
+    """A kernel of act(gate) · up, or why there is none."""
+    ops = liger("activation='liger'")
+    function = {"silu": ops.LigerSiLUMulFunction, "gelu_tanh": ops.LigerGELUMulFunction}.get(mlp.activation)
+    return f"its activation is {mlp.activation}" if function is None else function.apply
+
+
+def rope_kernel(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q `[b, h, s, d]`, k `[b, h_kv, s, d]`, cos and sin `[b, s, d]`."""
+    return liger("rope='liger'").LigerRopeFunction.apply(q, k, cos, sin)  # type: ignore[no-any-return]
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """As `modules.linear_cross_entropy` has it: summed over targets that are not −100; weight gradients in fp32."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+    function = liger("loss='liger'").LigerFusedLinearCrossEntropyFunction
+    loss, *_ = function.apply(
+        hidden, weight, targets, bias, None, -100, 0.0, 0.0, "sum", None, False, torch.float32
+    )  # fmt: skip
+    return loss  # type: ignore[no-any-return]

@@ -1,0 +1,173 @@
+"""TransformerEngine's place in a model, with a stand-in for it: swaps, names, checkpoints, adapters, refusals."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from automodel_trainer.models import AutoModelForCausalLM, attention
+from automodel_trainer.models.fp8 import fp8_layers
+from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, kernels_in_use
+from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
+from automodel_trainer.models.te_linear import TELinear, convert_to_te
+from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
+from tests.beside import use
+from tests.harness import relative_error
+from tests.models import transformer_engine_stand_in as stand_in
+from tests.tiny import tiny_model
+
+GPU = torch.device("cuda")
+ALL = KernelsConfig(attention="te", norm="te", linear="te")
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in.install(monkeypatch)
+
+
+def step(model: Any, rows: int = 4, length: int = 32) -> tuple[Tensor, dict[str, Tensor]]:
+    ids = torch.randint(5, 260, (rows, length), generator=torch.Generator().manual_seed(0))
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(found: Any, wanted: Any, tolerance: float = 1e-5) -> None:
+    assert found[0] == pytest.approx(wanted[0].item(), rel=tolerance)
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        assert relative_error(found[1][name], gradient) < tolerance, name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "qwen2", "nemotron", "gpt_neox"])
+def test_the_same_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of every kind, linear layers with and without bias, and attention; loss, gradients and names are kept."""
+    monkeypatch.setattr(attention, "_HALF", (torch.float32,))
+    options: dict[str, Any] = {"attn_implementation": "sdpa"}
+    plain, model = (tiny_model(family, **options) for _ in range(2))
+    for m in (plain, model):  # norms that begin as ones would hide whose weight is used
+        for i, parameter in enumerate(m.parameters()):
+            torch.nn.init.normal_(parameter, std=0.1 + 0.01 * (i % 3))
+        m.train()
+    model.load_state_dict(plain.state_dict())
+    names = list(model.state_dict())
+    apply_kernels(model, ALL, GPU)
+    used = kernels_in_use(model)
+    assert "TransformerEngine" in used["norm"]
+    assert "TransformerEngine" in used["linear"]
+    assert "not " not in used["norm"]
+    called: list[str] = []
+    causal = attention._transformer_engine.causal_attention
+    monkeypatch.setattr(
+        attention._transformer_engine, "causal_attention", lambda *a: (called.append("te"), causal(*a))[1]
+    )
+    same(step(model), step(plain))
+    assert list(model.state_dict()) == names
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert called == ["te", "te"]
+
+
+def test_fp8() -> None:
+    loss, gradients = step(tiny_model("llama"))
+    for recipe in ("delayed", "current"):
+        model = tiny_model("llama")
+        convert_to_te(model, recipe)
+        stand_in.state.updates = 0
+        ours, found = step(model)
+        assert ours == pytest.approx(loss.item(), rel=1e-2)
+        assert ours != loss
+        together = [torch.cat([g[name].flatten() for name in gradients]) for g in (found, gradients)]
+        assert 1e-4 < relative_error(*together) < 0.12
+        assert str(fp8_layers(model)) == f"14 linear layers in fp8 (TransformerEngine, {recipe})"
+        # delayed scales change once, when the model's forward is over
+        assert stand_in.state.updates == (1 if recipe == "delayed" else 14)
+
+
+def test_odd_numbers_of_tokens_are_not_multiplied_in_fp8() -> None:
+    model = tiny_model("llama")
+    convert_to_te(model, "current")
+    with pytest.warns(UserWarning, match="no multiple of 8 is not multiplied in fp8"):
+        found = step(model, rows=1, length=13)
+    same(found, step(tiny_model("llama"), rows=1, length=13))
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    """Built on meta, filled from a folder and written to another one: the same weights under the same names."""
+    plain = tiny_model("llama")
+    plain.save_pretrained(tmp_path / "a")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    with torch.device("meta"):
+        swapped = tiny_model("llama")
+    apply_kernels(swapped, ALL, GPU)
+    assert list(swapped.state_dict()) == list(model.state_dict())
+    from automodel_trainer.models.auto import fill_from_folder
+
+    fill_from_folder(swapped, tmp_path / "a", None)
+    swapped.set_attn_implementation("sdpa")
+    same(step(swapped), step(plain))
+    swapped.save_pretrained(tmp_path / "b")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    torch.testing.assert_close(again.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("first", ["kernels", "adapters"])
+def test_adapters(first: str) -> None:
+    """The base multiplies through TransformerEngine, the factors do not; whichever comes first."""
+    plain = apply_lora(tiny_model("llama"), LoRAConfig(rank=4))
+    finish_lora(plain)
+    model = tiny_model("llama")
+    if first == "kernels":
+        convert_to_te(model, None)
+    apply_lora(model, LoRAConfig(rank=4))
+    finish_lora(model)
+    if first == "adapters":
+        assert len(convert_to_te(model, None)) == 14
+    layers = [module for module in model.modules() if isinstance(module, TELinear)]
+    assert len(layers) == 14
+    assert all(type(layer.lora_A) is nn.Linear for layer in layers)
+    same(step(model), step(plain))
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_refusals() -> None:
+    use("torchao")
+    with pytest.raises(ValueError, match=r"fp8='rowwise' is not for linear='te'\. Allowed: delayed, current, block"):
+        apply_kernels(tiny_model("llama"), KernelsConfig(linear="te", fp8="rowwise"), GPU)
+    with pytest.raises(ValueError, match=r"fp8='delayed' is a recipe of TransformerEngine: set linear='te'"):
+        apply_kernels(tiny_model("llama"), KernelsConfig(fp8="delayed"), GPU)
+    with pytest.raises(ValueError, match=r"fp8='block' with linear='te': FP8 block scaled GEMM requires"):
+        convert_to_te(tiny_model("llama"), "block")
+    small = tiny_model("llama", hidden_size=36, head_dim=10, intermediate_size=72)
+    with pytest.raises(ValueError, match=r"linear='te' would change nothing: .* multiples of 16 \(model\.layers\.0\."):
+        convert_to_te(small, "current")
+    model = tiny_model("llama")
+    convert_to_te(model, "delayed")
+    with pytest.raises(ValueError, match="with fp8='delayed' every run changes the"):
+        apply_activation_checkpointing(model, "full")
+    with pytest.raises(ValueError, match=r"computes as a .*TELinear, which takes no packed weight"):
+        apply_lora(model, LoRAConfig(rank=4, quantize="nf4"))
+
+
+def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
+    for options in ({"linear": "te"}, {"norm": "te"}, {"attention": "te"}):
+        with pytest.raises(ValueError, match=r"='te' needs TransformerEngine: pip install 'automodel-trainer\[te\]'"):
+            apply_kernels(tiny_model("llama"), KernelsConfig(**options), GPU)
+
+
+def test_the_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter that the stand-in names, the library has, at the same place and with the same default."""
+    monkeypatch.undo()
+    te = pytest.importorskip("transformer_engine.pytorch")
+    for name in ("Linear", "RMSNorm", "DotProductAttention", "autocast", "is_fp8_available"):
+        theirs = inspect.signature(getattr(te, name)).parameters
+        for key, parameter in inspect.signature(getattr(stand_in, name)).parameters.items():
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                assert theirs[key].default == parameter.default, (name, key)
