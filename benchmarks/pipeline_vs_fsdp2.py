@@ -1,11 +1,19 @@
 """A llama-8B-shaped model on 2 GPUs: pipeline schedules against FSDP2 on the same global batch, and against one stage.
 
-`python benchmarks/pipeline_vs_fsdp2.py` runs every case in processes of its own and prints a line of JSON each, then a
-table; `--tiny` makes the model small (CPU ranks will do), `--cases` chooses.
+`python benchmarks/pipeline_vs_fsdp2.py` runs one case after the other, each in processes of its own, within `--limit`
+seconds in all; every case prints a line of JSON when it ends (or the end of its ranks' output when it fails), and the
+table so far follows. `--small` makes the model small (CPU ranks will do), `--cases` chooses, in this order.
 
-What to look at: `tokens_per_second` of a pipeline should be within 5 % of (1 − predicted bubble) × the rate of "one
-stage": half of the layers with embedding and head on one GPU, that is, what each of the two GPUs could do if it never
-waited. `measured_bubble` is the share of the last step in which ranks computed no stage.
+What a step is: forward and backward of `--micro-batches` micro-batches of 2 × 4,096 random tokens, clip, AdamW. The
+first two steps are not counted. `--precision bf16` (fp32 master weights) by default.
+
+What to look at, in a row of a pipeline:
+- `of one stage`: tokens per second by (1 − predicted bubble) × those of the case `one stage`: the dearest stage alone
+  on one GPU, with the same micro-batches, so what each GPU could do if it never waited. The goal is 95 % or more.
+- `of its own`: the same against the rate at which the pipeline's own stages compute: tokens by the seconds that its
+  ranks compute in a step (their mean), optimizer left out on both sides. It tells waiting from computing slower.
+- `measured` bubble: the share of a pipeline's forward and backward in which its ranks compute nothing, mean over ranks
+  and steps; `predicted` is counted from the schedule and the stages' weights.
 """
 
 from __future__ import annotations
@@ -13,121 +21,201 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # layouts.py beside this file
 
 import torch
 from layouts import EIGHT_B, TINY, RandomModel
+from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer import MockDataModule, Trainer
 from automodel_trainer.callbacks import Throughput
+from automodel_trainer.strategies.pipeline_split import balanced_counts, find_parts, layer_costs
 
 CASES = {
+    "pp, 1f1b": ("3d:pp=2,split=auto", 2),
     "fsdp2": ("fsdp2", 2),
-    "pp, 1f1b": ("3d:pp=2", 2),
-    "pp, 1f1b, balanced": ("3d:pp=2,split=auto", 2),
+    "one stage": ("fsdp2:reshard_after_forward=false", 1),  # as in a pipeline: cast once a step
     "pp, interleaved": ("3d:pp=2,schedule=interleaved_1f1b,split=auto", 2),
     "pp, zbv": ("3d:pp=2,schedule=zbv,split=auto", 2),
-    "one stage": ("fsdp2", 1),
+    "pp, 1f1b, even": ("3d:pp=2", 2),
+    "pp, 1f1b, eager": ("3d:pp=2,split=auto,compile=false", 2),
 }
-STEPS, WARM = 8, 3
+ROWS, WARM = 2, 2
 
 
-def run(case: str, tiny: bool, precision: str, micro_batches: int, root: str) -> dict[str, Any]:
+class Steps(Callback):
+    """Seconds of every step; of a pipeline's, also those that this rank computed, and those of its schedule."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.pipeline: list[tuple[float, float]] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        _synchronize()
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        _synchronize()
+        self.seconds.append(time.perf_counter() - self.began)
+        if (pipeline := getattr(trainer.strategy, "pipeline", None)) is not None:
+            self.pipeline.append(pipeline.clock.seconds())
+        print(f"step {trainer.global_step}: {self.seconds[-1]:.2f} s", flush=True)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def run(case: str, args: argparse.Namespace) -> dict[str, Any]:
     """One case on this rank."""
     strategy, ranks = CASES[case]
-    shape = dict(TINY if tiny else EIGHT_B)
-    shape["num_hidden_layers"] = 4 if tiny else 32
+    shape = {**(TINY if args.small else EIGHT_B), "num_hidden_layers": 8 if args.small else 32}
+    model = RandomModel(shape, lr=1e-5, scheduler="constant")
     if case == "one stage":
-        shape["num_hidden_layers"] //= 2
-    length = 64 if tiny else 4096
-    # micro-batches of two rows everywhere: a pipeline of two ranks runs them all on both, fsdp2 half of them on each
+        (whole,) = model._reference
+        costs, first, last = layer_costs(whole, find_parts(whole))
+        shape["num_hidden_layers"] = balanced_counts(costs, first, last, 2)[-1]
+        model = RandomModel(shape, lr=1e-5, scheduler="constant")
+    length = 64 if args.small else 4096
+    # a pipeline of two ranks runs all micro-batches on both, fsdp2 half of them on each
     data = MockDataModule(
         shape["vocab_size"],
         seq_len=length,
-        micro_batch_size=2,
-        global_batch_size=2 * micro_batches,
-        num_samples=2 * micro_batches * STEPS,
+        micro_batch_size=ROWS,
+        global_batch_size=ROWS * args.micro_batches,
+        num_samples=ROWS * args.micro_batches * args.steps,
     )
-    throughput = Throughput()
+    steps, throughput = Steps(), Throughput()
     trainer = Trainer(
         strategy=strategy,
-        accelerator="cpu" if tiny else "gpu",
+        accelerator="cpu" if args.small else "gpu",
         devices=ranks,
-        precision=precision,
-        max_steps=STEPS,
-        log_every_n_steps=STEPS - WARM,
-        default_root_dir=root,
-        callbacks=[throughput],
+        precision=args.precision,
+        max_steps=args.steps,
+        log_every_n_steps=args.steps - 1,
+        default_root_dir=args.root,
+        callbacks=[steps, throughput],
         enable_checkpointing=False,
         enable_progress_bar=False,
         logger=False,
     )
-    trainer.fit(RandomModel(shape, lr=1e-5, scheduler="constant"), data)
-    names = ("tokens_per_second", "peak_memory_gib", "pipeline_bubble", "mfu")
-    result = {name: throughput.last[name] for name in names if name in throughput.last}
-    describe = getattr(trainer.strategy, "describe_pipeline", lambda _: None)(micro_batches)
+    trainer.fit(model, data)
+    tokens = ROWS * args.micro_batches * length
+    result: dict[str, Any] = {
+        "tokens_per_second": round(tokens / median(steps.seconds[WARM:]), 1),
+        "step_s": [round(s, 3) for s in steps.seconds],
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if torch.cuda.is_available() else 0.0,
+        "layers": shape["num_hidden_layers"],
+    }
+    result |= {name: round(throughput.last[name], 4) for name in ("mfu",) if name in throughput.last}
+    describe = getattr(trainer.strategy, "describe_pipeline", lambda _: None)(args.micro_batches)
     if describe is not None:
-        result |= {"predicted_bubble": describe["bubble"], "layers": describe["layers"]}
+        counted = steps.pipeline[WARM:]
+        result |= {"predicted_bubble": round(describe["bubble"], 4), "layers": describe["layers"]}
+        result |= {"busy_s": mean(busy for busy, _ in counted), "pipeline_s": mean(whole for _, whole in counted)}
     return result
 
 
-def launch(case: str, arguments: argparse.Namespace, root: str) -> dict[str, Any]:
+# --- the parent -------------------------------------------------------------------------------------------------------
+
+
+def launch(case: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """Run a case in its ranks' processes, `seconds` at most; what they found, or the end of what they printed."""
     _, ranks = CASES[case]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__]
-    command += ["--case", case, "--root", root, "--precision", arguments.precision]
-    command += ["--micro-batches", str(arguments.micro_batches), *(["--tiny"] if arguments.tiny else [])]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=arguments.timeout)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        return {"failed": done.stdout[-300:] + done.stderr[-2000:]}
-    return json.loads(lines[0].removeprefix("RESULT "))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes, files = [], []
+    for rank in range(ranks):
+        env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+        files.append(Path(args.root) / f"{list(CASES).index(case)}-{rank}.txt")
+        command = [sys.executable, __file__, *sys.argv[1:], "--case", case, "--root", args.root]
+        with files[-1].open("w") as output:
+            processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env))
+    deadline = time.monotonic() + seconds
+    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    late = time.monotonic() > deadline
+    for process in processes:
+        process.kill()
+        process.wait()
+    texts = [file.read_text(errors="replace") for file in files]
+    found = [line.removeprefix("RESULT ") for text in texts for line in text.splitlines() if line.startswith("RESULT ")]
+    if len(found) < ranks:
+        why = f"longer than {seconds:.0f} s" if late else "a rank failed"
+        return {"failed": why, "output": [text[-2500:] for text in texts]}
+    return together([json.loads(line) for line in found])
+
+
+def together(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ranks' results as one."""
+    result = {**results[0], "peak_gib": [r["peak_gib"] for r in results]}
+    if "busy_s" in result:
+        result["busy_s"] = [round(r["busy_s"], 3) for r in results]
+        result["pipeline_s"] = [round(r["pipeline_s"], 3) for r in results]
+        result["bubble"] = round(mean(1 - r["busy_s"] / r["pipeline_s"] for r in results), 4)
+    return result
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """The results as Markdown; `of the goal`: tokens per second by (1 − predicted bubble) × those of one stage."""
+    """The results as Markdown."""
     lines = [
-        "| case | tokens/s | peak GiB | bubble: measured | predicted | of the goal |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| case | layers | tokens/s | peak GiB | MFU | bubble: measured | predicted | of one stage | of its own |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     alone = results.get("one stage", {}).get("tokens_per_second")
     for case, r in results.items():
         if "failed" in r:
-            lines.append(f"| {case} | failed | | | | |")
+            lines.append(f"| {case} | {r['failed']} | | | | | | | |")
             continue
-        predicted, measured = r.get("predicted_bubble"), r.get("pipeline_bubble")
-        goal = alone and predicted is not None and r["tokens_per_second"] / ((1 - predicted) * alone)
-        shares = [f"{share:.1%}" if share is not None else "" for share in (measured, predicted, goal or None)]
-        lines.append(f"| {case} | {r['tokens_per_second']:,.0f} | {r['peak_memory_gib']:.1f} | {' | '.join(shares)} |")
+        measured, predicted = r.get("bubble"), r.get("predicted_bubble")
+        of_alone = r["tokens_per_second"] / (1 - predicted) / alone if alone and predicted is not None else None
+        of_own = (1 - measured) / (1 - predicted) if measured is not None and predicted is not None else None
+        shares = [f"{v:.1%}" if v is not None else "" for v in (r.get("mfu"), measured, predicted, of_alone, of_own)]
+        peaks = ", ".join(str(peak) for peak in r["peak_gib"])
+        lines.append(f"| {case} | {r['layers']} | {r['tokens_per_second']:,.0f} | {peaks} | {' | '.join(shares)} |")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a small model on CPU ranks")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--precision", default="bf16-true", help="bf16 keeps fp32 master weights (twice the memory)")
+    parser.add_argument("--small", action="store_true", help="a small model on CPU ranks")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES)[:4])
+    parser.add_argument("--precision", default="bf16", help="bf16 keeps fp32 master weights; bf16-true does not")
     parser.add_argument("--micro-batches", type=int, default=8, help="of two rows, per step of a pipeline")
-    parser.add_argument("--timeout", type=float, default=600)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=150, help="seconds for all cases")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--root", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case:
-        result = run(arguments.case, arguments.tiny, arguments.precision, arguments.micro_batches, arguments.root)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("RESULT " + json.dumps(result), flush=True)
+    args = parser.parse_args()
+    if args.case:
+        print("RESULT " + json.dumps(run(args.case, args)), flush=True)
         return
-    results = {}
-    with tempfile.TemporaryDirectory() as root:
-        for case in arguments.cases:
-            results[case] = launch(case, arguments, root)
-            print(json.dumps({"case": case, **results[case]}), flush=True)
-    print("\n".join(["", f"torch {torch.__version__}", *table(results)]))
+    results: dict[str, dict[str, Any]] = {}
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as args.root:
+        for case in args.cases:
+            left = args.limit - (time.monotonic() - began)
+            if left < 10:
+                print(f"{case}: no time left of {args.limit:.0f} s", flush=True)
+                continue
+            results[case] = launch(case, args, left)
+            output = results[case].pop("output", [])
+            print(f"{time.monotonic() - began:.0f} s", case, json.dumps(results[case]), *output, sep="\n", flush=True)
+            print("\n".join(["", f"torch {torch.__version__}", *table(results), ""]), flush=True)
 
 
 if __name__ == "__main__":

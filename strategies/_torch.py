@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.pipelining import PipelineStage as TorchPipelineStage
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
 __all__ = [
+    "PipelineStage",
     "StridedShard",
     "all_gather_first",
     "all_reduce_sum",
@@ -112,6 +114,14 @@ def overlap_matmuls_with_collectives(group: ProcessGroup) -> None:
 
     enable_symm_mem_for_group(group.group_name)
     torch._inductor.config._micro_pipeline_tp = True
+
+
+class PipelineStage(TorchPipelineStage):
+    """torch's stage, whose first message to its neighbours (torch 2.11) leaves out those on its own rank: gloo cannot
+    send to itself, and neighbours on one rank never send (V-shaped schedules)."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
 def unviewed(tensor: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.pipelining import PipelineStage
 
-from automodel_trainer.strategies._torch import unviewed
+from automodel_trainer.strategies._torch import PipelineStage, unviewed
 from automodel_trainer.strategies.pipeline_schedule import (
     Work,
     build_schedule,
@@ -222,12 +221,17 @@ class Clock:
         event.record()
         return event
 
-    def bubble(self) -> float | None:
-        """The share of the last step that this rank did not compute in; None before the first. Waits for the device."""
+    def seconds(self) -> tuple[float, float] | None:
+        """Of the last step: how long this rank computed, and how long it took; None before the first. Waits for the
+        device."""
         if len(self._whole) < 2:
             return None
-        seconds = self._between(*self._whole)
-        return max(0.0, 1 - sum(self._between(*mark) for mark in self._marks) / seconds)
+        return sum(self._between(*mark) for mark in self._marks), self._between(*self._whole)
+
+    def bubble(self) -> float | None:
+        """The share of the last step that this rank did not compute in; None before the first. Waits for the device."""
+        seconds = self.seconds()
+        return None if seconds is None else max(0.0, 1 - seconds[0] / seconds[1])
 
     def _between(self, start: Any, end: Any) -> float:
         if not self._cuda:

@@ -1,0 +1,120 @@
+"""Pipeline stages that are compiled, checkpoint activations or compute in bf16, against plain torch on one device."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from automodel_trainer.modules.loss import next_token_targets
+from automodel_trainer.strategies import Parallel3DStrategy
+from tests.harness import NextToken, make_strategy, random_rows, relative_error, stack
+from tests.pool import RankPool
+from tests.strategies.pipeline_runs import (
+    LENGTH,
+    MAX_NORM,
+    MICRO_BATCHES,
+    ROWS,
+    STEPS,
+    adam,
+    build,
+    check,
+    reference,
+    train,
+)
+from tests.strategies.test_compile import COMPILED, Counted
+
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("spec", "world_size", "family", "options"),
+    [
+        ("3d:pp=2", 2, "gemma3_text", TIED),
+        ("3d:pp=2,schedule=interleaved_1f1b,activation_checkpointing=full", 2, "llama", {**TIED, "lora": True}),
+        ("3d:pp=2,activation_checkpointing=selective", 4, "qwen3", UNTIED),
+        ("3d:pp=2,tp=2,activation_checkpointing=full", 4, "llama", UNTIED),
+    ],
+)
+def test_compiled_stages(pool: RankPool, spec: str, world_size: int, family: str, options: dict[str, Any]) -> None:
+    expected = reference(family, **options)
+    check(pool.run(world_size, train, f"{spec},{COMPILED}", world_size, family, **options), expected)
+
+
+def bf16_reference(family: str, **overrides: Any) -> dict[str, Any]:
+    """fp32 master weights; forward and backward of every micro-batch in bf16, its gradients added up in fp32."""
+    master = build(family, lora=False, **overrides)
+    optimizer = adam(master)
+    history = []
+    for step in range(STEPS):
+        rows = random_rows(ROWS, LENGTH, seed=step)
+        tokens = (stack(rows)["labels"][:, 1:] != -100).sum()
+        computing = copy.deepcopy(master)
+        for parameter in computing.parameters():
+            parameter.data = parameter.data.bfloat16()
+        total = 0.0
+        size = ROWS // MICRO_BATCHES
+        for batch in (stack(rows[i : i + size]) for i in range(0, ROWS, size)):
+            logits = computing(input_ids=batch["input_ids"], use_cache=False).logits.float()
+            targets = next_token_targets(batch["labels"]).flatten()
+            loss = F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
+            computing.zero_grad()
+            (loss / tokens).backward()
+            total += loss.item() / tokens.item()
+            for wide, narrow in zip(master.parameters(), computing.parameters()):
+                assert narrow.grad is not None
+                wide.grad = narrow.grad.float() + (0 if wide.grad is None else wide.grad)
+        norm = torch.nn.utils.clip_grad_norm_(master.parameters(), MAX_NORM)
+        gradients = {name: p.grad.clone() for name, p in master.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append({"loss": total, "norm": norm.item(), "gradients": gradients})
+    return {"history": history, "weights": {n: p.detach() for n, p in master.named_parameters()}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "world_size", "options"),
+    [
+        ("3d:pp=2,schedule=interleaved_1f1b", 2, UNTIED),
+        (f"3d:pp=2,{COMPILED}", 4, TIED),
+        ("3d:pp=2,schedule=zbv", 2, TIED),
+    ],
+)
+def test_bf16(pool: RankPool, spec: str, world_size: int, options: dict[str, Any]) -> None:
+    """Hidden states travel in bf16; master weights and sums of gradients are fp32.
+
+    In bf16 a number has three digits, and Adam's first steps, whose size does not depend on the gradient's, make much
+    of the last one: the first gradient is compared more strictly than what comes after it.
+    """
+    results = pool.run(world_size, train, spec, world_size, "llama", precision="bf16", **options)
+    assert {w.dtype for result in results for w in result["weights"].values()} == {torch.float32}
+    expected = bf16_reference("llama", **options)
+    for result in results:
+        for name, gradient in result["history"][0]["gradients"].items():
+            assert relative_error(gradient, expected["history"][0]["gradients"][name]) < 5e-3, name
+    check(results, expected, loss=1e-3, others=6e-2)
+
+
+def count_calls(spec: str) -> int:
+    """How often one activation function of this rank's stage is computed in a step of four micro-batches."""
+    torch._dynamo.reset()
+    strategy = make_strategy(spec, 2)
+    model = build("llama", lora=False).train()
+    model = strategy.parallelize(model)
+    assert isinstance(strategy, Parallel3DStrategy)
+    assert strategy.pipeline is not None
+    layer = model.model.layers[strategy.pipeline.model.split.own[-1].layers[0]]
+    counted = layer.mlp.act_fn = Counted(layer.mlp.act_fn)
+    micro_batches = [stack(random_rows(1, 8, seed=i)) for i in range(4)]
+    strategy.forward_backward(NextToken(model), micro_batches, torch.tensor(10))
+    return counted.calls
+
+
+@pytest.mark.parametrize("spec", ["3d:pp=2", f"3d:pp=2,{COMPILED}", "3d:pp=2,schedule=interleaved_1f1b"])
+def test_checkpointing_recomputes(pool: RankPool, spec: str) -> None:
+    """What a block computes is computed once more in backward, and once only without checkpointing."""
+    assert pool.run(2, count_calls, spec) == [4, 4]
+    assert pool.run(2, count_calls, f"{spec},activation_checkpointing=full") == [8, 8]
