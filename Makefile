@@ -40,11 +40,12 @@ types: venv
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-# All of what `make test` takes a covering subset of: a hundred kills, every layout resumed on every other (writes the
-# table of docs/resume.md).
+# All of what `make test` takes a covering subset of: a hundred kills, every layout resumed on every other, every
+# pipeline against one device (writes the tables of docs/resume.md and docs/pipeline.md).
 test-matrix: venv
 	AMT_KILLS=100 $(BIN)/python -m pytest tests/checkpoint/test_crashes.py
 	$(BIN)/python docs/resume_matrix.py
+	$(BIN)/python docs/pipeline_matrix.py
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer.callbacks.counts import Counts, Totals
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks, sum_over_ranks, trained_model
-from automodel_trainer.strategies.pipeline_names import pipeline_of
 from automodel_trainer.tools.flops import flops_per_token, holds_language_model, peak_flops
 
 GIB = 2**30
@@ -26,7 +25,7 @@ class Throughput(Callback):
     | `tokens_per_second` | tokens of all devices, padding included, per second |
     | `tokens_per_second_per_device` | the same per device |
     | `samples_per_second` | instead of the two, where batches hold no `input_ids` |
-    | `tflops_per_device` | 10¹² FLOP/s of the model's forward and backward (not of pipelines; see `flops_per_token`) |
+    | `tflops_per_device` | 10¹² FLOP/s of the model's forward and backward (see `flops_per_token`) |
     | `mfu` | the same as a share of the device's dense bf16 peak; only where that peak is known |
     | `peak_memory_gib` | most memory any rank held: allocated on the device, or, on CPU, the process's resident set |
     | `pipeline_bubble` | share of the last step that ranks of a pipeline spent waiting, mean over ranks |
@@ -137,7 +136,7 @@ class Throughput(Callback):
 
     def _efficiency(self, trainer: pl.Trainer, totals: Totals, tokens_per_second: float) -> dict[str, float]:
         model = trained_model(trainer)
-        if not holds_language_model(model) or pipeline_of(model) is not None:  # a stage does not know the whole's cost
+        if not holds_language_model(model):
             return {}
         achieved = flops_per_token(model, totals.mean_document()) * tokens_per_second
         peak = self.peak_flops or peak_flops(trainer.strategy.root_device)

@@ -1,15 +1,22 @@
 """Writes the table of docs/pipeline.md: layouts × schedules × ties and LoRA × families, against plain torch.
 
-python docs/pipeline_matrix.py            # some minutes on two cores; 8 gloo ranks
+python docs/pipeline_matrix.py                            # some ten minutes on two cores; 8 gloo ranks
+python docs/pipeline_matrix.py --file F --minutes 5       # a part of it, with exit code 3; again: goes on
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import sys
+import time
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests
 
 from tests.harness import relative_error
@@ -31,34 +38,50 @@ KINDS: dict[str, dict[str, Any]] = {
     "untied": {"tie_word_embeddings": False},
     "LoRA": {"tie_word_embeddings": True, "lora": True},
 }
+COLUMNS = {f"{family}, {kind}": (family, options) for family in FAMILIES for kind, options in KINDS.items()}
+UNFINISHED = 3
 # 1e-5, 1e-4 and 1e-4 are what docs/pipeline.md allows
 ALLOWED = {"loss": 1e-5, "gradients": 1e-4, "weights": 1e-4}
 START, END = "<!-- table -->", "<!-- end of table -->"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, help="keep the cells here, to go on from")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after as many; exit code 3")
+    args = parser.parse_args()
+    end = time.monotonic() + 60 * args.minutes
     warnings.simplefilter("ignore")
+    made: dict[str, str] = json.loads(args.file.read_text()) if args.file and args.file.is_file() else {}
+    references: dict[str, Any] = {}
     pool = RankPool(8)
-    names = [f"{family}, {kind}" for family in FAMILIES for kind in KINDS]
-    lines = [f"| layout | schedule | {' | '.join(names)} |", "| --- " * (len(names) + 2) + "|"]
-    references: dict[tuple[str, str, int], Any] = {}
-    for layout, ranks in LAYOUTS:
-        for schedule in SCHEDULES:
-            depth = {"num_hidden_layers": 8 if "pp=4" in layout else 4}
-            cells = []
-            for family in FAMILIES:
-                for kind, options in KINDS.items():
-                    key = (family, kind, depth["num_hidden_layers"])
-                    if key not in references:
-                        references[key] = reference(family, **options, **depth)
-                    spec = f"3d:{layout},schedule={schedule}"
-                    cells.append(cell(pool, spec, ranks, family, {**options, **depth}, references[key]))
-            lines.append(f"| `{layout}` | `{schedule}` | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
+    lines = [f"| layout | schedule | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    for (layout, ranks), schedule in product(LAYOUTS, SCHEDULES):
+        depth = 8 if "pp=4" in layout else 4  # two layers a stage, or one with two stages a rank
+        for column, (family, options) in COLUMNS.items():
+            key = f"{layout}, {schedule}, {column}"
+            if key in made:
+                continue
+            if time.monotonic() > end:
+                pool.close()
+                sys.exit(UNFINISHED)
+            options = {**options, "num_hidden_layers": depth}
+            if f"{column}, {depth}" not in references:
+                references[f"{column}, {depth}"] = reference(family, **options)
+            spec = f"3d:{layout},schedule={schedule}"
+            made[key] = cell(pool, spec, ranks, family, options, references[f"{column}, {depth}"])
+            print(f"{key}: {made[key]}", flush=True)
+            if args.file:
+                args.file.write_text(json.dumps(made, indent=0))
+        cells = (made[f"{layout}, {schedule}, {column}"] for column in COLUMNS)
+        lines.append(f"| `{layout}` | `{schedule}` | {' | '.join(cells)} |")
     pool.close()
     page = Path(__file__).with_name("pipeline.md")
     before, _, rest = page.read_text().partition(START)
     page.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
+    wrong = [key for key, text in made.items() if text.startswith("**")]
+    print(f"{len(made)} cells; out of bounds: {wrong or 'none'}")
+    sys.exit(bool(wrong))
 
 
 def cell(pool: RankPool, spec: str, ranks: int, family: str, options: dict[str, Any], expected: Any) -> str:

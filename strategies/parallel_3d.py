@@ -42,6 +42,7 @@ from automodel_trainer.strategies.pipeline_split import (
     stage_costs,
 )
 from automodel_trainer.strategies.pipeline_stage import SplitModel, Turn
+from automodel_trainer.tools.flops import keep_training_cost
 
 
 class Parallel3DStrategy(FSDP2Strategy):
@@ -110,23 +111,26 @@ class Parallel3DStrategy(FSDP2Strategy):
         return self._pipeline
 
     @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of inputs and of weights are computed at different times. A schedule that would is run with
+        whole backwards where taking one apart costs more than it saves: under activation checkpointing every part would
+        recompute the block anew. A compiled block's backward is one piece."""
+        whole = self.activation_checkpointing is not None or self.compile is True
+        return schedule_kind(self.schedule).splits_backward and not whole
+
+    @property
     def compiles(self) -> bool:
-        if not schedule_kind(self.schedule).splits_backward:
-            return super().compiles
-        if self.compile is True:
-            raise ValueError(
-                f"schedule={self.schedule!r} takes a backward apart, which a compiled block's cannot be. Set "
-                "compile=False, or schedule='1f1b' or 'interleaved_1f1b'."
-            )
-        return False
+        return False if self.splits_backward else super().compiles
 
     def describe_pipeline(self, micro_batches: int) -> dict[str, Any] | None:
         """The schedule of a step as a picture, its layers per stage, and the share of the time that ranks will wait in
         it: counted from the stages' weights, sending not included."""
         if self._pipeline is None:
             return None
-        _, bubble = schedule_facts(self.schedule, self.dims.pp, self.stages_per_rank, micro_batches, self._stage_costs)
-        even, _ = schedule_facts(self.schedule, self.dims.pp, self.stages_per_rank, micro_batches)
+        whole = not self.splits_backward
+        sizes = (self.schedule, self.dims.pp, self.stages_per_rank, micro_batches)
+        _, bubble = schedule_facts(*sizes, self._stage_costs, whole_backward=whole)
+        even, _ = schedule_facts(*sizes, whole_backward=whole)
         layers = [len(stage.layers) for stage in self._pipeline.model.split.stages]
         return {
             "schedule": self.schedule,
@@ -152,11 +156,19 @@ class Parallel3DStrategy(FSDP2Strategy):
         _check_trainable(model, parts, counts)
         group = self.device_mesh["pp"].get_group()
         own = stages_of(self.schedule, dist.get_rank(group), self.dims.pp, self.stages_per_rank)
+        keep_training_cost(model)
         split = split_model(model, parts, counts, own)
         # tensor parallel scatters the sequence at the beginning of every stage and gathers it at its end
         model.get_submodule(parts.layers).segments = [list(stage.layers) for stage in split.own]  # type: ignore[assignment]
         stage_model = SplitModel(model, split, self.dtypes.compute, self._whole_forward)
-        self._pipeline = Pipeline(stage_model, group, self.root_device, self.schedule, self.stages_per_rank)
+        self._pipeline = Pipeline(
+            stage_model,
+            group,
+            self.root_device,
+            self.schedule,
+            self.stages_per_rank,
+            whole_backward=not self.splits_backward,
+        )
         mark(model, self._pipeline)
         if hasattr(model, "generate"):  # a cache of keys and values would belong to one stage's layers
             generate: Any = model.generate
@@ -346,7 +358,7 @@ class _Step:
     def _sync(self, last: bool) -> None:
         model = self.objective.model
         if isinstance(model, FSDPModule):
-            split = schedule_kind(self.strategy.schedule).splits_backward
+            split = self.strategy.splits_backward
             keep = split or not self.strategy.reshard_after_forward
             model.set_requires_gradient_sync(last or (self.strategy.sync_every_micro_batch and not split))
             model.set_is_last_backward(last)

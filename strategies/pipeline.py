@@ -47,13 +47,21 @@ class Pipeline:
         device: that hidden states travel between.
         schedule: its name.
         per_rank: stages of a rank.
+        whole_backward: gradients of weights are computed along with those of inputs, also where the schedule would do
+            so later.
     """
 
     def __init__(
-        self, model: SplitModel, group: ProcessGroup, device: torch.device, schedule: str, per_rank: int
+        self,
+        model: SplitModel,
+        group: ProcessGroup,
+        device: torch.device,
+        schedule: str,
+        per_rank: int,
+        whole_backward: bool = False,
     ) -> None:
         self.model, self.group, self.device = model, group, device
-        self.schedule, self.per_rank = schedule, per_rank
+        self.schedule, self.per_rank, self.whole_backward = schedule, per_rank, whole_backward
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.clock = Clock(device)
         self._runner: StepRunner | None = None
@@ -114,6 +122,7 @@ class Pipeline:
                 input_args=(nothing,) if stage.first else (hidden,),
                 output_args=(loss,) if stage.last else (hidden,),
                 group=self.group,
+                dw_builder=_nothing_left if self.whole_backward else None,
             )
             for stage in self.model.split.own
         ]
@@ -238,6 +247,11 @@ class Clock:
             return end - start
         end.synchronize()
         return start.elapsed_time(end) / 1000
+
+
+def _nothing_left() -> Callable[..., None]:
+    """What torch's stage is to do for the gradients of weights after a backward that was whole."""
+    return lambda: None
 
 
 class _StageModule(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from automodel_trainer.strategies.pipeline_schedule import Timed, Work, bubble_share, order_of_work, timeline
+from automodel_trainer.strategies.pipeline_schedule import Timed, Work, bubble_share, order_of_work, timeline, unsplit
 
 _IDLE = "·"
 _COLUMNS = 110
@@ -14,14 +14,21 @@ _WORDS = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backwa
 
 
 def schedule_facts(
-    name: str, ranks: int, per_rank: int, micro_batches: int, costs: Sequence[float] | None = None
+    name: str,
+    ranks: int,
+    per_rank: int,
+    micro_batches: int,
+    costs: Sequence[float] | None = None,
+    whole_backward: bool = False,
 ) -> tuple[list[Timed], float]:
     """When a schedule does what, and the share of the time that ranks wait in it. Raises ValueError as the schedule.
 
     Args:
         costs: of one forward of every stage; by default all the same.
+        whole_backward: no backward is taken apart, also where the schedule would.
     """
-    timed = timeline(order_of_work(name, ranks, per_rank, micro_batches), costs)
+    order = order_of_work(name, ranks, per_rank, micro_batches)
+    timed = timeline(unsplit(order) if whole_backward else order, costs)
     return timed, bubble_share(timed)
 
 

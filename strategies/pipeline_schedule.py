@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -158,6 +158,11 @@ def order_of_work(name: str, ranks: int, per_rank: int, micro_batches: int) -> l
     schedule = build_schedule(name, stages, micro_batches, None)
     order = schedule.pipeline_order or {}
     return [list(_flat(order[rank])) for rank in range(ranks)]
+
+
+def unsplit(order: Sequence[Sequence[Work]]) -> list[list[Work]]:
+    """The same with whole backwards at the times of the first halves of split ones, and no second halves."""
+    return [[replace(w, kind="B") if w.kind == "I" else w for w in works if w.kind != "W"] for works in order]
 
 
 def _single_stage_order(name: str, rank: int, ranks: int, micro_batches: int) -> list[Work]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,10 +83,34 @@ def flops_per_token(model: nn.Module, seq_len: float, causal: bool = True) -> fl
     frozen weights told apart.
 
     Args:
-        model: a transformers model, or a module that holds one; sharded parameters count in full.
+        model: a transformers model, or a module that holds one; sharded parameters count in full, and so do those of
+            other ranks' pipeline stages.
         seq_len: tokens of a document. Of packed rows `2 · mean(position_ids) + 1` gives the exact attention cost.
         causal: False counts attention to all `seq_len` keys.
     """
+    cost = model.__dict__.get(_ATTRIBUTE) or _training_cost(model)
+    return cost.matmuls + (1 + 2 * cost.reached) * _attention_flops(cost.sizes, seq_len, causal)
+
+
+def keep_training_cost(model: nn.Module) -> None:
+    """Let `flops_per_token` go on counting the whole of `model` when it has been cut into pipeline stages."""
+    object.__setattr__(model, _ATTRIBUTE, _training_cost(model))
+
+
+@dataclass(frozen=True)
+class _TrainingCost:
+    """What `flops_per_token` takes from a model: FLOPs of its matmuls, the share of its layers that backward reaches,
+    and the sizes that attention depends on."""
+
+    matmuls: float
+    reached: float
+    sizes: dict[str, Any]
+
+
+_ATTRIBUTE = "_training_cost"
+
+
+def _training_cost(model: nn.Module) -> _TrainingCost:
     weights = list(_matmul_weights(model))
     first = next((index for index, (weight, _) in enumerate(weights) if weight.requires_grad), len(weights))
     if any(p.requires_grad for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()):
@@ -97,7 +122,7 @@ def flops_per_token(model: nn.Module, seq_len: float, causal: bool = True) -> fl
     # Attention has a backward in the layers that backward reaches; the last weight is the head.
     body = max(1, len(weights) - 1)
     reached = (body - max(0, first)) / body if first < body else 0.0
-    return total + (1 + 2 * reached) * _attention_flops(_text_config(model), seq_len, causal)
+    return _TrainingCost(total, reached, _text_config(model))
 
 
 def holds_language_model(model: nn.Module) -> bool:

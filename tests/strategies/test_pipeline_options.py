@@ -35,6 +35,7 @@ TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
     [
         ("3d:pp=2", 2, "gemma3_text", TIED),
         ("3d:pp=2,schedule=interleaved_1f1b,activation_checkpointing=full", 2, "llama", {**TIED, "lora": True}),
+        ("3d:pp=2,schedule=zbv", 2, "llama", TIED),
         ("3d:pp=2,activation_checkpointing=selective", 4, "qwen3", UNTIED),
         ("3d:pp=2,tp=2,activation_checkpointing=full", 4, "llama", UNTIED),
     ],
@@ -113,7 +114,7 @@ def count_calls(spec: str) -> int:
     return counted.calls
 
 
-@pytest.mark.parametrize("spec", ["3d:pp=2", f"3d:pp=2,{COMPILED}", "3d:pp=2,schedule=interleaved_1f1b"])
+@pytest.mark.parametrize("spec", ["3d:pp=2", f"3d:pp=2,{COMPILED}", "3d:pp=2,schedule=zbv"])
 def test_checkpointing_recomputes(pool: RankPool, spec: str) -> None:
     """What a block computes is computed once more in backward, and once only without checkpointing."""
     assert pool.run(2, count_calls, spec) == [4, 4]

@@ -52,6 +52,15 @@ def test_a_dear_stage_makes_the_others_wait() -> None:
     assert schedule_facts("1f1b", 2, 1, 8, [0.5, 1.5])[1] > schedule_facts("1f1b", 2, 1, 8)[1] + 0.2
 
 
+@pytest.mark.parametrize("name", ["zbv", "interleaved_zero_bubble", "dualpipev"])
+def test_whole_backwards_where_split_ones_would_be(name: str) -> None:
+    split, little = schedule_facts(name, 2, 2, 8)
+    whole, more = schedule_facts(name, 2, 2, 8, whole_backward=True)
+    assert little < more < 0.2
+    assert {t.work.kind for t in whole} == {"F", "B"}
+    assert sum(t.end - t.start for t in whole) == sum(t.end - t.start for t in split)
+
+
 def test_micro_batches_that_cannot_be_dealt_out() -> None:
     check_micro_batches("interleaved_1f1b", 4, 2, 8)
     with pytest.raises(ValueError, match="a multiple of 4 micro-batches"):

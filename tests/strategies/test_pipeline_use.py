@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from automodel_trainer import CausalLMModule, MockDataModule, Trainer
+from automodel_trainer.callbacks import Throughput
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.optim import OptimizerConfig
 from automodel_trainer.strategies import Parallel3DStrategy, StrategyRegistry
+from automodel_trainer.tools.flops import flops_per_token
 from tests.harness import NextToken, make_strategy, random_rows, stack
 from tests.pool import RankPool
 from tests.processes import Job
@@ -33,6 +35,7 @@ def run(root: Path, strategy: str, devices: int, family: str = "llama", **option
     trainer = Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, default_root_dir=root, logger=False, max_epochs=1,
         enable_progress_bar=False, enable_checkpointing=False, log_every_n_steps=1, num_sanity_val_steps=0,
+        callbacks=[Throughput()],
     )  # fmt: skip
     module = CausalLMModule(model, tokenizer=tiny_tokenizer(), lr=1e-2, optimizer=OptimizerConfig(args={"eps": 1e-4}))
     trainer.fit(module, data)
@@ -61,8 +64,13 @@ def test_trainer(
     """Losses, metrics, scores and generated tokens are known on every rank and are those of one device."""
     expected = run(tmp_path / "one", "auto", 1, family, **options)
     for result in pool.run(devices, run, tmp_path / "pipeline", strategy, devices, family, **options):
+        metrics = result["metrics"]
         for name in ("train_loss", "grad_norm", "val_loss", "val_token_accuracy", "lr"):
-            assert result["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-4), name
+            assert metrics[name] == pytest.approx(expected["metrics"][name], rel=1e-4), name
+        assert 0 < metrics["pipeline_bubble"] < 1
+        # every device's share of what the whole model takes
+        flops = flops_per_token(tiny_model(family, num_hidden_layers=4, **options), 16)
+        assert metrics["tflops_per_device"] * 1e12 == pytest.approx(flops * metrics["tokens_per_second"] / devices)
         assert result["generated"] == expected["generated"]
         torch.testing.assert_close(result["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
         for name, weight in result["weights"].items():
