@@ -5,15 +5,14 @@ Source: Ring Attention, arXiv 2310.01889; the merge of partial results is that o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_SCORES = 2**26  # elements of a block of attention scores that may exist at a time
+from automodel_trainer.strategies.block_attention import Block, attend, attend_backward, wide
 
 
 def ring_attention(
@@ -54,33 +53,23 @@ def ring_attention(
     return out.transpose(1, 2).contiguous()
 
 
-@dataclass
-class _Block:
-    """Which of this rank's queries look at which keys of another's shard, and how."""
-
-    queries: slice
-    keys: slice
-    mask: Tensor | None
-    causal: bool = False
-
-
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group: Any, causal: bool, scale: float
     ) -> Tensor:
         b, h, s, _ = query.shape
-        out = torch.zeros(b, h, s, value.shape[-1], dtype=_wide(query.dtype), device=query.device)
-        lse = torch.full((b, h, s), float("-inf"), dtype=_wide(query.dtype), device=query.device)
+        out = torch.zeros(b, h, s, value.shape[-1], dtype=wide(query.dtype), device=query.device)
+        lse = torch.full((b, h, s), float("-inf"), dtype=wide(query.dtype), device=query.device)
         k, v = key.contiguous(), value.contiguous()
         size = dist.get_world_size(group)
         for step in range(size):
             arriving = _pass_on([k, v], group) if step < size - 1 else None
-            block = _block(s, step, mask, group, causal)
+            block = block_of(s, *_ranks(step, group), mask, causal)
             if block is not None:
                 rows, columns = block.queries, block.keys
-                part = _attend(query[:, :, rows], k[:, :, columns], v[:, :, columns], block, scale)
-                _merge(out[:, :, rows], lse[:, :, rows], *part)
+                *part, ctx.random = attend(query[:, :, rows], k[:, :, columns], v[:, :, columns], block, scale)
+                merge(out[:, :, rows], lse[:, :, rows], *part)
             if arriving is not None:
                 k, v = arriving()
         result = out.to(query.dtype)
@@ -94,37 +83,44 @@ class _Ring(torch.autograd.Function):
         grad, group = gradients[0], ctx.group
         k, v = key.contiguous(), value.contiguous()
         dq, dk, dv = (
-            torch.zeros_like(t, dtype=_wide(t.dtype), memory_format=torch.contiguous_format) for t in (query, k, v)
+            torch.zeros_like(t, dtype=wide(t.dtype), memory_format=torch.contiguous_format) for t in (query, k, v)
         )
-        delta = (_widen(grad) * _widen(out)).sum(-1)
         size = dist.get_world_size(group)
         for step in range(size):
             arriving = _pass_on([k, v], group) if step < size - 1 else None
-            block = _block(query.shape[2], step, mask, group, ctx.causal)
+            block = block_of(query.shape[2], *_ranks(step, group), mask, ctx.causal)
             if block is not None:
                 rows, columns = block.queries, block.keys
-                queries = (query[:, :, rows], grad[:, :, rows], lse[:, :, rows], delta[:, :, rows], dq[:, :, rows])
-                keys = (k[:, :, columns], v[:, :, columns], dk[:, :, columns], dv[:, :, columns])
-                _attend_backward(*queries, *keys, block, ctx.scale)
+                mine, theirs = (t[:, :, rows] for t in (out, lse)), (t[:, :, columns] for t in (k, v))
+                parts = attend_backward(
+                    grad[:, :, rows], query[:, :, rows], *theirs, *mine, block, ctx.scale, ctx.random
+                )
+                dq[:, :, rows] += parts[0]
+                dk[:, :, columns] += parts[1]
+                dv[:, :, columns] += parts[2]
             if arriving is not None:
                 k, v = arriving()
             dk, dv = _pass_on([dk, dv], group)()  # sums travel with their keys, and one hop more: home
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None, None, None
 
 
-def _block(length: int, step: int, mask: Tensor | None, group: Any, causal: bool) -> _Block | None:
-    """What this rank computes with the shard that arrives at `step`; None for nothing."""
+def _ranks(step: int, group: Any) -> tuple[int, int]:
+    """This rank, and the one whose keys are here at this step."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    origin = (rank - step) % size
+    return rank, (rank - step) % size
+
+
+def block_of(length: int, rank: int, origin: int, mask: Tensor | None, causal: bool) -> Block | None:
+    """What `rank` computes with the keys of `origin`, both of `length` tokens; None for nothing."""
     everything = slice(None)
     if mask is not None:
-        return _Block(everything, everything, mask[..., origin * length : (origin + 1) * length])
+        return Block(everything, everything, mask[..., origin * length : (origin + 1) * length])
     if not causal or origin == rank:  # within a shard the order is that of the sequence
-        return _Block(everything, everything, None, causal)
+        return Block(everything, everything, None, causal)
     half = length // 2
     if origin < rank:  # its early chunk lies before both of ours, its late chunk behind both
-        return _Block(everything, slice(None, half), None)
-    return _Block(slice(half, None), everything, None)  # both of its chunks lie between our two
+        return Block(everything, slice(None, half), None)
+    return Block(slice(half, None), everything, None)  # both of its chunks lie between our two
 
 
 def _pass_on(tensors: list[Tensor], group: Any) -> Callable[[], list[Tensor]]:
@@ -144,83 +140,9 @@ def _pass_on(tensors: list[Tensor], group: Any) -> Callable[[], list[Tensor]]:
     return wait
 
 
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Add a block's result to the running one, in place: both are averages under the softmax of their own keys."""
     total = torch.logaddexp(lse, part_lse)
     seen = total.clamp(min=torch.finfo(total.dtype).min)  # a row that has seen no key yet: 0 · exp(−inf), not NaN
     out.mul_((lse - seen).exp().unsqueeze(-1)).add_(part * (part_lse - seen).exp().unsqueeze(-1))
     lse.copy_(total)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, block: _Block, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention over one block: out fp32 `[b, h, q, d]` and the log of the softmax's sum `[b, h, q]`."""
-    outs, sums = [], []
-    for rows in _tiles(q, k):
-        scores = _scores(q[:, :, rows], k, block, rows, scale)
-        lse = scores.logsumexp(-1)
-        weights = (scores - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)).exp()
-        outs.append(_ungroup(weights @ _widen(v).unsqueeze(2)))
-        sums.append(lse.flatten(1, 2))
-    return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
-
-
-def _attend_backward(
-    q: Tensor,
-    grad: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dq: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    block: _Block,
-    scale: float,
-) -> None:
-    """Add one block's part of the gradients to `dq`, `dk`, `dv`; `lse` and `delta` are those over all keys."""
-    heads = k.shape[1]
-    key, value = _widen(k).unsqueeze(2), _widen(v).unsqueeze(2)
-    for rows in _tiles(q, k):
-        scores = _scores(q[:, :, rows], k, block, rows, scale)
-        total = _group(lse[:, :, rows], heads).clamp(min=torch.finfo(lse.dtype).min)
-        weights = (scores - total.unsqueeze(-1)).exp()
-        g = _group(_widen(grad[:, :, rows]), heads)
-        ds = weights * (g @ value.mT - _group(delta[:, :, rows], heads).unsqueeze(-1)) * scale
-        dv += (weights.mT @ g).sum(2)
-        dk += (ds.mT @ _group(_widen(q[:, :, rows]), heads)).sum(2)
-        dq[:, :, rows] += _ungroup(ds @ key)
-
-
-def _scores(q: Tensor, k: Tensor, block: _Block, rows: slice, scale: float) -> Tensor:
-    """fp32 `[b, h_kv, h / h_kv, q, k]`, −inf where a query may not look; `q` holds `rows` of the block's queries."""
-    scores = _group(_widen(q), k.shape[1]) @ _widen(k).unsqueeze(2).mT * scale
-    if block.mask is not None:
-        return scores.masked_fill(~block.mask[:, :, rows].unsqueeze(2), float("-inf"))
-    if block.causal:
-        query = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-        return scores.masked_fill(query < torch.arange(k.shape[2], device=q.device), float("-inf"))
-    return scores
-
-
-def _tiles(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """Ranges of queries whose scores fit in memory."""
-    length = q.shape[2]
-    size = max(1, _SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
-
-
-def _group(tensor: Tensor, heads: int) -> Tensor:
-    """`[b, h, …]` to `[b, heads, h / heads, …]`: the query heads that share a key head."""
-    return tensor.unflatten(1, (heads, -1))
-
-
-def _ungroup(tensor: Tensor) -> Tensor:
-    return tensor.flatten(1, 2)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.to(_wide(tensor.dtype))
