@@ -1,0 +1,198 @@
+"""What `numerics.py` compares: the loss and the layers; attention is in `numerics_attention.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class Made:
+    """A fast path and its reference, ready to run.
+
+    Args:
+        ours, theirs: compute the output.
+        leaves: what `ours` is differentiated by; `references`: the same for `theirs`, in fp32. Empty: forward only.
+    """
+
+    ours: Callable[[], Tensor]
+    theirs: Callable[[], Tensor]
+    leaves: Sequence[Tensor] = ()
+    references: Sequence[Tensor] = ()
+
+
+@dataclass
+class Setting:
+    """Where and how large."""
+
+    device: torch.device
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    @property
+    def small(self) -> bool:
+        return self.device.type == "cpu"
+
+    def randn(self, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
+        made = torch.randn(*shape, generator=self.generator) * scale
+        return made.to(self.device, self.dtype).requires_grad_(grad)
+
+    def wide(self, *tensors: Tensor) -> list[Tensor]:
+        return [t.detach().float().requires_grad_(t.requires_grad) for t in tensors]
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def chunks_of(rows: int) -> Iterator[None]:
+    """The loss goes through so few tokens at a time, that there are several chunks."""
+    from automodel_trainer.modules import linear_cross_entropy, loss
+
+    before = linear_cross_entropy.chunk_rows
+    linear_cross_entropy.chunk_rows = loss.chunk_rows = lambda *_: rows  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        linear_cross_entropy.chunk_rows = loss.chunk_rows = before
+
+
+def targets_of(setting: Setting, tokens: int, vocabulary: int) -> Tensor:
+    targets = torch.randint(vocabulary, (1, tokens), generator=setting.generator)
+    targets[torch.rand(1, tokens, generator=setting.generator) < 0.3] = -100
+    return targets.to(setting.device)
+
+
+def chunked_loss(frozen: bool = False, bias: bool = False, cap: float | None = None) -> Callable[[Setting], Made]:
+    def make(setting: Setting) -> Made:
+        from automodel_trainer.modules.loss import summed_loss
+        from automodel_trainer.strategies.deferred_logits import DeferredLogits
+
+        tokens, width, vocabulary = (61, 32, 263) if setting.small else (1021, 512, 32003)
+        head = nn.Linear(width, vocabulary, bias=bias, device=setting.device, dtype=setting.dtype)
+        hidden, weight = setting.randn(1, tokens, width), setting.randn(vocabulary, width, scale=0.2, grad=not frozen)
+        head.weight = nn.Parameter(weight.detach(), requires_grad=not frozen)
+        targets = targets_of(setting, tokens, vocabulary)
+
+        def ours() -> Tensor:
+            logits: Any = DeferredLogits(hidden, head.forward, head)
+            with chunks_of(17 if setting.small else 256):
+                return summed_loss(logits if cap is None else torch.tanh(logits / cap) * cap, targets)
+
+        wide, *parameters = setting.wide(hidden, *head.parameters())
+
+        def theirs() -> Tensor:
+            logits = F.linear(wide, *parameters)
+            logits = logits if cap is None else torch.tanh(logits / cap) * cap
+            return F.cross_entropy(logits[0], targets[0], ignore_index=-100, reduction="sum")
+
+        leaves, references = [hidden, *head.parameters()], [wide, *parameters]
+        return Made(ours, theirs, *([t for t in ts if t.requires_grad] for ts in (leaves, references)))
+
+    return make
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def compiled_blocks(setting: Setting) -> Made:
+    """Two blocks of a llama shape, compiled (inductor on a GPU)."""
+    from transformers import LlamaConfig, LlamaModel
+
+    from automodel_trainer.strategies.compile import compile_blocks
+
+    width = 32 if setting.small else 512
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2, "vocab_size": 8}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa")
+    torch.manual_seed(setting.generator.initial_seed() % 2**31)
+    reference = LlamaModel(config).to(setting.device).train()
+    for parameter in reference.parameters():  # the same numbers in both dtypes
+        parameter.data = parameter.data.to(setting.dtype).float()
+    model = LlamaModel(config).to(setting.device).train()
+    model.load_state_dict(reference.state_dict())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(setting.dtype)
+    compile_blocks(model, "aot_eager" if setting.small else "inductor")
+    x = setting.randn(2, 37 if setting.small else 517, width)
+    (wide,) = setting.wide(x)
+
+    def run(which: nn.Module, inputs: Tensor) -> Tensor:
+        return which(inputs_embeds=inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+    trained = [[p for n, p in m.named_parameters() if "embed" not in n] for m in (model, reference)]
+    return Made(lambda: run(model, x), lambda: run(reference, wide), [x, *trained[0]], [wide, *trained[1]])
+
+
+class OneBlock(nn.Module):
+    """A model of one block that is one linear layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"linear": layer})])
+
+
+def linear_sizes(setting: Setting) -> tuple[int, int, int]:
+    """tokens, in, out."""
+    return (48, 64, 32) if setting.small else (1040, 1024, 2048)
+
+
+def fp8(recipe: str) -> Callable[[Setting], Made]:
+    def make(setting: Setting) -> Made:
+        from automodel_trainer.models.fp8 import convert_to_fp8
+
+        tokens, inputs, outputs = linear_sizes(setting)
+        layer = nn.Linear(inputs, outputs, bias=False, device=setting.device, dtype=setting.dtype)
+        model = OneBlock(layer)
+        x, (weight,) = setting.randn(tokens, inputs), setting.wide(layer.weight)
+        (wide,) = setting.wide(x)
+        convert_to_fp8(model, recipe, setting.device, emulate=setting.small)  # type: ignore[arg-type]
+        converted: Any = model.layers[0]["linear"]  # type: ignore[index]
+        return Made(lambda: converted(x), lambda: F.linear(wide, weight), [x, converted.weight], [wide, weight])
+
+    return make
+
+
+def lora(widened: bool) -> Callable[[Setting], Made]:
+    def make(setting: Setting) -> Made:
+        from automodel_trainer.models.lora.functional import low_rank
+        from automodel_trainer.models.lora.widened import WidenedWeight
+
+        tokens, inputs, outputs = linear_sizes(setting)
+        x, scaling, rank = setting.randn(tokens - 1, inputs), 0.5, 5
+        weight = nn.Parameter(setting.randn(outputs, inputs, scale=inputs**-0.5).detach(), requires_grad=False)
+        a, b = setting.randn(rank, inputs, scale=inputs**-0.5), setting.randn(outputs, rank)
+        wide = setting.wide(x, a, b)
+        (plain,) = setting.wide(weight)
+
+        def ours() -> Tensor:
+            if not widened:
+                return F.linear(x, weight) + low_rank(x, a, b, scaling)
+            storage = WidenedWeight(weight, rank)
+            storage.hold(weight)
+            storage.refresh(weight, b)
+            return storage(x, F.linear(x, a) * scaling, b, None)
+
+        def theirs() -> Tensor:
+            return wide[0] @ (plain + scaling * wide[2] @ wide[1]).T
+
+        return Made(ours, theirs, [x, a, b], wide)
+
+    return make
+
+
+def nf4(setting: Setting) -> Made:
+    """A packed weight against the numbers that it stands for."""
+    from automodel_trainer.models.quantize import packed as pack
+
+    tokens, inputs, outputs = linear_sizes(setting)
+    weight = pack(setting.randn(outputs, inputs, grad=False), "nf4")
+    x = setting.randn(tokens - 1, inputs)
+    (wide,) = setting.wide(x)
+    plain = weight.get_original_weight().float()  # type: ignore[attr-defined]
+    return Made(lambda: F.linear(x, weight), lambda: F.linear(wide, plain), [x], [wide])
