@@ -16,13 +16,14 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies import StrategyRegistry as LightningStrategies
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from automodel_trainer._lightning import defaults_from_env_vars, drop_advertisement, install_quiet_epoch_loop
 from automodel_trainer.callbacks.defaults import default_callbacks
 from automodel_trainer.callbacks.preemption import preemption_of
-from automodel_trainer.data.adapt import Steps, as_datamodule, group_micro_batches, len_or_none
+from automodel_trainer.data.adapt import Steps, as_datamodule, group_micro_batches, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.launch import launched_sizes
 from automodel_trainer.models.export import export_pretrained
@@ -195,12 +196,17 @@ class Trainer(pl.Trainer):
         Raises:
             ValueError: model, data and trainer do not fit together; the message says how they would.
         """
-        module, datamodule, loader = self._connect(model, data if data is not None else train_dataloaders, datamodule)
+        data = one_of("data", data, "train_dataloaders", train_dataloaders)
+        module, datamodule, loader = self._connect(model, data, datamodule)
         if isinstance(module, Objective):
             # Manual optimization: the module and the data module carry out what Lightning would refuse here.
             self.accumulate_grad_batches, self.gradient_clip_val = 1, None
-            if isinstance(loader, DataLoader) and self.requested_accumulation > 1:
-                loader = group_micro_batches(loader, self.requested_accumulation)
+            loader = self._accumulating(datamodule, loader)
+            if self.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+                raise ValueError(
+                    f"gradient_clip_algorithm='value' is not offered for {type(module).__name__}, which clips the "
+                    "global norm. Leave it out, or clip by value in a LightningModule of your own."
+                )
         else:
             self.accumulate_grad_batches = self.requested_accumulation
             self.gradient_clip_val = self.requested_gradient_clip_val
@@ -397,11 +403,23 @@ class Trainer(pl.Trainer):
             datamodule.prepare()
         return module, datamodule, loader
 
+    def _accumulating(self, datamodule: pl.LightningDataModule | None, loader: Any) -> Any:
+        """A loader that gives an optimizer step's micro-batches at a time; ValueError where nobody can."""
+        if self.requested_accumulation == 1 or isinstance(datamodule, MicroBatchDataModule):
+            return loader
+        if isinstance(loader, DataLoader):
+            return group_micro_batches(loader, self.requested_accumulation)
+        raise ValueError(
+            f"accumulate_grad_batches={self.requested_accumulation} groups the batches of a DataLoader, or of this "
+            f"project's data modules; this is a {type(datamodule or loader).__name__}. Give fit its DataLoader, or "
+            "yield lists of micro-batches, one list for an optimizer step, and leave accumulate_grad_batches out."
+        )
+
     def _evaluation_arguments(
         self, model: Model | None, data: Any, dataloaders: Any, datamodule: Any, role: str, ckpt_path: Any
     ) -> dict[str, Any]:
         path = checkpoint_path(self, ckpt_path)
-        data = data if data is not None else dataloaders
+        data = one_of("data", data, "dataloaders", dataloaders)
         if model is None:
             if self.lightning_module is None:
                 raise ValueError("Give a model: this Trainer has not run any yet.")

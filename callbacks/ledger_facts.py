@@ -21,7 +21,7 @@ from automodel_trainer.models._transformers import attention_in_use, tied_weight
 from automodel_trainer.models.fp8 import fp8_layers
 from automodel_trainer.models.kernels import kernels_in_use
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
-from automodel_trainer.strategies import MeshStrategy, Objective
+from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.clip import local_tensor
 from automodel_trainer.strategies.pipeline_names import of_all_stages
 
@@ -123,7 +123,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "device": _device_name(strategy.root_device),
         "precision": str(trainer.precision),
         "activation_checkpointing": getattr(strategy, "activation_checkpointing", None),
-        "compile": compiled_with(strategy, trainer.lightning_module),
+        "compile": compiled_with(strategy),
         "batch": arithmetic,
         "pipeline": describe(arithmetic["accumulation"]) if describe is not None else None,
         "steps": planned_steps(trainer),
@@ -135,10 +135,9 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
     }
 
 
-def compiled_with(strategy: Any, module: Any) -> str | None:
-    """The backend that blocks are compiled with, if they are: those of an objective's model alone."""
-    compiles = isinstance(strategy, MeshStrategy) and isinstance(module, Objective) and strategy.compiles
-    return strategy.compile_backend if compiles else None
+def compiled_with(strategy: Any) -> str | None:
+    """The backend that blocks are compiled with, if any are."""
+    return strategy.compile_backend if isinstance(strategy, MeshStrategy) and strategy.tuned.compiled else None
 
 
 def batch_facts(trainer: pl.Trainer, batch: Any) -> Facts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -27,17 +27,22 @@ _KEEP = {
 }
 
 
-def apply_activation_checkpointing(model: nn.Module, mode: Literal["full", "selective"]) -> None:
+def apply_activation_checkpointing(
+    model: nn.Module, mode: Literal["full", "selective"], blocks: Sequence[nn.Module] | None = None
+) -> None:
     """Checkpoint the training forward of every block of `model`, in place; parameter names do not change.
 
     What is wrapped around a block's forward before is recomputed with it, what is wrapped around it later is not.
+
+    Args:
+        blocks: those to checkpoint; None: all of the model's.
 
     Raises:
         ValueError: an unknown mode, or a model without blocks.
     """
     if mode not in ("full", "selective"):
         raise ValueError(f"activation_checkpointing={mode!r} is unknown. Allowed: full, selective, or none at all.")
-    blocks = find_blocks(model)
+    blocks = find_blocks(model) if blocks is None else blocks
     if not blocks:
         raise ValueError(
             f"activation_checkpointing recomputes a model block by block, and {type(model).__name__} has no list of "

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -24,8 +25,9 @@ from automodel_trainer.strategies.clip import clip_grads_, total_grad_norm
 from automodel_trainer.strategies.compile import wants_compile
 from automodel_trainer.strategies.deferred_logits import deferred_logits
 from automodel_trainer.strategies.mesh import DATA_AXES, TOKEN_AXES, ParallelDims, submesh
+from automodel_trainer.strategies.own_module import TunedBlocks
 from automodel_trainer.strategies.place import at
-from automodel_trainer.strategies.precision import Dtypes, dtypes_of
+from automodel_trainer.strategies.precision import Dtypes, MeshPrecision, dtypes_of
 from automodel_trainer.strategies.rendezvous import agent_store
 from automodel_trainer.strategies.saving import SavingStrategy
 
@@ -85,6 +87,7 @@ class MeshStrategy(SavingStrategy):
         self.timeout = timeout
         self.num_nodes = 1
         self._device_mesh: DeviceMesh | None = None
+        self.tuned = TunedBlocks()
 
     # --- the contract ---------------------------------------------------------------------------------------------
 
@@ -94,8 +97,13 @@ class MeshStrategy(SavingStrategy):
 
     @property
     def compiles(self) -> bool:
-        """Whether blocks of an objective's model are compiled; ValueError where they cannot be."""
+        """Whether blocks are compiled; ValueError where they cannot be."""
         return wants_compile(self.compile, self.compile_backend, self.root_device)
+
+    def compile_model(self, model: nn.Module) -> None:
+        """Compile the blocks of `model` if this run compiles."""
+        if self.compiles:
+            self.tuned.compile(model, self.compile_backend, self.compile)
 
     def place(self, model: nn.Module) -> None:
         """Called once the parameters of a laid-out model have their values: put them where this layout keeps them."""
@@ -187,9 +195,14 @@ class MeshStrategy(SavingStrategy):
         """The requested sizes, after those left to the strategy ("auto") have been chosen for the connected module."""
         return self.requested_dims
 
+    def without_effect(self) -> list[str]:
+        """Options that were asked for and do nothing at these sizes, each with the reason."""
+        return []
+
     def forget_run(self) -> None:
         """Let go of processes, mesh and model: what is left is the layout as it was asked for."""
         self._device_mesh = None
+        self.tuned = TunedBlocks()
         self._launcher = self._accelerator = self._precision_plugin = None
         self._lightning_module = self._model = None
         self._optimizers, self._lightning_optimizers, self.lr_scheduler_configs = [], [], []
@@ -295,6 +308,8 @@ class MeshStrategy(SavingStrategy):
         self.set_world_ranks()
         self.choose_sizes()
         self.dims  # noqa: B018  sizes that do not fit are refused before any process waits for another
+        for option in self.without_effect():
+            rank_zero_warn(f"{option} has no effect.")
         if not dist.is_initialized():
             self._init_process_group()
         self._device_mesh = self.build_mesh()
@@ -323,11 +338,19 @@ class MeshStrategy(SavingStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
+        self.convert(self.lightning_module, training=trainer.state.fn == TrainerFn.FITTING)
         self.layout(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+
+    def convert(self, module: pl.LightningModule, training: bool) -> None:
+        """What the Trainer was asked to make of a user's own module: another dtype, synchronised batch norms."""
+        if training and self._layer_sync is not None and self.world_size > 1:
+            self._layer_sync.apply(module)
+        if isinstance(self.precision_plugin, MeshPrecision) and not isinstance(module, Objective):
+            self.precision_plugin.convert_own(module)
 
     def layout(self, module: pl.LightningModule) -> None:
         """Lay out what `configure_model` has not laid out already: the parts of a user's own LightningModule."""

@@ -7,7 +7,7 @@ edges stay outside, activation checkpointing is inside. Only training is compile
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,13 +36,16 @@ def wants_compile(asked: bool | Literal["auto"], backend: str, device: torch.dev
     return asked is True or (asked == "auto" and gpu)
 
 
-def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
+def compile_blocks(
+    model: nn.Module, backend: str | Callable[..., Any] = "inductor", blocks: Sequence[nn.Module] | None = None
+) -> int:
     """Compile the training forward of every block of `model`, in place; names and types do not change.
 
     Call it after activation checkpointing was put on, and before tensor parallel or FSDP2.
 
     Args:
         backend: of `torch.compile`.
+        blocks: those to compile; None: all of the model's.
 
     Returns:
         how many blocks there are.
@@ -50,7 +53,7 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     Raises:
         ValueError: the model has no blocks to compile.
     """
-    blocks = find_blocks(model)
+    blocks = find_blocks(model) if blocks is None else blocks
     if not blocks:
         raise ValueError(
             f"compile=True compiles a model block by block, and {type(model).__name__} has no list of blocks "

@@ -79,6 +79,12 @@ def exchanging(sequences: Sequences) -> Iterator[None]:
         _active = previous
 
 
+def check_method(method: str) -> None:
+    """Raises ValueError for a name that is no method."""
+    if method not in ("auto", "ulysses", "ring"):
+        raise ValueError(f"cp_attention={method!r} is unknown. Allowed: auto, ulysses, ring.")
+
+
 def install_attention(model: PreTrainedModel, size: int, tp: int = 1, method: CPAttention = "auto") -> Method:
     """Make `model` run attention over sequence shards while a micro-batch is split.
 
@@ -96,8 +102,6 @@ def install_attention(model: PreTrainedModel, size: int, tp: int = 1, method: CP
     _refuse_unsplittable(model)
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads // tp
-    if method not in ("auto", "ulysses", "ring"):
-        raise ValueError(f"cp_attention={method!r} is unknown. Allowed: auto, ulysses, ring.")
     if method == "ulysses" and heads % size:
         fits = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(
@@ -232,7 +236,8 @@ def _rows_of_mask(
             "This model adds a mask of its own to causal attention, which ring attention cannot split. "
             "Set cp_attention='ulysses'."
         )
-    whole = attention_mask is None or bool(attention_mask.all())
+    # nobody who looks back sees what comes after the row's last token
+    whole = attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
     if allow_is_causal_skip and whole and (local_size is None or local_size >= sequences.length):
         return None
     if attention_mask is not None:

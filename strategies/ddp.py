@@ -6,14 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, Precision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from automodel_trainer._lightning import DDPForwardRedirection, prepare_for_backward
-from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
 from automodel_trainer.strategies.base import MeshStrategy, Objective
-from automodel_trainer.strategies.compile import compile_blocks
 from automodel_trainer.strategies.mesh import ParallelDims
+from automodel_trainer.strategies.precision import MeshPrecision
 
 
 class DDPStrategy(MeshStrategy):
@@ -47,18 +47,24 @@ class DDPStrategy(MeshStrategy):
         }
         self._wrapped: DistributedDataParallel | None = None
 
+    def convert_precision(self, plugin: Precision) -> Precision:
+        plugin = super().convert_precision(plugin)
+        whole = isinstance(plugin, (HalfPrecision, DoublePrecision))
+        return MeshPrecision(str(plugin.precision)) if whole else plugin
+
     @property
     def gradient_scale(self) -> float:
         return float(self.dp_size)  # DDP averages over ranks
 
     def parallelize(self, model: nn.Module) -> nn.Module:
         if self.activation_checkpointing:
-            apply_activation_checkpointing(model, self.activation_checkpointing)
-        if self.compiles:
-            compile_blocks(model, self.compile_backend)
+            self.tuned.checkpoint(model, self.activation_checkpointing)
+        self.compile_model(model)
         return model  # wrapped in `layout`: DDP needs real parameters
 
     def layout(self, module: pl.LightningModule) -> None:
+        if not isinstance(module, Objective):
+            self.parallelize(module)
         self.model_to_device()
         if self.dp_size == 1 or not any(p.requires_grad for p in module.parameters()):
             return

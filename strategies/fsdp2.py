@@ -15,19 +15,20 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
 
 from automodel_trainer.models.quantize import packed_weights
+from automodel_trainer.strategies import gradient_reduction
 from automodel_trainer.strategies._torch import StridedShard
-from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
 from automodel_trainer.strategies.async_tp import enable_async_tp
 from automodel_trainer.strategies.base import MeshStrategy, MicroBatch, Objective, Part
 from automodel_trainer.strategies.blocks import find_blocks
-from automodel_trainer.strategies.compile import compile_blocks
 from automodel_trainer.strategies.context import ContextParallel
-from automodel_trainer.strategies.context_attention import CPAttention, install_attention
+from automodel_trainer.strategies.context_attention import CPAttention, check_method, install_attention
 from automodel_trainer.strategies.loss_parallel import sharded_logits
 from automodel_trainer.strategies.mesh import SHARD_AXES, ParallelDims, submesh
-from automodel_trainer.strategies.precision import MeshPrecision, fsdp_policy
+from automodel_trainer.strategies.own_module import outermost, parts_of
+from automodel_trainer.strategies.precision import MeshPrecision, check_plugin, fsdp_policy
 from automodel_trainer.strategies.tensor import tensor_parallel
 from automodel_trainer.strategies.tensor_check import check_replicas
 from automodel_trainer.strategies.tensor_size import choose_tp
@@ -84,6 +85,7 @@ class FSDP2Strategy(MeshStrategy):
         sync_every_micro_batch: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_method(cp_attention)
         dims = ParallelDims(dp_replicate=dp_replicate, dp_shard=dp_shard, cp=1 if cp == "auto" else cp)
         dims = replace(dims, tp=1 if tp == "auto" else tp)
         super().__init__(dims, **kwargs)
@@ -111,11 +113,20 @@ class FSDP2Strategy(MeshStrategy):
         self._tp_of_model = self._cp_of_node = False
         return self.requested_dims
 
+    def without_effect(self) -> list[str]:
+        idle = []
+        if self.requested_dims.tp == 1 and self.tp_plan:
+            idle.append("tp_plan with tp=1 (nothing is cut)")
+        if self.requested_dims.cp == 1 and self.cp_attention != "auto":
+            idle.append(f"cp_attention={self.cp_attention!r} with cp=1 (no sequence is split)")
+        return idle
+
     def forget_run(self) -> None:
         super().forget_run()
         self._context = None
 
     def convert_precision(self, plugin: Precision) -> Precision:
+        check_plugin(plugin)
         return MeshPrecision(str(plugin.precision))
 
     @property
@@ -131,33 +142,28 @@ class FSDP2Strategy(MeshStrategy):
     def parallelize(self, model: nn.Module) -> nn.Module:
         if is_laid_out(model):
             return model
-        if self.async_tp:
-            enable_async_tp(
-                submesh(self.device_mesh, ("tp",)),
-                self.root_device,
-                compiled=self.compiles,
-                sequence_parallel=self.sequence_parallel,
-            )
-        # The compiler sees what is recomputed. Under tp recomputing takes the parameters' parts anew, outside of it.
-        checkpoint_first = self.dims.tp == 1
-        if checkpoint_first:
+        self._enable_async_tp()
+        if self._checkpoints_inside:
             self._checkpoint_activations(model)
-        if self.compiles:
-            compile_blocks(model, self.compile_backend)
+        self.compile_model(model)
         if self.dims.cp > 1:
             method = install_attention(model, self.dims.cp, self.dims.tp, self.cp_attention)  # type: ignore[arg-type]
             self._context = ContextParallel(self.device_mesh["cp"], method, multiple_of=self.dims.tp)
         if not _on_meta(model):
             self._broadcast_from_rank_zero(model)
         if self.dims.tp > 1:
-            tensor_parallel(model, self.device_mesh["tp"], self.tp_plan, self.sequence_parallel)
-            self._check_replicas = True
-        if not checkpoint_first:
+            self._cut(model)
+        if not self._checkpoints_inside:
             self._checkpoint_activations(model)
         if not self._needs_shards:
             return model if _on_meta(model) else model.to(self.root_device)
         self._shard(model, sum_gradients=True)
         return model
+
+    @property
+    def _checkpoints_inside(self) -> bool:
+        """The compiler sees what is recomputed. Under tp recomputing takes the parameters' parts anew, outside of it."""
+        return self.dims.tp == 1
 
     def _checkpoint_activations(self, model: nn.Module) -> None:
         if self.activation_checkpointing == "selective" and self.compiles and self.dims.tp > 1:
@@ -166,7 +172,20 @@ class FSDP2Strategy(MeshStrategy):
                 "activation_checkpointing='full', or compile=False."
             )
         if self.activation_checkpointing:
-            apply_activation_checkpointing(model, self.activation_checkpointing)
+            self.tuned.checkpoint(model, self.activation_checkpointing)
+
+    def _enable_async_tp(self) -> None:
+        if self.async_tp:
+            enable_async_tp(
+                submesh(self.device_mesh, ("tp",)),
+                self.root_device,
+                compiled=self.compiles,
+                sequence_parallel=self.sequence_parallel,
+            )
+
+    def _cut(self, model: nn.Module) -> None:
+        tensor_parallel(model, self.device_mesh["tp"], self.tp_plan, self.sequence_parallel)
+        self._check_replicas = True
 
     @property
     def _needs_shards(self) -> bool:
@@ -214,7 +233,7 @@ class FSDP2Strategy(MeshStrategy):
         fully_shard(model, reshard_after_forward=False, **options)
         _prefetch(blocks, self.forward_prefetch, self.backward_prefetch)
         if sum_gradients:
-            _sum_gradients(model)
+            gradient_reduction.sum_gradients(model)
 
     def _left_alone(self, model: nn.Module) -> set[nn.Parameter]:
         """Where there is nothing to gather: what FSDP2 would copy for nothing before every use (frozen weights in the
@@ -265,24 +284,40 @@ class FSDP2Strategy(MeshStrategy):
                 f"cp={self.dims.cp} splits the sequence of micro-batches, which it can do for a CausalLMModule (or any "
                 f"module with `model`, `split` and `loss`); {type(module).__name__} calls its model itself. Set cp=1."
             )
-        for child in module.children():
-            self._layout_child(child)
-        _average_unsharded_gradients(module, self.world_size)
+        self._layout_own(module)
+        gradient_reduction.average_unsharded_gradients(module, self.world_size)
         module._apply(lambda t: t if isinstance(t, DTensor) else t.to(self.root_device))
 
-    def _layout_child(self, child: nn.Module) -> None:
+    def _layout_own(self, module: pl.LightningModule) -> None:
         """A user's own LightningModule means its loss per rank, so gradients are averaged (FSDP2's default)."""
-        if is_laid_out(child) or next(child.parameters(), None) is None:
-            return
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # containers have no forward of their own
-            for grandchild in child.children():
-                self._layout_child(grandchild)
-            return
-        self._broadcast_from_rank_zero(child)
-        if self.dims.tp > 1 and hasattr(child, "tp_plan"):
-            tensor_parallel(child, self.device_mesh["tp"], self.tp_plan, self.sequence_parallel)
+        parts = list(parts_of(module))
+        taken = [part for part in parts if is_laid_out(part)]  # by `configure_model`
+        fresh = [part for part in parts if not is_laid_out(part)]
+        for part in taken:
+            gradient_reduction.average_gradients(part)
+        for part in fresh:
+            self._broadcast_from_rank_zero(part)
+        self._enable_async_tp()
+        if self._checkpoints_inside:
+            self._checkpoint_activations(module)
+        self.compile_model(module)
+        if self.dims.tp > 1:
+            self._cut_own(module, taken, fresh)
+        if not self._checkpoints_inside:
+            self._checkpoint_activations(module)
         if self._needs_shards:
-            self._shard(child, sum_gradients=False)
+            for part in fresh:
+                self._shard(part, sum_gradients=False)
+
+    def _cut_own(self, module: pl.LightningModule, taken: list[nn.Module], fresh: list[nn.Module]) -> None:
+        models = [model for part in fresh for model in outermost(part, PreTrainedModel)]
+        if not models and not taken:
+            raise ValueError(
+                f"tp={self.dims.tp} cuts Hugging Face models by the plan they declare, and {type(module).__name__} "
+                "holds none. Set tp=1 and shard with fsdp2 instead."
+            )
+        for model in models:
+            self._cut(model)
 
     @torch.no_grad()
     def _broadcast_from_rank_zero(self, model: nn.Module) -> None:
@@ -304,6 +339,9 @@ class FSDP2Strategy(MeshStrategy):
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Used by Lightning while a user's automatic optimization accumulates."""
+        if self.sync_every_micro_batch:
+            yield
+            return
         assert self.lightning_module is not None
         roots = [m for m in self.lightning_module.modules() if isinstance(m, FSDPModule)]
         for root in roots:
@@ -352,29 +390,3 @@ def _prefetch(blocks: list[nn.Module], forward: int, backward: int) -> None:
         if backward:
             before = blocks[max(0, index - backward) : index]
             block.set_modules_to_backward_prefetch(before[::-1])  # type: ignore[arg-type]
-
-
-def _sum_gradients(model: nn.Module) -> None:
-    """Sum over ranks, plainly: gloo has no scaled sum, and NCCL's zeroes in bf16 up to torch 2.13 (pytorch#190747)."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-
-
-def _average_unsharded_gradients(module: pl.LightningModule, world_size: int) -> None:
-    """Parameters that stand on a user's LightningModule itself belong to no unit: average their gradients in place.
-
-    Averaging twice changes nothing, so it is right under gradient accumulation too.
-    """
-
-    def average(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= world_size
-
-    for parameter in module.parameters():
-        if world_size > 1 and parameter.requires_grad and not isinstance(parameter, DTensor):
-            with torch.no_grad():
-                dist.broadcast(parameter, src=0)
-            parameter.register_post_accumulate_grad_hook(average)

@@ -91,6 +91,21 @@ class Parallel3DStrategy(FSDP2Strategy):
         self._stage_costs: list[float] | None = None
         self._share_logits = True
 
+    def without_effect(self) -> list[str]:
+        idle = super().without_effect()
+        if self.requested_dims.pp == 1:
+            asked = {
+                "schedule": self.schedule != "1f1b",
+                "virtual_stages": self.stages_per_rank > 1,
+                "split": self.split,
+            }
+            return idle + [f"{name} with pp=1 (there is one stage)" for name, given in asked.items() if given]
+        if schedule_kind(self.schedule).splits_backward:
+            asked = {n: getattr(self, n) for n in ("sync_every_micro_batch", "reshard_after_forward")}
+            why = f"schedule={self.schedule!r} (which keeps parameters and gradients gathered to the end of the step)"
+            idle += [f"{name}=True with {why}" for name, given in asked.items() if given]
+        return idle
+
     def forget_run(self) -> None:
         super().forget_run()
         self._pipeline = None

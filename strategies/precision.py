@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins import Precision
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
@@ -66,12 +71,60 @@ def fsdp_policy(dtypes: Dtypes) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=dtypes.compute, reduce_dtype=reduce)
 
 
+def hold_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Hold parameters and saved buffers in `dtype`, in place.
+
+    Buffers that are not saved keep theirs: rotary frequencies in bf16 are whole turns off after some thousand tokens.
+    """
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in child._non_persistent_buffers_set:
+                child._buffers[name] = buffer.to(dtype)
+
+
+def check_plugin(plugin: Precision) -> None:
+    """Raises ValueError for a plugin of a user's own, where a strategy would replace it by its name."""
+    if not type(plugin).__module__.startswith(("lightning.", __name__.partition(".")[0] + ".")):
+        raise ValueError(
+            f"{type(plugin).__name__} was given as a plugin, but this strategy casts by itself (FSDP2's policy). Use "
+            "Trainer(precision='fp32' | 'bf16' | 'bf16-true' | '64-true'), or strategy='ddp'."
+        )
+
+
 class MeshPrecision(Precision):
     """The precision of a strategy that casts by itself (FSDP2's policy): nothing is autocast."""
 
     def __init__(self, precision: str) -> None:
         self.precision = precision  # type: ignore[assignment]
         self.dtypes = dtypes_of(precision)
+        self.plain: torch.dtype | None = None
+
+    def convert_own(self, module: nn.Module) -> None:
+        """Without master weights a user's own module computes in the dtype that it is held in: what it is given, and
+        the tensors it makes, are of that dtype too. An objective's model sees to that itself."""
+        if not self.dtypes.mixed and self.dtypes.parameters != torch.float32:
+            self.plain = self.dtypes.parameters
+            hold_in(module, self.plain)
+
+    def convert_input(self, data: Any) -> Any:
+        dtype = self.plain
+        if dtype is None:
+            return data
+        return apply_to_collection(
+            data, Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        )
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.plain or before)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """For a user's automatic optimization: the norm over all shards, plain parameters beside sharded ones."""

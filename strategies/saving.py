@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
@@ -21,6 +22,17 @@ class SavingStrategy(ParallelStrategy):
     @abstractmethod
     def trained_module(self) -> nn.Module:
         """The module whose parameter names are the checkpoint's."""
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        raise ValueError(
+            f"{type(io).__name__} was given as a plugin, but {type(self).__name__} writes its checkpoints, folders of "
+            "shards, itself. Leave the plugin out; DCPCheckpoint saves asynchronously and to object storage."
+        )
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:

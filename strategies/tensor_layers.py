@@ -115,12 +115,14 @@ def _rows(module: nn.Module, group: ProcessGroup, split_input: bool, scatter: bo
 
     def forward(original: Forward, x: Tensor) -> Tensor:
         bias = module._parameters.get("bias")
+        if bias is None:
+            return reduce(original(slice_features(x, group) if split_input else x), group)
         module._parameters["bias"] = None  # once, not once per rank
         try:
             y = reduce(original(slice_features(x, group) if split_input else x), group)
         finally:
             module._parameters["bias"] = bias
-        return y if bias is None else y + bias
+        return y + bias
 
     return forward
 

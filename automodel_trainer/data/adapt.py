@@ -50,6 +50,13 @@ def len_or_none(data: Any) -> int | None:
         return None
 
 
+def one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
+    """Whichever of two arguments for the same thing was given; ValueError for both."""
+    if value is not None and other is not None:
+        raise ValueError(f"Give {name} or {other_name}=, not both.")
+    return value if value is not None else other
+
+
 class Steps:
     """A list of batches as a loader."""
 

@@ -127,11 +127,13 @@ class MicroBatchDataModule(LightningDataModule):
         """Rows of one optimizer step over all ranks.
 
         Raises:
-            ValueError: `global_batch_size` is no multiple of `micro_batch_size * dp_size`.
+            ValueError: `global_batch_size` is no multiple of `micro_batch_size * dp_size`, or the Trainer's
+                accumulation says something else.
         """
         unit = self.micro_batch_size * self.dp_size
+        accumulation = getattr(self.trainer, "micro_batches_per_step", 1)
         if self.global_batch_size is None:
-            return unit * getattr(self.trainer, "micro_batches_per_step", 1)
+            return unit * accumulation
         if self.global_batch_size % unit:
             lower = self.global_batch_size // unit * unit
             near = f"{lower} or {lower + unit}" if lower else f"{unit}"
@@ -139,6 +141,12 @@ class MicroBatchDataModule(LightningDataModule):
                 f"global_batch_size={self.global_batch_size} cannot be split into micro-batches: it must be a multiple "
                 f"of micro_batch_size={self.micro_batch_size} times dp_size={self.dp_size} (= {unit}). The nearest "
                 f"that work: {near}."
+            )
+        if accumulation not in (1, self.global_batch_size // unit):
+            raise ValueError(
+                f"accumulate_grad_batches={accumulation} makes {unit * accumulation} rows a step (times "
+                f"micro_batch_size={self.micro_batch_size} and dp_size={self.dp_size}), but global_batch_size is "
+                f"{self.global_batch_size}. Leave one of the two out."
             )
         return self.global_batch_size
 

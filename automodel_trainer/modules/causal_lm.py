@@ -33,6 +33,7 @@ from automodel_trainer.modules.optim import (
 )
 from automodel_trainer.strategies import MeshStrategy, Objective
 from automodel_trainer.strategies.deferred_logits import defer_logits
+from automodel_trainer.strategies.precision import hold_in
 
 MicroBatch = dict[str, Any]
 _WINDOW_KEY = "loss_window"
@@ -90,6 +91,11 @@ class CausalLMModule(Objective, pl.LightningModule):
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.config_overrides = config_overrides or {}
+        if isinstance(model, PreTrainedModel) and (revision is not None or config_overrides):
+            raise ValueError(
+                "revision and config_overrides are for a model that is still to be loaded, and this one is an object. "
+                "Change its config before you make it, or give its folder or Hub id."
+            )
         self._reference = (model,)  # in a tuple: the model to train is `self.model`, and no second submodule
         self._tokenizer = tokenizer
         self.model: Any = None
@@ -184,12 +190,17 @@ class CausalLMModule(Objective, pl.LightningModule):
         if lora_of(model) is not None:  # built with adapters, perhaps trained ones, and in the dtypes it wants
             if self.lora is not None:
                 raise ValueError("The model has adapters already: leave out CausalLMModule(lora=…) to go on with them.")
+            if self.kernels.fp8 is not None:
+                raise ValueError(
+                    f"fp8={self.kernels.fp8!r} is put in before adapters, and this model has some already. Build it "
+                    "with AutoModelForCausalLM.from_pretrained(lora=…, kernels=KernelsConfig(fp8=…)) instead."
+                )
             apply_kernels(model, self.kernels, self.strategy.root_device)
             self.strategy.parallelize(model)
             choose_lora_kernel(model)
             return model
         # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
-        model = model.to(dtype)  # type: ignore[arg-type]
+        hold_in(model, dtype)
         apply_kernels(model, self.kernels, self.strategy.root_device)
         if self.lora is not None:
             add_adapters(model, self.lora, self.strategy)

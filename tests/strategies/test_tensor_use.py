@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
@@ -72,43 +71,6 @@ def test_fsdp2_tp_sizes_itself_and_trains_as_one_device(pool: RankPool, spec: st
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "out")
     for name, weight in wanted.named_parameters():
         assert torch.allclose(saved.get_parameter(name), weight, atol=1e-4), name
-
-
-class Own(pl.LightningModule):
-    """A user's module: its own loss, automatic optimization, a head that is not Hugging Face's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = tiny_model()
-        self.scale = torch.nn.Linear(1, 1)
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        loss = self.model(**batch, use_cache=False).loss * self.scale(torch.ones(1)).sum()
-        self.log("train_loss", loss, sync_dist=True)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit_own(spec: str, root: str) -> Any:
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    pl.seed_everything(0, verbose=False)
-    rows = [{key: value[0] for key, value in row.items()} for row in random_rows(2, 13, 0) + random_rows(2, 13, 1)] * 3
-    loader = torch.utils.data.DataLoader(rows, batch_size=4 // (2 if world == 4 else 1))  # type: ignore[arg-type]
-    ours = Own()
-    trainer = Trainer(
-        **quiet(root, strategy=spec, devices=world, max_steps=3, gradient_clip_val=1.0, enable_checkpointing=False)
-    )
-    trainer.fit(ours, loader)
-    return {name: full(p).detach().clone() for name, p in ours.named_parameters()}
-
-
-def test_a_users_own_module(pool: RankPool, tmp_path: Path) -> None:
-    (expected,) = pool.run(1, fit_own, "auto", str(tmp_path))
-    for result in pool.run(2, fit_own, "fsdp2_tp:tp=2", str(tmp_path)):
-        for name, weight in expected.items():
-            assert torch.allclose(result[name], weight, atol=1e-5), name
 
 
 # --- weights and state ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from automodel_trainer import CausalLMModule, Trainer, cli
-from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, fsdp2, tensor
+from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, fsdp2, gradient_reduction, tensor
 from automodel_trainer.strategies.context import ContextParallel
 from automodel_trainer.tools.verify import verify
 from automodel_trainer.tools.verify_report import Report
@@ -85,7 +85,7 @@ def not_reduced(patch: pytest.MonkeyPatch) -> None:
 
 
 def averaged(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(fsdp2, "_sum_gradients", lambda model: None)
+    patch.setattr(gradient_reduction, "sum_gradients", lambda model: None)
 
 
 def normalised_per_rank(patch: pytest.MonkeyPatch) -> None:
