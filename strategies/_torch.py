@@ -20,6 +20,7 @@ __all__ = [
     "StridedShard",
     "all_gather_first",
     "all_reduce_sum",
+    "allow_side_effects_in_checkpoints",
     "flatten_mesh",
     "initialize_sharding",
     "overlap_matmuls_with_collectives",
@@ -74,6 +75,14 @@ def _waited(tensor: Tensor) -> Tensor:
 def raise_recompile_limit() -> None:
     """Blocks of several kinds share one compiled function: dynamo's 8 variants of it may be too few."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+
+def allow_side_effects_in_checkpoints() -> None:
+    """Let compiled code that is checkpointed change Python objects, once: its backward is a graph, and runs no Python.
+
+    Tensor parallel takes a layer's bias away while the layer runs.
+    """
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
 
 def prefer_recomputing() -> None:

@@ -14,8 +14,11 @@ from automodel_trainer.models.fp8 import fp8_layers
 from automodel_trainer.strategies.blocks import find_blocks
 from automodel_trainer.strategies.wrap import wrap
 
-# What is dear to compute and cheap to keep: matmuls and attention. Everything else is recomputed.
+# What is dear to compute and cheap to keep: matmuls, attention, and (in compiled blocks) what ranks summed. Everything
+# else is recomputed.
 _KEEP = {
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default,
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,

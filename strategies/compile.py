@@ -14,7 +14,11 @@ import torch
 from torch import nn
 
 from automodel_trainer.models.lora.widened import refresh_widened
-from automodel_trainer.strategies._torch import prefer_recomputing, raise_recompile_limit
+from automodel_trainer.strategies._torch import (
+    allow_side_effects_in_checkpoints,
+    prefer_recomputing,
+    raise_recompile_limit,
+)
 from automodel_trainer.strategies.blocks import find_blocks
 from automodel_trainer.strategies.wrap import Forward, own_forward
 
@@ -60,6 +64,7 @@ def compile_blocks(
             "(nn.ModuleList). Set compile=False."
         )
     raise_recompile_limit()
+    allow_side_effects_in_checkpoints()
     prefer_recomputing()
     compiled = torch.compile(_run, backend=backend)
     for block in blocks:

@@ -162,17 +162,19 @@ class FSDP2Strategy(MeshStrategy):
 
     @property
     def _checkpoints_inside(self) -> bool:
-        """The compiler sees what is recomputed. Under tp recomputing takes the parameters' parts anew, outside of it."""
-        return self.dims.tp == 1
+        """Whether the compiler sees what is recomputed. Under tp it is outside: recomputing takes the parameters' parts
+        anew. What is to be kept of a block, though, nobody can say who cannot look into it."""
+        return self.dims.tp == 1 or (self.compiles and self.activation_checkpointing == "selective")
 
     def _checkpoint_activations(self, model: nn.Module) -> None:
-        if self.activation_checkpointing == "selective" and self.compiles and self.dims.tp > 1:
+        if not self.activation_checkpointing:
+            return
+        if self._checkpoints_inside and self.dims.tp > 1 and self.dims.cp > 1:
             raise ValueError(
-                "activation_checkpointing='selective' cannot look into compiled blocks that tensor parallel cut. Set "
-                "activation_checkpointing='full', or compile=False."
+                "activation_checkpointing='selective' needs blocks that tensor parallel cut to be compiled in one piece, "
+                "and the exchange of cp takes them apart. Set activation_checkpointing='full', or compile=False."
             )
-        if self.activation_checkpointing:
-            self.tuned.checkpoint(model, self.activation_checkpointing)
+        self.tuned.checkpoint(model, self.activation_checkpointing)
 
     def _enable_async_tp(self) -> None:
         if self.async_tp:

@@ -29,6 +29,7 @@ def test_one_device(spec: str) -> None:
         ("fsdp2:activation_checkpointing=selective", "gemma3_text"),
         ("fsdp2:tp=2", "llama"),
         ("fsdp2:tp=2,activation_checkpointing=full", "qwen3"),
+        ("fsdp2:tp=2,activation_checkpointing=selective", "qwen3"),
         ("fsdp2:tp=2,sequence_parallel=false", "phi3"),
     ],
 )
@@ -46,7 +47,7 @@ def count_graphs(spec: str) -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-@pytest.mark.parametrize("spec", ["fsdp2", "fsdp2:tp=2"])
+@pytest.mark.parametrize("spec", ["fsdp2", "fsdp2:tp=2", "fsdp2:tp=2,activation_checkpointing=selective"])
 def test_blocks_share_one_graph(pool: RankPool, spec: str) -> None:
     separator = "," if ":" in spec else ":"
     for graphs, breaks in pool.run(2, count_graphs, f"{spec}{separator}{COMPILED}"):
@@ -137,9 +138,9 @@ def test_refusals(pool: RankPool) -> None:
         train("fsdp2:compile=true", 1, 4, "llama", tied=True)
     with pytest.raises(ValueError, match="compile='yes' is unknown"):
         train("fsdp2:compile='yes'", 1, 4, "llama", tied=True)
-    selective = f"fsdp2:tp=2,activation_checkpointing=selective,{COMPILED}"
-    with pytest.raises(AssertionError, match="'selective' cannot look into compiled blocks"):
-        pool.run(2, count_calls, selective, 2)
+    selective = f"fsdp2:tp=2,cp=2,activation_checkpointing=selective,{COMPILED}"
+    with pytest.raises(AssertionError, match="'selective' needs blocks .* in one piece"):
+        pool.run(4, count_calls, selective, 4)
     with pytest.raises(ValueError, match="no list of blocks"):
         compile_blocks(torch.nn.Linear(2, 2))
 
