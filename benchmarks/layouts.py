@@ -1,7 +1,8 @@
 """A llama-8B-shaped model on 2 GPUs under several layouts: the same curve on real text, and how fast each of them is.
 
 `python benchmarks/layouts.py` runs every case in processes of its own and prints one line each; `--tiny` makes the
-model small (CPU ranks will do), `--cases fsdp2 tp` chooses, `--long` looks for the longest sequence with cp=2.
+model small (CPU ranks will do), `--cases fsdp2 tp` chooses, `--long 32768 65536` takes one document of these lengths
+through cp=2 until one fails (`--methods ulysses ring` compares how attention is exchanged: `tokens_per_second`).
 """
 
 from __future__ import annotations
@@ -119,9 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     began = time.monotonic()
     # warm-up, for the first steps of Adam go by the signs of noise
-    schedule = SchedulerConfig(
-        name="linear", warmup_steps=min(10, args.steps // 2)
-    )  # Adam's first steps go by the signs of noise
+    schedule = SchedulerConfig(name="linear", warmup_steps=min(10, args.steps // 2))
     trainer.fit(RandomModel(shape, lr=2e-5, scheduler=schedule), data)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     times = sorted(_Curve.times[len(_Curve.times) // 2 :])
@@ -180,13 +179,15 @@ def everything(args: argparse.Namespace) -> None:
         print(case, json.dumps(result), flush=True)
         if "output" in result:
             print(result["output"], flush=True)
-    for length in args.long:
-        extra = ["--long", "1", "--seq-len", str(length), "--steps", "3", *common]
-        result = launch(f"cp, {length}", "fsdp2:cp=2,activation_checkpointing=full", args, *extra)
-        print("cp=2, one document of", length, json.dumps(result), flush=True)
-        if "failed" in result:
-            print(result["output"][-800:], flush=True)
-            break
+    for method in args.methods if args.long else ():
+        for length in args.long:
+            extra = ["--long", "1", "--seq-len", str(length), "--steps", "3", *common]
+            strategy = f"fsdp2:cp=2,cp_attention={method},activation_checkpointing=full"
+            result = launch(f"{method}, {length}", strategy, args, *extra)
+            print(f"cp=2, {method}, one document of {length}", json.dumps(result), flush=True)
+            if "failed" in result:
+                print(result["output"][-800:], flush=True)
+                break
 
 
 def main() -> None:
@@ -197,6 +198,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--long", type=int, nargs="*", default=[])
+    parser.add_argument("--methods", nargs="*", default=["ulysses"], choices=["ulysses", "ring"])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--timeout", type=int, default=240)
     parser.add_argument("--root", default=None)

@@ -162,8 +162,8 @@ class FSDP2Strategy(MeshStrategy):
 
     @property
     def _checkpoints_inside(self) -> bool:
-        """Whether the compiler sees what is recomputed. Under tp it is outside: recomputing takes the parameters' parts
-        anew. What is to be kept of a block, though, nobody can say who cannot look into it."""
+        """Whether the compiler sees what is recomputed. Under tp it does not: recomputing takes the parameters' parts
+        anew. But what to keep of a compiled block only the compiler can tell."""
         return self.dims.tp == 1 or (self.compiles and self.activation_checkpointing == "selective")
 
     def _checkpoint_activations(self, model: nn.Module) -> None:
@@ -171,8 +171,8 @@ class FSDP2Strategy(MeshStrategy):
             return
         if self._checkpoints_inside and self.dims.tp > 1 and self.dims.cp > 1:
             raise ValueError(
-                "activation_checkpointing='selective' needs blocks that tensor parallel cut to be compiled in one piece, "
-                "and the exchange of cp takes them apart. Set activation_checkpointing='full', or compile=False."
+                "activation_checkpointing='selective' needs blocks that tensor parallel cut to be compiled in one "
+                "piece, and the exchange of cp takes them apart. Set activation_checkpointing='full', or compile=False."
             )
         self.tuned.checkpoint(model, self.activation_checkpointing)
 

@@ -139,7 +139,7 @@ def test_refusals(pool: RankPool) -> None:
     with pytest.raises(ValueError, match="compile='yes' is unknown"):
         train("fsdp2:compile='yes'", 1, 4, "llama", tied=True)
     selective = f"fsdp2:tp=2,cp=2,activation_checkpointing=selective,{COMPILED}"
-    with pytest.raises(AssertionError, match="'selective' needs blocks .* in one piece"):
+    with pytest.raises(AssertionError, match=r"'selective' needs blocks .* in one piece"):
         pool.run(4, count_calls, selective, 4)
     with pytest.raises(ValueError, match="no list of blocks"):
         compile_blocks(torch.nn.Linear(2, 2))
