@@ -91,9 +91,16 @@ class _Ring(torch.autograd.Function):
             block = block_of(query.shape[2], *_ranks(step, group), mask, ctx.causal)
             if block is not None:
                 rows, columns = block.queries, block.keys
-                mine, theirs = (t[:, :, rows] for t in (out, lse)), (t[:, :, columns] for t in (k, v))
                 parts = attend_backward(
-                    grad[:, :, rows], query[:, :, rows], *theirs, *mine, block, ctx.scale, ctx.random
+                    grad[:, :, rows],
+                    query[:, :, rows],
+                    k[:, :, columns],
+                    v[:, :, columns],
+                    out[:, :, rows],
+                    lse[:, :, rows],
+                    block,
+                    ctx.scale,
+                    ctx.random,
                 )
                 dq[:, :, rows] += parts[0]
                 dk[:, :, columns] += parts[1]
