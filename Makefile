@@ -43,7 +43,7 @@ test: lint types
 # All of what `make test` takes a covering subset of: a hundred kills, every layout resumed on every other, every
 # pipeline against one device (writes the tables of docs/resume.md and docs/pipeline.md).
 test-matrix: venv
-	AMT_KILLS=100 $(BIN)/python -m pytest tests/checkpoint/test_crashes.py
+	AMT_KILLS=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/checkpoint/test_crashes.py
 	$(BIN)/python docs/resume_matrix.py
 	$(BIN)/python docs/pipeline_matrix.py
 

@@ -1,14 +1,23 @@
 """A pool of gloo ranks that all tests share: starting a process costs seconds, a job in it milliseconds.
 
-Processes are forked from one server that has imported everything: what takes ten seconds of a core is done once.
+Processes are forked from one server that has imported everything: what takes ten seconds of a core is done once. (They
+have one seed of hashes, so a set has one order on all ranks; ranks of torchrun, as in tests/test_readme.py, have not.)
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import random
+import shutil
+import signal
 import socket
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +40,7 @@ CONTEXT.set_forkserver_preload(
         "peft",
     ]
 )
-_TIMEOUT = 240  # seconds that a job may take before the pool is declared stuck
+_TIMEOUT = 180  # seconds that a job may take before the pool is declared stuck
 
 
 class RankPool:
@@ -46,10 +55,11 @@ class RankPool:
         self._start()
 
     def _start(self) -> None:
+        self._stacks = Path(tempfile.mkdtemp(prefix="pool-"))
         self._results = CONTEXT.Queue()
         self._jobs = [CONTEXT.Queue() for _ in range(self.size)]
         self._processes = [
-            CONTEXT.Process(target=_worker, args=(rank, self._jobs[rank], self._results), daemon=True)
+            CONTEXT.Process(target=_worker, args=(rank, self._jobs[rank], self._results, self._stacks), daemon=True)
             for rank in range(self.size)
         ]
         for process in self._processes:
@@ -62,10 +72,12 @@ class RankPool:
             self._jobs[rank].put((world_size, port, function, args, kwargs))
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
+        stuck = ""
         while len(results) + len(errors) < world_size:
             try:
                 rank, result, error = self._results.get(timeout=_TIMEOUT if not errors else 20)
             except Exception:  # ranks that wait for a dead one never answer
+                stuck = self._ask(set(range(world_size)) - results.keys() - errors.keys())
                 self.close()
                 self._start()
                 break
@@ -73,15 +85,25 @@ class RankPool:
         if errors:
             raise AssertionError("\n".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items())))
         if len(results) < world_size:
-            raise TimeoutError(f"{function.__name__} did not finish on ranks {set(range(world_size)) - results.keys()}")
+            raise TimeoutError(f"{function.__name__} did not finish:\n{stuck}")
         return [results[rank] for rank in range(world_size)]
+
+    def _ask(self, ranks: set[int]) -> str:
+        """Where ranks are that do not answer."""
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(self._processes[rank].pid, signal.SIGUSR2)
+        time.sleep(1)
+        return "\n".join(f"rank {rank}: {(self._stacks / str(rank)).read_text()}" for rank in sorted(ranks))
 
     def close(self) -> None:
         for process in self._processes:
             process.kill()
+        shutil.rmtree(self._stacks, ignore_errors=True)
 
 
-def _worker(rank: int, jobs: Any, results: Any) -> None:
+def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
+    faulthandler.register(signal.SIGUSR2, (stacks / str(rank)).open("w"))
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # of data workers, as in a process of its own
     while True:
@@ -108,6 +130,9 @@ def _worker(rank: int, jobs: Any, results: Any) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Below those that the system gives to whoever connects or asks for any: nobody takes it until it is used."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port

@@ -27,7 +27,7 @@ from tests.pool import _free_port
 
 RANKS, STEPS, EVERY = 2, 8, 2
 WAITED = -99  # in place of an exit code
-PATIENCE = 15.0  # seconds that a rank may take to notice that another died, before it is ended as a launcher would do
+SLOW, PATIENCE = 10.0, 30.0  # seconds that a rank takes to end after another died: it is asked where it is; it is ended
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "shutil.rmtree"}
 
 
@@ -98,8 +98,13 @@ def rank_main(rank: int, port: int, root: Path, moment: int, background: bool) -
     (root.parent / f"rank-{rank}.json").write_text(json.dumps(outcome))
 
 
-def launch(root: Path, background: bool, victim: int | None, moment: int, after: float, all_ranks: bool) -> list[int]:
-    """Run until the ranks are gone; returns their exit codes (negative: killed by that signal).
+def launch(
+    root: Path, background: bool, victim: int | None, moment: int, after: float, all_ranks: bool
+) -> tuple[list[int], float]:
+    """Run until the ranks are gone.
+
+    Returns:
+        their exit codes (negative: killed by that signal), and the seconds from the first end to the last.
 
     Args:
         victim: the rank that dies; None: nobody.
@@ -117,13 +122,18 @@ def launch(root: Path, background: bool, victim: int | None, moment: int, after:
                 print(repr(error), file=sys.stderr, flush=True)
                 os._exit(1)
         children[process] = rank
-    started, codes, died = time.monotonic(), {}, 0.0
+    started, codes, died, asked = time.monotonic(), {}, 0.0, False
     while len(codes) < RANKS and not (died and time.monotonic() - died > PATIENCE):
         if victim is not None and not moment and time.monotonic() - started > after:
             moment = -1
             for process, rank in children.items():
                 if rank not in codes and (rank == victim or all_ranks):
                     os.kill(process, signal.SIGKILL)
+        if died and not asked and time.monotonic() - died > SLOW:
+            asked = True
+            for process, rank in children.items():
+                if rank not in codes:
+                    os.kill(process, signal.SIGUSR2)  # writes to its log where it is
         process, status = os.waitpid(-1, os.WNOHANG)
         if not process:
             time.sleep(0.002)
@@ -134,19 +144,18 @@ def launch(root: Path, background: bool, victim: int | None, moment: int, after:
             for other, rank in children.items():
                 if rank not in codes:
                     os.kill(other, signal.SIGKILL)
+    took = time.monotonic() - died
     for process, rank in children.items():
         if rank not in codes:
-            os.kill(process, signal.SIGUSR2)  # writes to its log where it is
-            time.sleep(0.2)
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-    return [codes.get(rank, WAITED) for rank in range(RANKS)]
+    return [codes.get(rank, WAITED) for rank in range(RANKS)], took
 
 
 def waited_in(log: Path) -> str:
-    """Where a rank was that did not notice: the innermost function of its main thread."""
-    stack = log.read_text().rpartition("(most recent call first):\n")[2].splitlines()
-    return " < ".join(line.split(" in ")[-1] for line in stack[:4])
+    """Where a rank was when it was asked: the innermost functions of its main thread; empty if it was not."""
+    _, asked, stack = log.read_text().rpartition("(most recent call first):\n")
+    return " < ".join(line.split(" in ")[-1] for line in stack.splitlines()[:4]) if asked else ""
 
 
 def outcome_of(folder: Path) -> dict[str, Any]:
@@ -165,7 +174,8 @@ def trials(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     reference_folder = folder / "reference"
     reference_folder.mkdir(parents=True)
     started = time.monotonic()
-    assert launch(reference_folder / "run", False, None, 0, 0.0, False) == [0, 0], "the reference run failed"
+    codes, _ = launch(reference_folder / "run", False, None, 0, 0.0, False)
+    assert codes == [0, 0], "the reference run failed"
     duration = time.monotonic() - started
     reference = outcome_of(reference_folder)
     moments = [json.loads((reference_folder / f"rank-{r}.json").read_text())["moments"] for r in range(RANKS)]
@@ -174,7 +184,7 @@ def trials(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         "inside_a_save": 0,
         "one_rank": 0,
         "finished": 0,
-        "waited": [],
+        "slow": [],
         "problems": [],
     }
     number = 0
@@ -187,10 +197,12 @@ def trials(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         moment = 0 if by_clock else 1 + int(moments[victim] * draw.random() ** 2)
         if report["kills"] >= kills:
             victim, moment = None, 0
-        codes = launch(place / "run", background, victim, moment, duration * draw.random(), all_ranks)
+        codes, took = launch(place / "run", background, victim, moment, duration * draw.random(), all_ranks)
         where = f"run {number}, kill {report['kills']} (rank {victim}, moment {moment}, async {background}): "
+        if took > SLOW:
+            report["slow"].append([f"{took:.0f} s", *(waited_in(place / f"rank-{rank}.log") for rank in range(RANKS))])
         if WAITED in codes:
-            report["waited"].append(waited_in(place / f"rank-{codes.index(WAITED)}.log"))
+            report["problems"].append(where + f"a rank was still there {PATIENCE:.0f} s after the other had died")
         if victim is not None and -signal.SIGKILL in codes:
             report["kills"] += 1
             report["one_rank"] += not all_ranks

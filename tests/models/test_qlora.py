@@ -138,6 +138,7 @@ def test_scale_blocks_do_not_depend_on_the_ranks() -> None:
 def low_bit(name: str, folder: Path, world_size: int, halves: bool) -> list[float]:
     """Six steps of a low-bit optimizer; with `halves`, saved after three and read into a new one."""
     use("torchao")
+    torch.compiler.set_stance("force_eager")  # it compiles its step, for half a minute
     strategy = make_strategy("fsdp2", world_size)
     config = tiny_model("llama", hidden_size=128, intermediate_size=256).config
     model = AutoModelForCausalLM.from_config(
@@ -157,6 +158,7 @@ def low_bit(name: str, folder: Path, world_size: int, halves: bool) -> list[floa
         optimizer.step()
         optimizer.zero_grad()
         losses.append((strategy.sum_over_tokens(loss) / tokens).item())
+    torch.compiler.set_stance("default")
     packed = [v for state in optimizer.state.values() for v in state.values() if "Optim" in type(_local(v)).__name__]
     assert packed
     return losses
