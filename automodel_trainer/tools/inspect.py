@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
 from datetime import datetime
@@ -74,9 +75,7 @@ def weights_in(folder: Path) -> Facts:
         for file in files:
             check_safetensors(file)
             for dtype, shape in header_of(file).values():
-                count = 1
-                for size in shape:
-                    count *= size
+                count = math.prod(shape)
                 name = str(dtype).removeprefix("torch.")
                 sizes[name] = sizes.get(name, 0) + count * dtype.itemsize
                 tensors, numbers = tensors + 1, numbers + count
