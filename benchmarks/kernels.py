@@ -220,7 +220,7 @@ def rope(size: dict[str, int]) -> Section:
     choices = {
         "eager": plain(own),
         "compile": made(lambda: torch.compile(own)),
-        "liger": plain(partial(rotated, rope_kernel)),
+        "liger": made(lambda: partial(rotated, rope_kernel())),
     }
     shape = size["rows"], size["length"]
     return [random(*shape, size[n], size["width"]) for n in ("heads", "groups")], own, choices, 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from automodel_trainer.models.gated_mlp import GatedMLP, GateKernel
 from automodel_trainer.models.norms import Norm, NormKernel
+from automodel_trainer.models.rope import RopeKernel
 
 
 def liger(option: str) -> Any:
@@ -31,30 +32,44 @@ def norm_kernel(norm: Norm) -> NormKernel | str:
     ops = liger("norm='liger'")
     if norm.centred and norm.offset:
         return "LayerNorm with an offset on its weight"
-    if norm.centred:
-        return lambda x, weight, bias: ops.LigerLayerNormFunction.apply(
-            x, weight, torch.zeros_like(weight) if bias is None else bias, norm.eps
-        )
+    rms, layer = ops.LigerRMSNormFunction, ops.LigerLayerNormFunction
     rounding = "gemma" if norm.wide else "llama"  # Liger's names for when the result is cast back
+
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = layer.apply(x, weight, torch.zeros_like(weight) if bias is None else bias, norm.eps)
+        return y
 
     def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Not in place: who else needs the gradient of the output is not known here.
-        y: Tensor = ops.LigerRMSNormFunction.apply(x, weight, norm.eps, norm.offset, rounding, False)
+        y: Tensor = rms.apply(x, weight, norm.eps, norm.offset, rounding, False)
         return y if bias is None else y + bias
 
-    return rms_norm
+    return layer_norm if norm.centred else rms_norm
 
 
 def gate_kernel(mlp: GatedMLP) -> GateKernel | str:
     """A kernel of act(gate) · up, or why there is none."""
     ops = liger("activation='liger'")
     function = {"silu": ops.LigerSiLUMulFunction, "gelu_tanh": ops.LigerGELUMulFunction}.get(mlp.activation)
-    return f"its activation is {mlp.activation}" if function is None else function.apply
+    if function is None:
+        return f"its activation is {mlp.activation}"
+
+    def gated(gate: Tensor, up: Tensor) -> Tensor:  # a function of Python's: the compiler looks into no other
+        product: Tensor = function.apply(gate, up)
+        return product
+
+    return gated
 
 
-def rope_kernel(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q `[b, h, s, d]`, k `[b, h_kv, s, d]`, cos and sin `[b, s, d]`."""
-    return liger("rope='liger'").LigerRopeFunction.apply(q, k, cos, sin)  # type: ignore[no-any-return]
+def rope_kernel() -> RopeKernel:
+    """A kernel of q `[b, h, s, d]`, k `[b, h_kv, s, d]`, cos and sin `[b, s, d]`."""
+    function = liger("rope='liger'").LigerRopeFunction
+
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        both: tuple[Tensor, Tensor] = function.apply(q, k, cos, sin)
+        return both
+
+    return rotated
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

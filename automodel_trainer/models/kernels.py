@@ -162,8 +162,7 @@ def _swap_rope(model: PreTrainedModel, choice: str, device: torch.device) -> str
     if choice == "compile":
         restore_rope(model)
         return "the model's own"
-    _liger.liger("rope='liger'")
-    return f"Liger ({', '.join(swap_rope(model, _liger.rope_kernel, device))})"
+    return f"Liger ({', '.join(swap_rope(model, _liger.rope_kernel(), device))})"
 
 
 _SWAPS: dict[str, Callable[[PreTrainedModel, str, torch.device], str]] = {
