@@ -2,7 +2,8 @@
 
 `python benchmarks/layouts.py` runs every case in processes of its own and prints one line each; `--tiny` makes the
 model small (CPU ranks will do), `--cases fsdp2 tp` chooses, `--long 32768 65536` takes one document of these lengths
-through cp=2 until one fails (`--methods ulysses ring` compares how attention is exchanged: `tokens_per_second`).
+through cp=2 until one fails (`--methods ulysses ring` compares how attention is exchanged: `tokens_per_second`). The
+optimizer's state is there before the first of its `--long-steps`; with one of these their time is compilation's too.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def real_text(folder: Path) -> Path:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    shape = TINY if args.tiny else EIGHT_B
+    shape = {**(TINY if args.tiny else EIGHT_B)}
+    shape["num_hidden_layers"] = args.layers or shape["num_hidden_layers"]
     losses: list[float] = []
     if args.long:  # one document a row
         data: Any = MockDataModule(
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         max_steps=args.steps,
         log_every_n_steps=1,
         default_root_dir=args.root,
-        callbacks=[_Curve(losses), throughput],
+        callbacks=[_Curve(losses), throughput, *([_Primed()] if args.long else [])],
         enable_progress_bar=False,
         enable_checkpointing=False,
         logger=False,
@@ -152,6 +154,17 @@ class _Curve(Callback):
         self.times.append(time.monotonic() - self.began)
 
 
+class _Primed(Callback):
+    """Fill the optimizer's state before the first step, which shall need as much memory as the later ones."""
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        (optimizer,) = trainer.optimizers
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def launch(case: str, strategy: str, args: argparse.Namespace, *extra: str) -> dict[str, Any]:
     command = ["torchrun", "--nproc-per-node", "2", __file__, "--strategy", strategy, "--root", args.root, *extra]
     try:
@@ -165,7 +178,7 @@ def launch(case: str, strategy: str, args: argparse.Namespace, *extra: str) -> d
 
 
 def everything(args: argparse.Namespace) -> None:
-    common = ["--tiny"] if args.tiny else []
+    common = [*(["--tiny"] if args.tiny else []), "--layers", str(args.layers)]
     reference: list[float] = []
     for case in args.cases:
         sizes = ["--seq-len", str(args.seq_len), "--micro-batch-size", str(args.micro_batch_size)]
@@ -181,7 +194,7 @@ def everything(args: argparse.Namespace) -> None:
             print(result["output"], flush=True)
     for method in args.methods if args.long else ():
         for length in args.long:
-            extra = ["--long", "1", "--seq-len", str(length), "--steps", "3", *common]
+            extra = ["--long", "1", "--seq-len", str(length), "--steps", str(args.long_steps), *common]
             strategy = f"fsdp2:cp=2,cp_attention={method},activation_checkpointing=full"
             result = launch(f"{method}, {length}", strategy, args, *extra)
             print(f"cp=2, {method}, one document of {length}", json.dumps(result), flush=True)
@@ -198,6 +211,8 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--long", type=int, nargs="*", default=[])
+    parser.add_argument("--long-steps", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=0, help="of the model; 0: all")
     parser.add_argument("--methods", nargs="*", default=["ulysses"], choices=["ulysses", "ring"])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--timeout", type=int, default=240)
