@@ -78,7 +78,7 @@ def swap_gated_mlps(model: nn.Module, make: Callable[[GatedMLP], GateKernel | st
 def recognise(module: nn.Module) -> GatedMLP | None:
     """Which layer has which part, found with small random layers in a copy; None: it computes something else."""
     sizes = {name: (layer.in_features, layer.out_features) for name, layer in _linear(module).items()}
-    if any(_matters(child) for child in _others(module)):
+    if len(sizes) != 3 or any(_matters(child) for child in _others(module)):
         return None
     for gate, up, down in permutations(sizes):
         if sizes[gate] == sizes[up] == sizes[down][::-1]:

@@ -19,6 +19,8 @@ from automodel_trainer.strategies.activation_checkpointing import apply_activati
 from tests.beside import use
 from tests.harness import relative_error
 from tests.models import transformer_engine_stand_in as stand_in
+from tests.pool import RankPool
+from tests.strategies.test_parity import full
 from tests.tiny import tiny_model
 
 GPU = torch.device("cuda")
@@ -171,3 +173,34 @@ def test_the_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         for key, parameter in inspect.signature(getattr(stand_in, name)).parameters.items():
             if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
                 assert theirs[key].default == parameter.default, (name, key)
+
+
+def trained_on_ranks(spec: str, world_size: int, config: KernelsConfig) -> Any:
+    """Three steps of a small model under a layout, with kernels of the stand-in."""
+    import tests.strategies.test_parity as parity
+
+    patch = pytest.MonkeyPatch()
+    stand_in.install(patch)
+
+    def swapped(*args: Any, **kwargs: Any) -> Any:
+        model = tiny_model(*args, **kwargs)
+        apply_kernels(model, config, GPU)
+        model.set_attn_implementation("sdpa")
+        return model
+
+    patch.setattr(parity, "tiny_model", swapped)
+    try:
+        return parity.train(spec, world_size, 4, "qwen2", False)
+    finally:
+        patch.undo()
+
+
+@pytest.mark.parametrize("spec", ["fsdp2", "fsdp2:tp=2", "fsdp2:tp=2,activation_checkpointing=full"])
+def test_layouts(pool: RankPool, spec: str) -> None:
+    """Weights that come, go and are cut over ranks, with biases that are added once."""
+    expected = trained_on_ranks("auto", 1, KernelsConfig())
+    for result in pool.run(2, trained_on_ranks, spec, 2, KernelsConfig(norm="te", linear="te")):
+        for got, want in zip(result["history"], expected["history"]):
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        for name, gradient in expected["history"][0]["gradients"].items():
+            assert relative_error(full(result["history"][0]["gradients"][name]), gradient) < 1e-4, name
