@@ -16,6 +16,7 @@ its errors are like its neighbours'. `--parts kernels|model`, `--sections linear
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import statistics
 import tempfile
@@ -314,6 +315,7 @@ def run_models(size: dict[str, int], names: list[str]) -> None:
             report("model", name, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             continue
         finally:
+            gc.collect()
             if CUDA:
                 torch.cuda.empty_cache()
         reference = reference or losses

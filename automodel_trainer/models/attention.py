@@ -9,8 +9,9 @@ to one of its kernels, or another library's, by name (`KERNELS`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def install_attention_kernel(model: PreTrainedModel, kernel: str = "flex") -> No
         _transformer_engine.transformer_engine("attention='te'")
     name = KERNELS[kernel]
     AttentionInterface.register(name, partial(_attention, _PLAIN[kernel]))
-    AttentionMaskInterface.register(name, _mask)
+    AttentionMaskInterface.register(name, partial(_mask, kernel=kernel))
     model.set_attn_implementation(name)
 
 
@@ -127,13 +128,30 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mask(
-    *, dtype: torch.dtype = torch.float32, local_size: int | None = None, use_vmap: bool = False, **arguments: Any
+    *,
+    kernel: str,
+    dtype: torch.dtype = torch.float32,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **arguments: Any,
 ) -> Tensor | BlockMask | None:
     """The block mask of packed rows in half precision, else what `sdpa` would be given."""
     plain = arguments.get("attention_mask") is None and not use_vmap  # nothing of the model's own on top
     if _documents is not None and dtype in _HALF and plain:
         return document_block_mask(_documents, local_size)
-    return sdpa_mask(dtype=dtype, local_size=local_size, use_vmap=use_vmap, **arguments)
+    mask: Tensor | None = sdpa_mask(dtype=dtype, local_size=local_size, use_vmap=use_vmap, **arguments)
+    if mask is not None and kernel != "flex" and torch.is_grad_enabled():
+        _warn_of_masks(kernel)
+    return mask
+
+
+@cache
+def _warn_of_masks(kernel: str) -> None:
+    warnings.warn(
+        f"attention={kernel!r}: rows with padding, and windows shorter than a row, attend through sdpa instead. Packed "
+        "rows have no padding.",
+        stacklevel=2,
+    )
 
 
 def _attention(
@@ -151,8 +169,22 @@ def _attention(
     else:
         causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
         whole = attention_mask is None and query.shape[2] == key.shape[2] > 1  # neither masked nor from a cache
-        attend = plain if whole and causal and query.dtype in _HALF else sdpa_attention_forward
+        attend = plain if whole and causal else sdpa_attention_forward
+        if attend is not sdpa_attention_forward:
+            query, key, value = _in_half_precision(query, key, value)
     return attend(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def _in_half_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast has it; ValueError where they stay in another precision."""
+    kind = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensors[0].dtype
+    if dtype not in _HALF:
+        raise ValueError(
+            f"kernels attention: this kernel computes in bf16 or fp16, and the run in {dtype}. Set precision='bf16', "
+            "or attention='sdpa'."
+        )
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _through(backend: SDPBackend) -> Callable[..., Any]:

@@ -74,6 +74,24 @@ def test_the_same_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert called == ["te", "te"]
 
 
+def test_attention_that_it_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 is refused; rows with padding attend through sdpa, and that is said."""
+    plain, model = (tiny_model("llama", attn_implementation="sdpa").train() for _ in range(2))
+    apply_kernels(model, KernelsConfig(attention="te"), GPU)
+    ids = torch.randint(5, 260, (2, 16))
+    with pytest.raises(ValueError, match=r"computes in bf16 or fp16, and the run in torch\.float32"):
+        model(input_ids=ids, use_cache=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = [m(input_ids=ids, use_cache=False).logits for m in (model, plain)]
+    torch.testing.assert_close(*half, rtol=2e-2, atol=2e-2)
+    mask = torch.ones_like(ids)
+    mask[0, 9:] = 0
+    attention._warn_of_masks.cache_clear()
+    with pytest.warns(UserWarning, match="attention='te': rows with padding"):
+        found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(found, plain(input_ids=ids, attention_mask=mask, use_cache=False).logits)
+
+
 def test_fp8() -> None:
     loss, gradients = step(tiny_model("llama"))
     for recipe in ("delayed", "current"):
