@@ -9,26 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.strategies import StrategyRegistry as LightningStrategies
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
 from automodel_trainer._lightning import defaults_from_env_vars, drop_advertisement, install_quiet_epoch_loop
 from automodel_trainer.callbacks.defaults import default_callbacks
 from automodel_trainer.callbacks.preemption import preemption_of
-from automodel_trainer.data.adapt import Steps, as_datamodule, group_micro_batches, len_or_none, one_of
+from automodel_trainer.connect import Model, accumulating, connect
+from automodel_trainer.data.adapt import Steps, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.launch import launched_sizes
-from automodel_trainer.models.export import export_pretrained
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.resume import checkpoint_path, saved_before_restart
+from automodel_trainer.saves import SavesPretrained
 from automodel_trainer.strategies import Objective, StrategyRegistry
 from automodel_trainer.strategies.precision import canonical_precision
 
@@ -36,11 +33,10 @@ if TYPE_CHECKING:
     from automodel_trainer.tools.verify_ranks import Launcher
     from automodel_trainer.tools.verify_report import Report
 
-Model = str | os.PathLike[str] | PreTrainedModel | pl.LightningModule
 DEFAULT_EPOCHS = 3  # where neither epochs, steps nor time are given, as Hugging Face's trainer has it
 
 
-class Trainer(pl.Trainer):
+class Trainer(SavesPretrained):
     """`lightning.pytorch.Trainer` for Hugging Face models on any layout of devices.
 
     Every argument of Lightning's Trainer is here and means the same, with these additions:
@@ -114,7 +110,7 @@ class Trainer(pl.Trainer):
         drop_advertisement()
         super().__init__(
             accelerator=accelerator,
-            strategy=resolve_strategy(strategy),
+            strategy=StrategyRegistry.resolve(strategy),
             devices=devices,
             num_nodes=num_nodes,
             precision=canonical_precision(precision),  # type: ignore[arg-type]
@@ -197,11 +193,11 @@ class Trainer(pl.Trainer):
             ValueError: model, data and trainer do not fit together; the message says how they would.
         """
         data = one_of("data", data, "train_dataloaders", train_dataloaders)
-        module, datamodule, loader = self._connect(model, data, datamodule)
+        module, datamodule, loader = connect(model, data, datamodule)
         if isinstance(module, Objective):
             # Manual optimization: the module and the data module carry out what Lightning would refuse here.
             self.accumulate_grad_batches, self.gradient_clip_val = 1, None
-            loader = self._accumulating(datamodule, loader)
+            loader = accumulating(self.requested_accumulation, datamodule, loader)
             if self.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
                 raise ValueError(
                     f"gradient_clip_algorithm='value' is not offered for {type(module).__name__}, which clips the "
@@ -286,67 +282,12 @@ class Trainer(pl.Trainer):
         """
         from automodel_trainer.tools.verify import verify
 
-        module, datamodule, loader = self._connect(model, data, None)
+        module, datamodule, loader = connect(model, data, None)
         if not isinstance(module, CausalLMModule):
             raise ValueError(f"verify knows CausalLMModule and its subclasses, not {type(module).__name__}.")
         report = verify(module, datamodule or loader, self.strategy, devices, full=full, launch=launch)
         report.print()
         return report
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        dtype: torch.dtype | None = None,
-        max_shard_size: int | str = "5GB",
-    ) -> Path:
-        """Write the model as a Hugging Face folder: config, generation config, tokenizer, safetensors. Collective.
-
-        Of a model with LoRA the adapter is written, in PEFT's format (`merge_and_save` writes the whole model).
-
-        Args:
-            save_directory: the folder; its parent is made if need be.
-            dtype: of the weights on disk; None keeps the trained dtype.
-            max_shard_size: largest weight file.
-
-        Raises:
-            ValueError: there is no model to save in this process.
-        """
-        module = self._module_to_save()
-        folder = Path(save_directory)
-        export_pretrained(
-            module.model,
-            folder,
-            tokenizer=module.tokenizer_or_none,
-            source=module.source,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-        )
-        return folder
-
-    def merge_and_save(self, save_directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
-        """Merge the LoRA adapter into its base model and write that as a Hugging Face folder. Collective.
-
-        The base is read from where it came from and written tensor by tensor: no process holds all of it.
-
-        Args:
-            save_directory: the folder, which must not exist.
-            dtype: of the weights on disk; None keeps the base's.
-
-        Raises:
-            ValueError: there is no model with an adapter in this process, or its base is no folder.
-        """
-        from automodel_trainer.tools.merge import merge_and_save
-
-        return merge_and_save(self._module_to_save(), save_directory, dtype)
-
-    def _module_to_save(self) -> CausalLMModule:
-        module = self.lightning_module
-        if not isinstance(module, CausalLMModule) or module.model is None:
-            raise ValueError(
-                "There is no model in this process to save: call fit, validate or test with a Hugging Face model "
-                "first. After training in notebook workers, the weights are in the checkpoint that fit returned."
-            )
-        return module
 
     # --- what modules and callbacks ask ---------------------------------------------------------------------------
 
@@ -389,32 +330,6 @@ class Trainer(pl.Trainer):
 
     # --- connecting model, data and trainer -----------------------------------------------------------------------
 
-    def _connect(
-        self, model: Model, data: Any, datamodule: pl.LightningDataModule | None, role: str = "train"
-    ) -> tuple[pl.LightningModule, pl.LightningDataModule | None, Any]:
-        """The module, and a data module or loaders; tokens are prepared before any process waits for another."""
-        if data is not None and datamodule is not None:
-            raise ValueError("Give data or datamodule=, not both.")
-        module = model if isinstance(model, pl.LightningModule) else CausalLMModule(model)
-        datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role)
-        if isinstance(datamodule, MicroBatchDataModule):
-            if datamodule.tokenizer is None and isinstance(module, CausalLMModule):
-                datamodule.tokenizer = module.tokenizer_or_none
-            datamodule.prepare()
-        return module, datamodule, loader
-
-    def _accumulating(self, datamodule: pl.LightningDataModule | None, loader: Any) -> Any:
-        """A loader that gives an optimizer step's micro-batches at a time; ValueError where nobody can."""
-        if self.requested_accumulation == 1 or isinstance(datamodule, MicroBatchDataModule):
-            return loader
-        if isinstance(loader, DataLoader):
-            return group_micro_batches(loader, self.requested_accumulation)
-        raise ValueError(
-            f"accumulate_grad_batches={self.requested_accumulation} groups the batches of a DataLoader, or of this "
-            f"project's data modules; this is a {type(datamodule or loader).__name__}. Give fit its DataLoader, or "
-            "yield lists of micro-batches, one list for an optimizer step, and leave accumulate_grad_batches out."
-        )
-
     def _evaluation_arguments(
         self, model: Model | None, data: Any, dataloaders: Any, datamodule: Any, role: str, ckpt_path: Any
     ) -> dict[str, Any]:
@@ -426,19 +341,5 @@ class Trainer(pl.Trainer):
             if data is None and datamodule is None:  # Lightning goes on with what the last run was given
                 return {"model": None, "dataloaders": None, "datamodule": None, "ckpt_path": path}
             model = self.lightning_module
-        module, datamodule, loader = self._connect(model, data, datamodule, role)
+        module, datamodule, loader = connect(model, data, datamodule, role)
         return {"model": module, "dataloaders": loader, "datamodule": datamodule, "ckpt_path": path}
-
-
-def resolve_strategy(strategy: str | Strategy) -> str | Strategy:
-    """A strategy object for one of this project's names; Lightning's own names and objects pass through.
-
-    Raises:
-        ValueError: an unknown name or option.
-    """
-    if not isinstance(strategy, str):
-        return strategy
-    ours = StrategyRegistry.names()
-    if strategy.partition(":")[0] not in ours and strategy in LightningStrategies.available_strategies():
-        return strategy
-    return StrategyRegistry.get(strategy)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import StrategyRegistry as LightningStrategies
 
 from automodel_trainer.strategies.base import MeshStrategy
 from automodel_trainer.strategies.ddp import DDPStrategy
@@ -76,6 +77,20 @@ class StrategyRegistry:
             )
         factory = _FACTORIES[name]
         return factory(**_parse_options(spec, options, _accepted(factory)))
+
+    @staticmethod
+    def resolve(strategy: str | Strategy) -> str | Strategy:
+        """A strategy object for one of this project's names; Lightning's own names and objects pass through.
+
+        Raises:
+            ValueError: an unknown name or option.
+        """
+        if not isinstance(strategy, str):
+            return strategy
+        ours = StrategyRegistry.names()
+        if strategy.partition(":")[0] not in ours and strategy in LightningStrategies.available_strategies():
+            return strategy
+        return StrategyRegistry.get(strategy)
 
 
 def _load_entry_points() -> None:

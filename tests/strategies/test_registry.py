@@ -5,7 +5,6 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, ParallelDims, StrategyRegistry, registry
-from automodel_trainer.trainer import resolve_strategy
 from tests.harness import make_strategy
 
 
@@ -33,8 +32,8 @@ def test_bad_specs(spec: str, message: str) -> None:
 
 
 def test_lightnings_own_names_pass_through() -> None:
-    assert resolve_strategy("ddp_spawn") == "ddp_spawn"
-    assert isinstance(resolve_strategy("ddp"), DDPStrategy)
+    assert StrategyRegistry.resolve("ddp_spawn") == "ddp_spawn"
+    assert isinstance(StrategyRegistry.resolve("ddp"), DDPStrategy)
 
 
 class Third(FSDP2Strategy):

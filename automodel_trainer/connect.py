@@ -1,0 +1,56 @@
+"""What `Trainer.fit(model, data)` is given, made into a module and a data module or loader."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
+from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.modules import CausalLMModule
+
+Model = str | os.PathLike[str] | PreTrainedModel | pl.LightningModule
+
+
+def connect(
+    model: Model, data: Any, datamodule: pl.LightningDataModule | None, role: str = "train"
+) -> tuple[pl.LightningModule, pl.LightningDataModule | None, Any]:
+    """The module, and a data module or loaders; tokens are prepared before any process waits for another.
+
+    Args:
+        model, data, datamodule: as `Trainer.fit` has them.
+        role: what a data set without splits is used for (`as_datamodule`).
+
+    Raises:
+        ValueError: two kinds of data, or one that nothing can be made of.
+    """
+    if data is not None and datamodule is not None:
+        raise ValueError("Give data or datamodule=, not both.")
+    module = model if isinstance(model, pl.LightningModule) else CausalLMModule(model)
+    datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role)
+    if isinstance(datamodule, MicroBatchDataModule):
+        if datamodule.tokenizer is None and isinstance(module, CausalLMModule):
+            datamodule.tokenizer = module.tokenizer_or_none
+        datamodule.prepare()
+    return module, datamodule, loader
+
+
+def accumulating(count: int, datamodule: pl.LightningDataModule | None, loader: Any) -> Any:
+    """`loader`, made to give the `count` micro-batches of an optimizer step at a time.
+
+    Raises:
+        ValueError: nobody knows how to group these batches.
+    """
+    if count == 1 or isinstance(datamodule, MicroBatchDataModule):
+        return loader
+    if isinstance(loader, DataLoader):
+        return group_micro_batches(loader, count)
+    raise ValueError(
+        f"accumulate_grad_batches={count} groups the batches of a DataLoader, or of this "
+        f"project's data modules; this is a {type(datamodule or loader).__name__}. Give fit its DataLoader, or "
+        "yield lists of micro-batches, one list for an optimizer step, and leave accumulate_grad_batches out."
+    )

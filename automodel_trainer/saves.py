@@ -1,0 +1,71 @@
+"""Writing a trained model as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from automodel_trainer.models.export import export_pretrained
+from automodel_trainer.modules import CausalLMModule
+
+
+class SavesPretrained(pl.Trainer):
+    """A Trainer that can."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> Path:
+        """Write the model as a Hugging Face folder: config, generation config, tokenizer, safetensors. Collective.
+
+        Of a model with LoRA the adapter is written, in PEFT's format (`merge_and_save` writes the whole model).
+
+        Args:
+            save_directory: the folder; its parent is made if need be.
+            dtype: of the weights on disk; None keeps the trained dtype.
+            max_shard_size: largest weight file.
+
+        Raises:
+            ValueError: there is no model to save in this process.
+        """
+        module = self._module_to_save()
+        folder = Path(save_directory)
+        export_pretrained(
+            module.model,
+            folder,
+            tokenizer=module.tokenizer_or_none,
+            source=module.source,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+        )
+        return folder
+
+    def merge_and_save(self, save_directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
+        """Merge the LoRA adapter into its base model and write that as a Hugging Face folder. Collective.
+
+        The base is read from where it came from and written tensor by tensor: no process holds all of it.
+
+        Args:
+            save_directory: the folder, which must not exist.
+            dtype: of the weights on disk; None keeps the base's.
+
+        Raises:
+            ValueError: there is no model with an adapter in this process, or its base is no folder.
+        """
+        from automodel_trainer.tools.merge import merge_and_save
+
+        return merge_and_save(self._module_to_save(), save_directory, dtype)
+
+    def _module_to_save(self) -> CausalLMModule:
+        module = self.lightning_module
+        if not isinstance(module, CausalLMModule) or module.model is None:
+            raise ValueError(
+                "There is no model in this process to save: call fit, validate or test with a Hugging Face model "
+                "first. After training in notebook workers, the weights are in the checkpoint that fit returned."
+            )
+        return module
