@@ -100,7 +100,7 @@ class Parallel3DStrategy(FSDP2Strategy):
                 "split": self.split,
             }
             return idle + [f"{name} with pp=1 (there is one stage)" for name, given in asked.items() if given]
-        if schedule_kind(self.schedule).splits_backward:
+        if self.splits_backward:
             asked = {n: getattr(self, n) for n in ("sync_every_micro_batch", "reshard_after_forward")}
             why = f"schedule={self.schedule!r} (which keeps parameters and gradients gathered to the end of the step)"
             idle += [f"{name}=True with {why}" for name, given in asked.items() if given]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from automodel_trainer.modules.loss import next_token_targets, token_losses
@@ -76,6 +79,70 @@ def reference_step(
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": loss.item(), "norm": norm.item(), "gradients": gradients}
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of what may be a DTensor. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: full(p).detach().clone() for name, p in model.named_parameters()}
+
+
+def train_steps(
+    strategy: MeshStrategy,
+    objective: Any,
+    optimizer: torch.optim.Optimizer,
+    rows: Callable[[int], list[Batch]],
+    size: int,
+    *,
+    steps: int = 3,
+    max_norm: float = 0.5,
+) -> dict[str, Any]:
+    """Optimizer steps on this rank's share of the rows of every step, in micro-batches of `size` rows.
+
+    Returns:
+        `history`: loss, gradient norm and whole gradients of every step; `weights`: whole, after the last.
+    """
+    model, history = objective.model, []
+    for step in range(steps):
+        mine = rows(step)[strategy.dp_rank :: strategy.dp_size]
+        micro_batches = [stack(mine[i : i + size]) for i in range(0, len(mine), size)]
+        tokens = strategy.sum_over_rows(torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum())
+        loss = strategy.forward_backward(objective, micro_batches, tokens)
+        norm = strategy.clip_grad_norm_(model.parameters(), max_norm)
+        gradients = {name: full(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+        total = strategy.sum_over_tokens(loss.clone()) / tokens
+        history.append({"loss": total.item(), "norm": norm.item(), "gradients": gradients})
+    return {"history": history, "weights": weights_of(model)}
+
+
+def reference_steps(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    rows: Callable[[int], list[Batch]],
+    *,
+    steps: int = 3,
+    max_norm: float = 0.5,
+) -> dict[str, Any]:
+    """What `train_steps` returns, by plain torch on one device over all rows at once."""
+    history = [reference_step(model, rows(step), optimizer, max_norm) for step in range(steps)]
+    return {"history": history, "weights": weights_of(model)}
+
+
+def check_steps(result: Any, expected: Any) -> None:
+    """Losses within 1e-5, norms, gradients and weights within 1e-4, all relative."""
+    for got, want in zip(result["history"], expected["history"], strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert got["norm"] == pytest.approx(want["norm"], rel=1e-4)
+        assert got["gradients"].keys() == want["gradients"].keys()
+        wrong = {n: relative_error(got["gradients"][n], g) for n, g in want["gradients"].items()}
+        assert not {name: error for name, error in wrong.items() if error > 1e-4}
+    for name, weight in expected["weights"].items():
+        assert relative_error(result["weights"][name], weight) < 1e-4, name
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

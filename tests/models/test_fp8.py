@@ -13,9 +13,8 @@ from automodel_trainer.models.fp8 import RECIPES, convert_to_fp8, fp8_layers
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
 from tests.beside import use
-from tests.harness import relative_error
+from tests.harness import full, relative_error
 from tests.pool import RankPool
-from tests.strategies.test_parity import full
 from tests.strategies.test_parity import train as train_on_ranks
 from tests.tiny import tiny_model
 

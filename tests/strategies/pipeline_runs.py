@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
-from tests.harness import NextToken, make_strategy, random_rows, reference_step, relative_error, stack
+from tests.harness import Batch, NextToken, make_strategy, random_rows, reference_steps, relative_error, train_steps
 from tests.tiny import tiny_model
 
 STEPS, ROWS, LENGTH, MAX_NORM, LR = 3, 8, 13, 0.5, 1e-2
@@ -24,8 +23,8 @@ def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=LR, eps=1e-5)
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def rows_of(step: int) -> list[Batch]:
+    return random_rows(ROWS, LENGTH, seed=step)
 
 
 def build(family: str, lora: bool, **overrides: Any) -> Any:
@@ -44,22 +43,8 @@ def train(
     model = strategy.parallelize(build(family, lora, **overrides))
     finish_lora(model)
     optimizer = adam(model)
-    objective = NextToken(model)
-    history = []
-    for step in range(STEPS):
-        mine = random_rows(ROWS, LENGTH, seed=step)[strategy.dp_rank :: strategy.dp_size]
-        size = len(mine) // MICRO_BATCHES
-        micro_batches = [stack(mine[i : i + size]) for i in range(0, len(mine), size)]
-        tokens = strategy.sum_over_rows(torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum())
-        loss = strategy.forward_backward(objective, micro_batches, tokens)
-        norm = strategy.clip_grad_norm_(model.parameters(), MAX_NORM)
-        gradients = {name: full(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
-        optimizer.step()
-        optimizer.zero_grad()
-        total = strategy.sum_over_tokens(loss.clone()) / tokens
-        history.append({"loss": total.item(), "norm": norm.item(), "gradients": gradients})
-    weights = {name: full(p).detach().clone() for name, p in model.named_parameters()}
-    return {"history": history, "weights": weights}
+    size = ROWS // strategy.dp_size // MICRO_BATCHES
+    return train_steps(strategy, NextToken(model), optimizer, rows_of, size, steps=STEPS, max_norm=MAX_NORM)
 
 
 def reference(family: str, lora: bool = False, **overrides: Any) -> Any:
@@ -67,8 +52,7 @@ def reference(family: str, lora: bool = False, **overrides: Any) -> Any:
     model = build(family, lora, **overrides)
     finish_lora(model)
     optimizer = adam(model)
-    history = [reference_step(model, random_rows(ROWS, LENGTH, seed=s), optimizer, MAX_NORM) for s in range(STEPS)]
-    return {"history": history, "weights": {n: p.detach() for n, p in model.named_parameters()}}
+    return reference_steps(model, optimizer, rows_of, steps=STEPS, max_norm=MAX_NORM)
 
 
 def check(results: list[Any], expected: Any, loss: float = 1e-5, others: float = 1e-4) -> None:

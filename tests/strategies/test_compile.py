@@ -9,9 +9,9 @@ import torch
 
 from automodel_trainer.strategies import collectives
 from automodel_trainer.strategies.compile import compile_blocks
-from tests.harness import make_strategy
+from tests.harness import check_steps, make_strategy
 from tests.pool import RankPool
-from tests.strategies.test_parity import check, reference, train
+from tests.strategies.test_parity import reference, train
 from tests.tiny import tiny_model
 
 COMPILED = "compile=true,compile_backend=aot_eager"
@@ -20,7 +20,7 @@ COMPILED = "compile=true,compile_backend=aot_eager"
 @pytest.mark.parametrize("spec", ["auto", "ddp", "fsdp2:activation_checkpointing=full"])
 def test_one_device(spec: str) -> None:
     separator = "," if ":" in spec else ":"
-    check(train(f"{spec}{separator}{COMPILED}", 1, 4, "llama", tied=True), reference("llama", tied=True))
+    check_steps(train(f"{spec}{separator}{COMPILED}", 1, 4, "llama", tied=True), reference("llama", tied=True))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_one_device(spec: str) -> None:
 )
 def test_ranks(pool: RankPool, spec: str, family: str) -> None:
     for result in pool.run(2, train, f"{spec},{COMPILED}", 2, 4, family, False):
-        check(result, reference(family, tied=False))
+        check_steps(result, reference(family, tied=False))
 
 
 def count_graphs(spec: str) -> tuple[int, int]:

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from automodel_trainer import CausalLMModule, Trainer
-from tests.harness import Batch, NextToken, make_strategy, relative_error, stack
+from tests.harness import Batch, NextToken, check_steps, make_strategy, train_steps
 from tests.pool import RankPool
 from tests.tiny import tiny_model
 
@@ -44,10 +43,6 @@ def _row(form: str, length: int, index: int, generator: torch.Generator) -> Batc
     return row
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def train(spec: str, world_size: int, family: str, form: str, overrides: dict[str, Any]) -> Any:
     strategy = make_strategy(spec, world_size)
     attention = overrides.pop("attn_implementation", None)
@@ -57,30 +52,10 @@ def train(spec: str, world_size: int, family: str, form: str, overrides: dict[st
     strategy.parallelize(model)
     # eps: Adam turns a gradient of 1e-9, which is rounding, into a full step
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-5)
-    history = []
-    for step in range(STEPS):
-        mine = rows_of(form, seed=step)[strategy.dp_rank :: strategy.dp_size]
-        micro_batches = [stack(mine[i : i + 2]) for i in range(0, len(mine), 2)]
-        tokens = strategy.sum_over_rows(sum((m["labels"][:, 1:] != -100).sum() for m in micro_batches))
-        loss = strategy.forward_backward(NextToken(model), micro_batches, tokens)
-        norm = strategy.clip_grad_norm_(model.parameters(), MAX_NORM)
-        gradients = {name: full(p.grad).clone() for name, p in model.named_parameters()}
-        optimizer.step()
-        optimizer.zero_grad()
-        total = strategy.sum_over_tokens(loss.clone()) / tokens
-        history.append({"loss": total.item(), "norm": norm.item(), "gradients": gradients})
-    weights = {name: full(p).detach().clone() for name, p in model.named_parameters()}
-    return {"history": history, "weights": weights, "method": strategy._context and strategy._context.method}
-
-
-def check(result: Any, expected: Any) -> None:
-    for got, want in zip(result["history"], expected["history"]):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
-        assert got["norm"] == pytest.approx(want["norm"], rel=1e-4)
-        for name, gradient in want["gradients"].items():
-            assert relative_error(got["gradients"][name], gradient) < 1e-4, name
-    for name, weight in expected["weights"].items():
-        assert relative_error(result["weights"][name], weight) < 1e-4, name
+    result = train_steps(
+        strategy, NextToken(model), optimizer, lambda step: rows_of(form, step), 2, steps=STEPS, max_norm=MAX_NORM
+    )
+    return {**result, "method": strategy._context and strategy._context.method}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +83,7 @@ def test_parity(pool: RankPool, spec: str, world_size: int, family: str, form: s
     expected = train("auto", 1, family, form, dict(overrides))
     assert expected["method"] is None
     for result in pool.run(world_size, train, spec, world_size, family, form, dict(overrides)):
-        check(result, expected)
+        check_steps(result, expected)
         ring = "ring" in spec or overrides == TWO_HEADS
         assert result["method"] == ("ring" if ring else "ulysses")
 

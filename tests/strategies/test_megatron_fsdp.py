@@ -21,10 +21,10 @@ from automodel_trainer.models.uneven import is_uneven, placed_like
 from automodel_trainer.strategies import MegatronFSDPStrategy, StrategyRegistry
 from automodel_trainer.strategies import _megatron_fsdp as package
 from tests.callbacks import runs
-from tests.harness import NextToken, make_strategy, random_rows, reference_step, relative_error, stack
+from tests.harness import NextToken, check_steps, make_strategy, random_rows, reference_step, relative_error, stack
 from tests.pool import RankPool
 from tests.strategies.gloo import streams_on_cpu
-from tests.strategies.test_parity import LENGTH, LR, MAX_NORM, ROWS, STEPS, check
+from tests.strategies.test_parity import LENGTH, LR, MAX_NORM, ROWS, STEPS
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -177,7 +177,7 @@ def reference(family: str, **sizes: Any) -> Any:
 def test_parity(pool: RankPool, spec: str, world_size: int, micro: int, family: str, sizes: dict[str, Any]) -> None:
     expected = reference(family, **sizes)
     for result in pool.run(world_size, train, spec, world_size, micro, family, **sizes):
-        check(result, expected)
+        check_steps(result, expected)
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(3, 1), (3, 2)])
@@ -195,7 +195,7 @@ def test_lora(pool: RankPool, spec: str, world_size: int) -> None:
     """Held against the same adapters on one device."""
     expected = train("auto", 1, 2, "llama", lora={"init": "orthogonal"})
     for result in pool.run(world_size, train, spec, world_size, 2, "llama", lora={"init": "orthogonal"}):
-        check(result, expected)
+        check_steps(result, expected)
 
 
 def wrong_plan() -> str:

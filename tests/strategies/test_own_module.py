@@ -21,7 +21,7 @@ from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig, apply_lora
 from automodel_trainer.strategies import FSDP2Strategy, MeshStrategy
 from automodel_trainer.strategies.blocks import find_blocks
-from tests.harness import make_strategy, random_rows
+from tests.harness import full, make_strategy, random_rows
 from tests.pool import RankPool
 from tests.test_trainer import module, quiet, steps_of
 from tests.tiny import tiny_model
@@ -64,10 +64,6 @@ class Own(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def loader_of(batch_size: int) -> Any:

@@ -6,18 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from automodel_trainer.strategies.clip import local_tensor
-from tests.harness import NextToken, make_strategy, random_rows, reference_step, relative_error, stack
+from tests.harness import Batch, NextToken, check_steps, make_strategy, random_rows, reference_steps, train_steps
 from tests.pool import RankPool
 from tests.tiny import tiny_model
 
 STEPS, ROWS, LENGTH, MAX_NORM, LR = 3, 8, 24, 0.5, 1e-2
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def rows_of(step: int) -> list[Batch]:
+    return random_rows(ROWS, LENGTH, seed=step)
 
 
 def train(spec: str, world_size: int, micro: int, family: str, tied: bool) -> Any:
@@ -29,49 +28,22 @@ def train(spec: str, world_size: int, micro: int, family: str, tied: bool) -> An
     if spec == "ddp" and world_size > 1:
         strategy._wrapped = strategy._wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-    history = []
-    for step in range(STEPS):
-        rows = random_rows(ROWS, LENGTH, seed=step)
-        mine = rows[strategy.dp_rank :: strategy.dp_size]
-        micro_batches = [stack(mine[i : i + micro]) for i in range(0, len(mine), micro)]
-        tokens = strategy.sum_over_tokens(
-            torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum()
-        )
-        loss = strategy.forward_backward(objective, micro_batches, tokens)
-        norm = strategy.clip_grad_norm_(model.parameters(), MAX_NORM)
-        gradients = {name: full(p.grad).clone() for name, p in model.named_parameters()}
-        optimizer.step()
-        optimizer.zero_grad()
-        total = strategy.sum_over_tokens(loss.clone()) / tokens
-        history.append({"loss": total.item(), "norm": norm.item(), "gradients": gradients})
+    result = train_steps(strategy, objective, optimizer, rows_of, micro, steps=STEPS, max_norm=MAX_NORM)
     held = sum(local_tensor(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
-    weights = {name: full(p).detach().clone() for name, p in model.named_parameters()}
-    return {"history": history, "weights": weights, "held": held}
+    return {**result, "held": held}
 
 
 def reference(family: str, tied: bool) -> Any:
     model = tiny_model(family, tie_word_embeddings=tied)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-    history = [reference_step(model, random_rows(ROWS, LENGTH, seed=s), optimizer, MAX_NORM) for s in range(STEPS)]
-    return {"history": history, "weights": {n: p.detach() for n, p in model.named_parameters()}}
-
-
-def check(result: Any, expected: Any) -> None:
-    for got, want in zip(result["history"], expected["history"]):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
-        assert got["norm"] == pytest.approx(want["norm"], rel=1e-4)
-        assert got["gradients"].keys() == want["gradients"].keys()
-        for name, gradient in want["gradients"].items():
-            assert relative_error(got["gradients"][name], gradient) < 1e-4, name
-    for name, weight in expected["weights"].items():
-        assert relative_error(result["weights"][name], weight) < 1e-4, name
+    return reference_steps(model, optimizer, rows_of, steps=STEPS, max_norm=MAX_NORM)
 
 
 @pytest.mark.parametrize("spec", ["auto", "ddp", "fsdp2:cpu_offload=true", "fsdp2:activation_checkpointing=full"])
 @pytest.mark.parametrize("micro", [8, 3, 1])
 def test_one_device(spec: str, micro: int) -> None:
     """Accumulation over 1, 3 ragged and 8 micro-batches."""
-    check(train(spec, 1, micro, "llama", tied=True), reference("llama", tied=True))
+    check_steps(train(spec, 1, micro, "llama", tied=True), reference("llama", tied=True))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +66,7 @@ def test_ranks(pool: RankPool, spec: str, world_size: int, micro: int, family: s
     expected = reference(family, tied)
     results = pool.run(world_size, train, spec, world_size, micro, family, tied)
     for result in results:
-        check(result, expected)
+        check_steps(result, expected)
     shards = {"ddp": 1, "hsdp": 2, "hsdp:dp_replicate=4": 1}.get(spec, world_size)
     assert results[0]["held"] == pytest.approx(1 / shards, rel=0.1)
 
@@ -104,4 +76,4 @@ def test_the_check_can_fail() -> None:
     result = train("auto", 1, 4, "llama", tied=True)
     result["history"][1]["gradients"]["model.norm.weight"] /= 2
     with pytest.raises(AssertionError):
-        check(result, reference("llama", tied=True))
+        check_steps(result, reference("llama", tied=True))

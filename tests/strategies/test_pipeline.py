@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.harness import NextToken, make_strategy, random_rows, relative_error, stack
+from tests.harness import NextToken, full, make_strategy, random_rows, relative_error, stack
 from tests.pool import RankPool
-from tests.strategies.pipeline_runs import MOE, build, check, full, reference, train
+from tests.strategies.pipeline_runs import MOE, build, check, reference, train
 
 
 def uneven() -> list[dict[str, Any]]:

@@ -19,10 +19,9 @@ from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.optim import OptimizerConfig
 from automodel_trainer.strategies import Parallel3DStrategy, StrategyRegistry
 from automodel_trainer.tools.flops import flops_per_token
-from tests.harness import NextToken, make_strategy, random_rows, stack
+from tests.harness import NextToken, full, make_strategy, random_rows, stack
 from tests.pool import RankPool
 from tests.processes import Job
-from tests.strategies.pipeline_runs import full
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPT = torch.tensor([[7, 8, 9, 10, 11]])

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
-from tests.harness import NextToken, make_strategy, random_rows, reference_step, relative_error, stack
+from tests.harness import Batch, NextToken, check_steps, make_strategy, random_rows, reference_steps, train_steps
 from tests.pool import RankPool
 from tests.tiny import tiny_model
 
@@ -29,8 +28,8 @@ def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-5)
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def rows_of(step: int) -> list[Batch]:
+    return random_rows(ROWS, LENGTH, seed=step)
 
 
 class WithBalance(NextToken):
@@ -53,39 +52,14 @@ def train(spec: str, world_size: int, family: str, lora: dict[str, Any] | None =
     if lora is not None:
         finish_lora(model)
     optimizer = adam(model)
-    history = []
-    for step in range(STEPS):
-        mine = random_rows(ROWS, LENGTH, seed=step)[strategy.dp_rank :: strategy.dp_size]
-        half = len(mine) // 2
-        micro_batches = [stack(mine[:half]), stack(mine[half:])]
-        tokens = strategy.sum_over_rows(torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum())
-        loss = strategy.forward_backward(WithBalance(model), micro_batches, tokens)
-        norm = strategy.clip_grad_norm_(model.parameters(), MAX_NORM)
-        gradients = {name: full(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
-        optimizer.step()
-        optimizer.zero_grad()
-        total = strategy.sum_over_tokens(loss.clone()) / tokens
-        history.append({"loss": total.item(), "norm": norm.item(), "gradients": gradients})
-    weights = {name: full(p).detach().clone() for name, p in model.named_parameters()}
-    return {"history": history, "weights": weights}
+    size = ROWS // strategy.dp_size // 2
+    return train_steps(strategy, WithBalance(model), optimizer, rows_of, size, steps=STEPS, max_norm=MAX_NORM)
 
 
 def reference(family: str, **overrides: Any) -> Any:
     model = tiny_model(family, **overrides)
     optimizer = adam(model)
-    history = [reference_step(model, random_rows(ROWS, LENGTH, seed=s), optimizer, MAX_NORM) for s in range(STEPS)]
-    return {"history": history, "weights": {n: p.detach() for n, p in model.named_parameters()}}
-
-
-def check(result: Any, expected: Any) -> None:
-    for got, want in zip(result["history"], expected["history"]):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
-        assert got["norm"] == pytest.approx(want["norm"], rel=1e-4)
-        assert got["gradients"].keys() == want["gradients"].keys()
-        wrong = {n: relative_error(got["gradients"][n], g) for n, g in want["gradients"].items()}
-        assert not {name: error for name, error in wrong.items() if error > 1e-4}
-    for name, weight in expected["weights"].items():
-        assert relative_error(result["weights"][name], weight) < 1e-4, name
+    return reference_steps(model, optimizer, rows_of, steps=STEPS, max_norm=MAX_NORM)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +89,7 @@ def check(result: Any, expected: Any) -> None:
 def test_parity(pool: RankPool, spec: str, world_size: int, family: str, overrides: dict[str, Any]) -> None:
     expected = reference(family, **overrides)
     for result in pool.run(world_size, train, spec, world_size, family, **overrides):
-        check(result, expected)
+        check_steps(result, expected)
 
 
 @pytest.mark.parametrize(
@@ -136,4 +110,4 @@ def test_as_on_one_device(pool: RankPool, spec: str, world_size: int, family: st
     """Adapters, balancing loss and context parallel: held against the same run on one device."""
     expected = train("auto", 1, family, **overrides)
     for result in pool.run(world_size, train, spec, world_size, family, **overrides):
-        check(result, expected)
+        check_steps(result, expected)

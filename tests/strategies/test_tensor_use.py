@@ -23,9 +23,9 @@ from automodel_trainer.strategies.clip import local_tensor
 from automodel_trainer.strategies.tensor_check import check_gates
 from automodel_trainer.strategies.tensor_plan import expand_plan
 from automodel_trainer.strategies.tensor_size import choose_tp
-from tests.harness import NextToken, make_strategy, random_rows, stack
+from tests.harness import NextToken, full, make_strategy, random_rows, stack
 from tests.pool import RankPool
-from tests.strategies.test_tensor import LATENT, MOE, adam, full
+from tests.strategies.test_tensor import LATENT, MOE, adam
 from tests.test_trainer import Curve, chats, module, quiet
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 
