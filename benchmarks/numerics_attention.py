@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.numerics_cases import Made, Setting
+
+ALL = slice(None)
 
 
 def shapes(setting: Setting) -> tuple[int, int, int, int, int]:
@@ -85,19 +87,20 @@ class RingOfOne(torch.autograd.Function):
     """All ranks of a ring in one process: what `ring_attention` computes, without its sending."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ranks: int) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Any]) -> Tensor:
         from automodel_trainer.strategies.block_attention import attend as attend_block
         from automodel_trainer.strategies.block_attention import wide
         from automodel_trainer.strategies.ring_attention import merge
 
         out, lse = torch.zeros_like(q, dtype=wide(q.dtype)), torch.full(q.shape[:3], -torch.inf, device=q.device)
-        random = None
-        for block in ring_blocks(q.shape[2], mask, ranks):
-            rows, keys = block.queries, block.keys
-            *part, random = attend_block(q[:, :, rows], k[:, :, keys], v[:, :, keys], block, q.shape[-1] ** -0.5)
-            merge(out[:, :, rows], lse[:, :, rows], *part)
+        ctx.random = None
+        for block in blocks:
+            mine, theirs = (block.rows, ALL, block.queries), (block.rows, ALL, block.keys)
+            *part, random = attend_block(q[mine], k[theirs], v[theirs], block, q.shape[-1] ** -0.5)
+            merge(out[mine], lse[mine], *part)
+            ctx.random = random or ctx.random
         ctx.save_for_backward(q, k, v, out.to(q.dtype), lse)
-        ctx.mask, ctx.ranks, ctx.random = mask, ranks, random
+        ctx.blocks = blocks
         return out.to(q.dtype)
 
     @staticmethod
@@ -106,26 +109,24 @@ class RingOfOne(torch.autograd.Function):
 
         q, k, v, out, lse = ctx.saved_tensors
         sums = [torch.zeros_like(t, dtype=wide(t.dtype)) for t in (q, k, v)]
-        for block in ring_blocks(q.shape[2], ctx.mask, ctx.ranks):
-            rows, keys = block.queries, block.keys
-            mine, theirs = (gradients[0][:, :, rows], q[:, :, rows]), (k[:, :, keys], v[:, :, keys])
-            known = (out[:, :, rows], lse[:, :, rows])
-            parts = attend_backward(*mine, *theirs, *known, block, q.shape[-1] ** -0.5, ctx.random)
-            for total, part, at in zip(sums, parts, (rows, keys, keys)):
-                total[:, :, at] += part
-        return *(total.to(t.dtype) for total, t in zip(sums, (q, k, v))), None, None
+        scale = q.shape[-1] ** -0.5
+        for block in ctx.blocks:
+            mine, theirs = (block.rows, ALL, block.queries), (block.rows, ALL, block.keys)
+            known = (gradients[0][mine], q[mine], k[theirs], v[theirs], out[mine], lse[mine])
+            for total, part, at in zip(sums, attend_backward(*known, block, scale, ctx.random), (mine, theirs, theirs)):
+                total[at] += part
+        return *(total.to(t.dtype) for total, t in zip(sums, (q, k, v))), None
 
 
-def ring_blocks(length: int, mask: Tensor | None, ranks: int) -> Iterator[Any]:
+def ring_blocks(length: int, mask: Tensor | None, starts: list[list[int]] | None, ranks: int) -> Iterator[Any]:
     """Every rank's blocks, at their places in the tensors of all ranks one after the other."""
-    from automodel_trainer.strategies.ring_attention import block_of
+    from automodel_trainer.strategies.ring_blocks import blocks_of
 
     part = length // ranks
     for rank in range(ranks):
-        rows = slice(rank * part, (rank + 1) * part)
+        own = None if mask is None else mask[:, :, rank * part : (rank + 1) * part]
         for origin in range(ranks):
-            block = block_of(part, rank, origin, None if mask is None else mask[:, :, rows], causal=True)
-            if block is not None:
+            for block in blocks_of(part, rank, origin, ranks, own, True, starts):
                 block.queries = shifted(block.queries, rank * part, part)
                 block.keys = shifted(block.keys, origin * part, part)
                 yield block
@@ -136,24 +137,30 @@ def shifted(part: slice, by: int, length: int) -> slice:
     return slice(by + start, by + stop)
 
 
-def ring(masked: bool) -> Callable[[Setting], Made]:
-    """Four ranks. Without a mask: flash kernels where they fit. With one: plain matmuls, some rows seeing nothing."""
+def ring(kind: Literal["one document", "packed", "masked"]) -> Callable[[Setting], Made]:
+    """Four ranks. Causal, also within documents: flash kernels where they fit. With a mask: plain matmuls, and some
+    rows see nothing."""
 
     def make(setting: Setting) -> Made:
         ranks = 4
         length = 2 * ranks * (shapes(setting)[1] // (2 * ranks) | 1)  # the ranks' chunks have an odd length
         leaves = qkv(setting, length)
         wide = setting.wide(*leaves)
-        chunks = torch.arange(length, device=setting.device).chunk(2 * ranks)
+        chunks = torch.arange(length).chunk(2 * ranks)
         order = torch.cat([torch.cat([chunks[r], chunks[2 * ranks - 1 - r]]) for r in range(ranks)])
-        seen = order[:, None] >= order[None, :]
-        mask = None
-        if masked:
-            drawn = torch.rand(leaves[0].shape[0], 1, length, length, generator=setting.generator) < 0.5
-            drawn[:, :, 5] = False
-            mask = seen = drawn.to(setting.device) & seen
-        return Made(
-            lambda: RingOfOne.apply(*leaves, mask, ranks).transpose(1, 2), lambda: attend(*wide, seen), leaves, wide
-        )
+        seen = (order[:, None] >= order[None, :])[None, None]
+        drawn = torch.rand(leaves[0].shape[0], 1, length, length, generator=setting.generator)
+        mask = starts = None
+        if kind == "masked":
+            drawn[:, :, 5] = 1.0
+            mask = seen = (seen & (drawn < 0.5)).to(setting.device)
+        if kind == "packed":
+            begins = drawn[:, 0, 0] < 8 / length
+            begins[:, 0] = True
+            starts = [row.nonzero().flatten().tolist() for row in begins]
+            numbers = begins.cumsum(1)[:, order]
+            seen = seen & (numbers[:, :, None] == numbers[:, None, :])[:, None]
+        seen, blocks = seen.to(setting.device), list(ring_blocks(length, mask, starts, ranks))
+        return Made(lambda: RingOfOne.apply(*leaves, blocks).transpose(1, 2), lambda: attend(*wide, seen), leaves, wide)
 
     return make

@@ -7,7 +7,7 @@ at a time, which also are the reference.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ _SCORES = 2**26  # elements of a block of attention scores that may exist at a t
 @dataclass
 class Block:
     """Which of a rank's queries look at which keys of another's shard, and how: through a bool mask
-    `[b, 1, queries, keys]`, with `causal` at those up to their own place, or at all."""
+    `[b, 1, queries, keys]`, with `causal` at those up to their own place, or at all. `rows`: of the micro-batch."""
 
     queries: slice
     keys: slice
     mask: Tensor | None
     causal: bool = False
+    rows: slice = field(default_factory=lambda: slice(None))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor, Random | None]:

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import (
@@ -62,6 +63,14 @@ class Sequences:
     @property
     def length(self) -> int:
         return self.order.numel()
+
+    @cached_property
+    def document_starts(self) -> list[list[int]] | None:
+        """Where the documents of every row begin, for ring attention. Waits for the device, once in a micro-batch."""
+        if self.documents is None:
+            return None
+        begins = F.pad(self.documents.diff(dim=1) != 0, (1, 0), value=True).cpu()
+        return [row.nonzero().flatten().tolist() for row in begins]
 
 
 # The micro-batch that is running. A plain global: on CUDA, backward recomputes in threads of its own.
@@ -144,7 +153,9 @@ def _attention(
     if _active.method == "ring":
         causal = kwargs.pop("is_causal", None)
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        return ring_attention(query, key, value, attention_mask, _active.group, causal=causal, **kwargs), None
+        starts = _active.document_starts if attention_mask is None and causal else None
+        out = ring_attention(query, key, value, attention_mask, _active.group, causal=causal, starts=starts, **kwargs)
+        return out, None
     kwargs["position_ids"] = _active.position_ids
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **sinks: Any) -> Tensor:
@@ -205,12 +216,14 @@ def _whole_mask(sequences: Sequences, inner: str, mask_function: Callable[..., A
 
     `mask_function` is index based (causal, windows, chunks): it holds for the whole sequence as it does for a part.
     """
+    arguments |= {"attention_mask": sequences.attention_mask, "q_offset": 0, "kv_offset": 0}
+    if sequences.method == "ring" and _plainly_causal(sequences, **arguments):
+        return None
     if sequences.documents is not None:
         mask_function = packed_sequence_compatibility_function(
             mask_function, sequences.position_ids, sequences.documents
         )
         arguments["allow_is_causal_skip"] = False
-    arguments |= {"attention_mask": sequences.attention_mask, "q_offset": 0, "kv_offset": 0}
     if sequences.method == "ring":
         return _rows_of_mask(sequences, mask_function, **arguments)
     set_documents(sequences.documents)
@@ -219,27 +232,37 @@ def _whole_mask(sequences: Sequences, inner: str, mask_function: Callable[..., A
     return build(mask_function=mask_function, **{**arguments, **lengths})
 
 
+def _plainly_causal(
+    sequences: Sequences,
+    *,
+    attention_mask: Tensor | None,
+    allow_is_causal_skip: bool = False,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **unused: Any,
+) -> bool:
+    """Whether a token sees all of its document that comes before it: ring attention needs no mask for that."""
+    if use_vmap or not allow_is_causal_skip or (local_size is not None and local_size < sequences.length):
+        return False
+    # nobody who looks back sees what comes after the row's last token
+    return attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+
+
 def _rows_of_mask(
     sequences: Sequences,
     mask_function: Callable[..., Any],
     *,
     batch_size: int,
     attention_mask: Tensor | None,
-    allow_is_causal_skip: bool = False,
-    local_size: int | None = None,
     use_vmap: bool = False,
     **unused: Any,
-) -> Tensor | None:
-    """bool `[b, 1, s/cp, s]`, columns in rank-major order; None for plain causal attention."""
+) -> Tensor:
+    """bool `[b, 1, s/cp, s]`, columns in rank-major order."""
     if use_vmap:
         raise ValueError(
             "This model adds a mask of its own to causal attention, which ring attention cannot split. "
             "Set cp_attention='ulysses'."
         )
-    # nobody who looks back sees what comes after the row's last token
-    whole = attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
-    if allow_is_causal_skip and whole and (local_size is None or local_size >= sequences.length):
-        return None
     if attention_mask is not None:
         mask_function = and_masks(mask_function, padding_mask_function(attention_mask))
     columns = sequences.order

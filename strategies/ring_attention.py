@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from automodel_trainer.strategies.block_attention import Block, attend, attend_backward, wide
+from automodel_trainer.strategies.block_attention import attend, attend_backward, wide
+from automodel_trainer.strategies.ring_blocks import ALL, blocks_of
 
 
 def ring_attention(
@@ -23,6 +24,7 @@ def ring_attention(
     group: Any,
     *,
     causal: bool = True,
+    starts: list[list[int]] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -37,6 +39,7 @@ def ring_attention(
         key, value: `[b, h_kv, s/n, d]`, with h a multiple of h_kv.
         mask: bool `[b, 1, s/n, s]`, True where a query may look, columns in rank-major order; None: `causal` says it.
         causal: without a mask, a token sees those before it; else it sees all.
+        starts: without a mask, where the documents of every row begin, ascending from 0 (`blocks_of`).
         scaling: of the scores; None: 1/√d.
 
     Returns:
@@ -49,32 +52,41 @@ def ring_attention(
         if given is not None and (isinstance(given, Tensor) or given != 0):
             raise ValueError(f"Ring attention does not do {name} in attention. Set cp_attention='ulysses'.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = _Ring.apply(query, key, value, mask, group, causal, scaling)
+    out: Tensor = _Ring.apply(query, key, value, mask, group, causal, scaling, starts)
     return out.transpose(1, 2).contiguous()
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group: Any, causal: bool, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        group: Any,
+        causal: bool,
+        scale: float,
+        starts: list[list[int]] | None,
     ) -> Tensor:
         b, h, s, _ = query.shape
         out = torch.zeros(b, h, s, value.shape[-1], dtype=wide(query.dtype), device=query.device)
         lse = torch.full((b, h, s), float("-inf"), dtype=wide(query.dtype), device=query.device)
         k, v = key.contiguous(), value.contiguous()
         size = dist.get_world_size(group)
+        ctx.random = None
         for step in range(size):
             arriving = _pass_on([k, v], group) if step < size - 1 else None
-            block = block_of(s, *_ranks(step, group), mask, causal)
-            if block is not None:
-                rows, columns = block.queries, block.keys
-                *part, ctx.random = attend(query[:, :, rows], k[:, :, columns], v[:, :, columns], block, scale)
-                merge(out[:, :, rows], lse[:, :, rows], *part)
+            for block in blocks_of(s, *_ranks(step, group), mask, causal, starts):
+                mine, theirs = (block.rows, ALL, block.queries), (block.rows, ALL, block.keys)
+                *part, random = attend(query[mine], k[theirs], v[theirs], block, scale)
+                merge(out[mine], lse[mine], *part)
+                ctx.random = random or ctx.random
             if arriving is not None:
                 k, v = arriving()
         result = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, mask, result, lse)
-        ctx.group, ctx.causal, ctx.scale = group, causal, scale
+        ctx.group, ctx.causal, ctx.scale, ctx.starts = group, causal, scale, starts
         return result
 
     @staticmethod
@@ -88,46 +100,24 @@ class _Ring(torch.autograd.Function):
         size = dist.get_world_size(group)
         for step in range(size):
             arriving = _pass_on([k, v], group) if step < size - 1 else None
-            block = block_of(query.shape[2], *_ranks(step, group), mask, ctx.causal)
-            if block is not None:
-                rows, columns = block.queries, block.keys
+            for block in blocks_of(query.shape[2], *_ranks(step, group), mask, ctx.causal, ctx.starts):
+                mine, theirs = (block.rows, ALL, block.queries), (block.rows, ALL, block.keys)
                 parts = attend_backward(
-                    grad[:, :, rows],
-                    query[:, :, rows],
-                    k[:, :, columns],
-                    v[:, :, columns],
-                    out[:, :, rows],
-                    lse[:, :, rows],
-                    block,
-                    ctx.scale,
-                    ctx.random,
+                    grad[mine], query[mine], k[theirs], v[theirs], out[mine], lse[mine], block, ctx.scale, ctx.random
                 )
-                dq[:, :, rows] += parts[0]
-                dk[:, :, columns] += parts[1]
-                dv[:, :, columns] += parts[2]
+                dq[mine] += parts[0]
+                dk[theirs] += parts[1]
+                dv[theirs] += parts[2]
             if arriving is not None:
                 k, v = arriving()
             dk, dv = _pass_on([dk, dv], group)()  # sums travel with their keys, and one hop more: home
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None, None, None
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None, None, None, None
 
 
-def _ranks(step: int, group: Any) -> tuple[int, int]:
-    """This rank, and the one whose keys are here at this step."""
+def _ranks(step: int, group: Any) -> tuple[int, int, int]:
+    """This rank, the one whose keys are here at this step, and how many there are."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    return rank, (rank - step) % size
-
-
-def block_of(length: int, rank: int, origin: int, mask: Tensor | None, causal: bool) -> Block | None:
-    """What `rank` computes with the keys of `origin`, both of `length` tokens; None for nothing."""
-    everything = slice(None)
-    if mask is not None:
-        return Block(everything, everything, mask[..., origin * length : (origin + 1) * length])
-    if not causal or origin == rank:  # within a shard the order is that of the sequence
-        return Block(everything, everything, None, causal)
-    half = length // 2
-    if origin < rank:  # its early chunk lies before both of ours, its late chunk behind both
-        return Block(everything, slice(None, half), None)
-    return Block(slice(half, None), everything, None)  # both of its chunks lie between our two
+    return rank, (rank - step) % size, size
 
 
 def _pass_on(tensors: list[Tensor], group: Any) -> Callable[[], list[Tensor]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from automodel_trainer.strategies import block_attention
 from automodel_trainer.strategies.block_attention import Block, attend, attend_backward
 from automodel_trainer.strategies.ring_attention import merge
+from automodel_trainer.strategies.ring_blocks import blocks_of
 from tests.harness import relative_error
 
 SCALE = 0.3
@@ -91,6 +92,29 @@ def test_blocks_merge_to_the_whole(kind: str, dtype: torch.dtype, monkeypatch: p
     assert bool(calls) == (kind == "flash")
     for name, value, expected in zip(("out", "dq", "dk", "dv"), got, want):
         assert relative_error(value.to(expected.dtype), expected) < LIMITS[dtype], name
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("half", [1, 2, 7])
+def test_blocks_of_documents(ranks: int, half: int) -> None:
+    """All blocks of all ranks together are what documents let see, and none says the same twice."""
+    length = 2 * ranks * half
+    chunks = torch.arange(length).chunk(2 * ranks)
+    begins = torch.rand(5, length, generator=torch.Generator().manual_seed(half)) < 0.3
+    begins[0], begins[1] = False, True  # one document, and every token its own
+    begins[:, 0] = True
+    starts = [row.nonzero().flatten().tolist() for row in begins]
+    numbers = begins.cumsum(1)
+    counted = torch.zeros(5, length, length, dtype=torch.int)
+    for rank in range(ranks):
+        for origin in range(ranks):
+            mine, theirs = (torch.cat([chunks[r], chunks[2 * ranks - 1 - r]]) for r in (rank, origin))
+            for block in blocks_of(2 * half, rank, origin, ranks, None, True, starts):
+                queries, keys = mine[block.queries], theirs[block.keys]
+                seen = queries[:, None] >= keys if block.causal else torch.ones(len(queries), len(keys))
+                counted[block.rows.start, queries[:, None], keys] += seen.int()
+    wanted = torch.ones(length, length).tril() * (numbers[:, :, None] == numbers[:, None, :])
+    assert torch.equal(counted, wanted.int())
 
 
 def test_heads_of_two_widths_are_plain() -> None:
