@@ -6,11 +6,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.autograd import Function
 
+from automodel_trainer.models import _liger
+from automodel_trainer.models.gated_mlp import swap_gated_mlps
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
+from automodel_trainer.models.norms import swap_norms
+from automodel_trainer.models.rope import restore_rope, swap_rope
+from automodel_trainer.strategies.compile import compile_blocks
 from tests.beside import folder_of
 from tests.tiny import tiny_model
 
@@ -28,6 +38,66 @@ def test_the_same_numbers() -> None:
     assert len(errors) == 14
     for name, found in errors.items():
         assert all(error < 1e-5 for error in found), (name, found)
+
+
+class Normed(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounding: str, in_place: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return grad * weight, (grad * x).flatten(0, -2).sum(0), None, None, None, None
+
+
+class Gated(Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return gate * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        return grad * up, grad * gate
+
+
+class Rotated(Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return q * 2, k * 2
+
+    @staticmethod
+    def backward(ctx: Any, q: Tensor, k: Tensor) -> Any:
+        return q * 2, k * 2, None, None
+
+
+def test_the_compiler_looks_into_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block with all of them is one graph, and the same one for every layer."""
+    ops = SimpleNamespace(LigerRMSNormFunction=Normed, LigerSiLUMulFunction=Gated, LigerRopeFunction=Rotated)
+    ops.LigerLayerNormFunction = ops.LigerGELUMulFunction = None
+    monkeypatch.setattr(_liger, "liger", lambda option: ops)
+    ids, losses = torch.randint(5, 260, (2, 16)), []
+    for compiled in (False, True):
+        model = tiny_model("qwen3", num_hidden_layers=3).train()
+        swap_norms(model, _liger.norm_kernel)
+        swap_gated_mlps(model, _liger.gate_kernel)
+        swap_rope(model, _liger.rope_kernel(), torch.device("cpu"))
+        if compiled:
+            torch._dynamo.reset()
+            counters.clear()
+            compile_blocks(model, "aot_eager")
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.item())
+    restore_rope(model)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from automodel_trainer.models import AutoModelForCausalLM, attention
 from automodel_trainer.models.fp8 import fp8_layers
@@ -16,6 +17,7 @@ from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, kerne
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
 from automodel_trainer.models.te_linear import TELinear, convert_to_te
 from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
+from automodel_trainer.strategies.compile import compile_blocks
 from tests.beside import use
 from tests.harness import relative_error
 from tests.models import transformer_engine_stand_in as stand_in
@@ -152,6 +154,21 @@ def test_adapters(first: str) -> None:
     assert all(type(layer.lora_A) is nn.Linear for layer in layers)
     same(step(model), step(plain))
     assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_compiled_blocks() -> None:
+    """The compiler goes around TransformerEngine: the same numbers, and layers of one shape share what is compiled."""
+    results = []
+    for compiled in (False, True):
+        model = tiny_model("llama", num_hidden_layers=4).train()
+        apply_kernels(model, KernelsConfig(attention="sdpa", norm="te", linear="te", fp8="delayed"), GPU)
+        if compiled:
+            torch._dynamo.reset()
+            counters.clear()
+            compile_blocks(model, "aot_eager")
+        results.append(step(model))
+    same(results[1], results[0], 1e-4)
+    assert 0 < counters["stats"]["unique_graphs"] < 12
 
 
 def test_refusals() -> None:
