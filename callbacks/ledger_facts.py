@@ -18,7 +18,7 @@ from automodel_trainer.callbacks.counts import Counts, micro_batches
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.callbacks.watchdog import Watchdog
 from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
-from automodel_trainer.models.fp8 import fp8_layers
+from automodel_trainer.models.fp8_layers import fp8_layers
 from automodel_trainer.models.kernels import kernels_in_use
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.strategies import MeshStrategy

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from automodel_trainer.models.fp8 import fp8_layers
+from automodel_trainer.models.fp8_layers import fp8_layers
 from automodel_trainer.strategies.blocks import find_blocks
 from automodel_trainer.strategies.wrap import wrap
 

@@ -46,7 +46,8 @@ def _outputs(adapter: Adapter, ndim: int) -> int:
 def _refuse(adapter: Adapter, columns: bool) -> None:
     if packs(adapter.module, adapter.parameter):
         raise ValueError(
-            f"lora quantize: {adapter.target} is held in 4 bits, which tensor parallel cannot cut. Set tp=1."
+            f"The weight of {adapter.target} is held packed (lora quantize, or kernels fp8), and tensor parallel "
+            "cannot cut it. Set tp=1."
         )
     if adapter.magnitude is not None and not columns:
         raise ValueError(

@@ -71,12 +71,12 @@ class AutoModelForCausalLM:
             config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
         model.config.name_or_path = str(folder)
-        if kernels is not None:
-            apply_kernels(model, kernels, _device(strategy, device))
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         if lora is not None:
             add_adapters(model, lora, strategy)
+        if kernels is not None:
+            apply_kernels(model, kernels, _device(strategy, device))
         fill_from_folder(model, folder, strategy, device, files=files, allow_missing_weights=allow_missing_weights)
         return model
 
@@ -98,10 +98,10 @@ class AutoModelForCausalLM:
         model = _build_on_meta(
             config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
-        if kernels is not None:
-            apply_kernels(model, kernels, _device(strategy, device))
         if lora is not None:
             add_adapters(model, lora, strategy)
+        if kernels is not None:
+            apply_kernels(model, kernels, _device(strategy, device))
         if strategy is not None:
             strategy.parallelize(model)
         initialize_weights(model, _device(strategy, device), seed)

@@ -1,4 +1,4 @@
-"""A frozen weight of any shape that is held as NF4, and that FSDP2 shards and gathers packed."""
+"""A frozen weight that is held as NF4 (of any shape) or fp8 (a matrix), and that FSDP2 shards and gathers packed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from automodel_trainer.models import _bitsandbytes, _torchao
+from automodel_trainer.models import _bitsandbytes, _torchao, fp8_weight
 from automodel_trainer.models.nf4 import Parts
 
 _NAMES = [field.name for field in fields(Parts)]
 _CUT = ("codes", "scales", "factors")  # these lie in the order of the weight; the others are the whole weight's
-_LIBRARIES = {"nf4": _torchao, "bnb-nf4": _bitsandbytes}
+_LIBRARIES: dict[str, Any] = {
+    "nf4": _torchao,
+    "bnb-nf4": _bitsandbytes,
+    **dict.fromkeys(fp8_weight.PACKINGS, fp8_weight),
+}
 aten = torch.ops.aten
 
 
 def pack(weight: Tensor, packing: str, scale_block: int) -> PackedTensor:
-    """Pack a dense weight of any shape; `scale_block` scales share a second one."""
+    """Pack a dense weight; of NF4 `scale_block` scales share a second one."""
+    if packing in fp8_weight.PACKINGS:
+        return PackedTensor(fp8_weight.pack(weight, packing), packing, weight.shape, weight.dtype)
     return PackedTensor(_LIBRARIES[packing].pack(weight, scale_block), packing, weight.shape, weight.dtype)
 
 
@@ -32,7 +38,7 @@ class PackedTensor(torch.Tensor):
 
     Args:
         parts: what it is packed into; codes in the row-major order of the weight.
-        packing: `nf4` (torchao's) or `bnb-nf4` (bitsandbytes').
+        packing: `nf4` (torchao's), `bnb-nf4` (bitsandbytes'), or one of `fp8_weight.PACKINGS`.
         shape: of the dense weight.
         dtype: that it unpacks into.
     """
@@ -107,7 +113,7 @@ class PackedTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func not in _OPS:
-            raise NotImplementedError(f"A weight packed as NF4 does not know {func}: unpack it (get_original_weight).")
+            raise NotImplementedError(f"A packed weight does not know {func}: unpack it (get_original_weight).")
         return _OPS[func](func, *args, **(kwargs or {}))
 
 
@@ -169,5 +175,9 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) -> Tensor:
-    out = _Linear.apply(x, weight)
+    if weight.packing in fp8_weight.PACKINGS:
+        by_row = weight.packing == "fp8-rowwise"
+        out = fp8_weight.Fp8Linear.apply(x, weight.parts.codes, weight.parts.scales, by_row)
+    else:
+        out = _Linear.apply(x, weight)
     return out if bias is None else out + bias.to(out.dtype)

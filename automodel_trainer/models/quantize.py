@@ -1,8 +1,9 @@
-"""4-bit base weights for QLoRA (torchao's NF4 or bitsandbytes'), on one device or in FSDP2's shards."""
+"""Frozen weights held packed: in 4 bits for QLoRA (torchao's NF4 or bitsandbytes'), or in fp8; whole or in shards."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from automodel_trainer.models import _bitsandbytes, _torchao
+from automodel_trainer.models.fp8_weight import PACKINGS as FP8_PACKINGS
 from automodel_trainer.models.lora.layers import LoRALinear, LoRAParameters
 from automodel_trainer.models.mixing import mixed
 from automodel_trainer.models.nf4 import BLOCK, SCALE_BLOCK
@@ -56,10 +58,25 @@ def prepare_packing(model: nn.Module, packing: str) -> None:
                     f"lora quantize={packing!r}: the {key} of {name} has {elements} elements, not a multiple of "
                     f"{BLOCK}. Leave it out with exclude."
                 )
-        module.__class__ = mixed(PackedWeights, type(module))  # type: ignore[arg-type]
-        assert isinstance(module, PackedWeights)
-        module.packing, module.packed_names = packing, names
-    # DDP's first broadcast cannot take packed weights, and all ranks read the same file.
+        _hold_packed(module, packing, names)
+    _ignore_in_ddp(model)
+
+
+def pack_linear(model: nn.Module, names: Iterable[str], packing: str) -> None:
+    """Make these frozen linear layers of `model` (on meta or real) hold their weights packed from now on."""
+    for name in names:
+        _hold_packed(model.get_submodule(name), packing, ("weight",))
+    _ignore_in_ddp(model)
+
+
+def _hold_packed(module: nn.Module, packing: str, names: tuple[str, ...]) -> None:
+    module.__class__ = mixed(PackedWeights, type(module))  # type: ignore[arg-type]
+    assert isinstance(module, PackedWeights)
+    module.packing, module.packed_names = packing, names
+
+
+def _ignore_in_ddp(model: nn.Module) -> None:
+    """DDP's first broadcast cannot take packed weights, and all ranks read the same file."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
 
@@ -124,6 +141,9 @@ def packed(weight: Tensor, packing: str) -> nn.Parameter:
 
 def _shard_of(weight: Tensor, packing: str, index: int, count: int) -> Any:
     """One of `count` shards of the packed weight; the mean of all scales stays the whole weight's."""
+    if packing in FP8_PACKINGS:
+        made = pack(weight, packing, 0)
+        return made.shard(index, count) if count > 1 else made
     scale_block = _scale_block(weight.shape, count)
     if packing == "nf4" and weight.ndim == 2:
         whole = _torchao.nf4_tensor().from_tensor(weight, BLOCK, scale_block)

@@ -19,7 +19,7 @@ from automodel_trainer.models._transformer_engine import (
     scaled,
     transformer_engine,
 )
-from automodel_trainer.models.fp8 import Fp8Layers
+from automodel_trainer.models.fp8_layers import Fp8Layers
 from automodel_trainer.models.lora.layers import LoRALinear, adapters
 from automodel_trainer.models.mixing import mixed
 

@@ -137,8 +137,8 @@ class HuggingFaceModule(Objective, pl.LightningModule):
                 raise ValueError("The model has adapters already: leave out CausalLMModule(lora=…) to go on with them.")
             if self.kernels.fp8 is not None:
                 raise ValueError(
-                    f"fp8={self.kernels.fp8!r} is put in before adapters, and this model has some already. Build it "
-                    "with AutoModelForCausalLM.from_pretrained(lora=…, kernels=KernelsConfig(fp8=…)) instead."
+                    f"fp8={self.kernels.fp8!r} casts frozen weights as they are read, and this model holds its "
+                    "already. Build it with AutoModelForCausalLM.from_pretrained(lora=…, kernels=KernelsConfig(fp8=…)) instead."
                 )
             apply_kernels(model, self.kernels, self.strategy.root_device)
             self.strategy.parallelize(model)
@@ -146,9 +146,9 @@ class HuggingFaceModule(Objective, pl.LightningModule):
             return model
         # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
         hold_in(model, dtype)
-        apply_kernels(model, self.kernels, self.strategy.root_device)
         if self.lora is not None:
             add_adapters(model, self.lora, self.strategy)
+        apply_kernels(model, self.kernels, self.strategy.root_device)
         if not any(parameter.is_meta for parameter in model.parameters()):
             self.strategy.parallelize(model)
             finish_lora(model)

@@ -17,6 +17,7 @@ from automodel_trainer import CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.callbacks.ledger_text import ledger_rows
 from automodel_trainer.models.adapters import trained_tensors
 from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.initialize import whole
 from automodel_trainer.strategies.clip import local_tensor
@@ -39,11 +40,20 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(spec: str, world_size: int, precision: str, base: Path, lora: dict[str, Any]) -> dict[str, Any]:
+def train(
+    spec: str,
+    world_size: int,
+    precision: str,
+    base: Path,
+    lora: dict[str, Any],
+    kernels: KernelsConfig | None = None,
+) -> dict[str, Any]:
     """Three steps on this rank."""
     torch.manual_seed(world_size)  # nothing may depend on it
     strategy = make_strategy(spec, world_size, precision)
-    model = AutoModelForCausalLM.from_pretrained(base, strategy, lora=LoRAConfig(rank=4, **lora)).train()
+    model = AutoModelForCausalLM.from_pretrained(
+        base, strategy, lora=LoRAConfig(rank=4, **lora), kernels=kernels
+    ).train()
     if spec == "ddp" and world_size > 1:
         strategy._wrapped = strategy._wrap(model)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -148,7 +148,7 @@ def build_on(spec: str, world_size: int, folder: Path, packing: str) -> str:
 
 @pytest.mark.parametrize(
     ("spec", "world_size", "message"),
-    [("fsdp2", 3, "cannot be packed as nf4 in 3 shards"), ("fsdp2:tp=2", 2, "tensor parallel cannot cut. Set tp=1")],
+    [("fsdp2", 3, "cannot be packed as nf4 in 3 shards"), ("fsdp2:tp=2", 2, "tensor parallel cannot cut it. Set tp=1")],
 )
 def test_layouts_that_cannot_cut_a_packed_weight_say_so(
     pool: RankPool, bases: Path, spec: str, world_size: int, message: str

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from automodel_trainer.models import AutoModelForCausalLM, attention
-from automodel_trainer.models.fp8 import fp8_layers
+from automodel_trainer.models.fp8_layers import fp8_layers
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, kernels_in_use
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
 from automodel_trainer.models.te_linear import TELinear, convert_to_te

@@ -75,8 +75,7 @@ def finish_lora(model: nn.Module) -> None:
         return
     for adapter in adapters(model):
         initialize_adapter(adapter, config.init, seed_of(config.seed, adapter.target))
-    if config.quantize:
-        pack_weights(model)
+    pack_weights(model)
     if config.adapter is not None:
         load_adapter(model, config.adapter)
     choose_lora_kernel(model)

@@ -1,0 +1,23 @@
+"""Every use of a private torch name in the models (torch 2.11-2.13)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def scaled_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """(a · scale_a) @ (b · scale_b) of fp8 matrices, `[m, n]` in `dtype`.
+
+    `torch.nn.functional.scaled_mm` is the public name, which the compiler cannot look into.
+
+    Args:
+        a: `[m, k]`, by rows.
+        b: `[k, n]`, by columns.
+        scale_a, scale_b: fp32 `[m, 1]` and `[1, n]`, or both `[1, 1]`.
+    """
+    if not a.is_cuda:  # what it would be without fp8's units
+        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(dtype)
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    out = torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=half, use_fast_accum=True)
+    return out.to(dtype)

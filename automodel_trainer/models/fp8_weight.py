@@ -1,0 +1,68 @@
+"""A frozen weight held in fp8, cast once, and what multiplies with it.
+
+Every output row of the weight has a scale of its own ("rowwise"), or all have one ("tensorwise"). Backward multiplies
+with the same codes: what it would need as scales of the other side is moved into the gradient before that is cast.
+
+Source: FP8 formats, arXiv 2209.05433.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from automodel_trainer.models._torch import scaled_matmul
+from automodel_trainer.models.nf4 import Parts
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+PACKINGS = ("fp8-rowwise", "fp8-tensorwise")
+
+
+def pack(weight: Tensor, packing: str) -> Parts:
+    """A dense weight `[out, in]` as codes (one byte a number) and scales fp32 `[out]`."""
+    codes, scales = _cast(weight, E4M3, by_row=packing == "fp8-rowwise")
+    none = weight.new_empty(0, dtype=torch.float32)
+    return Parts(codes.view(torch.uint8), scales.expand(weight.shape[0], 1)[:, 0].contiguous(), none, none, none)
+
+
+def unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
+    """The numbers `[out, in]`."""
+    return (parts.codes.view(E4M3).float() * parts.scales[:, None]).to(dtype)
+
+
+class Fp8Linear(torch.autograd.Function):
+    """x `[..., in]` times a weight held in fp8: `[..., out]`, in x's dtype. The weight has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, by_row: bool) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.by_row = by_row
+        cast, of_x = _cast(x.flatten(0, -2), E4M3, by_row)
+        of_weight = scales[None] if by_row else scales[:1, None]
+        out = scaled_matmul(cast, codes.view(E4M3).mT, of_x, of_weight, x.dtype)
+        return out.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        codes, scales = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        if ctx.by_row:  # Σ g·s·w over the output: s is neither a row's of the result nor a column's
+            cast, of_gradient = _cast(rows * scales, E4M3, by_row=True)
+            of_weight = scales.new_ones(1, codes.shape[1])
+        else:
+            cast, of_gradient = _cast(rows, E5M2, by_row=False)
+            of_weight = scales[:1, None]
+        # fp8 matmuls take their second operand by columns.
+        columns = codes.mT.contiguous().view(E4M3).mT
+        out = scaled_matmul(cast, columns, of_gradient, of_weight, gradient.dtype)
+        return out.unflatten(0, gradient.shape[:-1]), None, None, None
+
+
+def _cast(x: Tensor, dtype: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor]:
+    """`[rows, n]` as codes, and scales `[rows, 1]` or `[1, 1]` that multiply them back."""
+    largest = x.abs().amax(dim=1, keepdim=True) if by_row else x.abs().amax().view(1, 1)
+    limit = torch.finfo(dtype).max
+    scale = largest.float().clamp(min=1e-12) / limit
+    return (x.float() / scale).clamp(-limit, limit).to(dtype), scale
