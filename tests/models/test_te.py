@@ -19,10 +19,9 @@ from automodel_trainer.models.te_linear import TELinear, convert_to_te
 from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
 from automodel_trainer.strategies.compile import compile_blocks
 from tests.beside import use
-from tests.harness import relative_error
+from tests.harness import full, relative_error
 from tests.models import transformer_engine_stand_in as stand_in
 from tests.pool import RankPool
-from tests.strategies.test_parity import full
 from tests.tiny import tiny_model
 
 GPU = torch.device("cuda")
