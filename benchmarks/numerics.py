@@ -116,6 +116,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the inputs; the time")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    import automodel_trainer.modules  # noqa: F401  takes its time, which is no case's
+
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{where}, torch {torch.__version__}, seed {args.seed}")
     print(f"{'path':<28}{'dtype':<10}{'forward':>10}{'backward':>10}{'limit':>9}  ok    seconds", flush=True)

@@ -63,7 +63,8 @@ class MeshStrategy(SavingStrategy):
         dims: sizes of the mesh axes.
         launcher: how `devices=N` starts its processes where torchrun or srun did not: `subprocess` runs the script
             again, `fork` and `spawn` run `fit` in worker processes, as a notebook needs it; `auto` tells by itself.
-        compile: run every block as one compiled function in training. "auto": where there is a GPU.
+        compile: run every block as one compiled function in training. "auto": where there is a GPU (of a user's
+            own LightningModule: the blocks of Hugging Face models).
         compile_backend: of `torch.compile`.
         process_group_backend: defaults to gloo on CPU, and to NCCL with gloo beside it for CPU tensors on CUDA.
         timeout: how long a collective waits for a missing rank.
