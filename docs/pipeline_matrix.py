@@ -53,35 +53,42 @@ def main() -> None:
     end = time.monotonic() + 60 * args.minutes
     warnings.simplefilter("ignore")
     made: dict[str, str] = json.loads(args.file.read_text()) if args.file and args.file.is_file() else {}
-    references: dict[str, Any] = {}
+    references: dict[tuple[str, int], Any] = {}
     pool = RankPool(8)
-    lines = [f"| layout | schedule | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 2) + "|"]
-    for (layout, ranks), schedule in product(LAYOUTS, SCHEDULES):
+    for (layout, ranks), schedule, (column, (family, options)) in product(LAYOUTS, SCHEDULES, COLUMNS.items()):
+        key = name_of(layout, schedule, column)
+        if key in made:
+            continue
+        if time.monotonic() > end:
+            break
         depth = 8 if "pp=4" in layout else 4  # two layers a stage, or one with two stages a rank
-        for column, (family, options) in COLUMNS.items():
-            key = f"{layout}, {schedule}, {column}"
-            if key in made:
-                continue
-            if time.monotonic() > end:
-                pool.close()
-                sys.exit(UNFINISHED)
-            options = {**options, "num_hidden_layers": depth}
-            if f"{column}, {depth}" not in references:
-                references[f"{column}, {depth}"] = reference(family, **options)
-            spec = f"3d:{layout},schedule={schedule}"
-            made[key] = cell(pool, spec, ranks, family, options, references[f"{column}, {depth}"])
-            print(f"{key}: {made[key]}", flush=True)
-            if args.file:
-                args.file.write_text(json.dumps(made, indent=0))
-        cells = (made[f"{layout}, {schedule}, {column}"] for column in COLUMNS)
-        lines.append(f"| `{layout}` | `{schedule}` | {' | '.join(cells)} |")
+        sized = {**options, "num_hidden_layers": depth}
+        if (column, depth) not in references:
+            references[column, depth] = reference(family, **sized)
+        made[key] = cell(pool, f"3d:{layout},schedule={schedule}", ranks, family, sized, references[column, depth])
+        print(f"{key}: {made[key]}", flush=True)
+        if args.file:
+            args.file.write_text(json.dumps(made, indent=0))
     pool.close()
+    write_table(made)
+    wrong = [key for key, text in made.items() if text.startswith("**")]
+    print(f"{len(made)} cells; out of bounds: {wrong or 'none'}")
+    complete = len(made) == len(LAYOUTS) * len(SCHEDULES) * len(COLUMNS)
+    sys.exit(int(bool(wrong)) if complete else UNFINISHED)
+
+
+def name_of(layout: str, schedule: str, column: str) -> str:
+    return f"{layout}, {schedule}, {column}"
+
+
+def write_table(made: dict[str, str]) -> None:
+    lines = [f"| layout | schedule | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    for (layout, _), schedule in product(LAYOUTS, SCHEDULES):
+        cells = (made.get(name_of(layout, schedule, column), "not run") for column in COLUMNS)
+        lines.append(f"| `{layout}` | `{schedule}` | {' | '.join(cells)} |")
     page = Path(__file__).with_name("pipeline.md")
     before, _, rest = page.read_text().partition(START)
     page.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
-    wrong = [key for key, text in made.items() if text.startswith("**")]
-    print(f"{len(made)} cells; out of bounds: {wrong or 'none'}")
-    sys.exit(bool(wrong))
 
 
 def cell(pool: RankPool, spec: str, ranks: int, family: str, options: dict[str, Any], expected: Any) -> str:

@@ -201,11 +201,11 @@ class Parallel3DStrategy(FSDP2Strategy):
         layers = len(model.get_submodule(parts.layers))  # type: ignore[arg-type]
         stages = self.dims.pp * self.stages_per_rank
         if stages > layers:
-            fitting = ", ".join(str(n) for n in range(1, layers // self.stages_per_rank + 1))
+            one_each = "" if self.stages_per_rank == 1 else f", up to {layers} with schedule='1f1b'"
             raise ValueError(
                 f"{stages} stages (pp={self.dims.pp} × {self.stages_per_rank} per rank) need as many layers, and "
-                f"{type(model).__name__} has {layers}. Allowed: pp in {fitting or 'none'} with schedule="
-                f"{self.schedule!r}, or fewer stages per rank (schedule='1f1b')."
+                f"{type(model).__name__} has {layers}. Allowed: pp up to {layers // self.stages_per_rank} with "
+                f"schedule={self.schedule!r}{one_each}."
             )
         if self.split is None:
             return even_counts(layers, stages)

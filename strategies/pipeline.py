@@ -100,8 +100,10 @@ class Pipeline:
         try:
             self._built[0].step(index=index, target=index, losses=[])
         except Exception as error:
-            error.add_note(f"Pipeline rank {self.rank} of {self.ranks}: {self.place}.")
-            raise
+            # torch wraps what a forward raises
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            cause.add_note(f"Pipeline rank {self.rank} of {self.ranks}: {self.place}.")
+            raise cause from None
         finally:
             self._runner = None
         self._position = len(self._order)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from automodel_trainer.models._transformers import forget_absent_ties, packing_without_sync
 from automodel_trainer.strategies.blocks import find_blocks
 from automodel_trainer.strategies.sequence import stacks
 
@@ -141,8 +142,6 @@ def _unplaced(model: nn.Module, parts: Parts) -> list[str]:
 @torch.no_grad()
 def _traced(model: nn.Module, layers: str) -> Parts:
     """Run the model on four tokens, its layers left out, and see what is called before and after them."""
-    from automodel_trainer.models._transformers import packing_without_sync
-
     # of a model on meta nothing can be asked: no look at documents, or at padding without a mask
     packing_without_sync(model)  # type: ignore[arg-type]
     config: Any = model.config
@@ -229,6 +228,7 @@ def split_model(model: nn.Module, parts: Parts, counts: Sequence[int], own: Sequ
         split.shared = [name for name, p in model.named_parameters() if id(p) in ends]
     for name in gone:
         _remove(model, name, used, split)
+    forget_absent_ties(model)  # type: ignore[arg-type]
     return split
 
 

@@ -20,7 +20,15 @@ from transformers.utils import logging
 
 from automodel_trainer.models.attention import set_documents
 
-__all__ = ["attention_in_use", "initialize_module", "load_weights", "original_weight_names", "tied_weight_names"]
+__all__ = [
+    "attention_in_use",
+    "forget_absent_ties",
+    "initialize_module",
+    "load_weights",
+    "original_weight_names",
+    "tie_weights",
+    "tied_weight_names",
+]
 
 
 def load_weights(
@@ -116,6 +124,18 @@ def _submodels(model: PreTrainedModel) -> list[PreTrainedModel]:
 def tied_weight_names(model: PreTrainedModel) -> dict[str, str]:
     """Name of a tied parameter -> name of the parameter that it shares, for all ties the config asks for."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def forget_absent_ties(model: PreTrainedModel) -> None:
+    """Of the ties that the config asks for, keep those of parameters that the model has (left)."""
+    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if ties := tied_weight_names(model):
+        model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in held and b in held}
+
+
+def tie_weights(model: PreTrainedModel) -> None:
+    """Tie what `tied_weight_names` says."""
+    model.tie_weights(recompute_mapping=False)
 
 
 def original_weight_names(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

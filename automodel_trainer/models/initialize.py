@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from automodel_trainer.models._transformers import initialize_module
+from automodel_trainer.models._transformers import initialize_module, tie_weights
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def initialize_weights(model: PreTrainedModel, device: torch.device, seed: int) 
             shard = distribute_tensor(full.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(shard.to_local())
             module._parameters[key] = parameter
-    model.tie_weights()
+    tie_weights(model)
 
 
 def seed_of(seed: int, name: str) -> int:

@@ -35,7 +35,13 @@ def build(family: str, lora: bool, **overrides: Any) -> Any:
 
 
 def train(
-    spec: str, world_size: int, family: str, lora: bool = False, precision: str = "fp32", **overrides: Any
+    spec: str,
+    world_size: int,
+    family: str,
+    lora: bool = False,
+    precision: str = "fp32",
+    objective_class: type[NextToken] = NextToken,
+    **overrides: Any,
 ) -> Any:
     """Three optimizer steps on this rank; its gradients and weights, gathered, come back."""
     torch.manual_seed(world_size)  # nothing may depend on it
@@ -44,7 +50,7 @@ def train(
     finish_lora(model)
     optimizer = adam(model)
     size = ROWS // strategy.dp_size // MICRO_BATCHES
-    return train_steps(strategy, NextToken(model), optimizer, rows_of, size, steps=STEPS, max_norm=MAX_NORM)
+    return train_steps(strategy, objective_class(model), optimizer, rows_of, size, steps=STEPS, max_norm=MAX_NORM)
 
 
 def reference(family: str, lora: bool = False, **overrides: Any) -> Any:

@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from automodel_trainer.modules.loss import next_token_targets
+from automodel_trainer.modules import linear_cross_entropy
+from automodel_trainer.modules import loss as loss_module
+from automodel_trainer.modules.loss import next_token_targets, summed_loss
 from automodel_trainer.strategies import Parallel3DStrategy
+from automodel_trainer.strategies.deferred_logits import defer_logits
 from tests.harness import NextToken, make_strategy, random_rows, relative_error, stack
 from tests.pool import RankPool
 from tests.strategies.pipeline_runs import (
@@ -119,3 +123,41 @@ def test_checkpointing_recomputes(pool: RankPool, spec: str) -> None:
     """What a block computes is computed once more in backward, and once only without checkpointing."""
     assert pool.run(2, count_calls, spec) == [4, 4]
     assert pool.run(2, count_calls, f"{spec},activation_checkpointing=full") == [8, 8]
+
+
+class ChunkedLoss(NextToken):
+    """As `CausalLMModule` has it: the head hands over hidden states, and the loss makes logits a chunk at a time."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        defer_logits(model)
+
+    def loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        return summed_loss(outputs.logits, targets)
+
+
+class MostLogits(TorchDispatchMode):
+    """The most tokens whose logits a matmul has made at a time."""
+
+    tokens = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) and result.shape[-1] == 264:
+            self.tokens = max(self.tokens, len(result))
+        return result
+
+
+def train_in_chunks(spec: str, **options: Any) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch, MostLogits() as most:
+        for module in (loss_module, linear_cross_entropy):
+            patch.setattr(module, "chunk_rows", lambda *_: 5)
+        result = train(spec, 2, "llama", objective_class=ChunkedLoss, **options)
+    return {**result, "most": most.tokens}
+
+
+@pytest.mark.parametrize("spec", ["3d:pp=2", "3d:pp=2,schedule=zbv"])
+def test_the_last_stage_never_has_all_logits(pool: RankPool, spec: str) -> None:
+    results = pool.run(2, train_in_chunks, spec, **TIED)
+    assert max(result["most"] for result in results) == 5
+    check(results, reference("llama", **TIED))

@@ -64,6 +64,7 @@ def with_defect(defect: Callable[[pytest.MonkeyPatch], None], function: Callable
         ("ddp", "llama", {}, "plain"),
         ("fsdp2:tp=2", "qwen3", {"tie_word_embeddings": True}, "packed"),
         ("fsdp2:tp=2,cp=2", "gemma3_text", {"sliding_window": 300}, "packed"),
+        ("3d:pp=2,tp=2,schedule=zbv", "gemma3_text", {"num_hidden_layers": 4}, "packed"),
     ],
 )
 def test_layouts_that_are_right(
