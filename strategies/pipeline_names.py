@@ -93,3 +93,12 @@ def held_elsewhere(model: nn.Module, names: Iterable[str]) -> set[str]:
     pipeline = pipeline_of(model)
     absent = tuple(f"{name}." for name in pipeline.model.split.absent) if pipeline is not None else ()
     return {name for name in names if name.startswith(absent)} if absent else set()
+
+
+def modules_around_layers(model: nn.Module) -> set[str]:
+    """Names of the modules that the layers of a model in stages are inside of: they put out what a stage does."""
+    pipeline = pipeline_of(model)
+    if pipeline is None:
+        return set()
+    path = pipeline.model.split.parts.layers.split(".")
+    return {".".join(path[:end]) for end in range(len(path))}

@@ -11,18 +11,24 @@ from torch.distributed.tensor import DTensor
 
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.deferred_logits import DeferredLogits
+from automodel_trainer.strategies.pipeline_names import modules_around_layers
 
 
 class OutputRecorder:
-    """Keeps the first tensor of every module's output during the model's next `forwards` forward passes."""
+    """Keeps the first tensor of every module's output during the model's next `forwards` forward passes.
+
+    Of a model in pipeline stages a forward is that of the rank's first stage, and only what runs inside of it counts.
+    """
 
     def __init__(self, model: nn.Module, forwards: int = 1) -> None:
         self.outputs: list[dict[str, Tensor]] = [{}]
         self._left = forwards
+        around = modules_around_layers(model)
+        self._whole = not around
         self._handles = [
             module.register_forward_hook(lambda m, args, output, name=name: self._record(name, output))
             for name, module in model.named_modules()
-            if name
+            if name and name not in around
         ]
         self._handles.append(model.register_forward_hook(lambda m, args, output: self._end(output)))
 
@@ -32,7 +38,8 @@ class OutputRecorder:
             self.outputs[-1].setdefault(name, tensor.detach().clone())
 
     def _end(self, output: Any) -> None:
-        self._record("(model)", output)
+        if self._whole:
+            self._record("(model)", output)
         self._left -= 1
         if self._left:
             self.outputs.append({})

@@ -27,7 +27,8 @@ from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 
 def module_of(family: str = "llama", **overrides: Any) -> CausalLMModule:
-    return CausalLMModule(tiny_model(family, num_hidden_layers=3, **overrides), tokenizer=tiny_tokenizer())
+    model = tiny_model(family, **{"num_hidden_layers": 3, **overrides})
+    return CausalLMModule(model, tokenizer=tiny_tokenizer())
 
 
 def batches(form: str = "packed") -> list[list[Batch]]:
