@@ -7,12 +7,15 @@ have one seed of hashes, so a set has one order on all ranks; ranks of torchrun,
 from __future__ import annotations
 
 import faulthandler
+import gc
+import multiprocessing.connection
 import os
 import random
 import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -104,8 +107,10 @@ class RankPool:
 
 def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
     faulthandler.register(signal.SIGUSR2, (stacks / str(rank)).open("w"))
+    end_with_parent()
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # of data workers, as in a process of its own
+    gc.freeze()  # so that what a job leaves is quickly found
     while True:
         world_size, port, function, args, kwargs = jobs.get()
         os.environ.update(
@@ -126,7 +131,21 @@ def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
                 _clear_sharding_prop_cache()  # it hands out meshes that equal a new one but name dead groups
+        args, kwargs = (), {}
+        gc.collect()  # a process group has threads and connections until nothing refers to it
         results.put((rank, result, error))
+
+
+def end_with_parent() -> None:
+    """End this process when the one that asked for it is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _free_port() -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tests.pool import CONTEXT, _free_port
+from tests.pool import CONTEXT, _free_port, end_with_parent
 
 
 class Job:
@@ -66,6 +66,7 @@ class Job:
 
 def _main(rank: int, world_size: int, port: int, log: Path, function: Callable[..., Any], args: tuple) -> None:
     os.setsid()
+    end_with_parent()
     mp.set_start_method("fork", force=True)  # of data workers, as in a process of its own
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
