@@ -138,7 +138,8 @@ class HuggingFaceModule(Objective, pl.LightningModule):
             if self.kernels.fp8 is not None:
                 raise ValueError(
                     f"fp8={self.kernels.fp8!r} casts frozen weights as they are read, and this model holds its "
-                    "already. Build it with AutoModelForCausalLM.from_pretrained(lora=…, kernels=KernelsConfig(fp8=…)) instead."
+                    "already. Build it with AutoModelForCausalLM.from_pretrained(lora=…, kernels=KernelsConfig(fp8=…)) "
+                    "instead."
                 )
             apply_kernels(model, self.kernels, self.strategy.root_device)
             self.strategy.parallelize(model)
