@@ -174,7 +174,7 @@ _SWAPS: dict[str, Callable[[PreTrainedModel, str, torch.device], str]] = {
 
 def _choose_linear(model: PreTrainedModel, kernels: KernelsConfig, device: torch.device) -> str:
     if kernels.linear == "te":
-        return f"TransformerEngine ({len(convert_to_te(model, kernels.fp8))} layers)"
+        return _described(model, "linear='te'", "layers", *convert_to_te(model, kernels.fp8))
     if kernels.fp8 in _transformer_engine.RECIPES:
         raise ValueError(
             f"fp8={kernels.fp8!r} is a recipe of TransformerEngine: set linear='te'. With linear='torch': "

@@ -36,7 +36,7 @@ class TELinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-def convert_to_te(model: PreTrainedModel, fp8: str | None) -> list[str]:
+def convert_to_te(model: PreTrainedModel, fp8: str | None) -> tuple[list[str], dict[str, str]]:
     """Make the linear layers in the blocks of `model` (on meta or real, not laid out yet) multiply through
     TransformerEngine, in place. Head and embeddings are left alone.
 
@@ -45,7 +45,7 @@ def convert_to_te(model: PreTrainedModel, fp8: str | None) -> list[str]:
             "current" by those of the tensor itself, "block" by those of blocks of 128.
 
     Returns:
-        names of the layers.
+        names of the layers, and of every other linear layer of the blocks -> why.
 
     Raises:
         ValueError: not installed, an unknown recipe, a device that has it not, or no layer that suits.
@@ -81,7 +81,7 @@ def convert_to_te(model: PreTrainedModel, fp8: str | None) -> list[str]:
         model.fp8_layers = Fp8Layers(f"TransformerEngine, {fp8}", converted, left, fp8 == "delayed")  # type: ignore[assignment]
     if fp8 == "delayed":
         _scale_once_per_forward(model, recipe(fp8))
-    return converted
+    return converted, left
 
 
 def _scale_once_per_forward(model: PreTrainedModel, scaling: Any) -> None:
@@ -98,4 +98,6 @@ def _scale_once_per_forward(model: PreTrainedModel, scaling: Any) -> None:
 def _unsuitable(module: nn.Linear, fp8: str | None) -> str | None:
     if fp8 and (module.in_features % MULTIPLES[fp8] or module.out_features % MULTIPLES[fp8]):
         return f"{module.out_features} × {module.in_features}"
+    if hasattr(module, "packing"):
+        return "its weight is held packed (lora quantize)"
     return None if type(module) in (nn.Linear, LoRALinear) else f"a {type(module).__name__}"

@@ -147,7 +147,7 @@ def test_adapters(first: str) -> None:
     apply_lora(model, LoRAConfig(rank=4))
     finish_lora(model)
     if first == "adapters":
-        assert len(convert_to_te(model, None)) == 14
+        assert len(convert_to_te(model, None)[0]) == 14
     layers = [module for module in model.modules() if isinstance(module, TELinear)]
     assert len(layers) == 14
     assert all(type(layer.lora_A) is nn.Linear for layer in layers)
@@ -187,6 +187,18 @@ def test_refusals() -> None:
         apply_activation_checkpointing(model, "full")
     with pytest.raises(ValueError, match=r"computes as a .*TELinear, which takes no packed weight"):
         apply_lora(model, LoRAConfig(rank=4, quantize="nf4"))
+    packed = apply_lora(tiny_model("llama", hidden_size=64), LoRAConfig(rank=4, quantize="nf4"))
+    with pytest.raises(
+        ValueError, match=r"linear='te' would change nothing: .*its weight is held packed \(lora quantize"
+    ):
+        convert_to_te(packed, None)
+    packed = apply_lora(
+        tiny_model("llama", hidden_size=64), LoRAConfig(rank=4, quantize="nf4", target_modules=["down_proj"])
+    )
+    apply_kernels(packed, KernelsConfig(attention="eager", linear="te"), GPU)
+    assert kernels_in_use(packed)["linear"].startswith(
+        "TransformerEngine (12 layers); not model.layers.0.mlp.down_proj"
+    )
 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
