@@ -2,9 +2,10 @@
 
 One rank misses the collectives of step 3 (`hangs`), raises there (`raises`) or is killed (`killed`), the others wait
 for it in NCCL. Expected of each: the processes end by themselves, with a code that is not 0, within 30 s of the
-accident; for `hangs` a table of all ranks (NCCL's calls return at once, so it names where a result is waited for, not the
-collective), and a file of stacks for each; for `raises` the RuntimeError of rank 1. All cases run at the same time, some 40 s on two GPUs; one that has not ended after `--limit`
-seconds is killed and said to have hung. `--device cpu` tries the script itself.
+accident; for `hangs` a table of all ranks and a file of stacks for each (NCCL's calls return at once: the table names
+where a result is waited for, not the collective); for `raises` the RuntimeError of rank 1. All cases run at the same
+time, some 40 s on two GPUs; one that has not ended after `--limit` seconds is killed and said to have hung. `--device
+cpu` tries the script itself.
 """
 
 from __future__ import annotations
