@@ -49,8 +49,6 @@ LAYOUTS = [
     ("fsdp2:cp=4", 4),
     ("fsdp2:cp=2,cp_attention=ring", 2),
     ("fsdp2:tp=2,cp=2", 4),
-    ("3d:pp=2", 2),
-    ("3d:pp=2,tp=2,schedule=zbv", 4),
 ]
 START, END = "<!-- table -->", "<!-- end of table -->"
 
