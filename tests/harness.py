@@ -71,7 +71,7 @@ def reference_step(
 ) -> dict[str, Any]:
     """One optimizer step of plain torch on one device over all rows at once."""
     batch = stack(rows)
-    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)

@@ -10,6 +10,7 @@ import torch
 from automodel_trainer import CausalLMModule, Trainer
 from tests.harness import Batch, NextToken, check_steps, make_strategy, train_steps
 from tests.pool import RankPool
+from tests.strategies.test_tensor import LATENT, MOE
 from tests.tiny import tiny_model
 
 STEPS, ROWS, MAX_NORM, LR = 3, 4, 0.5, 1e-2
@@ -61,15 +62,15 @@ def train(spec: str, world_size: int, family: str, form: str, overrides: dict[st
 @pytest.mark.parametrize(
     ("spec", "world_size", "family", "form", "overrides"),
     [
-        ("fsdp2:cp=2", 2, "llama", "plain", {}),
+        ("fsdp2:cp=2", 2, "deepseek_v3", "packed", LATENT),
         ("fsdp2:cp=2", 2, "llama", "packed", {"attn_implementation": "eager"}),
-        ("fsdp2:cp=2", 2, "llama", "padded, ragged", {}),
+        ("fsdp2:cp=2", 2, "phi3", "padded, ragged", {}),
         ("fsdp2:cp=2,activation_checkpointing=full", 2, "qwen3", "packed, ragged", {}),
         ("fsdp2:cp=4", 4, "qwen3", "packed", SINGLE_KV),  # fewer kv heads than ranks
         ("fsdp2:cp=4", 4, "gemma3_text", "packed", WINDOW),
         ("fsdp2:cp=2", 2, "gemma3_text", "padded", WINDOW),
-        ("fsdp2:cp=2", 4, "llama", "plain, ragged", {}),  # dp_shard=2 × cp=2
-        ("hsdp:cp=2", 4, "llama", "packed", {}),
+        ("fsdp2:cp=2", 4, "qwen3_moe", "plain, ragged", MOE),  # dp_shard=2 × cp=2
+        ("hsdp:cp=2", 4, "gpt_neox", "packed", {}),
         ("fsdp2:cp=2,cp_attention=ring", 2, "llama", "plain", {}),
         ("fsdp2:cp=2,cp_attention=ring", 2, "qwen3", "packed, ragged", {}),
         ("fsdp2:cp=2,cp_attention=ring,activation_checkpointing=selective", 2, "llama", "padded", {}),

@@ -29,7 +29,16 @@ def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def rows_of(step: int) -> list[Batch]:
-    return random_rows(ROWS, LENGTH, seed=step)
+    """Plain rows in the first step, packed ones in the second, padded ones in the third."""
+    rows = random_rows(ROWS, LENGTH, seed=step)
+    for index, row in enumerate(rows if step else []):
+        place = torch.arange(LENGTH)[None]
+        start, end = (index + 3, LENGTH) if step == 1 else (0, LENGTH - 2 * index)
+        row["position_ids"] = torch.where(place < start, place, place - start)
+        row["labels"] = row["labels"].masked_fill((place == start) | (place >= end), -100)
+        if step == 2:
+            row["attention_mask"] = (place < end).long()
+    return rows
 
 
 class WithBalance(NextToken):
@@ -103,7 +112,7 @@ def test_parity(pool: RankPool, spec: str, world_size: int, family: str, overrid
         ("fsdp2:tp=2", 2, "deepseek_v2", {"lora": {}, **LATENT, "topk_method": "greedy"}),
         ("fsdp2:tp=2", 2, "qwen3_moe", {"output_router_logits": True, **MOE}),
         ("fsdp2:tp=2,cp=2", 4, "qwen3", {"tie_word_embeddings": True}),
-        ("fsdp2:tp=2,cp=2,cp_attention=ring", 4, "llama", {"num_key_value_heads": 2}),
+        ("fsdp2:tp=2,cp=2,cp_attention=ring", 4, "llama", {"lora": {"init": "orthogonal"}, "num_key_value_heads": 2}),
     ],
 )
 def test_as_on_one_device(pool: RankPool, spec: str, world_size: int, family: str, overrides: dict[str, Any]) -> None:
