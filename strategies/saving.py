@@ -59,9 +59,10 @@ class SavingStrategy(ParallelStrategy):
         """
         from automodel_trainer.checkpoint import save_checkpoint
 
+        optimizers = self.optimizers if "optimizer_states" in checkpoint else []  # absent: weights_only=True
         with during("save"):
             save = storage_options or save_checkpoint
-            save(Path(filepath), checkpoint, self.trained_module, self.optimizers)
+            save(Path(filepath), checkpoint, self.trained_module, optimizers)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint folder, whatever layout wrote it, into this layout's shards. Collective."""

@@ -323,3 +323,15 @@ def test_a_users_module_and_loader_go_on_at_the_end_of_an_epoch(tmp_path: Path, 
 def test_hyperparameters_that_cannot_be_saved_stop_the_run_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"OwnModule.hparams.extra is a torch.nn.modules.linear.Linear"):
         fit_own(tmp_path, 1, extra=torch.nn.Linear(1, 1))
+
+
+def test_weights_only_saves_no_optimizer_state(tmp_path: Path) -> None:
+    done = train(tmp_path, max_steps=1)
+    done["trainer"].save_checkpoint(tmp_path / "weights", weights_only=True)
+    done["trainer"].save_checkpoint(tmp_path / "whole")
+    state = {name: list((tmp_path / name / "optimizer").glob("*.safetensors")) for name in ("weights", "whole")}
+    assert state["whole"]
+    assert not state["weights"]
+    assert list((tmp_path / "weights" / "model").glob("*.safetensors"))
+    with pytest.raises(ValueError, match=r"holds the state of 0 optimizer\(s\), but the run has 1"):
+        train(tmp_path / "again", ckpt_path=tmp_path / "weights", max_steps=2)
