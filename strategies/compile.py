@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from automodel_trainer.models.lora.widened import refresh_widened
+from automodel_trainer.models.lora.widened import refresh, widened_layers
 from automodel_trainer.strategies._torch import (
     allow_side_effects_in_checkpoints,
     prefer_recomputing,
@@ -82,9 +82,12 @@ class _Compiled:
 
     def __init__(self, block: nn.Module, forward: Forward, compiled: Callable[..., Any]) -> None:
         self.block, self.forward, self.compiled = block, forward, compiled
+        self.widened: list[Any] | None = None  # not known before the model's weights are real
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.block.training:
             return self.forward(*args, **kwargs)
-        refresh_widened(self.block)
+        if self.widened is None:
+            self.widened = widened_layers(self.block)
+        refresh(self.widened)
         return self.compiled(self.forward, *args, **kwargs)

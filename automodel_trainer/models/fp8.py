@@ -15,7 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from automodel_trainer.models.fp8_layers import Fp8Layers
-from automodel_trainer.models.lora.layers import LoRALinear, adapters
+from automodel_trainer.models.linear_layers import block_linear_layers
+from automodel_trainer.models.lora import lora_of
+from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.quantize import pack_linear
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -41,12 +43,13 @@ def convert_to_fp8(model: PreTrainedModel, recipe: str, device: torch.device, *,
         raise ValueError(f"fp8={recipe!r} is unknown. Allowed: {', '.join(RECIPES)}, or null for none.")
     if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         raise ValueError(f"fp8={recipe!r} needs an NVIDIA GPU of the Ada, Hopper or a later kind. Set fp8 to null.")
-    if getattr(getattr(model, "lora_config", None), "init", None) == "pissa":
+    lora = lora_of(model)
+    if lora is not None and lora.init == "pissa":
         raise ValueError(
             f"fp8={recipe!r} casts frozen weights as they are read, and lora init='pissa' would change them later. Set "
             "fp8 to null, or init to 'kaiming'."
         )
-    linear = _linear_layers(model)
+    linear = block_linear_layers(model)
     left = {name: why for name, module in linear.items() if (why := _unsuitable(module))}
     converted = [name for name in linear if name not in left]
     if not converted:
@@ -54,22 +57,12 @@ def convert_to_fp8(model: PreTrainedModel, recipe: str, device: torch.device, *,
             f"fp8={recipe!r} would change nothing: {type(model).__name__} has no linear layer in its blocks with sides "
             f"that are multiples of {MULTIPLE}" + (f" ({_some(left)})." if left else ".") + " Set fp8 to null."
         )
-    adapted = next(adapters(model), None) is not None
-    frozen = [name for name in converted if adapted and not linear[name].weight.requires_grad]
+    frozen = [name for name in converted if lora is not None and not linear[name].weight.requires_grad]
     _cast_on_the_fly(model, recipe, set(converted) - set(frozen), emulate)
     pack_linear(model, frozen, f"fp8-{recipe.partition('_')[0]}")
     layers = Fp8Layers(recipe, converted, left, frozen=frozen)
     model.fp8_layers = layers  # type: ignore[assignment]
     return layers
-
-
-def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Those in the blocks, but for the adapters' own."""
-    from automodel_trainer.strategies.blocks import find_blocks  # strategies import models
-
-    inside = {id(module) for block in find_blocks(model) for module in block.modules()}
-    inside -= {id(factor) for adapter in adapters(model) for factor in (adapter.a, adapter.b)}
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
 
 
 def _cast_on_the_fly(model: PreTrainedModel, recipe: str, names: set[str], emulate: bool) -> None:

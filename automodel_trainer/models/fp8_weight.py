@@ -22,7 +22,7 @@ PACKINGS = ("fp8-rowwise", "fp8-tensorwise")
 
 def pack(weight: Tensor, packing: str) -> Parts:
     """A dense weight `[out, in]` as codes (one byte a number) and scales fp32 `[out]`."""
-    codes, scales = _cast(weight, E4M3, by_row=packing == "fp8-rowwise")
+    codes, scales = _cast(weight, E4M3, _by_row(packing))
     none = weight.new_empty(0, dtype=torch.float32)
     return Parts(codes.view(torch.uint8), scales.expand(weight.shape[0], 1)[:, 0].contiguous(), none, none, none)
 
@@ -32,8 +32,18 @@ def unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
     return (parts.codes.view(E4M3).float() * parts.scales[:, None]).to(dtype)
 
 
-class Fp8Linear(torch.autograd.Function):
+def linear(x: Tensor, parts: Parts, packing: str) -> Tensor:
     """x `[..., in]` times a weight held in fp8: `[..., out]`, in x's dtype. The weight has no gradient."""
+    out: Tensor = _Linear.apply(x, parts.codes, parts.scales, _by_row(packing))
+    return out
+
+
+def _by_row(packing: str) -> bool:
+    return packing == "fp8-rowwise"
+
+
+class _Linear(torch.autograd.Function):
+    """See `linear`; codes `[out, in]`, scales `[out]`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, by_row: bool) -> Tensor:

@@ -176,8 +176,7 @@ class _Linear(torch.autograd.Function):
 
 def _linear(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) -> Tensor:
     if weight.packing in fp8_weight.PACKINGS:
-        by_row = weight.packing == "fp8-rowwise"
-        out = fp8_weight.Fp8Linear.apply(x, weight.parts.codes, weight.parts.scales, by_row)
+        out = fp8_weight.linear(x, weight.parts, weight.packing)
     else:
         out = _Linear.apply(x, weight)
     return out if bias is None else out + bias.to(out.dtype)

@@ -141,10 +141,7 @@ def packed(weight: Tensor, packing: str) -> nn.Parameter:
 
 def _shard_of(weight: Tensor, packing: str, index: int, count: int) -> Any:
     """One of `count` shards of the packed weight; the mean of all scales stays the whole weight's."""
-    if packing in FP8_PACKINGS:
-        made = pack(weight, packing, 0)
-        return made.shard(index, count) if count > 1 else made
-    scale_block = _scale_block(weight.shape, count)
+    scale_block = 0 if packing in FP8_PACKINGS else _scale_block(weight.shape, count)
     if packing == "nf4" and weight.ndim == 2:
         whole = _torchao.nf4_tensor().from_tensor(weight, BLOCK, scale_block)
         return whole.split(weight.shape[0] // count)[index] if count > 1 else whole

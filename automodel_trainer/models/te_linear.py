@@ -20,7 +20,8 @@ from automodel_trainer.models._transformer_engine import (
     transformer_engine,
 )
 from automodel_trainer.models.fp8_layers import Fp8Layers
-from automodel_trainer.models.lora.layers import LoRALinear, adapters
+from automodel_trainer.models.linear_layers import block_linear_layers
+from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.mixing import mixed
 
 
@@ -50,8 +51,6 @@ def convert_to_te(model: PreTrainedModel, fp8: str | None) -> tuple[list[str], d
     Raises:
         ValueError: not installed, an unknown recipe, a device that has it not, or no layer that suits.
     """
-    from automodel_trainer.strategies.blocks import find_blocks  # strategies import models
-
     if fp8 is not None and fp8 not in RECIPES:
         raise ValueError(
             f"fp8={fp8!r} is not for linear='te'. Allowed: {', '.join(RECIPES)}, or null (torchao's recipes are for "
@@ -60,9 +59,7 @@ def convert_to_te(model: PreTrainedModel, fp8: str | None) -> tuple[list[str], d
     transformer_engine("linear='te'")
     if fp8 is not None:
         check_recipe(fp8)
-    inside = {id(module) for block in find_blocks(model) for module in block.modules()}
-    inside -= {id(factor) for adapter in adapters(model) for factor in (adapter.a, adapter.b)}
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
+    linear = block_linear_layers(model)
     left = {name: why for name, module in linear.items() if (why := _unsuitable(module, fp8))}
     converted = [name for name in linear if name not in left]
     if not converted:

@@ -36,6 +36,7 @@ class WidenedWeight:
         self.storage = torch.zeros(weight.shape[0], columns, dtype=weight.dtype, device=weight.device)
         # Set by who refreshes before he calls compiled code: the copy must not be part of that.
         self.kept_fresh = False
+        self.hold(weight)
 
     def takes(self, x: Tensor, a: Tensor, b: Tensor) -> bool:
         """Whether the matmul can be done for these inputs and factors, here and now."""
@@ -81,16 +82,13 @@ class _Matmul(torch.autograd.Function):
 
 
 @torch.no_grad()
-def widen_adapters(model: nn.Module, choice: str) -> int:
+def widen_adapters(model: nn.Module, choice: str) -> None:
     """Store the frozen weights of adapted linear layers widened, in place; their names, shapes and values stay.
 
     Call it when the weights are real, and where they will stay.
 
     Args:
         choice: of `KernelsConfig.lora`: "widened", "separate", or "auto" (widened on a GPU).
-
-    Returns:
-        how many layers.
 
     Raises:
         ValueError: "widened", and there is no layer that could be.
@@ -104,16 +102,22 @@ def widen_adapters(model: nn.Module, choice: str) -> int:
         )
     for layer in fit:
         layer.widened = WidenedWeight(layer.weight, layer.lora_B.in_features)
-        layer.widened.hold(layer.weight)
-    return len(fit)
 
 
-def refresh_widened(block: nn.Module) -> None:
-    """To be called before every run of a block that is compiled."""
-    for module in block.modules():
-        if isinstance(module, LoRALinear) and module.widened is not None:
-            module.widened.kept_fresh = True
-            module.widened.refresh(module.weight, module.lora_B.weight)
+def widened_layers(block: nn.Module) -> list[LoRALinear]:
+    """The widened layers of a block that is compiled, for who refreshes each of them before every run of it."""
+    layers = [m for m in block.modules() if isinstance(m, LoRALinear) and m.widened is not None]
+    for layer in layers:
+        assert layer.widened is not None
+        layer.widened.kept_fresh = True
+    return layers
+
+
+def refresh(layers: list[LoRALinear]) -> None:
+    """Copy into each layer's storage what its parameters hold now."""
+    for layer in layers:
+        assert layer.widened is not None
+        layer.widened.refresh(layer.weight, layer.lora_B.weight)
 
 
 def obstacle(module: LoRALinear) -> str | None:
