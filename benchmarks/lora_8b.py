@@ -45,7 +45,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     shape = LlamaConfig(**args.shape, max_position_embeddings=8192)
     kernels = KernelsConfig(
         fp8=args.fp8 if "fp8" in args.case else None,
-        lora="separate" if "separate" in args.case else "widened" if args.tiny and "fp8" not in args.case else "auto",
+        lora="separate" if "separate" in args.case else "auto",
     )
 
     class RandomLoRA(CausalLMModule):

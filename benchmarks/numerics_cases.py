@@ -159,29 +159,38 @@ def fp8(recipe: str) -> Callable[[Setting], Made]:
 
 
 def lora(widened: bool) -> Callable[[Setting], Made]:
+    """Two layers that share an input, the second half as wide."""
+
     def make(setting: Setting) -> Made:
-        from automodel_trainer.models.lora.functional import low_rank
-        from automodel_trainer.models.lora.widened import WidenedWeight
+        from automodel_trainer.models.lora.layers import LoRALinear, adapt_linear
+        from automodel_trainer.models.lora.widened import WidenedGroup
 
         tokens, inputs, outputs = linear_sizes(setting)
-        x, scaling, rank = setting.randn(tokens - 1, inputs), 0.5, 5
-        weight = nn.Parameter(setting.randn(outputs, inputs, scale=inputs**-0.5).detach(), requires_grad=False)
-        a, b = setting.randn(rank, inputs, scale=inputs**-0.5), setting.randn(outputs, rank)
-        wide = setting.wide(x, a, b)
-        (plain,) = setting.wide(weight)
+        x, scaling = setting.randn(tokens - 1, inputs), 0.5
+        layers: list[LoRALinear] = []
+        for out, rank in ((outputs, 5), (outputs // 2, 3)):
+            layer: Any = nn.Linear(inputs, out, bias=False, device=setting.device, dtype=setting.dtype)
+            layer.weight.requires_grad_(False)
+            adapt_linear(layer, rank, scaling, dropout=0.0, dora=False, dtype=setting.dtype)
+            layer.lora_A.weight.data = setting.randn(rank, inputs, scale=inputs**-0.5, grad=False)
+            layer.lora_B.weight.data = setting.randn(out, rank, grad=False)
+            layers.append(layer)
+        plain = [setting.wide(layer.weight)[0] for layer in layers]
+        factors = [factor.weight for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+        wide = setting.wide(x, *factors)
 
         def ours() -> Tensor:
             if not widened:
-                return F.linear(x, weight) + low_rank(x, a, b, scaling)
-            storage = WidenedWeight(weight, rank)
-            storage.hold(weight)
-            storage.refresh(weight, b)
-            return storage(x, F.linear(x, a) * scaling, b, None)
+                return torch.cat([layer(x) for layer in layers], 1)
+            group = WidenedGroup(layers)
+            group.refresh()
+            return torch.cat(list(group.outputs_of(x)), 1)
 
         def theirs() -> Tensor:
-            return wide[0] @ (plain + scaling * wide[2] @ wide[1]).T
+            pairs = zip(plain, wide[1::2], wide[2::2])
+            return torch.cat([wide[0] @ (weight + scaling * b @ a).T for weight, a, b in pairs], 1)
 
-        return Made(ours, theirs, [x, a, b], wide)
+        return Made(ours, theirs, [x, *factors], wide)
 
     return make
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from automodel_trainer.models.lora.widened import refresh, widened_layers
+from automodel_trainer.models.lora.widened import WidenedGroup, widened_groups
 from automodel_trainer.strategies._torch import (
     allow_side_effects_in_checkpoints,
     prefer_recomputing,
@@ -68,6 +68,7 @@ def compile_blocks(
     prefer_recomputing()
     compiled = torch.compile(_run, backend=backend)
     for block in blocks:
+        block.runs_compiled = True  # type: ignore[assignment]
         block.forward = _Compiled(block, own_forward(block), compiled)  # type: ignore[method-assign, assignment]
     return len(blocks)
 
@@ -82,12 +83,13 @@ class _Compiled:
 
     def __init__(self, block: nn.Module, forward: Forward, compiled: Callable[..., Any]) -> None:
         self.block, self.forward, self.compiled = block, forward, compiled
-        self.widened: list[Any] | None = None  # not known before the model's weights are real
+        self.widened: list[WidenedGroup] | None = None  # not known before the model's weights are real
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.block.training:
             return self.forward(*args, **kwargs)
         if self.widened is None:
-            self.widened = widened_layers(self.block)
-        refresh(self.widened)
+            self.widened = widened_groups(self.block)
+        for group in self.widened:
+            group.refresh()
         return self.compiled(self.forward, *args, **kwargs)

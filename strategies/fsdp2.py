@@ -33,6 +33,8 @@ from automodel_trainer.strategies.tensor import tensor_parallel
 from automodel_trainer.strategies.tensor_check import check_replicas
 from automodel_trainer.strategies.tensor_size import choose_tp
 
+_SMALL = 2**30  # bytes
+
 
 class FSDP2Strategy(MeshStrategy):
     """Fully sharded data parallel training; with `dp_replicate` > 1 hybrid sharded (HSDP).
@@ -97,6 +99,7 @@ class FSDP2Strategy(MeshStrategy):
         self.sequence_parallel = sequence_parallel
         self.async_tp = async_tp
         self._check_replicas = False
+        self._keeps_copies = False
         self.reshard_after_forward = reshard_after_forward
         self.forward_prefetch = forward_prefetch
         self.backward_prefetch = backward_prefetch
@@ -227,9 +230,11 @@ class FSDP2Strategy(MeshStrategy):
         }
         if self.shard_mesh.size(self.shard_mesh.ndim - 1) == 1:
             options["ignored_params"] = self._left_alone(model)
+            self._keeps_copies = _small(model, self.dtypes.compute, options["ignored_params"])
         blocks = find_blocks(model)
+        reshard = self.reshard_after_forward and not self._keeps_copies
         for unit in (*blocks, *_untied_input_embedding(model)):
-            fully_shard(unit, reshard_after_forward=self.reshard_after_forward, **options)
+            fully_shard(unit, reshard_after_forward=reshard, **options)
         # The root holds what is left (final norm, head, tied embedding). It stays gathered between forward and
         # backward: backward begins where forward ended.
         fully_shard(model, reshard_after_forward=False, **options)
@@ -336,6 +341,7 @@ class FSDP2Strategy(MeshStrategy):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last or self.sync_every_micro_batch)
             model.set_is_last_backward(last)
+            model.set_reshard_after_backward(last or not self._keeps_copies)
         yield
 
     @contextmanager
@@ -356,6 +362,12 @@ class FSDP2Strategy(MeshStrategy):
 def is_laid_out(model: nn.Module) -> bool:
     """Whether some layout has already taken this module in hand."""
     return isinstance(model, FSDPModule) or any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def _small(model: nn.Module, dtype: torch.dtype, ignored: set[nn.Parameter]) -> bool:
+    """Whether the copies in the dtype that computes, which are all that FSDP2 makes on one device, can stay for a whole
+    optimizer step: those of adapters."""
+    return sum(p.numel() for p in model.parameters() if p not in ignored) * dtype.itemsize <= _SMALL
 
 
 def _on_meta(model: nn.Module) -> bool:

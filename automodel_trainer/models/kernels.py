@@ -14,6 +14,8 @@ from automodel_trainer.models import _liger, _transformer_engine
 from automodel_trainer.models.attention import KERNELS, flex_obstacle, install_attention_kernel
 from automodel_trainer.models.fp8 import RECIPES, convert_to_fp8
 from automodel_trainer.models.gated_mlp import swap_gated_mlps
+from automodel_trainer.models.lora.layers import adapters
+from automodel_trainer.models.lora.shared_input import layers_with_one_input
 from automodel_trainer.models.norms import swap_norms
 from automodel_trainer.models.rope import restore_rope, swap_rope
 from automodel_trainer.models.te_linear import convert_to_te
@@ -54,8 +56,9 @@ class KernelsConfig:
         fp8: linear layers of the blocks multiply in fp8 (NVIDIA GPUs since Ada and Hopper). By torchao: "tensorwise"
             (fastest), "rowwise" (more exact) or "rowwise_with_gw_hp" (gradients of weights in bf16); with linear="te":
             "delayed" (fastest), "current" or "block". None: they do not.
-        lora: "widened" (an adapter's update and its frozen weight in one matmul, see `models/lora/widened.py`),
-            "separate", or "auto": widened on a GPU for every layer whose weight lies whole on it.
+        lora: "widened" (the updates and frozen weights of layers that share an input in one matmul, see
+            `models/lora/widened.py`; compiled blocks only), "separate", or "auto": widened on a GPU for every layer
+            whose weight lies whole on it.
 
     Raises:
         ValueError: an unknown choice.
@@ -102,7 +105,14 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
             used[name] = swap(model, "compile", device)
     used["linear"] = _choose_linear(model, chosen, device)
     model.kernels_in_use = used  # type: ignore[assignment]
-    model.lora_kernel = kernels.lora  # type: ignore[assignment]
+    model.lora_kernel = kernels.lora, _lora_groups(model, kernels.lora, device)  # type: ignore[assignment]
+
+
+def _lora_groups(model: PreTrainedModel, choice: str, device: torch.device) -> list[list[str]] | None:
+    """Adapted layers that share an input, if anybody will ask."""
+    if choice == "separate" or (choice == "auto" and device.type != "cuda"):
+        return None
+    return layers_with_one_input(model, (adapter.target for adapter in adapters(model) if adapter.is_linear))
 
 
 def kernels_in_use(model: nn.Module) -> dict[str, str]:
@@ -114,10 +124,11 @@ def kernels_in_use(model: nn.Module) -> dict[str, str]:
 def check_compiled(kernels: KernelsConfig, compiles: bool) -> None:
     """ValueError for a choice of "compile" in a run that does not compile its blocks."""
     asked = [name for name in _SWAPS if getattr(kernels, name) == "compile"]
+    asked += ["lora"] if kernels.lora == "widened" else []
     if asked and not compiles:
         raise ValueError(
-            f"kernels {asked[0]}='compile' is what compiling the blocks does, and this run does not compile them "
-            "(compile=False, or no GPU). Leave it at 'auto'."
+            f"kernels {asked[0]}={getattr(kernels, asked[0])!r} needs compiled blocks, and this run does not compile "
+            "them (compile=False, or no GPU). Leave it at 'auto'."
         )
 
 

@@ -125,10 +125,9 @@ def test_auto_that_does_not_fit_leaves_the_model_its_own(monkeypatch: pytest.Mon
 def test_compile_wants_compiled_blocks() -> None:
     check_compiled(KernelsConfig(), False)
     check_compiled(KernelsConfig(norm="compile"), True)
-    with pytest.raises(
-        ValueError, match="kernels norm='compile' is what compiling the blocks does, and this run does not"
-    ):
-        check_compiled(KernelsConfig(norm="compile"), False)
+    for kernels, named in ((KernelsConfig(norm="compile"), "norm='compile'"), (KernelsConfig(lora="widened"), "lora=")):
+        with pytest.raises(ValueError, match=f"kernels {named}.* needs compiled blocks, and this run does not"):
+            check_compiled(kernels, False)
 
 
 def test_liger_loss_wants_a_plain_head() -> None:

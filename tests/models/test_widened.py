@@ -16,9 +16,11 @@ from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig, describe_lora
 from automodel_trainer.models.lora.layers import LoRALinear
+from automodel_trainer.models.lora.shared_input import layers_with_one_input
 from automodel_trainer.strategies.compile import compile_blocks
 from tests.harness import relative_error
 from tests.models.test_lora_peft import IDS, base, disturb, peft_model
+from tests.tiny import tiny_model
 
 
 def build(folder: Path, family: str = "llama", choice: str = "widened", **lora: Any) -> PreTrainedModel:
@@ -26,6 +28,13 @@ def build(folder: Path, family: str = "llama", choice: str = "widened", **lora: 
     model = AutoModelForCausalLM.from_pretrained(base(folder, family), lora=config, kernels=kernels)
     disturb(model)
     return model.train()
+
+
+def compiled(folder: Path, **options: Any) -> PreTrainedModel:
+    """With `build`'s model: what is widened is computed with in compiled blocks alone."""
+    model = build(folder, **options)
+    compile_blocks(model, "aot_eager")
+    return model
 
 
 def three_steps(model: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -42,17 +51,17 @@ def three_steps(model: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in trained.items()}
 
 
-@pytest.mark.parametrize("compiled", [None, "aot_eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
-def test_three_steps_are_peft_s(tmp_path: Path, family: str, compiled: str | None) -> None:
+def test_three_steps_are_peft_s(tmp_path: Path, family: str) -> None:
     model = build(tmp_path / "base", family)
     save_adapter(model, tmp_path / "adapter")
     reference = peft_model(tmp_path / "base", tmp_path / "adapter").train()
-    if compiled:
-        compile_blocks(model, compiled)
+    compile_blocks(model, "aot_eager")
     widened = [m for m in model.modules() if isinstance(m, LoRALinear) and m.widened is not None]
-    assert f"{len(widened)} in one matmul" in str(describe_lora(model))
+    groups = len({id(m.widened) for m in widened})
     assert widened
+    assert (groups < len(widened)) == (family != "phi3")  # whose projections are fused
+    assert f"{len(widened)} with their weights in {groups} matmuls" in str(describe_lora(model))
 
     losses, trained = three_steps(model)
     their_losses, theirs = three_steps(reference)
@@ -63,7 +72,7 @@ def test_three_steps_are_peft_s(tmp_path: Path, family: str, compiled: str | Non
 
 
 def test_weights_keep_their_names_and_values(tmp_path: Path) -> None:
-    model, plain = build(tmp_path / "a"), build(tmp_path / "b", choice="separate")
+    model, plain = compiled(tmp_path / "a"), build(tmp_path / "b", choice="separate")
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
     three_steps(model)
@@ -71,25 +80,31 @@ def test_weights_keep_their_names_and_values(tmp_path: Path) -> None:
     assert all(torch.equal(p, plain.get_parameter(n)) for n, p in frozen.items())
 
 
-def test_moved_copied_and_loaded_weights_are_the_ones_used(tmp_path: Path) -> None:
-    model = build(tmp_path / "base")
-    copied = copy.deepcopy(model)
+def test_moved_and_loaded_weights_are_the_ones_used(tmp_path: Path) -> None:
+    model = compiled(tmp_path / "base")
+    model(IDS)
     with torch.no_grad():  # what a load_state_dict does
-        for model_ in (model, copied):
-            for name, parameter in model_.named_parameters():
-                parameter.mul_(1.5 if "norm" not in name else 1.0)
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1.5 if "norm" not in name else 1.0)
     doubled = model.to(torch.float64)
     plain = build(tmp_path / "base", choice="separate").to(torch.float64)
     plain.load_state_dict(doubled.state_dict())
+    assert relative_error(doubled(IDS).logits, plain(IDS).logits) < 1e-12
 
-    expected = plain(IDS).logits
-    assert relative_error(doubled(IDS).logits, expected) < 1e-12
-    assert relative_error(copied(IDS).logits, expected.float()) < 1e-5
+
+def test_a_copy_computes_with_its_own_weights(tmp_path: Path) -> None:
+    model, plain = build(tmp_path / "a"), build(tmp_path / "b", choice="separate")
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    compile_blocks(copied, "aot_eager")
+    assert relative_error(copied(IDS).logits, plain(IDS).logits) < 1e-5
 
 
 def test_two_forwards_before_their_backwards(tmp_path: Path) -> None:
     """As in preference losses: the second forward must not spoil what the first one's backward needs."""
-    model, plain = build(tmp_path / "a"), build(tmp_path / "b", choice="separate")
+    model, plain = compiled(tmp_path / "a"), build(tmp_path / "b", choice="separate")
     for m in (model, plain):
         (m(IDS).logits.square().mean() - m(IDS.flip(1)).logits.square().mean()).backward()
     pairs = zip(model.parameters(), plain.parameters(), strict=True)
@@ -98,19 +113,63 @@ def test_two_forwards_before_their_backwards(tmp_path: Path) -> None:
 
 def test_compiled_as_a_whole_by_the_user_it_follows_the_optimizer(tmp_path: Path) -> None:
     model = build(tmp_path / "a")
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled(IDS)
+    whole = torch.compile(model, backend="aot_eager")
+    whole(IDS)
     disturb(model)
     plain = build(tmp_path / "b", choice="separate")
     plain.load_state_dict(model.state_dict())
-    assert relative_error(compiled(IDS).logits, plain(IDS).logits) < 1e-5
+    assert relative_error(whole(IDS).logits, plain(IDS).logits) < 1e-5
 
 
 def test_dropout_is_on_the_update_alone(tmp_path: Path) -> None:
-    model = build(tmp_path / "base", dropout=0.999999)
+    model = compiled(tmp_path / "base", dropout=0.999999)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert relative_error(model(IDS).logits, plain(IDS).logits) < 1e-5
     assert relative_error(model.eval()(IDS).logits, plain(IDS).logits) > 1e-3
+
+
+def test_gradients_under_dropout(tmp_path: Path) -> None:
+    """So little of it that nothing is dropped, but its way is taken."""
+    model, plain = compiled(tmp_path / "a", dropout=1e-9), build(tmp_path / "b", choice="separate")
+    for m in (model, plain):
+        m(input_ids=IDS, labels=IDS).loss.backward()
+    pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True)]
+    assert max(relative_error(a, b) for a, b in pairs if a is not None) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "groups"),
+    [
+        ("llama", [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"], ["o_proj"], ["down_proj"]]),
+        ("phi3", [["qkv_proj"], ["gate_up_proj"], ["o_proj"], ["down_proj"]]),
+    ],
+)
+def test_layers_that_share_an_input_are_found(family: str, groups: list[list[str]]) -> None:
+    model = tiny_model(family)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers.0." in name]
+    found = [[name.rpartition(".")[2] for name in group] for group in layers_with_one_input(model, names)]
+    assert sorted(found) == sorted(groups)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_model_that_cannot_be_looked_at_has_every_layer_alone() -> None:
+    model = tiny_model("llama")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    model.model.rotary_emb.register_forward_pre_hook(lambda *_: float(model.lm_head.weight.sum()))
+    assert layers_with_one_input(model, names) == [[name] for name in names]
+
+
+def test_one_of_a_group_can_be_called_alone(tmp_path: Path) -> None:
+    """And the others twice: what was computed for them before is not what they would compute now."""
+    model = compiled(tmp_path / "base")
+    attention, x = model.model.layers[0].self_attn, torch.randn(2, 3, model.config.hidden_size)
+    group = attention.q_proj.widened
+    for group_ in (group, model.model.layers[0].mlp.gate_proj.widened):
+        group_.kept_fresh = True
+    group.refresh()
+    plain = attention.v_proj(x)
+    run = torch.compile(lambda x: (attention.v_proj(x), attention.v_proj(x)), backend="aot_eager")
+    assert all(relative_error(out, plain) < 1e-5 for out in run(x))
 
 
 def test_what_cannot_be_widened_is_named(tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ def finish_lora(model: nn.Module) -> None:
 
 def choose_lora_kernel(model: nn.Module) -> None:
     """Let adapters compute as `KernelsConfig.lora` has it; without one they stay as they are."""
-    widen_adapters(model, str(getattr(model, "lora_kernel", "separate")))
+    choice, groups = getattr(model, "lora_kernel", ("separate", None))
+    widen_adapters(model, choice, groups)
 
 
 def trained_names(model: nn.Module) -> set[str] | None:
@@ -124,8 +125,9 @@ def describe_lora(model: nn.Module) -> str | None:
     text = f"rank {ranks} on {len(found)} weights: {', '.join(f'{n} × {k}' for k, n in counts.items())}"
     flags = {"DoRA": config.use_dora, "rsLoRA": config.use_rslora, f"{config.quantize} base": config.quantize}
     text += "".join(f", {flag}" for flag, is_on in flags.items() if is_on)
-    if widened := sum(getattr(adapter.module, "widened", None) is not None for adapter in found):
-        text += f", {widened} in one matmul with their weight"
+    widened = [group for adapter in found if (group := getattr(adapter.module, "widened", None)) is not None]
+    if widened:
+        text += f", {len(widened)} with their weights in {len({id(group) for group in widened})} matmuls"
     return text + (f"; trained whole: {', '.join(config.modules_to_save)}" if config.modules_to_save else "")
 
 

@@ -15,7 +15,7 @@ from automodel_trainer.models.mixing import mixed
 from automodel_trainer.models.packed_tensor import PackedTensor
 
 if TYPE_CHECKING:
-    from automodel_trainer.models.lora.widened import WidenedWeight
+    from automodel_trainer.models.lora.widened import WidenedGroup
 
 
 class LoRALinear(nn.Linear):
@@ -26,15 +26,12 @@ class LoRALinear(nn.Linear):
     lora_magnitude_vector: nn.Parameter | None  # DoRA: [out]
     scaling: float
     lora_dropout: float
-    widened: WidenedWeight | None
+    widened: WidenedGroup | None
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.lora_A.weight, self.lora_B.weight
-        if self.widened is not None and self.widened.takes(x, a, b):
-            if not torch.compiler.is_compiling():
-                self.widened.refresh(self.weight, b)
-            xa = F.linear(F.dropout(x, self.lora_dropout, self.training), a) * self.scaling
-            return self.widened(x, xa, b, self.bias)
+        if self.widened is not None and self.widened.takes(x):
+            return self.widened.output_of(self, x)
         base = super().forward(x)
         if self.lora_magnitude_vector is not None:
             return self._dora(x, base)
