@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -17,6 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard as StridedSha
 
 __all__ = [
     "PipelineStage",
+    "ShardedParameter",
     "StridedShard",
     "all_gather_first",
     "all_reduce_sum",
@@ -29,6 +31,7 @@ __all__ = [
     "raise_recompile_limit",
     "reduce_gradients",
     "reduce_scatter_first",
+    "sharded_parameters",
     "unviewed",
 ]
 
@@ -148,14 +151,48 @@ def reduce_gradients(model: FSDPModule) -> None:
     model.set_is_last_backward(True)
     model.set_reshard_after_backward(True)
     model.set_requires_gradient_sync(True)
-    state = _state(model)
-    for each in state._state_ctx.all_states:
+    for group in _groups(model):
+        group.post_backward()
+    _state(model)._root_post_backward_final_callback()
+
+
+class ShardedParameter:
+    """FSDP2's record of a parameter."""
+
+    def __init__(self, record: Any) -> None:
+        self._record = record
+
+    @property
+    def owners(self) -> list[tuple[nn.Module, str]]:
+        """The modules that hold it, and its name there."""
+        info = self._record._module_info
+        return [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names)]
+
+    @property
+    def shard(self) -> Tensor:
+        """What this rank holds of it, without padding."""
+        shard: Tensor = self._record._sharded_local_tensor
+        return shard
+
+    def gather_by(self, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+        """Gather it by an extension (`fsdp_pre_all_gather`, `fsdp_post_all_gather`) instead of as it is."""
+        shard: Any = self.shard
+        shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = before, after
+        self._record._init_extensions()
+
+
+def sharded_parameters(model: FSDPModule) -> list[ShardedParameter]:
+    """The parameters of all units of `model`, whose sharding is initialized."""
+    return [ShardedParameter(record) for group in _groups(model) for record in group.fsdp_params]
+
+
+def _groups(model: FSDPModule) -> list[Any]:
+    groups: list[Any] = []
+    for each in _state(model)._state_ctx.all_states:
         # torch 2.11 has one group, 2.13 several
-        groups = getattr(each, "_fsdp_param_groups", None)
-        for group in [each._fsdp_param_group] if groups is None else groups:
-            if group is not None:
-                group.post_backward()
-    state._root_post_backward_final_callback()
+        several = getattr(each, "_fsdp_param_groups", None)
+        groups += [each._fsdp_param_group] if several is None else several
+    return [group for group in groups if group is not None]
 
 
 def _state(model: FSDPModule) -> Any:

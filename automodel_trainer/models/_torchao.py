@@ -1,4 +1,4 @@
-"""NF4 as torchao packs it; what is private there is named here (torchao 0.18)."""
+"""NF4 as torchao packs it, and fp8 as it trains with; what is private there is named here (torchao 0.18)."""
 
 from __future__ import annotations
 
@@ -38,3 +38,31 @@ def unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
     meta = SubclassTensorArgs(shape, (BLOCK, 1), 0, parts.levels.dtype, parts.codes.device, False)
     inner = (parts.scales, parts.factors, parts.mean, parts.codes, parts.levels)
     return nf4_tensor()(meta, BLOCK, blocks, scale_block, *inner).get_original_weight().reshape(-1).to(dtype)
+
+
+# --- float8 training: the names that `torchao.float8` does not list ---------------------------------------------------
+
+
+def fp8_dtype(layer: Any) -> torch.dtype:
+    """What a converted layer's weight is cast to (AMD has a type of its own)."""
+    dtype: torch.dtype = layer.config.cast_config_weight.target_dtype
+    return dtype
+
+
+def fp8_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """What values are multiplied with before they are cast: fp32, of the largest absolute values."""
+    from torchao.float8.float8_utils import amax_to_scale
+
+    return amax_to_scale(largest, dtype)
+
+
+def fp8_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype, layer: Any) -> Tensor:
+    """Codes `[out, in]` as a weight that the converted `layer` multiplies with as it is; it looks like `dtype`."""
+    from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole
+
+    return Float8TrainingTensor(codes, scale, dtype, layer.linear_mm_config, GemmInputRole.WEIGHT)
+
+
+def set_fp8_scale(weight: Any, scale: Tensor) -> None:
+    """Of what `fp8_weight` made."""
+    weight._scale = scale

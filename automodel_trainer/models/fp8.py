@@ -1,7 +1,8 @@
 """Linear layers that multiply in fp8.
 
-Trained weights are cast on the fly, as inputs and gradients are (torchao). The frozen weights under adapters are cast
-once, when they are read, and held in fp8 (`models/fp8_weight.py`).
+Trained weights are cast on the fly, as inputs and gradients are (torchao); where FSDP2 shards them, before they are
+gathered (`strategies/fp8_gather.py`). The frozen weights under adapters are cast once, when they are read, and held in
+fp8 (`models/fp8_weight.py`).
 
 Source: torchao.float8; FP8 formats, arXiv 2209.05433.
 """
@@ -24,7 +25,14 @@ RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 MULTIPLE = 16  # of both sides of a weight: what the matrix units take
 
 
-def convert_to_fp8(model: PreTrainedModel, recipe: str, device: torch.device, *, emulate: bool = False) -> Fp8Layers:
+def convert_to_fp8(
+    model: PreTrainedModel,
+    recipe: str,
+    device: torch.device,
+    *,
+    emulate: bool = False,
+    all_gather: bool | str = "auto",
+) -> Fp8Layers:
     """Make the linear layers in the blocks of `model` (on meta or real, not laid out yet) multiply in fp8, in place.
 
     Names and shapes of parameters stay; head and embeddings are left alone. Of a model that has adapters the frozen
@@ -34,10 +42,12 @@ def convert_to_fp8(model: PreTrainedModel, recipe: str, device: torch.device, *,
         recipe: "tensorwise" (fastest), "rowwise" (more exact), "rowwise_with_gw_hp" (gradients of weights in bf16).
         device: that will compute.
         emulate: compute in fp32 what fp8 would: for a device without it.
+        all_gather: FSDP2 shall gather trained weights in fp8: "auto" where it can, True (else an error), or False.
 
     Raises:
-        ValueError: an unknown recipe, no torchao, a device without fp8, no layer whose shape suits, or adapters whose
-            first values are taken out of the frozen weights.
+        ValueError: an unknown recipe, no torchao, a device without fp8, no layer whose shape suits, adapters whose
+            first values are taken out of the frozen weights, or weights to gather in fp8 that have several scales, or
+            that are frozen.
     """
     if recipe not in RECIPES:
         raise ValueError(f"fp8={recipe!r} is unknown. Allowed: {', '.join(RECIPES)}, or null for none.")
@@ -60,7 +70,10 @@ def convert_to_fp8(model: PreTrainedModel, recipe: str, device: torch.device, *,
     frozen = [name for name in converted if lora is not None and not linear[name].weight.requires_grad]
     _cast_on_the_fly(model, recipe, set(converted) - set(frozen), emulate)
     pack_linear(model, frozen, f"fp8-{recipe.partition('_')[0]}")
-    layers = Fp8Layers(recipe, converted, left, frozen=frozen)
+    layers = Fp8Layers(recipe, converted, left, frozen=frozen, all_gather=all_gather)
+    if all_gather is True and not layers.gatherable:
+        why = "these weights are frozen, and held in fp8 anyway" if frozen else "its weights have a scale for every row"
+        raise ValueError(f"fp8_all_gather=true with fp8={recipe!r}: {why}. Leave it at 'auto', or use 'tensorwise'.")
     model.fp8_layers = layers  # type: ignore[assignment]
     return layers
 

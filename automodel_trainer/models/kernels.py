@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -56,6 +56,9 @@ class KernelsConfig:
         fp8: linear layers of the blocks multiply in fp8 (NVIDIA GPUs since Ada and Hopper). By torchao: "tensorwise"
             (fastest), "rowwise" (more exact) or "rowwise_with_gw_hp" (gradients of weights in bf16); with linear="te":
             "delayed" (fastest), "current" or "block". None: they do not.
+        fp8_all_gather: with fp8="tensorwise", FSDP2 casts trained weights before it gathers them: half the traffic, and
+            no rank casts a whole weight. "auto": where it shards over several ranks, and neither tp nor cpu_offload
+            stands in the way; True: that, or an error; False: weights are gathered as they compute, and cast then.
         lora: "widened" (the updates and frozen weights of layers that share an input in one matmul, see
             `models/lora/widened.py`; compiled blocks only), "separate", or "auto": widened on a GPU for every layer
             whose weight lies whole on it.
@@ -71,9 +74,17 @@ class KernelsConfig:
     rope: str = "auto"
     linear: str = "auto"
     fp8: str | None = None
+    fp8_all_gather: bool | Literal["auto"] = "auto"
     lora: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.fp8_all_gather not in (True, False, "auto"):
+            raise ValueError(f"kernels fp8_all_gather={self.fp8_all_gather!r} is unknown. Allowed: true, false, auto.")
+        if self.fp8_all_gather is True and self.fp8 not in RECIPES:
+            raise ValueError(
+                f"kernels fp8_all_gather=true gathers the weights that torchao's fp8='tensorwise' casts, and "
+                f"fp8={self.fp8!r}. Set fp8='tensorwise', or leave fp8_all_gather at 'auto'."
+            )
         for name, allowed in CHOICES.items():
             if (chosen := getattr(self, name)) not in allowed:
                 raise ValueError(f"kernels {name}={chosen!r} is unknown. Allowed: {', '.join(allowed)}.")
@@ -82,7 +93,8 @@ class KernelsConfig:
         """The same with a choice in place of every "auto" but attention's, which depends on the model."""
         plain = {"loss": "chunked", "norm": "compile", "activation": "compile", "rope": "compile", "linear": "torch"}
         best = FASTEST if device.type == "cuda" else plain
-        return replace(self, **{name: best[name] for name in plain if getattr(self, name) == "auto"})
+        chosen: dict[str, Any] = {name: best[name] for name in plain if getattr(self, name) == "auto"}
+        return replace(self, **chosen)
 
 
 def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.device) -> None:
@@ -192,7 +204,7 @@ def _choose_linear(model: PreTrainedModel, kernels: KernelsConfig, device: torch
             f"{', '.join(RECIPES)}."
         )
     if kernels.fp8 is not None:
-        convert_to_fp8(model, kernels.fp8, device)
+        convert_to_fp8(model, kernels.fp8, device, all_gather=kernels.fp8_all_gather)
     return "torch"
 
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from automodel_trainer.models._transformers import packing_without_sync
 from automodel_trainer.models.auto import AutoModelForCausalLM, add_adapters, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
+from automodel_trainer.models.fp8_layers import check_gathered
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, choose_lora_kernel, finish_lora, lora_of
 from automodel_trainer.modules.neftune import add_neftune
@@ -110,6 +111,7 @@ class HuggingFaceModule(Objective, pl.LightningModule):
         # Lightning calls this with the GPU as the default device; the builder says for itself what lies where.
         with torch.device("cpu"):
             self.model = self._build()
+        check_gathered(self.model)
         packing_without_sync(self.model)
         if self.kernels.on(self.strategy.root_device).loss != "whole":
             defer_logits(self.model)

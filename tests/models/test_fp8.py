@@ -206,6 +206,6 @@ def test_shards_compute_what_one_device_does(pool: RankPool) -> None:
 
 def test_the_section_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(kernels, "convert_to_fp8", lambda *args: calls.append(args[1:]))
+    monkeypatch.setattr(kernels, "convert_to_fp8", lambda *args, **options: calls.append((*args[1:], options)))
     apply_kernels(tiny_model("llama"), KernelsConfig(attention="eager", fp8="rowwise"), CPU)
-    assert calls == [("rowwise", CPU)]
+    assert calls == [("rowwise", CPU, {"all_gather": "auto"})]

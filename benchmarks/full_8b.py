@@ -1,0 +1,318 @@
+"""All parameters of a llama-8B-shaped model on 2 GPUs under FSDP2: `Trainer` beside a bare loop, in bf16 and in fp8.
+
+`python benchmarks/full_8b.py` runs every case in processes of its own on the same GPUs, prints every step as it comes,
+and at the end tok/s a GPU, peak memory and the ratios to the bare loop's (the goals: 10,000 in bf16, 14,500 in fp8).
+Look at: "ours, fp8" against "ours, fp8, bf16 gather" (what `kernels.fp8_all_gather` brings), both against "peer, fp8",
+"ours, te fp8" against them, and whether losses of the first steps agree between ours in bf16 and in fp8.
+
+`--micro-batch-size 1` for less memory, `--profile DIR` for the kernels of one more step, `--limit` seconds for a case
+(what it measured until then counts), `--layers 8` for a try, `--tiny` for two CPU ranks with fp8 emulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EIGHT_B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
+EIGHT_B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 5e5}
+TINY: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "rope_theta": 5e5}
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, fp8": {"fp8": "tensorwise"},
+    "ours, fp8, bf16 gather": {"fp8": "tensorwise", "fp8_all_gather": False},
+    "ours, te fp8": {"linear": "te", "fp8": "delayed"},
+}
+PEERS: dict[str, dict[str, Any] | None] = {
+    "peer": None,
+    "peer, fp8": {},
+    "peer, fp8, torchao's gather": {"enable_fsdp_float8_all_gather": True},
+}
+DEFAULT = [*OURS, "peer", "peer, fp8"]
+WARMUP, RANKS = 2, 2
+LR = 1e-5
+
+
+class Steps:
+    """Times steps, prints them, and profiles one more than are asked for."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.count, self.profiler = args, 0, None
+
+    def begin(self) -> None:
+        if self.args.profile and self.count == self.args.steps and rank() == 0:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self.profiler = torch.profiler.profile(activities=activities)
+            self.profiler.start()
+        synchronize()
+        self.began = time.perf_counter()
+
+    def end(self, loss: Callable[[], float]) -> None:
+        synchronize()
+        seconds = time.perf_counter() - self.began
+        self.count += 1
+        if self.count > self.args.steps:
+            self._write()
+            return
+        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        found = {"seconds": round(seconds, 4), "loss": round(loss(), 4), "peak_gib": round(peak, 1)}
+        if rank() == 0:
+            print("STEP " + json.dumps(found), flush=True)
+
+    def _write(self) -> None:
+        from automodel_trainer.tools.bench_profile import kernels_of, table
+
+        if self.profiler is not None:
+            self.profiler.stop()
+            folder = Path(self.args.profile)
+            folder.mkdir(parents=True, exist_ok=True)
+            name = self.args.case.replace(", ", "_").replace(" ", "-")
+            (folder / f"{name}.md").write_text(table(kernels_of(self.profiler, 1, most=45)))
+
+    @property
+    def total(self) -> int:
+        return self.args.steps + (1 if self.args.profile else 0)
+
+
+def ours(args: argparse.Namespace) -> None:
+    from lightning.pytorch.callbacks import Callback
+    from transformers import AutoModelForCausalLM as Transformers
+    from transformers import LlamaConfig
+
+    from automodel_trainer import AutoModelForCausalLM, CausalLMModule, KernelsConfig, MockDataModule, Trainer
+    from automodel_trainer.models import kernels
+    from automodel_trainer.models._transformers import packing_without_sync
+    from automodel_trainer.models.fp8_layers import fp8_layers
+    from automodel_trainer.strategies.deferred_logits import defer_logits
+
+    shape = LlamaConfig(**args.shape, max_position_embeddings=args.seq_len)
+    if args.tiny:
+        kernels.convert_to_fp8 = partial(kernels.convert_to_fp8, emulate=True)
+
+    class RandomModel(CausalLMModule):
+        def configure_model(self) -> None:
+            if self.model is None:
+                self.model = AutoModelForCausalLM.from_config(shape, self.strategy, seed=1, kernels=self.kernels)
+                packing_without_sync(self.model)
+                defer_logits(self.model)
+                self.model.train()
+                say(f"{args.case}: {fp8_layers(self.model) or 'no fp8'}")
+
+    class Clock(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            steps.begin()
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            steps.end(lambda: float(trainer.callback_metrics["train_loss"]))
+
+    steps = Steps(args)
+    data = MockDataModule(
+        vocab_size=args.shape["vocab_size"],
+        seq_len=args.seq_len,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=RANKS * args.micro_batch_size,
+        num_samples=RANKS * args.micro_batch_size * steps.total,
+    )
+    trainer = Trainer(
+        strategy="fsdp2",
+        devices="auto",
+        precision="bf16",
+        max_steps=steps.total,
+        log_every_n_steps=1,
+        default_root_dir=args.root,
+        callbacks=[Clock()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        logger=False,
+    )
+    with torch.device("meta"):
+        meta = Transformers.from_config(shape)
+    trainer.fit(RandomModel(meta, kernels=KernelsConfig(**OURS[args.case]), lr=LR), data)
+
+
+class WithLoss(nn.Module):
+    """A model and its loss, the logits of 2,048 tokens at a time."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        pairs = zip(hidden.split(2048), targets.flatten().split(2048))
+        parts = [torch.utils.checkpoint.checkpoint(self.part, h, t, use_reentrant=False) for h, t in pairs]
+        return torch.stack(parts).sum() / targets.numel()
+
+    def part(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="sum")
+
+
+def peer(args: argparse.Namespace) -> None:
+    """A bare loop: FSDP2 and compilation block by block, fp32 weights and Adam, bf16 compute."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = torch.device("cuda", rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    net = _peer_model(args)
+    policy: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
+    for block in net.model.model.layers:
+        if device.type == "cuda":
+            block.compile()
+        fully_shard(block, **policy)
+    fully_shard(net.model.model.embed_tokens, **policy)
+    fully_shard(net, reshard_after_forward=False, **policy)
+    net.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            local = parameter.to_local()  # type: ignore[operator]
+            local.fill_(1.0) if "norm" in name else local.normal_(0, 0.02)
+    rotary = net.model.model.rotary_emb
+    net.model.model.rotary_emb = type(rotary)(config=net.model.config).to(device)  # its frequencies were on meta
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR, fused=True)
+    steps, generator = Steps(args), torch.Generator(device).manual_seed(rank())
+    shape = (args.micro_batch_size, args.seq_len)
+    for _ in range(steps.total):
+        ids = torch.randint(args.shape["vocab_size"], shape, device=device, generator=generator)
+        steps.begin()
+        loss = net(ids, ids.roll(-1, 1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if PEERS[args.case]:
+            from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+            precompute_float8_dynamic_scale_for_fsdp(net)
+        steps.end(loss.item)
+    dist.destroy_process_group()
+
+
+def _peer_model(args: argparse.Namespace) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    with torch.device("meta"):
+        config = LlamaConfig(**args.shape, max_position_embeddings=args.seq_len)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    options = PEERS[args.case]
+    if options is not None:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        config = Float8LinearConfig(emulate=args.tiny, **options)  # tensorwise
+        convert_to_float8_training(model.model, config=config)
+    return WithLoss(model).train()
+
+
+def rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def say(text: str) -> None:
+    if rank() == 0:
+        print("SAY " + text, flush=True)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def launch(case: str, args: argparse.Namespace) -> dict[str, Any]:
+    """A case in processes of its own, ended after `--limit` seconds; what its steps were."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", __file__, "--case", case, *args.passed]
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **output)
+    timer = threading.Timer(args.limit, lambda: os.killpg(process.pid, signal.SIGKILL))
+    timer.start()
+    began, steps, others = time.monotonic(), [], []
+    assert process.stdout is not None
+    for line in process.stdout:
+        kind, _, rest = line.strip().partition(" ")
+        if kind == "STEP":
+            steps.append(json.loads(rest))
+            print(f"  {case}, step {len(steps)}, at {time.monotonic() - began:.0f} s: {rest}", flush=True)
+        elif kind == "SAY":
+            print(f"  {rest}", flush=True)
+        else:
+            others.append(line)
+    code = process.wait()
+    timer.cancel()
+    if code:
+        print(f"  {case} ended with {code} after {time.monotonic() - began:.0f} s (limit {args.limit})", flush=True)
+        ends = [index for index, line in enumerate(others) if "failed (exitcode" in line]
+        print("".join(others[: min(ends, default=len(others))])[-4000:], flush=True)  # torchrun's own is beyond
+    return figures(args, steps)
+
+
+def figures(args: argparse.Namespace, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    times = sorted(step["seconds"] for step in steps[WARMUP:])
+    if not times:
+        return {}
+    median = times[len(times) // 2]
+    return {
+        "tokens_per_second_per_gpu": round(args.micro_batch_size * args.seq_len / median, 1),
+        "spread": round((times[-1] - times[0]) / median, 4),
+        "peak_gib": max(step["peak_gib"] for step in steps),
+        "first_step_s": round(steps[0]["seconds"], 1),
+        "measured_steps": len(times),
+        "losses": [step["loss"] for step in steps[:4]],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    cases = [*OURS, *PEERS]
+    parser.add_argument("--case", choices=cases)
+    parser.add_argument("--cases", nargs="*", default=None, choices=cases)
+    parser.add_argument("--steps", type=int, default=8, help=f"of a case; the first {WARMUP} do not count")
+    parser.add_argument("--seq-len", type=int, default=8192)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=0, help="of the model; 0: all")
+    parser.add_argument("--profile", help="a folder for a table of kernels per case")
+    parser.add_argument("--limit", type=float, default=100, help="seconds of a case")
+    parser.add_argument("--root", default=None)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    args.root = args.root or tempfile.mkdtemp()
+    args.shape = {**(TINY if args.tiny else EIGHT_B)}
+    args.shape["num_hidden_layers"] = args.layers or args.shape["num_hidden_layers"]
+    if args.case:
+        (ours if args.case in OURS else peer)(args)
+        return
+    sizes = {"steps": args.steps, "seq-len": args.seq_len, "micro-batch-size": args.micro_batch_size}
+    given = {**sizes, "layers": args.layers, "root": args.root, **({"profile": args.profile} if args.profile else {})}
+    args.passed = [*(str(part) for key, value in given.items() for part in (f"--{key}", value))]
+    args.passed += ["--tiny"] if args.tiny else []
+    default = [case for case in DEFAULT if not (args.tiny and "te " in case)]
+    results = {case: launch(case, args) for case in args.cases or default}
+    for case, result in results.items():
+        print(case, json.dumps(result) if result else "failed", flush=True)
+    speeds = {case: result["tokens_per_second_per_gpu"] for case, result in results.items() if result}
+    for case, speed in speeds.items():
+        for other in speeds:
+            if case in OURS and other != case and (other in PEERS or "gather" in other):
+                print(f"{case} / {other}: {speed / speeds[other]:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""FSDP2 gathering trained weights in fp8, emulated on CPU ranks, against one rank that casts whole weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from automodel_trainer.models import kernels
+from automodel_trainer.models.fp8 import convert_to_fp8
+from automodel_trainer.models.fp8_layers import Fp8Layers, check_gathered, fp8_layers
+from automodel_trainer.models.kernels import KernelsConfig
+from tests.beside import use
+from tests.callbacks import runs
+from tests.harness import Batch, NextToken, make_strategy, random_rows, relative_error, train_steps
+from tests.pool import RankPool
+from tests.tiny import tiny_model
+
+CPU = torch.device("cpu")
+ROWS, MICRO = 24, 2
+
+
+@pytest.fixture(autouse=True)
+def _torchao() -> None:
+    use("torchao")
+
+
+def rows_of(step: int, order_of: int = 1) -> list[Batch]:
+    """In the order in which one rank takes the micro-batches of `order_of` ranks: scales are a micro-batch's own."""
+    rows = random_rows(ROWS, 24, seed=step)
+    return [row for first in range(order_of) for row in rows[first::order_of]]
+
+
+def train(
+    spec: str, world_size: int, family: str, gather: bool | str, precision: str = "fp32", order_of: int = 1
+) -> dict[str, Any]:
+    use("torchao")
+    strategy = make_strategy(spec, world_size, precision)
+    model = tiny_model(family, tie_word_embeddings=family == "qwen2")
+    if family == "qwen2":  # with biases, which are gathered as they are
+        randomise_biases(model)
+    convert_to_fp8(model, "tensorwise", CPU, emulate=True, all_gather=gather)
+    model = strategy.parallelize(model.train())
+    seen = watch(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    result = train_steps(strategy, NextToken(model), optimizer, lambda s: rows_of(s, order_of), MICRO)
+    return {**result, "seen": seen, "text": str(fp8_layers(model))}
+
+
+def randomise_biases(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+
+
+def watch(model: Any) -> dict[str, Any]:
+    """What the last block's layers multiply with, and the whole master weight at that time."""
+    seen: dict[str, Any] = {}
+
+    def look(module: Any, args: Any, name: str) -> None:
+        weight = module.weight
+        if name not in seen and hasattr(weight, "_data"):
+            seen[name] = (weight._data.clone(), weight._scale.clone(), weight.dtype)
+
+    for name, module in model.model.layers[-1].named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(functools.partial(look, name=name))
+    return seen
+
+
+def check(results: list[Any], expected: Any, loss: float, rest: float) -> None:
+    for result in results:
+        for got, want in zip(result["history"], expected["history"], strict=True):
+            assert got["loss"] == pytest.approx(want["loss"], rel=loss)
+            assert got["norm"] == pytest.approx(want["norm"], rel=rest)
+        first, wanted = result["history"][0]["gradients"], expected["history"][0]["gradients"]
+        assert first.keys() == wanted.keys()
+        assert max(relative_error(first[name], wanted[name]) for name in wanted) < rest
+        worst = max(relative_error(result["weights"][name], w) for name, w in expected["weights"].items())
+        assert worst < rest
+
+
+@pytest.mark.parametrize(
+    ("spec", "world_size", "family"),
+    [
+        ("fsdp2", 2, "llama"),
+        ("fsdp2", 3, "qwen2"),  # uneven shards, biases, a tied embedding
+        ("hsdp", 4, "llama"),
+        ("fsdp2:reshard_after_forward=false,sync_every_micro_batch=true,forward_prefetch=1", 4, "llama"),
+        ("fsdp2:compile=true,compile_backend=aot_eager,activation_checkpointing=full", 2, "llama"),
+    ],
+)  # fmt: skip
+def test_ranks_train_as_one_that_casts_whole_weights(pool: RankPool, spec: str, world_size: int, family: str) -> None:
+    """With accumulation and clipping; what layers multiply with are the codes of the whole weight."""
+    expected = pool.run(1, train, "auto", 1, family, "auto", order_of=world_size)[0]
+    results = pool.run(world_size, train, spec, world_size, family, True)
+    check(results, expected, 1e-5, 1e-3)
+    assert not expected["seen"]
+    assert "14 weights gathered in fp8" in results[0]["text"]
+    assert "gathered" not in expected["text"]
+    if "compile" not in spec:
+        check_codes(results[-1]["seen"], family, torch.float32)
+
+
+def check_codes(seen: dict[str, Any], family: str, looks_like: torch.dtype) -> None:
+    """They are the whole weight's, cast here as arithmetic says."""
+    weights = tiny_model(family, tie_word_embeddings=family == "qwen2").state_dict()
+    assert len(seen) == 7
+    for name, (codes, scale, dtype) in seen.items():
+        weight = weights[f"model.layers.1.{name}.weight"]
+        assert codes.dtype == torch.float8_e4m3fn
+        assert dtype == looks_like
+        assert scale.item() == pytest.approx(448 / weight.abs().max().item())
+        assert torch.equal(codes.float(), (weight * scale).to(torch.float8_e4m3fn).float())
+
+
+def test_master_weights_in_fp32(pool: RankPool) -> None:
+    """Under bf16 the cast begins at the fp32 weight; what comes of it is as near as what casting the bf16 one gives."""
+    off, on = (pool.run(2, train, "fsdp2", 2, "llama", gather, "bf16")[0] for gather in (False, "auto"))
+    check_codes(on["seen"], "llama", torch.bfloat16)
+    assert not off["seen"]
+    assert {weight.dtype for weight in on["weights"].values()} == {torch.float32}
+    for got, want in zip(on["history"], off["history"], strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-3)
+    first, wanted = on["history"][0]["gradients"], off["history"][0]["gradients"]
+    together = [torch.cat([gradients[name].flatten() for name in wanted]) for gradients in (first, wanted)]
+    assert 0 < relative_error(*together) < 0.06
+
+
+def emulated(job: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`job` in a run whose model computes with `kernels.fp8=tensorwise`."""
+    use("torchao")
+    before, make = kernels.convert_to_fp8, runs.CausalLMModule
+    kernels.convert_to_fp8 = functools.partial(convert_to_fp8, emulate=True)
+    runs.CausalLMModule = functools.partial(make, kernels=KernelsConfig(fp8="tensorwise", attention="eager"))  # type: ignore
+    try:
+        return job(*args, **kwargs)
+    finally:
+        kernels.convert_to_fp8, runs.CausalLMModule = before, make  # type: ignore[misc]
+
+
+def fit(root: Path, world_size: int, steps: int, resume: str | None = None) -> dict[str, Any]:
+    found = runs.train(
+        root,
+        strategy="fsdp2",
+        devices=world_size,
+        attention_dropout=0.0,
+        ckpt_path=resume,
+        max_epochs=-1,
+        max_steps=steps,
+        limit_val_batches=0,
+        scheduler="constant",
+    )
+    layers = fp8_layers(found["trainer"].lightning_module.model)
+    losses = [entry[3] for entry in found["journal"]]
+    return {"losses": losses, "weights": found["weights"], "gathered": layers is not None and layers.gathered}
+
+
+def test_checkpoints_hold_plain_weights(pool: RankPool, tmp_path: Path) -> None:
+    """A run goes on where it was, on as many ranks and on one: model and optimizer state are full precision's."""
+    whole = pool.run(2, emulated, fit, tmp_path / "whole", 2, 4)[0]
+    half = pool.run(2, emulated, fit, tmp_path / "half", 2, 2)[0]
+    assert whole["gathered"]
+    assert half["losses"] == pytest.approx(whole["losses"][:2], rel=1e-6)
+    again = pool.run(2, emulated, fit, tmp_path / "half", 2, 4, "last")[0]
+    assert again["losses"] == pytest.approx(whole["losses"][2:], rel=1e-6)
+    assert max(relative_error(again["weights"][name], weight) for name, weight in whole["weights"].items()) < 1e-6
+
+
+def refused(spec: str, world_size: int) -> str:
+    use("torchao")
+    model = tiny_model("llama")
+    convert_to_fp8(model, "tensorwise", CPU, emulate=True, all_gather=True)
+    with pytest.raises(ValueError, match="kernels fp8_all_gather=true") as error:
+        check_gathered(make_strategy(spec, world_size).parallelize(model))
+    return str(error.value)
+
+
+def test_layouts_that_cannot_refuse_it(pool: RankPool) -> None:
+    assert "tp=2 cuts the weights" in pool.run(4, refused, "fsdp2:tp=2,dp_shard=2", 4)[0]
+    assert "on the CPU" in pool.run(2, refused, "fsdp2:cpu_offload=true", 2)[0]
+    assert "this layout does not" in pool.run(2, refused, "ddp", 2)[0]
+    assert "this layout does not" in refused("fsdp2", 1)
+
+
+def test_choices_that_cannot_refuse_it() -> None:
+    with pytest.raises(ValueError, match=r"fp8_all_gather='yes' is unknown\. Allowed: true, false, auto"):
+        KernelsConfig(fp8_all_gather="yes")  # type: ignore[arg-type]
+    for fp8 in (None, "delayed"):
+        with pytest.raises(ValueError, match="gathers the weights that torchao's fp8='tensorwise' casts"):
+            KernelsConfig(fp8=fp8, fp8_all_gather=True)
+    with pytest.raises(ValueError, match="fp8='rowwise': its weights have a scale for every row"):
+        convert_to_fp8(tiny_model("llama"), "rowwise", CPU, emulate=True, all_gather=True)
+    assert Fp8Layers("rowwise", ["a"]).gatherable == []
