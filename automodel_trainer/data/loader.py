@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -91,6 +92,15 @@ class MicroBatchLoader:
             self.batches_yielded = 0
         return self._hand_out()
 
+    @property
+    def _iterator(self) -> Any:
+        """Where Lightning, as in torch's own loaders, finds the workers to end when a run is over."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._loader._iterator = iterator
+
     def _hand_out(self) -> Iterator[list[MicroBatch]]:
         for batch in self._loader:
             self.batches_yielded += 1
@@ -99,11 +109,8 @@ class MicroBatchLoader:
 
     def steps(self) -> Iterator[Step]:
         """This rank's rows of each global batch that is left in the epoch."""
-        for rows in self.global_batches(self.epoch)[self.batches_yielded :]:
-            width = self.rows.width
-            if not self.packed:
-                width = padded_width(int(self.rows.lengths[rows[rows >= 0]].max()), width)
-            yield rows[self.dp_rank :: self.dp_size].tolist(), width
+        left = self.global_batches(self.epoch)[self.batches_yielded :]
+        return _shares(left, self.rows, self.packed, self.dp_rank, self.dp_size)
 
     def global_batches(self, epoch: int) -> np.ndarray:
         """The rows of every global batch of an epoch, `[len(self), global_batch_size]`; -1 is a filler."""
@@ -155,14 +162,28 @@ class MicroBatchLoader:
         self._resumed = True
 
 
+def _shares(batches: np.ndarray, rows: Rows, packed: bool, dp_rank: int, dp_size: int) -> Iterator[Step]:
+    for batch in batches:
+        width = rows.width
+        if not packed:
+            width = padded_width(int(rows.lengths[batch[batch >= 0]].max()), width)
+        yield batch[dp_rank::dp_size].tolist(), width
+
+
 class _Epoch:
-    """The sampler of the inner DataLoader: what is left of the loader's current epoch."""
+    """The sampler of the inner DataLoader: what is left of the loader's current epoch.
+
+    Neither it nor its iterator holds the loader: workers that only the garbage collector finds are waited for, 5 s
+    each, for it closes their queues first.
+    """
 
     def __init__(self, loader: MicroBatchLoader) -> None:
-        self.loader = loader
+        self._loader = weakref.ref(loader)
 
     def __iter__(self) -> Iterator[Step]:
-        return self.loader.steps()
+        loader = self._loader()
+        assert loader is not None, "whoever iterates over it holds it"
+        return loader.steps()
 
 
 class _Steps(Dataset):

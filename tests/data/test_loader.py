@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -234,6 +237,45 @@ def test_lightning_resumes_exactly_with_workers(tmp_path: Path) -> None:
     seen = fit(tmp_path, saves, workers=1)
     path, done = saves.taken[3]
     assert fit(tmp_path, resume=path, workers=1) == seen[done:]
+
+
+class WorkersAtTheEnd(Callback):
+    """Those of the loaders for training and for validation, while both have them."""
+
+    def __init__(self) -> None:
+        self.workers: list[Any] = []
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self.workers = multiprocessing.active_children()
+
+
+def test_workers_end_with_the_run(tmp_path: Path) -> None:
+    """Not when the garbage collector finds them, in the middle of something else, and then waits for each of them."""
+    before = set(multiprocessing.active_children())
+    end = WorkersAtTheEnd()
+    fit(tmp_path, end, workers=1)
+    mine = set(end.workers) - before
+    assert len(mine) == 2, "one for training, one for validation"
+    assert not [worker for worker in mine if worker.is_alive()]
+
+
+@pytest.mark.parametrize("taken", [1, 6])
+def test_workers_end_with_their_loader(taken: int) -> None:
+    before = set(multiprocessing.active_children())
+    steps = loader(num_workers=2)
+    iterator = iter(steps)
+    for _ in range(taken):
+        next(iterator)
+    mine = set(multiprocessing.active_children()) - before
+    assert len(mine) == 2
+    gone = weakref.ref(steps)
+    gc.disable()
+    try:
+        del steps, iterator
+        assert gone() is None, "nothing refers to it"
+    finally:
+        gc.enable()
+    assert not [worker for worker in mine if worker.is_alive()]
 
 
 def test_torch_loaders_are_not_touched_by_lightning() -> None:
