@@ -20,12 +20,14 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import rendezvous
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 SIZE = 4
@@ -109,7 +111,9 @@ def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
     faulthandler.register(signal.SIGUSR2, (stacks / str(rank)).open("w"))
     end_with_parent()
     torch.set_num_threads(1)
+    meet_at_once()
     mp.set_start_method("fork", force=True)  # of data workers, as in a process of its own
+    gc.set_threshold(20_000, 10, 10)  # a seventh of a job's time went into looking for garbage
     gc.freeze()  # so that what a job leaves is quickly found
     while True:
         world_size, port, function, args, kwargs = jobs.get()
@@ -133,6 +137,7 @@ def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
                 _clear_sharding_prop_cache()  # it hands out meshes that equal a new one but name dead groups
         args, kwargs = (), {}
         gc.collect()  # a process group has threads and connections until nothing refers to it
+        gc.freeze()
         results.put((rank, result, error))
 
 
@@ -146,6 +151,22 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def meet_at_once() -> None:
+    """Look for rank 0's store only once it is there: torch looks again up to a second later."""
+    connect = dist.TCPStore
+
+    @wraps(connect, updated=())
+    def when_it_listens(host_name: str, port: int, *args: Any, is_master: bool = False, **kwargs: Any) -> dist.TCPStore:
+        end = time.monotonic() + 20
+        while not is_master and time.monotonic() < end:
+            with suppress(OSError), socket.create_connection((host_name, port), timeout=1):
+                break
+            time.sleep(0.01)
+        return connect(host_name, port, *args, is_master=is_master, **kwargs)
+
+    rendezvous.TCPStore = when_it_listens  # type: ignore[misc]
 
 
 def _free_port() -> int:

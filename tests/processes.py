@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tests.pool import CONTEXT, _free_port, end_with_parent
+from tests.pool import CONTEXT, _free_port, end_with_parent, meet_at_once
 
 
 class Job:
@@ -75,6 +75,7 @@ def _main(rank: int, world_size: int, port: int, log: Path, function: Callable[.
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     torch.set_num_threads(1)
     if world_size > 1:
+        meet_at_once()
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         os.environ.update({key: str(value) for key, value in ranks.items()}, GROUP_RANK="0")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="job")

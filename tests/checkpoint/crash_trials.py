@@ -24,7 +24,7 @@ from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.record import RecordedFile
 from automodel_trainer.checkpoint.runs import find_last, step_of
 from tests.callbacks.runs import train
-from tests.pool import _free_port
+from tests.pool import _free_port, meet_at_once
 
 RANKS, STEPS, EVERY = 2, 8, 2
 WAITED = -99  # in place of an exit code
@@ -86,6 +86,7 @@ def rank_main(rank: int, port: int, root: Path, moment: int, background: bool) -
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.register(signal.SIGUSR2)
+    meet_at_once()
     names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ.update({key: str(value) for key, value in names.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="crash")
