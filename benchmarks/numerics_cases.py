@@ -163,7 +163,7 @@ def lora(widened: bool) -> Callable[[Setting], Made]:
 
     def make(setting: Setting) -> Made:
         from automodel_trainer.models.lora.layers import LoRALinear, adapt_linear
-        from automodel_trainer.models.lora.widened import WidenedGroup
+        from automodel_trainer.models.lora.widened import WidenedDense
 
         tokens, inputs, outputs = linear_sizes(setting)
         x, scaling = setting.randn(tokens - 1, inputs), 0.5
@@ -182,7 +182,7 @@ def lora(widened: bool) -> Callable[[Setting], Made]:
         def ours() -> Tensor:
             if not widened:
                 return torch.cat([layer(x) for layer in layers], 1)
-            group = WidenedGroup(layers)
+            group = WidenedDense(layers)
             group.refresh()
             return torch.cat(list(group.outputs_of(x)), 1)
 

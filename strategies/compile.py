@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from automodel_trainer.models.lora.widened import WidenedGroup, widened_groups
+from automodel_trainer.models.lora.widen import widened_groups
+from automodel_trainer.models.lora.widened import WidenedGroup
 from automodel_trainer.strategies._torch import (
     allow_side_effects_in_checkpoints,
     prefer_recomputing,

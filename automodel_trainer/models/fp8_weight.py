@@ -21,8 +21,14 @@ PACKINGS = ("fp8-rowwise", "fp8-tensorwise")
 
 
 def pack(weight: Tensor, packing: str) -> Parts:
-    """A dense weight `[out, in]` as codes (one byte a number) and scales fp32 `[out]`."""
-    codes, scales = _cast(weight, E4M3, _by_row(packing))
+    """A dense weight `[out, in]` as codes (one byte a number) and scales fp32 `[out]`.
+
+    The scale of a whole weight is a power of two, so that weights which are to have one scale can be given the largest:
+    their codes are shifted, not rounded anew.
+    """
+    scales = scale_of(weight, E4M3, _by_row(packing))
+    scales = scales if _by_row(packing) else scales.log2().ceil().exp2()
+    codes = cast_with(weight, scales, E4M3)
     none = weight.new_empty(0, dtype=torch.float32)
     return Parts(codes.view(torch.uint8), scales.expand(weight.shape[0], 1)[:, 0].contiguous(), none, none, none)
 
@@ -70,9 +76,19 @@ class _Linear(torch.autograd.Function):
         return out.unflatten(0, gradient.shape[:-1]), None, None, None
 
 
+def scale_of(x: Tensor, dtype: torch.dtype, by_row: bool = False) -> Tensor:
+    """What the codes of x `[rows, n]` in `dtype` are to be multiplied with: fp32 `[1, 1]`, or `[rows, 1]`."""
+    largest = x.abs().amax(dim=1, keepdim=True) if by_row else x.abs().amax().view(1, 1)
+    return largest.float().clamp(min=1e-12) / torch.finfo(dtype).max
+
+
+def cast_with(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes of x."""
+    limit = torch.finfo(dtype).max
+    return (x.float() / scale).clamp(-limit, limit).to(dtype)
+
+
 def _cast(x: Tensor, dtype: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor]:
     """`[rows, n]` as codes, and scales `[rows, 1]` or `[1, 1]` that multiply them back."""
-    largest = x.abs().amax(dim=1, keepdim=True) if by_row else x.abs().amax().view(1, 1)
-    limit = torch.finfo(dtype).max
-    scale = largest.float().clamp(min=1e-12) / limit
-    return (x.float() / scale).clamp(-limit, limit).to(dtype), scale
+    scale = scale_of(x, dtype, by_row)
+    return cast_with(x, scale, dtype), scale

@@ -16,7 +16,7 @@ from automodel_trainer.models.lora.config import LoRAConfig
 from automodel_trainer.models.lora.initialize import initialize_adapter
 from automodel_trainer.models.lora.layers import adapt_linear, adapt_parameter, adapters
 from automodel_trainer.models.lora.targets import Target, find_targets, kind, kinds, matches
-from automodel_trainer.models.lora.widened import widen_adapters
+from automodel_trainer.models.lora.widen import widen_adapters
 from automodel_trainer.models.quantize import pack_weights, prepare_packing
 
 

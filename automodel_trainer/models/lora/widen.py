@@ -1,0 +1,79 @@
+"""Which adapted layers compute in one matmul with their frozen weights, and which of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from automodel_trainer.models.lora.layers import LoRALinear
+from automodel_trainer.models.lora.widened import WidenedDense, WidenedGroup
+from automodel_trainer.models.lora.widened_fp8 import WidenedFp8
+from automodel_trainer.models.packed_tensor import PackedTensor
+
+
+@torch.no_grad()
+def widen_adapters(model: nn.Module, choice: str, groups: Sequence[Sequence[str]] | None = None) -> None:
+    """Store the frozen weights of adapted linear layers widened, in place; their names, shapes and values stay.
+
+    Call it when the weights are real, and where they will stay.
+
+    Args:
+        choice: of `KernelsConfig.lora`: "widened", "separate", or "auto" (widened on a GPU in compiled blocks).
+        groups: names of layers that share an input (`layers_with_one_input`); None: none do.
+
+    Raises:
+        ValueError: "widened", and there is no layer that could be.
+    """
+    layers = {} if choice == "separate" else {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    fit = {name: layer for name, layer in layers.items() if obstacle(layer) is None}
+    if choice == "auto":
+        compiled = _inside_compiled_blocks(model)
+        fit = {name: layer for name, layer in fit.items() if layer.weight.is_cuda and id(layer) in compiled}
+    if choice == "widened" and not fit:
+        reasons = sorted({str(obstacle(layer)) for layer in layers.values()}) or ["there is none"]
+        raise ValueError(
+            f"kernels lora='widened' fits no adapted layer here: {'; '.join(reasons)}. Leave it at 'auto'."
+        )
+    for names in [[name] for name in fit] if groups is None else groups:
+        alike: dict[Any, list[LoRALinear]] = {}
+        for layer in (fit[name] for name in names if name in fit):
+            alike.setdefault((type(layer.weight), layer.weight.dtype, layer.weight.device), []).append(layer)
+        for members in alike.values():
+            packed = isinstance(members[0].weight, PackedTensor)
+            group = WidenedFp8(members) if packed else WidenedDense(members)
+            for layer in members:
+                layer.widened = group
+
+
+def _inside_compiled_blocks(model: nn.Module) -> set[int]:
+    blocks = (block for block in model.modules() if getattr(block, "runs_compiled", False))
+    return {id(module) for block in blocks for module in block.modules()}
+
+
+def widened_groups(block: nn.Module) -> list[WidenedGroup]:
+    """Those of a block that is compiled, for who refreshes each of them before every run of it."""
+    groups = {id(m.widened): m.widened for m in block.modules() if isinstance(m, LoRALinear) and m.widened is not None}
+    for group in groups.values():
+        group.kept_fresh = True
+    return list(groups.values())
+
+
+def obstacle(module: LoRALinear) -> str | None:
+    """Why a layer cannot be widened; None if it can."""
+    weight = module.weight
+    if isinstance(weight, DTensor):
+        return "its weight is sharded"
+    if hasattr(weight, "get_original_weight") and getattr(weight, "packing", None) != "fp8-tensorwise":
+        return "its weight is packed"
+    if weight.is_meta:
+        return "its weight is on meta"
+    if module.lora_magnitude_vector is not None:
+        return "DoRA needs base and update apart"
+    if weight.requires_grad:
+        return "its weight is trained"
+    base = next(cls for cls in type(module).__mro__ if not issubclass(cls, LoRALinear) and "forward" in vars(cls))
+    return None if base is nn.Linear else f"it computes as a {base.__name__}"

@@ -1,0 +1,157 @@
+"""One fp8 matmul for frozen weights that share an input and for their adapters: `widened`, with one scale for all.
+
+The weights are S·codes, B is b·codes, A is a·codes. One matmul has one scale on each side; of the weights that is S, and
+those of B and A go into the other side before that is cast:
+
+    out = S·([x, xa]·[W, B] in codes)        xa = scaling·b/S · A·x
+    of x = S·([g, ga]·[W; A] in codes)       ga = scaling·a/S · Bᵀ·g
+
+The gradients of A and B are computed from numbers that were not cast. An update is as exact as the weight is: to three
+bits of mantissa.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from automodel_trainer.models._torch import scaled_matmul
+from automodel_trainer.models.fp8_weight import E4M3, E5M2, cast_with, scale_of
+from automodel_trainer.models.lora.layers import LoRALinear
+from automodel_trainer.models.lora.widened import WidenedGroup, multiply_beside, places
+from automodel_trainer.models.packed_tensor import PackedTensor
+
+ALIGNMENT = 16  # numbers that both sides of an fp8 matmul are multiples of
+
+
+class WidenedFp8(WidenedGroup):
+    """Weights held in fp8 ("tensorwise"), as one matrix of codes that is laid out as `WidenedDense`'s."""
+
+    def __init__(self, layers: Sequence[LoRALinear]) -> None:
+        super().__init__(layers)
+        self.columns = self.rank + -self.rank % ALIGNMENT
+        shape = (self.outputs + self.columns, self.inputs + self.columns)
+        self.codes = torch.zeros(shape, dtype=torch.uint8, device=self.layers[0].weight.device)
+        self._hold_weights()
+
+    def takes(self, x: Tensor) -> bool:
+        return super().takes(x) and not self.drops
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        held = [self.codes[rows, : self.inputs].data_ptr() for rows, _ in places(self.sizes)]
+        if any(pointer != _packed(layer).parts.codes.data_ptr() for pointer, layer in zip(held, self.layers)):
+            self.codes = self.codes.to(self.layers[0].weight.device)
+            self._hold_weights()
+        border = _border if self.codes.device.type == "cpu" else _compiled_border()
+        scalings = tuple(layer.scaling for layer in self.layers)
+        self.down, self.up, self.of_a, self.of_b, of_rows, of_columns = border(
+            self.scale, self.sizes, scalings, self.columns, *(factor.detach() for factor in self.factors())
+        )
+        self.codes[self.outputs :, : self.inputs].copy_(of_rows)
+        self.codes[: self.outputs, self.inputs :].copy_(of_columns)
+
+    @torch.no_grad()
+    def _hold_weights(self) -> None:
+        """Take the weights in with one scale for all, and make them parts of the storage."""
+        self.scale = torch.stack([_packed(layer).parts.scales[0] for layer in self.layers]).amax().view(1, 1)
+        for (rows, _), layer in zip(places(self.sizes), self.layers):
+            weight = _packed(layer)
+            numbers = weight.parts.codes.view(E4M3).float() * weight.parts.scales[0]
+            codes = self.codes[rows, : self.inputs].copy_(cast_with(numbers, self.scale, E4M3).view(torch.uint8))
+            parts = replace(weight.parts, codes=codes, scales=self.scale[0].expand(len(codes)).clone())
+            held = PackedTensor(parts, weight.packing, weight.shape, weight.dtype)
+            layer.weight = nn.Parameter(held, requires_grad=False)
+
+    def outputs_of(self, x: Tensor) -> Sequence[Tensor]:
+        outputs = _Matmul.apply(
+            x.flatten(0, -2), self.codes, self.scale, self.down, self.up, self.of_a, self.of_b, self.sizes,
+            *self.factors(),
+        )  # fmt: skip
+        return [out.unflatten(0, x.shape[:-1]) for out in outputs]
+
+
+def _packed(layer: LoRALinear) -> PackedTensor:
+    weight: Any = layer.weight
+    assert isinstance(weight.data, PackedTensor)
+    return weight.data
+
+
+def _border(scale: Tensor, sizes: Any, scalings: Any, columns: int, *factors: Tensor) -> tuple[Tensor, ...]:
+    """What of a group changes with its factors.
+
+    Returns:
+        what x `[t, in]` and the gradient `[t, out]` are multiplied with for the codes beside them, `[columns, in]` and
+        `[out, columns]`; what the gradients of each A and B have to be multiplied with, `[layers, 1]`; and the codes of As
+        `[columns, in]` and Bs `[out, columns]`.
+    """
+    as_, bs = factors[0::2], factors[1::2]
+    scales_a, scales_b = ([scale_of(factor, E4M3) for factor in part] for part in (as_, bs))
+    down = [(a.float() * (s * of_b / scale)).to(a.dtype) for a, of_b, s in zip(as_, scales_b, scalings)]
+    up = [(b.float() * (s * of_a / scale)).to(b.dtype) for b, of_a, s in zip(bs, scales_a, scalings)]
+    rows = [cast_with(a, of_a, E4M3).view(torch.uint8) for a, of_a in zip(as_, scales_a)]
+    blocks = [cast_with(b, of_b, E4M3).view(torch.uint8) for b, of_b in zip(bs, scales_b)]
+    padding = columns - sum(rank for _, rank in sizes)
+    below, beside = (0, 0, 0, padding), (0, padding)
+    return (
+        F.pad(torch.cat(down), below),
+        F.pad(torch.block_diag(*up), beside),
+        scale / torch.cat(scales_a),
+        scale / torch.cat(scales_b),
+        F.pad(torch.cat(rows), below),
+        F.pad(torch.block_diag(*blocks), beside),
+    )
+
+
+_COMPILED: list[Any] = []
+
+
+def _compiled_border() -> Any:
+    """`_border` in a few kernels, and not in some thirty for every layer."""
+    if not _COMPILED:
+        _COMPILED.append(torch.compile(_border, dynamic=False))
+    return _COMPILED[0]
+
+
+class _Matmul(torch.autograd.Function):
+    """x `[t, in]` -> `[t, out]` of each layer. Names are those of `WidenedFp8`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, down: Tensor, up: Tensor, of_a: Tensor,
+        of_b: Tensor, sizes: Any, *factors: Tensor,
+    ) -> Any:  # fmt: skip
+        ctx.sizes, inputs, outputs = sizes, x.shape[1], up.shape[0]
+        both = torch.cat((x, x.new_empty(x.shape[0], down.shape[0])), 1)
+        multiply_beside(both, down, inputs)
+        xa = both[:, inputs:].contiguous()
+        of_x = torch.maximum(scale_of(x, E4M3), scale_of(xa, E4M3))
+        cast = cast_with(both, of_x, E4M3)
+        out = scaled_matmul(cast, codes[:outputs].view(E4M3).mT, of_x, scale, x.dtype)
+        ctx.save_for_backward(x, xa, codes, scale, up, of_a, of_b)
+        return out.split([out for out, _ in sizes], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, xa, codes, scale, up, of_a, of_b = ctx.saved_tensors
+        inputs, outputs = x.shape[1], up.shape[0]
+        room = xa @ xa.new_zeros(xa.shape[1], xa.shape[1])
+        both = torch.cat((*gradients, room), 1)
+        multiply_beside(both, up.mT, outputs)
+        beside = both[:, outputs:]
+        of_gradient = torch.stack([scale_of(part, E5M2) for part in (*gradients, beside)]).amax(0)
+        cast = cast_with(both, of_gradient, E5M2)
+        # fp8 matmuls take their second operand by columns.
+        columns = codes[:, :inputs].mT.contiguous().view(E4M3).mT
+        of_x = scaled_matmul(cast, columns, of_gradient, scale, x.dtype)
+        as_ = beside.mT @ x
+        of_factors = []
+        for index, (rows, ranks) in enumerate(places(ctx.sizes)):
+            of_factors.append(as_[ranks] * of_a[index])
+            of_factors.append((both[:, rows].mT @ xa[:, ranks]) * of_b[index])
+        return of_x, None, None, None, None, None, None, None, *of_factors

@@ -1,0 +1,120 @@
+"""Frozen fp8 weights and their adapters in one matmul, emulated on a CPU, against plain arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from automodel_trainer.models.fp8 import convert_to_fp8
+from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora
+from automodel_trainer.models.lora.layers import LoRALinear, adapt_linear
+from automodel_trainer.models.lora.shared_input import layers_with_one_input
+from automodel_trainer.models.lora.widened_fp8 import WidenedFp8
+from automodel_trainer.models.packed_tensor import pack
+from automodel_trainer.strategies.compile import compile_blocks
+from tests.harness import relative_error
+from tests.models.test_fp8 import CPU, TOLERANCE, step
+from tests.models.test_lora_peft import disturb
+from tests.tiny import tiny_model
+
+TOKENS, INPUTS, SIZES = 40, 64, [(48, 5), (32, 3)]  # outputs and rank of two layers
+
+
+def layers(weight_scale: float, b_scale: float = 1.0) -> list[LoRALinear]:
+    """The second layer's weights ten times as large as the first's."""
+    made = []
+    for index, (out, rank) in enumerate(SIZES):
+        layer: Any = nn.Linear(INPUTS, out, bias=False)
+        packed = pack(torch.randn(out, INPUTS) * weight_scale * 10**index, "fp8-tensorwise", 0)
+        layer.weight = nn.Parameter(packed, requires_grad=False)
+        adapt_linear(layer, rank, 0.5 + index, dropout=0.0, dora=False, dtype=torch.float32)
+        nn.init.normal_(layer.lora_A.weight)
+        nn.init.normal_(layer.lora_B.weight, std=b_scale)
+        made.append(layer)
+    return made
+
+
+def plain(members: list[LoRALinear], x: Tensor) -> Tensor:
+    """What it stands for, with the numbers that the codes stand for, in fp64."""
+    parts = []
+    for layer in members:
+        weight: Any = layer.weight
+        update = layer.scaling * layer.lora_B.weight.double() @ layer.lora_A.weight.double()
+        parts.append(x.double() @ (weight.get_original_weight().double() + update).T)
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("weight_scale", [1e-4, 1e-2, 1.0], ids=["update is all", "both matter", "weight is all"])
+def test_outputs_and_gradients(weight_scale: float) -> None:
+    torch.manual_seed(0)
+    members = layers(weight_scale)
+    factors = [factor.weight for layer in members for factor in (layer.lora_A, layer.lora_B)]
+    x, gradient = torch.randn(TOKENS, INPUTS, requires_grad=True), torch.randn(TOKENS, sum(out for out, _ in SIZES))
+    expected = plain(members, x)
+    wanted = torch.autograd.grad(expected, [x, *factors], gradient.double())
+
+    group = WidenedFp8(members)
+    group.refresh()
+    out = torch.cat(list(group.outputs_of(x)), 1)
+    found = torch.autograd.grad(out, [x, *factors], gradient)
+
+    for rows in (slice(0, 48), slice(48, 80)):
+        assert relative_error(out[:, rows], expected[:, rows]) < TOLERANCE["tensorwise"] / 2
+    assert relative_error(found[0], wanted[0]) < TOLERANCE["tensorwise"]
+    # nothing that the factors' gradients are made of was cast
+    assert max(relative_error(a, b) for a, b in zip(found[1:], wanted[1:])) < 1e-5
+
+
+def test_b_begins_as_zero() -> None:
+    members = layers(1.0, b_scale=0.0)
+    x = torch.randn(TOKENS, INPUTS)
+    group = WidenedFp8(members)
+    group.refresh()
+    (out, _) = group.outputs_of(x)
+    out.sum().backward()
+    (reference,) = torch.autograd.grad(plain(members, x)[:, :48].sum(), [members[0].lora_B.weight])
+    assert relative_error(members[0].lora_B.weight.grad, reference) < 1e-5
+
+
+def adapted(fp8: bool = True, dropout: float = 0.0) -> Any:
+    model = tiny_model("llama")
+    apply_lora(model, LoRAConfig(rank=4, dropout=dropout))
+    if fp8:
+        convert_to_fp8(model, "tensorwise", CPU, emulate=True)
+        names = [adapter.target for adapter in adapters(model)]
+        model.lora_kernel = "widened", layers_with_one_input(model, names)
+    finish_lora(model)
+    disturb(model)
+    for adapter in adapters(model):  # an update as large as the weight would be as far off as the weight is
+        adapter.b.weight.data *= 0.2
+    if fp8:
+        compile_blocks(model, "aot_eager")
+    return model.train()
+
+
+def test_a_model_trains_as_its_full_precision_twin_does() -> None:
+    exact, model = adapted(fp8=False), adapted()
+    groups = {id(adapter.module.widened) for adapter in adapters(model)}
+    assert len(groups) == 8  # of two blocks: q, k, v; o; gate, up; down
+    for _ in range(2):  # the factors of the second step are others
+        expected, wanted = step(exact)
+        loss, gradients = step(model)
+        assert loss == pytest.approx(expected.item(), rel=2e-3)
+        assert gradients.keys() == wanted.keys()
+        together = [torch.cat([g[name].flatten() for name in wanted]) for g in (gradients, wanted)]
+        assert 1e-3 < relative_error(*together) < TOLERANCE["tensorwise"]
+        for m in (exact, model):
+            with torch.no_grad():
+                for parameter in m.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.1 * parameter.grad
+                        parameter.grad = None
+
+
+def test_with_dropout_base_and_update_are_computed_apart() -> None:
+    torch.manual_seed(0)
+    loss, _ = step(adapted(dropout=0.9))
+    assert abs(loss - step(adapted())[0]) > 1e-3
