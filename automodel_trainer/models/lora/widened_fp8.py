@@ -1,7 +1,7 @@
 """One fp8 matmul for frozen weights that share an input and for their adapters: `widened`, with one scale for all.
 
-The weights are S·codes, B is b·codes, A is a·codes. One matmul has one scale on each side; of the weights that is S, and
-those of B and A go into the other side before that is cast:
+The weights are S·codes, B is b·codes, A is a·codes. One matmul has one scale on each side; that of the weights is S, and
+b and a go into the other side before that is cast:
 
     out = S·([x, xa]·[W, B] in codes)        xa = scaling·b/S · A·x
     of x = S·([g, ga]·[W; A] in codes)       ga = scaling·a/S · Bᵀ·g
@@ -31,6 +31,12 @@ ALIGNMENT = 16  # numbers that both sides of an fp8 matmul are multiples of
 
 class WidenedFp8(WidenedGroup):
     """Weights held in fp8 ("tensorwise"), as one matrix of codes that is laid out as `WidenedDense`'s."""
+
+    scale: Tensor  # S, `[1, 1]`
+    down: Tensor  # this and the next: see `_border`
+    up: Tensor
+    of_a: Tensor
+    of_b: Tensor
 
     def __init__(self, layers: Sequence[LoRALinear]) -> None:
         super().__init__(layers)
@@ -87,8 +93,8 @@ def _border(scale: Tensor, sizes: Any, scalings: Any, columns: int, *factors: Te
 
     Returns:
         what x `[t, in]` and the gradient `[t, out]` are multiplied with for the codes beside them, `[columns, in]` and
-        `[out, columns]`; what the gradients of each A and B have to be multiplied with, `[layers, 1]`; and the codes of As
-        `[columns, in]` and Bs `[out, columns]`.
+        `[out, columns]`; what the gradients of each A and B have to be multiplied with, `[layers, 1]`; and the codes of
+        As `[columns, in]` and Bs `[out, columns]`.
     """
     as_, bs = factors[0::2], factors[1::2]
     scales_a, scales_b = ([scale_of(factor, E4M3) for factor in part] for part in (as_, bs))
@@ -130,7 +136,7 @@ class _Matmul(torch.autograd.Function):
         both = torch.cat((x, x.new_empty(x.shape[0], down.shape[0])), 1)
         multiply_beside(both, down, inputs)
         xa = both[:, inputs:].contiguous()
-        of_x = torch.maximum(scale_of(x, E4M3), scale_of(xa, E4M3))
+        of_x = scale_of(both, E4M3)
         cast = cast_with(both, of_x, E4M3)
         out = scaled_matmul(cast, codes[:outputs].view(E4M3).mT, of_x, scale, x.dtype)
         ctx.save_for_backward(x, xa, codes, scale, up, of_a, of_b)
