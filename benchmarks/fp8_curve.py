@@ -2,12 +2,14 @@
 
 `python benchmarks/fp8_curve.py --picture docs/fp8_curve.png` trains one model after the other on one GPU (Ada, Hopper
 or later), the same random weights and the same packed rows of the standard library's sources, and prints each curve's
-mean over the last 20 steps. `--json FILE` keeps the curves. `--tiny` compares fp32 with bf16, for a CPU.
+mean over the last 20 steps. `--json FILE` keeps the curves. `--tiny` compares fp32 with bf16, for a CPU; `--emulate`
+trains a smaller model on a CPU, where every number that fp8 would round is rounded as fp8 does.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import time
@@ -18,9 +20,12 @@ from layouts import RandomModel, byte_tokenizer, real_text
 from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer import KernelsConfig, SchedulerConfig, TextDataModule, Trainer
+from automodel_trainer.models import kernels
 
 SHAPE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "head_dim": 64}
 SHAPE |= {"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 512}
+SMALL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 64}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
 TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
 
@@ -57,9 +62,10 @@ def train(name: str, args: argparse.Namespace, root: Path) -> Curve:
         enable_checkpointing=False,
         logger=False,
     )
-    kernels = KernelsConfig(fp8=None if name in ("fp32", "bf16") else name)
+    chosen = KernelsConfig(fp8=None if name in ("fp32", "bf16") else name)
     schedule = SchedulerConfig(name="cosine", warmup_steps=20)
-    trainer.fit(RandomModel(TINY if args.tiny else SHAPE, lr=6e-4, scheduler=schedule, kernels=kernels), data)
+    shape = TINY if args.tiny else SMALL if args.emulate else SHAPE
+    trainer.fit(RandomModel(shape, lr=6e-4, scheduler=schedule, kernels=chosen), data)
     return curve
 
 
@@ -93,7 +99,10 @@ def main() -> None:
     parser.add_argument("--picture")
     parser.add_argument("--json")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--emulate", action="store_true")
     args = parser.parse_args()
+    if args.emulate:
+        kernels.convert_to_fp8 = functools.partial(kernels.convert_to_fp8, emulate=True)
     root = Path(tempfile.mkdtemp())
     curves: dict[str, Curve] = {}
     for name in ("fp32", "bf16") if args.tiny else ("bf16", *args.recipes):

@@ -1,7 +1,7 @@
 """One fp8 matmul for frozen weights that share an input and for their adapters: `widened`, with one scale for all.
 
-The weights are S·codes, B is b·codes, A is a·codes. One matmul has one scale on each side; that of the weights is S, and
-b and a go into the other side before that is cast:
+The weights are S·codes, B is b·codes, A is a·codes. One matmul has one scale on each side; that of the weights is S,
+and b and a go into the other side before that is cast:
 
     out = S·([x, xa]·[W, B] in codes)        xa = scaling·b/S · A·x
     of x = S·([g, ga]·[W; A] in codes)       ga = scaling·a/S · Bᵀ·g
