@@ -22,7 +22,7 @@ from automodel_trainer.strategies import gradient_reduction
 from automodel_trainer.strategies._torch import StridedShard
 from automodel_trainer.strategies.async_tp import enable_async_tp
 from automodel_trainer.strategies.base import MeshStrategy, MicroBatch, Objective, Part
-from automodel_trainer.strategies.blocks import find_blocks
+from automodel_trainer.strategies.blocks import find_blocks, untied_input_embedding
 from automodel_trainer.strategies.context import ContextParallel
 from automodel_trainer.strategies.context_attention import CPAttention, check_method, install_attention
 from automodel_trainer.strategies.fp8_gather import Fp8Gather, gather_in_fp8, held
@@ -236,7 +236,7 @@ class FSDP2Strategy(MeshStrategy):
             self._keeps_copies = _small(model, self.dtypes.compute, options["ignored_params"])
         blocks = find_blocks(model)
         reshard = self.reshard_after_forward and not self._keeps_copies
-        for unit in (*blocks, *_untied_input_embedding(model)):
+        for unit in (*blocks, *untied_input_embedding(model)):
             fully_shard(unit, reshard_after_forward=reshard, **options)
         # The root holds what is left (final norm, head, tied embedding). It stays gathered between forward and
         # backward: backward begins where forward ended.
@@ -376,20 +376,6 @@ def _small(model: nn.Module, dtype: torch.dtype, ignored: set[nn.Parameter]) -> 
 
 def _on_meta(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
-
-
-def _untied_input_embedding(model: nn.Module) -> list[nn.Module]:
-    """The input embedding as a unit of its own, unless its weight is also used outside of it (tied to the head)."""
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = get() if get is not None else None
-    except NotImplementedError:  # transformers' answer for models that cannot name one
-        embedding = None
-    if embedding is None or getattr(embedding, "weight", None) is None:
-        return []
-    inside_block = any(embedding is module for block in find_blocks(model) for module in block.modules())
-    owners = [module for module in model.modules() if getattr(module, "weight", None) is embedding.weight]
-    return [embedding] if len(owners) == 1 and not inside_block and embedding is not model else []
 
 
 def _shard_dimension(parameter: nn.Parameter) -> Shard | None:

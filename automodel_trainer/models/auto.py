@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from automodel_trainer.models._transformers import load_weights, tied_weight_names
 from automodel_trainer.models.files import resolve_folder, weight_files
+from automodel_trainer.models.fp8_layers import check_gathered
 from automodel_trainer.models.initialize import initialize_weights
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, finish_lora
@@ -62,7 +63,8 @@ class AutoModelForCausalLM:
             config_overrides: attributes of the model's config to change.
 
         Raises:
-            ValueError: no such folder or repository, no or damaged weights, weights missing, unknown config attribute.
+            ValueError: no such folder or repository, no or damaged weights, weights missing, unknown config attribute,
+                kernels that this device, model or layout does not have.
         """
         folder = resolve_folder(pretrained_model_name_or_path, revision)
         files = weight_files(folder)
@@ -104,6 +106,7 @@ class AutoModelForCausalLM:
             apply_kernels(model, kernels, _device(strategy, device))
         if strategy is not None:
             strategy.parallelize(model)
+        check_gathered(model)
         initialize_weights(model, _device(strategy, device), seed)
         finish_lora(model)
         if strategy is not None:
@@ -141,6 +144,7 @@ def fill_from_folder(
     files = files or weight_files(folder)
     if strategy is not None:
         strategy.parallelize(model)
+    check_gathered(model)
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     in_turn = bool(packed_weights(model))
     missing, unexpected = load_weights(model, files, _device(strategy, device), adapter_names(model), in_turn)
