@@ -96,6 +96,12 @@ class PackedTensor(torch.Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return [f"part_{name}" for name in _NAMES], (self.packing, self.dtype)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What torch (since 2.13) looks compiled code up by."""
+        parts = [getattr(self.parts, name) for name in _NAMES]
+        layouts = [(str(p.dtype), tuple(p.shape), p.stride(), p.storage_offset()) for p in parts]
+        return repr((self.packing, str(self.dtype), str(self.device), tuple(self.shape), self.requires_grad, layouts))
+
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> PackedTensor:
         packing, dtype = context

@@ -98,6 +98,7 @@ class CausalLMModule(EvaluatedModule):
                 "scheduler": _plain(scheduler),
                 "gradient_clip_val": gradient_clip_val,
                 "neftune_alpha": neftune_alpha,
+                "kernels": asdict(kernels),
             }
         )
 

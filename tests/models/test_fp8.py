@@ -127,6 +127,14 @@ def test_the_product_of_codes_is_what_dense_arithmetic_says() -> None:
     assert relative_error(x.grad.flatten(0, 1).double(), gradient.flatten(0, 1).double() @ dense) < 0.04
 
 
+def test_compiled_code_is_looked_up_by_layout_and_packing() -> None:
+    weight = torch.randn(32, 16)
+    packed = [pack(w, packing, 0) for packing in fp8_weight.PACKINGS for w in (weight, -weight)]
+    keys = [tensor._stable_hash_for_caching() for tensor in packed]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    assert pack(weight.T.contiguous(), fp8_weight.PACKINGS[0], 0)._stable_hash_for_caching() not in keys
+
+
 def test_streamed_weights_are_cast_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulated = functools.partial(convert_to_fp8, emulate=True)
     monkeypatch.setattr(kernels, "convert_to_fp8", emulated)

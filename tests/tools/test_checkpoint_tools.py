@@ -118,6 +118,7 @@ def test_inspect_tells_what_there_is(run: Path, capsys: pytest.CaptureFixture[st
     assert facts["optimizer"]["class"] == "AdamW"
     assert facts["optimizer"]["bytes"]["float32"] >= 8 * numbers, "two moments of each"
     assert facts["hyperparameters"]["lr"] == 1e-2
+    assert facts["hyperparameters"]["kernels"]["lora"] == "auto"
     assert facts["data"]["batches_yielded"] == 2
     main(["inspect", str(run)])
     shown = capsys.readouterr().out
