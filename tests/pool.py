@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import importlib
 import multiprocessing.connection
 import os
 import random
@@ -27,7 +28,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed import rendezvous
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 SIZE = 4
@@ -166,7 +166,8 @@ def meet_at_once() -> None:
             time.sleep(0.01)
         return connect(host_name, port, *args, is_master=is_master, **kwargs)
 
-    rendezvous.TCPStore = when_it_listens  # type: ignore[misc]
+    # `torch.distributed.rendezvous` is a function of that module
+    importlib.import_module("torch.distributed.rendezvous").TCPStore = when_it_listens  # type: ignore[attr-defined]
 
 
 def _free_port() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,13 @@ if __name__ == "__main__":
 """
 
 
+def runs(pid: str) -> bool:
+    """Whether there is such a process; one that has ended and that nobody has asked about does not count."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 @pytest.mark.parametrize("launcher", ["devices", "torchrun"])
 def test_a_rank_that_raises_takes_the_others_along(launcher: str, tmp_path: Path) -> None:
     """Rank 0. With `devices=2` it has started the other: nobody but the watchdog would see to that."""
@@ -107,11 +115,12 @@ def test_a_rank_that_raises_takes_the_others_along(launcher: str, tmp_path: Path
     else:
         job = Job(tmp_path, torchrun, 0, run_code, RAISES, tmp_path / "train.py", str(tmp_path / "run"))
     assert job.wait(90) != [0]
-    log = job.log()
+    log, seen = job.log(), time.time()
     pids = re.findall(r"PID (\d+)", log)
     assert len(pids) == 2
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+    while any(runs(pid) for pid in pids) and time.time() - seen < 60:
         time.sleep(0.1)
     (raised,) = re.findall(r"RAISED (\S+)", log)
+    assert not any(runs(pid) for pid in pids)
     assert time.time() - float(raised) < 30
     assert re.findall(r"\w+Error: .*", log)[0] == "RuntimeError: on purpose, on one rank only", log
