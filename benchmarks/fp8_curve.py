@@ -2,8 +2,9 @@
 
 `python benchmarks/fp8_curve.py --picture docs/fp8_curve.png` trains one model after the other on one GPU (Ada, Hopper
 or later), the same random weights and the same packed rows of the standard library's sources, and prints each curve's
-mean over the last 20 steps. `--json FILE` keeps the curves. `--tiny` compares fp32 with bf16, for a CPU; `--emulate`
-trains a smaller model on a CPU, where every number that fp8 would round is rounded as fp8 does.
+mean over the last 20 steps. The picture needs matplotlib. `--json FILE` keeps the curves, and trains none that it holds
+already. `--tiny` compares fp32 with bf16, for a CPU; `--emulate` trains a smaller model on a CPU, where every number
+that fp8 would round is rounded as fp8 does.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def train(name: str, args: argparse.Namespace, root: Path) -> Curve:
     return curve
 
 
-def draw(curves: dict[str, Curve], file: str) -> None:
+def draw(curves: dict[str, list[float]], file: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, (loss, difference) = plt.subplots(
@@ -77,16 +78,16 @@ def draw(curves: dict[str, Curve], file: str) -> None:
     )
     first, *others = curves
     for name, curve in curves.items():
-        loss.plot(curve.losses, label=name, linewidth=1)
+        loss.plot(curve, label=name, linewidth=1)
     loss.set_ylabel("loss (nats a byte)")
     loss.legend()
     for name in others:
-        relative = [100 * (a / b - 1) for a, b in zip(curves[name].losses, curves[first].losses, strict=True)]
+        relative = [100 * (a / b - 1) for a, b in zip(curves[name], curves[first], strict=True)]
         difference.plot(relative, label=f"{name} against {first}", linewidth=1, color=f"C{list(curves).index(name)}")
     difference.axhline(0, color="grey", linewidth=0.5)
     difference.set_ylabel("difference, %")
     difference.set_xlabel("optimizer step")
-    difference.legend()
+    difference.legend(loc="lower left", ncols=len(others), fontsize="small")
     figure.savefig(file, dpi=110)
 
 
@@ -103,19 +104,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.emulate:
         kernels.convert_to_fp8 = functools.partial(kernels.convert_to_fp8, emulate=True)
+    file = Path(args.json or Path(tempfile.mkdtemp()) / "curves.json")
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     root = Path(tempfile.mkdtemp())
-    curves: dict[str, Curve] = {}
-    for name in ("fp32", "bf16") if args.tiny else ("bf16", *args.recipes):
+    names = ("fp32", "bf16") if args.tiny else ("bf16", *args.recipes)
+    for name in (name for name in names if name not in found):
         began = time.monotonic()
-        curves[name] = curve = train(name, args, root)
-        last = curve.losses[-20:]
-        seconds = time.monotonic() - began
-        print(f"{name}: {sum(last) / len(last):.4f} over the last {len(last)} steps, {seconds:.0f} s", flush=True)
-        if args.json:
-            both = {name: {"loss": c.losses, "grad_norm": c.norms} for name, c in curves.items()}
-            Path(args.json).write_text(json.dumps(both))
+        curve = train(name, args, root)
+        found[name] = {"loss": curve.losses, "grad_norm": curve.norms, "seconds": time.monotonic() - began}
+        file.write_text(json.dumps(found))
+    for name, values in found.items():
+        last = values["loss"][-20:]
+        print(f"{name}: {sum(last) / len(last):.4f} over the last {len(last)} steps", flush=True)
     if args.picture:
-        draw(curves, args.picture)
+        draw({name: values["loss"] for name, values in found.items()}, args.picture)
 
 
 if __name__ == "__main__":
