@@ -24,7 +24,7 @@ TINY: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidde
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "rope_theta": 5e5}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS, ACCUMULATION = 2, 4
-CASES = ("ours", "ours, separate", "ours, eager", "ours, fp8", "peft and liger", "unsloth")
+CASES = ("ours", "ours, separate", "ours, eager", "ours, fp8", "ours, fp8, widened", "peft and liger", "unsloth")
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     shape = LlamaConfig(**args.shape, max_position_embeddings=8192)
     kernels = KernelsConfig(
         fp8=args.fp8 if "fp8" in args.case else None,
-        lora="separate" if "separate" in args.case else "auto",
+        lora=next((choice for choice in ("separate", "widened") if choice in args.case), "auto"),
     )
 
     class RandomLoRA(CausalLMModule):
