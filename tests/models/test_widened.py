@@ -17,6 +17,7 @@ from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig, describe_lora
 from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.lora.shared_input import layers_with_one_input
+from automodel_trainer.models.lora.widen import widen_adapters
 from automodel_trainer.strategies.compile import compile_blocks
 from tests.harness import relative_error
 from tests.models.test_lora_peft import IDS, base, disturb, peft_model
@@ -150,6 +151,30 @@ def test_layers_that_share_an_input_are_found(family: str, groups: list[list[str
     found = [[name.rpartition(".")[2] for name in group] for group in layers_with_one_input(model, names)]
     assert sorted(found) == sorted(groups)
     assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_layers_of_two_blocks_are_never_together(tmp_path: Path) -> None:
+    model = build(tmp_path / "base", choice="separate")
+    keys = [name for name, m in model.named_modules() if isinstance(m, LoRALinear) and name.endswith("k_proj")]
+    widen_adapters(model, "widened", [keys])
+    assert len(keys) == len({id(model.get_submodule(name).widened) for name in keys}) == 2
+
+
+def test_a_block_that_the_compiler_cannot_take_whole(tmp_path: Path) -> None:
+    """One layer of a group runs before the break, the others after it."""
+    model, plain = compiled(tmp_path / "a"), build(tmp_path / "b", choice="separate")
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    torch._dynamo.utils.counters.clear()
+    for _ in range(3):
+        losses = [m(input_ids=IDS, labels=IDS).loss for m in (model, plain)]
+        for m, loss in zip((model, plain), losses):
+            m.zero_grad()
+            loss.backward()
+        pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+        assert max(relative_error(a, b) for a, b in pairs if a is not None) < 1e-5
+    assert torch._dynamo.utils.counters["frames"]["total"] < 40
 
 
 def test_a_model_that_cannot_be_looked_at_has_every_layer_alone() -> None:

@@ -40,15 +40,28 @@ def widen_adapters(model: nn.Module, choice: str, groups: Sequence[Sequence[str]
         raise ValueError(
             f"kernels lora='widened' fits no adapted layer here: {'; '.join(reasons)}. Leave it at 'auto'."
         )
+    blocks = _blocks(model)
     for names in [[name] for name in fit] if groups is None else groups:
         alike: dict[Any, list[LoRALinear]] = {}
         for layer in (fit[name] for name in names if name in fit):
-            alike.setdefault((type(layer.weight), layer.weight.dtype, layer.weight.device), []).append(layer)
+            weight = layer.weight
+            alike.setdefault((blocks.get(id(layer)), type(weight), weight.dtype, weight.device), []).append(layer)
         for members in alike.values():
             packed = isinstance(members[0].weight, PackedTensor)
             group = WidenedFp8(members) if packed else WidenedDense(members)
             for layer in members:
                 layer.widened = group
+
+
+def _blocks(model: nn.Module) -> dict[int, int]:
+    """Of every module in a block, the block's index.
+
+    Layers of several blocks are compiled, gathered and run apart, also where they look at the same thing, as
+    cross-attention does.
+    """
+    from automodel_trainer.strategies.blocks import find_blocks  # strategies import models
+
+    return {id(module): index for index, block in enumerate(find_blocks(model)) for module in block.modules()}
 
 
 def _inside_compiled_blocks(model: nn.Module) -> set[int]:
