@@ -22,7 +22,9 @@ from torch import Tensor
 
 from automodel_trainer.models.lora.layers import LoRALinear
 
-ALIGNMENT = 16  # bytes that a row's length must be a multiple of for the fastest matmuls
+# Bytes that a row's length is a multiple of. The compiler pads the rows of its large buffers to as many, and what is not
+# laid out so it would copy for `multiply_beside`, and back.
+ALIGNMENT = 128
 
 
 class WidenedGroup:

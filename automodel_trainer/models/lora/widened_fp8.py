@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from automodel_trainer.models._torch import scaled_matmul
 from automodel_trainer.models.fp8_weight import E4M3, E5M2, cast_with, scale_of
 from automodel_trainer.models.lora.layers import LoRALinear
-from automodel_trainer.models.lora.widened import WidenedGroup, multiply_beside, places
+from automodel_trainer.models.lora.widened import ALIGNMENT, WidenedGroup, multiply_beside, places
 from automodel_trainer.models.packed_tensor import PackedTensor
 
-ALIGNMENT = 16  # numbers that both sides of an fp8 matmul are multiples of
 
 
 class WidenedFp8(WidenedGroup):
