@@ -116,7 +116,31 @@ def largest_kernels(profiler: Any) -> str:
     found.sort(key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in found)
     lines = [f"{e.self_device_time_total / 1e3:9.2f} ms {e.count:6d} × {e.key[:110]}" for e in found[:90]]
-    return "\n".join([f"{total / 1e3:9.2f} ms in all", *lines])
+    return "\n".join([f"{total / 1e3:9.2f} ms in all", *lines, "", *waits(profiler)])
+
+
+def waits(profiler: Any) -> list[str]:
+    """Where the GPU had nothing to do, by the kernels before and after; and the longest of these times."""
+    kernels = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in profiler.events()
+        if str(e.device_type).endswith("CUDA") and not e.is_user_annotation
+    )
+    start, end, before = kernels[0]
+    found: list[tuple[float, float, str]] = []
+    for begins, ends, name in kernels[1:]:
+        if begins > end:
+            found.append((begins - end, end - start, f"{before[:60]} -> {name[:60]}"))
+        if ends > end:
+            end, before = ends, name
+    total: dict[str, list[float]] = {}
+    for wait, _, names in found:
+        total.setdefault(names, []).append(wait)
+    lines = [f"{sum(wait for wait, *_ in found) / 1e3:9.2f} ms idle of {(end - kernels[0][0]) / 1e3:.2f} ms"]
+    largest = sorted(total.items(), key=lambda item: -sum(item[1]))[:40]
+    lines += [f"{sum(waits) / 1e3:9.2f} ms {len(waits):6d} × {names}" for names, waits in largest]
+    longest = sorted(found, reverse=True)[:30]
+    return [*lines, *(f"{wait / 1e3:9.3f} ms at {at / 1e3:9.2f} ms: {names}" for wait, at, names in longest)]
 
 
 def peft_and_liger(args: argparse.Namespace) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from automodel_trainer._lightning import NotebookLauncher, SubprocessLauncher, sync_rank_zero
 from automodel_trainer.launch import in_notebook
+from automodel_trainer.models.lora.widened import unchanged_factors
 from automodel_trainer.strategies.clip import clip_grads_, total_grad_norm
 from automodel_trainer.strategies.compile import wants_compile
 from automodel_trainer.strategies.deferred_logits import deferred_logits
@@ -160,16 +161,21 @@ class MeshStrategy(SavingStrategy):
         """
         scale = self.gradient_scale / num_tokens.clamp(min=1)
         total = torch.zeros((), device=self.root_device)
-        for index, micro_batch in enumerate(micro_batches):
-            inputs, targets = objective.split(micro_batch)
-            last = index == len(micro_batches) - 1
-            with self.split_sequence(inputs, targets) as (part, wanted), self.gradient_sync(objective.model, last=last):
-                at("forward")
-                loss = objective.loss(self.forward(objective.model, part), wanted)
-                at("backward")
-                (loss * scale).backward()
-            total += loss.detach()
+        with unchanged_factors():
+            for index, micro_batch in enumerate(micro_batches):
+                last = index == len(micro_batches) - 1
+                total += self._micro_step(objective, micro_batch, scale, last)
         return total
+
+    def _micro_step(self, objective: Objective, micro_batch: MicroBatch, scale: Tensor, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; its summed token losses, 0-dim, detached."""
+        inputs, targets = objective.split(micro_batch)
+        with self.split_sequence(inputs, targets) as (part, wanted), self.gradient_sync(objective.model, last=last):
+            at("forward")
+            loss = objective.loss(self.forward(objective.model, part), wanted)
+            at("backward")
+            (loss * scale).backward()
+        return loss.detach()
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
         """Clip to `max_norm` (None or 0: only measure); returns the global norm before clipping, 0-dim."""

@@ -12,7 +12,8 @@ its own anyway.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -22,9 +23,24 @@ from torch import Tensor
 
 from automodel_trainer.models.lora.layers import LoRALinear
 
-# Bytes that a row's length is a multiple of. The compiler pads the rows of its large buffers to as many, and what is not
+# Bytes that a row's length is a multiple of. The compiler pads the rows of its large buffers to as many; what is not
 # laid out so it would copy for `multiply_beside`, and back.
 ALIGNMENT = 128
+
+_SUMMED = 16  # fewer numbers the compiler would add up without a reduction
+
+_step: object | None = None  # what `unchanged_factors` covers; None outside
+
+
+@contextmanager
+def unchanged_factors() -> Iterator[None]:
+    """The forwards and backwards of one optimizer step: a group takes its factors in once."""
+    global _step
+    before, _step = _step, object()
+    try:
+        yield
+    finally:
+        _step = before
 
 
 class WidenedGroup:
@@ -37,11 +53,16 @@ class WidenedGroup:
         self.outputs, self.rank = (sum(part) for part in zip(*self.sizes))
         # Set by who refreshes before he calls compiled code: the copies must not be part of that.
         self.kept_fresh = False
+        self._step: object | None = None
         self._computed: tuple[Tensor, list[Tensor | None]] | None = None
 
     def refresh(self) -> None:
-        """Copy the factors in, which change with every optimizer step, and which FSDP2 makes anew; and the weights, if
-        they were moved or replaced since."""
+        """Take the factors in, which change with every optimizer step; and weights that were moved or replaced."""
+        if _step is None or self._step is not _step:
+            self._take_in()
+            self._step = _step
+
+    def _take_in(self) -> None:
         raise NotImplementedError
 
     def outputs_of(self, x: Tensor) -> Sequence[Tensor]:
@@ -93,7 +114,7 @@ class WidenedDense(WidenedGroup):
         self._hold_weights()
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def _take_in(self) -> None:
         storage = self.storage.data
         parts = [storage[rows, : self.inputs] for rows, _ in places(self.sizes)]
         if any(part.data_ptr() != layer.weight.data_ptr() for part, layer in zip(parts, self.layers)):
@@ -137,40 +158,53 @@ class _Matmul(torch.autograd.Function):
         outputs, inputs = sum(out for out, _ in sizes), x.shape[1]
         ctx.given, ctx.sizes, ctx.scalings = xa is not None, sizes, scalings
         if xa is None:
-            both = torch.cat((x, x.new_empty(x.shape[0], storage.shape[1] - inputs)), 1)
-            multiply_beside(both, storage[outputs:, :inputs], inputs)
-            xa = both[:, inputs:]
+            both = with_room([x], storage.shape[1] - inputs)
+            xa = multiply_beside(both, storage[outputs:, :inputs], inputs)
         else:
             both = torch.cat((x, xa), 1)
-        ctx.save_for_backward(x, xa.contiguous(), storage)
+        ctx.save_for_backward(x, xa, storage)
         return (both @ storage[:outputs].mT).split([out for out, _ in sizes], 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, xa, storage = ctx.saved_tensors
         inputs, outputs, sizes = x.shape[1], sum(out for out, _ in ctx.sizes), ctx.sizes
-        room = xa @ storage[outputs:, inputs:]  # zeros, see `multiply_beside`
-        both = torch.cat((*gradients, room), 1)
-        multiply_beside(both, storage[:outputs, inputs:].mT, outputs)
+        both = with_room(gradients, xa.shape[1])
+        of_xa = multiply_beside(both, storage[:outputs, inputs:].mT, outputs)
         of_b = [both[:, rows].mT @ xa[:, columns] for rows, columns in places(sizes)]
-        of_xa = both[:, outputs:]
         if ctx.given:
             of_factors = [factor for b in of_b for factor in (None, b)]
-            return both[:, :outputs] @ storage[:outputs, :inputs], of_xa.contiguous(), None, None, None, *of_factors
+            return both[:, :outputs] @ storage[:outputs, :inputs], of_xa, None, None, None, *of_factors
         of_a = of_xa.mT @ x
         parts = [of_a[columns] * scaling for (_, columns), scaling in zip(places(sizes), ctx.scalings)]
         return both @ storage[:, :inputs], None, None, None, None, *(f for pair in zip(parts, of_b) for f in pair)
 
 
 @torch.library.custom_op("automodel_trainer::multiply_beside", mutates_args=("both",))
-def multiply_beside(both: Tensor, factor: Tensor, width: int) -> None:
-    """both[:, width:] = both[:, :width] · factorᵀ, in place.
+def multiply_beside(both: Tensor, factor: Tensor, width: int) -> Tensor:
+    """both[:, width:] = both[:, :width] · factorᵀ, in place; and the product.
 
     An operation of its own, for the compiler would write what it multiplies twice: once for the product, and once more
-    beside it. `both` is to be a `cat` that ends in the result of a matmul: one of elementwise results alone the
-    compiler makes a single kernel, in which every column computes them all.
+    beside it.
     """
-    torch.mm(both[:, :width], factor.mT, out=both[:, width:])
+    product = both[:, :width] @ factor.mT
+    both[:, width:] = product
+    return product
+
+
+@multiply_beside.register_fake
+def _(both: Tensor, factor: Tensor, width: int) -> Tensor:
+    return both.new_empty(both.shape[0], factor.shape[0])
+
+
+def with_room(parts: Sequence[Tensor], columns: int) -> Tensor:
+    """Parts `[t, …]` side by side, and that many columns more, for `multiply_beside`.
+
+    What lies there is a sum (of anything): a `cat` of elementwise results alone the compiler would make one kernel, in
+    which every column computes all of them, and which is not fused with what they are computed from.
+    """
+    first = parts[0]
+    return torch.cat((*parts, first.new_empty(first.shape[0], columns, _SUMMED).sum(-1)), 1)
 
 
 def places(sizes: Sequence[tuple[int, int]]) -> list[tuple[slice, slice]]:

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from automodel_trainer.models._torch import scaled_matmul
 from automodel_trainer.models.fp8_weight import E4M3, E5M2, cast_with, scale_of
 from automodel_trainer.models.lora.layers import LoRALinear
-from automodel_trainer.models.lora.widened import ALIGNMENT, WidenedGroup, multiply_beside, places
+from automodel_trainer.models.lora.widened import ALIGNMENT, WidenedGroup, multiply_beside, places, with_room
 from automodel_trainer.models.packed_tensor import PackedTensor
-
 
 
 class WidenedFp8(WidenedGroup):
@@ -48,7 +47,7 @@ class WidenedFp8(WidenedGroup):
         return super().takes(x) and not self.drops
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def _take_in(self) -> None:
         held = [self.codes[rows, : self.inputs].data_ptr() for rows, _ in places(self.sizes)]
         if any(pointer != _packed(layer).parts.codes.data_ptr() for pointer, layer in zip(held, self.layers)):
             self.codes = self.codes.to(self.layers[0].weight.device)
@@ -132,10 +131,9 @@ class _Matmul(torch.autograd.Function):
         of_b: Tensor, sizes: Any, *factors: Tensor,
     ) -> Any:  # fmt: skip
         ctx.sizes, inputs, outputs = sizes, x.shape[1], up.shape[0]
-        both = torch.cat((x, x.new_empty(x.shape[0], down.shape[0])), 1)
-        multiply_beside(both, down, inputs)
-        xa = both[:, inputs:].contiguous()
-        of_x = scale_of(both, E4M3)
+        both = with_room([x], down.shape[0])
+        xa = multiply_beside(both, down, inputs)
+        of_x = torch.maximum(scale_of(x, E4M3), scale_of(xa, E4M3))
         cast = cast_with(both, of_x, E4M3)
         out = scaled_matmul(cast, codes[:outputs].view(E4M3).mT, of_x, scale, x.dtype)
         ctx.save_for_backward(x, xa, codes, scale, up, of_a, of_b)
@@ -145,10 +143,8 @@ class _Matmul(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, xa, codes, scale, up, of_a, of_b = ctx.saved_tensors
         inputs, outputs = x.shape[1], up.shape[0]
-        room = xa @ xa.new_zeros(xa.shape[1], xa.shape[1])
-        both = torch.cat((*gradients, room), 1)
-        multiply_beside(both, up.mT, outputs)
-        beside = both[:, outputs:]
+        both = with_room(gradients, xa.shape[1])
+        beside = multiply_beside(both, up.mT, outputs)
         of_gradient = torch.stack([scale_of(part, E5M2) for part in (*gradients, beside)]).amax(0)
         cast = cast_with(both, of_gradient, E5M2)
         # fp8 matmuls take their second operand by columns.
