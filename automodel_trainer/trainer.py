@@ -122,6 +122,7 @@ class Trainer(SavesPretrained):
                 ledger=enable_ledger and not barebones,
                 throughput=enable_throughput and not barebones,
                 watchdog=not barebones,
+                garbage_collection=not barebones,
                 max_time=max_time,
             ),
             fast_dev_run=fast_dev_run,

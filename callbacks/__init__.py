@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from automodel_trainer.callbacks.batch_preview import BatchPreview
     from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
+    from automodel_trainer.callbacks.garbage_collection import GarbageCollection
     from automodel_trainer.callbacks.hf_export import HFExport
     from automodel_trainer.callbacks.ledger import Ledger
     from automodel_trainer.callbacks.preemption import Preemption
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _FILES = {
     "BatchPreview": "batch_preview",
     "DCPCheckpoint": "dcp_checkpoint",
+    "GarbageCollection": "garbage_collection",
     "HFExport": "hf_export",
     "Ledger": "ledger",
     "Preemption": "preemption",
@@ -31,6 +33,7 @@ _FILES = {
 __all__ = [
     "BatchPreview",
     "DCPCheckpoint",
+    "GarbageCollection",
     "HFExport",
     "Ledger",
     "Preemption",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
+from automodel_trainer.callbacks.garbage_collection import GarbageCollection
 from automodel_trainer.callbacks.ledger import Ledger
 from automodel_trainer.callbacks.preemption import Preemption
 from automodel_trainer.callbacks.progress import ProgressLine
@@ -21,6 +22,7 @@ def default_callbacks(
     ledger: bool,
     throughput: bool,
     watchdog: bool = False,
+    garbage_collection: bool = False,
     max_time: Duration | None = None,
 ) -> list[Callback]:
     """The user's callbacks, and the defaults they did not bring themselves. Throughput runs before what shows it."""
@@ -39,6 +41,8 @@ def default_callbacks(
         callbacks.append(DCPCheckpoint())
     if watchdog and missing(Watchdog):
         callbacks.insert(0, Watchdog())  # notes where a rank is before another callback hangs there
+    if garbage_collection and missing(GarbageCollection):
+        callbacks.append(GarbageCollection())
     if (checkpointing or max_time is not None) and missing(Preemption):
         callbacks.append(Preemption())
     if max_time is not None:

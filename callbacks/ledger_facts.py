@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from automodel_trainer.callbacks.counts import Counts, micro_batches
+from automodel_trainer.callbacks.garbage_collection import GarbageCollection
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.callbacks.watchdog import Watchdog
 from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
@@ -131,6 +132,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "max_epochs": trainer.max_epochs,
         "data": _data(trainer),
         "watchdog": next((c.silence for c in trainer.callbacks if isinstance(c, Watchdog) and c.active), None),  # type: ignore[attr-defined]
+        "garbage_collection": next((c.every_n_steps for c in trainer.callbacks if isinstance(c, GarbageCollection)), 0),  # type: ignore[attr-defined]
         "checkpoints": str(folder) if folder else None,
     }
 

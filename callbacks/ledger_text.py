@@ -41,6 +41,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
         ("data", run["data"]),
         ("checkpoints", run["checkpoints"] or "off"),
     ]
+    if run.get("garbage_collection") and run["device"] != "cpu":
+        rows.append(("garbage", f"collected every {run['garbage_collection']} steps, on all ranks at once"))
     if run.get("watchdog"):
         rows.append(("watchdog", f"ends the run when a rank is silent for {run['watchdog']:g} s, or gone"))
     return rows

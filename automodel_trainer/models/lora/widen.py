@@ -13,7 +13,6 @@ from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.lora.widened import WidenedDense, WidenedGroup
 from automodel_trainer.models.lora.widened_fp8 import WidenedFp8
 from automodel_trainer.models.packed_tensor import PackedTensor
-from automodel_trainer.models.quantize import is_packed
 
 
 @torch.no_grad()
@@ -23,8 +22,7 @@ def widen_adapters(model: nn.Module, choice: str, groups: Sequence[Sequence[str]
     Call it when the weights are real, and where they will stay.
 
     Args:
-        choice: of `KernelsConfig.lora`: "widened", "separate", or "auto" (widened on a GPU in compiled blocks, but for
-            weights in fp8: what that brings is not measured yet).
+        choice: of `KernelsConfig.lora`: "widened", "separate", or "auto" (widened on a GPU in compiled blocks).
         groups: names of layers that share an input (`layers_with_one_input`); None: none do.
 
     Raises:
@@ -34,7 +32,7 @@ def widen_adapters(model: nn.Module, choice: str, groups: Sequence[Sequence[str]
     fit = {name: layer for name, layer in layers.items() if obstacle(layer) is None}
     if choice == "auto":
         compiled = _inside_compiled_blocks(model)
-        fit = {n: m for n, m in fit.items() if m.weight.is_cuda and not is_packed(m.weight) and id(m) in compiled}
+        fit = {n: m for n, m in fit.items() if m.weight.is_cuda and id(m) in compiled}
     if choice == "widened" and not fit:
         reasons = sorted({str(obstacle(layer)) for layer in layers.values()}) or ["there is none"]
         raise ValueError(
