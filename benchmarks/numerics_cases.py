@@ -163,7 +163,7 @@ def lora(widened: bool) -> Callable[[Setting], Made]:
 
     def make(setting: Setting) -> Made:
         from automodel_trainer.models.lora.layers import LoRALinear, adapt_linear
-        from automodel_trainer.models.lora.widened import WidenedDense
+        from automodel_trainer.models.lora.widened import WidenedDense, refresh
 
         tokens, inputs, outputs = linear_sizes(setting)
         x, scaling = setting.randn(tokens - 1, inputs), 0.5
@@ -183,7 +183,7 @@ def lora(widened: bool) -> Callable[[Setting], Made]:
             if not widened:
                 return torch.cat([layer(x) for layer in layers], 1)
             group = WidenedDense(layers)
-            group.refresh()
+            refresh([group])
             return torch.cat(list(group.outputs_of(x)), 1)
 
         def theirs() -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from automodel_trainer.models.lora.widen import widened_groups
-from automodel_trainer.models.lora.widened import WidenedGroup
+from automodel_trainer.models.lora.widened import WidenedGroup, refresh
 from automodel_trainer.strategies._torch import (
     allow_side_effects_in_checkpoints,
     prefer_recomputing,
@@ -91,6 +91,5 @@ class _Compiled:
             return self.forward(*args, **kwargs)
         if self.widened is None:
             self.widened = widened_groups(self.block)
-        for group in self.widened:
-            group.refresh()
+        refresh(self.widened)
         return self.compiled(self.forward, *args, **kwargs)

@@ -18,7 +18,10 @@ from automodel_trainer.models.lora import LoRAConfig, describe_lora
 from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.lora.shared_input import layers_with_one_input
 from automodel_trainer.models.lora.widen import widen_adapters
+from automodel_trainer.models.lora.widened import WidenedDense, refresh, unchanged_factors
+from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.strategies.compile import compile_blocks
+from automodel_trainer.trainer import Trainer
 from tests.harness import relative_error
 from tests.models.test_lora_peft import IDS, base, disturb, peft_model
 from tests.tiny import tiny_model
@@ -122,6 +125,45 @@ def test_compiled_as_a_whole_by_the_user_it_follows_the_optimizer(tmp_path: Path
     assert relative_error(whole(IDS).logits, plain(IDS).logits) < 1e-5
 
 
+def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in every forward of whoever does not say what a step is."""
+    taken: list[int] = []
+    take_in = WidenedDense.take_in
+    monkeypatch.setattr(WidenedDense, "take_in", lambda groups: (taken.append(len(groups)), take_in(groups)))
+    model = compiled(tmp_path / "base")
+    layers = len(model.model.layers)
+
+    def forwards(count: int) -> list[float]:
+        return [float(model(input_ids=IDS, labels=IDS).loss.detach()) for _ in range(count)]
+
+    before = forwards(2)
+    assert taken == 2 * layers * [4]  # q, k, v; o; gate, up; down
+    for _ in range(2):
+        taken.clear()
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.lora_B.weight.add_(1)
+        with unchanged_factors():
+            losses = forwards(3)
+        assert taken == layers * [4]
+        assert len(set(losses)) == 1
+        assert losses[0] != before[0]
+        before = losses
+
+
+def test_the_trainer_says_what_a_step_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    take_in = WidenedDense.take_in
+    monkeypatch.setattr(WidenedDense, "take_in", lambda groups: (taken.append(len(groups)), take_in(groups)))
+    module = CausalLMModule(base(tmp_path), lora=LoRAConfig(rank=5), kernels=KernelsConfig(lora="widened"))
+    trainer = Trainer(
+        accelerator="cpu", devices=1, strategy="fsdp2:compile=true,compile_backend=aot_eager", max_steps=2,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    micro_batch = {"input_ids": IDS, "labels": IDS}
+    trainer.fit(module, [[micro_batch, micro_batch, micro_batch]] * 2)
+    assert taken == 2 * len(module.model.model.layers) * [4]
+
+
 def test_dropout_is_on_the_update_alone(tmp_path: Path) -> None:
     model = compiled(tmp_path / "base", dropout=0.999999)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -191,7 +233,7 @@ def test_one_of_a_group_can_be_called_alone(tmp_path: Path) -> None:
     group = attention.q_proj.widened
     for group_ in (group, model.model.layers[0].mlp.gate_proj.widened):
         group_.kept_fresh = True
-    group.refresh()
+    refresh([group])
     plain = attention.v_proj(x)
     run = torch.compile(lambda x: (attention.v_proj(x), attention.v_proj(x)), backend="aot_eager")
     assert all(relative_error(out, plain) < 1e-5 for out in run(x))

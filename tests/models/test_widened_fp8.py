@@ -12,6 +12,7 @@ from automodel_trainer.models.fp8 import convert_to_fp8
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora
 from automodel_trainer.models.lora.layers import LoRALinear, adapt_linear
 from automodel_trainer.models.lora.shared_input import layers_with_one_input
+from automodel_trainer.models.lora.widened import refresh
 from automodel_trainer.models.lora.widened_fp8 import WidenedFp8
 from automodel_trainer.models.packed_tensor import pack
 from automodel_trainer.strategies.compile import compile_blocks
@@ -57,7 +58,7 @@ def test_outputs_and_gradients(weight_scale: float) -> None:
     wanted = torch.autograd.grad(expected, [x, *factors], gradient.double())
 
     group = WidenedFp8(members)
-    group.refresh()
+    refresh([group])
     out = torch.cat(list(group.outputs_of(x)), 1)
     found = torch.autograd.grad(out, [x, *factors], gradient)
 
@@ -72,7 +73,7 @@ def test_b_begins_as_zero() -> None:
     members = layers(1.0, b_scale=0.0)
     x = torch.randn(TOKENS, INPUTS)
     group = WidenedFp8(members)
-    group.refresh()
+    refresh([group])
     (out, _) = group.outputs_of(x)
     out.sum().backward()
     (reference,) = torch.autograd.grad(plain(members, x)[:, :48].sum(), [members[0].lora_B.weight])

@@ -53,16 +53,12 @@ class WidenedGroup:
         self.outputs, self.rank = (sum(part) for part in zip(*self.sizes))
         # Set by who refreshes before he calls compiled code: the copies must not be part of that.
         self.kept_fresh = False
-        self._step: object | None = None
+        self.step: object | None = None  # the last in which `refresh` took the factors in
         self._computed: tuple[Tensor, list[Tensor | None]] | None = None
 
-    def refresh(self) -> None:
-        """Take the factors in, which change with every optimizer step; and weights that were moved or replaced."""
-        if _step is None or self._step is not _step:
-            self._take_in()
-            self._step = _step
-
-    def _take_in(self) -> None:
+    @classmethod
+    def take_in(cls, groups: Sequence[Any]) -> None:
+        """Take in the factors of groups of this class, and weights that were moved or replaced."""
         raise NotImplementedError
 
     def outputs_of(self, x: Tensor) -> Sequence[Tensor]:
@@ -96,6 +92,20 @@ class WidenedGroup:
         return out if layer.bias is None else out + layer.bias
 
 
+def refresh(groups: Sequence[WidenedGroup]) -> None:
+    """Make groups compute with their factors as they are now; for who runs them compiled, before he does.
+
+    Factors change with every optimizer step. Inside `unchanged_factors` only the first call does something.
+    """
+    alike: dict[type[WidenedGroup], list[WidenedGroup]] = {}
+    for group in groups:
+        if _step is None or group.step is not _step:
+            alike.setdefault(type(group), []).append(group)
+            group.step = _step
+    for kind, members in alike.items():
+        kind.take_in(members)
+
+
 class WidenedDense(WidenedGroup):
     """Weights in the dtype that they compute in, as one matrix.
 
@@ -112,6 +122,11 @@ class WidenedDense(WidenedGroup):
         shape = (self.outputs + self.columns, self.inputs + self.columns)
         self.storage = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self._hold_weights()
+
+    @classmethod
+    def take_in(cls, groups: Sequence[WidenedDense]) -> None:
+        for group in groups:
+            group._take_in()
 
     @torch.no_grad()
     def _take_in(self) -> None:
