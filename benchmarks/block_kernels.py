@@ -1,0 +1,214 @@
+"""What the compiler makes of one llama-8B block with LoRA for an H100: its kernels, and the bytes each moves.
+
+    python benchmarks/block_kernels.py            # bf16
+    python benchmarks/block_kernels.py --fp8      # frozen weights in fp8
+
+The block is traced with tensors that have shapes and no numbers, and lowered for a GPU that is not there: nothing runs.
+Memory-bound kernels take about their bytes by what the device copies a second (3 TB/s): so a change can be judged where
+there is no GPU. Bytes are the compiler's own count, which leaves out what is read through a buffer that is written in
+place. Needs torch 2.11 as built for CUDA, which installs without a GPU, with its triton.
+
+Everything here that reaches into torch is for torch 2.11.0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch._inductor.compile_fx as compile_fx
+import torch._inductor.config as inductor
+import torch._subclasses.fake_tensor as fake_tensor
+import transformers
+import triton
+from torch import Tensor
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import scheduler
+from torch._inductor.debug import DebugContext
+from torch._inductor.fx_passes.post_grad import post_grad_passes
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.virtualized import V
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from triton.backends.compiler import GPUTarget
+
+from automodel_trainer.models import fp8_weight
+from automodel_trainer.models.fp8 import convert_to_fp8
+from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
+from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora, widened_fp8
+from automodel_trainer.strategies.compile import compile_blocks
+
+ROWS, LENGTH = 2, 4096
+COPIED = 3.0e12  # bytes a second
+H100: dict[str, Any] = {
+    "major": 9,
+    "minor": 0,
+    "multi_processor_count": 132,
+    "regs_per_multiprocessor": 65536,
+    "max_threads_per_multi_processor": 2048,
+    "warp_size": 32,
+}
+CPU = torch.device("cpu")
+
+# --- what is not looked at -------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("block_kernels::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("block_kernels::attention_backward", mutates_args=())
+def attention_backward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def laid_out(x: Tensor) -> Tensor:  # as cuDNN's are
+        return torch.empty_like(x.transpose(1, 2).contiguous()).transpose(1, 2)
+
+    return laid_out(q), laid_out(k), laid_out(v)
+
+
+@torch.library.custom_op("block_kernels::fp8_matmul", mutates_args=())
+def fp8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    return torch.empty(a.shape[0], b.shape[1], dtype=torch.bfloat16, device=a.device)
+
+
+for operation in (attention, attention_backward, fp8_matmul):
+    operation.register_fake(operation._init_fn)
+attention.register_autograd(
+    lambda ctx, _: attention_backward(*ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+ALL_ATTENTION_FUNCTIONS["block_kernels"] = lambda _, q, k, v, *args, **kwargs: (
+    attention(q, k, v).transpose(1, 2),
+    None,
+)
+
+# --- lowering for a device that is not there --------------------------------------------------------------------------
+
+
+class Driver:
+    """Of triton."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def is_active(self) -> bool:
+        return True
+
+
+def lower(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], **options: Any) -> str:
+    """The code that would run `graph`, which is for a CPU, on a GPU."""
+    gpu, mode = torch.device("cuda", 0), torch._guards.detect_fake_mode(inputs)
+    graph = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in graph.graph.nodes:
+        node.kwargs = {key: gpu if key == "device" else value for key, value in node.kwargs.items()}
+    with mode:
+        moved = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=gpu) if isinstance(t, Tensor) else t
+            for t in inputs
+        ]
+    FakeTensorProp(graph, mode=mode).propagate_dont_convert_inputs(*moved)
+    compile_fx.record_original_output_strides(graph)
+    compile_fx.view_to_reshape(graph)
+    with V.set_fake_mode(mode):
+        post_grad_passes(graph, is_inference=False)
+    lowering = GraphLowering(
+        graph, example_inputs=moved, shape_env=mode.shape_env, is_backward=options.get("is_backward", False)
+    )
+    with V.set_fake_mode(mode), V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
+        lowering.run(*moved)
+        return str(lowering.codegen()[0].value)
+
+
+def backend(found: list[tuple[bool, str]]) -> Callable[..., Any]:
+    """Of `torch.compile`: keeps what a GPU would be given, and runs the graph as it is."""
+    device = DeviceProperties(
+        type="cuda", index=0, cc=90, max_threads_per_block=1024,
+        **{key: value for key, value in H100.items() if key != "minor"},
+    )  # fmt: skip
+
+    def inner(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], **options: Any) -> Any:
+        with (
+            patch.object(torch.cuda, "is_available", lambda: True),
+            patch.object(torch.cuda, "device_count", lambda: 1),
+            patch.object(torch.cuda, "current_device", lambda: 0),
+            patch.object(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(name="H100", **H100)),
+            patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+            patch.object(scheduler, "has_triton", lambda: True),
+            patch.object(CudaInterface, "current_device", lambda: 0),
+            patch.object(CudaInterface, "get_device_properties", lambda *_: SimpleNamespace(name="H100", **H100)),
+            patch.object(CudaInterface, "get_compute_capability", lambda *_: 90),
+            patch.object(DeviceProperties, "create", lambda *_: device),
+            patch.object(fake_tensor, "init_gpu_context", lambda *_: None),
+        ):
+            found.append((bool(options.get("is_backward")), lower(graph, inputs, **options)))
+
+        def run(arguments: list[Any]) -> Any:
+            return torch.fx.Interpreter(graph).run(*arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    return lambda graph, inputs: compile_fx.compile_fx(graph, inputs, inner_compile=inner)
+
+
+def generated(fp8: bool) -> list[tuple[bool, str]]:
+    """Whether it is the backward's, and the code, of every graph of the block."""
+    found: list[tuple[bool, str]] = []
+    config = transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128, vocab_size=128,
+    )  # fmt: skip
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.config._attn_implementation = "block_kernels"
+        apply_lora(model, LoRAConfig(rank=16, alpha=32), torch.bfloat16, torch.bfloat16)
+        if fp8:
+            convert_to_fp8(model, "tensorwise", CPU, emulate=True)
+        apply_kernels(model, KernelsConfig(attention="block_kernels", lora="widened"), CPU)
+        finish_lora(model)
+        compile_blocks(model.train(), backend(found))
+        x = torch.empty(ROWS, LENGTH, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        positions = torch.arange(LENGTH)[None].expand(ROWS, -1)
+        rotary = model.model.rotary_emb(x.detach(), positions)
+        out = model.model.layers[0](x, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+        out.backward(torch.empty_like(out))
+    return found
+
+
+def calls(code: str) -> list[tuple[str, float | None]]:
+    """What the code calls, in order, with the bytes that a kernel of the compiler moves."""
+    pattern = r"async_compile\.triton\('(\w+)'.*?'kernel_num_gb': ([\d.e-]+)"
+    moved = {name: float(gigabytes) * 1e9 for name, gigabytes in re.findall(pattern, code, re.DOTALL)}
+    start = code.index("class Runner")
+    body = code[start : code.index("def get_args()", start)]
+    names = re.findall(r"^\s+(?:\w+ = )?(triton_\w+|extern_kernels\.\w+|torch\.ops\.[\w.]+)(?=\.run\(|\()", body, re.M)
+    return [(name, moved.get(name)) for name in names]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fp8", action="store_true", help="frozen weights held in fp8, tensorwise")
+    arguments = parser.parse_args()
+    triton.runtime.driver.set_active(Driver())
+    fp8_weight.scaled_matmul = widened_fp8.scaled_matmul = lambda *args: fp8_matmul(*args[:4])
+    total = 0.0
+    with inductor.patch(fx_graph_cache=False, benchmark_kernel=True, compile_threads=1):
+        graphs = generated(arguments.fp8)
+    for backward, code in graphs:
+        print("backward" if backward else "forward")
+        for name, moved in calls(code):
+            total += moved or 0.0
+            figures = " " * 18 if moved is None else f"{moved / 1e6:7.0f} MB {moved / COPIED * 1e6:5.0f} µs"
+            print(f"  {figures}  {name}")
+    print(f"{total / 1e9:.2f} GB in all, {total / COPIED * 1e3:.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
