@@ -23,6 +23,7 @@ from automodel_trainer.models.fp8_layers import fp8_layers
 from automodel_trainer.models.kernels import kernels_in_use
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.strategies import MeshStrategy
+from automodel_trainer.strategies.allocator import allocator_of
 from automodel_trainer.strategies.clip import local_tensor
 from automodel_trainer.strategies.pipeline_names import of_all_stages
 
@@ -132,6 +133,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "max_epochs": trainer.max_epochs,
         "data": _data(trainer),
         "watchdog": next((c.silence for c in trainer.callbacks if isinstance(c, Watchdog) and c.active), None),  # type: ignore[attr-defined]
+        "allocator": allocator_of(strategy.root_device) if isinstance(strategy, MeshStrategy) else None,
         "garbage_collection": next((c.every_n_steps for c in trainer.callbacks if isinstance(c, GarbageCollection)), 0),  # type: ignore[attr-defined]
         "checkpoints": str(folder) if folder else None,
     }

@@ -41,11 +41,17 @@ def ledger_rows(facts: Facts) -> list[Row]:
         ("data", run["data"]),
         ("checkpoints", run["checkpoints"] or "off"),
     ]
-    if run.get("garbage_collection") and run["device"] != "cpu":
-        rows.append(("garbage", f"collected every {run['garbage_collection']} steps, on all ranks at once"))
+    if run.get("allocator"):  # on a GPU
+        rows.append(("memory", _allocation(run)))
     if run.get("watchdog"):
         rows.append(("watchdog", f"ends the run when a rank is silent for {run['watchdog']:g} s, or gone"))
     return rows
+
+
+def _allocation(run: Facts) -> str:
+    every = run.get("garbage_collection")
+    garbage = f"garbage collected every {every} steps, on all ranks at once" if every else "garbage left to Python"
+    return f"{run['allocator']}; {garbage}"
 
 
 def batch_text(batch: Facts) -> str:

@@ -31,6 +31,7 @@ __all__ = [
     "raise_recompile_limit",
     "reduce_gradients",
     "reduce_scatter_first",
+    "set_allocator",
     "sharded_parameters",
     "unviewed",
 ]
@@ -86,6 +87,11 @@ def allow_side_effects_in_checkpoints() -> None:
     Tensor parallel takes a layer's bias away while the layer runs.
     """
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+
+
+def set_allocator(settings: str) -> None:
+    """As the environment variable PYTORCH_ALLOC_CONF would, also when torch has begun."""
+    torch._C._accelerator_setAllocatorSettings(settings)
 
 
 def prefer_recomputing() -> None:

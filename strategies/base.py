@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from automodel_trainer._lightning import NotebookLauncher, SubprocessLauncher, sync_rank_zero
 from automodel_trainer.launch import in_notebook
 from automodel_trainer.models.lora.widened import unchanged_factors
+from automodel_trainer.strategies.allocator import configure_allocator
 from automodel_trainer.strategies.clip import clip_grads_, total_grad_norm
 from automodel_trainer.strategies.compile import wants_compile
 from automodel_trainer.strategies.deferred_logits import deferred_logits
@@ -311,6 +312,7 @@ class MeshStrategy(SavingStrategy):
 
     def setup_environment(self) -> None:
         super().setup_environment()
+        configure_allocator(self.root_device)
         reset_seed()
         self.set_world_ranks()
         self.choose_sizes()
