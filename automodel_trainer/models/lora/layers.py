@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from automodel_trainer.models.lora.dropout import dropout
 from automodel_trainer.models.lora.functional import adapted_weight, direction_norm, low_rank
 from automodel_trainer.models.mixing import mixed
 from automodel_trainer.models.packed_tensor import PackedTensor
@@ -35,7 +36,8 @@ class LoRALinear(nn.Linear):
         base = super().forward(x)
         if self.lora_magnitude_vector is not None:
             return self._dora(x, base)
-        x = F.dropout(x, self.lora_dropout, self.training)
+        if self.lora_dropout and self.training:
+            x = dropout(x, self.lora_dropout)
         return base + low_rank(x, a, b, self.scaling).to(base.dtype)
 
     def _dora(self, x: Tensor, base: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ class LoRALinear(nn.Linear):
         weight = dense(self.weight)
         scale = self.lora_magnitude_vector / direction_norm(weight, a, b, self.scaling)  # type: ignore[arg-type, operator]
         if self.lora_dropout and self.training:
-            x = F.dropout(x, self.lora_dropout)
+            x = dropout(x, self.lora_dropout)
             straight = F.linear(x.to(weight.dtype), weight)
         else:
             straight = base if self.bias is None else base - self.bias

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from automodel_trainer.models.lora.dropout import dropout
 from automodel_trainer.models.lora.layers import LoRALinear
 
 # Bytes that a row's length is a multiple of. The compiler pads the rows of its large buffers to as many; what is not
@@ -153,10 +154,7 @@ class WidenedDense(WidenedGroup):
 
     def _after_dropout(self, x: Tensor) -> Tensor:
         """s·A·x `[..., columns]`, every layer with a dropout of its own."""
-        parts = [
-            F.linear(F.dropout(x, layer.lora_dropout, layer.training), layer.lora_A.weight) * layer.scaling
-            for layer in self.layers
-        ]
+        parts = [F.linear(dropout(x, layer.lora_dropout), layer.lora_A.weight) * layer.scaling for layer in self.layers]
         return F.pad(torch.cat(parts, -1), (0, self.columns - self.rank))
 
 
