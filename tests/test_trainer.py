@@ -146,6 +146,17 @@ def test_what_a_model_may_be(folder: Path, tmp_path: Path) -> None:
     assert losses == pytest.approx([losses[0]] * 5, rel=1e-6)
 
 
+def test_a_model_s_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    """Trains on tokens that are there already; text is refused, and how to go on is said."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    trainer = Trainer(**quiet(tmp_path, max_steps=1, enable_checkpointing=True))
+    trainer.fit(tmp_path / "model", MockDataModule(vocab_size=200, seq_len=16, num_samples=8))
+    trainer.save_pretrained(tmp_path / "tuned")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        Trainer(**quiet(tmp_path, max_steps=1)).fit(tmp_path / "model", ChatDataModule(Dataset.from_list(chats(4))))
+
+
 def test_plain_dataloader_and_accumulation(tmp_path: Path) -> None:
     rows = [{key: value[0] for key, value in row.items()} for row in random_rows(12, 16, seed=0)]
     loader = DataLoader(rows, batch_size=2)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ _WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".hdf5", ".ot",
     ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".nemo", ".engine", ".index", ".meta",
 }  # fmt: skip
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _UNCHANGED = ("architectures", "transformers_version", "_name_or_path")  # config keys that training does not change
 
 
@@ -32,6 +33,11 @@ def source_folder(model: PreTrainedModel) -> Path | None:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
             return None
     return folder if (folder / "config.json").is_file() else None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds a tokenizer too."""
+    return any((folder / name).is_file() for name in _TOKENIZER)
 
 
 def copy_sidecars(

@@ -19,6 +19,7 @@ from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.fp8_layers import check_gathered
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, choose_lora_kernel, finish_lora, lora_of
+from automodel_trainer.models.sidecars import has_tokenizer
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.strategies import MeshStrategy, Objective
 from automodel_trainer.strategies.deferred_logits import defer_logits
@@ -87,7 +88,7 @@ class HuggingFaceModule(Objective, pl.LightningModule):
         """The tokenizer, loaded when it is first asked for.
 
         Raises:
-            ValueError: the model is an object without a folder, and no tokenizer was given.
+            ValueError: the model is an object without a folder, or its folder has none, and no tokenizer was given.
         """
         if isinstance(self._tokenizer, PreTrainedTokenizerBase):
             return self._tokenizer
@@ -96,12 +97,17 @@ class HuggingFaceModule(Objective, pl.LightningModule):
             raise ValueError(
                 "This model was made in memory and names no folder with a tokenizer: give CausalLMModule(tokenizer=…)."
             )
+        if not has_tokenizer(folder):
+            raise ValueError(
+                f"{folder} holds no tokenizer: give {type(self).__name__}(tokenizer=…), a folder or Hub id."
+            )
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
 
     @property
     def tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer if there is one to be had."""
-        return self.tokenizer if self._tokenizer is not None or self.source is not None else None
+        """The tokenizer if there is one to be had; one that was given and cannot be had is an error."""
+        had = self._tokenizer is not None or (self.source is not None and has_tokenizer(self.source))
+        return self.tokenizer if had else None
 
     def configure_model(self) -> None:
         """Build the model on the strategy's mesh. Called by the Trainer once the processes have started."""

@@ -19,6 +19,7 @@ from automodel_trainer.models.adapters import read_config
 from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora import LoRAConfig
+from automodel_trainer.models.sidecars import has_tokenizer
 from automodel_trainer.tools.merge import arguments, merge_as_asked
 from automodel_trainer.tools.sources import is_adapter, model_folder
 from automodel_trainer.tools.weight_stream import Weights
@@ -103,7 +104,7 @@ def _log_probs(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:
 
 def _prompts(folder: Path, trust_remote_code: bool) -> list[Tensor]:
     """Token ids of the prompts, `[1, s]` each; of a model without a tokenizer the first of its vocabulary."""
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if has_tokenizer(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return [tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
     size = json.loads((folder / "config.json").read_text()).get("vocab_size", 1000)
