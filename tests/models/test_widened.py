@@ -125,11 +125,14 @@ def test_compiled_as_a_whole_by_the_user_it_follows_the_optimizer(tmp_path: Path
     assert relative_error(whole(IDS).logits, plain(IDS).logits) < 1e-5
 
 
+GROUPS = [3, 1, 2, 1]  # layers of a llama's block that share an input: q, k, v; o; gate, up; down
+
+
 def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And in every forward of whoever does not say what a step is."""
     taken: list[int] = []
     take_in = WidenedDense.take_in
-    monkeypatch.setattr(WidenedDense, "take_in", lambda groups: (taken.append(len(groups)), take_in(groups)))
+    monkeypatch.setattr(WidenedDense, "take_in", lambda group: (taken.append(len(group.layers)), take_in(group)))
     model = compiled(tmp_path / "base")
     layers = len(model.model.layers)
 
@@ -137,14 +140,14 @@ def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, monkeypatc
         return [float(model(input_ids=IDS, labels=IDS).loss.detach()) for _ in range(count)]
 
     before = forwards(2)
-    assert taken == 2 * layers * [4]  # q, k, v; o; gate, up; down
+    assert taken == 2 * layers * GROUPS
     for _ in range(2):
         taken.clear()
         with torch.no_grad():
             model.model.layers[0].self_attn.q_proj.lora_B.weight.add_(1)
         with unchanged_factors():
             losses = forwards(3)
-        assert taken == layers * [4]
+        assert taken == layers * GROUPS
         assert len(set(losses)) == 1
         assert losses[0] != before[0]
         before = losses
@@ -153,7 +156,7 @@ def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, monkeypatc
 def test_the_trainer_says_what_a_step_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     take_in = WidenedDense.take_in
-    monkeypatch.setattr(WidenedDense, "take_in", lambda groups: (taken.append(len(groups)), take_in(groups)))
+    monkeypatch.setattr(WidenedDense, "take_in", lambda group: (taken.append(len(group.layers)), take_in(group)))
     module = CausalLMModule(base(tmp_path), lora=LoRAConfig(rank=5), kernels=KernelsConfig(lora="widened"))
     trainer = Trainer(
         accelerator="cpu", devices=1, strategy="fsdp2:compile=true,compile_backend=aot_eager", max_steps=2,
@@ -161,7 +164,7 @@ def test_the_trainer_says_what_a_step_is(tmp_path: Path, monkeypatch: pytest.Mon
     )  # fmt: skip
     micro_batch = {"input_ids": IDS, "labels": IDS}
     trainer.fit(module, [[micro_batch, micro_batch, micro_batch]] * 2)
-    assert taken == 2 * len(module.model.model.layers) * [4]
+    assert taken == 2 * len(module.model.model.layers) * GROUPS
 
 
 def test_dropout_is_on_the_update_alone(tmp_path: Path) -> None:

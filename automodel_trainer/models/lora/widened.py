@@ -57,9 +57,8 @@ class WidenedGroup:
         self.step: object | None = None  # the last in which `refresh` took the factors in
         self._computed: tuple[Tensor, list[Tensor | None]] | None = None
 
-    @classmethod
-    def take_in(cls, groups: Sequence[Any]) -> None:
-        """Take in the factors of groups of this class, and weights that were moved or replaced."""
+    def take_in(self) -> None:
+        """Take the factors in as they are now, and weights that were moved or replaced."""
         raise NotImplementedError
 
     def outputs_of(self, x: Tensor) -> Sequence[Tensor]:
@@ -98,13 +97,10 @@ def refresh(groups: Sequence[WidenedGroup]) -> None:
 
     Factors change with every optimizer step. Inside `unchanged_factors` only the first call does something.
     """
-    alike: dict[type[WidenedGroup], list[WidenedGroup]] = {}
     for group in groups:
         if _step is None or group.step is not _step:
-            alike.setdefault(type(group), []).append(group)
+            group.take_in()
             group.step = _step
-    for kind, members in alike.items():
-        kind.take_in(members)
 
 
 class WidenedDense(WidenedGroup):
@@ -124,13 +120,8 @@ class WidenedDense(WidenedGroup):
         self.storage = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self._hold_weights()
 
-    @classmethod
-    def take_in(cls, groups: Sequence[WidenedDense]) -> None:
-        for group in groups:
-            group._take_in()
-
     @torch.no_grad()
-    def _take_in(self) -> None:
+    def take_in(self) -> None:
         storage = self.storage.data
         parts = [storage[rows, : self.inputs] for rows, _ in places(self.sizes)]
         if any(part.data_ptr() != layer.weight.data_ptr() for part, layer in zip(parts, self.layers)):

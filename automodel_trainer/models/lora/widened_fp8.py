@@ -47,27 +47,19 @@ class WidenedFp8(WidenedGroup):
     def takes(self, x: Tensor) -> bool:
         return super().takes(x) and not self.drops
 
-    @classmethod
     @torch.no_grad()
-    def take_in(cls, groups: Sequence[WidenedFp8]) -> None:
-        for group in groups:
-            group._follow_weights()
-        borders = _borders if groups[0].codes.device.type == "cpu" else _compiled_borders()
-        given = [
-            (g.scale, g.sizes, tuple(layer.scaling for layer in g.layers), g.columns, [f.detach() for f in g.factors()])
-            for g in groups
-        ]
-        for group, (*kept, of_rows, of_columns) in zip(groups, borders(given)):
-            group.down, group.up, group.of_a, group.of_b = kept
-            group.codes[group.outputs :, : group.inputs].copy_(of_rows)
-            group.codes[: group.outputs, group.inputs :].copy_(of_columns)
-
-    def _follow_weights(self) -> None:
-        """Take the weights in again, if they were moved or replaced."""
+    def take_in(self) -> None:
         held = [self.codes[rows, : self.inputs].data_ptr() for rows, _ in places(self.sizes)]
         if any(pointer != _packed(layer).parts.codes.data_ptr() for pointer, layer in zip(held, self.layers)):
             self.codes = self.codes.to(self.layers[0].weight.device)
             self._hold_weights()
+        border = _border if self.codes.device.type == "cpu" else _compiled_border()
+        scalings = tuple(layer.scaling for layer in self.layers)
+        self.down, self.up, self.of_a, self.of_b, of_rows, of_columns = border(
+            self.scale, self.sizes, scalings, self.columns, *(factor.detach() for factor in self.factors())
+        )
+        self.codes[self.outputs :, : self.inputs].copy_(of_rows)
+        self.codes[: self.outputs, self.inputs :].copy_(of_columns)
 
     @torch.no_grad()
     def _hold_weights(self) -> None:
@@ -95,7 +87,7 @@ def _packed(layer: LoRALinear) -> PackedTensor:
     return weight.data
 
 
-def _border(scale: Tensor, sizes: Any, scalings: Any, columns: int, factors: list[Tensor]) -> tuple[Tensor, ...]:
+def _border(scale: Tensor, sizes: Any, scalings: Any, columns: int, *factors: Tensor) -> tuple[Tensor, ...]:
     """What of a group changes with its factors.
 
     Returns:
@@ -121,14 +113,10 @@ def _border(scale: Tensor, sizes: Any, scalings: Any, columns: int, factors: lis
     )
 
 
-def _borders(given: list[Any]) -> list[tuple[Tensor, ...]]:
-    return [_border(*arguments) for arguments in given]
-
-
 @cache
-def _compiled_borders() -> Any:
-    """`_borders` of a block in a few kernels, and not in some thirty for every layer."""
-    return torch.compile(_borders, dynamic=False)
+def _compiled_border() -> Any:
+    """`_border` in a few kernels, and not in some thirty for every layer."""
+    return torch.compile(_border, dynamic=False)
 
 
 class _Matmul(torch.autograd.Function):
