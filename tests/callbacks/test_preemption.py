@@ -164,8 +164,8 @@ def limited(root: Path, devices: int, **options: Any) -> dict[str, Any]:
 def test_the_time_limit_is_kept_and_resumes_with_all_of_it_again(tmp_path: Path) -> None:
     result = limited(tmp_path, 1)
     assert result["by"] == "max_time"
-    assert result["took"] < 10, "the limit, and Lightning's own end"
-    assert result["step"] > 1
+    assert result["took"] < 4, "the limit, and Lightning's own end"
+    assert result["step"] > 5
     assert result["last"] == f"step-{result['step']:08d}"
     assert result["codes"][0] == 75
     assert (tmp_path / "requeue").read_text() == "max_time\n"
