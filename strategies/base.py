@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from automodel_trainer._lightning import NotebookLauncher, SubprocessLauncher, sync_rank_zero
 from automodel_trainer.launch import in_notebook
-from automodel_trainer.models.lora.widened import unchanged_factors
+from automodel_trainer.models.unchanged import unchanged_weights
 from automodel_trainer.strategies.allocator import configure_allocator
 from automodel_trainer.strategies.clip import clip_grads_, total_grad_norm
 from automodel_trainer.strategies.compile import wants_compile
@@ -162,7 +162,7 @@ class MeshStrategy(SavingStrategy):
         """
         scale = self.gradient_scale / num_tokens.clamp(min=1)
         total = torch.zeros((), device=self.root_device)
-        with unchanged_factors():
+        with unchanged_weights():
             for index, micro_batch in enumerate(micro_batches):
                 last = index == len(micro_batches) - 1
                 total += self._micro_step(objective, micro_batch, scale, last)

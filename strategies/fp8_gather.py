@@ -12,8 +12,7 @@ Source: torchao.float8's `enable_fsdp_float8_all_gather`, which puts a tensor su
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from automodel_trainer.models._torchao import fp8_dtype, fp8_scale, fp8_weight, set_fp8_scale
 from automodel_trainer.models.fp8_layers import fp8_layers
+from automodel_trainer.models.unchanged import Once
 from automodel_trainer.strategies._torch import ShardedParameter, initialize_sharding, sharded_parameters
 
 if TYPE_CHECKING:
@@ -49,12 +49,12 @@ class Fp8Gather:
         self.wanted = {id(layer) for layer in layers}
         self.cast = _cast if backend is None else _compiled_cast(backend)
         self.weights: list[_Weight] = []
-        self.held = self.fresh = False
+        self.once = Once()  # scales, for all forwards of an optimizer step
         assert isinstance(model, nn.Module)
         model.register_forward_pre_hook(self._before_forward, prepend=True)  # before FSDP2's own
 
     def _before_forward(self, *_: object) -> None:
-        if self.held and self.fresh:
+        if not self.once.due():
             return
         if not self.weights:
             initialize_sharding(self.model)  # afterwards shards stay where they are
@@ -64,7 +64,6 @@ class Fp8Gather:
                 if all(name == "weight" and id(owner) in self.wanted for owner, name in parameter.owners)
             ]
         self._scale()
-        self.fresh = True
 
     @torch.no_grad()
     def _scale(self) -> None:
@@ -127,20 +126,7 @@ def _compiled_cast(backend: str) -> Callable[..., Tensor]:
     return torch.compile(_cast, backend=backend, dynamic=True)
 
 
-@contextmanager
-def held(gather: Fp8Gather | None) -> Iterator[None]:
-    """Weights do not change meanwhile: their scales are looked up in the first forward only."""
-    if gather is None:
-        yield
-        return
-    gather.held, gather.fresh = True, False
-    try:
-        yield
-    finally:
-        gather.held = False
-
-
-def gather_in_fp8(strategy: FSDP2Strategy, model: nn.Module) -> Fp8Gather | None:
+def gather_in_fp8(strategy: FSDP2Strategy, model: nn.Module) -> None:
     """Let FSDP2 gather the weights of `model`'s fp8 layers in fp8, where that can be and was not switched off.
 
     Args:
@@ -162,10 +148,10 @@ def gather_in_fp8(strategy: FSDP2Strategy, model: nn.Module) -> Fp8Gather | None
         elif found.all_gather is True:
             raise ValueError(f"kernels fp8_all_gather=true: {obstacle}. Leave it at 'auto', or set it to false.")
     if not layers:
-        return None
+        return
     assert isinstance(model, FSDPModule)
     mesh, backend = strategy.shard_mesh, strategy.compile_backend if strategy.compiles else None
-    return Fp8Gather(model, layers, mesh.get_group(mesh.ndim - 1), backend)
+    Fp8Gather(model, layers, mesh.get_group(mesh.ndim - 1), backend)
 
 
 def _obstacle(strategy: FSDP2Strategy) -> str | None:

@@ -25,7 +25,7 @@ from automodel_trainer.strategies.base import MeshStrategy, MicroBatch, Objectiv
 from automodel_trainer.strategies.blocks import find_blocks, untied_input_embedding
 from automodel_trainer.strategies.context import ContextParallel
 from automodel_trainer.strategies.context_attention import CPAttention, check_method, install_attention
-from automodel_trainer.strategies.fp8_gather import Fp8Gather, gather_in_fp8, held
+from automodel_trainer.strategies.fp8_gather import gather_in_fp8
 from automodel_trainer.strategies.loss_parallel import sharded_logits
 from automodel_trainer.strategies.mesh import SHARD_AXES, ParallelDims, submesh
 from automodel_trainer.strategies.own_module import outermost, parts_of
@@ -95,7 +95,6 @@ class FSDP2Strategy(MeshStrategy):
         self._cp_of_node = cp == "auto"
         self.cp_attention = cp_attention
         self._context: ContextParallel | None = None
-        self._fp8_gather: Fp8Gather | None = None
         self._tp_of_model = tp == "auto"
         self.tp_plan = tp_plan
         self.sequence_parallel = sequence_parallel
@@ -128,7 +127,7 @@ class FSDP2Strategy(MeshStrategy):
 
     def forget_run(self) -> None:
         super().forget_run()
-        self._context = self._fp8_gather = None
+        self._context = None
 
     def convert_precision(self, plugin: Precision) -> Precision:
         check_plugin(plugin)
@@ -205,8 +204,7 @@ class FSDP2Strategy(MeshStrategy):
     def forward_backward(
         self, objective: Objective, micro_batches: Sequence[MicroBatch], num_tokens: torch.Tensor
     ) -> torch.Tensor:
-        with held(self._fp8_gather):
-            loss = super().forward_backward(objective, micro_batches, num_tokens)
+        loss = super().forward_backward(objective, micro_batches, num_tokens)
         self._check_replicas_once(objective.model)
         return loss
 
@@ -242,7 +240,7 @@ class FSDP2Strategy(MeshStrategy):
         # backward: backward begins where forward ended.
         fully_shard(model, reshard_after_forward=False, **options)
         _prefetch(blocks, self.forward_prefetch, self.backward_prefetch)
-        self._fp8_gather = gather_in_fp8(self, model)
+        gather_in_fp8(self, model)
         if sum_gradients:
             gradient_reduction.sum_gradients(model)
 

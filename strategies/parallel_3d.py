@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from automodel_trainer.models.lora.widened import unchanged_factors
+from automodel_trainer.models.unchanged import unchanged_weights
 from automodel_trainer.strategies._torch import initialize_sharding, reduce_gradients
 from automodel_trainer.strategies.base import MicroBatch, Objective, Part
 from automodel_trainer.strategies.clip import clip_grads_, local_tensor, total_grad_norm
@@ -240,7 +240,7 @@ class Parallel3DStrategy(FSDP2Strategy):
         scale = self.gradient_scale / num_tokens.clamp(min=1)
         step = _Step(self, objective, parts, scale, torch.zeros((), device=self.root_device))
         step.prepare()
-        with unchanged_factors():
+        with unchanged_weights():
             pipeline.step(step, len(parts), self._hidden_shape(parts[0]))
         step.finish()
         self._share_tied_gradients(objective.model)

@@ -18,7 +18,8 @@ from automodel_trainer.models.lora import LoRAConfig, describe_lora
 from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.lora.shared_input import layers_with_one_input
 from automodel_trainer.models.lora.widen import widen_adapters
-from automodel_trainer.models.lora.widened import WidenedDense, refresh, unchanged_factors
+from automodel_trainer.models.lora.widened import WidenedDense, refresh
+from automodel_trainer.models.unchanged import unchanged_weights
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.strategies.compile import compile_blocks
 from automodel_trainer.trainer import Trainer
@@ -128,11 +129,17 @@ def test_compiled_as_a_whole_by_the_user_it_follows_the_optimizer(tmp_path: Path
 GROUPS = [3, 1, 2, 1]  # layers of a llama's block that share an input: q, k, v; o; gate, up; down
 
 
-def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And in every forward of whoever does not say what a step is."""
-    taken: list[int] = []
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each group has that takes its factors in."""
+    sizes: list[int] = []
     take_in = WidenedDense.take_in
-    monkeypatch.setattr(WidenedDense, "take_in", lambda group: (taken.append(len(group.layers)), take_in(group)))
+    monkeypatch.setattr(WidenedDense, "take_in", lambda group: (sizes.append(len(group.layers)), take_in(group)))
+    return sizes
+
+
+def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, taken: list[int]) -> None:
+    """And in every forward of whoever does not say what a step is."""
     model = compiled(tmp_path / "base")
     layers = len(model.model.layers)
 
@@ -145,7 +152,7 @@ def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, monkeypatc
         taken.clear()
         with torch.no_grad():
             model.model.layers[0].self_attn.q_proj.lora_B.weight.add_(1)
-        with unchanged_factors():
+        with unchanged_weights():
             losses = forwards(3)
         assert taken == layers * GROUPS
         assert len(set(losses)) == 1
@@ -153,10 +160,7 @@ def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, monkeypatc
         before = losses
 
 
-def test_the_trainer_says_what_a_step_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
-    take_in = WidenedDense.take_in
-    monkeypatch.setattr(WidenedDense, "take_in", lambda group: (taken.append(len(group.layers)), take_in(group)))
+def test_the_trainer_says_what_a_step_is(tmp_path: Path, taken: list[int]) -> None:
     module = CausalLMModule(base(tmp_path), lora=LoRAConfig(rank=5), kernels=KernelsConfig(lora="widened"))
     trainer = Trainer(
         accelerator="cpu", devices=1, strategy="fsdp2:compile=true,compile_backend=aot_eager", max_steps=2,

@@ -36,17 +36,24 @@ class LoRALinear(nn.Linear):
         base = super().forward(x)
         if self.lora_magnitude_vector is not None:
             return self._dora(x, base)
-        if self.lora_dropout and self.training:
-            x = dropout(x, self.lora_dropout)
-        return base + low_rank(x, a, b, self.scaling).to(base.dtype)
+        return base + low_rank(self.after_dropout(x), a, b, self.scaling).to(base.dtype)
+
+    @property
+    def drops(self) -> bool:
+        """Whether the adapter's input is to be dropped in part, here and now."""
+        return bool(self.lora_dropout) and self.training
+
+    def after_dropout(self, x: Tensor) -> Tensor:
+        """The adapter's input."""
+        return dropout(x, self.lora_dropout) if self.drops else x
 
     def _dora(self, x: Tensor, base: Tensor) -> Tensor:
         """magnitude · (W + s·B·A)·x / ‖W + s·B·A‖, written as a change of the base's output."""
         a, b = self.lora_A.weight, self.lora_B.weight
         weight = dense(self.weight)
         scale = self.lora_magnitude_vector / direction_norm(weight, a, b, self.scaling)  # type: ignore[arg-type, operator]
-        if self.lora_dropout and self.training:
-            x = dropout(x, self.lora_dropout)
+        if self.drops:
+            x = self.after_dropout(x)
             straight = F.linear(x.to(weight.dtype), weight)
         else:
             straight = base if self.bias is None else base - self.bias

@@ -80,8 +80,11 @@ def obstacle(module: LoRALinear) -> str | None:
     weight = module.weight
     if isinstance(weight, DTensor):
         return "its weight is sharded"
-    if hasattr(weight, "get_original_weight") and getattr(weight, "packing", None) != "fp8-tensorwise":
-        return "its weight is packed"
+    if hasattr(weight, "get_original_weight"):
+        if getattr(weight, "packing", None) != "fp8-tensorwise":
+            return "its weight is packed"
+        if module.lora_dropout:
+            return "in fp8, dropout needs base and update apart"
     if weight.is_meta:
         return "its weight is on meta"
     if module.lora_magnitude_vector is not None:

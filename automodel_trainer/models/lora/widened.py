@@ -12,8 +12,7 @@ its own anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -21,27 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from automodel_trainer.models.lora.dropout import dropout
 from automodel_trainer.models.lora.layers import LoRALinear
+from automodel_trainer.models.unchanged import Once
 
 # Bytes that a row's length is a multiple of. The compiler pads the rows of its large buffers to as many; what is not
 # laid out so it would copy for `multiply_beside`, and back.
 ALIGNMENT = 128
 
 _SUMMED = 16  # fewer numbers the compiler would add up without a reduction
-
-_step: object | None = None  # what `unchanged_factors` covers; None outside
-
-
-@contextmanager
-def unchanged_factors() -> Iterator[None]:
-    """The forwards and backwards of one optimizer step: a group takes its factors in once."""
-    global _step
-    before, _step = _step, object()
-    try:
-        yield
-    finally:
-        _step = before
 
 
 class WidenedGroup:
@@ -54,7 +40,7 @@ class WidenedGroup:
         self.outputs, self.rank = (sum(part) for part in zip(*self.sizes))
         # Set by who refreshes before he calls compiled code: the copies must not be part of that.
         self.kept_fresh = False
-        self.step: object | None = None  # the last in which `refresh` took the factors in
+        self.once = Once()  # for `refresh`
         self._computed: tuple[Tensor, list[Tensor | None]] | None = None
 
     def take_in(self) -> None:
@@ -77,7 +63,7 @@ class WidenedGroup:
 
     @property
     def drops(self) -> bool:
-        return any(layer.lora_dropout and layer.training for layer in self.layers)
+        return any(layer.drops for layer in self.layers)
 
     def output_of(self, layer: LoRALinear, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]`. The first layer of the group that asks computes for all."""
@@ -95,12 +81,11 @@ class WidenedGroup:
 def refresh(groups: Sequence[WidenedGroup]) -> None:
     """Make groups compute with their factors as they are now; for who runs them compiled, before he does.
 
-    Factors change with every optimizer step. Inside `unchanged_factors` only the first call does something.
+    Factors change with every optimizer step. Inside `unchanged_weights` only the first call does something.
     """
     for group in groups:
-        if _step is None or group.step is not _step:
+        if group.once.due():
             group.take_in()
-            group.step = _step
 
 
 class WidenedDense(WidenedGroup):
@@ -145,7 +130,7 @@ class WidenedDense(WidenedGroup):
 
     def _after_dropout(self, x: Tensor) -> Tensor:
         """s·A·x `[..., columns]`, every layer with a dropout of its own."""
-        parts = [F.linear(dropout(x, layer.lora_dropout), layer.lora_A.weight) * layer.scaling for layer in self.layers]
+        parts = [F.linear(layer.after_dropout(x), layer.lora_A.weight) * layer.scaling for layer in self.layers]
         return F.pad(torch.cat(parts, -1), (0, self.columns - self.rank))
 
 

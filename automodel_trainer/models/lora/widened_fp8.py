@@ -29,7 +29,10 @@ from automodel_trainer.models.packed_tensor import PackedTensor
 
 
 class WidenedFp8(WidenedGroup):
-    """Weights held in fp8 ("tensorwise"), as one matrix of codes that is laid out as `WidenedDense`'s."""
+    """Weights held in fp8 ("tensorwise"), as one matrix of codes that is laid out as `WidenedDense`'s.
+
+    Their adapters must have no dropout.
+    """
 
     scale: Tensor  # S, `[1, 1]`
     down: Tensor  # this and the next: see `_border`
@@ -43,9 +46,6 @@ class WidenedFp8(WidenedGroup):
         shape = (self.outputs + self.columns, self.inputs + self.columns)
         self.codes = torch.zeros(shape, dtype=torch.uint8, device=self.layers[0].weight.device)
         self._hold_weights()
-
-    def takes(self, x: Tensor) -> bool:
-        return super().takes(x) and not self.drops
 
     @torch.no_grad()
     def take_in(self) -> None:
