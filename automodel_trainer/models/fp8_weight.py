@@ -77,9 +77,13 @@ class _Linear(torch.autograd.Function):
 
 
 def scale_of(x: Tensor, dtype: torch.dtype, by_row: bool = False) -> Tensor:
-    """What the codes of x `[rows, n]` in `dtype` are to be multiplied with: fp32 `[1, 1]`, or `[rows, 1]`."""
-    largest = x.abs().amax(dim=1, keepdim=True)  # row by row, as what x is computed from is gone through already
-    largest = largest if by_row else largest.amax(dim=0, keepdim=True)
+    """What the codes of x `[..., rows, n]` in `dtype` are to be multiplied with.
+
+    Returns:
+        fp32 `[..., 1, 1]`, or `[..., rows, 1]`.
+    """
+    largest = x.abs().amax(dim=-1, keepdim=True)  # row by row, as what x is computed from is gone through already
+    largest = largest if by_row else largest.amax(dim=-2, keepdim=True)
     return largest.float().clamp(min=1e-12) / torch.finfo(dtype).max
 
 

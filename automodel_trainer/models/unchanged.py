@@ -19,6 +19,11 @@ def unchanged_weights() -> Iterator[None]:
         _span = before
 
 
+def weights_are_unchanged() -> bool:
+    """Whether a span of `unchanged_weights` is open: what is made now serves until its end."""
+    return _span is not None
+
+
 class Once:
     """Whether what is made of weights is due: the first time inside `unchanged_weights`, and always outside."""
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from automodel_trainer.models import kernels
 from automodel_trainer.models.fp8 import convert_to_fp8
-from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora
+from automodel_trainer.models.kernels import KernelsConfig
+from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora, widened_fp8
 from automodel_trainer.models.lora.layers import LoRALinear, adapt_linear
 from automodel_trainer.models.lora.shared_input import layers_with_one_input
 from automodel_trainer.models.lora.widened import refresh
@@ -18,7 +22,9 @@ from automodel_trainer.models.packed_tensor import pack
 from automodel_trainer.strategies.compile import compile_blocks
 from tests.harness import relative_error
 from tests.models.test_fp8 import CPU, TOLERANCE, step
+from tests.models.test_lora_layouts import train as train_lora
 from tests.models.test_lora_peft import disturb
+from tests.pool import RankPool
 from tests.tiny import tiny_model
 
 TOKENS, INPUTS, SIZES = 40, 64, [(48, 5), (32, 3)]  # outputs and rank of two layers
@@ -118,3 +124,30 @@ def test_a_model_trains_as_its_full_precision_twin_does() -> None:
 def test_dropout_needs_base_and_update_apart() -> None:
     with pytest.raises(ValueError, match="in fp8, dropout needs base and update apart"):
         adapted(dropout=0.1)
+
+
+def train_counted(spec: str, world_size: int, base: Path) -> tuple[dict[str, Any], list[int]]:
+    """And of how many groups the factors were taken in, each time."""
+    counts: list[int] = []
+    border = widened_fp8._border
+
+    def counted(scale: Tensor, *args: Any) -> Any:
+        counts.append(len(scale))
+        return border(scale, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(widened_fp8, "_border", counted)
+        patch.setattr(kernels, "convert_to_fp8", partial(convert_to_fp8, emulate=True))
+        chosen = KernelsConfig(fp8="tensorwise", lora="widened", attention="eager")
+        return train_lora(spec, world_size, "bf16", base, {}, chosen), counts
+
+
+def test_factors_of_all_blocks_are_taken_in_at_once(pool: RankPool, tmp_path: Path) -> None:
+    """Once per optimizer step, though FSDP2 shows blocks their factors in bf16 one after the other."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    (exact,) = pool.run(1, train_lora, "ddp", 1, "fp32", tmp_path, {})
+    ((result, counts),) = pool.run(1, train_counted, "fsdp2:compile=true,compile_backend=aot_eager", 1, tmp_path)
+    assert counts == 3 * 4 * [2]  # steps; kinds of groups in a block (q, k, v; o; gate, up; down); blocks
+    assert result["losses"] == pytest.approx(exact["losses"], rel=1e-2)
+    together = [torch.cat([t.flatten() for t in run["trained"].values()]) for run in (result, exact)]
+    assert relative_error(*together) < TOLERANCE["tensorwise"]

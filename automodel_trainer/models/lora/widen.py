@@ -39,6 +39,7 @@ def widen_adapters(model: nn.Module, choice: str, groups: Sequence[Sequence[str]
             f"kernels lora='widened' fits no adapted layer here: {'; '.join(reasons)}. Leave it at 'auto'."
         )
     blocks = _blocks(model)
+    packed_groups: list[WidenedFp8] = []
     for names in [[name] for name in fit] if groups is None else groups:
         alike: dict[Any, list[LoRALinear]] = {}
         for layer in (fit[name] for name in names if name in fit):
@@ -46,7 +47,7 @@ def widen_adapters(model: nn.Module, choice: str, groups: Sequence[Sequence[str]
             alike.setdefault((blocks.get(id(layer)), type(weight), weight.dtype, weight.device), []).append(layer)
         for members in alike.values():
             packed = isinstance(members[0].weight, PackedTensor)
-            group = WidenedFp8(members) if packed else WidenedDense(members)
+            group = WidenedFp8(members, packed_groups) if packed else WidenedDense(members)
             for layer in members:
                 layer.widened = group
 
