@@ -8,6 +8,8 @@ Source: FP8 formats, arXiv 2209.05433.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ def pack(weight: Tensor, packing: str) -> Parts:
     The scale of a whole weight is a power of two, so that weights which are to have one scale can be given the largest:
     their codes are shifted, not rounded anew.
     """
-    scales = scale_of(weight, E4M3, _by_row(packing))
+    scales = scale_of([weight], E4M3, _by_row(packing))
     scales = scales if _by_row(packing) else scales.log2().ceil().exp2()
     codes = cast_with(weight, scales, E4M3)
     none = weight.new_empty(0, dtype=torch.float32)
@@ -76,13 +78,14 @@ class _Linear(torch.autograd.Function):
         return out.unflatten(0, gradient.shape[:-1]), None, None, None
 
 
-def scale_of(x: Tensor, dtype: torch.dtype, by_row: bool = False) -> Tensor:
-    """What the codes of x `[..., rows, n]` in `dtype` are to be multiplied with.
+def scale_of(parts: Sequence[Tensor], dtype: torch.dtype, by_row: bool = False) -> Tensor:
+    """What the codes in `dtype` of a matrix are to be multiplied with, whose parts `[..., rows, n]` lie side by side.
 
     Returns:
         fp32 `[..., 1, 1]`, or `[..., rows, 1]`.
     """
-    largest = x.abs().amax(dim=-1, keepdim=True)  # row by row, as what x is computed from is gone through already
+    # row by row, as what a part is computed from is gone through already
+    largest = reduce(torch.maximum, [part.abs().amax(dim=-1, keepdim=True) for part in parts])
     largest = largest if by_row else largest.amax(dim=-2, keepdim=True)
     return largest.float().clamp(min=1e-12) / torch.finfo(dtype).max
 
@@ -95,5 +98,5 @@ def cast_with(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _cast(x: Tensor, dtype: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor]:
     """`[rows, n]` as codes, and scales `[rows, 1]` or `[1, 1]` that multiply them back."""
-    scale = scale_of(x, dtype, by_row)
+    scale = scale_of([x], dtype, by_row)
     return cast_with(x, scale, dtype), scale

@@ -142,11 +142,15 @@ def train_counted(spec: str, world_size: int, base: Path) -> tuple[dict[str, Any
         return train_lora(spec, world_size, "bf16", base, {}, chosen), counts
 
 
-def test_factors_of_all_blocks_are_taken_in_at_once(pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "world_size"), [("", 1), ("dp_shard=1,dp_replicate=2,", 2)])
+def test_factors_of_all_blocks_are_taken_in_at_once(
+    pool: RankPool, tmp_path: Path, layout: str, world_size: int
+) -> None:
     """Once per optimizer step, though FSDP2 shows blocks their factors in bf16 one after the other."""
     tiny_model("llama").save_pretrained(tmp_path)
     (exact,) = pool.run(1, train_lora, "ddp", 1, "fp32", tmp_path, {})
-    ((result, counts),) = pool.run(1, train_counted, "fsdp2:compile=true,compile_backend=aot_eager", 1, tmp_path)
+    spec = f"fsdp2:{layout}compile=true,compile_backend=aot_eager"
+    result, counts = pool.run(world_size, train_counted, spec, world_size, tmp_path)[0]
     assert counts == 3 * 4 * [2]  # steps; kinds of groups in a block (q, k, v; o; gate, up; down); blocks
     assert result["losses"] == pytest.approx(exact["losses"], rel=1e-2)
     together = [torch.cat([t.flatten() for t in run["trained"].values()]) for run in (result, exact)]

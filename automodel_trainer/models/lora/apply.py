@@ -17,6 +17,7 @@ from automodel_trainer.models.lora.initialize import initialize_adapter
 from automodel_trainer.models.lora.layers import adapt_linear, adapt_parameter, adapters
 from automodel_trainer.models.lora.targets import Target, find_targets, kind, kinds, matches
 from automodel_trainer.models.lora.widen import widen_adapters
+from automodel_trainer.models.lora.widened_fp8 import WidenedFp8
 from automodel_trainer.models.quantize import pack_weights, prepare_packing
 
 
@@ -127,7 +128,10 @@ def describe_lora(model: nn.Module) -> str | None:
     text += "".join(f", {flag}" for flag, is_on in flags.items() if is_on)
     widened = [group for adapter in found if (group := getattr(adapter.module, "widened", None)) is not None]
     if widened:
-        text += f", {len(widened)} with their weights in {len({id(group) for group in widened})} matmuls"
+        groups = set(widened)
+        text += f", {len(widened)} with their weights in {len(groups)} matmuls"
+        more = sum(group.transposed.nbytes for group in groups if isinstance(group, WidenedFp8))
+        text += f" (weights by columns too: {more / 2**20:,.1f} MiB more)" if more else ""
     return text + (f"; trained whole: {', '.join(config.modules_to_save)}" if config.modules_to_save else "")
 
 

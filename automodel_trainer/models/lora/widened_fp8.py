@@ -26,20 +26,20 @@ from torch.distributed.tensor import DTensor
 from automodel_trainer.models._torch import scaled_matmul
 from automodel_trainer.models.fp8_weight import E4M3, E5M2, cast_with, scale_of
 from automodel_trainer.models.lora.layers import LoRALinear
-from automodel_trainer.models.lora.widened import ALIGNMENT, WidenedGroup, multiply_beside, places, with_room
+from automodel_trainer.models.lora.widened import ALIGNMENT, WidenedGroup, places
 from automodel_trainer.models.packed_tensor import PackedTensor
 from automodel_trainer.models.unchanged import weights_are_unchanged
 
-# Numbers of fp32 that a scale's place is a multiple of: compiled code copies inputs that do not begin at 16 bytes.
-_ALIGNED = 4
-
 
 class WidenedFp8(WidenedGroup):
-    """Weights held in fp8 ("tensorwise"), as one matrix of codes that is laid out as `WidenedDense`'s.
+    """Weights held in fp8 ("tensorwise"), one below the other, by rows and by columns.
 
-    Their adapters must have no dropout.
+    Units for fp8 take both operands along what is summed. To transpose weights in every backward would cost time, and
+    memory all the same: the compiler does it in the forward, and keeps the results. Adapters must have no dropout.
     """
 
+    codes: Tensor  # [W, B], `[out, in + columns]`
+    transposed: Tensor  # [W; A]ᵀ, `[in, out + columns]`
     scale: Tensor  # S, `[1, 1]`
     down: Tensor  # this and the next: see `_border`
     up: Tensor
@@ -52,8 +52,6 @@ class WidenedFp8(WidenedGroup):
         self.groups = [] if groups is None else groups
         self.groups.append(self)
         self.columns = self.rank + -self.rank % ALIGNMENT
-        shape = (self.outputs + self.columns, self.inputs + self.columns)
-        self.codes = torch.zeros(shape, dtype=torch.uint8, device=self.layers[0].weight.device)
         self._hold_weights()
 
     def take_in(self) -> None:
@@ -72,12 +70,14 @@ class WidenedFp8(WidenedGroup):
         """Weights that were moved or replaced."""
         held = [self.codes[rows, : self.inputs].data_ptr() for rows, _ in places(self.sizes)]
         if any(pointer != _packed(layer).parts.codes.data_ptr() for pointer, layer in zip(held, self.layers)):
-            self.codes = self.codes.to(self.layers[0].weight.device)
             self._hold_weights()
 
     @torch.no_grad()
     def _hold_weights(self) -> None:
-        """Take the weights in with one scale for all, and make them parts of the storage."""
+        """Take the weights in with one scale for all, and make them parts of `codes`."""
+        device = self.layers[0].weight.device
+        self.codes = torch.empty(self.outputs, self.inputs + self.columns, dtype=torch.uint8, device=device)
+        self.transposed = self.codes.new_empty(self.inputs, self.outputs + self.columns)
         self.scale = torch.stack([_packed(layer).parts.scales[0] for layer in self.layers]).amax().view(1, 1)
         for (rows, _), layer in zip(places(self.sizes), self.layers):
             weight = _packed(layer)
@@ -86,11 +86,12 @@ class WidenedFp8(WidenedGroup):
             parts = replace(weight.parts, codes=codes, scales=self.scale[0].expand(len(codes)).clone())
             held = PackedTensor(parts, weight.packing, weight.shape, weight.dtype)
             layer.weight = nn.Parameter(held, requires_grad=False)
+        self.transposed[:, : self.outputs] = self.codes[:, : self.inputs].mT
 
     def outputs_of(self, x: Tensor) -> Sequence[Tensor]:
         outputs = _Matmul.apply(
-            x.flatten(0, -2), self.codes, self.scale, self.down, self.up, self.of_a, self.of_b, self.sizes,
-            *self.factors(),
+            x.flatten(0, -2), self.codes, self.transposed, self.scale, self.down, self.up, self.of_a, self.of_b,
+            self.sizes, *self.factors(),
         )  # fmt: skip
         return [out.unflatten(0, x.shape[:-1]) for out in outputs]
 
@@ -115,9 +116,9 @@ def _take_in(groups: Sequence[WidenedFp8]) -> None:
         factors = [torch.stack([_local(f) for f in same]).to(dtype) for same in zip(*(g.factors() for g in members))]
         scales = torch.stack([group.scale for group in members])
         for group, *parts in zip(members, *border(scales, sizes, scalings, members[0].columns, *factors)):
-            group.down, group.up, group.of_a, group.of_b, of_rows, of_columns = parts
-            group.codes[group.outputs :, : group.inputs].copy_(of_rows)
-            group.codes[: group.outputs, group.inputs :].copy_(of_columns)
+            group.down, group.up, group.of_a, group.of_b, codes_of_a, codes_of_b = parts
+            group.transposed[:, group.outputs :].copy_(codes_of_a)
+            group.codes[:, group.inputs :].copy_(codes_of_b)
 
 
 def _is_whole(factor: Tensor) -> bool:
@@ -140,11 +141,11 @@ def _border(scale: Tensor, sizes: Any, scalings: Any, columns: int, *factors: Te
 
     Returns:
         of each group: what x `[t, in]` and the gradient `[t, out]` are multiplied with for the codes beside them,
-        `[columns, in]` and `[out, columns]`; what the gradients of each A and B have to be multiplied with,
-        `[layers, 1]` and no further rows of use; and the codes of As `[columns, in]` and Bs `[out, columns]`.
+        `[columns, in]` and `[out, columns]`; what the gradients of As and Bs have to be multiplied with, `[columns]`
+        each; and the codes of As `[in, columns]` and Bs `[out, columns]`.
     """
-    as_, bs, layers = factors[0::2], factors[1::2], len(sizes) + -len(sizes) % _ALIGNED
-    scales_a, scales_b = ([scale_of(factor, E4M3) for factor in part] for part in (as_, bs))
+    as_, bs, ranks = factors[0::2], factors[1::2], [rank for _, rank in sizes]
+    scales_a, scales_b = ([scale_of([factor], E4M3) for factor in part] for part in (as_, bs))
     down = [(a.float() * (s * of_b / scale)).to(a.dtype) for a, of_b, s in zip(as_, scales_b, scalings)]
     up = [(b.float() * (s * of_a / scale)).to(b.dtype) for b, of_a, s in zip(bs, scales_a, scalings)]
     rows = [cast_with(a, of_a, E4M3).view(torch.uint8) for a, of_a in zip(as_, scales_a)]
@@ -152,9 +153,9 @@ def _border(scale: Tensor, sizes: Any, scalings: Any, columns: int, *factors: Te
     return (
         _below(down, columns),
         _diagonal(up, columns),
-        _below([scale / of_a for of_a in scales_a], layers),
-        _below([scale / of_b for of_b in scales_b], layers),
-        _below(rows, columns),
+        _below([(scale / of_a).expand(-1, rank, 1) for of_a, rank in zip(scales_a, ranks)], columns)[..., 0],
+        _below([(scale / of_b).expand(-1, rank, 1) for of_b, rank in zip(scales_b, ranks)], columns)[..., 0],
+        _below(rows, columns).mT,
         _diagonal(blocks, columns),
     )
 
@@ -181,32 +182,31 @@ class _Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, down: Tensor, up: Tensor, of_a: Tensor,
-        of_b: Tensor, sizes: Any, *factors: Tensor,
+        ctx: Any, x: Tensor, codes: Tensor, transposed: Tensor, scale: Tensor, down: Tensor, up: Tensor,
+        of_a: Tensor, of_b: Tensor, sizes: Any, *factors: Tensor,
     ) -> Any:  # fmt: skip
-        ctx.sizes, inputs, outputs = sizes, x.shape[1], up.shape[0]
-        both = with_room([x], down.shape[0])
-        xa = multiply_beside(both, down, inputs)
-        of_x = torch.maximum(scale_of(x, E4M3), scale_of(xa, E4M3))
-        cast = cast_with(both, of_x, E4M3)
-        out = scaled_matmul(cast, codes[:outputs].view(E4M3).mT, of_x, scale, x.dtype)
-        ctx.save_for_backward(x, xa, codes, scale, up, of_a, of_b)
+        xa = x @ down.mT
+        of_x = scale_of([x, xa], E4M3)
+        out = scaled_matmul(_beside([x, xa], of_x, E4M3), codes.view(E4M3).mT, of_x, scale, x.dtype)
+        ctx.sizes = sizes
+        ctx.save_for_backward(x, (xa * of_b).to(x.dtype), transposed, scale, up, of_a)
         return out.split([out for out, _ in sizes], 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, xa, codes, scale, up, of_a, of_b = ctx.saved_tensors
-        inputs, outputs = x.shape[1], up.shape[0]
-        both = with_room(gradients, xa.shape[1])
-        beside = multiply_beside(both, up.mT, outputs)
-        of_gradient = torch.stack([scale_of(part, E5M2) for part in (*gradients, beside)]).amax(0)
-        cast = cast_with(both, of_gradient, E5M2)
-        # fp8 matmuls take their second operand by columns.
-        columns = codes[:, :inputs].mT.contiguous().view(E4M3).mT
-        of_x = scaled_matmul(cast, columns, of_gradient, scale, x.dtype)
-        as_ = beside.mT @ x
-        of_factors = []
-        for index, (rows, ranks) in enumerate(places(ctx.sizes)):
-            of_factors.append(as_[ranks] * of_a[index])
-            of_factors.append((both[:, rows].mT @ xa[:, ranks]) * of_b[index])
-        return of_x, None, None, None, None, None, None, None, *of_factors
+        x, xa, transposed, scale, up, of_a = ctx.saved_tensors
+        (first, *others), parts = gradients, places(ctx.sizes)
+        ga = first @ up[parts[0][0]]
+        for gradient, (rows, _) in zip(others, parts[1:]):
+            ga = torch.addmm(ga, gradient, up[rows])
+        of_gradient = scale_of([*gradients, ga], E5M2)
+        cast = _beside([*gradients, ga], of_gradient, E5M2)
+        of_x = scaled_matmul(cast, transposed.view(E4M3).mT, of_gradient, scale, x.dtype)
+        of_as = ((ga * of_a).to(x.dtype)[:, : parts[-1][1].stop].mT @ x).split([rank for _, rank in ctx.sizes])
+        of_bs = [gradient.mT @ xa[:, ranks] for gradient, (_, ranks) in zip(gradients, parts)]
+        return of_x, *[None] * 8, *(factor for pair in zip(of_as, of_bs) for factor in pair)
+
+
+def _beside(parts: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes of parts `[t, …]` side by side, written by one pass over them."""
+    return torch.cat([cast_with(part, scale, dtype).view(torch.uint8) for part in parts], 1).view(dtype)
