@@ -144,8 +144,8 @@ class Pipeline:
     def forward(self, stage: Stage, micro_batch: int, hidden: Tensor | None) -> Tensor:
         assert self._runner is not None
         output = self._runner.forward(stage, micro_batch, hidden)
-        if stage.last:
-            return output
+        if stage.last:  # torch keeps the losses until the next step, and detaches what is no view from its graph
+            return unviewed(output)
         if not output.requires_grad:  # nothing to train up to here; what is received for it is let go
             return output.detach().requires_grad_()
         return unviewed(output.contiguous())  # the halves of a split backward cannot be told apart through a view

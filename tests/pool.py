@@ -28,6 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor._collective_utils import MeshTopoInfo
+from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 SIZE = 4
@@ -114,9 +116,10 @@ def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
     meet_at_once()
     mp.set_start_method("fork", force=True)  # of data workers, as in a process of its own
     gc.set_threshold(20_000, 10, 10)  # a seventh of a job's time went into looking for garbage
-    gc.freeze()  # so that what a job leaves is quickly found
     while True:
         world_size, port, function, args, kwargs = jobs.get()
+        gc.collect()  # what the job before had not quite let go of at its end; once frozen it would stay for good
+        gc.freeze()  # so that what this job leaves is quickly found
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -134,11 +137,21 @@ def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-                _clear_sharding_prop_cache()  # it hands out meshes that equal a new one but name dead groups
+                forget_meshes()
         args, kwargs = (), {}
         gc.collect()  # a process group has threads and connections until nothing refers to it
-        gc.freeze()
         results.put((rank, result, error))
+
+
+def forget_meshes() -> None:
+    """Empty DTensor's caches: each holds the meshes that it has seen, and they the groups, which have threads.
+
+    That of sharding also hands out meshes that equal a new one but name dead groups.
+    """
+    _clear_sharding_prop_cache()
+    clear_redistribute_planner_cache()
+    _gen_transform_infos.cache_clear()
+    MeshTopoInfo.build_from_mesh.cache_clear()
 
 
 def end_with_parent() -> None:

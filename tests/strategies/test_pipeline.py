@@ -6,6 +6,8 @@ docs/pipeline_matrix.py runs all of it.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -93,3 +95,21 @@ TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 def test_parity(pool: RankPool, spec: str, world_size: int, family: str, options: dict[str, Any]) -> None:
     expected = reference(family, **options)
     check(pool.run(world_size, train, spec, world_size, family, **options), expected)
+
+
+def let_go(spec: str, world_size: int) -> bool:
+    """Whether the model of a strategy is gone with it after a step."""
+    strategy = make_strategy(spec, world_size)
+    model = strategy.parallelize(build("llama", lora=False))
+    micro_batches = [stack(random_rows(2, 13, seed=seed)) for seed in range(4)]
+    strategy.forward_backward(NextToken(model), micro_batches, torch.tensor(1))
+    alive = weakref.ref(model)
+    del strategy, model
+    gc.collect()
+    return alive() is None
+
+
+@pytest.mark.parametrize("spec", ["3d:pp=2", "3d:pp=2,schedule=zbv", "3d:pp=2,cp=2,activation_checkpointing=full"])
+def test_the_model_is_let_go_with_the_strategy(pool: RankPool, spec: str) -> None:
+    """A loss that is kept with its graph would keep the model for good: no garbage collector looks through a graph."""
+    assert pool.run(4, let_go, spec, 4) == [True] * 4
