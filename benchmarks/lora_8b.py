@@ -75,7 +75,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
             if self.profiler:
                 synchronize()
                 self.profiler.stop()
-            self.ends.append(Moment())
+            self.ends.append(Moment(wait=not self.ends))
 
         def on_train_end(self, trainer: Any, *_: Any) -> None:
             self.loss = float(trainer.callback_metrics["train_loss"])
@@ -195,15 +195,17 @@ def loop(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        ends.append(Moment())
+        ends.append(Moment(wait=not ends))
     return figures(args, began, ends, float(total) / args.steps)
 
 
 class Moment:
     """When the device has done all that it was given so far. Nobody waits for it, as nobody does in training."""
 
-    def __init__(self) -> None:
+    def __init__(self, wait: bool = False) -> None:
         self.event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else None
+        if wait:
+            synchronize()
         self.time = time.perf_counter()
         if self.event is not None:
             self.event.record()
@@ -217,13 +219,18 @@ class Moment:
 
 
 def figures(args: argparse.Namespace, began: float, ends: list[Moment], loss: float) -> dict[str, Any]:
-    """Of the steps after the third: the median, and the distance of the slowest and the fastest of them by it."""
+    """Of the steps after the third: the median, and the distance of the slowest and the fastest of them by it.
+
+    And how far the host was ahead of the device when it had asked for all of a step, at least; it waited at the first.
+    """
+    ahead = [end.since(ends[0]) - (end.time - ends[0].time) for end in ends[2:]]
     steady = sorted(after.since(before) for before, after in pairwise(ends[2:]))
     median = steady[len(steady) // 2]
     return {
         "tokens_per_second": round(ROWS * ACCUMULATION * args.seq_len / median, 1),
         "spread": round((steady[-1] - steady[0]) / median, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else 0,
+        "host_ahead_ms": round(min(ahead) * 1e3, 1),
         "until_first_step_s": round(ends[0].time - began, 1),
         "mean_loss": round(loss, 4),
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ _ELEMENTWISE = {torch.tanh, torch.mul, torch.div, torch.true_divide}
 _deferring = False  # a plain global: on CUDA, backward may recompute in threads of its own
 
 
+@dataclass(eq=False, repr=False)
 class DeferredLogits:
     """Stands for `[..., v]` logits.
 
@@ -32,8 +34,10 @@ class DeferredLogits:
         changes: what is done to logits after that, each element by itself.
     """
 
-    def __init__(self, hidden: Tensor, head: _Change, layer: nn.Module, changes: tuple[_Change, ...] = ()) -> None:
-        self.hidden, self.head, self.layer, self.changes = hidden, head, layer, changes
+    hidden: Tensor
+    head: _Change
+    layer: nn.Module
+    changes: tuple[_Change, ...] = ()
 
     @property
     def plain_weight(self) -> Tensor | None:
@@ -97,7 +101,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-# Sharding puts hooks on the tensors in a model's outputs: they shall find the hidden states.
+# Sharding puts hooks on the tensors in a model's outputs: they shall find the hidden states. FSDP2 looks for them in
+# dataclasses; before torch 2.13, in pytrees.
 pytree.register_pytree_node(
     DeferredLogits,
     lambda logits: ([logits.hidden], (logits.head, logits.layer, logits.changes)),
