@@ -284,6 +284,7 @@ SECTIONS: dict[str, Callable[[dict[str, int]], Section]] = {
 MODELS: dict[str, dict[str, Any]] = {  # the first is the reference
     "eager fp32": {"precision": "32-true", "attention": "eager", "loss": "whole"},
     "auto, compiled": {"compile": True},
+    "norm te, compiled": {"compile": True, "norm": "te"},
     "all te, compiled": {"compile": True, "attention": "te", "norm": "te", "linear": "te"},
     "all liger, compiled": {"compile": True, "norm": "liger", "activation": "liger", "rope": "liger", "loss": "liger"},
     "linear te": {"linear": "te"},

@@ -221,16 +221,17 @@ class Moment:
 def figures(args: argparse.Namespace, began: float, ends: list[Moment], loss: float) -> dict[str, Any]:
     """Of the steps after the third: the median, and the distance of the slowest and the fastest of them by it.
 
-    And how far the host was ahead of the device when it had asked for all of a step, at least; it waited at the first.
+    And how far the host was ahead of the device when it had asked for all of a step (the median of the same steps); it
+    waited at the first.
     """
-    ahead = [end.since(ends[0]) - (end.time - ends[0].time) for end in ends[2:]]
+    ahead = sorted(end.since(ends[0]) - (end.time - ends[0].time) for end in ends[2:])
     steady = sorted(after.since(before) for before, after in pairwise(ends[2:]))
     median = steady[len(steady) // 2]
     return {
         "tokens_per_second": round(ROWS * ACCUMULATION * args.seq_len / median, 1),
         "spread": round((steady[-1] - steady[0]) / median, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else 0,
-        "host_ahead_ms": round(min(ahead) * 1e3, 1),
+        "host_ahead_ms": round(ahead[len(ahead) // 2] * 1e3, 1),
         "until_first_step_s": round(ends[0].time - began, 1),
         "mean_loss": round(loss, 4),
     }

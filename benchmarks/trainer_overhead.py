@@ -215,6 +215,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 run(options, clock, folder)
             clocks[kind].append(clock)
+            if not options.json:
+                rounds = ", ".join(f"{1e3 * a:.1f}/{1e3 * b:.1f}" for a, b in zip(clock.trainer, clock.bare))
+                print(f"{kind:10} ms a step in Trainer/bare loop, round by round: {rounds}", flush=True)
     report({kind: summary(runs) for kind, runs in clocks.items()}, options.json)
 
 

@@ -232,12 +232,9 @@ class FSDP2Strategy(MeshStrategy):
         if self.shard_mesh.size(self.shard_mesh.ndim - 1) == 1:
             options["ignored_params"] = self._left_alone(model)
             self._keeps_copies = _small(model, self.dtypes.compute, options["ignored_params"])
-        # Adapters alone, with nobody to gather them from, are one unit: block by block the host would take longer to
-        # ask for their copies than the device to compute the block.
-        one_unit = self._keeps_copies and bool(options["ignored_params"])
-        blocks, embedding = ([], []) if one_unit else (find_blocks(model), untied_input_embedding(model))
+        blocks = find_blocks(model)
         reshard = self.reshard_after_forward and not self._keeps_copies
-        for unit in (*blocks, *embedding):
+        for unit in (*blocks, *untied_input_embedding(model)):
             fully_shard(unit, reshard_after_forward=reshard, **options)
         # The root holds what is left (final norm, head, tied embedding). It stays gathered between forward and
         # backward: backward begins where forward ended.

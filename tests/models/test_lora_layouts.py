@@ -166,7 +166,6 @@ def fit(
 
 
 def test_bf16_trains_as_fp32_does(bases: Path, tmp_path: Path) -> None:
-    """On one device adapters are one unit, whose gradients FSDP2 takes when it sees the model's output come back."""
     runs = [fit(bases / "dense", tmp_path / precision, 6, 6, precision=precision) for precision in ("bf16", "fp32")]
     assert runs[0]["losses"] == pytest.approx(runs[1]["losses"], rel=5e-3)
     trained = [
