@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from automodel_trainer.models._torch import scaled_matmul
+from automodel_trainer.models.in_backward import in_backward
 from automodel_trainer.models.nf4 import Parts
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -72,8 +73,8 @@ class _Linear(torch.autograd.Function):
         else:
             cast, of_gradient = _cast(rows, E5M2, by_row=False)
             of_weight = scales[:1, None]
-        # fp8 matmuls take their second operand by columns.
-        columns = codes.mT.contiguous().view(E4M3).mT
+        # fp8 matmuls take their second operand by columns
+        columns = in_backward(codes, gradient).mT.contiguous().view(E4M3).mT
         out = scaled_matmul(cast, columns, of_gradient, of_weight, gradient.dtype)
         return out.unflatten(0, gradient.shape[:-1]), None, None, None
 

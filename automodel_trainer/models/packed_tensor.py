@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from automodel_trainer.models import _bitsandbytes, _torchao, fp8_weight
+from automodel_trainer.models.in_backward import in_backward
 from automodel_trainer.models.nf4 import Parts
 
 _NAMES = [field.name for field in fields(Parts)]
@@ -177,7 +178,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        return gradient @ weight.get_original_weight().to(gradient.dtype), None
+        packed = {
+            name: in_backward(part, gradient)
+            for name in ("codes", "scales")
+            if not (part := getattr(weight.parts, name)).is_floating_point()
+        }
+        parts = replace(weight.parts, **packed)
+        dense = _LIBRARIES[weight.packing].unpack(parts, weight.dtype).view(weight.shape)
+        return gradient @ dense.to(gradient.dtype), None
 
 
 def _linear(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) -> Tensor:
