@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ _ELEMENTWISE = {torch.tanh, torch.mul, torch.div, torch.true_divide}
 _deferring = False  # a plain global: on CUDA, backward may recompute in threads of its own
 
 
-@dataclass(eq=False, repr=False)
 class DeferredLogits:
     """Stands for `[..., v]` logits.
 
@@ -34,10 +32,8 @@ class DeferredLogits:
         changes: what is done to logits after that, each element by itself.
     """
 
-    hidden: Tensor
-    head: _Change
-    layer: nn.Module
-    changes: tuple[_Change, ...] = ()
+    def __init__(self, hidden: Tensor, head: _Change, layer: nn.Module, changes: tuple[_Change, ...] = ()) -> None:
+        self.hidden, self.head, self.layer, self.changes = hidden, head, layer, changes
 
     @property
     def plain_weight(self) -> Tensor | None:
@@ -101,8 +97,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-# Sharding puts hooks on the tensors in a model's outputs: they shall find the hidden states. FSDP2 looks for them in
-# dataclasses; before torch 2.13, in pytrees.
+# Sharding puts hooks on the tensors in a model's outputs: they shall find the hidden states. (Since torch 2.13 FSDP2
+# looks in dataclasses alone, and would warn of these, which are often a view. It finds its blocks' outputs, which is
+# enough: what the outermost unit holds stays gathered until the backward has passed.)
 pytree.register_pytree_node(
     DeferredLogits,
     lambda logits: ([logits.hidden], (logits.head, logits.layer, logits.changes)),
