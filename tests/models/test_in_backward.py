@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 from automodel_trainer.models import fp8_weight
+from automodel_trainer.models.lora.layers import adapt_linear
 from automodel_trainer.models.packed_tensor import pack
 from tests.beside import use
 
@@ -53,3 +54,24 @@ def test_a_compiled_forward_keeps_weights_packed(packing: str, monkeypatch: pyte
     assert x.grad is not None
     assert kept  # activations
     assert all(value.numel() in (1, ROWS, ROWS * SIZE) for value in kept)
+
+
+def test_dora_with_dropout_keeps_weights_packed() -> None:
+    use("torchao")
+    layer: Any = nn.Linear(SIZE, SIZE, bias=False)
+    layer.weight = nn.Parameter(pack(torch.randn(SIZE, SIZE), "nf4", 256), requires_grad=False)
+    adapt_linear(layer, 4, 1.0, dropout=0.5, dora=True, dtype=torch.float32)
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if type(tensor) is Tensor:
+            kept.append(tensor.numel())
+        return tensor
+
+    x = torch.randn(ROWS, SIZE, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = layer.train()(x)
+    assert kept
+    assert max(kept) == ROWS * SIZE
+    out.sum().backward()
+    assert x.grad is not None

@@ -54,7 +54,7 @@ class LoRALinear(nn.Linear):
         scale = self.lora_magnitude_vector / direction_norm(weight, a, b, self.scaling)  # type: ignore[arg-type, operator]
         if self.drops:
             x = self.after_dropout(x)
-            straight = F.linear(x.to(weight.dtype), weight)
+            straight = F.linear(x.to(weight.dtype), self.weight)  # backward keeps a packed weight packed
         else:
             straight = base if self.bias is None else base - self.bias
         change = (scale - 1) * straight + scale * low_rank(x, a, b, self.scaling)
