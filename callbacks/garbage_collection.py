@@ -30,6 +30,11 @@ class GarbageCollection(Callback):
         self._scheduled = self._frozen = False
         self._step = 0
 
+    @property
+    def active(self) -> bool:
+        """Whether it collects: not where the caller has switched Python's collector off."""
+        return bool(self.every_n_steps) and (self._scheduled or gc.isenabled())
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

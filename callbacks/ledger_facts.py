@@ -134,7 +134,10 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "data": _data(trainer),
         "watchdog": next((c.silence for c in trainer.callbacks if isinstance(c, Watchdog) and c.active), None),  # type: ignore[attr-defined]
         "allocator": allocator_of(strategy.root_device) if isinstance(strategy, MeshStrategy) else None,
-        "garbage_collection": next((c.every_n_steps for c in trainer.callbacks if isinstance(c, GarbageCollection)), 0),  # type: ignore[attr-defined]
+        "garbage_collection": next(
+            (c.every_n_steps for c in trainer.callbacks if isinstance(c, GarbageCollection) and c.active),  # type: ignore[attr-defined]
+            0,
+        ),
         "checkpoints": str(folder) if folder else None,
     }
 

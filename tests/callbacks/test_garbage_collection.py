@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ def fit(folder: Path, collection: GarbageCollection, watch: Watch, steps: int = 
     return trainer
 
 
+def in_ledger(folder: Path) -> int:
+    return json.loads((folder / "ledger.json").read_text())["run"]["garbage_collection"]
+
+
 def test_every_few_steps_and_only_then(tmp_path: Path) -> None:
     frozen, watch = gc.get_freeze_count(), Watch()
     fit(tmp_path, GarbageCollection(every_n_steps=3), watch)
@@ -58,6 +63,7 @@ def test_every_few_steps_and_only_then(tmp_path: Path) -> None:
     assert watch.alive[2:] == [first + 1, first, first + 1, first + 2]
     assert gc.isenabled()
     assert gc.get_freeze_count() == frozen
+    assert in_ledger(tmp_path) == 3
 
 
 def test_python_has_it_back_after_an_error(tmp_path: Path) -> None:
@@ -82,6 +88,7 @@ def test_who_has_switched_it_off_is_left_alone(tmp_path: Path) -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+    assert in_ledger(tmp_path) == 0
 
 
 def test_a_number_that_means_nothing() -> None:
