@@ -39,7 +39,7 @@ class GarbageCollection(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if not self.every_n_steps or step == self._step:  # no optimizer step: the batch was one of several
+        if not self.active or step == self._step:  # no optimizer step: the batch was one of several
             return
         self._step = step
         if not self._scheduled:
@@ -48,8 +48,6 @@ class GarbageCollection(Callback):
             gc.collect()
 
     def _start(self, trainer: pl.Trainer) -> None:
-        if not gc.isenabled():
-            return  # somebody else's affair
         if trainer.strategy.root_device.type != "cpu":
             gc.collect()  # what is frozen is never freed, and what compilation left may hold the device's memory
         if gc.get_freeze_count() == 0:  # else the caller keeps things out of sight, and would lose that in the end

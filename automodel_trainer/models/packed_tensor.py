@@ -178,14 +178,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        packed = {
-            name: in_backward(part, gradient)
-            for name in ("codes", "scales")
-            if not (part := getattr(weight.parts, name)).is_floating_point()
-        }
-        parts = replace(weight.parts, **packed)
-        dense = _LIBRARIES[weight.packing].unpack(parts, weight.dtype).view(weight.shape)
-        return gradient @ dense.to(gradient.dtype), None
+        here = weight.remade(lambda part: part if part.is_floating_point() else in_backward(part, gradient))
+        return gradient @ here.get_original_weight().to(gradient.dtype), None
 
 
 def _linear(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) -> Tensor:

@@ -86,13 +86,13 @@ def test_b_begins_as_zero() -> None:
     assert relative_error(members[0].lora_B.weight.grad, reference) < 1e-5
 
 
-def adapted(fp8: bool = True, dropout: float = 0.0) -> Any:
+def adapted(fp8: bool = True, dropout: float = 0.0, kernel: str = "widened") -> Any:
     model = tiny_model("llama")
     apply_lora(model, LoRAConfig(rank=4, dropout=dropout))
     if fp8:
         convert_to_fp8(model, "tensorwise", CPU, emulate=True)
         names = [adapter.target for adapter in adapters(model)]
-        model.lora_kernel = "widened", layers_with_one_input(model, names)
+        model.lora_kernel = kernel, layers_with_one_input(model, names)
     finish_lora(model)
     disturb(model)
     for adapter in adapters(model):  # an update as large as the weight would be as far off as the weight is
@@ -124,6 +124,9 @@ def test_a_model_trains_as_its_full_precision_twin_does() -> None:
 def test_dropout_needs_base_and_update_apart() -> None:
     with pytest.raises(ValueError, match="in fp8, dropout needs base and update apart"):
         adapted(dropout=0.1)
+    torch.manual_seed(0)
+    loss, _ = step(adapted(dropout=0.9, kernel="separate"))
+    assert abs(loss - step(adapted())[0]) > 1e-3
 
 
 def train_counted(spec: str, world_size: int, base: Path) -> tuple[dict[str, Any], list[int]]:

@@ -61,10 +61,6 @@ class WidenedGroup:
         """A, B of every layer."""
         return [factor for layer in self.layers for factor in (layer.lora_A.weight, layer.lora_B.weight)]
 
-    @property
-    def drops(self) -> bool:
-        return any(layer.drops for layer in self.layers)
-
     def output_of(self, layer: LoRALinear, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]`. The first layer of the group that asks computes for all."""
         index = self.layers.index(layer)
@@ -124,7 +120,8 @@ class WidenedDense(WidenedGroup):
 
     def outputs_of(self, x: Tensor) -> Sequence[Tensor]:
         scalings = tuple(layer.scaling for layer in self.layers)
-        xa = self._after_dropout(x).flatten(0, -2) if self.drops else None
+        drops = any(layer.drops for layer in self.layers)
+        xa = self._after_dropout(x).flatten(0, -2) if drops else None
         outputs = _Matmul.apply(x.flatten(0, -2), xa, self.storage, self.sizes, scalings, *self.factors())
         return [out.unflatten(0, x.shape[:-1]) for out in outputs]
 

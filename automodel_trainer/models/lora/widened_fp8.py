@@ -34,8 +34,8 @@ from automodel_trainer.models.unchanged import weights_are_unchanged
 class WidenedFp8(WidenedGroup):
     """Weights held in fp8 ("tensorwise"), one below the other, by rows and by columns.
 
-    Units for fp8 take both operands along what is summed. To transpose weights in every backward would cost time, and
-    memory all the same: the compiler does it in the forward, and keeps the results. Adapters must have no dropout.
+    Units for fp8 take both operands along what is summed: held once, weights would have to be transposed in every
+    backward. Adapters must have no dropout.
     """
 
     codes: Tensor  # [W, B], `[out, in + columns]`
