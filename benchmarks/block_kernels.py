@@ -42,7 +42,8 @@ from triton.backends.compiler import GPUTarget
 from automodel_trainer.models import fp8_weight
 from automodel_trainer.models.fp8 import convert_to_fp8
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
-from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora, widened_fp8
+from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora, widened, widened_fp8
+from automodel_trainer.models.lora.layers import let_adapters_cast
 from automodel_trainer.strategies.compile import compile_blocks
 
 ROWS, LENGTH = 2, 4096
@@ -73,12 +74,17 @@ def attention_backward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     return laid_out(q), laid_out(k), laid_out(v)
 
 
+@torch.library.custom_op("block_kernels::matmul_into", mutates_args=(), tags=[torch.Tag.flexible_layout])
+def matmul_into(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
+
+
 @torch.library.custom_op("block_kernels::fp8_matmul", mutates_args=())
 def fp8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
     return torch.empty(a.shape[0], b.shape[1], dtype=torch.bfloat16, device=a.device)
 
 
-for operation in (attention, attention_backward, fp8_matmul):
+for operation in (attention, attention_backward, matmul_into, fp8_matmul):
     operation.register_fake(operation._init_fn)
 attention.register_autograd(
     lambda ctx, _: attention_backward(*ctx.saved_tensors),
@@ -168,7 +174,8 @@ def generated(fp8: bool) -> list[tuple[bool, str]]:
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.config._attn_implementation = "block_kernels"
-        apply_lora(model, LoRAConfig(rank=16, alpha=32), torch.bfloat16, torch.bfloat16)
+        apply_lora(model, LoRAConfig(rank=16, alpha=32), torch.bfloat16, torch.float32)
+        let_adapters_cast(model, torch.bfloat16)
         if fp8:
             convert_to_fp8(model, "tensorwise", CPU, emulate=True)
         apply_kernels(model, KernelsConfig(attention="block_kernels", lora="widened"), CPU)
@@ -197,6 +204,7 @@ def main() -> None:
     parser.add_argument("--fp8", action="store_true", help="frozen weights held in fp8, tensorwise")
     arguments = parser.parse_args()
     triton.runtime.driver.set_active(Driver())
+    widened.matmul_into = widened_fp8.matmul_into = matmul_into  # type: ignore[attr-defined]
     fp8_weight.scaled_matmul = widened_fp8.scaled_matmul = lambda *args: fp8_matmul(*args[:4])
     total = 0.0
     with inductor.patch(fx_graph_cache=False, benchmark_kernel=True, compile_threads=1):

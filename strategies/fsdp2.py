@@ -17,9 +17,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
+from automodel_trainer.models.lora.layers import adapters, let_adapters_cast
 from automodel_trainer.models.quantize import packed_weights
 from automodel_trainer.strategies import gradient_reduction
 from automodel_trainer.strategies._torch import StridedShard
+from automodel_trainer.strategies.added_at_once import added_at_once
 from automodel_trainer.strategies.async_tp import enable_async_tp
 from automodel_trainer.strategies.base import MeshStrategy, MicroBatch, Objective, Part
 from automodel_trainer.strategies.blocks import find_blocks, untied_input_embedding
@@ -42,7 +44,7 @@ class FSDP2Strategy(MeshStrategy):
 
     Every block of the model is one unit: its parameters are gathered before its forward and backward and freed after.
     On one device nothing needs sharding, and `fully_shard` is applied only for what else it does: mixed precision and
-    CPU offload.
+    CPU offload. Where adapters are all that is trained there, they cast themselves.
 
     Args:
         dp_shard: ranks to shard over; -1 takes all that are left.
@@ -101,6 +103,7 @@ class FSDP2Strategy(MeshStrategy):
         self.async_tp = async_tp
         self._check_replicas = False
         self._keeps_copies = False
+        self._adapters: set[nn.Parameter] = set()
         self.reshard_after_forward = reshard_after_forward
         self.forward_prefetch = forward_prefetch
         self.backward_prefetch = backward_prefetch
@@ -128,6 +131,7 @@ class FSDP2Strategy(MeshStrategy):
     def forget_run(self) -> None:
         super().forget_run()
         self._context = None
+        self._adapters = set()
 
     def convert_precision(self, plugin: Precision) -> Precision:
         check_plugin(plugin)
@@ -230,7 +234,8 @@ class FSDP2Strategy(MeshStrategy):
             "offload_policy": offload if self.cpu_offload else OffloadPolicy(),
         }
         if self.shard_mesh.size(self.shard_mesh.ndim - 1) == 1:
-            options["ignored_params"] = self._left_alone(model)
+            self._adapters = self._adapters_alone(model)
+            options["ignored_params"] = self._left_alone(model) | self._adapters
             self._keeps_copies = _small(model, self.dtypes.compute, options["ignored_params"])
         blocks = find_blocks(model)
         reshard = self.reshard_after_forward and not self._keeps_copies
@@ -243,6 +248,18 @@ class FSDP2Strategy(MeshStrategy):
         gather_in_fp8(self, model)
         if sum_gradients:
             gradient_reduction.sum_gradients(model)
+
+    def _adapters_alone(self, model: nn.Module) -> set[nn.Parameter]:
+        """Adapters, where one device trains nothing else: FSDP2 would copy hundreds of small parameters one by one, and
+        as many gradients. They cast themselves."""
+        own = self.lightning_module is not None and not isinstance(self.lightning_module, Objective)
+        if self.world_size > 1 or self.cpu_offload or own:  # an optimizer of a user's own may have shards beside them
+            return set()
+        found = {parameter for adapter in adapters(model) for parameter in adapter.parameters}
+        if found != {parameter for parameter in model.parameters() if parameter.requires_grad}:
+            return set()
+        let_adapters_cast(model, self.dtypes.compute)
+        return found
 
     def _left_alone(self, model: nn.Module) -> set[nn.Parameter]:
         """Where there is nothing to gather: what FSDP2 would copy for nothing before every use (frozen weights in the
@@ -344,7 +361,8 @@ class FSDP2Strategy(MeshStrategy):
             model.set_requires_gradient_sync(last or self.sync_every_micro_batch)
             model.set_is_last_backward(last)
             model.set_reshard_after_backward(last or not self._keeps_copies)
-        yield
+        with added_at_once(self._adapters):
+            yield
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.tensor import DTensor
 
 from automodel_trainer import CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.callbacks.ledger_text import ledger_rows
@@ -73,6 +74,7 @@ def train(
         "norms": norms,
         "trained": {name: whole(p).clone() for name, p in trained_tensors(model).items()},
         "held": sum(local_tensor(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters()),
+        "sharded": any(isinstance(p, DTensor) for p in parameters),
         "dtypes": {(p.requires_grad, str(p.dtype)) for p in model.parameters()},
     }
 
@@ -104,25 +106,30 @@ COMPILED = "fsdp2:compile=true,compile_backend=aot_eager"
 
 
 @pytest.mark.parametrize(
-    ("spec", "world_size", "kernel"),
+    ("spec", "world_size", "kernel", "kind"),
     [
-        ("fsdp2", 1, "separate"),
-        ("fsdp2", 2, "separate"),
-        (COMPILED, 1, "widened"),
-        (f"{COMPILED},activation_checkpointing=full", 1, "widened"),
+        ("fsdp2", 1, "separate", "plain"),
+        ("fsdp2", 1, "separate", "experts"),
+        ("fsdp2", 1, "separate", "dora"),
+        ("fsdp2", 1, "separate", "dora-head"),
+        ("fsdp2", 2, "separate", "plain"),
+        (COMPILED, 1, "widened", "plain"),
+        (f"{COMPILED},activation_checkpointing=full", 1, "widened", "plain"),
     ],
 )
 def test_bf16_holds_the_base_in_bf16_and_adapters_in_fp32(
-    pool: RankPool, bases: Path, spec: str, world_size: int, kernel: str
+    pool: RankPool, bases: Path, spec: str, world_size: int, kernel: str, kind: str
 ) -> None:
-    """On one device the adapters' copies in bf16 live for an optimizer step: the next step's must be others."""
-    (exact,) = pool.run(1, train, "ddp", 1, "fp32", bases / "dense", {})
-    kernels = KernelsConfig(lora=kernel)
-    result = pool.run(world_size, train, spec, world_size, "bf16", bases / "dense", {}, kernels)[0]
+    """On one device nobody but the adapters themselves casts them, unless other parameters are trained too."""
+    family, lora, _ = KINDS.get(kind, ("dense", {"use_dora": True}, []))
+    (exact,) = pool.run(1, train, "ddp", 1, "fp32", bases / family, lora)
+    kernels = KernelsConfig(lora=kernel) if kind == "plain" else None
+    result = pool.run(world_size, train, spec, world_size, "bf16", bases / family, lora, kernels)[0]
+    assert result["sharded"] == (world_size > 1 or kind == "dora-head")
     assert result["dtypes"] == {(True, "torch.float32"), (False, "torch.bfloat16")}
     assert result["losses"] == pytest.approx(exact["losses"], rel=5e-3)
     together = [torch.cat([t.flatten() for t in run["trained"].values()]) for run in (result, exact)]
-    assert relative_error(*together) < 0.02
+    assert relative_error(*together) < (0.03 if kind == "experts" else 0.02)  # some tokens are routed otherwise
 
 
 # --- through the Trainer ----------------------------------------------------------------------------------------------

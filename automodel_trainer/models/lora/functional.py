@@ -24,6 +24,13 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return F.linear(F.linear(x, a), b) * scaling
 
 
+def matmul_into(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`; on a GPU a wider one is written without being rounded to theirs first."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
 def expert_factors(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """One adapter per expert out of PEFT's stacked ones.
 

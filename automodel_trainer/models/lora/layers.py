@@ -28,15 +28,27 @@ class LoRALinear(nn.Linear):
     scaling: float
     lora_dropout: float
     widened: WidenedGroup | None
+    compute_dtype: torch.dtype | None = None  # that its parameters are cast to; None: they compute as they are
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.lora_A.weight, self.lora_B.weight
         if self.widened is not None and self.widened.takes(x):
             return self.widened.output_of(self, x)
         base = super().forward(x)
         if self.lora_magnitude_vector is not None:
             return self._dora(x, base)
-        return base + low_rank(self.after_dropout(x), a, b, self.scaling).to(base.dtype)
+        return base + low_rank(self.after_dropout(x), *self.factors(), self.scaling).to(base.dtype)
+
+    def held_factors(self) -> tuple[Tensor, Tensor]:
+        """A `[rank, in]` and B `[out, rank]`."""
+        return self.lora_A.weight, self.lora_B.weight
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as they compute."""
+        a, b = self.held_factors()
+        return self._cast(a), self._cast(b)
+
+    def _cast(self, parameter: Tensor) -> Tensor:
+        return parameter if self.compute_dtype is None else parameter.to(self.compute_dtype)
 
     @property
     def drops(self) -> bool:
@@ -49,9 +61,10 @@ class LoRALinear(nn.Linear):
 
     def _dora(self, x: Tensor, base: Tensor) -> Tensor:
         """magnitude · (W + s·B·A)·x / ‖W + s·B·A‖, written as a change of the base's output."""
-        a, b = self.lora_A.weight, self.lora_B.weight
+        assert self.lora_magnitude_vector is not None
+        a, b = self.factors()
         weight = dense(self.weight)
-        scale = self.lora_magnitude_vector / direction_norm(weight, a, b, self.scaling)  # type: ignore[arg-type, operator]
+        scale = self._cast(self.lora_magnitude_vector) / direction_norm(weight, a, b, self.scaling)
         if self.drops:
             x = self.after_dropout(x)
             straight = F.linear(x.to(weight.dtype), self.weight)  # backward keeps a packed weight packed
@@ -129,6 +142,11 @@ class Adapter:
         return getattr(self.module, "lora_magnitude_vector", None) if self.is_linear else None
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        found = (self.a.weight, self.b.weight, self.magnitude)
+        return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
+
+    @property
     def experts(self) -> int:
         weight = self.module._parameters[self.parameter]
         assert weight is not None
@@ -154,6 +172,13 @@ def adapters(model: nn.Module) -> Iterator[Adapter]:
                     f"{name}.{parameter}", module, parameter, factors.lora_A, factors.lora_B, factors.scaling,
                     f"{name}.lora_{parameter}.", peft_prefix,
                 )  # fmt: skip
+
+
+def let_adapters_cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let adapters compute in `dtype`, whatever they are held in, for a layout that does not cast them."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):  # an adapted parameter computes in its own dtype always
+            module.compute_dtype = dtype
 
 
 def adapt_linear(

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from automodel_trainer.models.lora.functional import matmul_into
 from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.unchanged import Once
 
@@ -55,11 +56,12 @@ class WidenedGroup:
         """Whether the matmul can be done for this input, here and now."""
         if not torch.compiler.is_compiling() or not self.kept_fresh or torch.is_autocast_enabled(x.device.type):
             return False
-        return all(factor.dtype == x.dtype == self.layers[0].weight.dtype for factor in self.factors())
+        held = {layer.compute_dtype or factor.dtype for layer in self.layers for factor in layer.held_factors()}
+        return held == {x.dtype} == {layer.weight.dtype for layer in self.layers}
 
     def factors(self) -> list[Tensor]:
-        """A, B of every layer."""
-        return [factor for layer in self.layers for factor in (layer.lora_A.weight, layer.lora_B.weight)]
+        """A, B of every layer, as they are held."""
+        return [factor for layer in self.layers for factor in layer.held_factors()]
 
     def output_of(self, layer: LoRALinear, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]`. The first layer of the group that asks computes for all."""
@@ -127,7 +129,7 @@ class WidenedDense(WidenedGroup):
 
     def _after_dropout(self, x: Tensor) -> Tensor:
         """s·A·x `[..., columns]`, every layer with a dropout of its own."""
-        parts = [F.linear(layer.after_dropout(x), layer.lora_A.weight) * layer.scaling for layer in self.layers]
+        parts = [F.linear(layer.after_dropout(x), layer.factors()[0]) * layer.scaling for layer in self.layers]
         return F.pad(torch.cat(parts, -1), (0, self.columns - self.rank))
 
 
@@ -142,7 +144,7 @@ class _Matmul(torch.autograd.Function):
         ctx: Any, x: Tensor, xa: Tensor | None, storage: Tensor, sizes: Any, scalings: Any, *factors: Tensor
     ) -> Any:
         outputs, inputs = sum(out for out, _ in sizes), x.shape[1]
-        ctx.given, ctx.sizes, ctx.scalings = xa is not None, sizes, scalings
+        ctx.given, ctx.sizes, ctx.scalings, ctx.dtype = xa is not None, sizes, scalings, factors[0].dtype
         if xa is None:
             both = with_room([x], storage.shape[1] - inputs)
             xa = multiply_beside(both, storage[outputs:, :inputs], inputs)
@@ -157,11 +159,11 @@ class _Matmul(torch.autograd.Function):
         inputs, outputs, sizes = x.shape[1], sum(out for out, _ in ctx.sizes), ctx.sizes
         both = with_room(gradients, xa.shape[1])
         of_xa = multiply_beside(both, storage[:outputs, inputs:].mT, outputs)
-        of_b = [both[:, rows].mT @ xa[:, columns] for rows, columns in places(sizes)]
+        of_b = [matmul_into(both[:, rows].mT, xa[:, columns], ctx.dtype) for rows, columns in places(sizes)]
         if ctx.given:
             of_factors = [factor for b in of_b for factor in (None, b)]
             return both[:, :outputs] @ storage[:outputs, :inputs], of_xa, None, None, None, *of_factors
-        of_a = of_xa.mT @ x
+        of_a = matmul_into(of_xa.mT, x, ctx.dtype)
         parts = [of_a[columns] * scaling for (_, columns), scaling in zip(places(sizes), ctx.scalings)]
         return both @ storage[:, :inputs], None, None, None, None, *(f for pair in zip(parts, of_b) for f in pair)
 

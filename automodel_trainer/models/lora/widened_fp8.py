@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from automodel_trainer.models._torch import scaled_matmul
 from automodel_trainer.models.fp8_weight import E4M3, E5M2, cast_with, scale_of
+from automodel_trainer.models.lora.functional import matmul_into
 from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.lora.widened import ALIGNMENT, WidenedGroup, places
 from automodel_trainer.models.packed_tensor import PackedTensor
@@ -188,7 +189,7 @@ class _Matmul(torch.autograd.Function):
         xa = x @ down.mT
         of_x = scale_of([x, xa], E4M3)
         out = scaled_matmul(_beside([x, xa], of_x, E4M3), codes.view(E4M3).mT, of_x, scale, x.dtype)
-        ctx.sizes = sizes
+        ctx.sizes, ctx.dtype = sizes, factors[0].dtype
         ctx.save_for_backward(x, (xa * of_b).to(x.dtype), transposed, scale, up, of_a)
         return out.split([out for out, _ in sizes], 1)
 
@@ -202,8 +203,9 @@ class _Matmul(torch.autograd.Function):
         of_gradient = scale_of([*gradients, ga], E5M2)
         cast = _beside([*gradients, ga], of_gradient, E5M2)
         of_x = scaled_matmul(cast, transposed.view(E4M3).mT, of_gradient, scale, x.dtype)
-        of_as = ((ga * of_a).to(x.dtype)[:, : parts[-1][1].stop].mT @ x).split([rank for _, rank in ctx.sizes])
-        of_bs = [gradient.mT @ xa[:, ranks] for gradient, (_, ranks) in zip(gradients, parts)]
+        ga = (ga * of_a).to(x.dtype)[:, : parts[-1][1].stop]
+        of_as = matmul_into(ga.mT, x, ctx.dtype).split([rank for _, rank in ctx.sizes])
+        of_bs = [matmul_into(gradient.mT, xa[:, ranks], ctx.dtype) for gradient, (_, ranks) in zip(gradients, parts)]
         return of_x, *[None] * 8, *(factor for pair in zip(of_as, of_bs) for factor in pair)
 
 
