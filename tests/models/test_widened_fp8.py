@@ -75,6 +75,60 @@ def test_outputs_and_gradients(weight_scale: float) -> None:
     assert max(relative_error(a, b) for a, b in zip(found[1:], wanted[1:])) < 1e-5
 
 
+def test_tokens_of_very_different_size_are_each_as_exact() -> None:
+    """Every token has a scale of its own; and a token that is zero has one that divides."""
+    torch.manual_seed(0)
+    members = layers(1e-2)
+    sizes = torch.logspace(-8, 4, TOKENS)[:, None]
+    sizes[7] = 0
+    x, gradient = torch.randn(TOKENS, INPUTS) * sizes, torch.randn(TOKENS, sum(out for out, _ in SIZES)) * sizes.flip(0)
+    x.requires_grad_()
+    expected = plain(members, x)
+    (wanted,) = torch.autograd.grad(expected, x, gradient.double())
+
+    group = WidenedFp8(members)
+    refresh([group])
+    out = torch.cat(list(group.outputs_of(x)), 1)
+    (found,) = torch.autograd.grad(out, x, gradient)
+
+    for index in range(TOKENS):
+        assert out[index].isfinite().all()
+        assert relative_error(out[index, :48], expected[index, :48]) < TOLERANCE["tensorwise"]
+        assert relative_error(found[index], wanted[index]) < 2 * TOLERANCE["tensorwise"]
+
+
+@pytest.mark.parametrize("limit", [0, 2**40], ids=["after the matmul", "in the matmul"])
+def test_rows_are_scaled_in_the_matmul_or_after_it(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = []
+    for chosen in (limit, 2**26):
+        monkeypatch.setattr(widened_fp8, "_SCALED_BY_CUBLAS", chosen)
+        torch.manual_seed(0)
+        members = layers(1.0)
+        x = torch.randn(TOKENS, INPUTS, requires_grad=True)
+        group = WidenedFp8(members)
+        refresh([group])
+        out = torch.cat(list(group.outputs_of(x)), 1)
+        outputs.append((out.detach(), *torch.autograd.grad(out.square().sum(), x)))
+    for one, other in zip(*outputs):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_no_product_outgrows_its_row_s_scale() -> None:
+    """The worst case: a row of x that is a row of A, of few large numbers; and a B as large as the weights are."""
+    torch.manual_seed(0)
+    members = layers(1e-4, b_scale=3.0)
+    with torch.no_grad():
+        for layer in members:
+            layer.lora_A.weight[:, 8:] *= 1e-3
+    x = torch.cat([layer.lora_A.weight.detach() for layer in members]) * 50
+    expected = plain(members, x)
+    group = WidenedFp8(members)
+    refresh([group])
+    out = torch.cat(list(group.outputs_of(x)), 1)
+    for index in range(len(x)):
+        assert relative_error(out[index], expected[index]) < TOLERANCE["tensorwise"]
+
+
 def test_b_begins_as_zero() -> None:
     members = layers(1.0, b_scale=0.0)
     x = torch.randn(TOKENS, INPUTS)

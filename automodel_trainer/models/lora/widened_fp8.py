@@ -1,10 +1,15 @@
 """One fp8 matmul for frozen weights that share an input and for their adapters: `widened`, with one scale for all.
 
-The weights are S·codes, B is b·codes, A is a·codes. One matmul has one scale on each side; that of the weights is S,
-and b and a go into the other side before that is cast:
+The weights are S·codes, B is b·codes, A is a·codes. One matmul has one scale for the weights, S, and b and a go into
+the other side before that is cast:
 
-    out = S·([x, xa]·[W, B] in codes)        xa = scaling·b/S · A·x
-    of x = S·([g, ga]·[W; A] in codes)       ga = scaling·a/S · Bᵀ·g
+    out = S·r·([x, xa]·[W, B] in codes)        xa = scaling·b/S · A·x
+    of x = S·r·([g, ga]·[W; A] in codes)       ga = scaling·a/S · Bᵀ·g
+
+r is a scale for every token: the length of its row of x, or of g, times a factor that is made once per optimizer step.
+No number of a row is larger than the row is long, and no product with a row of A than both lengths' product
+(Cauchy-Schwarz). So r is known while x is made, before xa is, and the pass that makes x casts it. It is a power of two:
+to multiply with it changes nothing but exponents, before a sum or after.
 
 The gradients of A and B are computed from numbers that were not cast. An update is as exact as the weight is: to three
 bits of mantissa.
@@ -14,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, reduce
 from itertools import accumulate
 from typing import Any
 
@@ -31,6 +36,12 @@ from automodel_trainer.models.lora.widened import ALIGNMENT, WidenedGroup, place
 from automodel_trainer.models.packed_tensor import PackedTensor
 from automodel_trainer.models.unchanged import weights_are_unchanged
 
+_SMALLEST = 1e-30  # of what a scale is made from: a row of zeros has one too
+_MARGIN = 1.02  # for the rounding of products in 16 bits
+# Numbers of a weight up to which cuBLAS multiplies as fast with a scale for every row as with one for all. What a
+# larger one makes is scaled by what reads it: for gate and up, and for their input's gradient, that is elementwise.
+_SCALED_BY_CUBLAS = 2**26
+
 
 class WidenedFp8(WidenedGroup):
     """Weights held in fp8 ("tensorwise"), one below the other, by rows and by columns.
@@ -46,6 +57,9 @@ class WidenedFp8(WidenedGroup):
     up: Tensor
     of_a: Tensor
     of_b: Tensor
+    of_x: Tensor
+    of_gradient: Tensor
+    ones: Tensor  # `[1, out or in]`, the larger
 
     def __init__(self, layers: Sequence[LoRALinear], groups: list[WidenedFp8] | None = None) -> None:
         """groups: the model's, to which this one is added."""
@@ -79,6 +93,7 @@ class WidenedFp8(WidenedGroup):
         device = self.layers[0].weight.device
         self.codes = torch.empty(self.outputs, self.inputs + self.columns, dtype=torch.uint8, device=device)
         self.transposed = self.codes.new_empty(self.inputs, self.outputs + self.columns)
+        self.ones = torch.ones(1, max(self.outputs, self.inputs), device=device)
         self.scale = torch.stack([_packed(layer).parts.scales[0] for layer in self.layers]).amax().view(1, 1)
         for (rows, _), layer in zip(places(self.sizes), self.layers):
             weight = _packed(layer)
@@ -92,7 +107,7 @@ class WidenedFp8(WidenedGroup):
     def outputs_of(self, x: Tensor) -> Sequence[Tensor]:
         outputs = _Matmul.apply(
             x.flatten(0, -2), self.codes, self.transposed, self.scale, self.down, self.up, self.of_a, self.of_b,
-            self.sizes, *self.factors(),
+            self.of_x, self.of_gradient, self.ones, self.sizes, *self.factors(),
         )  # fmt: skip
         return [out.unflatten(0, x.shape[:-1]) for out in outputs]
 
@@ -117,9 +132,9 @@ def _take_in(groups: Sequence[WidenedFp8]) -> None:
         factors = [torch.stack([_local(f) for f in same]).to(dtype) for same in zip(*(g.factors() for g in members))]
         scales = torch.stack([group.scale for group in members])
         for group, *parts in zip(members, *border(scales, sizes, scalings, members[0].columns, *factors)):
-            group.down, group.up, group.of_a, group.of_b, codes_of_a, codes_of_b = parts
-            group.transposed[:, group.outputs :].copy_(codes_of_a)
-            group.codes[:, group.inputs :].copy_(codes_of_b)
+            group.down, group.up, group.of_a, group.of_b, group.of_x, group.of_gradient, *codes = parts
+            group.transposed[:, group.outputs :].copy_(codes[0])
+            group.codes[:, group.inputs :].copy_(codes[1])
 
 
 def _is_whole(factor: Tensor) -> bool:
@@ -143,7 +158,8 @@ def _border(scale: Tensor, sizes: Any, scalings: Any, columns: int, *factors: Te
     Returns:
         of each group: what x `[t, in]` and the gradient `[t, out]` are multiplied with for the codes beside them,
         `[columns, in]` and `[out, columns]`; what the gradients of As and Bs have to be multiplied with, `[columns]`
-        each; and the codes of As `[in, columns]` and Bs `[out, columns]`.
+        each; what the lengths of rows of x and of the gradient are multiplied with for their scales, 0-dim; and the
+        codes of As `[in, columns]` and Bs `[out, columns]`.
     """
     as_, bs, ranks = factors[0::2], factors[1::2], [rank for _, rank in sizes]
     scales_a, scales_b = ([scale_of([factor], E4M3) for factor in part] for part in (as_, bs))
@@ -151,14 +167,30 @@ def _border(scale: Tensor, sizes: Any, scalings: Any, columns: int, *factors: Te
     up = [(b.float() * (s * of_a / scale)).to(b.dtype) for b, of_a, s in zip(bs, scales_a, scalings)]
     rows = [cast_with(a, of_a, E4M3).view(torch.uint8) for a, of_a in zip(as_, scales_a)]
     blocks = [cast_with(b, of_b, E4M3).view(torch.uint8) for b, of_b in zip(bs, scales_b)]
+    whole_down, whole_up = _below(down, columns), _diagonal(up, columns)
     return (
-        _below(down, columns),
-        _diagonal(up, columns),
+        whole_down,
+        whole_up,
         _below([(scale / of_a).expand(-1, rank, 1) for of_a, rank in zip(scales_a, ranks)], columns)[..., 0],
         _below([(scale / of_b).expand(-1, rank, 1) for of_b, rank in zip(scales_b, ranks)], columns)[..., 0],
+        _per_length(whole_down, 2, E4M3),
+        _per_length(whole_up, 1, E5M2),
         _below(rows, columns).mT,
         _diagonal(blocks, columns),
     )
+
+
+def _per_length(factors: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """What of a row's length is the scale at which its numbers, and its products with factors, fit into `dtype`.
+
+    Args:
+        factors: `[groups, …]`; along `dim` lies what is summed.
+
+    Returns:
+        `[groups]`.
+    """
+    longest = torch.linalg.vector_norm(factors.float(), dim=dim).amax(1)
+    return longest.clamp(min=1) * _MARGIN / torch.finfo(dtype).max
 
 
 def _below(parts: Sequence[Tensor], rows: int) -> Tensor:
@@ -184,29 +216,43 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, codes: Tensor, transposed: Tensor, scale: Tensor, down: Tensor, up: Tensor,
-        of_a: Tensor, of_b: Tensor, sizes: Any, *factors: Tensor,
+        of_a: Tensor, of_b: Tensor, of_x: Tensor, of_gradient: Tensor, ones: Tensor, sizes: Any, *factors: Tensor,
     ) -> Any:  # fmt: skip
         xa = x @ down.mT
-        of_x = scale_of([x, xa], E4M3)
-        out = scaled_matmul(_beside([x, xa], of_x, E4M3), codes.view(E4M3).mT, of_x, scale, x.dtype)
+        rows = _scales([x], of_x)
+        out = _multiply(_beside([x, xa], rows, E4M3), codes, rows, scale, ones, x.dtype)
         ctx.sizes, ctx.dtype = sizes, factors[0].dtype
-        ctx.save_for_backward(x, (xa * of_b).to(x.dtype), transposed, scale, up, of_a)
-        return out.split([out for out, _ in sizes], 1)
+        ctx.save_for_backward(x, (xa * of_b).to(x.dtype), transposed, scale, up, of_a, of_gradient, ones)
+        # slices are views to the compiler's partitioner; of `split` it would keep, and so write, what is scaled already
+        return tuple(out[:, part] for part, _ in places(sizes))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, xa, transposed, scale, up, of_a = ctx.saved_tensors
+        x, xa, transposed, scale, up, of_a, of_gradient, ones = ctx.saved_tensors
         (first, *others), parts = gradients, places(ctx.sizes)
         ga = first @ up[parts[0][0]]
         for gradient, (rows, _) in zip(others, parts[1:]):
             ga = torch.addmm(ga, gradient, up[rows])
-        of_gradient = scale_of([*gradients, ga], E5M2)
-        cast = _beside([*gradients, ga], of_gradient, E5M2)
-        of_x = scaled_matmul(cast, transposed.view(E4M3).mT, of_gradient, scale, x.dtype)
+        scales = _scales(gradients, of_gradient)
+        of_x = _multiply(_beside([*gradients, ga], scales, E5M2), transposed, scales, scale, ones, x.dtype)
         ga = (ga * of_a).to(x.dtype)[:, : parts[-1][1].stop]
         of_as = matmul_into(ga.mT, x, ctx.dtype).split([rank for _, rank in ctx.sizes])
         of_bs = [matmul_into(gradient.mT, xa[:, ranks], ctx.dtype) for gradient, (_, ranks) in zip(gradients, parts)]
-        return of_x, *[None] * 8, *(factor for pair in zip(of_as, of_bs) for factor in pair)
+        return of_x, *[None] * 11, *(factor for pair in zip(of_as, of_bs) for factor in pair)
+
+
+def _scales(parts: Sequence[Tensor], per_length: Tensor) -> Tensor:
+    """Of the rows of parts `[t, …]` that lie side by side: powers of two, fp32 `[t, 1]`."""
+    squares = reduce(torch.add, [part.float().square().sum(-1, keepdim=True) for part in parts])
+    return (squares.sqrt() * per_length).clamp(min=_SMALLEST).log2().ceil().exp2()
+
+
+def _multiply(cast: Tensor, codes: Tensor, rows: Tensor, scale: Tensor, ones: Tensor, dtype: torch.dtype) -> Tensor:
+    """cast `[t, n]`, with a scale for each of its rows, times codes `[m, n]`, with one for all: `[t, m]`."""
+    second = codes.view(E4M3).mT
+    if codes.numel() <= _SCALED_BY_CUBLAS:
+        return scaled_matmul(cast, second, rows * scale, ones[:, : codes.shape[0]], dtype)
+    return scaled_matmul(cast, second, ones[:, :1], scale, dtype) * rows.to(dtype)
 
 
 def _beside(parts: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
