@@ -103,7 +103,8 @@ class FSDP2Strategy(MeshStrategy):
         self.async_tp = async_tp
         self._check_replicas = False
         self._keeps_copies = False
-        self._adapters: set[nn.Parameter] = set()
+        self._adapters_alone = False
+        self._added_at_once: list[nn.Parameter] | None = None
         self.reshard_after_forward = reshard_after_forward
         self.forward_prefetch = forward_prefetch
         self.backward_prefetch = backward_prefetch
@@ -131,7 +132,7 @@ class FSDP2Strategy(MeshStrategy):
     def forget_run(self) -> None:
         super().forget_run()
         self._context = None
-        self._adapters = set()
+        self._adapters_alone, self._added_at_once = False, None
 
     def convert_precision(self, plugin: Precision) -> Precision:
         check_plugin(plugin)
@@ -234,8 +235,7 @@ class FSDP2Strategy(MeshStrategy):
             "offload_policy": offload if self.cpu_offload else OffloadPolicy(),
         }
         if self.shard_mesh.size(self.shard_mesh.ndim - 1) == 1:
-            self._adapters = self._adapters_alone(model)
-            options["ignored_params"] = self._left_alone(model) | self._adapters
+            options["ignored_params"] = self._left_alone(model) | self._self_casting(model)
             self._keeps_copies = _small(model, self.dtypes.compute, options["ignored_params"])
         blocks = find_blocks(model)
         reshard = self.reshard_after_forward and not self._keeps_copies
@@ -249,7 +249,7 @@ class FSDP2Strategy(MeshStrategy):
         if sum_gradients:
             gradient_reduction.sum_gradients(model)
 
-    def _adapters_alone(self, model: nn.Module) -> set[nn.Parameter]:
+    def _self_casting(self, model: nn.Module) -> set[nn.Parameter]:
         """Adapters, where one device trains nothing else: FSDP2 would copy hundreds of small parameters one by one, and
         as many gradients. They cast themselves."""
         own = self.lightning_module is not None and not isinstance(self.lightning_module, Objective)
@@ -259,6 +259,7 @@ class FSDP2Strategy(MeshStrategy):
         if found != {parameter for parameter in model.parameters() if parameter.requires_grad}:
             return set()
         let_adapters_cast(model, self.dtypes.compute)
+        self._adapters_alone = bool(found)
         return found
 
     def _left_alone(self, model: nn.Module) -> set[nn.Parameter]:
@@ -361,8 +362,14 @@ class FSDP2Strategy(MeshStrategy):
             model.set_requires_gradient_sync(last or self.sync_every_micro_batch)
             model.set_is_last_backward(last)
             model.set_reshard_after_backward(last or not self._keeps_copies)
-        with added_at_once(self._adapters):
+        with added_at_once(self._small_gradients(model)):
             yield
+
+    def _small_gradients(self, model: nn.Module) -> list[nn.Parameter]:
+        if self._added_at_once is None:  # now, and not while a model on meta is laid out: its parameters are replaced
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self._added_at_once = trained if self._adapters_alone else []
+        return self._added_at_once
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
