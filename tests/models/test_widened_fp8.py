@@ -70,7 +70,7 @@ def test_outputs_and_gradients(weight_scale: float) -> None:
 
     for rows in (slice(0, 48), slice(48, 80)):
         assert relative_error(out[:, rows], expected[:, rows]) < TOLERANCE["tensorwise"] / 2
-    assert relative_error(found[0], wanted[0]) < TOLERANCE["tensorwise"]
+    assert relative_error(found[0], wanted[0]) < TOLERANCE["tensorwise"] / 2
     # nothing that the factors' gradients are made of was cast
     assert max(relative_error(a, b) for a, b in zip(found[1:], wanted[1:])) < 1e-5
 
@@ -94,7 +94,7 @@ def test_tokens_of_very_different_size_are_each_as_exact() -> None:
     for index in range(TOKENS):
         assert out[index].isfinite().all()
         assert relative_error(out[index, :48], expected[index, :48]) < TOLERANCE["tensorwise"]
-        assert relative_error(found[index], wanted[index]) < 2 * TOLERANCE["tensorwise"]
+        assert relative_error(found[index], wanted[index]) < TOLERANCE["tensorwise"]
 
 
 @pytest.mark.parametrize("limit", [0, 2**40], ids=["after the matmul", "in the matmul"])

@@ -9,7 +9,8 @@ the other side before that is cast:
 r is a scale for every token: the length of its row of x, or of g, times a factor that is made once per optimizer step.
 No number of a row is larger than the row is long, and no product with a row of A than both lengths' product
 (Cauchy-Schwarz). So r is known while x is made, before xa is, and the pass that makes x casts it. It is a power of two:
-to multiply with it changes nothing but exponents, before a sum or after.
+to multiply with it changes nothing but exponents, before a sum or after. With a scale for every row gradients need no
+format of a wider range, and have E4M3 too, whose errors are half as large as E5M2's.
 
 The gradients of A and B are computed from numbers that were not cast. An update is as exact as the weight is: to three
 bits of mantissa.
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from automodel_trainer.models._torch import scaled_matmul
-from automodel_trainer.models.fp8_weight import E4M3, E5M2, cast_with, scale_of
+from automodel_trainer.models.fp8_weight import E4M3, cast_with, scale_of
 from automodel_trainer.models.lora.functional import matmul_into
 from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.lora.widened import ALIGNMENT, WidenedGroup, places
@@ -173,15 +174,15 @@ def _border(scale: Tensor, sizes: Any, scalings: Any, columns: int, *factors: Te
         whole_up,
         _below([(scale / of_a).expand(-1, rank, 1) for of_a, rank in zip(scales_a, ranks)], columns)[..., 0],
         _below([(scale / of_b).expand(-1, rank, 1) for of_b, rank in zip(scales_b, ranks)], columns)[..., 0],
-        _per_length(whole_down, 2, E4M3),
-        _per_length(whole_up, 1, E5M2),
+        _per_length(whole_down, 2),
+        _per_length(whole_up, 1),
         _below(rows, columns).mT,
         _diagonal(blocks, columns),
     )
 
 
-def _per_length(factors: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """What of a row's length is the scale at which its numbers, and its products with factors, fit into `dtype`.
+def _per_length(factors: Tensor, dim: int) -> Tensor:
+    """What of a row's length is the scale at which its numbers, and its products with factors, fit into fp8.
 
     Args:
         factors: `[groups, …]`; along `dim` lies what is summed.
@@ -190,7 +191,7 @@ def _per_length(factors: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         `[groups]`.
     """
     longest = torch.linalg.vector_norm(factors.float(), dim=dim).amax(1)
-    return longest.clamp(min=1) * _MARGIN / torch.finfo(dtype).max
+    return longest.clamp(min=1) * _MARGIN / torch.finfo(E4M3).max
 
 
 def _below(parts: Sequence[Tensor], rows: int) -> Tensor:
@@ -220,7 +221,7 @@ class _Matmul(torch.autograd.Function):
     ) -> Any:  # fmt: skip
         xa = x @ down.mT
         rows = _scales([x], of_x)
-        out = _multiply(_beside([x, xa], rows, E4M3), codes, rows, scale, ones, x.dtype)
+        out = _multiply(_beside([x, xa], rows), codes, rows, scale, ones, x.dtype)
         ctx.sizes, ctx.dtype = sizes, factors[0].dtype
         ctx.save_for_backward(x, (xa * of_b).to(x.dtype), transposed, scale, up, of_a, of_gradient, ones)
         # slices are views to the compiler's partitioner; of `split` it would keep, and so write, what is scaled already
@@ -234,7 +235,7 @@ class _Matmul(torch.autograd.Function):
         for gradient, (rows, _) in zip(others, parts[1:]):
             ga = torch.addmm(ga, gradient, up[rows])
         scales = _scales(gradients, of_gradient)
-        of_x = _multiply(_beside([*gradients, ga], scales, E5M2), transposed, scales, scale, ones, x.dtype)
+        of_x = _multiply(_beside([*gradients, ga], scales), transposed, scales, scale, ones, x.dtype)
         ga = (ga * of_a).to(x.dtype)[:, : parts[-1][1].stop]
         of_as = matmul_into(ga.mT, x, ctx.dtype).split([rank for _, rank in ctx.sizes])
         of_bs = [matmul_into(gradient.mT, xa[:, ranks], ctx.dtype) for gradient, (_, ranks) in zip(gradients, parts)]
@@ -255,6 +256,6 @@ def _multiply(cast: Tensor, codes: Tensor, rows: Tensor, scale: Tensor, ones: Te
     return scaled_matmul(cast, second, ones[:, :1], scale, dtype) * rows.to(dtype)
 
 
-def _beside(parts: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _beside(parts: Sequence[Tensor], scales: Tensor) -> Tensor:
     """Codes of parts `[t, …]` side by side, written by one pass over them."""
-    return torch.cat([cast_with(part, scale, dtype).view(torch.uint8) for part in parts], 1).view(dtype)
+    return torch.cat([cast_with(part, scales, E4M3).view(torch.uint8) for part in parts], 1).view(E4M3)
