@@ -150,7 +150,14 @@ class Losses(Callback):
 
 
 def fit(
-    base: Path, root: Path, steps: int, stop: int, ckpt: Path | None = None, precision: Any = "fp32", **lora: Any
+    base: Path,
+    root: Path,
+    steps: int,
+    stop: int,
+    ckpt: Path | None = None,
+    precision: Any = "fp32",
+    batch: dict[str, Any] | None = None,
+    **lora: Any,
 ) -> dict[str, Any]:
     """Train up to step `stop` of a run of `steps`."""
 
@@ -172,8 +179,9 @@ def fit(
         default_root_dir=root,
         callbacks=[losses, Stop()],
     )
-    module = CausalLMModule(base, lora=LoRAConfig(rank=4, dropout=0.1, modules_to_save=["norm"], **lora), lr=1e-2)
-    data = MockDataModule(vocab_size=264, seq_len=32, micro_batch_size=2, num_samples=64)
+    chosen = {"rank": 4, "dropout": 0.1, "modules_to_save": ["norm"], **lora}
+    module = CausalLMModule(base, lora=LoRAConfig(**chosen), lr=1e-2)
+    data = MockDataModule(vocab_size=264, seq_len=32, num_samples=64, **(batch or {"micro_batch_size": 2}))
     checkpoint = trainer.fit(module, data, ckpt_path=ckpt)
     return {"trainer": trainer, "module": module, "checkpoint": checkpoint, "losses": losses.values}
 
@@ -244,6 +252,27 @@ def test_trainer_on_two_ranks(pool: RankPool, bases: Path, tmp_path: Path) -> No
     adapter = peft.PeftModel.from_pretrained(plain, str(tmp_path / "export")).eval()
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(IDS).logits, adapter(IDS).logits, atol=1e-5, rtol=0)
+
+
+# a row a micro-batch: gradients of the same rows are rounded to bf16, whoever has them
+ALONE: dict[str, Any] = {"precision": "bf16", "batch": {"micro_batch_size": 1, "global_batch_size": 4}}
+ALONE |= {"dropout": 0.0, "modules_to_save": []}
+
+
+def half_on_ranks(base: Path, root: Path) -> tuple[Path, list[float]]:
+    half = fit(base, root / "ranks", 4, 2, **ALONE)
+    return half["checkpoint"], half["losses"]
+
+
+def test_adapters_that_one_device_trains_alone_go_on_from_shards(pool: RankPool, bases: Path, tmp_path: Path) -> None:
+    """In bf16 one device leaves them out of FSDP2, as plain fp32 parameters."""
+    straight = fit(bases / "dense", tmp_path / "straight", 4, 4, **ALONE)
+    assert not any(isinstance(p, DTensor) for p in straight["module"].model.parameters())
+    checkpoint, losses = pool.run(2, half_on_ranks, bases / "dense", tmp_path)[0]
+    rest = fit(bases / "dense", tmp_path / "rest", 4, 4, checkpoint, **ALONE)
+    assert losses + rest["losses"] == pytest.approx(straight["losses"], rel=1e-5)
+    for name, parameter in trained_tensors(straight["module"].model).items():
+        assert relative_error(trained_tensors(rest["module"].model)[name], parameter) < 1e-5, name
 
 
 def test_a_checkpoint_of_other_targets_is_refused(bases: Path, tmp_path: Path) -> None:
