@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from automodel_trainer.models.lora.layers import adapters, let_adapters_cast
+from automodel_trainer.models.lora.layers import Adapter, adapters, let_adapters_cast
 from automodel_trainer.models.quantize import packed_weights
 from automodel_trainer.strategies import gradient_reduction
 from automodel_trainer.strategies._torch import StridedShard
@@ -103,8 +103,7 @@ class FSDP2Strategy(MeshStrategy):
         self.async_tp = async_tp
         self._check_replicas = False
         self._keeps_copies = False
-        self._adapters_alone = False
-        self._added_at_once: list[nn.Parameter] | None = None
+        self._self_casting: list[Adapter] = []
         self.reshard_after_forward = reshard_after_forward
         self.forward_prefetch = forward_prefetch
         self.backward_prefetch = backward_prefetch
@@ -132,7 +131,7 @@ class FSDP2Strategy(MeshStrategy):
     def forget_run(self) -> None:
         super().forget_run()
         self._context = None
-        self._adapters_alone, self._added_at_once = False, None
+        self._self_casting = []
 
     def convert_precision(self, plugin: Precision) -> Precision:
         check_plugin(plugin)
@@ -235,7 +234,7 @@ class FSDP2Strategy(MeshStrategy):
             "offload_policy": offload if self.cpu_offload else OffloadPolicy(),
         }
         if self.shard_mesh.size(self.shard_mesh.ndim - 1) == 1:
-            options["ignored_params"] = self._left_alone(model) | self._self_casting(model)
+            options["ignored_params"] = self._left_alone(model) | self._let_cast(model)
             self._keeps_copies = _small(model, self.dtypes.compute, options["ignored_params"])
         blocks = find_blocks(model)
         reshard = self.reshard_after_forward and not self._keeps_copies
@@ -249,18 +248,19 @@ class FSDP2Strategy(MeshStrategy):
         if sum_gradients:
             gradient_reduction.sum_gradients(model)
 
-    def _self_casting(self, model: nn.Module) -> set[nn.Parameter]:
+    def _let_cast(self, model: nn.Module) -> set[nn.Parameter]:
         """Adapters, where one device trains nothing else: FSDP2 would copy hundreds of small parameters one by one, and
         as many gradients. They cast themselves."""
         own = self.lightning_module is not None and not isinstance(self.lightning_module, Objective)
         if self.world_size > 1 or self.cpu_offload or own:  # an optimizer of a user's own may have shards beside them
             return set()
-        found = {parameter for adapter in adapters(model) for parameter in adapter.parameters}
-        if found != {parameter for parameter in model.parameters() if parameter.requires_grad}:
+        found = list(adapters(model))
+        held = {parameter for adapter in found for parameter in adapter.parameters}
+        if held != {parameter for parameter in model.parameters() if parameter.requires_grad}:
             return set()
         let_adapters_cast(model, self.dtypes.compute)
-        self._adapters_alone = bool(found)
-        return found
+        self._self_casting += found
+        return held
 
     def _left_alone(self, model: nn.Module) -> set[nn.Parameter]:
         """Where there is nothing to gather: what FSDP2 would copy for nothing before every use (frozen weights in the
@@ -362,14 +362,9 @@ class FSDP2Strategy(MeshStrategy):
             model.set_requires_gradient_sync(last or self.sync_every_micro_batch)
             model.set_is_last_backward(last)
             model.set_reshard_after_backward(last or not self._keeps_copies)
-        with added_at_once(self._small_gradients(model)):
+        # as they are now: those of a model that was laid out on meta have been replaced since
+        with added_at_once([parameter for adapter in self._self_casting for parameter in adapter.parameters]):
             yield
-
-    def _small_gradients(self, model: nn.Module) -> list[nn.Parameter]:
-        if self._added_at_once is None:  # now, and not while a model on meta is laid out: its parameters are replaced
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            self._added_at_once = trained if self._adapters_alone else []
-        return self._added_at_once
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -393,7 +388,7 @@ def is_laid_out(model: nn.Module) -> bool:
 
 def _small(model: nn.Module, dtype: torch.dtype, ignored: set[nn.Parameter]) -> bool:
     """Whether the copies in the dtype that computes, which are all that FSDP2 makes on one device, can stay for a whole
-    optimizer step: those of adapters."""
+    optimizer step: those of adapters that are trained together with a few other parameters."""
     return sum(p.numel() for p in model.parameters() if p not in ignored) * dtype.itemsize <= _SMALL
 
 

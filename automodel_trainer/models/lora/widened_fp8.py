@@ -1,4 +1,4 @@
-"""One fp8 matmul for frozen weights that share an input and for their adapters: `widened`, with one scale for all.
+"""One fp8 matmul for frozen weights that share an input and for their adapters (`widened`); weights have one scale.
 
 The weights are S·codes, B is b·codes, A is a·codes. One matmul has one scale for the weights, S, and b and a go into
 the other side before that is cast:
