@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -34,6 +36,16 @@ def make_strategy(spec: str, world_size: int, precision: str = "fp32") -> MeshSt
     strategy.precision_plugin = plugin
     strategy.setup_environment()
     return strategy
+
+
+class Stop(Callback):
+    """Ends a run after a step of it, as `max_steps` would without changing what depends on the run's length."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
 
 
 class NextToken(Objective, nn.Module):

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from automodel_trainer import CausalLMModule, ChatDataModule, LoRAConfig, TextDataModule, Trainer
 from automodel_trainer.callbacks import DCPCheckpoint
 from automodel_trainer.data.base import MicroBatchDataModule
+from tests.harness import Stop
 from tests.pool import RankPool
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -47,14 +48,6 @@ class Diary(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         self.steps.append((trainer.global_step, float(trainer.callback_metrics["train_loss"]), rate))
-
-
-class Stop(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        trainer.should_stop = trainer.global_step >= self.step
 
 
 def data_of(kind: str) -> MicroBatchDataModule:

@@ -24,7 +24,7 @@ from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.initialize import whole
 from automodel_trainer.strategies.clip import local_tensor
 from tests.beside import use
-from tests.harness import NextToken, make_strategy, random_rows, relative_error, stack
+from tests.harness import NextToken, Stop, make_strategy, random_rows, relative_error, stack
 from tests.pool import RankPool
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -106,6 +106,10 @@ def test_ranks(pool: RankPool, bases: Path, kind: str) -> None:
             assert result["held"] == pytest.approx(1 / shards, rel=0.1)
 
 
+OTHER_KINDS: dict[str, Any] = {
+    "dora": ("dense", {"use_dora": True}, []),
+    "head": ("dense", {"modules_to_save": ["lm_head"]}, []),
+}
 COMPILED = "fsdp2:compile=true,compile_backend=aot_eager"
 
 
@@ -118,18 +122,20 @@ COMPILED = "fsdp2:compile=true,compile_backend=aot_eager"
         ("fsdp2", 1, "separate", "dora-head"),
         ("fsdp2", 2, "separate", "plain"),
         (COMPILED, 1, "widened", "plain"),
+        (COMPILED, 1, "widened", "head"),
         (f"{COMPILED},activation_checkpointing=full", 1, "widened", "plain"),
     ],
 )
 def test_bf16_holds_the_base_in_bf16_and_adapters_in_fp32(
     pool: RankPool, bases: Path, spec: str, world_size: int, kernel: str, kind: str
 ) -> None:
-    """On one device nobody but the adapters themselves casts them, unless other parameters are trained too."""
-    family, lora, _ = KINDS.get(kind, ("dense", {"use_dora": True}, []))
+    """On one device nobody but the adapters themselves casts them. Unless other parameters are trained too: then copies
+    in bf16 live for an optimizer step, and the next step's must be others."""
+    family, lora, _ = (KINDS | OTHER_KINDS)[kind]
     (exact,) = pool.run(1, train, "ddp", 1, "fp32", bases / family, lora)
-    kernels = KernelsConfig(lora=kernel) if kind == "plain" else None
+    kernels = KernelsConfig(lora=kernel)
     result = pool.run(world_size, train, spec, world_size, "bf16", bases / family, lora, kernels)[0]
-    alone = world_size == 1 and kind != "dora-head"
+    alone = world_size == 1 and "modules_to_save" not in lora
     assert result["sharded"] is not alone
     assert result["added_at_once"] or not alone
     assert result["dtypes"] == {(True, "torch.float32"), (False, "torch.bfloat16")}
@@ -161,10 +167,6 @@ def fit(
 ) -> dict[str, Any]:
     """Train up to step `stop` of a run of `steps`."""
 
-    class Stop(Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            trainer.should_stop = trainer.global_step >= stop
-
     losses = Losses()
     torch.manual_seed(0)  # of dropout
     trainer = Trainer(
@@ -177,7 +179,7 @@ def fit(
         enable_progress_bar=False,
         log_every_n_steps=1,
         default_root_dir=root,
-        callbacks=[losses, Stop()],
+        callbacks=[losses, Stop(stop)],
     )
     chosen = {"rank": 4, "dropout": 0.1, "modules_to_save": ["norm"], **lora}
     module = CausalLMModule(base, lora=LoRAConfig(**chosen), lr=1e-2)

@@ -54,6 +54,13 @@ def plain(members: list[LoRALinear], x: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
+def computed(members: list[LoRALinear], x: Tensor) -> Tensor:
+    """The same in fp8."""
+    group = WidenedFp8(members)
+    refresh([group])
+    return torch.cat(list(group.outputs_of(x)), 1)
+
+
 @pytest.mark.parametrize("weight_scale", [1e-4, 1e-2, 1.0], ids=["update is all", "both matter", "weight is all"])
 def test_outputs_and_gradients(weight_scale: float) -> None:
     torch.manual_seed(0)
@@ -63,9 +70,7 @@ def test_outputs_and_gradients(weight_scale: float) -> None:
     expected = plain(members, x)
     wanted = torch.autograd.grad(expected, [x, *factors], gradient.double())
 
-    group = WidenedFp8(members)
-    refresh([group])
-    out = torch.cat(list(group.outputs_of(x)), 1)
+    out = computed(members, x)
     found = torch.autograd.grad(out, [x, *factors], gradient)
 
     for rows in (slice(0, 48), slice(48, 80)):
@@ -86,9 +91,7 @@ def test_tokens_of_very_different_size_are_each_as_exact() -> None:
     expected = plain(members, x)
     (wanted,) = torch.autograd.grad(expected, x, gradient.double())
 
-    group = WidenedFp8(members)
-    refresh([group])
-    out = torch.cat(list(group.outputs_of(x)), 1)
+    out = computed(members, x)
     (found,) = torch.autograd.grad(out, x, gradient)
 
     for index in range(TOKENS):
@@ -97,17 +100,14 @@ def test_tokens_of_very_different_size_are_each_as_exact() -> None:
         assert relative_error(found[index], wanted[index]) < TOLERANCE["tensorwise"]
 
 
-@pytest.mark.parametrize("limit", [0, 2**40], ids=["after the matmul", "in the matmul"])
-def test_rows_are_scaled_in_the_matmul_or_after_it(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_scaled_in_the_matmul_or_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = []
-    for chosen in (limit, 2**26):
-        monkeypatch.setattr(widened_fp8, "_SCALED_BY_CUBLAS", chosen)
+    for limit in (0, 2**26):
+        monkeypatch.setattr(widened_fp8, "_SCALED_BY_CUBLAS", limit)
         torch.manual_seed(0)
         members = layers(1.0)
         x = torch.randn(TOKENS, INPUTS, requires_grad=True)
-        group = WidenedFp8(members)
-        refresh([group])
-        out = torch.cat(list(group.outputs_of(x)), 1)
+        out = computed(members, x)
         outputs.append((out.detach(), *torch.autograd.grad(out.square().sum(), x)))
     for one, other in zip(*outputs):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -122,9 +122,7 @@ def test_no_product_outgrows_its_row_s_scale() -> None:
             layer.lora_A.weight[:, 8:] *= 1e-3
     x = torch.cat([layer.lora_A.weight.detach() for layer in members]) * 50
     expected = plain(members, x)
-    group = WidenedFp8(members)
-    refresh([group])
-    out = torch.cat(list(group.outputs_of(x)), 1)
+    out = computed(members, x)
     for index in range(len(x)):
         assert relative_error(out[index], expected[index]) < TOLERANCE["tensorwise"]
 
