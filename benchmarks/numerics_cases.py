@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 @dataclass
@@ -101,32 +102,77 @@ def chunked_loss(frozen: bool = False, bias: bool = False, cap: float | None = N
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-def compiled_blocks(setting: Setting) -> Made:
-    """Two blocks of a llama shape, compiled (inductor on a GPU)."""
-    from transformers import LlamaConfig, LlamaModel
+def compiled_blocks(lora: bool = False, fp8: bool = False) -> Callable[[Setting], Made]:
+    """Two blocks of a llama shape, compiled (inductor on a GPU).
 
-    from automodel_trainer.strategies.compile import compile_blocks
+    Args:
+        lora: with adapters, in one matmul with their weights; the reference has weights that they are merged into.
+        fp8: frozen weights in fp8.
+    """
+
+    def make(setting: Setting) -> Made:
+        from automodel_trainer.strategies.compile import compile_blocks
+
+        model, reference = llamas(setting)
+        if lora:
+            adapt(model, setting, fp8)
+        compile_blocks(model.train(), "aot_eager" if setting.small else "inductor")
+        x = setting.randn(2, 37 if setting.small else 517, model.config.hidden_size)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "embed" not in n}
+        wide = dict(zip(["x", *trained], setting.wide(x, *trained.values())))
+
+        def ours() -> Tensor:
+            return model(inputs_embeds=x, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+        def theirs() -> Tensor:
+            weights = merged(reference, model, wide) if lora else wide
+            inputs = {"inputs_embeds": wide["x"], "use_cache": False}
+            return functional_call(reference, weights, kwargs=inputs).last_hidden_state  # type: ignore[no-any-return]
+
+        return Made(ours, theirs, [x, *trained.values()], list(wide.values()))
+
+    return make
+
+
+def llamas(setting: Setting) -> tuple[Any, Any]:
+    """A model and its twin in fp32, with the same numbers; weights are so large that blocks change what they get."""
+    from transformers import LlamaConfig, LlamaModel
 
     width = 32 if setting.small else 512
     sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2, "vocab_size": 8}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa")
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, initializer_range=0.5 * width**-0.5, attn_implementation="sdpa")
     torch.manual_seed(setting.generator.initial_seed() % 2**31)
-    reference = LlamaModel(config).to(setting.device).train()
-    for parameter in reference.parameters():  # the same numbers in both dtypes
-        parameter.data = parameter.data.to(setting.dtype).float()
-    model = LlamaModel(config).to(setting.device).train()
-    model.load_state_dict(reference.state_dict())
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(setting.dtype)
-    compile_blocks(model, "aot_eager" if setting.small else "inductor")
-    x = setting.randn(2, 37 if setting.small else 517, width)
-    (wide,) = setting.wide(x)
+    model = LlamaModel(config).to(setting.device, setting.dtype)
+    reference = LlamaModel(config).to(setting.device)
+    reference.load_state_dict(model.state_dict())
+    return model, reference.train()
 
-    def run(which: nn.Module, inputs: Tensor) -> Tensor:
-        return which(inputs_embeds=inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
-    trained = [[p for n, p in m.named_parameters() if "embed" not in n] for m in (model, reference)]
-    return Made(lambda: run(model, x), lambda: run(reference, wide), [x, *trained[0]], [wide, *trained[1]])
+def adapt(model: Any, setting: Setting, fp8: bool) -> None:
+    from automodel_trainer.models.fp8 import convert_to_fp8
+    from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
+    from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora
+
+    apply_lora(model, LoRAConfig(rank=8, alpha=4), dtype=setting.dtype)
+    if fp8:
+        convert_to_fp8(model, "tensorwise", setting.device, emulate=setting.small)
+    apply_kernels(model, KernelsConfig(attention="sdpa", lora="widened"), setting.device)
+    finish_lora(model)
+    for adapter in adapters(model):
+        scale = adapter.a.weight.shape[1] ** -0.5  # of an update about a quarter as large as the weight
+        adapter.b.weight.data = setting.randn(*adapter.b.weight.shape, scale=scale, grad=False)
+
+
+def merged(reference: Any, model: Any, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reference's weights, with updates of these factors."""
+    from automodel_trainer.models.lora import adapters
+
+    weights = dict(reference.named_parameters())
+    for adapter in adapters(model):
+        a, b = (factors[f"{adapter.target}.lora_{part}.weight"] for part in "AB")
+        weights[f"{adapter.target}.weight"] = weights[f"{adapter.target}.weight"] + adapter.scaling * b @ a
+    return weights
 
 
 class OneBlock(nn.Module):
