@@ -25,6 +25,7 @@ from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.allocator import allocator_of
 from automodel_trainer.strategies.clip import local_tensor
+from automodel_trainer.strategies.compile import effective_options
 from automodel_trainer.strategies.pipeline_names import of_all_stages
 
 Facts = dict[str, Any]
@@ -125,7 +126,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "device": _device_name(strategy.root_device),
         "precision": str(trainer.precision),
         "activation_checkpointing": getattr(strategy, "activation_checkpointing", None),
-        "compile": compiled_with(strategy),
+        **compiled_with(strategy),
         "batch": arithmetic,
         "pipeline": describe(arithmetic["accumulation"]) if describe is not None else None,
         "steps": planned_steps(trainer),
@@ -142,9 +143,12 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
     }
 
 
-def compiled_with(strategy: Any) -> str | None:
-    """The backend that blocks are compiled with, if any are."""
-    return strategy.compile_backend if isinstance(strategy, MeshStrategy) and strategy.tuned.compiled else None
+def compiled_with(strategy: Any) -> Facts:
+    """The backend that blocks are compiled with, and its options; None where none are."""
+    if not (isinstance(strategy, MeshStrategy) and strategy.tuned.compiled):
+        return {"compile": None, "compile_options": None}
+    backend = strategy.compile_backend
+    return {"compile": backend, "compile_options": effective_options(backend, strategy.compile_options)}
 
 
 def batch_facts(trainer: pl.Trainer, batch: Any) -> Facts:

@@ -96,7 +96,8 @@ def _layout(run: Facts) -> str:
     if run["activation_checkpointing"]:
         parts.append(f"activation checkpointing {run['activation_checkpointing']}")
     if run["compile"]:
-        parts.append(f"blocks compiled ({run['compile']})")
+        options = [f"{name}={value}" for name, value in (run["compile_options"] or {}).items()]
+        parts.append(f"blocks compiled ({', '.join([run['compile'], *options])})")
     return ", ".join(parts)
 
 

@@ -68,6 +68,7 @@ class MeshStrategy(SavingStrategy):
         compile: run every block as one compiled function in training. "auto": where there is a GPU (of a user's
             own LightningModule: the blocks of Hugging Face models).
         compile_backend: of `torch.compile`.
+        compile_options: of `torch.compile`; None: `{"use_fast_math": True}` for its "inductor" (see `compile_blocks`).
         process_group_backend: defaults to gloo on CPU, and to NCCL with gloo beside it for CPU tensors on CUDA.
         timeout: how long a collective waits for a missing rank.
     """
@@ -78,13 +79,14 @@ class MeshStrategy(SavingStrategy):
         *,
         compile: bool | Literal["auto"] = "auto",
         compile_backend: str = "inductor",
+        compile_options: dict[str, Any] | None = None,
         launcher: Literal["auto", "subprocess", "fork", "spawn"] = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
         super().__init__()
         self.requested_dims = dims
-        self.compile, self.compile_backend = compile, compile_backend
+        self.compile, self.compile_backend, self.compile_options = compile, compile_backend, compile_options
         self.launcher_name = launcher
         self.process_group_backend = process_group_backend
         self.timeout = timeout
@@ -106,7 +108,7 @@ class MeshStrategy(SavingStrategy):
     def compile_model(self, model: nn.Module) -> None:
         """Compile the blocks of `model` if this run compiles."""
         if self.compiles:
-            self.tuned.compile(model, self.compile_backend, self.compile)
+            self.tuned.compile(model, self.compile_backend, self.compile_options, self.compile)
 
     def place(self, model: nn.Module) -> None:
         """Called once the parameters of a laid-out model have their values: put them where this layout keeps them."""

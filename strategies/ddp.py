@@ -25,7 +25,7 @@ class DDPStrategy(MeshStrategy):
         activation_checkpointing: "full" or "selective", see `FSDP2Strategy`.
         find_unused_parameters: let parameters that take no part in a step pass (costs a walk over the graph).
         bucket_cap_mb: size of a gradient bucket, in MiB.
-        compile, compile_backend, launcher, process_group_backend, timeout: see `MeshStrategy`.
+        compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
 
     Source: torch.nn.parallel.DistributedDataParallel; arXiv 2006.15704.
     """

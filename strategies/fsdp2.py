@@ -66,7 +66,7 @@ class FSDP2Strategy(MeshStrategy):
             and attention and recomputes the rest.
         sync_every_micro_batch: reduce gradients after every micro-batch instead of once per optimizer step: more
             traffic, but unsharded gradients are not held while micro-batches accumulate.
-        compile, compile_backend, launcher, process_group_backend, timeout: see `MeshStrategy`.
+        compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
 
     Source: `torch.distributed.fsdp.fully_shard`; ZeRO, arXiv 1910.02054.
     """

@@ -49,7 +49,7 @@ class MegatronFSDPStrategy(FSDP2Strategy):
         nccl_ub: register buffers with NCCL (needs megatron-core's or apex's allocator; implies `double_buffer`).
         grad_reduce_dtype: that gradients travel in. auto: fp32.
         main_params_dtype: of the weights that the optimizer updates. auto: what the Trainer's precision says.
-        compile, compile_backend, launcher, process_group_backend, timeout: see `MeshStrategy`.
+        compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
 
     Source: Megatron-LM, megatron/core/distributed/fsdp; ZeRO, arXiv 1910.02054.
 
@@ -79,6 +79,7 @@ class MegatronFSDPStrategy(FSDP2Strategy):
         activation_checkpointing: Literal["full", "selective"] | None = None,
         compile: bool | Literal["auto"] = "auto",
         compile_backend: str = "inductor",
+        compile_options: dict[str, Any] | None = None,
         launcher: Literal["auto", "subprocess", "fork", "spawn"] = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -95,6 +96,7 @@ class MegatronFSDPStrategy(FSDP2Strategy):
             activation_checkpointing=activation_checkpointing,
             compile=compile,
             compile_backend=compile_backend,
+            compile_options=compile_options,
             launcher=launcher,
             process_group_backend=process_group_backend,
             timeout=timeout,

@@ -55,11 +55,13 @@ class TunedBlocks:
             apply_activation_checkpointing(model, mode, fresh)
         self.checkpointed.update(fresh)
 
-    def compile(self, model: nn.Module, backend: str, asked: bool | Literal["auto"]) -> None:
+    def compile(
+        self, model: nn.Module, backend: str, options: dict[str, Any] | None, asked: bool | Literal["auto"]
+    ) -> None:
         """See `compile_blocks`. Where nobody asked ("auto"), a user's own module has those of transformers compiled."""
         own = asked == "auto" and isinstance(model, pl.LightningModule)
         blocks = [b for part in (outermost(model, PreTrainedModel) if own else [model]) for b in find_blocks(part)]
         fresh = [block for block in blocks if block not in self.compiled]
         if fresh or (not blocks and asked is True):
-            compile_blocks(model, backend, fresh)
+            compile_blocks(model, backend, fresh, options)
         self.compiled.update(fresh)

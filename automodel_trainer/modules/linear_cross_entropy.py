@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from automodel_trainer.models._torch import FAST_MATH
+
 IGNORE_INDEX = -100
 
 
@@ -95,4 +97,4 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(_loss_and_gradient, dynamic=False)
+    return torch.compile(_loss_and_gradient, dynamic=False, options=FAST_MATH)

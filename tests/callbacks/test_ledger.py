@@ -234,6 +234,7 @@ def test_compiled_blocks_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
     strategy = "auto:compile=true,compile_backend=aot_eager"
     facts = fit(tiny_model(), Ledger(), tmp_path, strategy=strategy).facts
     assert facts["run"]["compile"] == "aot_eager"
+    assert facts["run"]["compile_options"] is None
     assert "blocks compiled (aot_eager)" in capsys.readouterr().out
     assert fit(tiny_model(), Ledger(), tmp_path).facts["run"]["compile"] is None
     assert "compiled" not in capsys.readouterr().out

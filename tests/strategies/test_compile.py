@@ -133,6 +133,30 @@ def test_evaluation_is_not_compiled() -> None:
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
+@pytest.mark.parametrize(
+    ("backend", "given", "passed"),
+    [
+        ("inductor", None, {"use_fast_math": True}),
+        ("inductor", {}, {}),
+        ("inductor", {"max_autotune": True}, {"max_autotune": True}),
+        ("aot_eager", None, None),
+    ],
+)
+def test_options(monkeypatch: pytest.MonkeyPatch, backend: str, given: Any, passed: Any) -> None:
+    calls, real = [], torch.compile
+
+    def compile(function: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return real(function, **kwargs)  # which knows the options of this torch
+
+    monkeypatch.setattr(torch, "compile", compile)
+    strategy = make_strategy("ddp", 1)
+    strategy.compile, strategy.compile_backend, strategy.compile_options = True, backend, given
+    monkeypatch.setattr(type(strategy), "compiles", True)
+    strategy.compile_model(tiny_model("llama"))
+    assert calls == [{"backend": backend, "options": passed}]
+
+
 def test_refusals(pool: RankPool) -> None:
     with pytest.raises(ValueError, match="compile=True makes GPU kernels, and this run is on cpu"):
         train("fsdp2:compile=true", 1, 4, "llama", tied=True)
