@@ -25,7 +25,8 @@ TINY: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidde
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "rope_theta": 5e5}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS, ACCUMULATION = 2, 4
-CASES = ("ours", "ours, separate", "ours, eager", "ours, fp8", "ours, fp8, separate", "peft and liger", "unsloth")
+CASES = ("ours", "ours, separate", "ours, eager", "ours, fp8", "ours, fp8, separate", "ours, nf4")
+CASES += ("peft and liger", "unsloth")
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,7 +106,8 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 
         meta = transformers.AutoModelForCausalLM.from_config(shape)
     began = time.perf_counter()
-    trainer.fit(RandomLoRA(meta, lora=LoRAConfig(rank=16, alpha=32), kernels=kernels, lr=1e-4), data)
+    lora = LoRAConfig(rank=16, alpha=32, quantize="nf4" if "nf4" in args.case else None)
+    trainer.fit(RandomLoRA(meta, lora=lora, kernels=kernels, lr=1e-4), data)
     if args.profile:
         Path(args.profile).mkdir(parents=True, exist_ok=True)
         (Path(args.profile) / f"{args.case.replace(', ', '_')}.txt").write_text(largest_kernels(clock.profiler))
