@@ -1,7 +1,8 @@
 """What the compiler makes of one llama-8B block with LoRA for an H100: its kernels, and the bytes each moves.
 
-    python benchmarks/block_kernels.py            # bf16
-    python benchmarks/block_kernels.py --fp8      # frozen weights in fp8
+    python benchmarks/block_kernels.py                  # bf16
+    python benchmarks/block_kernels.py --fp8            # frozen weights in fp8
+    python benchmarks/block_kernels.py --instructions   # and what their instructions take at least
 
 The block is traced with tensors that have shapes and no numbers, and lowered for a GPU that is not there: nothing runs.
 Memory-bound kernels take about their bytes by what the device copies a second (3 TB/s): so a change can be judged where
@@ -27,6 +28,7 @@ import torch._inductor.config as inductor
 import torch._subclasses.fake_tensor as fake_tensor
 import transformers
 import triton
+from machine_code import kernels_in, least_seconds
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import scheduler
@@ -40,6 +42,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from triton.backends.compiler import GPUTarget
 
 from automodel_trainer.models import fp8_weight
+from automodel_trainer.models._torch import FAST_MATH
 from automodel_trainer.models.fp8 import convert_to_fp8
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora, widened, widened_fp8
@@ -202,19 +205,23 @@ def calls(code: str) -> list[tuple[str, float | None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fp8", action="store_true", help="frozen weights held in fp8, tensorwise")
+    parser.add_argument("--instructions", action="store_true", help="see machine_code.py; a minute more")
     arguments = parser.parse_args()
     triton.runtime.driver.set_active(Driver())
     widened.matmul_into = widened_fp8.matmul_into = matmul_into  # type: ignore[attr-defined]
     fp8_weight.scaled_matmul = widened_fp8.scaled_matmul = lambda *args: fp8_matmul(*args[:4])
     total = 0.0
-    with inductor.patch(fx_graph_cache=False, benchmark_kernel=True, compile_threads=1):
+    with inductor.patch(fx_graph_cache=False, benchmark_kernel=True, compile_threads=1, **FAST_MATH):
         graphs = generated(arguments.fp8)
     for backward, code in graphs:
         print("backward" if backward else "forward")
+        least = {k.name: least_seconds(k) for k in kernels_in(code)} if arguments.instructions else {}
         for name, moved in calls(code):
             total += moved or 0.0
-            figures = " " * 18 if moved is None else f"{moved / 1e6:7.0f} MB {moved / COPIED * 1e6:5.0f} µs"
-            print(f"  {figures}  {name}")
+            figures = "" if moved is None else f"{moved / 1e6:7.0f} MB {moved / COPIED * 1e6:5.0f} µs"
+            seconds = least.get(name)
+            figures += "" if seconds is None else f"  instructions {seconds * 1e6:5.0f} µs"
+            print(f"  {figures:<{40 if arguments.instructions else 18}}  {name}")
     print(f"{total / 1e9:.2f} GB in all, {total / COPIED * 1e3:.2f} ms")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Of `torch.compile`'s inductor: exponentials as the GPU has them, off by 2 units in the last place of fp32, and zero
-# below 2^-126. A library's take seven instructions more, which SwiGLU's and the loss's kernels have no time for.
+# below 2^-126. A library's take more instructions than SwiGLU's and the loss's kernels have time for.
 FAST_MATH: dict[str, Any] = {"use_fast_math": True}
 
 
