@@ -15,7 +15,7 @@ from automodel_trainer.models import fp8_weight, kernels
 from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.fp8 import RECIPES, convert_to_fp8
 from automodel_trainer.models.fp8_layers import fp8_layers
-from automodel_trainer.models.fp8_weight import unpack
+from automodel_trainer.models.fp8_weight import E4M3, E5M2, cast_with, scale_of, unpack
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora
 from automodel_trainer.models.packed_tensor import pack
@@ -217,3 +217,15 @@ def test_the_section_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "convert_to_fp8", lambda *args, **options: calls.append((*args[1:], options)))
     apply_kernels(tiny_model("llama"), KernelsConfig(attention="eager", fp8="rowwise"), CPU)
     assert calls == [("rowwise", CPU, {"all_gather": "auto"})]
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("by_row", [False, True], ids=["tensorwise", "rowwise"])
+def test_the_largest_number_fits_in_without_a_limit(dtype: torch.dtype, by_row: bool) -> None:
+    """Of rows of any size; what does not fit becomes NaN where a cast does not saturate."""
+    torch.manual_seed(0)
+    sizes = torch.logspace(-11, 15, 500)[:, None]
+    x = torch.randn(500, 64) * (sizes if by_row else 1e5)
+    codes = cast_with(x, scale_of([x], dtype, by_row), dtype).float()
+    largest = codes.abs().amax(1) if by_row else codes.abs().amax()[None]
+    assert largest.eq(torch.finfo(dtype).max).all()
