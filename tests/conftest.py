@@ -10,8 +10,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.pool import RankPool
+
+# An example takes as long as the machine is busy.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -96,12 +96,18 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def _ask(self, ranks: set[int]) -> str:
-        """Where ranks are that do not answer."""
+        """Where ranks are that do not answer, or how they ended."""
         for rank in ranks:
             with suppress(ProcessLookupError):
                 os.kill(self._processes[rank].pid, signal.SIGUSR2)
-        time.sleep(1)
-        return "\n".join(f"rank {rank}: {(self._stacks / str(rank)).read_text()}" for rank in sorted(ranks))
+        end = time.monotonic() + 20  # on a busy machine a process is long in coming to it
+        while not all(map(self._stack, ranks)) and time.monotonic() < end:
+            time.sleep(0.1)
+        return "\n".join(f"rank {rank}: {self._stack(rank) or 'has not said where it is'}" for rank in sorted(ranks))
+
+    def _stack(self, rank: int) -> str:
+        code = self._processes[rank].exitcode
+        return (self._stacks / str(rank)).read_text() if code is None else f"ended with code {code}"
 
     def close(self) -> None:
         for process in self._processes:

@@ -43,7 +43,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TAGS | NAMES | st.text(max_size=3), inner, max_size=4),
     max_leaves=12,
 )
-SLOW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def refused_by_name(place: Path, other: str = "no other name") -> Iterator[None]
             raise AssertionError("the error does not say where") from error
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(JSON)
 @example({"__tensor__": [1], "dtype": "load", "shape": [1]})
 @example({"__dtype__": "save"})

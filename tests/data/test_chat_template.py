@@ -291,7 +291,7 @@ def test_real_templates_against_marked_variants(name: str) -> None:
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
 def test_random_contents_in_chatml(pairs: list[tuple[str, str]]) -> None:
     tokenizer = RANDOM
@@ -304,7 +304,7 @@ def test_random_contents_in_chatml(pairs: list[tuple[str, str]]) -> None:
 words = st.text("ab <>/\n[]{}\"'ü😀", max_size=12).map(str.strip)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(["qwen", "mistral", "harmony"]), st.lists(st.tuples(words, words), min_size=2, max_size=4))
 def test_random_contents_in_templates_that_change_the_past(name: str, pairs: list[tuple[str, str]]) -> None:
     tokenizer, before, after, last = SHAPES[name]

@@ -25,7 +25,7 @@ def supervised_pairs(batch: dict) -> Counter:
     return Counter(zip(tokens[kept].tolist(), labels[kept].tolist()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 64), max_size=80))
 def test_every_sample_is_in_one_row_and_no_row_overflows(lengths: list[int]) -> None:
     rows = pack(lengths, 64)
