@@ -143,8 +143,9 @@ def llamas(setting: Setting) -> tuple[Any, Any]:
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(**sizes, initializer_range=0.5 * width**-0.5, attn_implementation="sdpa")
     torch.manual_seed(setting.generator.initial_seed() % 2**31)
-    model = LlamaModel(config).to(setting.device, setting.dtype)
-    reference = LlamaModel(config).to(setting.device)
+    model, reference = (LlamaModel(config).to(setting.device) for _ in range(2))
+    for parameter in model.parameters():  # not the angles of the rotary embedding
+        parameter.data = parameter.data.to(setting.dtype)
     reference.load_state_dict(model.state_dict())
     return model, reference.train()
 
