@@ -103,6 +103,7 @@ class RankPool:
         end = time.monotonic() + 20  # on a busy machine a process is long in coming to it
         while not all(map(self._stack, ranks)) and time.monotonic() < end:
             time.sleep(0.1)
+        time.sleep(1)  # a stack is written line by line
         return "\n".join(f"rank {rank}: {self._stack(rank) or 'has not said where it is'}" for rank in sorted(ranks))
 
     def _stack(self, rank: int) -> str:

@@ -166,7 +166,6 @@ def fit(
     **lora: Any,
 ) -> dict[str, Any]:
     """Train up to step `stop` of a run of `steps`."""
-
     losses = Losses()
     torch.manual_seed(0)  # of dropout
     trainer = Trainer(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from automodel_trainer.strategies import collectives
+from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MegatronFSDPStrategy, collectives
 from automodel_trainer.strategies.compile import compile_blocks
 from tests.harness import check_steps, make_strategy
 from tests.pool import RankPool
@@ -155,6 +155,12 @@ def test_options(monkeypatch: pytest.MonkeyPatch, backend: str, given: Any, pass
     monkeypatch.setattr(type(strategy), "compiles", True)
     strategy.compile_model(tiny_model("llama"))
     assert calls == [{"backend": backend, "options": passed}]
+
+
+@pytest.mark.parametrize("strategy", [DDPStrategy, FSDP2Strategy, MegatronFSDPStrategy])
+def test_strategies_take_options(strategy: Any) -> None:
+    assert strategy().compile_options is None
+    assert strategy(compile_options={"max_autotune": True}).compile_options == {"max_autotune": True}
 
 
 def test_refusals(pool: RankPool) -> None:
