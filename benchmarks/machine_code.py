@@ -34,7 +34,7 @@ from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math
 
 """
-INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_]+)[^;]*?(\.L_x_\d+)?[^;]*;")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_]+)")
 ISSUED = 132 * 4 * 1.6e9  # instructions of a warp a second: multiprocessors, a clock, clocks under load
 BLOCK = {"XBLOCK": 1024, "YBLOCK": 1}  # numbers of a program that adds nothing up
 ROW = {"XBLOCK": 1, "R0_BLOCK": 2048}  # of one that does: it goes along a row
