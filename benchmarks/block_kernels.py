@@ -1,7 +1,8 @@
-"""What the compiler makes of one llama-8B block with LoRA for an H100: its kernels, and the bytes each moves.
+"""What the compiler makes of one llama-8B block for an H100: its kernels, and the bytes each moves.
 
-    python benchmarks/block_kernels.py                  # bf16
+    python benchmarks/block_kernels.py                  # with LoRA, in bf16
     python benchmarks/block_kernels.py --fp8            # frozen weights in fp8
+    python benchmarks/block_kernels.py --full --fp8     # all parameters trained, in fp8
     python benchmarks/block_kernels.py --instructions   # and what their instructions take at least
 
 The block is traced with tensors that have shapes and no numbers, and lowered for a GPU that is not there: nothing runs.
@@ -41,7 +42,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from triton.backends.compiler import GPUTarget
 
-from automodel_trainer.models import fp8_weight
+from automodel_trainer.models import _torchao, fp8_together, fp8_weight
 from automodel_trainer.models._torch import FAST_MATH
 from automodel_trainer.models.fp8 import convert_to_fp8
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
@@ -84,6 +85,7 @@ def matmul_into(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("block_kernels::fp8_matmul", mutates_args=())
 def fp8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    assert a.stride(1) == b.stride(0) == 1, "units for fp8 take both along what is summed"
     return torch.empty(a.shape[0], b.shape[1], dtype=torch.bfloat16, device=a.device)
 
 
@@ -167,8 +169,13 @@ def backend(found: list[tuple[bool, str]]) -> Callable[..., Any]:
     return lambda graph, inputs: compile_fx.compile_fx(graph, inputs, inner_compile=inner)
 
 
-def generated(fp8: bool) -> list[tuple[bool, str]]:
-    """Whether it is the backward's, and the code, of every graph of the block."""
+def generated(fp8: bool, full: bool, gathered: bool) -> list[tuple[bool, str]]:
+    """Whether it is the backward's, and the code, of every graph of the block.
+
+    Args:
+        full: train all parameters, without adapters.
+        gathered: weights come in fp8.
+    """
     found: list[tuple[bool, str]] = []
     config = transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8,
@@ -177,12 +184,15 @@ def generated(fp8: bool) -> list[tuple[bool, str]]:
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.config._attn_implementation = "block_kernels"
-        apply_lora(model, LoRAConfig(rank=16, alpha=32), torch.bfloat16, torch.float32)
-        let_adapters_cast(model, torch.bfloat16)
+        if not full:
+            apply_lora(model, LoRAConfig(rank=16, alpha=32), torch.bfloat16, torch.float32)
+            let_adapters_cast(model, torch.bfloat16)
         if fp8:
             convert_to_fp8(model, "tensorwise", CPU, emulate=True)
-        apply_kernels(model, KernelsConfig(attention="block_kernels", lora="widened"), CPU)
+        apply_kernels(model, KernelsConfig(attention="block_kernels", lora="auto" if full else "widened"), CPU)
         finish_lora(model)
+        if gathered:
+            give_codes(model)
         compile_blocks(model.train(), backend(found))
         x = torch.empty(ROWS, LENGTH, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         positions = torch.arange(LENGTH)[None].expand(ROWS, -1)
@@ -190,6 +200,15 @@ def generated(fp8: bool) -> list[tuple[bool, str]]:
         out = model.model.layers[0](x, attention_mask=None, position_ids=positions, position_embeddings=rotary)
         out.backward(torch.empty_like(out))
     return found
+
+
+def give_codes(model: torch.nn.Module) -> None:
+    """Weights as FSDP2 leaves them when it gathers them in fp8."""
+    for layer in model.modules():
+        if isinstance(layer, fp8_together.Fp8Linear):
+            codes = torch.empty(layer.weight.shape, dtype=torch.float8_e4m3fn)
+            weight = _torchao.fp8_weight(codes, torch.ones(()), torch.bfloat16, layer)
+            layer.weight = torch.nn.Parameter(weight)
 
 
 def calls(code: str) -> list[tuple[str, float | None]]:
@@ -205,14 +224,17 @@ def calls(code: str) -> list[tuple[str, float | None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fp8", action="store_true", help="frozen weights held in fp8, tensorwise")
+    parser.add_argument("--full", action="store_true", help="train all parameters")
+    parser.add_argument("--gathered", action="store_true", help="with --full --fp8: weights come in fp8")
     parser.add_argument("--instructions", action="store_true", help="see machine_code.py; a minute more")
     arguments = parser.parse_args()
     triton.runtime.driver.set_active(Driver())
     widened.matmul_into = widened_fp8.matmul_into = matmul_into  # type: ignore[attr-defined]
-    fp8_weight.scaled_matmul = widened_fp8.scaled_matmul = lambda *args: fp8_matmul(*args[:4])
+    for module in (fp8_together, fp8_weight, widened_fp8):
+        module.scaled_matmul = lambda *args, **_: fp8_matmul(*args[:4])  # type: ignore[attr-defined]
     total = 0.0
     with inductor.patch(fx_graph_cache=False, benchmark_kernel=True, compile_threads=1, **FAST_MATH):
-        graphs = generated(arguments.fp8)
+        graphs = generated(arguments.fp8, arguments.full, arguments.gathered)
     for backward, code in graphs:
         print("backward" if backward else "forward")
         least = {k.name: least_seconds(k) for k in kernels_in(code)} if arguments.instructions else {}

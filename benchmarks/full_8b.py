@@ -3,12 +3,14 @@
 `python benchmarks/full_8b.py` runs every case in processes of its own on the same GPUs, prints every step as it comes,
 and at the end tok/s a GPU, peak memory and the ratios to the bare loop's (the goals: 10,000 in bf16, 14,500 in fp8).
 Look at: "ours, fp8" against "ours, fp8, bf16 gather" (what `kernels.fp8_all_gather` brings), both against "peer, fp8",
-"ours, te fp8" against them, and whether losses of the first steps agree between ours in bf16 and in fp8.
+"ours, te fp8" against them, and whether mean losses agree between ours in bf16 and in fp8. "Weights kept": not gathered
+again in backward (`reshard_after_forward: false`).
 
-`--micro-batch-size 1` for less memory, `--profile DIR` for the kernels of one more step, `--limit` seconds for a case
-(what it measured until then counts), `--layers 8` for a try, `--tiny` for CPU ranks with fp8 emulated. On one GPU
-(`--gpus 1`) 8 layers and 16 say together what a layer takes where nothing travels; 139 GiB hold 16 and their optimizer
-state.
+`--micro-batch-size 1` for less memory, 3 where memory is left, `--profile DIR` for the kernels of one more step,
+`--limit` seconds for a case (what it measured until then counts), `--layers 8` for a try, `--tiny` for CPU ranks with
+fp8 emulated. On one GPU (`--gpus 1`) 8 layers and 16 say together what a layer takes where nothing travels; 139 GiB
+hold 16 and their optimizer state. `--imagined` runs one rank of as many as `--gpus` says, on one GPU, with the others
+imagined: all but what travels (see `imagined.py`).
 """
 
 from __future__ import annotations
@@ -22,23 +24,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from imagined import imagine
+from lora_8b import EIGHT_B, TINY, Moment, synchronize
 from torch import Tensor, nn
 
-EIGHT_B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
-EIGHT_B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 5e5}
-TINY: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "rope_theta": 5e5}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, fp8": {"fp8": "tensorwise"},
     "ours, fp8, bf16 gather": {"fp8": "tensorwise", "fp8_all_gather": False},
+    "ours, fp8, weights kept": {"fp8": "tensorwise"},
     "ours, te fp8": {"linear": "te", "fp8": "delayed"},
 }
 PEERS: dict[str, dict[str, Any] | None] = {
@@ -52,36 +52,52 @@ LR = 1e-5
 
 
 class Steps:
-    """Times steps, prints them, and profiles one more than are asked for."""
+    """Times steps by events of the device, prints each when the next but one has been asked for (nobody waits for the
+    device in between), and profiles one more than are asked for."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.count, self.profiler = args, 0, None
+        self.args, self.profiler = args, None
+        self.moments: list[Moment] = []
 
     def begin(self) -> None:
-        if self.args.profile and self.count == self.args.steps and rank() == 0:
+        if not self.moments:
+            self.moments.append(Moment(wait=True))
+        elif self.args.profile and self._ended == self.args.steps and rank() == 0:
             activities = [torch.profiler.ProfilerActivity.CPU]
             activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            synchronize()
             self.profiler = torch.profiler.profile(activities=activities)
             self.profiler.start()
-        synchronize()
-        self.began = time.perf_counter()
 
-    def end(self, loss: Callable[[], float]) -> None:
-        synchronize()
-        seconds = time.perf_counter() - self.began
-        self.count += 1
-        if self.count > self.args.steps:
+    def end(self) -> None:
+        if self._ended == self.args.steps:
             self._write()
             return
+        self.moments.append(Moment())
+        if self._ended > 2:
+            self._say(self._ended - 2)
+
+    def finish(self, loss: float) -> None:
+        """loss: the mean of all steps that were asked for."""
+        for step in range(max(self._ended - 1, 1), self._ended + 1):
+            self._say(step)
+        say(f"{self.args.case}: mean loss {loss:.4f}")
+
+    @property
+    def _ended(self) -> int:
+        return len(self.moments) - 1
+
+    def _say(self, step: int) -> None:
+        seconds = self.moments[step].since(self.moments[step - 1])
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-        found = {"seconds": round(seconds, 4), "loss": round(loss(), 4), "peak_gib": round(peak, 1)}
         if rank() == 0:
-            print("STEP " + json.dumps(found), flush=True)
+            print("STEP " + json.dumps({"seconds": round(seconds, 4), "peak_gib": round(peak, 1)}), flush=True)
 
     def _write(self) -> None:
         from automodel_trainer.tools.bench_profile import kernels_of, table
 
         if self.profiler is not None:
+            synchronize()
             self.profiler.stop()
             folder = Path(self.args.profile)
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,8 +137,8 @@ def ours(args: argparse.Namespace) -> None:
         def on_train_batch_start(self, *_: Any) -> None:
             steps.begin()
 
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            steps.end(lambda: float(trainer.callback_metrics["train_loss"]))
+        def on_train_batch_end(self, *_: Any) -> None:
+            steps.end()
 
     steps = Steps(args)
     data = MockDataModule(
@@ -133,11 +149,12 @@ def ours(args: argparse.Namespace) -> None:
         num_samples=args.gpus * args.micro_batch_size * steps.total,
     )
     trainer = Trainer(
-        strategy="fsdp2",
-        devices="auto",
+        strategy="fsdp2:reshard_after_forward=false" if "kept" in args.case else "fsdp2",
+        devices=1 if args.imagined else "auto",
+        num_nodes=args.gpus if args.imagined else 1,
         precision="bf16",
         max_steps=steps.total,
-        log_every_n_steps=1,
+        log_every_n_steps=args.steps,
         default_root_dir=args.root,
         callbacks=[Clock()],
         enable_checkpointing=False,
@@ -147,6 +164,7 @@ def ours(args: argparse.Namespace) -> None:
     with torch.device("meta"):
         meta = Transformers.from_config(shape)
     trainer.fit(RandomModel(meta, kernels=KernelsConfig(**OURS[args.case]), lr=LR), data)
+    steps.finish(float(trainer.callback_metrics["train_loss"]))
 
 
 class WithLoss(nn.Module):
@@ -192,6 +210,7 @@ def peer(args: argparse.Namespace) -> None:
     net.model.model.rotary_emb = type(rotary)(config=net.model.config).to(device)  # its frequencies were on meta
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, fused=True)
     steps, generator = Steps(args), torch.Generator(device).manual_seed(rank())
+    losses: list[Tensor] = []
     shape = (args.micro_batch_size, args.seq_len)
     for _ in range(steps.total):
         ids = torch.randint(args.shape["vocab_size"], shape, device=device, generator=generator)
@@ -205,7 +224,9 @@ def peer(args: argparse.Namespace) -> None:
             from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
             precompute_float8_dynamic_scale_for_fsdp(net)
-        steps.end(loss.item)
+        steps.end()
+        losses.append(loss.detach())
+    steps.finish(float(torch.stack(losses[: args.steps]).mean()))
     dist.destroy_process_group()
 
 
@@ -233,15 +254,12 @@ def say(text: str) -> None:
         print("SAY " + text, flush=True)
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def launch(case: str, args: argparse.Namespace) -> dict[str, Any]:
     """A case in processes of its own, ended after `--limit` seconds; what its steps were."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.gpus), "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", __file__, "--case", case, *args.passed]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command = [sys.executable] if args.imagined else command
+    command += [__file__, "--case", case, *args.passed]
     output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **output)
     timer = threading.Timer(args.limit, lambda: os.killpg(process.pid, signal.SIGKILL))
@@ -277,7 +295,6 @@ def figures(args: argparse.Namespace, steps: list[dict[str, Any]]) -> dict[str, 
         "peak_gib": max(step["peak_gib"] for step in steps),
         "first_step_s": round(steps[0]["seconds"], 1),
         "measured_steps": len(times),
-        "losses": [step["loss"] for step in steps[:4]],
     }
 
 
@@ -290,6 +307,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--gpus", type=int, default=2, help="or CPU ranks")
+    parser.add_argument("--imagined", action="store_true", help="run one rank, with the others imagined")
     parser.add_argument("--layers", type=int, default=0, help="of the model; 0: all")
     parser.add_argument("--profile", help="a folder for a table of kernels per case")
     parser.add_argument("--limit", type=float, default=100, help="seconds of a case")
@@ -300,13 +318,15 @@ def main() -> None:
     args.shape = {**(TINY if args.tiny else EIGHT_B)}
     args.shape["num_hidden_layers"] = args.layers or args.shape["num_hidden_layers"]
     if args.case:
+        if args.imagined:
+            imagine(args.gpus)
         (ours if args.case in OURS else peer)(args)
         return
     sizes = {"steps": args.steps, "seq-len": args.seq_len, "micro-batch-size": args.micro_batch_size}
     given = {**sizes, "gpus": args.gpus, "layers": args.layers, "root": args.root}
     given |= {"profile": args.profile} if args.profile else {}
     args.passed = [*(str(part) for key, value in given.items() for part in (f"--{key}", value))]
-    args.passed += ["--tiny"] if args.tiny else []
+    args.passed += [f"--{flag}" for flag in ("tiny", "imagined") if getattr(args, flag)]
     default = [case for case in DEFAULT if not (args.tiny and "te " in case)]
     results = {case: launch(case, args) for case in args.cases or default}
     for case, result in results.items():

@@ -73,7 +73,11 @@ def _numel(kernel: Kernel, axis: str) -> int:
 
 
 def _disassembled(kernel: Kernel, blocks: dict[str, int], warps: int) -> str:
-    constants = {name: blocks[name] for name, kind in kernel.types.items() if kind == "constexpr"}
+    constants = {
+        name: blocks[name] if name in blocks else _numel(kernel, name.removesuffix("numel"))
+        for name, kind in kernel.types.items()
+        if kind == "constexpr"
+    }
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.py", Path(folder) / "kernel.cubin"
         source.write_text(HEAD + kernel.code)

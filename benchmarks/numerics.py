@@ -59,6 +59,7 @@ CASES: dict[str, Case] = {
     "fp8, rowwise": Case(fp8("rowwise"), [BF16], {BF16: 0.06}),
     "fp8, rowwise_with_gw_hp": Case(fp8("rowwise_with_gw_hp"), [BF16], {BF16: 0.06}),
     "compiled blocks": Case(compiled_blocks()),
+    "compiled blocks, fp8": Case(compiled_blocks(fp8=True), [BF16], {BF16: 0.12}),
     "compiled blocks, LoRA": Case(compiled_blocks(lora=True)),
     "compiled blocks, LoRA, fp8": Case(compiled_blocks(lora=True, fp8=True), [BF16], {BF16: 0.06}),
 }

@@ -107,15 +107,18 @@ def compiled_blocks(lora: bool = False, fp8: bool = False) -> Callable[[Setting]
 
     Args:
         lora: with adapters, in one matmul with their weights; the reference has weights that they are merged into.
-        fp8: frozen weights in fp8.
+        fp8: weights multiply in fp8; frozen ones are held in it.
     """
 
     def make(setting: Setting) -> Made:
+        from automodel_trainer.models.fp8 import convert_to_fp8
         from automodel_trainer.strategies.compile import compile_blocks
 
         model, reference = llamas(setting)
         if lora:
             adapt(model, setting, fp8)
+        elif fp8:
+            convert_to_fp8(model, "tensorwise", setting.device, emulate=setting.small)
         compile_blocks(model.train(), "aot_eager" if setting.small else "inductor")
         x = setting.randn(2, 37 if setting.small else 517, model.config.hidden_size)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "embed" not in n}

@@ -3,8 +3,9 @@ comes out is what the matmuls of forward and backward take. No rank casts a whol
 
 Parameters stay plain (sharded, fp32 or bf16), so optimizers and checkpoints see nothing of it: FSDP2 looks for
 `fsdp_pre_all_gather` and `fsdp_post_all_gather` on a shard, and a plain tensor can have these too. One scale serves a
-whole weight: before a forward the largest values of all shards are reduced over the ranks at once. It is the scale that
-the whole weight would have; the cast begins at the master weight, not at its rounding to bf16.
+whole weight, and in compiled blocks all weights that are multiplied together (`models/fp8_together.py`): before a
+forward the largest values of all shards are reduced over the ranks at once. It is the scale that the whole weight would
+have; the cast begins at the master weight, not at its rounding to bf16.
 
 Source: torchao.float8's `enable_fsdp_float8_all_gather`, which puts a tensor subclass into the parameter.
 """
@@ -47,8 +48,10 @@ class Fp8Gather:
     def __init__(self, model: FSDPModule, layers: list[nn.Module], group: ProcessGroup, backend: str | None) -> None:
         self.model, self.group = model, group
         self.wanted = {id(layer) for layer in layers}
+        self.together = backend is not None
         self.cast = _cast if backend is None else _compiled_cast(backend)
         self.weights: list[_Weight] = []
+        self.alike = torch.empty(0, 0)  # whether two weights are to have one scale
         self.once = Once()  # scales, for all forwards of an optimizer step
         assert isinstance(model, nn.Module)
         model.register_forward_pre_hook(self._before_forward, prepend=True)  # before FSDP2's own
@@ -63,6 +66,9 @@ class Fp8Gather:
                 for parameter in sharded_parameters(self.model)
                 if all(name == "weight" and id(owner) in self.wanted for owner, name in parameter.owners)
             ]
+            if self.weights:
+                device = self.weights[0].parameter.shard.device
+                self.alike = _multiplied_together(self.weights).to(device)
         self._scale()
 
     @torch.no_grad()
@@ -75,6 +81,8 @@ class Fp8Gather:
         held = [shard if shard.numel() else shard.new_zeros(1) for shard in shards]
         largest = torch.stack(torch._foreach_norm(held, math.inf)).float()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        if self.together:
+            largest = torch.where(self.alike, largest, 0.0).amax(1)
         scales = fp8_scale(largest, self.weights[0].dtype)
         # one tensor each: compiled code copies inputs that do not begin at a multiple of 16 bytes
         for weight, scale in zip(self.weights, torch._foreach_mul(list(scales.unbind()), 1.0)):
@@ -114,6 +122,12 @@ class _Weight:
             set_fp8_scale(out, scale)
             return None
         return fp8_weight(outputs[0], scale, param_dtype, self.layer), outputs
+
+
+def _multiplied_together(weights: list[_Weight]) -> Tensor:
+    """Of each two weights, whether they are: `[weights, weights]`."""
+    groups = torch.tensor([id(weight.layer.together) for weight in weights])
+    return groups[:, None] == groups
 
 
 def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,9 @@ from torch import Tensor
 FAST_MATH: dict[str, Any] = {"use_fast_math": True}
 
 
-def scaled_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_matmul(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, *, exact: bool = False
+) -> Tensor:
     """(a · scale_a) @ (b · scale_b) of fp8 matrices, `[m, n]` in `dtype`.
 
     `torch.nn.functional.scaled_mm` is the public name, which the compiler cannot look into.
@@ -22,9 +24,12 @@ def scaled_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype:
         a: `[m, k]`, by rows.
         b: `[k, n]`, by columns.
         scale_a, scale_b: fp32 `[m, 1]` and `[1, n]`, or both `[1, 1]`.
+        exact: add up in fp32; else products of some 128 numbers are added up in fewer bits.
     """
     if not a.is_cuda:  # what it would be without fp8's units
         return ((a.float() * scale_a) @ (b.float() * scale_b)).to(dtype)
     half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    out = torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=half, use_fast_accum=True)
-    return out.to(dtype)
+    out = torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=half, use_fast_accum=not exact)
+    # Not `out.to(dtype)` where that does nothing: an autograd function that returns what comes of it has no gradient
+    # when torch 2.11 compiles it, and nobody is told.
+    return out if out.dtype == dtype else out.to(dtype)

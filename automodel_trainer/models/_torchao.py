@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from automodel_trainer.models.nf4 import BLOCK, Parts
 
@@ -61,6 +61,18 @@ def fp8_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype, layer: Any) -> 
     from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole
 
     return Float8TrainingTensor(codes, scale, dtype, layer.linear_mm_config, GemmInputRole.WEIGHT)
+
+
+def weight_in_fp8(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Codes `[out, in]` and scale (0-dim) of what `fp8_weight` made; None: it is something else."""
+    from torchao.float8.float8_training_tensor import Float8TrainingTensor
+
+    return (weight._data, weight._scale) if isinstance(weight, Float8TrainingTensor) else None
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Numbers that lie on this device."""
+    return type(weight) in (Tensor, nn.Parameter)
 
 
 def set_fp8_scale(weight: Any, scale: Tensor) -> None:

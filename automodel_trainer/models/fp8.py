@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from automodel_trainer.models.fp8_layers import Fp8Layers
+from automodel_trainer.models.fp8_layers import TENSORWISE, Fp8Layers
+from automodel_trainer.models.fp8_together import multiply_together
 from automodel_trainer.models.linear_layers import block_linear_layers
 from automodel_trainer.models.lora import lora_of
 from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.quantize import pack_linear
+from automodel_trainer.models.shared_input import blocks_of, layers_with_one_input
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 MULTIPLE = 16  # of both sides of a weight: what the matrix units take
@@ -68,13 +70,16 @@ def convert_to_fp8(
             f"that are multiples of {MULTIPLE}" + (f" ({_some(left)})." if left else ".") + " Set fp8 to null."
         )
     frozen = [name for name in converted if lora is not None and not linear[name].weight.requires_grad]
-    _cast_on_the_fly(model, recipe, set(converted) - set(frozen), emulate)
+    trained = [name for name in converted if name not in frozen]
+    _cast_on_the_fly(model, recipe, set(trained), emulate)
     pack_linear(model, frozen, f"fp8-{recipe.partition('_')[0]}")
     layers = Fp8Layers(recipe, converted, left, frozen=frozen, all_gather=all_gather)
     if all_gather is True and not layers.gatherable:
         why = "these weights are frozen, and held in fp8 anyway" if frozen else "its weights have a scale for every row"
         raise ValueError(f"fp8_all_gather=true with fp8={recipe!r}: {why}. Leave it at 'auto', or use 'tensorwise'.")
     model.fp8_layers = layers  # type: ignore[assignment]
+    if recipe == TENSORWISE:
+        _group(model, trained)
     return layers
 
 
@@ -87,6 +92,16 @@ def _cast_on_the_fly(model: PreTrainedModel, recipe: str, names: set[str], emula
         raise ValueError(f"fp8={recipe!r} needs torchao: pip install 'automodel-trainer[fp8]'.") from error
     config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in names)
+
+
+def _group(model: PreTrainedModel, names: list[str]) -> None:
+    blocks = blocks_of(model)
+    for together in layers_with_one_input(model, names):
+        layers: dict[int | None, list[nn.Module]] = {}
+        for layer in map(model.get_submodule, together):
+            layers.setdefault(blocks.get(id(layer)), []).append(layer)
+        for members in layers.values():
+            multiply_together(members)
 
 
 def _unsuitable(module: nn.Linear) -> str | None:

@@ -15,9 +15,9 @@ from automodel_trainer.models.attention import KERNELS, flex_obstacle, install_a
 from automodel_trainer.models.fp8 import RECIPES, convert_to_fp8
 from automodel_trainer.models.gated_mlp import swap_gated_mlps
 from automodel_trainer.models.lora.layers import adapters
-from automodel_trainer.models.lora.shared_input import layers_with_one_input
 from automodel_trainer.models.norms import swap_norms
 from automodel_trainer.models.rope import restore_rope, swap_rope
+from automodel_trainer.models.shared_input import layers_with_one_input
 from automodel_trainer.models.te_linear import convert_to_te
 
 # What "auto" is on a GPU: what benchmarks/kernels.py measures to be fastest (see benchmarks/RESULTS.md).

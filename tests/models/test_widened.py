@@ -16,9 +16,9 @@ from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig, describe_lora
 from automodel_trainer.models.lora.layers import LoRALinear
-from automodel_trainer.models.lora.shared_input import layers_with_one_input
 from automodel_trainer.models.lora.widen import widen_adapters
 from automodel_trainer.models.lora.widened import WidenedDense, refresh
+from automodel_trainer.models.shared_input import layers_with_one_input
 from automodel_trainer.models.unchanged import unchanged_weights
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.strategies.compile import compile_blocks

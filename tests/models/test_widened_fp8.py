@@ -15,10 +15,10 @@ from automodel_trainer.models.fp8 import convert_to_fp8
 from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora, widened_fp8
 from automodel_trainer.models.lora.layers import LoRALinear, adapt_linear
-from automodel_trainer.models.lora.shared_input import layers_with_one_input
 from automodel_trainer.models.lora.widened import refresh
 from automodel_trainer.models.lora.widened_fp8 import WidenedFp8
 from automodel_trainer.models.packed_tensor import pack
+from automodel_trainer.models.shared_input import layers_with_one_input
 from automodel_trainer.strategies.compile import compile_blocks
 from tests.harness import relative_error
 from tests.models.test_fp8 import CPU, TOLERANCE, step

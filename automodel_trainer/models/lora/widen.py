@@ -13,6 +13,7 @@ from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.lora.widened import WidenedDense, WidenedGroup
 from automodel_trainer.models.lora.widened_fp8 import WidenedFp8
 from automodel_trainer.models.packed_tensor import PackedTensor
+from automodel_trainer.models.shared_input import blocks_of
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def widen_adapters(model: nn.Module, choice: str, groups: Sequence[Sequence[str]
         raise ValueError(
             f"kernels lora='widened' fits no adapted layer here: {'; '.join(reasons)}. Leave it at 'auto'."
         )
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     packed_groups: list[WidenedFp8] = []
     for names in [[name] for name in fit] if groups is None else groups:
         alike: dict[Any, list[LoRALinear]] = {}
@@ -50,17 +51,6 @@ def widen_adapters(model: nn.Module, choice: str, groups: Sequence[Sequence[str]
             group = WidenedFp8(members, packed_groups) if packed else WidenedDense(members)
             for layer in members:
                 layer.widened = group
-
-
-def _blocks(model: nn.Module) -> dict[int, int]:
-    """Of every module in a block, the block's index.
-
-    Layers of several blocks are compiled, gathered and run apart, also where they look at the same thing, as
-    cross-attention does.
-    """
-    from automodel_trainer.strategies.blocks import find_blocks  # strategies import models
-
-    return {id(module): index for index, block in enumerate(find_blocks(model)) for module in block.modules()}
 
 
 def _inside_compiled_blocks(model: nn.Module) -> set[int]:

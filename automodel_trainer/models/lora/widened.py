@@ -22,6 +22,7 @@ from torch import Tensor
 
 from automodel_trainer.models.lora.functional import matmul_into
 from automodel_trainer.models.lora.layers import LoRALinear
+from automodel_trainer.models.shared_input import SharedInput
 from automodel_trainer.models.unchanged import Once
 
 # Bytes that a row's length is a multiple of. The compiler pads the rows of its large buffers to as many; what is not
@@ -31,25 +32,20 @@ ALIGNMENT = 128
 _SUMMED = 16  # fewer numbers the compiler would add up without a reduction
 
 
-class WidenedGroup:
-    """Linear layers that get the same input, in the order in which they run."""
+class WidenedGroup(SharedInput[LoRALinear]):
+    """Adapted layers that get the same input."""
 
     def __init__(self, layers: Sequence[LoRALinear]) -> None:
-        self.layers = list(layers)
+        super().__init__(layers)
         self.inputs = self.layers[0].in_features
         self.sizes = tuple((layer.out_features, layer.lora_B.in_features) for layer in self.layers)
         self.outputs, self.rank = (sum(part) for part in zip(*self.sizes))
         # Set by who refreshes before he calls compiled code: the copies must not be part of that.
         self.kept_fresh = False
         self.once = Once()  # for `refresh`
-        self._computed: tuple[Tensor, list[Tensor | None]] | None = None
 
     def take_in(self) -> None:
         """Take the factors in as they are now, and weights that were moved or replaced."""
-        raise NotImplementedError
-
-    def outputs_of(self, x: Tensor) -> Sequence[Tensor]:
-        """x `[..., in]` -> `[..., out]` of every layer, without their biases."""
         raise NotImplementedError
 
     def takes(self, x: Tensor) -> bool:
@@ -62,18 +58,6 @@ class WidenedGroup:
     def factors(self) -> list[Tensor]:
         """A, B of every layer, as they are held."""
         return [factor for layer in self.layers for factor in layer.held_factors()]
-
-    def output_of(self, layer: LoRALinear, x: Tensor) -> Tensor:
-        """x `[..., in]` -> `[..., out]`. The first layer of the group that asks computes for all."""
-        index = self.layers.index(layer)
-        if self._computed is None or self._computed[0] is not x or self._computed[1][index] is None:
-            self._computed = (x, list(self.outputs_of(x)))
-        outputs = self._computed[1]
-        out, outputs[index] = outputs[index], None
-        if all(output is None for output in outputs):
-            self._computed = None
-        assert out is not None
-        return out if layer.bias is None else out + layer.bias
 
 
 def refresh(groups: Sequence[WidenedGroup]) -> None:

@@ -1,16 +1,43 @@
-"""Which linear layers are given one and the same input: what a model does shows it, not its names."""
+"""Linear layers that are given one and the same input: which (what a model does shows it, not its names), and groups
+of them that compute together."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
+
+Layer = TypeVar("Layer", bound=nn.Linear)
+
+
+class SharedInput(Generic[Layer]):
+    """Linear layers that get the same input, in the order in which they run."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = list(layers)
+        self._computed: tuple[Tensor, list[Tensor | None]] | None = None
+
+    def outputs_of(self, x: Tensor) -> Sequence[Tensor]:
+        """x `[..., in]` -> `[..., out]` of every layer, without their biases."""
+        raise NotImplementedError
+
+    def output_of(self, layer: Layer, x: Tensor) -> Tensor:
+        """x `[..., in]` -> `[..., out]`. The first layer of the group that asks computes for all."""
+        index = self.layers.index(layer)
+        if self._computed is None or self._computed[0] is not x or self._computed[1][index] is None:
+            self._computed = (x, list(self.outputs_of(x)))
+        outputs = self._computed[1]
+        out, outputs[index] = outputs[index], None
+        if all(output is None for output in outputs):
+            self._computed = None
+        assert out is not None
+        return out if layer.bias is None else out + layer.bias
 
 
 def layers_with_one_input(model: PreTrainedModel, names: Iterable[str]) -> list[list[str]]:
@@ -47,6 +74,17 @@ def layers_with_one_input(model: PreTrainedModel, names: Iterable[str]) -> list[
             groups.setdefault(id(given), []).append(name)
     found = {name for group in groups.values() for name in group}
     return [*groups.values(), *([name] for name in names if name not in found)]
+
+
+def blocks_of(model: nn.Module) -> dict[int, int]:
+    """Of every module in a block (by its `id`), the block's index.
+
+    Layers of several blocks are compiled, gathered and run apart, also where they look at the same thing, as
+    cross-attention does.
+    """
+    from automodel_trainer.strategies.blocks import find_blocks  # strategies import models
+
+    return {id(module): index for index, block in enumerate(find_blocks(model)) for module in block.modules()}
 
 
 def _without_numbers(model: nn.Module) -> nn.Module:
