@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.pipelining import PipelineStage as TorchPipelineStage
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
@@ -25,6 +26,7 @@ __all__ = [
     "allow_side_effects_in_checkpoints",
     "flatten_mesh",
     "initialize_sharding",
+    "lay_out_gradients_at_once",
     "overlap_matmuls_with_collectives",
     "placeable",
     "prefer_recomputing",
@@ -185,6 +187,32 @@ class ShardedParameter:
         shard: Any = self.shard
         shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = before, after
         self._record._init_extensions()
+
+
+_chunk_cat = _fsdp_collectives.foreach_reduce_scatter_copy_in
+
+
+def lay_out_gradients_at_once() -> None:
+    """Let FSDP2 copy (and cast) a unit's gradients to where they are reduced from by `_foreach_copy_`.
+
+    It takes 0.4 ms for a block of 218 million numbers on an H200, what FSDP2 calls (`_chunk_cat`) 0.8.
+    """
+    _fsdp_collectives.foreach_reduce_scatter_copy_in = lay_out_gradients
+
+
+def lay_out_gradients(unsharded_grads: list[Tensor], reduce_scatter_input: Tensor, world_size: int) -> None:
+    """Of every gradient `[n, …]` its part for rank 0, then those for rank 1 and so on, into one row of numbers."""
+    uneven = any(len(gradient) % world_size for gradient in unsharded_grads)  # parts get padding
+    if uneven or world_size > _MANY_RANKS:
+        _chunk_cat(unsharded_grads, reduce_scatter_input, world_size)
+        return
+    sizes = [gradient.numel() // world_size for gradient in unsharded_grads]
+    places = [place for rank in reduce_scatter_input.view(world_size, -1) for place in rank.split(sizes)]
+    parts = [part for parts in zip(*(gradient.chunk(world_size) for gradient in unsharded_grads)) for part in parts]
+    torch._foreach_copy_([place.view_as(part) for place, part in zip(places, parts)], parts)
+
+
+_MANY_RANKS = 8  # a part of each gradient for each of them takes the host longer than it saves the device
 
 
 def sharded_parameters(model: FSDPModule) -> list[ShardedParameter]:

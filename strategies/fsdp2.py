@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from automodel_trainer.models.lora.layers import Adapter, adapters, let_adapters_cast
 from automodel_trainer.models.quantize import packed_weights
 from automodel_trainer.strategies import gradient_reduction
-from automodel_trainer.strategies._torch import StridedShard
+from automodel_trainer.strategies._torch import StridedShard, lay_out_gradients_at_once
 from automodel_trainer.strategies.added_at_once import added_at_once
 from automodel_trainer.strategies.async_tp import enable_async_tp
 from automodel_trainer.strategies.base import MeshStrategy, MicroBatch, Objective, Part
@@ -236,6 +236,7 @@ class FSDP2Strategy(MeshStrategy):
         if self.shard_mesh.size(self.shard_mesh.ndim - 1) == 1:
             options["ignored_params"] = self._left_alone(model) | self._let_cast(model)
             self._keeps_copies = _small(model, self.dtypes.compute, options["ignored_params"])
+        lay_out_gradients_at_once()
         blocks = find_blocks(model)
         reshard = self.reshard_after_forward and not self._keeps_copies
         for unit in (*blocks, *untied_input_embedding(model)):
@@ -245,7 +246,7 @@ class FSDP2Strategy(MeshStrategy):
         fully_shard(model, reshard_after_forward=False, **options)
         _prefetch(blocks, self.forward_prefetch, self.backward_prefetch)
         gather_in_fp8(self, model)
-        if sum_gradients:
+        if sum_gradients and self.shard_mesh.size() > 1:
             gradient_reduction.sum_gradients(model)
 
     def _let_cast(self, model: nn.Module) -> set[nn.Parameter]:
