@@ -26,10 +26,11 @@ def scaled_matmul(
         scale_a, scale_b: fp32 `[m, 1]` and `[1, n]`, or both `[1, 1]`.
         exact: add up in fp32; else products of some 128 numbers are added up in fewer bits.
     """
-    if not a.is_cuda:  # what it would be without fp8's units
-        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(dtype)
-    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    out = torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=half, use_fast_accum=not exact)
+    if a.is_cuda:
+        half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        out = torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=half, use_fast_accum=not exact)
+    else:  # what it would be without fp8's units
+        out = (a.float() * scale_a) @ (b.float() * scale_b)
     # Not `out.to(dtype)` where that does nothing: an autograd function that returns what comes of it has no gradient
     # when torch 2.11 compiles it, and nobody is told.
     return out if out.dtype == dtype else out.to(dtype)

@@ -1,11 +1,13 @@
-"""Trained linear layers in fp8 ("tensorwise") whose backwards are one where they share an input.
+"""Trained linear layers in fp8 ("tensorwise"), compiled: those that share an input have one gradient of it.
 
-    out_i = x·W_iᵀ        of x = [g_1, g_2, …]·[W_1; W_2; …]        of [W_1; W_2; …] = [g_1, g_2, …]ᵀ·x
+    out_i = x·W_iᵀ        of x = [g_1, g_2, …]·[W_1; W_2; …]        of W_i = g_iᵀ·x
 
-So narrow layers (keys, values) do not multiply alone, which keeps a GPU half busy, and the gradient of x is no sum of
-several results. For one matmul to have one scale, the weights of a group have one, and their outputs' gradients have.
+So that is one matmul, and no sum of several results; narrow layers (keys, values) do not multiply alone, which leaves a
+GPU half idle. For one matmul to have one scale, the weights of a group have one, and the gradients of its outputs have.
+Gradients of weights are apart: together they were slower (where layers are wide) or no faster.
+
 What is cast, to which format and from which largest value, is as with torchao's layers, which these are where they are
-not compiled: alone each operation would be a kernel of its own.
+not compiled: there each operation would be a kernel of its own.
 
 Source: torchao.float8; FP8 formats, arXiv 2209.05433.
 """
@@ -41,7 +43,7 @@ class Fp8Linear(nn.Linear):
 def multiply_together(layers: Sequence[nn.Module]) -> None:
     """Make torchao's tensorwise layers, which get one and the same input, a group, in place; names and types stay."""
     for layer in layers:
-        layer.__class__ = mixed(Fp8Linear, type(layer))
+        layer.__class__ = mixed(Fp8Linear, type(layer))  # type: ignore[arg-type]
     group = Fp8Group(layers)  # type: ignore[arg-type]
     for layer in group.layers:
         layer.together = group
@@ -93,13 +95,14 @@ class _Matmul(torch.autograd.Function):
         x, of_x, scale, *codes = ctx.saved_tensors
         of_gradient = scale_of(gradients, E5M2)
         parts = [cast_with(gradient, of_gradient, E5M2) for gradient in gradients]
-        columns = [in_backward(part.view(torch.uint8), of_gradient).mT.contiguous() for part in codes]
-        columns = torch.cat(columns, 1).view(E4M3)
+        turned = [in_backward(part.view(torch.uint8), of_gradient).mT.contiguous() for part in codes]
+        columns = torch.cat(turned, 1).view(E4M3)
         of_input = scaled_matmul(_side_by_side(parts), columns.mT, of_gradient, scale, x.dtype, exact=True)
-        turned = torch.cat([part.mT.contiguous().view(torch.uint8) for part in parts], 0).view(E5M2)
-        inputs = cast_with(x, of_x, E4M3).mT.contiguous()
-        of_weights = scaled_matmul(turned, inputs.mT, of_gradient, of_x, x.dtype, exact=True)
-        return of_input, None, None, *of_weights.split([part.shape[0] for part in codes])
+        inputs = cast_with(x, of_x, E4M3).mT.contiguous()  # both along the tokens, which are summed
+        of_weights = (
+            scaled_matmul(part.mT.contiguous(), inputs.mT, of_gradient, of_x, x.dtype, exact=True) for part in parts
+        )
+        return of_input, None, None, *of_weights
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
