@@ -87,7 +87,7 @@ def draw(curves: dict[str, list[float]], file: str) -> None:
     difference.axhline(0, color="grey", linewidth=0.5)
     difference.set_ylabel("difference, %")
     difference.set_xlabel("optimizer step")
-    difference.legend(loc="lower left", ncols=len(others), fontsize="small")
+    difference.legend(loc="upper right", ncols=len(others), fontsize="small")
     figure.savefig(file, dpi=110)
 
 
