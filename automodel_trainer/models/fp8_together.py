@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from automodel_trainer.models._torch import scaled_matmul
-from automodel_trainer.models._torchao import is_plain, weight_in_fp8
+from automodel_trainer.models._torchao import fp8_scale, is_plain, weight_in_fp8
 from automodel_trainer.models.fp8_weight import E4M3, E5M2, cast_with, scale_of
 from automodel_trainer.models.in_backward import in_backward
 from automodel_trainer.models.mixing import mixed
@@ -75,9 +75,10 @@ def _codes(weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
     given = [codes for codes in held if codes is not None]
     if given:  # gathered in fp8, all of them with the largest's scale
         return given[0][1].reciprocal().view(1, 1), tuple(codes for codes, _ in given)
-    rows = torch.cat([weight.detach().abs().amax(1) for weight in weights])
-    scale = scale_of([rows[None]], E4M3)
-    return scale, tuple(cast_with(weight.detach(), scale, E4M3) for weight in weights)
+    largest = torch.cat([weight.detach().abs().amax(1) for weight in weights]).amax()
+    multiplier = fp8_scale(largest, E4M3)  # what gathering in fp8 has too, to the last bit
+    codes = tuple((weight.detach().float() * multiplier).to(E4M3) for weight in weights)
+    return multiplier.reciprocal().view(1, 1), codes
 
 
 class _Matmul(torch.autograd.Function):
