@@ -189,6 +189,7 @@ class ShardedParameter:
         self._record._init_extensions()
 
 
+_MANY_RANKS = 8  # a part of each gradient for each of them takes the host longer than it saves the device
 _chunk_cat = _fsdp_collectives.foreach_reduce_scatter_copy_in
 
 
@@ -210,9 +211,6 @@ def lay_out_gradients(unsharded_grads: list[Tensor], reduce_scatter_input: Tenso
     places = [place for rank in reduce_scatter_input.view(world_size, -1) for place in rank.split(sizes)]
     parts = [part for parts in zip(*(gradient.chunk(world_size) for gradient in unsharded_grads)) for part in parts]
     torch._foreach_copy_([place.view_as(part) for place, part in zip(places, parts)], parts)
-
-
-_MANY_RANKS = 8  # a part of each gradient for each of them takes the host longer than it saves the device
 
 
 def sharded_parameters(model: FSDPModule) -> list[ShardedParameter]:

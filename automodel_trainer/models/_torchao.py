@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from automodel_trainer.models.nf4 import BLOCK, Parts
 
@@ -68,11 +68,6 @@ def weight_in_fp8(weight: Tensor) -> tuple[Tensor, Tensor] | None:
     from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
     return (weight._data, weight._scale) if isinstance(weight, Float8TrainingTensor) else None
-
-
-def is_plain(weight: Tensor) -> bool:
-    """Numbers that lie on this device."""
-    return type(weight) in (Tensor, nn.Parameter)
 
 
 def set_fp8_scale(weight: Any, scale: Tensor) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.models.fp8_layers import TENSORWISE, Fp8Layers
 from automodel_trainer.models.fp8_together import multiply_together
+from automodel_trainer.models.fp8_weight import MULTIPLE
 from automodel_trainer.models.linear_layers import block_linear_layers
 from automodel_trainer.models.lora import lora_of
 from automodel_trainer.models.lora.layers import LoRALinear
@@ -24,7 +25,6 @@ from automodel_trainer.models.quantize import pack_linear
 from automodel_trainer.models.shared_input import blocks_of, layers_with_one_input
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
-MULTIPLE = 16  # of both sides of a weight: what the matrix units take
 
 
 def convert_to_fp8(

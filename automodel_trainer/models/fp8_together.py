@@ -22,13 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from automodel_trainer.models._torch import scaled_matmul
-from automodel_trainer.models._torchao import fp8_scale, is_plain, weight_in_fp8
-from automodel_trainer.models.fp8_weight import E4M3, E5M2, cast_with, scale_of
+from automodel_trainer.models._torchao import fp8_scale, weight_in_fp8
+from automodel_trainer.models.fp8_weight import E4M3, E5M2, MULTIPLE, cast_with, scale_of, side_by_side
 from automodel_trainer.models.in_backward import in_backward
 from automodel_trainer.models.mixing import mixed
 from automodel_trainer.models.shared_input import SharedInput
-
-MULTIPLE = 16  # of tokens: what the matrix units sum over
 
 
 class Fp8Linear(nn.Linear):
@@ -58,7 +56,7 @@ class Fp8Group(SharedInput[Fp8Linear]):
             return False
         weights = [layer.weight for layer in self.layers]
         in_fp8 = [weight_in_fp8(weight) is not None for weight in weights]
-        return all(in_fp8 if any(in_fp8) else map(is_plain, weights)) and {w.dtype for w in weights} == {x.dtype}
+        return all(in_fp8 if any(in_fp8) else map(_is_plain, weights)) and {w.dtype for w in weights} == {x.dtype}
 
     def outputs_of(self, x: Tensor) -> Sequence[Tensor]:
         weights = [layer.weight for layer in self.layers]
@@ -68,6 +66,11 @@ class Fp8Group(SharedInput[Fp8Linear]):
         return [out[: len(rows)].unflatten(0, x.shape[:-1]) for out in outputs]
 
 
+def _is_plain(weight: Tensor) -> bool:
+    """Numbers that lie on this device."""
+    return type(weight) in (Tensor, nn.Parameter)
+
+
 @torch.no_grad()
 def _codes(weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Their scale, `[1, 1]`, and their codes `[out, in]`."""
@@ -75,9 +78,9 @@ def _codes(weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
     given = [codes for codes in held if codes is not None]
     if given:  # gathered in fp8, all of them with the largest's scale
         return given[0][1].reciprocal().view(1, 1), tuple(codes for codes, _ in given)
-    largest = torch.cat([weight.detach().abs().amax(1) for weight in weights]).amax()
+    largest = torch.cat([weight.abs().amax(1) for weight in weights]).amax()
     multiplier = fp8_scale(largest, E4M3)  # what gathering in fp8 has too, to the last bit
-    codes = tuple((weight.detach().float() * multiplier).to(E4M3) for weight in weights)
+    codes = tuple((weight.float() * multiplier).to(E4M3) for weight in weights)
     return multiplier.reciprocal().view(1, 1), codes
 
 
@@ -97,14 +100,10 @@ class _Matmul(torch.autograd.Function):
         of_gradient = scale_of(gradients, E5M2)
         parts = [cast_with(gradient, of_gradient, E5M2) for gradient in gradients]
         turned = [in_backward(part.view(torch.uint8), of_gradient).mT.contiguous() for part in codes]
-        columns = torch.cat(turned, 1).view(E4M3)
-        of_input = scaled_matmul(_side_by_side(parts), columns.mT, of_gradient, scale, x.dtype, exact=True)
+        columns = side_by_side(turned).view(E4M3)
+        of_input = scaled_matmul(side_by_side(parts), columns.mT, of_gradient, scale, x.dtype, exact=True)
         inputs = cast_with(x, of_x, E4M3).mT.contiguous()  # both along the tokens, which are summed
         of_weights = (
             scaled_matmul(part.mT.contiguous(), inputs.mT, of_gradient, of_x, x.dtype, exact=True) for part in parts
         )
         return of_input, None, None, *of_weights
-
-
-def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.view(torch.uint8) for part in parts], 1).view(parts[0].dtype)

@@ -21,6 +21,7 @@ from automodel_trainer.models.nf4 import Parts
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 PACKINGS = ("fp8-rowwise", "fp8-tensorwise")
+MULTIPLE = 16  # of both sides of a weight, and of the tokens that its gradient sums over: what the matrix units take
 
 
 def pack(weight: Tensor, packing: str) -> Parts:
@@ -98,6 +99,11 @@ def cast_with(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     backward with its cast, which has more of them than its bytes leave time for.
     """
     return (x.float() * scale.reciprocal()).to(dtype)
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Codes `[rows, …]` in one matrix."""
+    return torch.cat([part.view(torch.uint8) for part in parts], 1).view(parts[0].dtype)
 
 
 def _cast(x: Tensor, dtype: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,8 @@ def layers_with_one_input(model: PreTrainedModel, names: Iterable[str]) -> list[
         calls a layer twice or never, has that layer alone.
     """
     names = list(names)
+    if len(names) < 2:
+        return [[name] for name in names]  # with none, as where all are frozen, there is no need to look
     calls: list[tuple[str, Tensor]] = []
 
     def note(name: str) -> Any:

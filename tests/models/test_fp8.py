@@ -39,8 +39,8 @@ def _torchao() -> None:
     use("torchao")
 
 
-def step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    ids = torch.randint(5, 260, (4, 32), generator=torch.Generator().manual_seed(0))
+def step(model: Any, shape: tuple[int, int] = (4, 32)) -> tuple[Tensor, dict[str, Tensor]]:
+    ids = torch.randint(5, 260, shape, generator=torch.Generator().manual_seed(0))
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

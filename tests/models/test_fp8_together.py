@@ -14,20 +14,13 @@ from automodel_trainer.models.fp8_weight import E4M3, E5M2
 from automodel_trainer.strategies.compile import compile_blocks
 from tests.beside import use
 from tests.harness import relative_error
-from tests.models.test_fp8 import CPU, TOLERANCE
+from tests.models.test_fp8 import CPU, TOLERANCE, step
 from tests.tiny import tiny_model
 
 
 @pytest.fixture(autouse=True)
 def _torchao() -> None:
     use("torchao")
-
-
-def step(model: Any, shape: tuple[int, int] = (4, 32)) -> tuple[Tensor, dict[str, Tensor]]:
-    ids = torch.randint(5, 260, shape, generator=torch.Generator().manual_seed(0))
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def converted(family: str, compiled: bool) -> Any:

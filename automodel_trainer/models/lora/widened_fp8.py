@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from automodel_trainer.models._torch import scaled_matmul
-from automodel_trainer.models.fp8_weight import E4M3, cast_with, scale_of
+from automodel_trainer.models.fp8_weight import E4M3, cast_with, scale_of, side_by_side
 from automodel_trainer.models.lora.functional import matmul_into
 from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.lora.widened import ALIGNMENT, WidenedGroup, places
@@ -258,4 +258,4 @@ def _multiply(cast: Tensor, codes: Tensor, rows: Tensor, scale: Tensor, ones: Te
 
 def _beside(parts: Sequence[Tensor], scales: Tensor) -> Tensor:
     """Codes of parts `[t, …]` side by side, written by one pass over them."""
-    return torch.cat([cast_with(part, scales, E4M3).view(torch.uint8) for part in parts], 1).view(E4M3)
+    return side_by_side([cast_with(part, scales, E4M3) for part in parts])
