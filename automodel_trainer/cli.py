@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
+
+from automodel_trainer.tools.errors import explain_errors
 
 USAGE = """\
 usage: amt COMMAND [options]
@@ -45,7 +43,7 @@ _TOOLS = {
     "inspect": "automodel_trainer.tools.inspect",
     "merge": "automodel_trainer.tools.merge",
     "pipeline": "automodel_trainer.tools.pipeline",
-    "preview": "automodel_trainer.tools.preview_command",
+    "preview": "automodel_trainer.tools.preview",
     "reshard": "automodel_trainer.tools.reshard",
     "verify": "automodel_trainer.tools.verify",
 }
@@ -89,22 +87,3 @@ def _unknown(command: str) -> None:
     nearest = f" Did you mean {hint[0]!r}?" if hint else ""
     print(f"amt: {command!r} is not a command.{nearest} Allowed: {', '.join(known)}.", file=sys.stderr)
     raise SystemExit(2)
-
-
-def explain_errors(run: Callable[[], None]) -> None:
-    """Print what this project says to its users without a traceback; anything else is a bug and keeps its own."""
-    try:
-        run()
-    except ValueError as error:
-        if os.environ.get("AMT_TRACEBACK") or not _is_ours(error):
-            raise
-        print(f"\namt: {error}\n(AMT_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether the error was raised by this package's own code, on purpose."""
-    frames = traceback.extract_tb(error.__traceback__)
-    package = Path(__file__).resolve().parent
-    homes = (package, package.parent / "strategies", package.parent / "callbacks")
-    return bool(frames) and any(home in Path(frames[-1].filename).resolve().parents for home in homes)

@@ -12,7 +12,7 @@ from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.remote import fetch, is_remote
 from automodel_trainer.checkpoint.runs import saved_in
-from automodel_trainer.restarts import begin_fit
+from automodel_trainer.distributed.restarts import begin_fit
 
 
 def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) -> str | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from automodel_trainer.models.export import export_pretrained
+from automodel_trainer.checkpoint.export import export_pretrained
+from automodel_trainer.checkpoint.merge import merge_and_save
 from automodel_trainer.modules import CausalLMModule
 
 
@@ -57,9 +58,15 @@ class SavesPretrained(pl.Trainer):
         Raises:
             ValueError: there is no model with an adapter in this process, or its base is no folder.
         """
-        from automodel_trainer.tools.merge import merge_and_save
-
-        return merge_and_save(self._module_to_save(), save_directory, dtype)
+        module = self._module_to_save()
+        return merge_and_save(
+            module.model,
+            module.source,
+            save_directory,
+            dtype,
+            tokenizer=module.tokenizer_or_none,
+            trust_remote_code=module.trust_remote_code,
+        )
 
     def _module_to_save(self) -> CausalLMModule:
         module = self.lightning_module

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.accelerators import Accelerator
@@ -22,16 +22,15 @@ from automodel_trainer.callbacks.preemption import preemption_of
 from automodel_trainer.connect import Model, accumulating, connect
 from automodel_trainer.data.adapt import Steps, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
-from automodel_trainer.launch import launched_sizes
+from automodel_trainer.distributed.launch import launched_sizes
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.resume import checkpoint_path, saved_before_restart
 from automodel_trainer.saves import SavesPretrained
 from automodel_trainer.strategies import Objective, StrategyRegistry
-from automodel_trainer.strategies.precision import canonical_precision
-
-if TYPE_CHECKING:
-    from automodel_trainer.tools.verify_ranks import Launcher
-    from automodel_trainer.tools.verify_report import Report
+from automodel_trainer.strategies.base.precision import canonical_precision
+from automodel_trainer.verification.ranks import Launcher
+from automodel_trainer.verification.report import Report
+from automodel_trainer.verification.verify import verify
 
 DEFAULT_EPOCHS = 3  # where neither epochs, steps nor time are given, as Hugging Face's trainer has it
 
@@ -281,8 +280,6 @@ class Trainer(SavesPretrained):
         Raises:
             ValueError: the layout refuses this model, or it is none of this project's.
         """
-        from automodel_trainer.tools.verify import verify
-
         module, datamodule, loader = connect(model, data, None)
         if not isinstance(module, CausalLMModule):
             raise ValueError(f"verify knows CausalLMModule and its subclasses, not {type(module).__name__}.")

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from automodel_trainer.models.attention import document_block_mask
+from automodel_trainer.models.kernels.attention import document_block_mask
 
 # the signature changed after torch 2.11
 CAUSAL: dict[str, Any] = {"window_size": (-1, 0)}

@@ -42,13 +42,16 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from triton.backends.compiler import GPUTarget
 
-from automodel_trainer.models import _torchao, fp8_together, fp8_weight
-from automodel_trainer.models._torch import FAST_MATH
-from automodel_trainer.models.fp8 import convert_to_fp8
-from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
-from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora, widened, widened_fp8
+from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels
+from automodel_trainer.models.kernels.fp8 import convert_to_fp8
+from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
+from automodel_trainer.models.lora import fused as widened
+from automodel_trainer.models.lora import fused_fp8 as widened_fp8
 from automodel_trainer.models.lora.layers import let_adapters_cast
-from automodel_trainer.strategies.compile import compile_blocks
+from automodel_trainer.models.quantization import _torchao, fp8_weight
+from automodel_trainer.models.quantization import fp8_shared_input as fp8_together
+from automodel_trainer.nn._torch import FAST_MATH
+from automodel_trainer.strategies.base.compile import compile_blocks
 
 ROWS, LENGTH = 2, 4096
 COPIED = 3.0e12  # bytes a second

@@ -21,7 +21,7 @@ from layouts import RandomModel, byte_tokenizer, real_text
 from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer import KernelsConfig, SchedulerConfig, TextDataModule, Trainer
-from automodel_trainer.models import kernels
+from automodel_trainer.models.kernels import choose as kernels
 
 SHAPE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "head_dim": 64}
 SHAPE |= {"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 512}

@@ -115,10 +115,10 @@ def ours(args: argparse.Namespace) -> None:
     from transformers import LlamaConfig
 
     from automodel_trainer import AutoModelForCausalLM, CausalLMModule, KernelsConfig, MockDataModule, Trainer
-    from automodel_trainer.models import kernels
     from automodel_trainer.models._transformers import packing_without_sync
-    from automodel_trainer.models.fp8_layers import fp8_layers
-    from automodel_trainer.strategies.deferred_logits import defer_logits
+    from automodel_trainer.models.kernels import choose as kernels
+    from automodel_trainer.models.quantization.fp8_layers import fp8_layers
+    from automodel_trainer.nn.deferred_logits import defer_logits
 
     shape = LlamaConfig(**args.shape, max_position_embeddings=args.seq_len)
     if args.tiny:

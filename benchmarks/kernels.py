@@ -8,7 +8,7 @@ is not installed is one line that says so). Two parts:
   of mantissa) below 1e-1.
 * model: two layers through `Trainer`, 5 steps. Losses against eager fp32: bf16 within 1e-2, fp8 within 3e-2, else FAR.
 
-What to look at: the fastest of every section is what `FASTEST` in automodel_trainer/models/kernels.py should name, if
+What to look at: the fastest of every section is what `FASTEST` in automodel_trainer/models/kernels/choose.py should name, if
 its errors are like its neighbours'. `--parts kernels|model`, `--sections linear norm …`, `--seconds` for all together;
 `--tiny` is for a CPU, where most choices say that they need a GPU.
 """
@@ -146,7 +146,7 @@ def random(*shape: int) -> Tensor:
 
 
 def linear(size: dict[str, int]) -> Section:
-    from automodel_trainer.models._transformer_engine import LinearKernel
+    from automodel_trainer.models.kernels.libraries._transformer_engine import LinearKernel
 
     tokens, hidden, inner = size["rows"] * size["length"], size["hidden"], size["inner"]
 
@@ -174,8 +174,8 @@ def linear(size: dict[str, int]) -> Section:
 
 
 def norm(size: dict[str, int]) -> Section:
-    from automodel_trainer.models import _liger, _transformer_engine
-    from automodel_trainer.models.norms import Norm
+    from automodel_trainer.models.kernels.libraries import _liger, _transformer_engine
+    from automodel_trainer.models.kernels.norm import Norm
 
     rms = Norm(centred=False, eps=1e-5)
     own = partial(rms.reference, bias=None)
@@ -196,8 +196,8 @@ def called(kernel: Any) -> Callable[..., Any]:
 
 
 def activation(size: dict[str, int]) -> Section:
-    from automodel_trainer.models import _liger
-    from automodel_trainer.models.gated_mlp import GatedMLP
+    from automodel_trainer.models.kernels.libraries import _liger
+    from automodel_trainer.models.kernels.mlp import GatedMLP
 
     def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
@@ -208,8 +208,8 @@ def activation(size: dict[str, int]) -> Section:
 
 
 def rope(size: dict[str, int]) -> Section:
-    from automodel_trainer.models._liger import rope_kernel
-    from automodel_trainer.models.rope import rotate_half
+    from automodel_trainer.models.kernels.libraries._liger import rope_kernel
+    from automodel_trainer.models.kernels.rope import rotate_half
 
     angles = (torch.rand(size["rows"], size["length"], size["width"] // 2, device=DEVICE) * 6).repeat(1, 1, 2)
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
@@ -231,7 +231,7 @@ def attention(size: dict[str, int]) -> Section:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import flex_attention
 
-    from automodel_trainer.models.attention import _PLAIN, document_block_mask
+    from automodel_trainer.models.kernels.attention import _PLAIN, document_block_mask
 
     layer = SimpleNamespace(num_key_value_groups=size["heads"] // size["groups"], is_causal=True)
 
@@ -256,7 +256,7 @@ def attention(size: dict[str, int]) -> Section:
 
 
 def loss(size: dict[str, int]) -> Section:
-    from automodel_trainer.models import _liger
+    from automodel_trainer.models.kernels.libraries import _liger
     from automodel_trainer.modules.linear_cross_entropy import linear_cross_entropy
 
     tokens = size["rows"] * size["length"]
@@ -332,7 +332,7 @@ def train(size: dict[str, int], options: dict[str, Any]) -> tuple[list[float], f
     from lightning.pytorch.callbacks import Callback
 
     from automodel_trainer import AutoModelForCausalLM, CausalLMModule, KernelsConfig, MockDataModule, Trainer
-    from automodel_trainer.models.kernels import kernels_in_use
+    from automodel_trainer.models.kernels.choose import kernels_in_use
 
     shape = transformers.LlamaConfig(
         hidden_size=size["hidden"], intermediate_size=size["inner"], num_hidden_layers=2, head_dim=size["width"],

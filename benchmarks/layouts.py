@@ -34,7 +34,7 @@ from automodel_trainer import (
 )
 from automodel_trainer.callbacks import Throughput
 from automodel_trainer.models._transformers import packing_without_sync
-from automodel_trainer.strategies.deferred_logits import defer_logits
+from automodel_trainer.nn.deferred_logits import defer_logits
 
 EIGHT_B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
 EIGHT_B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 5e5}

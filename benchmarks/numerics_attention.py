@@ -57,7 +57,7 @@ def packed(window: int | None) -> Callable[[Setting], Made]:
     def make(setting: Setting) -> Made:
         from torch.nn.attention.flex_attention import flex_attention
 
-        from automodel_trainer.models.attention import document_block_mask
+        from automodel_trainer.models.kernels.attention import document_block_mask
 
         leaves = qkv(setting)
         wide = setting.wide(*leaves)
@@ -88,9 +88,9 @@ class RingOfOne(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Any]) -> Tensor:
-        from automodel_trainer.strategies.block_attention import attend as attend_block
-        from automodel_trainer.strategies.block_attention import wide
-        from automodel_trainer.strategies.ring_attention import merge
+        from automodel_trainer.strategies.context.block_attention import attend as attend_block
+        from automodel_trainer.strategies.context.block_attention import wide
+        from automodel_trainer.strategies.context.ring_attention import merge
 
         out, lse = torch.zeros_like(q, dtype=wide(q.dtype)), torch.full(q.shape[:3], -torch.inf, device=q.device)
         ctx.random = None
@@ -105,7 +105,7 @@ class RingOfOne(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        from automodel_trainer.strategies.block_attention import attend_backward, wide
+        from automodel_trainer.strategies.context.block_attention import attend_backward, wide
 
         q, k, v, out, lse = ctx.saved_tensors
         sums = [torch.zeros_like(t, dtype=wide(t.dtype)) for t in (q, k, v)]
@@ -120,7 +120,7 @@ class RingOfOne(torch.autograd.Function):
 
 def ring_blocks(length: int, mask: Tensor | None, starts: list[list[int]] | None, ranks: int) -> Iterator[Any]:
     """Every rank's blocks, at their places in the tensors of all ranks one after the other."""
-    from automodel_trainer.strategies.ring_blocks import blocks_of
+    from automodel_trainer.strategies.context.ring_blocks import blocks_of
 
     part = length // ranks
     for rank in range(ranks):

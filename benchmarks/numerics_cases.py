@@ -73,7 +73,7 @@ def targets_of(setting: Setting, tokens: int, vocabulary: int) -> Tensor:
 def chunked_loss(frozen: bool = False, bias: bool = False, cap: float | None = None) -> Callable[[Setting], Made]:
     def make(setting: Setting) -> Made:
         from automodel_trainer.modules.loss import summed_loss
-        from automodel_trainer.strategies.deferred_logits import DeferredLogits
+        from automodel_trainer.nn.deferred_logits import DeferredLogits
 
         tokens, width, vocabulary = (61, 32, 263) if setting.small else (1021, 512, 32003)
         head = nn.Linear(width, vocabulary, bias=bias, device=setting.device, dtype=setting.dtype)
@@ -111,8 +111,8 @@ def compiled_blocks(lora: bool = False, fp8: bool = False) -> Callable[[Setting]
     """
 
     def make(setting: Setting) -> Made:
-        from automodel_trainer.models.fp8 import convert_to_fp8
-        from automodel_trainer.strategies.compile import compile_blocks
+        from automodel_trainer.models.kernels.fp8 import convert_to_fp8
+        from automodel_trainer.strategies.base.compile import compile_blocks
 
         model, reference = llamas(setting)
         if lora:
@@ -154,8 +154,8 @@ def llamas(setting: Setting) -> tuple[Any, Any]:
 
 
 def adapt(model: Any, setting: Setting, fp8: bool) -> None:
-    from automodel_trainer.models.fp8 import convert_to_fp8
-    from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
+    from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels
+    from automodel_trainer.models.kernels.fp8 import convert_to_fp8
     from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora
 
     apply_lora(model, LoRAConfig(rank=8, alpha=4), dtype=setting.dtype)
@@ -194,7 +194,7 @@ def linear_sizes(setting: Setting) -> tuple[int, int, int]:
 
 def fp8(recipe: str) -> Callable[[Setting], Made]:
     def make(setting: Setting) -> Made:
-        from automodel_trainer.models.fp8 import convert_to_fp8
+        from automodel_trainer.models.kernels.fp8 import convert_to_fp8
 
         tokens, inputs, outputs = linear_sizes(setting)
         layer = nn.Linear(inputs, outputs, bias=False, device=setting.device, dtype=setting.dtype)
@@ -212,8 +212,8 @@ def lora(widened: bool) -> Callable[[Setting], Made]:
     """Two layers that share an input, the second half as wide."""
 
     def make(setting: Setting) -> Made:
+        from automodel_trainer.models.lora.fused import FusedDense, refresh
         from automodel_trainer.models.lora.layers import LoRALinear, adapt_linear
-        from automodel_trainer.models.lora.widened import WidenedDense, refresh
 
         tokens, inputs, outputs = linear_sizes(setting)
         x, scaling = setting.randn(tokens - 1, inputs), 0.5
@@ -232,7 +232,7 @@ def lora(widened: bool) -> Callable[[Setting], Made]:
         def ours() -> Tensor:
             if not widened:
                 return torch.cat([layer(x) for layer in layers], 1)
-            group = WidenedDense(layers)
+            group = FusedDense(layers)
             refresh([group])
             return torch.cat(list(group.outputs_of(x)), 1)
 
@@ -247,7 +247,7 @@ def lora(widened: bool) -> Callable[[Setting], Made]:
 
 def nf4(setting: Setting) -> Made:
     """A packed weight against the numbers that it stands for."""
-    from automodel_trainer.models.quantize import packed as pack
+    from automodel_trainer.models.quantization.quantize import packed as pack
 
     tokens, inputs, outputs = linear_sizes(setting)
     weight = pack(setting.randn(outputs, inputs, grad=False), "nf4")

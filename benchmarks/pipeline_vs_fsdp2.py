@@ -38,7 +38,7 @@ from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer import MockDataModule, Trainer
 from automodel_trainer.callbacks import Throughput
-from automodel_trainer.strategies.pipeline_split import balanced_counts, find_parts, layer_costs
+from automodel_trainer.strategies.pipeline.split import balanced_counts, find_parts, layer_costs
 
 CASES = {
     "pp, 1f1b": ("3d:pp=2,split=auto", 2),

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from automodel_trainer.callbacks.console import show_rich
 from automodel_trainer.callbacks.layout import tokenizer_of
-from automodel_trainer.tools.preview import preview
+from automodel_trainer.data.preview import preview
 
 
 class BatchPreview(Callback):

@@ -31,7 +31,7 @@ from automodel_trainer.checkpoint.runs import (
     step_of,
 )
 from automodel_trainer.checkpoint.state import CONFIG_KEY, RNG_KEY
-from automodel_trainer.restarts import remember
+from automodel_trainer.distributed.restarts import remember
 
 LAST_WAIT = 20.0  # seconds that a failing run waits for the save in flight
 SLOW = 1.0  # seconds that a save may hold training up without a word

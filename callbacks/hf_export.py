@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.callbacks.console import show
 from automodel_trainer.callbacks.preemption import TIME, preemption_of
-from automodel_trainer.models.export import export_pretrained
+from automodel_trainer.checkpoint.export import export_pretrained
 
 
 class HFExport(Callback):

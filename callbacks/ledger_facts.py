@@ -18,15 +18,15 @@ from automodel_trainer.callbacks.counts import Counts, micro_batches
 from automodel_trainer.callbacks.garbage_collection import GarbageCollection
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.callbacks.watchdog import Watchdog
+from automodel_trainer.distributed.stage_names import of_all_stages
 from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
-from automodel_trainer.models.fp8_layers import fp8_layers
-from automodel_trainer.models.kernels import kernels_in_use
+from automodel_trainer.models.kernels.choose import kernels_in_use
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
+from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.strategies import MeshStrategy
-from automodel_trainer.strategies.allocator import allocator_of
-from automodel_trainer.strategies.clip import local_tensor
-from automodel_trainer.strategies.compile import effective_options
-from automodel_trainer.strategies.pipeline_names import of_all_stages
+from automodel_trainer.strategies.base.allocator import allocator_of
+from automodel_trainer.strategies.base.clip import local_tensor
+from automodel_trainer.strategies.base.compile import effective_options
 
 Facts = dict[str, Any]
 
@@ -145,7 +145,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
 
 def compiled_with(strategy: Any) -> Facts:
     """The backend that blocks are compiled with, and its options; None where none are."""
-    if not (isinstance(strategy, MeshStrategy) and strategy.tuned.compiled):
+    if not (isinstance(strategy, MeshStrategy) and strategy.prepared.compiled):
         return {"compile": None, "compile_options": None}
     backend = strategy.compile_backend
     return {"compile": backend, "compile_options": effective_options(backend, strategy.compile_options)}

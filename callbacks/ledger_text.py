@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from automodel_trainer.callbacks.console import Row
-from automodel_trainer.models.attention import TEXTS
+from automodel_trainer.models.kernels.attention import TEXTS
 
 Facts = dict[str, Any]
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}

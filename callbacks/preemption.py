@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.callbacks.time_limit import Duration, TimeLimit
-from automodel_trainer.launch import in_notebook
+from automodel_trainer.distributed.launch import in_notebook
 
 TIME = "max_time"
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, try again

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from automodel_trainer.callbacks.console import show_rich
 from automodel_trainer.callbacks.layout import tokenizer_of
-from automodel_trainer.tools.generate import encode, generation_config
+from automodel_trainer.models.generation import encode, generation_config
 
 
 class SampleGenerations(Callback):

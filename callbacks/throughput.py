@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer.callbacks.counts import Counts, Totals
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks, sum_over_ranks, trained_model
-from automodel_trainer.tools.flops import flops_per_token, holds_language_model, peak_flops
+from automodel_trainer.nn.flops import flops_per_token, holds_language_model, peak_flops
 
 GIB = 2**30
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from automodel_trainer.callbacks.side_channel import SideChannel
 from automodel_trainer.callbacks.stacks import current_call, dump_stacks
-from automodel_trainer.strategies.place import here
+from automodel_trainer.distributed.phase import current
 
 INTERVAL = 1.0  # seconds between two looks
 LOST_AFTER = 20.0  # seconds without a sign of life
@@ -86,15 +86,15 @@ class Watch:
 
     def _tell(self) -> None:
         self._beat += 1
-        silent = time.monotonic() - here.since
+        silent = time.monotonic() - current.since
         collective, line = current_call() if silent > 2 * INTERVAL else ("", "")
-        place = {"step": here.step, "phase": here.phase, "silent": silent, "collective": collective, "line": line}
+        place = {"step": current.step, "phase": current.phase, "silent": silent, "collective": collective, "line": line}
         self.channel.tell("place", {"beat": self._beat, **place})
 
     def _judge(self) -> dict[str, Any] | None:
-        silent = time.monotonic() - here.since
+        silent = time.monotonic() - current.since
         if silent > self.patience():
-            text = f"rank {self.channel.rank} has not moved for {silent:.0f} s ({here.phase} of step {here.step})"
+            text = f"rank {self.channel.rank} has not moved for {silent:.0f} s ({current.phase} of step {current.step})"
             return self.channel.declare({"kind": "stuck", "rank": self.channel.rank, "text": text})
         if self.channel.rank == 0 and (lost := self._lost_rank()) is not None:
             text = f"rank {lost} has given no sign of life for {LOST_AFTER:.0f} s: its process is gone, or frozen"

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer.callbacks.side_channel import SideChannel
 from automodel_trainer.callbacks.watch import Watch
-from automodel_trainer.strategies.place import at, here
+from automodel_trainer.distributed.phase import current, enter_phase
 
 _IN_STEP = ("data", "step", "forward", "backward", "clip", "optimizer")
 _SHARE = 0.9  # of the time after which a collective gives up: whoever speaks later is not heard
@@ -54,7 +54,7 @@ class Watchdog(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.world_size == 1 or self._watch is not None:
             return
-        at("build", 0)
+        enter_phase("build", 0)
         self._first_step = True
         timeout: Any = getattr(trainer.strategy, "timeout", None)
         waits = timeout.total_seconds() if isinstance(timeout, timedelta) else 600.0
@@ -74,50 +74,50 @@ class Watchdog(Callback):
             self._watch = None
 
     def _patience(self) -> float:
-        return self._elsewhere if self._first_step or here.phase.partition(" ")[0] not in _IN_STEP else self.silence
+        return self._elsewhere if self._first_step or current.phase.partition(" ")[0] not in _IN_STEP else self.silence
 
     # --- where this rank is: what strategies and modules do not say themselves ---------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        at("data", trainer.global_step)
+        enter_phase("data", trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        at("step", trainer.global_step + 1)
+        enter_phase("step", trainer.global_step + 1)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
-        at("backward")
+        enter_phase("backward")
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        at("clip")
+        enter_phase("clip")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        at("optimizer")
+        enter_phase("optimizer")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._first_step = False
-        at("data")
+        enter_phase("data")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        at("validation")
+        enter_phase("validation")
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        at("validation")
+        enter_phase("validation")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        at("data")
+        enter_phase("data")
 
     def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        at("test")
+        enter_phase("test")
 
     def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        at("predict")
+        enter_phase("predict")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        at("end")
+        enter_phase("end")
 
 
 def _connect(trainer: pl.Trainer) -> SideChannel | None:

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests.tiny
 
 from automodel_trainer import CausalLMModule
 from automodel_trainer.models.lora import LoRAConfig
-from automodel_trainer.tools.verify import verify
-from automodel_trainer.tools.verify_ranks import Processes
+from automodel_trainer.verification.ranks import Processes
+from automodel_trainer.verification.verify import verify
 from tests.strategies.test_context import rows_of
 from tests.tiny import tiny_config, tiny_tokenizer
 

@@ -12,11 +12,11 @@ import yaml
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies import StrategyRegistry as LightningStrategies
 
-from automodel_trainer.strategies.base import MeshStrategy
-from automodel_trainer.strategies.ddp import DDPStrategy
-from automodel_trainer.strategies.fsdp2 import FSDP2Strategy
-from automodel_trainer.strategies.megatron_fsdp import MegatronFSDPStrategy
-from automodel_trainer.strategies.parallel_3d import Parallel3DStrategy
+from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy
+from automodel_trainer.strategies.data_parallel.ddp import DDPStrategy
+from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy
+from automodel_trainer.strategies.megatron.megatron_fsdp import MegatronFSDPStrategy
+from automodel_trainer.strategies.pipeline.parallel_3d import Parallel3DStrategy
 
 ENTRY_POINT_GROUP = "automodel_trainer.strategies"
 

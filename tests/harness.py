@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.modules.loss import next_token_targets, token_losses
 from automodel_trainer.strategies import MeshStrategy, Objective, StrategyRegistry
-from automodel_trainer.strategies.precision import canonical_precision
+from automodel_trainer.strategies.base.precision import canonical_precision
 
 Batch = dict[str, Any]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from automodel_trainer.launch import launched_sizes
+from automodel_trainer.distributed.launch import launched_sizes
 from tests.processes import Job, in_folder, run_code, torchrun
 
 SCRIPT = """

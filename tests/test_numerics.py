@@ -24,7 +24,7 @@ def test_close_to_the_reference(name: str, dtype: torch.dtype) -> None:
 
 def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge of a ring's blocks that forgets to weigh them is seen, forward and backward."""
-    from automodel_trainer.strategies import ring_attention
+    from automodel_trainer.strategies.context import ring_attention
 
     def add(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
         out.add_(part)

@@ -14,9 +14,9 @@ import pytest
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from automodel_trainer import restarts
 from automodel_trainer.callbacks import DCPCheckpoint
-from automodel_trainer.strategies.rendezvous import outliving_store
+from automodel_trainer.distributed import restarts
+from automodel_trainer.distributed.rendezvous import outliving_store
 from tests.callbacks.runs import train
 from tests.pool import RankPool
 from tests.processes import Job, torchrun

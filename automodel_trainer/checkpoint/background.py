@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from automodel_trainer.checkpoint.agreement import CheckpointError, world_size
-from automodel_trainer.checkpoint.staging import HostBuffers
+from automodel_trainer.checkpoint.host_copies import HostBuffers
 from automodel_trainer.checkpoint.state import Mirror, Snapshot, stage, write_snapshot
+from automodel_trainer.distributed.agreement import CheckpointError, world_size
 
 
 class BackgroundSaver:

@@ -25,14 +25,14 @@ from torch.distributed.tensor import empty as empty_dtensor
 from torch.optim import Optimizer
 
 from automodel_trainer.checkpoint import packed
-from automodel_trainer.checkpoint.agreement import gather, on_all_ranks, own_share, rank
 from automodel_trainer.checkpoint.codec import decode, encode
+from automodel_trainer.checkpoint.host_copies import Copy, keep
 from automodel_trainer.checkpoint.manifest import damage_named, read_json
 from automodel_trainer.checkpoint.record import Entry, write_json, write_safetensors
-from automodel_trainer.checkpoint.staging import Copy, keep
 from automodel_trainer.checkpoint.weights import MAX_FILE_BYTES, some, split_into_files
-from automodel_trainer.models.uneven import empty_like_shard, holds_nothing, is_uneven, placed_like
-from automodel_trainer.strategies._torch import placeable
+from automodel_trainer.distributed._dtensor import placeable
+from automodel_trainer.distributed.agreement import gather, on_all_ranks, own_share, rank
+from automodel_trainer.nn.uneven import empty_like_shard, holds_nothing, is_uneven, placed_like
 
 GROUPS = "groups.json"
 # How state that is no array is told apart in a file of arrays: each is stored with the shape [1].

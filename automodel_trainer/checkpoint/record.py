@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
-from automodel_trainer.tools.safetensors_stream import SafetensorsWriter
+from automodel_trainer.checkpoint.safetensors_stream import SafetensorsWriter
 
 CHECKSUM = "xxh3_128"
 Entry = dict[str, Any]

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from filelock import FileLock
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from automodel_trainer.checkpoint.agreement import on_all_ranks, rank, world_size
 from automodel_trainer.checkpoint.folder import TEMPORARY
 from automodel_trainer.checkpoint.manifest import MANIFEST, check_checkpoint, read_manifest
 from automodel_trainer.checkpoint.runs import BEST, created
+from automodel_trainer.distributed.agreement import on_all_ranks, rank, world_size
 
 P = ParamSpec("P")
 T = TypeVar("T")

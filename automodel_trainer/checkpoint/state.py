@@ -18,15 +18,15 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from automodel_trainer.checkpoint.agreement import gather, on_all_ranks, rank, world_size
 from automodel_trainer.checkpoint.codec import decode, encode
 from automodel_trainer.checkpoint.folder import abandon, prepare, publish, temporary
+from automodel_trainer.checkpoint.host_copies import Copy, keep
 from automodel_trainer.checkpoint.manifest import check_checkpoint, damage_named, read_json
 from automodel_trainer.checkpoint.optimizer import OptimizerStates, load_optimizers, stage_optimizers
 from automodel_trainer.checkpoint.record import Entry, to_json, write_text
 from automodel_trainer.checkpoint.rng import fresh_rng_state, rng_state, set_rng_state
-from automodel_trainer.checkpoint.staging import Copy, keep
 from automodel_trainer.checkpoint.weights import Weights, load_weights, stage_weights
+from automodel_trainer.distributed.agreement import gather, on_all_ranks, rank, world_size
 from automodel_trainer.models.sidecars import copy_sidecars
 
 RNG_KEY = "automodel_trainer.rng"  # in the loaded dict: this rank's generators

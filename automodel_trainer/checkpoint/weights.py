@@ -20,16 +20,16 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from automodel_trainer.checkpoint.agreement import gather, rank, world_size
+from automodel_trainer.checkpoint.host_copies import Copy, keep
 from automodel_trainer.checkpoint.record import Entry, write_json, write_safetensors
-from automodel_trainer.checkpoint.staging import Copy, keep
+from automodel_trainer.distributed.agreement import gather, rank, world_size
 from automodel_trainer.models._transformers import tied_weight_names
-from automodel_trainer.models.adapters import CONFIG_NAME as ADAPTER_CONFIG
-from automodel_trainer.models.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
-from automodel_trainer.models.adapters import gather_adapter, load_adapter
 from automodel_trainer.models.files import INDEX_NAME
 from automodel_trainer.models.lora import lora_of
-from automodel_trainer.models.uneven import detached, gather_uneven, is_uneven
+from automodel_trainer.models.lora.adapter_files import CONFIG_NAME as ADAPTER_CONFIG
+from automodel_trainer.models.lora.adapter_files import WEIGHTS_NAME as ADAPTER_WEIGHTS
+from automodel_trainer.models.lora.adapter_files import gather_adapter, load_adapter
+from automodel_trainer.nn.uneven import detached, gather_uneven, is_uneven
 
 MAX_FILE_BYTES = 2 * 2**30  # files are shared out over the ranks
 MIN_FILE_BYTES = 64 * 2**20

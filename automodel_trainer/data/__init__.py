@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .base import MicroBatchDataModule
-    from .chat import ChatDataModule
-    from .mock import MockDataModule
-    from .text import TextDataModule
+    from automodel_trainer.data.base import MicroBatchDataModule
+    from automodel_trainer.data.chat import ChatDataModule
+    from automodel_trainer.data.mock import MockDataModule
+    from automodel_trainer.data.text import TextDataModule
 
 __all__ = ["ChatDataModule", "MicroBatchDataModule", "MockDataModule", "TextDataModule"]
 

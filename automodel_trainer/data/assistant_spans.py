@@ -15,7 +15,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .rendered_chat import Message, RenderedChat, Span, called_function, shared_length, shortened, with_arguments
+from automodel_trainer.data.rendered_chat import (
+    Message,
+    RenderedChat,
+    Span,
+    called_function,
+    shared_length,
+    shortened,
+    with_arguments,
+)
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from .batches import MicroBatch
-from .loader import MicroBatchLoader
-from .rows import Rows
+from automodel_trainer.data.batches import MicroBatch
+from automodel_trainer.data.loader import MicroBatchLoader
+from automodel_trainer.data.rows import Rows
 
 
 class TrainLoader(Protocol):

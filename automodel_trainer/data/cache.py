@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 from filelock import FileLock
 
-from .sources import quiet
+from automodel_trainer.data.sources import quiet
 
 FORMAT_VERSION = 1
 """Raise it when the same rows and settings would give other tokens or other columns than before."""

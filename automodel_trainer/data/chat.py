@@ -9,14 +9,14 @@ import numpy as np
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from .base import MicroBatchDataModule
-from .chat_template import Encoded, encode
-from .checks import check_samples
-from .formats import detect_format
-from .packing import pack
-from .rows import Rows, RowStats, SampleRows, TokenStore, digest
-from .sources import load_rows, load_validation_rows
-from .tokens import check_share, split_ids, tokenize
+from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.data.chat_template import Encoded, encode
+from automodel_trainer.data.checks import check_samples
+from automodel_trainer.data.formats import detect_format
+from automodel_trainer.data.packing import pack
+from automodel_trainer.data.rows import Rows, RowStats, SampleRows, TokenStore, digest
+from automodel_trainer.data.sources import load_rows, load_validation_rows
+from automodel_trainer.data.tokens import check_share, split_ids, tokenize
 
 CHECKED = 200
 """So many samples, spread over the data, are decoded and looked at (BOS, EOS, mask) at each start."""

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from .assistant_spans import assistant_spans
-from .formats import Conversation
-from .rendered_chat import RenderedChat, Span, shared_length
+from automodel_trainer.data.assistant_spans import assistant_spans
+from automodel_trainer.data.formats import Conversation
+from automodel_trainer.data.rendered_chat import RenderedChat, Span, shared_length
 
 LossOn = Literal["assistant", "last_turn", "all"]
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat_template import Encoded, special_tokens
+from automodel_trainer.data.chat_template import Encoded, special_tokens
 
 Stop = Literal["trained", "masked", "absent"]
 

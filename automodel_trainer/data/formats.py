@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .messages import Message, parse_messages, parse_tools
+from automodel_trainer.data.messages import Message, parse_messages, parse_tools
 
 
 @dataclass(frozen=True)

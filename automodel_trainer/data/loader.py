@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .batches import MicroBatch, collate_packed, collate_padded, padded_width
-from .packing import epoch_order
-from .rows import Rows
+from automodel_trainer.data.batches import MicroBatch, collate_packed, collate_padded, padded_width
+from automodel_trainer.data.packing import epoch_order
+from automodel_trainer.data.rows import Rows
 
 Step = tuple[list[int], int]
 """The rows of this rank in one global batch (-1 = filler), and how wide they are."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import MicroBatchDataModule
-from .rows import RandomRows, Rows
+from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.data.rows import RandomRows, Rows
 
 
 class MockDataModule(MicroBatchDataModule):

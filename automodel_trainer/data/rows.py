@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from datasets import Dataset
 
-from .batches import Document
+from automodel_trainer.data.batches import Document
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import numpy as np
 from datasets import IterableDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from .batches import Document, MicroBatch
-from .cache import cache_key
-from .documents import document_end, encode_documents
-from .loader import micro_batches, step_loader
+from automodel_trainer.data.batches import Document, MicroBatch
+from automodel_trainer.data.cache import cache_key
+from automodel_trainer.data.documents import document_end, encode_documents
+from automodel_trainer.data.loader import micro_batches, step_loader
 
 DOCUMENTS_AT_ONCE = 64
 """Documents handed to the tokenizer together: it works on several cores."""

@@ -9,12 +9,12 @@ import numpy as np
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from .base import MicroBatchDataModule, TrainLoader
-from .documents import document_end, encode_documents
-from .rows import Rows, StreamRows, TokenStore, digest
-from .sources import load_rows, load_validation_rows, open_stream
-from .stream import StreamLoader, TokenStream
-from .tokens import check_columns, check_share, split_ids, tokenize
+from automodel_trainer.data.base import MicroBatchDataModule, TrainLoader
+from automodel_trainer.data.documents import document_end, encode_documents
+from automodel_trainer.data.rows import Rows, StreamRows, TokenStore, digest
+from automodel_trainer.data.sources import load_rows, load_validation_rows, open_stream
+from automodel_trainer.data.stream import StreamLoader, TokenStream
+from automodel_trainer.data.tokens import check_columns, check_share, split_ids, tokenize
 
 PIECE = 4096
 """Documents are stored in pieces of that many tokens, so that a row out of a whole book is read without the book."""

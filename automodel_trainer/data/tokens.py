@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from .cache import cache_key, load_or_build
-from .sources import fingerprint
+from automodel_trainer.data.cache import cache_key, load_or_build
+from automodel_trainer.data.sources import fingerprint
 
 ROWS_PER_PROCESS = 5000
 """Fewer rows than this are not worth another process."""

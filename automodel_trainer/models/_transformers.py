@@ -18,7 +18,7 @@ from transformers.core_model_loading import _dtensor_from_local_like, revert_wei
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from automodel_trainer.models.attention import set_documents
+from automodel_trainer.nn.documents import set_documents
 
 __all__ = [
     "attention_in_use",

@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from automodel_trainer.distributed.stage_names import held_elsewhere
 from automodel_trainer.models._transformers import load_weights, tied_weight_names
 from automodel_trainer.models.files import resolve_folder, weight_files
-from automodel_trainer.models.fp8_layers import check_gathered
 from automodel_trainer.models.initialize import initialize_weights
-from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
+from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels
+from automodel_trainer.models.layout import Layout
 from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, finish_lora
-from automodel_trainer.models.quantize import packed_weights
-from automodel_trainer.strategies.pipeline_names import held_elsewhere
-
-if TYPE_CHECKING:
-    from automodel_trainer.strategies import MeshStrategy
+from automodel_trainer.models.quantization.fp8_layers import check_gathered
+from automodel_trainer.models.quantization.quantize import packed_weights
 
 
 class AutoModelForCausalLM:
@@ -35,7 +33,7 @@ class AutoModelForCausalLM:
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
-        strategy: MeshStrategy | None = None,
+        strategy: Layout | None = None,
         dtype: torch.dtype | str | None = None,
         *,
         attn_implementation: str | None = None,
@@ -86,7 +84,7 @@ class AutoModelForCausalLM:
     def from_config(
         cls,
         config: PreTrainedConfig,
-        strategy: MeshStrategy | None = None,
+        strategy: Layout | None = None,
         dtype: torch.dtype | str | None = None,
         *,
         attn_implementation: str | None = None,
@@ -110,7 +108,7 @@ class AutoModelForCausalLM:
         initialize_weights(model, _device(strategy, device), seed)
         finish_lora(model)
         if strategy is not None:
-            strategy.place(model)
+            strategy.finalize_parameters(model)
         return model
 
 
@@ -120,7 +118,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
     return _build_on_meta(config, _parameter_dtype("auto", None, config), None, trust_remote_code)
 
 
-def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: MeshStrategy | None) -> None:
+def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: Layout | None) -> None:
     """Freeze a model that is not laid out yet and add adapters.
 
     Nothing updates the frozen weights, so they need no master copy: they are held in the dtype they compute in.
@@ -134,7 +132,7 @@ def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: MeshStrateg
 def fill_from_folder(
     model: PreTrainedModel,
     folder: Path,
-    strategy: MeshStrategy | None,
+    strategy: Layout | None,
     device: torch.device | str = "cpu",
     *,
     files: list[Path] | None = None,
@@ -163,7 +161,7 @@ def fill_from_folder(
         )
     finish_lora(model)
     if strategy is not None:
-        strategy.place(model)
+        strategy.finalize_parameters(model)
 
 
 def load_config(folder: Path, trust_remote_code: bool, overrides: dict[str, Any]) -> PreTrainedConfig:
@@ -191,9 +189,7 @@ def _build_on_meta(
     return model
 
 
-def _parameter_dtype(
-    dtype: torch.dtype | str | None, strategy: MeshStrategy | None, config: PreTrainedConfig
-) -> torch.dtype:
+def _parameter_dtype(dtype: torch.dtype | str | None, strategy: Layout | None, config: PreTrainedConfig) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if isinstance(dtype, str) and dtype != "auto":
@@ -207,7 +203,7 @@ def _parameter_dtype(
     return own if isinstance(own, torch.dtype) else getattr(torch, str(own), torch.float32)
 
 
-def _device(strategy: MeshStrategy | None, device: torch.device | str) -> torch.device:
+def _device(strategy: Layout | None, device: torch.device | str) -> torch.device:
     if strategy is None:
         return torch.device(device)
     return strategy.root_device

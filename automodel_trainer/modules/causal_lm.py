@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from automodel_trainer.models.kernels import KernelsConfig
+from automodel_trainer.models.kernels.choose import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.evaluation import EvaluatedModule, MicroBatch, as_list
 from automodel_trainer.modules.loss import next_token_targets, summed_loss, supervised_tokens

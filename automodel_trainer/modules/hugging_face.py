@@ -16,14 +16,14 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from automodel_trainer.models._transformers import packing_without_sync
 from automodel_trainer.models.auto import AutoModelForCausalLM, add_adapters, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
-from automodel_trainer.models.fp8_layers import check_gathered
-from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
+from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, choose_lora_kernel, finish_lora, lora_of
+from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.sidecars import has_tokenizer
 from automodel_trainer.modules.neftune import add_neftune
+from automodel_trainer.nn.deferred_logits import defer_logits
 from automodel_trainer.strategies import MeshStrategy, Objective
-from automodel_trainer.strategies.deferred_logits import defer_logits
-from automodel_trainer.strategies.precision import hold_in
+from automodel_trainer.strategies.base.precision import hold_in
 
 
 class HuggingFaceModule(Objective, pl.LightningModule):

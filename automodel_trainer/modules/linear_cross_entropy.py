@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from automodel_trainer.models._torch import FAST_MATH
+from automodel_trainer.nn._torch import FAST_MATH
 
 IGNORE_INDEX = -100
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from automodel_trainer.models import _liger
+from automodel_trainer.models.kernels.libraries import _liger
 from automodel_trainer.modules.linear_cross_entropy import IGNORE_INDEX, chunk_rows, linear_cross_entropy
-from automodel_trainer.strategies.deferred_logits import DeferredLogits
-from automodel_trainer.strategies.loss_parallel import sharded_argmax, sharded_logits, sharded_token_losses
+from automodel_trainer.nn.deferred_logits import DeferredLogits
+from automodel_trainer.strategies.tensor.loss_parallel import sharded_argmax, sharded_logits, sharded_token_losses
 
 Logits = Tensor | DeferredLogits
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from automodel_trainer.models.lora import learning_rate_of
-from automodel_trainer.modules._torch import without_graph_cache
+from automodel_trainer.nn._torch import without_graph_cache
 
 
 @dataclass

@@ -18,12 +18,12 @@ from automodel_trainer.callbacks import BatchPreview, HFExport, Ledger, SampleGe
 from automodel_trainer.callbacks.layout import max_over_ranks, trained_model
 from automodel_trainer.callbacks.throughput import GIB, peak_resident_set
 from automodel_trainer.lightning_cli import build
+from automodel_trainer.nn.flops import flops_per_token, holds_language_model, peak_flops
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.tools.bench_ceilings import AttentionShape, Ceilings, measure_ceilings
 from automodel_trainer.tools.bench_profile import STEPS, Kernel, ProfileSteps, table
 from automodel_trainer.tools.bench_report import Work, efficiency, results, text
 from automodel_trainer.tools.bench_steps import BatchWatch, StepClock
-from automodel_trainer.tools.flops import flops_per_token, holds_language_model, peak_flops
 
 # What writes into the run's folder, or stops the clock: no part of a training step.
 _LEFT_OUT = (Checkpoint, ProgressBar, SaveConfigCallback, BatchPreview, HFExport, Ledger, SampleGenerations)

@@ -15,14 +15,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from automodel_trainer.models.adapters import read_config
+from automodel_trainer.checkpoint.sources import is_adapter, model_folder
+from automodel_trainer.checkpoint.weight_stream import Weights
 from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora import LoRAConfig
+from automodel_trainer.models.lora.adapter_files import read_config
 from automodel_trainer.models.sidecars import has_tokenizer
 from automodel_trainer.tools.merge import arguments, merge_as_asked
-from automodel_trainer.tools.sources import is_adapter, model_folder
-from automodel_trainer.tools.weight_stream import Weights
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",

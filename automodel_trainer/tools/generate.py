@@ -7,14 +7,15 @@ amt generate --model runs/quickstart/export            # a conversation, one lin
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from automodel_trainer.models.generation import encode, generation_config
+
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
@@ -113,32 +114,6 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[Any, PreTra
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
-def generation_config(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-) -> GenerationConfig:
-    """The model's own settings (its end tokens above all) with the user's choice of length and sampling."""
-    config = copy.deepcopy(model.generation_config)
-    draws = temperature > 0
-    # Settings for drawing that stay behind in a greedy config only cause warnings.
-    config.update(
-        do_sample=draws,
-        temperature=temperature if draws else None,
-        top_p=top_p if draws else None,
-        top_k=0 if draws else None,
-        max_new_tokens=max_new_tokens,
-        max_length=None,
-        use_cache=True,
-    )
-    config.eos_token_id = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return config
-
-
 def _answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -152,15 +127,6 @@ def _answer(
     output = model.generate(**inputs, generation_config=config, streamer=streamer)
     new_tokens = output[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(new_tokens, skip_special_tokens=True))
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> Any:
-    """Token ids and mask, ``[1, s]`` each; without a chat template the last message is continued as plain text."""
-    if not tokenizer.chat_template:
-        return tokenizer(conversation[-1]["content"], return_tensors="pt", return_token_type_ids=False)
-    return tokenizer.apply_chat_template(
-        conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
 
 
 def _read_lines() -> Iterator[str]:

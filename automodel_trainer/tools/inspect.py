@@ -20,9 +20,9 @@ import yaml
 from automodel_trainer.callbacks.console import Row, block
 from automodel_trainer.callbacks.ledger_text import memory_text
 from automodel_trainer.checkpoint.codec import decode
+from automodel_trainer.checkpoint.sources import check_whole, is_adapter, is_checkpoint, local_folder
+from automodel_trainer.checkpoint.weight_stream import header_of, progress
 from automodel_trainer.models.files import check_safetensors, weight_files
-from automodel_trainer.tools.sources import check_whole, is_adapter, is_checkpoint, local_folder
-from automodel_trainer.tools.weight_stream import header_of, progress
 
 Facts = dict[str, Any]
 _COUNTED = ("batches_yielded", "epoch", "global_batch_size", "seed")

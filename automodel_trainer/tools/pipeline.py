@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from automodel_trainer.strategies.pipeline_picture import html_picture, legend, schedule_facts, text_picture
-from automodel_trainer.strategies.pipeline_schedule import SCHEDULES, stages_per_rank
+from automodel_trainer.strategies.pipeline.picture import html_picture, legend, schedule_facts, text_picture
+from automodel_trainer.strategies.pipeline.schedule import SCHEDULES, stages_per_rank
 
 
 def main(argv: Sequence[str]) -> None:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from automodel_trainer.checkpoint.folder import publish
+from automodel_trainer.checkpoint.sources import is_adapter, is_checkpoint, local_folder, model_folder, new_folder
+from automodel_trainer.checkpoint.weight_stream import Weights, write_stream
 from automodel_trainer.models.sidecars import is_weight_file
-from automodel_trainer.tools.sources import is_adapter, is_checkpoint, local_folder, model_folder, new_folder
-from automodel_trainer.tools.weight_stream import Weights, write_stream
 
 
 def reshard(source: str | os.PathLike[str], output: str | os.PathLike[str], shards: int) -> Path:

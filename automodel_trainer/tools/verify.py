@@ -1,163 +1,37 @@
-"""`amt verify`: does a layout compute for *this* model and *this* data what one device computes?
+"""`amt verify`: the command line of `verification/`.
 
-The model is made small (same architecture, random weights of one seed), fed the first batches of the user's own data,
-and trained for three optimizer steps: by plain torch on one device, and by the layout. Everything is compared.
+amt verify --config run.yaml --strategy fsdp2_tp:tp=2
+amt verify --model org/name --data chats.jsonl --strategy fsdp2:cp=2 --json
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import math
 import os
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 import yaml
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from automodel_trainer.data.adapt import as_datamodule
+from automodel_trainer.lightning_cli import build
 from automodel_trainer.modules import CausalLMModule
-from automodel_trainer.strategies import MeshStrategy, StrategyRegistry
-from automodel_trainer.tools.verify_batches import first_steps, renumber
-from automodel_trainer.tools.verify_ranks import Launcher, Processes
-from automodel_trainer.tools.verify_report import Report, compile_report
-from automodel_trainer.tools.verify_shrink import shrink
-from automodel_trainer.tools.verify_steps import Job, layout_run, reference_run
+from automodel_trainer.trainer import Trainer
+from automodel_trainer.verification.ranks import Processes
+from automodel_trainer.verification.verify import LENGTH, verify
 
-if TYPE_CHECKING:
-    from automodel_trainer.trainer import Trainer
-
-STEPS = 3
-ACCUMULATION = 2  # micro-batches per rank and step
-LENGTH = 64  # tokens of a row: every window, boundary and shard edge occurs in it
 _CONFIG_KEYS = ("seed_everything", "model", "data")
-
-
-def verify(
-    module: CausalLMModule,
-    data: Any,
-    strategy: Any = "fsdp2",
-    devices: int | None = None,
-    *,
-    full: bool = False,
-    length: int = LENGTH,
-    launch: Launcher | None = None,
-) -> Report:
-    """Train a small copy of the model on one device and on a layout, and compare.
-
-    Args:
-        module: what is trained: its model's config, loss, optimizer and adapters.
-        data: a data module or an iterable of batches; the first of them are used, cut to `length` tokens.
-        strategy: the layout, by name or as an object.
-        devices: ranks; None: as few as the layout's sizes allow.
-        full: on this machine's GPUs instead of processes on the CPU.
-        launch: starts the ranks; None: processes on this machine.
-
-    Raises:
-        ValueError: the layout refuses this model, or there is nothing to verify.
-    """
-    began = time.monotonic()
-    strategy = fresh(strategy)
-    devices = devices or _fewest_devices(strategy)
-    strategy.parallel_devices = [torch.device("cpu")] * devices
-    strategy.connect(module)
-    dims = strategy.choose_sizes()
-    dims = dims.resolve(devices)
-    if full and torch.cuda.device_count() < devices:
-        raise ValueError(
-            f"--full runs on {devices} GPUs, and this machine has {torch.cuda.device_count()}. Leave --full out to "
-            "verify with processes on the CPU."
-        )
-    accumulation = max(ACCUMULATION, strategy.least_micro_batches)
-    steps = first_steps(data, STEPS, accumulation * dims.dp_replicate * dims.dp_shard, length)
-    config = copy.deepcopy(config_of(module))
-    small = shrink(config, dims.cp * dims.tp, length, renumber(steps, config), strategy.least_layers)
-    job = Job(
-        module=_without_model(module),
-        config=small,
-        strategy=fresh(strategy),
-        world_size=devices,
-        steps=steps,
-        device="cuda" if full else "cpu",
-        attention=_attention(module.kernels.attention, full),
-    )
-    launch = launch or Processes()
-    with tempfile.TemporaryDirectory() as folder:
-        launch(1, reference_run, job, Path(folder))
-        ranks = launch(devices, layout_run, job, Path(folder))
-    report = compile_report(f"{dims.describe()} on {devices} ranks", _describe(small), ranks)
-    report.seconds = time.monotonic() - began
-    return report
-
-
-def fresh(strategy: Any) -> MeshStrategy:
-    """A strategy as it was before a Trainer took it in hand.
-
-    Raises:
-        ValueError: not one of this project's.
-    """
-    strategy = StrategyRegistry.get(strategy) if isinstance(strategy, str) else copy.copy(strategy)
-    if not isinstance(strategy, MeshStrategy):
-        raise ValueError(f"{type(strategy).__name__} is none of automodel_trainer's strategies: it has no layout.")
-    strategy.forget_run()
-    return strategy
-
-
-def config_of(module: CausalLMModule) -> PreTrainedConfig:
-    """The config of the model that a module trains, its overrides applied."""
-    (reference,) = module._reference
-    if isinstance(reference, PreTrainedModel):
-        return reference.config
-    config = AutoConfig.from_pretrained(module.source or reference, trust_remote_code=module.trust_remote_code)
-    for name, value in module.config_overrides.items():
-        setattr(config, name, value)
-    return config
-
-
-def _fewest_devices(strategy: MeshStrategy) -> int:
-    dims = strategy.requested_dims
-    fixed = math.prod(size for name, size in vars(dims).items() if name != "dp_shard")
-    return fixed * dims.dp_shard if dims.dp_shard != -1 else max(2, fixed)
-
-
-def _without_model(module: CausalLMModule) -> CausalLMModule:
-    """The objective alone, light enough to send to other processes."""
-    light = copy.copy(module)
-    light._modules = {**module._modules, "model": None}
-    light._reference = ("",)
-    light._tokenizer = None
-    light._trainer = None
-    light.__dict__.pop("tokenizer", None)
-    return light
-
-
-def _attention(name: str | None, full: bool) -> str | None:
-    """A kernel that the CPU does not have is stood in for by one that computes the same."""
-    if name in ("auto", "flex"):
-        return None
-    return name if full or name in ("eager", "sdpa") else "sdpa"
-
-
-def _describe(config: PreTrainedConfig) -> str:
-    text = config.get_text_config(decoder=True)
-    name = (config.architectures or [config.model_type])[0]
-    heads = f"{text.num_attention_heads} heads ({getattr(text, 'num_key_value_heads', None) or 'all'} of keys)"
-    kinds = getattr(text, "layer_types", None)
-    layers = f"{text.num_hidden_layers} layers" + (f" ({', '.join(kinds)})" if kinds else "")
-    return f"{name} made small: {layers}, width {text.hidden_size}, {heads}, {text.vocab_size} tokens"
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str]) -> None:
     """`amt verify`: exits with 0 when the numbers are the same, else with 1."""
-    parser = argparse.ArgumentParser(prog="amt verify", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="amt verify",
+        description="Prove that a layout computes for your model and data what one device computes. A small copy of "
+        "the model trains for three steps on one device and on the layout, and everything is compared.",
+    )
     parser.add_argument(
         "--config", help="a run's YAML: its model and data, and its strategy unless --strategy is given"
     )
@@ -189,8 +63,6 @@ def _from_arguments(args: argparse.Namespace) -> tuple[CausalLMModule, Any, Any]
     else:
         if not args.data:
             raise ValueError("amt verify --model also needs --data.")
-        from automodel_trainer.data.adapt import as_datamodule
-
         module, (datamodule, loader) = CausalLMModule(args.model), as_datamodule(args.data)
         data, strategy = datamodule or loader, args.strategy or "fsdp2"
     if not isinstance(module, CausalLMModule):
@@ -207,8 +79,6 @@ def with_tokenizer(data: Any, module: CausalLMModule) -> Any:
 
 def _from_yaml(path: Path) -> tuple[Trainer, Any, Any]:
     """Trainer (for its strategy), module and data that a run's configuration describes."""
-    from automodel_trainer.lightning_cli import build
-
     if not path.is_file():
         raise ValueError(f"--config {path}: there is no such file.")
     config = yaml.safe_load(path.read_text())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from automodel_trainer.tools.flops import flops_per_token, peak_flops, peak_flops_of
+from automodel_trainer.nn.flops import flops_per_token, peak_flops, peak_flops_of
 from tests.tiny import tiny_model
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 6, "attn_implementation": "eager"}

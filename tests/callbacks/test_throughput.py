@@ -20,7 +20,7 @@ from automodel_trainer.callbacks import Throughput
 from automodel_trainer.callbacks import throughput as throughput_file
 from automodel_trainer.callbacks.counts import Counts
 from automodel_trainer.modules import CausalLMModule
-from automodel_trainer.tools.flops import flops_per_token
+from automodel_trainer.nn.flops import flops_per_token
 from automodel_trainer.trainer import Trainer
 from tests.pool import RankPool
 from tests.tiny import tiny_model

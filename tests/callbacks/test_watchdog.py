@@ -21,7 +21,7 @@ from automodel_trainer.callbacks.side_channel import SideChannel
 from automodel_trainer.callbacks.stacks import current_call
 from automodel_trainer.callbacks.watch import place_table
 from automodel_trainer.callbacks.watchdog import Watchdog
-from automodel_trainer.strategies.place import at, during, here
+from automodel_trainer.distributed.phase import current, during_phase, enter_phase
 from tests.callbacks.runs import train
 from tests.pool import RankPool
 from tests.processes import Job
@@ -117,13 +117,13 @@ def phases(root: Path) -> tuple[list[str], float]:
 
     class Spy(Watchdog):
         def on_train_batch_end(self, *args: Any) -> None:
-            seen.append(f"{here.step} {here.phase}")
+            seen.append(f"{current.step} {current.phase}")
             super().on_train_batch_end(*args)
 
     train(root, [Spy()], devices=2, strategy="fsdp2", max_steps=2, max_epochs=None)
     started = time.perf_counter()
     for _ in range(10_000):
-        at("forward")
+        enter_phase("forward")
     return seen, (time.perf_counter() - started) / 10_000
 
 
@@ -164,13 +164,13 @@ def test_one_rank_is_not_watched(tmp_path: Path) -> None:
 
 
 def test_a_phase_inside_a_phase() -> None:
-    at("data", 7)
-    with during("save"):
-        assert (here.step, here.phase) == (7, "save")
-    assert here.phase == "data"
-    with pytest.raises(OSError, match="full"), during("save"):
+    enter_phase("data", 7)
+    with during_phase("save"):
+        assert (current.step, current.phase) == (7, "save")
+    assert current.phase == "data"
+    with pytest.raises(OSError, match="full"), during_phase("save"):
         raise OSError("full")
-    assert here.phase == "save", "where it failed"
+    assert current.phase == "save", "where it failed"
 
 
 def waits_alone() -> tuple[str, str]:

@@ -28,12 +28,12 @@ import triton.language as tl
 from liger_kernel.ops import geglu, layer_norm, rms_norm
 from triton.runtime import interpreter
 
-from automodel_trainer.models import _liger
-from automodel_trainer.models.gated_mlp import ACTIVATIONS, GatedMLP, swap_gated_mlps
-from automodel_trainer.models.norms import Norm, swap_norms
-from automodel_trainer.models.rope import restore_rope, rotate_half, swap_rope
+from automodel_trainer.models.kernels.libraries import _liger
+from automodel_trainer.models.kernels.mlp import ACTIVATIONS, GatedMLP, swap_gated_mlps
+from automodel_trainer.models.kernels.norm import Norm, swap_norms
+from automodel_trainer.models.kernels.rope import restore_rope, rotate_half, swap_rope
 from automodel_trainer.modules.loss import summed_loss
-from automodel_trainer.strategies.deferred_logits import DeferredLogits
+from automodel_trainer.nn.deferred_logits import DeferredLogits
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from automodel_trainer import AutoModelForCausalLM as Builder
 from automodel_trainer.callbacks.hf_export import HFExport
 from automodel_trainer.callbacks.preemption import Preemption
-from automodel_trainer.checkpoint import CheckpointError
-from automodel_trainer.models import export
-from automodel_trainer.models.export import export_pretrained
+from automodel_trainer.checkpoint import CheckpointError, export
+from automodel_trainer.checkpoint.export import export_pretrained
 from tests.callbacks.runs import train
 from tests.callbacks.test_preemption import Signal
 from tests.harness import make_strategy

@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from automodel_trainer.models import fp8_weight, kernels
 from automodel_trainer.models.auto import AutoModelForCausalLM
-from automodel_trainer.models.fp8 import RECIPES, convert_to_fp8
-from automodel_trainer.models.fp8_layers import fp8_layers
-from automodel_trainer.models.fp8_weight import E4M3, E5M2, cast_with, scale_of, unpack
-from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
+from automodel_trainer.models.kernels import choose as kernels
+from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels
+from automodel_trainer.models.kernels.fp8 import RECIPES, convert_to_fp8
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora
-from automodel_trainer.models.packed_tensor import pack
-from automodel_trainer.models.quantize import is_packed
-from automodel_trainer.strategies.compile import compile_blocks
+from automodel_trainer.models.quantization import fp8_weight
+from automodel_trainer.models.quantization.fp8_layers import fp8_layers
+from automodel_trainer.models.quantization.fp8_weight import E4M3, E5M2, cast_with, scale_of, unpack
+from automodel_trainer.models.quantization.quantize import is_packed
+from automodel_trainer.models.quantization.quantized_tensor import pack
+from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.beside import use
 from tests.harness import full, relative_error
 from tests.models.test_lora_layouts import train as train_lora

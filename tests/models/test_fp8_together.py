@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from automodel_trainer.models.fp8 import convert_to_fp8
-from automodel_trainer.models.fp8_together import Fp8Linear, _codes, _Matmul
-from automodel_trainer.models.fp8_weight import E4M3, E5M2
-from automodel_trainer.strategies.compile import compile_blocks
+from automodel_trainer.models.kernels.fp8 import convert_to_fp8
+from automodel_trainer.models.quantization.fp8_shared_input import Fp8Linear, _codes, _Matmul
+from automodel_trainer.models.quantization.fp8_weight import E4M3, E5M2
+from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.beside import use
 from tests.harness import relative_error
 from tests.models.test_fp8 import CPU, TOLERANCE, step

@@ -12,9 +12,9 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from automodel_trainer.models import fp8_weight
 from automodel_trainer.models.lora.layers import adapt_linear
-from automodel_trainer.models.packed_tensor import pack
+from automodel_trainer.models.quantization import fp8_weight
+from automodel_trainer.models.quantization.quantized_tensor import pack
 from tests.beside import use
 
 ROWS, SIZE = 48, 256

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from automodel_trainer.models import kernels as section
-from automodel_trainer.models import norms, rope
-from automodel_trainer.models.gated_mlp import GatedMLP, swap_gated_mlps
-from automodel_trainer.models.gated_mlp import recognise as recognise_mlp
-from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled, kernels_in_use
-from automodel_trainer.models.norms import Norm, swap_norms
-from automodel_trainer.models.rope import restore_rope, rotate_half, swap_rope
+from automodel_trainer.models.kernels import choose as section
+from automodel_trainer.models.kernels import norm as norms
+from automodel_trainer.models.kernels import rope
+from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels, check_compiled, kernels_in_use
+from automodel_trainer.models.kernels.mlp import GatedMLP, swap_gated_mlps
+from automodel_trainer.models.kernels.mlp import recognise as recognise_mlp
+from automodel_trainer.models.kernels.norm import Norm, swap_norms
+from automodel_trainer.models.kernels.rope import restore_rope, rotate_half, swap_rope
 from automodel_trainer.modules.loss import summed_loss
-from automodel_trainer.strategies.deferred_logits import DeferredLogits
+from automodel_trainer.nn.deferred_logits import DeferredLogits
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.autograd import Function
 
-from automodel_trainer.models import _liger
-from automodel_trainer.models.gated_mlp import swap_gated_mlps
-from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
-from automodel_trainer.models.norms import swap_norms
-from automodel_trainer.models.rope import restore_rope, swap_rope
-from automodel_trainer.strategies.compile import compile_blocks
+from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels
+from automodel_trainer.models.kernels.libraries import _liger
+from automodel_trainer.models.kernels.mlp import swap_gated_mlps
+from automodel_trainer.models.kernels.norm import swap_norms
+from automodel_trainer.models.kernels.rope import restore_rope, swap_rope
+from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.beside import folder_of
 from tests.tiny import tiny_model
 

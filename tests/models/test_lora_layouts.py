@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 
 from automodel_trainer import CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.callbacks.ledger_text import ledger_rows
-from automodel_trainer.models.adapters import trained_tensors
 from automodel_trainer.models.auto import AutoModelForCausalLM
-from automodel_trainer.models.kernels import KernelsConfig
+from automodel_trainer.models.kernels.choose import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig
+from automodel_trainer.models.lora.adapter_files import trained_tensors
 from automodel_trainer.models.lora.initialize import whole
-from automodel_trainer.strategies.clip import local_tensor
+from automodel_trainer.strategies.base.clip import local_tensor
 from tests.beside import use
 from tests.harness import NextToken, Stop, make_strategy, random_rows, relative_error, stack
 from tests.pool import RankPool
@@ -77,7 +77,7 @@ def train(
         "norms": norms,
         "trained": {name: whole(p).clone() for name, p in trained_tensors(model).items()},
         "held": sum(local_tensor(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters()),
-        "added_at_once": all(a is not b for a, b in itertools.pairwise(seen)),
+        "accumulate_grads_foreach": all(a is not b for a, b in itertools.pairwise(seen)),
         "sharded": any(isinstance(p, DTensor) for p in parameters),
         "dtypes": {(p.requires_grad, str(p.dtype)) for p in model.parameters()},
     }
@@ -137,7 +137,7 @@ def test_bf16_holds_the_base_in_bf16_and_adapters_in_fp32(
     result = pool.run(world_size, train, spec, world_size, "bf16", bases / family, lora, kernels)[0]
     alone = world_size == 1 and "modules_to_save" not in lora
     assert result["sharded"] is not alone
-    assert result["added_at_once"] or not alone
+    assert result["accumulate_grads_foreach"] or not alone
     assert result["dtypes"] == {(True, "torch.float32"), (False, "torch.bfloat16")}
     assert result["losses"] == pytest.approx(exact["losses"], rel=5e-3)
     together = [torch.cat([t.flatten() for t in run["trained"].values()]) for run in (result, exact)]

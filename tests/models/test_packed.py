@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig, adapters
-from automodel_trainer.models.packed_tensor import PackedTensor, pack
-from automodel_trainer.models.quantize import is_packed
+from automodel_trainer.models.quantization.quantize import is_packed
+from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor, pack
 from tests.beside import use
 from tests.harness import make_strategy, relative_error
 from tests.models.test_lora_layouts import train
@@ -73,7 +73,7 @@ def test_linear_is_that_of_the_unpacked_weight_and_keeps_no_dense_copy(packing: 
     use(LIBRARIES[packing])
     weight, bias = torch.randn(64, 32), torch.randn(64)
     packed = torch.nn.Parameter(pack(weight, packing, 4), requires_grad=False)
-    assert isinstance(packed, PackedTensor)
+    assert isinstance(packed, QuantizedTensor)
     dense = packed.get_original_weight()
     x = torch.randn(3, 5, 32, requires_grad=True)
     saved: list[torch.Tensor] = []

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from automodel_trainer.checkpoint.optimizer import load_optimizers, save_optimizers
-from automodel_trainer.models import quantize
-from automodel_trainer.models.adapters import save_adapter
 from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig, adapters
-from automodel_trainer.models.quantize import is_packed
+from automodel_trainer.models.lora.adapter_files import save_adapter
+from automodel_trainer.models.quantization import quantize
+from automodel_trainer.models.quantization.quantize import is_packed
 from automodel_trainer.modules.optim import OptimizerConfig, build_optimizer
 from tests.beside import use
 from tests.harness import NextToken, make_strategy, random_rows

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from automodel_trainer.models import AutoModelForCausalLM, attention
-from automodel_trainer.models.fp8_layers import fp8_layers
-from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, kernels_in_use
+from automodel_trainer.models import AutoModelForCausalLM
+from automodel_trainer.models.kernels import attention
+from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels, kernels_in_use
+from automodel_trainer.models.kernels.linear import TELinear, convert_to_te
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
-from automodel_trainer.models.te_linear import TELinear, convert_to_te
-from automodel_trainer.strategies.activation_checkpointing import apply_activation_checkpointing
-from automodel_trainer.strategies.compile import compile_blocks
+from automodel_trainer.models.quantization.fp8_layers import fp8_layers
+from automodel_trainer.strategies.base.activation_checkpointing import apply_activation_checkpointing
+from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.beside import use
 from tests.harness import full, relative_error
 from tests.models import transformer_engine_stand_in as stand_in

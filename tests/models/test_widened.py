@@ -11,17 +11,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from automodel_trainer.models.adapters import save_adapter
 from automodel_trainer.models.auto import AutoModelForCausalLM
-from automodel_trainer.models.kernels import KernelsConfig
+from automodel_trainer.models.kernels.choose import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig, describe_lora
+from automodel_trainer.models.lora.adapter_files import save_adapter
+from automodel_trainer.models.lora.fuse import fuse_adapters
+from automodel_trainer.models.lora.fused import FusedDense, refresh
 from automodel_trainer.models.lora.layers import LoRALinear
-from automodel_trainer.models.lora.widen import widen_adapters
-from automodel_trainer.models.lora.widened import WidenedDense, refresh
-from automodel_trainer.models.shared_input import layers_with_one_input
-from automodel_trainer.models.unchanged import unchanged_weights
 from automodel_trainer.modules import CausalLMModule
-from automodel_trainer.strategies.compile import compile_blocks
+from automodel_trainer.nn.shared_input import layers_with_one_input
+from automodel_trainer.nn.step_cache import unchanged_weights
+from automodel_trainer.strategies.base.compile import compile_blocks
 from automodel_trainer.trainer import Trainer
 from tests.harness import relative_error
 from tests.models.test_lora_peft import IDS, base, disturb, peft_model
@@ -133,8 +133,10 @@ GROUPS = [3, 1, 2, 1]  # layers of a llama's block that share an input: q, k, v;
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each group has that takes its factors in."""
     sizes: list[int] = []
-    take_in = WidenedDense.take_in
-    monkeypatch.setattr(WidenedDense, "take_in", lambda group: (sizes.append(len(group.layers)), take_in(group)))
+    refresh_factors = FusedDense.refresh_factors
+    monkeypatch.setattr(
+        FusedDense, "refresh_factors", lambda group: (sizes.append(len(group.layers)), refresh_factors(group))
+    )
     return sizes
 
 
@@ -205,7 +207,7 @@ def test_layers_that_share_an_input_are_found(family: str, groups: list[list[str
 def test_layers_of_two_blocks_are_never_together(tmp_path: Path) -> None:
     model = build(tmp_path / "base", choice="separate")
     keys = [name for name, m in model.named_modules() if isinstance(m, LoRALinear) and name.endswith("k_proj")]
-    widen_adapters(model, "widened", [keys])
+    fuse_adapters(model, "widened", [keys])
     assert len(keys) == len({id(model.get_submodule(name).widened) for name in keys}) == 2
 
 

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from automodel_trainer.models import kernels
-from automodel_trainer.models.fp8 import convert_to_fp8
-from automodel_trainer.models.kernels import KernelsConfig
-from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora, widened_fp8
+from automodel_trainer.models.kernels import choose as kernels
+from automodel_trainer.models.kernels.choose import KernelsConfig
+from automodel_trainer.models.kernels.fp8 import convert_to_fp8
+from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora
+from automodel_trainer.models.lora import fused_fp8 as widened_fp8
+from automodel_trainer.models.lora.fused import refresh
+from automodel_trainer.models.lora.fused_fp8 import FusedFp8
 from automodel_trainer.models.lora.layers import LoRALinear, adapt_linear
-from automodel_trainer.models.lora.widened import refresh
-from automodel_trainer.models.lora.widened_fp8 import WidenedFp8
-from automodel_trainer.models.packed_tensor import pack
-from automodel_trainer.models.shared_input import layers_with_one_input
-from automodel_trainer.strategies.compile import compile_blocks
+from automodel_trainer.models.quantization.quantized_tensor import pack
+from automodel_trainer.nn.shared_input import layers_with_one_input
+from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.harness import relative_error
 from tests.models.test_fp8 import CPU, TOLERANCE, step
 from tests.models.test_lora_layouts import train as train_lora
@@ -56,7 +57,7 @@ def plain(members: list[LoRALinear], x: Tensor) -> Tensor:
 
 def computed(members: list[LoRALinear], x: Tensor) -> Tensor:
     """The same in fp8."""
-    group = WidenedFp8(members)
+    group = FusedFp8(members)
     refresh([group])
     return torch.cat(list(group.outputs_of(x)), 1)
 
@@ -130,7 +131,7 @@ def test_no_product_outgrows_its_row_s_scale() -> None:
 def test_b_begins_as_zero() -> None:
     members = layers(1.0, b_scale=0.0)
     x = torch.randn(TOKENS, INPUTS)
-    group = WidenedFp8(members)
+    group = FusedFp8(members)
     refresh([group])
     (out, _) = group.outputs_of(x)
     out.sum().backward()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 from automodel_trainer.modules import linear_cross_entropy as chunks
 from automodel_trainer.modules.linear_cross_entropy import linear_cross_entropy
 from automodel_trainer.modules.loss import losses_and_predictions, summed_loss, token_losses
-from automodel_trainer.strategies.deferred_logits import DeferredLogits, defer_logits, deferred_logits
+from automodel_trainer.nn.deferred_logits import DeferredLogits, defer_logits, deferred_logits
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"vocab_size": 300, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}

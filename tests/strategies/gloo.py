@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from automodel_trainer.strategies import _megatron_fsdp
+from automodel_trainer.strategies.megatron import _megatron_fsdp
 
 
 class Event:

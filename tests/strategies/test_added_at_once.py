@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from automodel_trainer.strategies.added_at_once import added_at_once
+from automodel_trainer.strategies.data_parallel.accumulate_grads_foreach import accumulate_grads_foreach
 
 
 def backward(layers: nn.ModuleList, seed: int, used: slice = slice(None)) -> None:
@@ -28,7 +28,7 @@ def test_sums_are_autograd_s() -> None:
     parameters = list(model.parameters())
     for seed, used in enumerate(uses):
         backward(plain, seed, used)
-        with added_at_once(parameters):
+        with accumulate_grads_foreach(parameters):
             backward(model, seed, used)
     for expected, parameter in zip(plain.parameters(), parameters):
         assert parameter.grad is not None
@@ -38,11 +38,11 @@ def test_sums_are_autograd_s() -> None:
 def test_each_backward_writes_gradients_of_its_own() -> None:
     model = layers()
     seen: list[torch.Tensor] = []
-    with added_at_once(list(model.parameters())):
+    with accumulate_grads_foreach(list(model.parameters())):
         backward(model, 0)
     before = model[0].weight.grad
     model[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
-    with added_at_once(list(model.parameters())):
+    with accumulate_grads_foreach(list(model.parameters())):
         backward(model, 0)
     torch.testing.assert_close(seen[0] * 2, model[0].weight.grad)  # the hook saw the second alone
     assert model[0].weight.grad is before
@@ -52,6 +52,6 @@ def test_what_was_there_survives_a_backward_that_fails() -> None:
     model = layers()
     backward(model, 0)
     wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    with pytest.raises(RuntimeError, match="out of memory"), added_at_once(list(model.parameters())):
+    with pytest.raises(RuntimeError, match="out of memory"), accumulate_grads_foreach(list(model.parameters())):
         raise RuntimeError("out of memory")
     assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), wanted) if p.grad is not None)

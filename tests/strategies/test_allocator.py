@@ -7,9 +7,9 @@ import torch
 
 from automodel_trainer.callbacks import Ledger
 from automodel_trainer.callbacks.ledger_text import ledger_rows
-from automodel_trainer.strategies import allocator
-from automodel_trainer.strategies._torch import set_allocator
-from automodel_trainer.strategies.allocator import EXPANDABLE, VARIABLES, allocator_of, configure_allocator
+from automodel_trainer.nn._torch import set_allocator
+from automodel_trainer.strategies.base import allocator
+from automodel_trainer.strategies.base.allocator import EXPANDABLE, VARIABLES, allocator_of, configure_allocator
 from tests.callbacks.test_ledger import fit, tiny_model
 
 GPU = torch.device("cuda", 0)

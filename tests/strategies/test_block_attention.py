@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from automodel_trainer.strategies import block_attention
-from automodel_trainer.strategies.block_attention import Block, attend, attend_backward
-from automodel_trainer.strategies.ring_attention import merge
-from automodel_trainer.strategies.ring_blocks import blocks_of
+from automodel_trainer.strategies.context import block_attention
+from automodel_trainer.strategies.context.block_attention import Block, attend, attend_backward
+from automodel_trainer.strategies.context.ring_attention import merge
+from automodel_trainer.strategies.context.ring_blocks import blocks_of
 from tests.harness import relative_error
 
 SCALE = 0.3

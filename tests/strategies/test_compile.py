@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MegatronFSDPStrategy, collectives
-from automodel_trainer.strategies.compile import compile_blocks
+from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MegatronFSDPStrategy
+from automodel_trainer.strategies.base.compile import compile_blocks
+from automodel_trainer.strategies.tensor import collectives
 from tests.harness import check_steps, make_strategy
 from tests.pool import RankPool
 from tests.strategies.test_parity import reference, train

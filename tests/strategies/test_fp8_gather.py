@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from automodel_trainer.callbacks import DCPCheckpoint
-from automodel_trainer.models import kernels
-from automodel_trainer.models.fp8 import convert_to_fp8
-from automodel_trainer.models.fp8_layers import Fp8Layers, check_gathered, fp8_layers
-from automodel_trainer.models.kernels import KernelsConfig
+from automodel_trainer.models.kernels import choose as kernels
+from automodel_trainer.models.kernels.choose import KernelsConfig
+from automodel_trainer.models.kernels.fp8 import convert_to_fp8
+from automodel_trainer.models.quantization.fp8_layers import Fp8Layers, check_gathered, fp8_layers
 from tests.beside import use
 from tests.callbacks import runs
 from tests.harness import Batch, NextToken, make_strategy, random_rows, relative_error, train_steps

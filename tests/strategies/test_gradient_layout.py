@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from automodel_trainer.strategies._torch import lay_out_gradients
+from automodel_trainer.strategies.data_parallel._fsdp import lay_out_gradients
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 16])

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from automodel_trainer import CausalLMModule, LoRAConfig, MockDataModule, Trainer
 from automodel_trainer.models.lora import apply_lora, finish_lora
 from automodel_trainer.models.lora.initialize import whole
-from automodel_trainer.models.uneven import is_uneven, placed_like
+from automodel_trainer.nn.uneven import is_uneven, placed_like
 from automodel_trainer.strategies import MegatronFSDPStrategy, StrategyRegistry
-from automodel_trainer.strategies import _megatron_fsdp as package
+from automodel_trainer.strategies.megatron import _megatron_fsdp as package
 from tests.callbacks import runs
 from tests.harness import NextToken, check_steps, make_strategy, random_rows, reference_step, relative_error, stack
 from tests.pool import RankPool
@@ -131,7 +131,7 @@ def train(spec: str, world_size: int, micro: int, family: str, lora: dict[str, A
         strategy.parallelize(model)
         if lora is not None:
             finish_lora(model)
-        strategy.place(model)
+        strategy.finalize_parameters(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
         if package.wrapper_of(model) is not None:
             before = {name: whole(p).clone() for name, p in model.named_parameters()}
@@ -203,7 +203,7 @@ def wrong_plan() -> str:
         strategy = make_strategy("megatron_fsdp:tp=2", 2)
         strategy.tp_plan = {"model.layers.*.self_attn.q_norm": "replicate"}
         model = strategy.parallelize(tiny_model("qwen3"))
-        strategy.place(model)
+        strategy.finalize_parameters(model)
         try:
             strategy.forward_backward(NextToken(model), [stack(random_rows(2, 12, seed=0))], torch.tensor(20))
         except ValueError as error:
@@ -300,7 +300,7 @@ def rebuilt() -> str:
     with streams_on_cpu():
         strategy = make_strategy("megatron_fsdp", 1)
         model = strategy.parallelize(tiny_model("llama"))
-        strategy.place(model)
+        strategy.finalize_parameters(model)
         optimizer = torch.optim.AdamW([torch.nn.Parameter(p.detach()) for p in model.parameters()])
         try:
             package.shard_optimizer(optimizer)

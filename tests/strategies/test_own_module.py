@@ -17,10 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from automodel_trainer import CausalLMModule, MockDataModule, Trainer
-from automodel_trainer.models.kernels import KernelsConfig
+from automodel_trainer.models.kernels.choose import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig, apply_lora
+from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.strategies import FSDP2Strategy, MeshStrategy
-from automodel_trainer.strategies.blocks import find_blocks
 from tests.harness import full, make_strategy, random_rows
 from tests.pool import RankPool
 from tests.test_trainer import module, quiet, steps_of
@@ -81,7 +81,7 @@ def fit(spec: str, root: str, dp: int = 1, **kind: bool) -> dict[str, Any]:
         **quiet(root, strategy=spec, devices=world, max_steps=3, gradient_clip_val=1.0, enable_checkpointing=False)
     )
     trainer.fit(ours, loader_of(4 // dp))
-    tuned = trainer.strategy.tuned  # type: ignore[attr-defined]
+    tuned = trainer.strategy.prepared  # type: ignore[attr-defined]
     meshes = [p.device_mesh.mesh_dim_names or () for p in ours.parameters() if isinstance(p, DTensor)]
     return {
         "weights": {name: full(p).detach().clone() for name, p in ours.named_parameters()},
@@ -265,7 +265,7 @@ def test_options_without_effect_are_named(spec: str, says: str) -> None:
     assert bool(said) == bool(says)
     if says:
         assert re.search(says, said)
-    assert FSDP2Strategy(tp_plan={"a": "colwise"}).without_effect() == ["tp_plan with tp=1 (nothing is cut)"]
+    assert FSDP2Strategy(tp_plan={"a": "colwise"}).ineffective_options() == ["tp_plan with tp=1 (nothing is cut)"]
 
 
 def test_blocks_are_tuned_once() -> None:

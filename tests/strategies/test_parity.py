@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from automodel_trainer.strategies.clip import local_tensor
+from automodel_trainer.strategies.base.clip import local_tensor
 from tests.harness import Batch, NextToken, check_steps, make_strategy, random_rows, reference_steps, train_steps
 from tests.pool import RankPool
 from tests.tiny import tiny_model

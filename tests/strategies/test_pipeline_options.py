@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from automodel_trainer.modules import linear_cross_entropy
 from automodel_trainer.modules import loss as loss_module
 from automodel_trainer.modules.loss import next_token_targets, summed_loss
+from automodel_trainer.nn.deferred_logits import defer_logits
 from automodel_trainer.strategies import Parallel3DStrategy
-from automodel_trainer.strategies.deferred_logits import defer_logits
 from tests.harness import NextToken, make_strategy, random_rows, relative_error, stack
 from tests.pool import RankPool
 from tests.strategies.pipeline_runs import (

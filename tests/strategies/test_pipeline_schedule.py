@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from automodel_trainer.strategies.pipeline_picture import html_picture, schedule_facts, text_picture
-from automodel_trainer.strategies.pipeline_schedule import (
+from automodel_trainer.strategies.pipeline.picture import html_picture, schedule_facts, text_picture
+from automodel_trainer.strategies.pipeline.schedule import (
     SCHEDULES,
     check_micro_batches,
-    least_micro_batches,
+    min_micro_batches,
     order_of_work,
 )
-from automodel_trainer.strategies.pipeline_split import balanced_counts, even_counts, find_parts, layer_costs
+from automodel_trainer.strategies.pipeline.split import balanced_counts, even_counts, find_parts, layer_costs
 from automodel_trainer.tools.pipeline import main
 from tests.tiny import tiny_model
 
@@ -24,7 +24,7 @@ from tests.tiny import tiny_model
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_rank_does_all_of_its_work(name: str, ranks: int) -> None:
     per_rank = 2 if SCHEDULES[name].looped else 1
-    micro_batches = 2 * least_micro_batches(name, ranks, per_rank)
+    micro_batches = 2 * min_micro_batches(name, ranks, per_rank)
     done: dict[tuple[int, int], float] = {}
     for works in order_of_work(name, ranks, per_rank, micro_batches):
         for work in works:

@@ -17,8 +17,8 @@ from automodel_trainer import CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.callbacks import Throughput
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.optim import OptimizerConfig
+from automodel_trainer.nn.flops import flops_per_token
 from automodel_trainer.strategies import Parallel3DStrategy, StrategyRegistry
-from automodel_trainer.tools.flops import flops_per_token
 from tests.harness import NextToken, full, make_strategy, random_rows, stack
 from tests.pool import RankPool
 from tests.processes import Job

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from automodel_trainer.strategies.rendezvous import fresh_store
+from automodel_trainer.distributed.rendezvous import fresh_store
 
 SHORT = timedelta(seconds=5)
 

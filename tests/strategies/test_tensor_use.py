@@ -19,10 +19,10 @@ from automodel_trainer.checkpoint.optimizer import load_optimizers, save_optimiz
 from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.modules.loss import predictions, token_losses
 from automodel_trainer.strategies import FSDP2Strategy
-from automodel_trainer.strategies.clip import local_tensor
-from automodel_trainer.strategies.tensor_check import check_gates
-from automodel_trainer.strategies.tensor_plan import expand_plan
-from automodel_trainer.strategies.tensor_size import choose_tp
+from automodel_trainer.strategies.base.clip import local_tensor
+from automodel_trainer.strategies.tensor.check import check_gates
+from automodel_trainer.strategies.tensor.plan import expand_plan
+from automodel_trainer.strategies.tensor.size import choose_tp
 from tests.harness import NextToken, full, make_strategy, random_rows, stack
 from tests.pool import RankPool
 from tests.strategies.test_tensor import LATENT, MOE, adam

@@ -6,15 +6,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from automodel_trainer.tools.preview import (
-    PARTIAL,
-    preview,
-    read_rows,
-    render_html,
-    render_terminal,
-    summarize,
-    token_texts,
-)
+from automodel_trainer.data.preview import preview, render_html
+from automodel_trainer.data.preview_rows import PARTIAL, read_rows, summarize, token_texts
+from automodel_trainer.data.preview_text import render_terminal
 from tests.tiny import tiny_tokenizer
 
 IGNORED = -100

@@ -14,12 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from automodel_trainer import CausalLMModule, Trainer, cli
-from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, fsdp2, gradient_reduction, tensor
-from automodel_trainer.strategies.context import ContextParallel
-from automodel_trainer.tools.verify import verify
-from automodel_trainer.tools.verify_report import Report
-from automodel_trainer.tools.verify_shrink import alike, shrink
-from automodel_trainer.tools.verify_steps import layout_run
+from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy
+from automodel_trainer.strategies.context.split import ContextParallel
+from automodel_trainer.strategies.data_parallel import fsdp2, gradient_reduction
+from automodel_trainer.strategies.tensor import parallelize as tensor
+from automodel_trainer.verification.report import Report
+from automodel_trainer.verification.shrink import alike, shrink
+from automodel_trainer.verification.steps import layout_run
+from automodel_trainer.verification.verify import verify
 from tests.harness import Batch
 from tests.pool import RankPool
 from tests.strategies.test_context import rows_of
@@ -250,7 +252,7 @@ def test_trainer_verify(pool: RankPool, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from automodel_trainer.tools import verify_ranks
+    from automodel_trainer.verification import ranks as verify_ranks
 
     monkeypatch.setattr(verify_ranks.Processes, "__call__", in_this_process)
     folder = tmp_path / "model"

@@ -10,15 +10,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from automodel_trainer.models._transformers import tied_weight_names
-from automodel_trainer.models.adapters import adapter_config, adapter_targets, load_adapter
 from automodel_trainer.models.initialize import seed_of
+from automodel_trainer.models.lora.adapter_files import adapter_config, adapter_targets, load_adapter
 from automodel_trainer.models.lora.config import LoRAConfig
+from automodel_trainer.models.lora.fuse import fuse_adapters
+from automodel_trainer.models.lora.fused_fp8 import FusedFp8
 from automodel_trainer.models.lora.initialize import initialize_adapter
-from automodel_trainer.models.lora.layers import adapt_linear, adapt_parameter, adapters
+from automodel_trainer.models.lora.layers import adapt_linear, adapt_parameter, adapters, quantizable_weights
 from automodel_trainer.models.lora.targets import Target, find_targets, kind, kinds, matches
-from automodel_trainer.models.lora.widen import widen_adapters
-from automodel_trainer.models.lora.widened_fp8 import WidenedFp8
-from automodel_trainer.models.quantize import pack_weights, prepare_packing
+from automodel_trainer.models.quantization.quantize import pack_weights, prepare_packing
 
 
 def lora_of(model: nn.Module) -> LoRAConfig | None:
@@ -61,7 +61,7 @@ def apply_lora(
             adapt_parameter(model.get_submodule(owner), name, target.rank, target.scaling, dtype=dtype)
     model.lora_config = replace(config, modules_to_save=saved)  # type: ignore[assignment]
     if config.quantize:
-        prepare_packing(model, config.quantize)
+        prepare_packing(model, config.quantize, quantizable_weights(model))
     return model
 
 
@@ -85,7 +85,7 @@ def finish_lora(model: nn.Module) -> None:
 def choose_lora_kernel(model: nn.Module) -> None:
     """Let adapters compute as `KernelsConfig.lora` has it; without one they stay as they are."""
     choice, groups = getattr(model, "lora_kernel", ("separate", None))
-    widen_adapters(model, choice, groups)
+    fuse_adapters(model, choice, groups)
 
 
 def trained_names(model: nn.Module) -> set[str] | None:
@@ -130,7 +130,7 @@ def describe_lora(model: nn.Module) -> str | None:
     if widened:
         groups = set(widened)
         text += f", {len(widened)} with their weights in {len(groups)} matmuls"
-        more = sum(group.transposed.nbytes for group in groups if isinstance(group, WidenedFp8))
+        more = sum(group.transposed.nbytes for group in groups if isinstance(group, FusedFp8))
         text += f" (weights by columns too: {more / 2**20:,.1f} MiB more)" if more else ""
     return text + (f"; trained whole: {', '.join(config.modules_to_save)}" if config.modules_to_save else "")
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from automodel_trainer.models.nf4 import PACKINGS
+from automodel_trainer.models.quantization.nf4 import PACKINGS
 
 INITS = ("kaiming", "pissa", "orthogonal")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from automodel_trainer.models.lora.layers import Adapter, LoRALinear, dense
-from automodel_trainer.models.uneven import assign_uneven, gather_uneven, is_uneven
+from automodel_trainer.nn.uneven import assign_uneven, gather_uneven, is_uneven
 
 
 @torch.no_grad()

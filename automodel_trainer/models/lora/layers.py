@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,18 @@ from torch import Tensor, nn
 
 from automodel_trainer.models.lora.dropout import dropout
 from automodel_trainer.models.lora.functional import adapted_weight, direction_norm, low_rank
-from automodel_trainer.models.mixing import mixed
-from automodel_trainer.models.packed_tensor import PackedTensor
+from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor
+from automodel_trainer.nn.mixing import mixed
 
-if TYPE_CHECKING:
-    from automodel_trainer.models.lora.widened import WidenedGroup
+
+class Fused(Protocol):
+    """Layers that compute together with this one, adapters included (`fused.py`)."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether they can for this input, here and now."""
+
+    def output_of(self, layer: Any, x: Tensor) -> Tensor:
+        """x `[..., in]` -> `[..., out]` of one of the layers."""
 
 
 class LoRALinear(nn.Linear):
@@ -27,7 +34,7 @@ class LoRALinear(nn.Linear):
     lora_magnitude_vector: nn.Parameter | None  # DoRA: [out]
     scaling: float
     lora_dropout: float
-    widened: WidenedGroup | None
+    widened: Fused | None
     compute_dtype: torch.dtype | None = None  # that its parameters are cast to; None: they compute as they are
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,7 +222,22 @@ def adapt_parameter(module: nn.Module, name: str, rank: int, scaling: float, *, 
 
 def dense(weight: Tensor) -> Tensor:
     """The weight as numbers: a quantized one is unpacked."""
-    if isinstance(weight, PackedTensor):  # said so that a compiler can follow it
+    if isinstance(weight, QuantizedTensor):  # said so that a compiler can follow it
         return weight.get_original_weight()
     unpack = getattr(weight, "get_original_weight", None)
     return weight if unpack is None else unpack()
+
+
+def quantizable_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Name of a module -> its adapted weights that can be held in few bits: linear layers' and fused experts'.
+
+    A single matrix that is not a linear layer's (a router's) is small, and stays as it is.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            found[name] = ("weight",)
+        elif isinstance(module, LoRAParameters):
+            stacked = tuple(key for key in module.adapted if module._parameters[key].ndim == 3)  # type: ignore[union-attr]
+            found |= {name: stacked} if stacked else {}
+    return found

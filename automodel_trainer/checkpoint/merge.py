@@ -1,0 +1,278 @@
+"""A LoRA adapter and its base model, or the shards of a checkpoint, become one model folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from automodel_trainer.checkpoint.export import conversion_groups
+from automodel_trainer.checkpoint.safetensors_stream import SafetensorsWriter
+from automodel_trainer.checkpoint.sources import is_adapter, model_folder, new_folder
+from automodel_trainer.checkpoint.weight_stream import (
+    Advance,
+    Convert,
+    Header,
+    Weights,
+    header_of,
+    progress,
+    write_stream,
+)
+from automodel_trainer.distributed.agreement import on_all_ranks, rank
+from automodel_trainer.models._transformers import converts_weights, original_weight_names, tied_weight_names
+from automodel_trainer.models.auto import empty_model
+from automodel_trainer.models.files import INDEX_NAME, resolve_folder, weight_files
+from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, lora_of
+from automodel_trainer.models.lora.adapter_files import read_config, read_tensors, save_adapter, trained_tensors
+from automodel_trainer.models.lora.functional import adapted_weight, direction_norm
+from automodel_trainer.models.lora.initialize import principal_factors
+from automodel_trainer.models.lora.layers import Adapter
+from automodel_trainer.models.sidecars import copy_sidecars
+
+_TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*")
+_KEPT = 4  # updates of fused weights held at a time: files order their parts expert by expert
+
+
+def merge(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write a plain model folder, one tensor in memory at a time: a checkpoint's model, or base + adapter.
+
+    Of an adapter the sum is taken in fp32 and rounded once. One that was trained on a 4-bit base is added to the full
+    one. A checkpoint of all weights is written under the names that the model has on the Hub.
+
+    Args:
+        source: a checkpoint (its model, or adapter, is taken), or the folder or Hub id of a model or of an adapter in
+            PEFT's format.
+        output: the folder to write; it appears when it is whole.
+        base: folder or Hub id of the base model; by default what the adapter's config names.
+        dtype: of floating-point weights; None keeps each as the base has it.
+        max_shard_size: largest weight file, where there is no adapter; merging into a base keeps the base's files.
+        trust_remote_code: run model code that comes with the base.
+
+    Raises:
+        ValueError: adapter and base do not fit, one of them is damaged, or `output` exists.
+    """
+    folder = model_folder(source)
+    if is_adapter(folder):
+        return _merge_adapter(folder, Path(output), base, dtype, trust_remote_code)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no adapter_config.json, as an adapter has, and no config.json, as a model has.")
+    if base is not None:
+        raise ValueError(f"{source} is a whole model, not an adapter: leave out the base {base}.")
+    with new_folder(Path(output)) as target:
+        weights, model = Weights(folder), empty_model(folder, trust_remote_code)
+        groups, convert = _conversion(model, weights)
+        options: dict[str, Any] = {"max_shard_size": max_shard_size, "groups": groups, "convert": convert}
+        write_stream(weights, target, dtype=dtype, title="merging", **options)
+        copy_sidecars(model, target, source=folder, dtype=dtype)
+    return Path(output)
+
+
+def _conversion(model: PreTrainedModel, weights: Weights) -> tuple[list[list[str]] | None, Convert | None]:
+    """From the names of the model in memory, if these are the checkpoint's, to those it has on the Hub."""
+    meta = weights.meta()
+    if not converts_weights(model) or not meta.keys() <= model.state_dict().keys():
+        return None, None
+    return conversion_groups(model, meta), partial(original_weight_names, model)
+
+
+def _merge_adapter(
+    adapter: Path, output: Path, base: str | os.PathLike[str] | None, dtype: torch.dtype | None, trust_remote_code: bool
+) -> Path:
+    named = base or read_config(adapter).get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"The config of adapter {adapter} names no base model: say which it is (--base).")
+    source = resolve_folder(named)
+    model = apply_lora(empty_model(source, trust_remote_code), LoRAConfig(adapter=str(adapter)))
+    updates = Updates(model, read_tensors(adapter), dtype)
+    with new_folder(output) as target:
+        files = weight_files(source)
+        headers = {file: header_of(file) for file in files}
+        updates.check({name for header in headers.values() for name in header}, source)
+        with progress("merging", sum(file.stat().st_size for file in files)) as advance:
+            for file, header in headers.items():
+                _merge_file(file, header, target / file.name, updates, advance)
+        _write_index(source, target)
+        kept = dtype or getattr(torch, str(model.config.dtype).removeprefix("torch."))
+        copy_sidecars(model, target, source=source, dtype=kept)
+        for pattern in _TOKENIZER_FILES:
+            for file in resolve_folder(adapter).glob(pattern):
+                shutil.copyfile(file, target / file.name)
+    return output
+
+
+class Updates:
+    """What an adapter makes of each tensor of its base model's files."""
+
+    def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+        config = lora_of(model)
+        assert config is not None
+        self.model, self.tensors, self.dtype, self.config = model, tensors, dtype, config
+        self.source_of: dict[str, str] = {}  # a name on disk -> the parameter in memory that it is (part of)
+        self.adapters: dict[str, Adapter] = {}
+        self.whole: set[str] = set()  # on disk as in memory, but for the name
+        self._deltas: dict[str, dict[str, Tensor]] = {}
+        for adapter in adapters(model):
+            name = adapter.target + (".weight" if adapter.is_linear else "")
+            self.adapters[name] = adapter
+            self._trace(name)
+        for name in self._replaced():
+            self._trace(name)
+
+    def _replaced(self) -> list[str]:
+        tied = tied_weight_names(self.model)
+        names = [name for name in trained_tensors(self.model) if name in self.tensors and ".lora_" not in name]
+        for name in names:
+            other = tied.get(name)
+            if other in names and not torch.equal(self.tensors[name], self.tensors[other]):
+                raise ValueError(
+                    f"The adapter has different values for {name} and {other}, which the base model ties together: one "
+                    "folder of this model cannot hold both."
+                )
+        return [name for name in names if tied.get(name) not in names]
+
+    def _trace(self, name: str) -> None:
+        parameter = self.model.get_parameter(name)
+        parts = original_weight_names(self.model, {name: parameter.detach()})
+        self.source_of |= dict.fromkeys(parts, name)
+        if len(parts) == 1 and next(iter(parts.values())).shape == parameter.shape:
+            self.whole.add(name)
+
+    def check(self, on_disk: set[str], base: Path) -> None:
+        """Raises ValueError unless the base's files hold everything that is updated."""
+        if missing := self.source_of.keys() - on_disk:
+            raise ValueError(
+                f"{base} has no {sorted(missing)[0]}, which the adapter updates: it is another base model, or its "
+                "files name their tensors in a way that cannot be traced."
+            )
+
+    def apply(self, name: str, tensor: Tensor) -> Tensor:
+        """The merged tensor, in the dtype it is written in."""
+        dtype = self.kept_dtype(tensor.dtype)
+        source = self.source_of.get(name)
+        if source is None:
+            return tensor.to(dtype)
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise ValueError(f"The base's {name} is {tensor.dtype}: merge into an unquantized base model.")
+        adapter = self.adapters.get(source)
+        if adapter is None:
+            parts = original_weight_names(self.model, {source: self.tensors[source]})
+            return parts[name].to(dtype)
+        if source in self.whole and adapter.is_linear:
+            return merged_weight(adapter, self._factors(adapter), tensor.float(), self.config.init).to(dtype)
+        if adapter.magnitude is not None or self.config.init == "pissa":
+            raise ValueError(f"{source} is stored in parts that DoRA and PiSSA adapters cannot be merged into.")
+        return (tensor.float() + self._delta(source, adapter)[name]).to(dtype)
+
+    def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What a tensor of this dtype is written in."""
+        return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+
+    def _factors(self, adapter: Adapter) -> dict[str, Tensor]:
+        names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        found = {name: self.tensors.get(adapter.peft_prefix + name) for name in names}
+        return {name: tensor.float() for name, tensor in found.items() if tensor is not None}
+
+    def _delta(self, source: str, adapter: Adapter) -> dict[str, Tensor]:
+        """The update of a fused weight, cut up as the base's files cut the weight up."""
+        if source not in self._deltas:
+            factors = self._factors(adapter)
+            zero = torch.zeros(self.model.get_parameter(source).shape)
+            transposed = bool(getattr(adapter.module, "is_transposed", False))
+            a, b = factors["lora_A.weight"], factors["lora_B.weight"]
+            update = adapted_weight(zero, a, b, adapter.scaling, transposed)
+            while len(self._deltas) >= _KEPT:
+                self._deltas.pop(next(iter(self._deltas)))
+            self._deltas[source] = original_weight_names(self.model, {source: update})
+        return self._deltas[source]
+
+
+def merged_weight(adapter: Adapter, factors: Mapping[str, Tensor], weight: Tensor, init: str) -> Tensor:
+    """The weight of a linear layer with its adapter in it, fp32 `[out, in]`."""
+    a, b, scaling = factors["lora_A.weight"], factors["lora_B.weight"], adapter.scaling
+    if init == "pissa":  # what the adapter began with was taken out of the base that it was trained on
+        first_a, first_b = principal_factors(weight, adapter.rank, scaling)
+        weight = weight - scaling * first_b @ first_a
+    merged = adapted_weight(weight, a, b, scaling)
+    if "lora_magnitude_vector" in factors:
+        merged *= (factors["lora_magnitude_vector"] / direction_norm(weight, a, b, scaling))[:, None]
+    return merged
+
+
+def _merge_file(file: Path, header: Header, target: Path, updates: Updates, advance: Advance) -> None:
+    planned = {name: (updates.kept_dtype(dtype), shape) for name, (dtype, shape) in header.items()}
+    with safe_open(file, framework="pt") as tensors, SafetensorsWriter(target, planned) as writer:
+        for name in planned:
+            tensor = tensors.get_tensor(name)
+            writer.write(name, updates.apply(name, tensor))
+            advance(tensor.nbytes)
+
+
+def _write_index(source: Path, target: Path) -> None:
+    if (source / INDEX_NAME).is_file():
+        index = json.loads((source / INDEX_NAME).read_text())
+        sizes = (t for file in target.glob("*.safetensors") for t in header_of(file).values())
+        total = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in sizes)
+        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+        (target / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def merge_and_save(
+    model: PreTrainedModel,
+    base: Path | None,
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Merge the adapter of a model in training into the base model it came from. Collective.
+
+    Args:
+        model: with adapters, laid out or whole.
+        base: the folder that its frozen weights were read from.
+        folder: where to write; it appears when it is whole.
+        dtype: of the weights on disk; None keeps the base's.
+        tokenizer: to save along.
+        trust_remote_code: run model code that comes with the base.
+
+    Raises:
+        ValueError: the model has no adapter, its base is no folder on disk, or `folder` exists.
+    """
+    if lora_of(model) is None:
+        raise ValueError("The model has no LoRA adapter to merge: save_pretrained writes it as it is.")
+    if base is None:
+        raise ValueError(
+            "The base model was made in memory: to merge into it, save it to a folder and train from there."
+        )
+    folder = Path(folder)
+    scratch = folder.with_name(f".{folder.name}-adapter")
+
+    def write() -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        merge(scratch, folder, base, dtype, trust_remote_code=trust_remote_code)
+
+    try:
+        save_adapter(model, scratch)
+        on_all_ranks(write if rank() == 0 else lambda: None, folder)
+    finally:
+        if rank() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder

@@ -1,0 +1,149 @@
+"""Weights from files to files, one tensor in memory at a time: other shards, another dtype, other names."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from torch import Tensor
+
+from automodel_trainer.checkpoint.safetensors_stream import DTYPES, SafetensorsWriter
+from automodel_trainer.models.files import INDEX_NAME, WEIGHTS_NAME, weight_files
+
+Advance = Callable[[int], None]
+Header = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def header_of(file: Path) -> Header:
+    """Dtype and shape of every tensor of a safetensors file, in the order of the file."""
+    with safe_open(file, framework="pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
+        return {name: (DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in slices.items()}
+
+
+class Weights:
+    """The tensors of a model folder by name, read when they are asked for.
+
+    Raises:
+        ValueError: no safetensors, or a damaged file (named).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = weight_files(folder)
+        self.file_of: dict[str, Path] = {}
+        self.header: Header = {}
+        for file in self.files:
+            header = header_of(file)
+            self.header |= header
+            self.file_of |= dict.fromkeys(header, file)
+
+    def meta(self) -> dict[str, Tensor]:
+        """Every tensor, without its values."""
+        return {n: torch.empty(shape, dtype=dtype, device="meta") for n, (dtype, shape) in self.header.items()}
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The values of a few. Each file is opened and let go again: mapped files count as memory on some systems."""
+        found = {}
+        for name in names:
+            with safe_open(self.file_of[name], framework="pt") as tensors:
+                found[name] = tensors.get_tensor(name)
+        return found
+
+
+def write_stream(
+    weights: Weights,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shards: int | None = None,
+    max_shard_size: int | str = "5GB",
+    groups: Sequence[Sequence[str]] | None = None,
+    convert: Convert | None = None,
+    title: str = "weights",
+) -> None:
+    """Write `weights` as safetensors files, with an index where there is more than one, into the folder `target`.
+
+    In memory are the tensors of one group, and what `convert` makes of them.
+
+    Args:
+        dtype: of floating-point weights; None keeps each as it is.
+        shards: how many files, of about the same size; None: as many as `max_shard_size` asks for.
+        max_shard_size: in bytes, or as "5GB".
+        groups: names that have to be converted together; by default each alone.
+        convert: other names and shapes of the tensors of a group (also given on meta).
+
+    Raises:
+        ValueError: more shards than tensors, or a dtype for weights that are quantized.
+    """
+    meta, change = weights.meta(), convert or _same
+    groups = groups or [[name] for name in meta]
+    planned: dict[str, Tensor] = {}
+    for group in groups:
+        planned |= {n: _cast(n, t, dtype) for n, t in change({name: meta[name] for name in group}).items()}
+    file_of = _split(planned, shards, max_shard_size)
+    headers: dict[str, Header] = {}
+    for name, tensor in planned.items():
+        headers.setdefault(file_of[name], {})[name] = (tensor.dtype, tuple(tensor.shape))
+    with ExitStack() as stack, progress(title, sum(t.nbytes for t in planned.values())) as advance:
+        writers = {f: stack.enter_context(SafetensorsWriter(target / f, header)) for f, header in headers.items()}
+        for group in groups:
+            for name, tensor in change(weights.read(group)).items():
+                writers[file_of[name]].write(name, cast := _cast(name, tensor, dtype))
+                advance(cast.nbytes)
+    if len(headers) > 1:
+        total = {"total_size": sum(tensor.nbytes for tensor in planned.values())}
+        index = {"metadata": total, "weight_map": file_of}
+        (target / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _same(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    if tensor.dtype.itemsize < 2:
+        raise ValueError(f"{name} is {tensor.dtype}: quantized weights cannot be given another dtype, leave it out.")
+    return tensor.to(dtype)
+
+
+def _split(planned: Mapping[str, Tensor], shards: int | None, max_shard_size: int | str) -> dict[str, str]:
+    """The file of each tensor."""
+    if shards is None:
+        return split_torch_state_dict_into_shards(dict(planned), max_shard_size=max_shard_size).tensor_to_filename
+    if not 1 <= shards <= len(planned):
+        raise ValueError(f"{len(planned)} tensors cannot be split into {shards} files: give 1 to {len(planned)}.")
+    if shards == 1:
+        return dict.fromkeys(planned, WEIGHTS_NAME)
+    total, before, number = sum(tensor.nbytes for tensor in planned.values()), 0, 0
+    file_of: dict[str, str] = {}
+    for place, (name, tensor) in enumerate(planned.items()):
+        # On to the next file when this one has its share, or when what is left is one tensor for each.
+        full = number and before + tensor.nbytes / 2 >= total * number / shards
+        if not number or full or len(planned) - place <= shards - number:
+            number = min(shards, number + 1)
+        file_of[name] = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        before += tensor.nbytes
+    return file_of
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Advance]:
+    """A bar on the terminal that goes when it is done; nothing where stderr is no terminal. Yields `advance(bytes)`."""
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,40 @@
+"""What the model really sees: the first batch, token by token, in a terminal or as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from automodel_trainer.data.preview_html import render_page
+from automodel_trainer.data.preview_rows import PreviewCounts, read_rows, summarize
+from automodel_trainer.data.preview_text import render_terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+
+def preview(
+    micro_batches: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_rows: int = 1,
+    html: str | Path | None = None,
+    console: Console | None = None,
+) -> PreviewCounts:
+    """Print the first rows of a batch; with ``html``, write all of it as a page as well. Returns the counts."""
+    from rich.console import Console as RichConsole
+
+    console = console or RichConsole()
+    console.print(render_terminal(micro_batches, tokenizer, max_rows=max_rows, marks=console.color_system is None))
+    if html is not None:
+        Path(html).parent.mkdir(parents=True, exist_ok=True)
+        Path(html).write_text(render_html(micro_batches, tokenizer), encoding="utf-8")
+        console.print(f"The whole batch: {html}", style="dim", highlight=False)
+    return summarize(micro_batches)
+
+
+def render_html(micro_batches: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The whole batch as one page that needs nothing else: legend, counts, and each token's id on hovering."""
+    return render_page(list(read_rows(micro_batches, tokenizer)), summarize(micro_batches))

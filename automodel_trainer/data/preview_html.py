@@ -1,0 +1,152 @@
+"""The page that `amt preview --html` writes: one file, no network, dark and light."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from itertools import groupby
+
+from automodel_trainer.data.preview_rows import Document, PreviewCounts, Row, Token
+
+COLOURS = {"trained": "var(--trained)", "masked": "var(--masked)", "padding": "var(--padding)"}
+BLANK = re.compile("[·↵⇥␍⍽⋯]")
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>First batch</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<div class="head"><h1>First batch</h1><button id="theme" type="button">dark / light</button></div>
+<div class="cards">{cards}</div>
+<p class="legend"><span class="t trained">trained</span><span class="t masked">masked</span>
+<span class="t trained special">special, trained</span><span class="t masked special">special, masked</span>
+<span class="note"><b>·</b> space &nbsp; <b>↵</b> line feed &nbsp; <b>⋯</b> part of a character
+&nbsp; a label is the token itself, predicted from those before it</span></p>
+</header>
+<main>{rows}</main>
+<div id="tip" hidden></div>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+STYLE = """
+:root{color-scheme:light;--bg:#f6f7f9;--card:#fff;--ink:#1b1f26;--soft:#667085;--line:#e3e6eb;
+--trained:#2da160;--trained-bg:#d3f3df;--trained-ink:#0c4a26;--masked:#b6bdc9;--masked-bg:#eef0f4;--masked-ink:#5b6472;
+--special-bg:#f7b538;--special-ink:#432c00;--special-masked-bg:#fdecc4;--special-masked-ink:#8a5a00;--padding:#e3e6eb}
+:root.dark{color-scheme:dark;--bg:#0f1216;--card:#171b21;--ink:#e6e9ee;--soft:#8b94a3;--line:#272d36;
+--trained:#2ea862;--trained-bg:#14452a;--trained-ink:#c9f5da;--masked:#4a5260;--masked-bg:#222831;--masked-ink:#97a1b0;
+--special-bg:#c98a12;--special-ink:#1d1300;--special-masked-bg:#3b2e12;--special-masked-ink:#d9a946;--padding:#272d36}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+header,main{max-width:1080px;margin:0 auto;padding:0 24px}
+header{padding-top:28px}
+.head{display:flex;justify-content:space-between;align-items:center}
+h1{font-size:22px;margin:0}
+h2{font-size:15px;margin:0}
+h2 small,h3 small{font-weight:400;color:var(--soft);margin-left:8px;font-size:13px}
+h3{font-size:13px;margin:0 0 8px;color:var(--soft);font-weight:600}
+button{font:inherit;font-size:13px;color:var(--soft);background:var(--card);border:1px solid var(--line);
+border-radius:8px;padding:4px 12px;cursor:pointer}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));gap:12px;margin:18px 0 12px}
+.cards div,section{background:var(--card);border:1px solid var(--line);border-radius:12px}
+.cards div{padding:12px 16px}
+.cards b{display:block;font-size:22px;line-height:1.25;font-variant-numeric:tabular-nums}
+.cards span{color:var(--soft);font-size:13px}
+.legend{margin:0 0 18px;display:flex;flex-wrap:wrap;gap:8px;align-items:center}
+.legend .t{padding:1px 8px}
+.note{color:var(--soft);font-size:13px;margin-left:6px}
+section{padding:18px 20px;margin-bottom:18px}
+.stripe{display:flex;height:10px;border-radius:5px;overflow:hidden;margin:12px 0 4px;background:var(--padding)}
+.stripe i{display:block;height:100%}
+.stripe i.start{border-left:2px solid var(--card)}
+article{border-top:1px dashed var(--line);padding:14px 0 4px;margin-top:12px}
+.tokens{font:13.5px/1.85 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;margin:0;
+white-space:pre-wrap;overflow-wrap:anywhere}
+.t{border-radius:4px;padding:2px 0;box-decoration-break:clone;-webkit-box-decoration-break:clone}
+.tokens .t{box-shadow:inset -1px 0 0 var(--card)}
+.t:hover{outline:2px solid var(--ink);outline-offset:-1px;cursor:default}
+.trained{background:var(--trained-bg);color:var(--trained-ink)}
+.masked{background:var(--masked-bg);color:var(--masked-ink)}
+.special.trained{background:var(--special-bg);color:var(--special-ink)}
+.special.masked{background:var(--special-masked-bg);color:var(--special-masked-ink)}
+.t s{text-decoration:none;opacity:.42}
+.pad{color:var(--soft);font-size:13px;margin:0}
+#tip{position:fixed;z-index:2;background:var(--ink);color:var(--bg);border-radius:8px;padding:8px 12px;max-width:340px;
+font:12px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;pointer-events:none;white-space:pre;
+box-shadow:0 6px 20px #0004}
+"""
+
+SCRIPT = """
+const root=document.documentElement,tip=document.getElementById('tip');
+const dark=location.hash?location.hash=='#dark':matchMedia('(prefers-color-scheme: dark)').matches;
+root.classList.toggle('dark',dark);
+document.getElementById('theme').onclick=()=>root.classList.toggle('dark');
+document.addEventListener('mouseover',event=>{
+  const token=event.target.closest('.tokens .t');
+  tip.hidden=!token;
+  if(!token)return;
+  const [index,id,position,label]=token.dataset.t.split(' ');
+  tip.textContent=`${token.textContent.replace(/\\n/g,'')}\\nid        ${id}\\nindex     ${index}\\n`+
+    `position  ${position}\\nlabel     ${label}${label=='-100'?'  (not in the loss)':''}`;
+  const box=token.getBoundingClientRect(),height=tip.offsetHeight;
+  tip.style.left=Math.min(box.left,innerWidth-tip.offsetWidth-12)+'px';
+  tip.style.top=(box.top>height+10?box.top-height-6:box.bottom+6)+'px';
+});
+"""
+
+
+def render_page(rows: list[Row], counts: PreviewCounts) -> str:
+    """The page for rows that have been read, all of it escaped."""
+    return PAGE.format(style=STYLE, script=SCRIPT, cards=_cards(counts), rows="".join(map(_row, rows)))
+
+
+def _cards(counts: PreviewCounts) -> str:
+    cards = [
+        (f"{counts.rows:,}", f"rows in {counts.micro_batches} micro-batch{'es' if counts.micro_batches != 1 else ''}"),
+        (f"{counts.documents:,}", "documents"),
+        (f"{counts.tokens:,}", "tokens"),
+        (f"{counts.supervised:,}", "trained tokens"),
+        (f"{counts.supervised_share:.1%}", "of the text is trained"),
+        (f"{counts.padding_share:.1%}", "is padding"),
+    ]
+    return "".join(f"<div><b>{figure}</b><span>{escape(name)}</span></div>" for figure, name in cards)
+
+
+def _row(row: Row) -> str:
+    tokens = row.tokens
+    trained = sum(token.kind == "trained" for token in tokens)
+    title = f"micro-batch {row.micro_batch}, row {row.index}<small>{len(tokens):,} tokens, {trained:,} trained</small>"
+    documents = "".join(_document(number, document) for number, document in enumerate(row.documents, 1))
+    return f'<section><h2>{title}</h2><div class="stripe">{_stripe(row)}</div>{documents}</section>\n'
+
+
+def _stripe(row: Row) -> str:
+    """The row in proportion: where documents begin, and which parts of them are trained."""
+    total, parts = len(row.tokens), []
+    for document in row.documents:
+        runs = [(kind, len(list(run))) for kind, run in groupby(document.tokens, key=lambda token: token.kind)]
+        for number, (kind, size) in enumerate(runs):
+            start = ' class="start"' if number == 0 and document is not row.documents[0] else ""
+            parts.append(f'<i{start} style="width:{size / total:.4%};background:{COLOURS[kind]}"></i>')
+    return "".join(parts)
+
+
+def _document(number: int, document: Document) -> str:
+    size = len(document.tokens)
+    if document.is_padding:
+        text = escape(document.tokens[0].visible)
+        return f'<article><p class="pad">padding: {size:,} × {text} (id {document.tokens[0].id})</p></article>'
+    heading = f"document {number}<small>{size:,} tokens, {document.trained:,} trained</small>"
+    return f'<article><h3>{heading}</h3><p class="tokens">{"".join(map(_token, document.tokens))}</p></article>'
+
+
+def _token(token: Token) -> str:
+    css = f"t {token.kind} special" if token.special else f"t {token.kind}"
+    text = BLANK.sub(r"<s>\g<0></s>", escape(token.visible))
+    return f'<span class="{css}" data-t="{token.index} {token.id} {token.position} {token.label}">{text}</span>'

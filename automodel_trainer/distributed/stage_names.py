@@ -1,0 +1,118 @@
+"""What ranks say of a model that pipeline stages share out among them, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+_ATTRIBUTE = "_pipeline"
+
+
+class Stages(Protocol):
+    """What is asked of a pipeline here.
+
+    `rank` is this rank's place among `ranks` of `group`, which send to each other from `device`; `model.split` says
+    what the ranks hold.
+    """
+
+    rank: int
+    ranks: int
+    group: ProcessGroup
+    device: torch.device
+
+    @property
+    def model(self) -> Any: ...
+
+
+def mark(model: nn.Module, pipeline: Stages) -> None:
+    """Note on a model that this rank holds some stages of it."""
+    object.__setattr__(model, _ATTRIBUTE, pipeline)
+
+
+def pipeline_of(model: nn.Module) -> Stages | None:
+    """The pipeline that a model runs in; None for a whole model."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def from_all_stages(model: nn.Module, value: T) -> list[T]:
+    """The values of the pipeline's ranks, in order; only this rank's for a whole model. Collective, over the host."""
+    pipeline = pipeline_of(model)
+    if pipeline is None:
+        return [value]
+    values: list[Any] = [None] * pipeline.ranks
+    dist.all_gather_object(values, value, group=pipeline.group)
+    return values
+
+
+def of_all_stages(model: nn.Module, values: Mapping[str, T]) -> dict[str, T]:
+    """Values by tensor name of all stages, in the order of the whole model; where two have a name, the first's."""
+    merged: dict[str, T] = {}
+    for part in from_all_stages(model, dict(values)):
+        merged = {**part, **merged}
+    pipeline = pipeline_of(model)
+    if pipeline is None:
+        return dict(values)
+    place = {name: i for i, name in enumerate(pipeline.model.split.names)}
+    return dict(sorted(merged.items(), key=lambda item: place.get(item[0], len(place))))
+
+
+def names_of_all_stages(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Names of all stages, in the order of the whole model."""
+    return list(of_all_stages(model, dict.fromkeys(names)))
+
+
+class WholeTensors:
+    """Tensors of all stages, whole, one at a time, on the ranks of the first stage.
+
+    Args:
+        model: whole, or in stages.
+        tensors: this rank's, by name.
+        whole: gathers one over the ranks of its stage.
+
+    Attributes:
+        shapes: shape and dtype of all tensors of all stages, in the order of the whole model.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> None:
+        self._pipeline, self._tensors, self._whole = pipeline_of(model), tensors, whole
+        rank = self._pipeline.rank if self._pipeline is not None else 0
+        facts = of_all_stages(model, {name: (rank, t.shape, t.dtype) for name, t in tensors.items()})
+        self._owners = {name: owner for name, (owner, _, _) in facts.items()}
+        self.shapes = {name: (shape, dtype) for name, (_, shape, dtype) in facts.items()}
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor; None on ranks that do not get it. Collective: all ranks ask for the same names in turn."""
+        owner, pipeline = self._owners[name], self._pipeline
+        rank = pipeline.rank if pipeline is not None else 0
+        full = self._whole(self._tensors[name]) if rank == owner else None
+        if pipeline is None or owner == 0 or rank not in (0, owner):
+            return full
+        if full is not None:
+            dist.send(full.to(pipeline.device).contiguous(), group=pipeline.group, group_dst=0)
+            return None
+        shape, dtype = self.shapes[name]
+        full = torch.empty(shape, dtype=dtype, device=pipeline.device)
+        dist.recv(full, group=pipeline.group, group_src=owner)
+        return full
+
+
+def held_elsewhere(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of `names` that belong to modules of other ranks' stages."""
+    pipeline = pipeline_of(model)
+    absent = tuple(f"{name}." for name in pipeline.model.split.absent) if pipeline is not None else ()
+    return {name for name in names if name.startswith(absent)} if absent else set()
+
+
+def modules_around_layers(model: nn.Module) -> set[str]:
+    """Names of the modules that the layers of a model in stages are inside of: they put out what a stage does."""
+    pipeline = pipeline_of(model)
+    if pipeline is None:
+        return set()
+    path = pipeline.model.split.parts.layers.split(".")
+    return {".".join(path[:end]) for end in range(len(path))}

@@ -1,0 +1,44 @@
+"""What generating text takes beside a model: the prompt as tokens, and settings that fit the model."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def generation_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> GenerationConfig:
+    """The model's own settings (its end tokens above all) with the user's choice of length and sampling."""
+    config = copy.deepcopy(model.generation_config)
+    draws = temperature > 0
+    # Settings for drawing that stay behind in a greedy config only cause warnings.
+    config.update(
+        do_sample=draws,
+        temperature=temperature if draws else None,
+        top_p=top_p if draws else None,
+        top_k=0 if draws else None,
+        max_new_tokens=max_new_tokens,
+        max_length=None,
+        use_cache=True,
+    )
+    config.eos_token_id = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return config
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> Any:
+    """Token ids and mask, ``[1, s]`` each; without a chat template the last message is continued as plain text."""
+    if not tokenizer.chat_template:
+        return tokenizer(conversation[-1]["content"], return_tensors="pt", return_token_type_ids=False)
+    return tokenizer.apply_chat_template(
+        conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )

@@ -1,0 +1,1 @@
+"""Kernel libraries, one file each. Every call into a library is in its file."""

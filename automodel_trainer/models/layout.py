@@ -1,0 +1,36 @@
+"""What building a model asks of a layout. Every `MeshStrategy` answers it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+class HeldDtypes(Protocol):
+    """`parameters`: the dtype that weights are trained in. `compute`: the dtype that they compute in."""
+
+    @property
+    def parameters(self) -> torch.dtype: ...
+
+    @property
+    def compute(self) -> torch.dtype: ...
+
+
+class Layout(Protocol):
+    """Where and how a model is to lie on devices."""
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device."""
+
+    @property
+    def dtypes(self) -> HeldDtypes:
+        """The dtypes of this run's precision."""
+
+    def parallelize(self, model: nn.Module) -> nn.Module:
+        """Lay a model (on meta or real) out on the mesh, in place."""
+
+    def finalize_parameters(self, model: nn.Module) -> None:
+        """Called once the parameters of a laid-out model have their values."""

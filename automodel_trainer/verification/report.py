@@ -1,0 +1,166 @@
+"""What a verification found: errors against tolerances, the verdict, and where a difference begins."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from automodel_trainer.verification.steps import Comparison
+
+TOLERANCES = {"loss": 1e-5, "gradient norm": 1e-4, "gradients": 1e-4, "weights": 1e-4, "outputs": 1e-4}
+"""Relative, in fp32: what the order of summation alone changes stays below a tenth of it."""
+
+
+@dataclass
+class Quantity:
+    """The largest relative error of one quantity over all ranks.
+
+    Args:
+        step: of the optimizer, from 1; None: at the end.
+        where: the parameter with the largest error.
+        ranks: those that are off.
+        count: parameters that are off, of how many.
+    """
+
+    name: str
+    step: int | None
+    error: float
+    tolerance: float
+    where: str = ""
+    ranks: list[int] = field(default_factory=list)
+    count: tuple[int, int] = (0, 0)
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+@dataclass
+class Report:
+    """Of one layout.
+
+    Args:
+        layout: in words.
+        model: in words.
+        quantities: what was compared.
+        module: the first module in forward order whose output differs, and by how much; None: none does.
+        findings: what the pattern of errors says.
+    """
+
+    layout: str
+    model: str
+    quantities: list[Quantity]
+    module: tuple[str, float] | None = None
+    findings: list[str] = field(default_factory=list)
+    modules_compared: int = 0
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return all(quantity.passed for quantity in self.quantities)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        quantities = [{**asdict(q), "passed": q.passed} for q in self.quantities]
+        return {**asdict(self), "quantities": quantities, "passed": self.passed}
+
+    def print(self, console: Console | None = None) -> None:
+        """The table and the verdict."""
+        console = console or Console()
+        table = Table(title=f"{self.model}\n{self.layout}, against one device", title_justify="left")
+        for column in ("quantity", "step", "relative error", "allowed", ""):
+            table.add_column(column, justify="right" if column in ("relative error", "allowed") else "left")
+        for q in self.quantities:
+            mark = "[green]same[/]" if q.passed else f"[red]differs[/] {q.where}".rstrip()
+            table.add_row(q.name, str(q.step or "end"), f"{q.error:.1e}", f"{q.tolerance:.0e}", mark)
+        console.print(table)
+        for finding in self.findings:
+            console.print(f"• {finding}", highlight=False)
+        verdict = "[green]same numbers as one device[/]" if self.passed else "[red]NOT the numbers of one device[/]"
+        console.print(f"{verdict} ({self.modules_compared} module outputs compared, {self.seconds:.0f} s)")
+
+
+def compile_report(layout: str, model: str, ranks: list[Comparison]) -> Report:
+    """Merge what the ranks found."""
+    steps = range(len(ranks[0].loss))
+    scalars = [_scalar("loss", s, [r.loss[s] for r in ranks]) for s in steps]
+    scalars += [_scalar("gradient norm", s, [r.norm[s] for r in ranks]) for s in steps]
+    tensors = [_tensors("gradients", s + 1, [r.gradients[s] for r in ranks]) for s in steps]
+    tensors.append(_tensors("weights", None, [r.weights for r in ranks]))
+    report = Report(layout, model, [*scalars, *tensors])
+    report.modules_compared = len({name for rank in ranks for name in rank.outputs})
+    report.module = _first_different(ranks)
+    if not report.passed:
+        report.findings = _findings(report, ranks)
+    return report
+
+
+def _scalar(name: str, step: int, errors: list[float]) -> Quantity:
+    tolerance = TOLERANCES[name]
+    return Quantity(name, step + 1, max(errors), tolerance, ranks=_off(errors, tolerance))
+
+
+def _tensors(name: str, step: int | None, ranks: list[dict[str, float]]) -> Quantity:
+    tolerance = TOLERANCES[name]
+    # ranks of a pipeline have different ones
+    names = dict.fromkeys(key for rank in ranks for key in rank)
+    worst = {key: max(rank.get(key, 0.0) for rank in ranks) for key in names}
+    where = max(worst, key=worst.__getitem__)
+    off = _off([max(rank.values()) for rank in ranks], tolerance)
+    count = sum(error > tolerance for error in worst.values())
+    return Quantity(name, step, worst[where], tolerance, where, off, (count, len(worst)))
+
+
+def _off(errors: list[float], tolerance: float) -> list[int]:
+    return [rank for rank, error in enumerate(errors) if not error <= tolerance]
+
+
+def _first_different(ranks: list[Comparison]) -> tuple[str, float] | None:
+    for name in dict.fromkeys(name for rank in ranks for name in rank.outputs):
+        error = max(rank.outputs.get(name, 0.0) for rank in ranks)
+        if error > TOLERANCES["outputs"]:
+            return name, error
+    return None
+
+
+def _findings(report: Report, ranks: list[Comparison]) -> list[str]:
+    first = min((q for q in report.quantities if not q.passed), key=_moment)
+    gradients = next(q for q in report.quantities if q.name == "gradients")
+    found = []
+    if report.module is not None:
+        name, error = report.module
+        found.append(f"The first module in forward order whose output differs is {name} (by {error:.1e}).")
+    elif first.name == "loss":
+        found.append(
+            f"Every module's output is the same, and the loss of step {first.step} is not: look at targets (a label "
+            "lost where the sequence is split?) and at the number of tokens that the loss is divided by."
+        )
+    else:
+        found.append("Forward is the same in every module: the difference is made in backward or in the reductions.")
+    found += _about_gradients(gradients, ranks)
+    if first.ranks and len(first.ranks) < len(ranks):
+        found.append(f"Only rank(s) {first.ranks} of {len(ranks)} are off: ranks disagree on what they should share.")
+    return found
+
+
+def _moment(quantity: Quantity) -> tuple[float, int]:
+    """When in a run a quantity is computed."""
+    return quantity.step or float("inf"), ("loss", "gradients", "gradient norm", "weights").index(quantity.name)
+
+
+def _about_gradients(gradients: Quantity, ranks: list[Comparison]) -> list[str]:
+    count, total = gradients.count
+    if not count:
+        return []
+    scales = [rank.scale for rank in ranks]
+    if all(scale is not None and abs(scale - 1) > 1e-3 for scale in scales):
+        factors = sorted({f"{scale:.3g}" for scale in scales})
+        return [f"All gradients are {' or '.join(factors)} times those of one device: summed too often, or not enough."]
+    tolerance = gradients.tolerance
+    names_of_all = dict.fromkeys(name for rank in ranks for name in rank.gradients[0])
+    off = [n for n in names_of_all if any(rank.gradients[0].get(n, 0.0) > tolerance for rank in ranks)]
+    names = ", ".join(off[:4]) + (", …" if count > 4 else "")
+    return [f"{count} of {total} gradients of step 1 differ: {names}"]

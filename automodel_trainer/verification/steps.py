@@ -1,0 +1,265 @@
+"""Three optimizer steps on one device and on a layout, and how far they are from each other."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.plugins import Precision
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from automodel_trainer.distributed.stage_names import held_elsewhere
+from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.modules.loss import supervised_tokens
+from automodel_trainer.modules.optim import build_optimizer, trainable
+from automodel_trainer.strategies import MeshStrategy
+from automodel_trainer.verification.outputs import OutputRecorder, whole_output
+
+LR = 3e-3  # three steps must move the weights, or nothing would be compared
+EPS = 1e-3  # else Adam turns small gradients, whose rounding is large, into full steps, and rounding is all one sees
+_FLOOR = 1e-4  # of all gradients' norm: where a gradient is zero but for rounding, its relative error means nothing
+
+
+@dataclass
+class Job:
+    """What both runs do.
+
+    Args:
+        module: the objective, without a model.
+        config: of the small model.
+        strategy: the layout, as it was before any process started.
+        world_size: ranks of the layout.
+        steps: micro-batches of every optimizer step.
+        device: "cpu" or "cuda".
+        attention: the attention kernel; None lets transformers choose.
+    """
+
+    module: CausalLMModule
+    config: PreTrainedConfig
+    strategy: MeshStrategy
+    world_size: int
+    steps: list[list[dict[str, Any]]]
+    device: str = "cpu"
+    attention: str | None = None
+
+
+@dataclass
+class Comparison:
+    """One rank's relative errors: of scalars by step, of tensors by step and name, of outputs in forward order."""
+
+    loss: list[float] = field(default_factory=list)
+    norm: list[float] = field(default_factory=list)
+    gradients: list[dict[str, float]] = field(default_factory=list)
+    weights: dict[str, float] = field(default_factory=dict)
+    outputs: dict[str, float] = field(default_factory=dict)
+    scale: float | None = None
+    """What all gradients of the first step are a multiple of those of one device by, if they are."""
+
+
+def reference_run(job: Job, folder: Path) -> None:
+    """Plain torch on one device; writes what it computed to `folder/reference.safetensors`."""
+    device = torch.device(job.device)
+    module = copy.copy(job.module)
+    model = _build(job, None, device)
+    object.__setattr__(module, "model", None)
+    module.model = model
+    optimizer = _optimizer(module, model)
+    recorder = OutputRecorder(model, forwards=len(job.steps[0]))
+    kept: dict[str, Tensor] = {}
+    for step, micro_batches in enumerate(job.steps):
+        tokens = sum(supervised_tokens(m["labels"]) for m in micro_batches)
+        losses = [_backward(module, model, _to(m, device), tokens) for m in micro_batches]
+        kept[f"loss/{step}"] = torch.stack(losses).double().sum() / tokens
+        kept |= {f"gradient/{step}/{name}": grad.clone() for name, grad in _gradients(model)}
+        kept[f"norm/{step}"] = nn.utils.clip_grad_norm_(trainable(model.parameters()), module.gradient_clip_val or 1e9)
+        optimizer.step()
+        optimizer.zero_grad()
+    kept |= {f"weight/{name}": p.detach() for name, p in model.named_parameters()}
+    for index, outputs in enumerate(recorder.outputs):
+        kept |= {f"output/{index}/{order:05d}/{name}": t for order, (name, t) in enumerate(outputs.items())}
+    save_file({key: t.cpu().contiguous() for key, t in kept.items()}, folder / "reference.safetensors")
+
+
+def layout_run(job: Job, folder: Path) -> Comparison:
+    """The same on this rank of the layout, held against the reference. Collective."""
+    module, strategy = copy.copy(job.module), job.strategy
+    _start(strategy, module, job)
+    model = module.model = _build(job, strategy, strategy.root_device)
+    strategy.layout(module)
+    optimizer = _optimizer(module, model)
+    recorder = OutputRecorder(model)
+    result = Comparison()
+    with _reference(folder) as reference:
+        for step, micro_batches in enumerate(job.steps):
+            mine = [_to(m, strategy.root_device) for m in micro_batches[strategy.dp_rank :: strategy.dp_size]]
+            tokens = strategy.sum_over_rows(torch.stack([supervised_tokens(m["labels"]) for m in mine]).sum())
+            loss = strategy.forward_backward(module, mine, tokens).double()
+            result.loss.append(_scalar(strategy.sum_over_tokens(loss) / tokens, reference[f"loss/{step}"]))
+            parameters = trainable(model.parameters())
+            norm = strategy.clip_grad_norm_(parameters, None)
+            result.norm.append(_scalar(norm, reference[f"norm/{step}"]))
+            gradients = {name: _full(grad) for name, grad in _gradients(model)}
+            expected = _held(model, reference.below(f"gradient/{step}/"))
+            result.gradients.append(_errors(gradients, expected, float(reference[f"norm/{step}"])))
+            if step == 0:
+                result.scale = _common_scale(gradients, expected)
+            strategy.clip_grad_norm_(parameters, module.gradient_clip_val)
+            optimizer.step()
+            optimizer.zero_grad()
+        weights = {name: _full(p.detach()) for name, p in model.named_parameters()}
+        result.weights = _errors(weights, _held(model, reference.below("weight/")))
+        result.outputs = _compare_outputs(recorder.outputs[0], reference, strategy)
+    return result
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def _build(job: Job, strategy: MeshStrategy | None, device: torch.device) -> PreTrainedModel:
+    lora = job.module.lora
+    if lora is not None:
+        lora = replace(lora, dropout=0.0, quantize=None, adapter=None)
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(job.config),
+        strategy,
+        torch.float32,
+        attn_implementation=job.attention,
+        trust_remote_code=job.module.trust_remote_code,
+        lora=lora,
+        device=device,
+    )
+    model.train()
+    return model
+
+
+def _start(strategy: MeshStrategy, module: CausalLMModule, job: Job) -> None:
+    """What a Trainer does with its strategy before it builds the model."""
+    cuda = job.device == "cuda"
+    plugin = Precision()
+    plugin.precision = "32-true"
+    strategy.parallel_devices = [
+        torch.device("cuda", i) if cuda else torch.device("cpu") for i in range(job.world_size)
+    ]
+    strategy.cluster_environment = TorchElasticEnvironment()
+    strategy.accelerator = CUDAAccelerator() if cuda else CPUAccelerator()
+    strategy.precision_plugin = plugin
+    strategy.connect(module)
+    if cuda:
+        torch.cuda.set_device(strategy.root_device)
+    strategy.setup_environment()
+
+
+def _optimizer(module: CausalLMModule, model: nn.Module) -> Optimizer:
+    optimizer = build_optimizer(module.optimizer_config, model, LR)
+    for group in optimizer.param_groups:
+        if isinstance(group.get("eps"), float):
+            group["eps"] = max(group["eps"], EPS)
+    return optimizer
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def _backward(module: CausalLMModule, model: nn.Module, micro_batch: dict[str, Any], tokens: Any) -> Tensor:
+    inputs, targets = module.split(micro_batch)
+    loss = module.loss(model(**inputs), targets)
+    (loss / tokens).backward()
+    return loss.detach()
+
+
+def _held(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those that this rank is to have: a pipeline shares a model out."""
+    elsewhere = held_elsewhere(model, tensors)
+    return {name: tensor for name, tensor in tensors.items() if name not in elsewhere}
+
+
+def _to(micro_batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in micro_batch.items()}
+
+
+def _gradients(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+class _Reference:
+    """Tensors by name, read when they are asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.names: list[str] = sorted(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): self[name] for name in self.names if name.startswith(prefix)}
+
+
+@contextmanager
+def _reference(folder: Path) -> Iterator[_Reference]:
+    with safe_open(folder / "reference.safetensors", framework="pt") as file:
+        yield _Reference(file)
+
+
+def _scalar(value: Tensor, reference: Tensor) -> float:
+    return abs(float(value) - float(reference)) / max(abs(float(reference)), 1e-12)
+
+
+def _errors(values: dict[str, Tensor], expected: dict[str, Tensor], total: float = 0.0) -> dict[str, float]:
+    """By name, in the order of the model; infinite for what only one of the two has."""
+    errors = {
+        name: relative_error(value, expected[name], _FLOOR * total) if name in expected else math.inf
+        for name, value in values.items()
+    }
+    return errors | {name: math.inf for name in expected if name not in values}
+
+
+def relative_error(value: Tensor, reference: Tensor, floor: float = 0.0) -> float:
+    """‖value − reference‖ / ‖reference‖; infinite where shapes differ or a number is not finite."""
+    if value.shape != reference.shape:
+        return math.inf
+    error = float((value.double() - reference.double()).norm() / max(float(reference.double().norm()), floor, 1e-12))
+    return error if math.isfinite(error) else math.inf
+
+
+def _common_scale(values: dict[str, Tensor], expected: dict[str, Tensor]) -> float | None:
+    """The c for which value ≈ c · expected holds for all gradients at once, None if there is none."""
+    if values.keys() != expected.keys() or any(values[n].shape != expected[n].shape for n in values):
+        return None
+    value = torch.cat([v.flatten() for v in values.values()]).double()
+    reference = torch.cat([expected[name].flatten() for name in values]).double()
+    scale = float(value @ reference / (reference @ reference).clamp(min=1e-30))
+    return scale if relative_error(value, scale * reference) < 1e-3 else None
+
+
+def _compare_outputs(outputs: dict[str, Tensor], reference: _Reference, strategy: MeshStrategy) -> dict[str, float]:
+    """Errors of this rank's first micro-batch, in forward order, of the modules whose output can be put together."""
+    errors = {}
+    for key, expected in reference.below(f"output/{strategy.dp_rank}/").items():
+        name = key.partition("/")[2]
+        whole = whole_output(outputs[name], expected.shape, strategy) if name in outputs else None
+        if whole is not None:
+            errors[name] = relative_error(whole.cpu(), expected)
+    return errors

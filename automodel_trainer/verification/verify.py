@@ -1,0 +1,143 @@
+"""Does a layout compute for *this* model and *this* data what one device computes?
+
+The model is made small (same architecture, random weights of one seed), fed the first batches of the user's own data,
+and trained for three optimizer steps: by plain torch on one device, and by the layout. Everything is compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.strategies import MeshStrategy, StrategyRegistry
+from automodel_trainer.verification.batches import first_steps, renumber
+from automodel_trainer.verification.ranks import Launcher, Processes
+from automodel_trainer.verification.report import Report, compile_report
+from automodel_trainer.verification.shrink import shrink
+from automodel_trainer.verification.steps import Job, layout_run, reference_run
+
+STEPS = 3
+ACCUMULATION = 2  # micro-batches per rank and step
+LENGTH = 64  # tokens of a row: every window, boundary and shard edge occurs in it
+
+
+def verify(
+    module: CausalLMModule,
+    data: Any,
+    strategy: Any = "fsdp2",
+    devices: int | None = None,
+    *,
+    full: bool = False,
+    length: int = LENGTH,
+    launch: Launcher | None = None,
+) -> Report:
+    """Train a small copy of the model on one device and on a layout, and compare.
+
+    Args:
+        module: what is trained: its model's config, loss, optimizer and adapters.
+        data: a data module or an iterable of batches; the first of them are used, cut to `length` tokens.
+        strategy: the layout, by name or as an object.
+        devices: ranks; None: as few as the layout's sizes allow.
+        full: on this machine's GPUs instead of processes on the CPU.
+        launch: starts the ranks; None: processes on this machine.
+
+    Raises:
+        ValueError: the layout refuses this model, or there is nothing to verify.
+    """
+    began = time.monotonic()
+    strategy = fresh(strategy)
+    devices = devices or _fewest_devices(strategy)
+    strategy.parallel_devices = [torch.device("cpu")] * devices
+    strategy.connect(module)
+    dims = strategy.choose_sizes()
+    dims = dims.resolve(devices)
+    if full and torch.cuda.device_count() < devices:
+        raise ValueError(
+            f"--full runs on {devices} GPUs, and this machine has {torch.cuda.device_count()}. Leave --full out to "
+            "verify with processes on the CPU."
+        )
+    accumulation = max(ACCUMULATION, strategy.min_micro_batches)
+    steps = first_steps(data, STEPS, accumulation * dims.dp_replicate * dims.dp_shard, length)
+    config = copy.deepcopy(config_of(module))
+    small = shrink(config, dims.cp * dims.tp, length, renumber(steps, config), strategy.min_layers)
+    job = Job(
+        module=_without_model(module),
+        config=small,
+        strategy=fresh(strategy),
+        world_size=devices,
+        steps=steps,
+        device="cuda" if full else "cpu",
+        attention=_attention(module.kernels.attention, full),
+    )
+    launch = launch or Processes()
+    with tempfile.TemporaryDirectory() as folder:
+        launch(1, reference_run, job, Path(folder))
+        ranks = launch(devices, layout_run, job, Path(folder))
+    report = compile_report(f"{dims.describe()} on {devices} ranks", _describe(small), ranks)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def fresh(strategy: Any) -> MeshStrategy:
+    """A strategy as it was before a Trainer took it in hand.
+
+    Raises:
+        ValueError: not one of this project's.
+    """
+    strategy = StrategyRegistry.get(strategy) if isinstance(strategy, str) else copy.copy(strategy)
+    if not isinstance(strategy, MeshStrategy):
+        raise ValueError(f"{type(strategy).__name__} is none of automodel_trainer's strategies: it has no layout.")
+    strategy.forget_run()
+    return strategy
+
+
+def config_of(module: CausalLMModule) -> PreTrainedConfig:
+    """The config of the model that a module trains, its overrides applied."""
+    (reference,) = module._reference
+    if isinstance(reference, PreTrainedModel):
+        return reference.config
+    config = AutoConfig.from_pretrained(module.source or reference, trust_remote_code=module.trust_remote_code)
+    for name, value in module.config_overrides.items():
+        setattr(config, name, value)
+    return config
+
+
+def _fewest_devices(strategy: MeshStrategy) -> int:
+    dims = strategy.requested_dims
+    fixed = math.prod(size for name, size in vars(dims).items() if name != "dp_shard")
+    return fixed * dims.dp_shard if dims.dp_shard != -1 else max(2, fixed)
+
+
+def _without_model(module: CausalLMModule) -> CausalLMModule:
+    """The objective alone, light enough to send to other processes."""
+    light = copy.copy(module)
+    light._modules = {**module._modules, "model": None}
+    light._reference = ("",)
+    light._tokenizer = None
+    light._trainer = None
+    light.__dict__.pop("tokenizer", None)
+    return light
+
+
+def _attention(name: str | None, full: bool) -> str | None:
+    """A kernel that the CPU does not have is stood in for by one that computes the same."""
+    if name in ("auto", "flex"):
+        return None
+    return name if full or name in ("eager", "sdpa") else "sdpa"
+
+
+def _describe(config: PreTrainedConfig) -> str:
+    text = config.get_text_config(decoder=True)
+    name = (config.architectures or [config.model_type])[0]
+    heads = f"{text.num_attention_heads} heads ({getattr(text, 'num_key_value_heads', None) or 'all'} of keys)"
+    kinds = getattr(text, "layer_types", None)
+    layers = f"{text.num_hidden_layers} layers" + (f" ({', '.join(kinds)})" if kinds else "")
+    return f"{name} made small: {layers}, width {text.hidden_size}, {heads}, {text.vocab_size} tokens"

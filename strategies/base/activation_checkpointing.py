@@ -1,0 +1,75 @@
+"""Activation checkpointing: recompute a block's activations in backward instead of keeping them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from automodel_trainer.models.quantization.fp8_layers import fp8_layers
+from automodel_trainer.nn.blocks import find_blocks
+from automodel_trainer.nn.wrap import wrap
+
+# What is dear to compute and cheap to keep: matmuls, attention, and (in compiled blocks) what ranks summed. Everything
+# else is recomputed.
+_KEEP = {
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def apply_activation_checkpointing(
+    model: nn.Module, mode: Literal["full", "selective"], blocks: Sequence[nn.Module] | None = None
+) -> None:
+    """Checkpoint the training forward of every block of `model`, in place; parameter names do not change.
+
+    What is wrapped around a block's forward before is recomputed with it, what is wrapped around it later is not.
+
+    Args:
+        blocks: those to checkpoint; None: all of the model's.
+
+    Raises:
+        ValueError: an unknown mode, or a model without blocks.
+    """
+    if mode not in ("full", "selective"):
+        raise ValueError(f"activation_checkpointing={mode!r} is unknown. Allowed: full, selective, or none at all.")
+    blocks = find_blocks(model) if blocks is None else blocks
+    if not blocks:
+        raise ValueError(
+            f"activation_checkpointing recomputes a model block by block, and {type(model).__name__} has no list of "
+            "blocks (nn.ModuleList). Set activation_checkpointing to null."
+        )
+    if (layers := fp8_layers(model)) and layers.has_history:
+        raise ValueError(
+            f"activation_checkpointing={mode!r} runs blocks again in backward, and with fp8='delayed' every run "
+            "changes the scales. Use fp8='current', or no activation checkpointing."
+        )
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in blocks:
+        wrap(block, partial(_checkpointed, block, options))
+
+
+def _checkpointed(
+    block: nn.Module, options: dict[str, Any], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, **options, **kwargs)
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEEP else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,73 @@
+"""The global gradient norm over any mix of tensors and DTensors, without a host sync."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from automodel_trainer.nn.uneven import holds_nothing
+
+_Group = tuple[DeviceMesh | None, tuple[int, ...]]
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of `tensor` that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def total_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The L2 norm of all gradients, a 0-dim fp32 tensor that is equal on all ranks.
+
+    Gradients are grouped by mesh and by the mesh axes that shard them: local squares are summed within a group, then
+    over exactly those axes. Adding norms of differently sharded gradients any other way counts some of them twice.
+    """
+    groups: dict[_Group, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups[_sharding(parameter.grad)].append(local_tensor(parameter.grad))
+        elif parameter.requires_grad and holds_nothing(parameter):  # other ranks have a part of this gradient
+            groups[_sharding(parameter)].append(local_tensor(parameter))
+    squares = [_sum_of_squares(grads, group) for group, grads in groups.items()]
+    if not squares:
+        return torch.zeros(())
+    return torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
+
+
+@torch.no_grad()
+def clip_grads_(parameters: Iterable[Tensor], max_norm: float, total_norm: Tensor) -> None:
+    """Scale all gradients in place by `max_norm / total_norm` where that is below 1 (as `torch.nn.utils` does it)."""
+    coefficient = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grad = local_tensor(parameter.grad)
+            by_kind[grad.device, grad.dtype].append(grad)
+    for (device, _), grads in by_kind.items():
+        torch._foreach_mul_(grads, coefficient.to(device))
+
+
+def _sharding(grad: Tensor) -> _Group:
+    if not isinstance(grad, DTensor):
+        return None, ()
+    assert not any(p.is_partial() for p in grad.placements), "a gradient was not reduced"
+    sharded = tuple(axis for axis, p in enumerate(grad.placements) if not isinstance(p, Replicate))
+    return grad.device_mesh, sharded
+
+
+def _sum_of_squares(grads: list[Tensor], group: _Group) -> Tensor:
+    mesh, axes = group
+    held = [grad for grad in grads if grad.numel()] or [grads[0].new_zeros(1)]  # a rank's shard can be empty
+    dtype = torch.promote_types(held[0].dtype, torch.float32)
+    norms = torch._foreach_norm(held, dtype=dtype)
+    total = torch.stack(norms).square().sum()
+    for axis in axes:
+        assert mesh is not None
+        dist.all_reduce(total, group=mesh.get_group(axis))
+    return total

@@ -1,0 +1,132 @@
+"""`Trainer(precision=...)`, and what a sharded strategy makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import Precision
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import Optimizer
+
+from automodel_trainer.strategies.base.clip import clip_grads_, total_grad_norm
+
+_ALIASES = {
+    None: "32-true",
+    "fp32": "32-true",
+    "32": "32-true",
+    32: "32-true",
+    "bf16": "bf16-mixed",
+    "fp64": "64-true",
+    "64": "64-true",
+    64: "64-true",
+}
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """The dtypes of one precision: how parameters (and so optimizer state) are held, and what forward computes in."""
+
+    parameters: torch.dtype
+    compute: torch.dtype
+
+    @property
+    def mixed(self) -> bool:
+        return self.parameters != self.compute
+
+
+_DTYPES = {
+    "32-true": Dtypes(torch.float32, torch.float32),
+    "bf16-mixed": Dtypes(torch.float32, torch.bfloat16),
+    "bf16-true": Dtypes(torch.bfloat16, torch.bfloat16),
+    "64-true": Dtypes(torch.float64, torch.float64),
+}
+
+
+def canonical_precision(precision: str | int | None) -> str:
+    """Lightning's name for a precision: `bf16` is `bf16-mixed` (fp32 master weights), `fp32` is `32-true`."""
+    return _ALIASES.get(precision, str(precision))
+
+
+def dtypes_of(precision: str) -> Dtypes:
+    """Raises ValueError for a precision that sharded training does not offer."""
+    if precision not in _DTYPES:
+        raise ValueError(
+            f"precision={precision!r} is not offered by this strategy. Allowed: fp32, bf16 (fp32 master weights, bf16 "
+            "compute), bf16-true (everything in bf16), 64-true. fp16 would need loss scaling: use bf16."
+        )
+    return _DTYPES[precision]
+
+
+def fsdp_policy(dtypes: Dtypes) -> MixedPrecisionPolicy:
+    """FSDP2's policy: parameters are cast when gathered, gradients are reduced in fp32 (or wider)."""
+    reduce = torch.promote_types(dtypes.parameters, torch.float32)
+    if not dtypes.mixed:
+        return MixedPrecisionPolicy(reduce_dtype=reduce if reduce != dtypes.parameters else None)
+    return MixedPrecisionPolicy(param_dtype=dtypes.compute, reduce_dtype=reduce)
+
+
+def hold_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Hold parameters and saved buffers in `dtype`, in place.
+
+    Buffers that are not saved keep theirs: rotary frequencies in bf16 are whole turns off after some thousand tokens.
+    """
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in child._non_persistent_buffers_set:
+                child._buffers[name] = buffer.to(dtype)
+
+
+def check_plugin(plugin: Precision) -> None:
+    """Raises ValueError for a plugin of a user's own, where a strategy would replace it by its name."""
+    if not type(plugin).__module__.startswith(("lightning.", __name__.partition(".")[0] + ".")):
+        raise ValueError(
+            f"{type(plugin).__name__} was given as a plugin, but this strategy casts by itself (FSDP2's policy). Use "
+            "Trainer(precision='fp32' | 'bf16' | 'bf16-true' | '64-true'), or strategy='ddp'."
+        )
+
+
+class MeshPrecision(Precision):
+    """The precision of a strategy that casts by itself (FSDP2's policy): nothing is autocast."""
+
+    def __init__(self, precision: str) -> None:
+        self.precision = precision  # type: ignore[assignment]
+        self.dtypes = dtypes_of(precision)
+        self.plain: torch.dtype | None = None
+
+    def convert_own(self, module: nn.Module) -> None:
+        """Without master weights a user's own module computes in the dtype that it is held in: what it is given, and
+        the tensors it makes, are of that dtype too. An objective's model sees to that itself."""
+        if not self.dtypes.mixed and self.dtypes.parameters != torch.float32:
+            self.plain = self.dtypes.parameters
+            hold_in(module, self.plain)
+
+    def convert_input(self, data: Any) -> Any:
+        dtype = self.plain
+        if dtype is None:
+            return data
+        return apply_to_collection(
+            data, Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        )
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.plain or before)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """For a user's automatic optimization: the norm over all shards, plain parameters beside sharded ones."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        clip_grads_(parameters, float(clip_val), total_grad_norm(parameters))

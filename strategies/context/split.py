@@ -1,0 +1,131 @@
+"""Context parallel: the sequence of every micro-batch split over ranks, with balanced causal work.
+
+A rank takes two of the 2·cp equal chunks of the sequence, r and 2·cp−1−r, so that the early chunk with little to attend
+to and the late one with much add up to the same work everywhere. Positions and (already shifted) targets go along. All
+of a transformer but attention works on its own tokens; attention is exchanged by a Hugging Face attention function
+that `install_attention` puts in the model's config (context_attention.py), so no model code changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_map
+from transformers.masking_utils import find_packed_sequence_indices
+
+from automodel_trainer.strategies.context.attention import Sequences, exchanging
+
+IGNORE_INDEX = -100
+
+
+class ContextParallel:
+    """One cp group: splits micro-batches, and runs attention over the shards.
+
+    Args:
+        mesh: the 1-D mesh that sequences are split over.
+        method: "ulysses" turns sequence shards into head shards (any mask, any kernel; heads must divide), "ring" sends
+            keys and values around.
+        multiple_of: a shard's length is a multiple of this (what splits the sequence further needs it).
+    """
+
+    def __init__(self, mesh: DeviceMesh, method: Literal["ulysses", "ring"] = "ulysses", multiple_of: int = 1) -> None:
+        self.group = mesh.get_group()
+        self.size, self.rank = mesh.size(), mesh.get_local_rank()
+        self.method = method
+        self.multiple_of = 2 * self.size * multiple_of
+
+    # --- splitting --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def split(self, inputs: dict[str, Any], targets: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+        """This rank's part of a micro-batch. The context covers forward and backward (which may recompute attention).
+
+        Args:
+            inputs: of the model's forward: `input_ids` `[b, s]`, with or without `position_ids` and `attention_mask`.
+            targets: tensors `[b, s]` aligned with the logits (shifted already, so that no label at a shard's edge is
+                lost), in any nesting; other tensors are left as they are.
+
+        Raises:
+            ValueError: an input that there is no rule to split by.
+        """
+        rows, length = inputs["input_ids"].shape
+        _refuse_unknown(inputs, rows, length)
+        inputs, sequences = self._prepare(inputs, rows, length)
+        parts = {key: self.shard(v) if isinstance(v, Tensor) else v for key, v in inputs.items()}
+        targets = tree_map(
+            lambda t: (
+                self.shard(self._pad(t, IGNORE_INDEX)) if isinstance(t, Tensor) and t.shape == (rows, length) else t
+            ),
+            targets,
+        )
+        with exchanging(sequences):
+            yield parts, targets
+
+    def _prepare(self, inputs: dict[str, Any], rows: int, length: int) -> tuple[dict[str, Any], Sequences]:
+        inputs = dict(inputs)
+        device = inputs["input_ids"].device
+        positions = inputs.get("position_ids")
+        packed = positions is not None and inputs.get("attention_mask") is None
+        if positions is None:
+            positions = torch.arange(length, device=device)[None]
+        positions = pad_positions(positions.expand(rows, -1), self.padded(length), restart=packed)
+        mask = inputs.get("attention_mask")
+        whole = None if mask is None else self._pad(mask, 0).bool()
+        documents = find_packed_sequence_indices(positions) if packed else None
+        # A mask of ones tells transformers not to look for documents in a shard's positions: they jump between chunks.
+        local_mask = torch.ones_like(positions) if whole is None else whole.to(positions.dtype)
+        inputs["input_ids"] = self._pad(inputs["input_ids"], 0)
+        inputs["position_ids"], inputs["attention_mask"] = positions, local_mask
+        order = torch.cat([self._indices(rank, self.padded(length), device) for rank in range(self.size)])
+        return inputs, Sequences(self.group, self.method, order, positions, documents, whole)
+
+    def padded(self, length: int) -> int:
+        """The length that a sequence of `length` tokens is padded to."""
+        return -(-length // self.multiple_of) * self.multiple_of
+
+    def _pad(self, tensor: Tensor, value: int) -> Tensor:
+        return F.pad(tensor, (0, self.padded(tensor.shape[1]) - tensor.shape[1]), value=value)
+
+    def shard(self, tensor: Tensor) -> Tensor:
+        """This rank's two chunks of `[b, s, …]`; `s` must be padded."""
+        chunks = tensor.chunk(2 * self.size, dim=1)
+        return torch.cat([chunks[self.rank], chunks[2 * self.size - 1 - self.rank]], dim=1)
+
+    def gather(self, tensor: Tensor, length: int) -> Tensor:
+        """The whole `[b, length, …]`, in natural order, of the ranks' shards. Collective; gradients do not flow."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        first, second = zip(*(part.chunk(2, dim=1) for part in parts))
+        return torch.cat([*first, *second[::-1]], dim=1)[:, :length]
+
+    def _indices(self, rank: int, length: int, device: torch.device) -> Tensor:
+        chunks = torch.arange(length, device=device).chunk(2 * self.size)
+        return torch.cat([chunks[rank], chunks[2 * self.size - 1 - rank]])
+
+
+def pad_positions(positions: Tensor, length: int, restart: bool) -> Tensor:
+    """Positions of the padding: a document of its own in packed rows, going on in others."""
+    missing = length - positions.shape[1]
+    if not missing:
+        return positions
+    more = torch.arange(missing, device=positions.device).expand(len(positions), -1)
+    return torch.cat([positions, more if restart else positions[:, -1:] + 1 + more], dim=1)
+
+
+def _refuse_unknown(inputs: dict[str, Any], rows: int, length: int) -> None:
+    known = ("input_ids", "position_ids", "attention_mask")
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            continue
+        if name not in known or value.ndim != 2 or value.shape[-1] != length:
+            raise ValueError(
+                f"Context parallel (cp > 1) cannot split the input {name!r} of shape {tuple(value.shape)} of a micro-"
+                f"batch of {rows} × {length} tokens. It splits {', '.join(known)}, each [rows, tokens]; set cp=1."
+            )

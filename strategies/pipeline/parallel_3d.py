@@ -1,0 +1,400 @@
+"""Parallel3DStrategy: pipeline stages, each laid out by FSDP2, tensor, sequence and context parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from automodel_trainer.distributed.mesh import ParallelDims
+from automodel_trainer.distributed.stage_names import mark
+from automodel_trainer.nn.flops import keep_training_cost
+from automodel_trainer.nn.step_cache import unchanged_weights
+from automodel_trainer.strategies.base.clip import clip_grads_, local_tensor, total_grad_norm
+from automodel_trainer.strategies.base.mesh_strategy import MicroBatch, Objective, Part
+from automodel_trainer.strategies.data_parallel._fsdp import initialize_sharding, reduce_gradients
+from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy, is_laid_out
+from automodel_trainer.strategies.pipeline.batches import same_shape
+from automodel_trainer.strategies.pipeline.picture import legend, schedule_facts, text_picture
+from automodel_trainer.strategies.pipeline.pipeline import Pipeline
+from automodel_trainer.strategies.pipeline.schedule import (
+    check_micro_batches,
+    min_micro_batches,
+    schedule_kind,
+    stages_of,
+    stages_per_rank,
+)
+from automodel_trainer.strategies.pipeline.split import (
+    Parts,
+    Stage,
+    balanced_counts,
+    even_counts,
+    find_parts,
+    layer_costs,
+    split_model,
+    stage_costs,
+)
+from automodel_trainer.strategies.pipeline.stage import SplitModel, Turn
+
+
+class Parallel3DStrategy(FSDP2Strategy):
+    """Pipeline parallel, with FSDP2/HSDP, tensor, sequence and context parallel inside of every stage.
+
+    The layers of a decoder are dealt out over `pp` ranks (or groups of ranks); the micro-batches of a global batch run
+    through them one behind the other. A rank builds and reads only what its stages hold, under the model's own names.
+
+    Args:
+        pp: ranks that the layers are split over.
+        dp_shard, dp_replicate, cp, tp: of every stage; see `FSDP2Strategy`, which also has the other arguments.
+        schedule: in which order stages work: 1f1b, gpipe, interleaved_1f1b, looped_bfs, interleaved_zero_bubble, zbv,
+            dualpipev.
+        virtual_stages: stages per rank; None: 2 for the schedules that have several, else 1.
+        split: layers of every stage; "auto": such that the dearest stage is as cheap as can be, counted in weights
+            that a token multiplies, the head included; None: as equal as can be.
+        reshard_after_forward: see `FSDP2Strategy`. By default gathered parameters are kept over the micro-batches of a
+            step: with True every one of them gathers them anew.
+
+    Source: `torch.distributed.pipelining`; the schedules' papers are named in `pipeline_schedule.SCHEDULES`.
+    """
+
+    def __init__(
+        self,
+        pp: int = 2,
+        dp_shard: int = -1,
+        dp_replicate: int = 1,
+        *,
+        cp: int | Literal["auto"] = 1,
+        tp: int | Literal["auto"] = 1,
+        schedule: str = "1f1b",
+        virtual_stages: int | None = None,
+        split: Sequence[int] | Literal["auto"] | None = None,
+        reshard_after_forward: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dp_shard, dp_replicate, cp=cp, tp=tp, reshard_after_forward=reshard_after_forward, **kwargs)
+        dims: ParallelDims = self.requested_dims
+        self.requested_dims = replace(dims, pp=pp)
+        self.schedule = schedule.lower()
+        self.stages_per_rank = stages_per_rank(self.schedule, virtual_stages)
+        self.split = split if isinstance(split, str) or split is None else list(split)
+        if isinstance(self.split, str) and self.split != "auto":
+            raise ValueError(f"split={split!r}: give the layers of every stage ([8, 9, 9, 6]), 'auto', or None.")
+        self._pipeline: Pipeline | None = None
+        self._stage_costs: list[float] | None = None
+        self._share_logits = True
+
+    def ineffective_options(self) -> list[str]:
+        idle = super().ineffective_options()
+        if self.requested_dims.pp == 1:
+            asked = {
+                "schedule": self.schedule != "1f1b",
+                "virtual_stages": self.stages_per_rank > 1,
+                "split": self.split,
+            }
+            return idle + [f"{name} with pp=1 (there is one stage)" for name, given in asked.items() if given]
+        if self.splits_backward:
+            asked = {n: getattr(self, n) for n in ("sync_every_micro_batch", "reshard_after_forward")}
+            why = f"schedule={self.schedule!r} (which keeps parameters and gradients gathered to the end of the step)"
+            idle += [f"{name}=True with {why}" for name, given in asked.items() if given]
+        return idle
+
+    def forget_run(self) -> None:
+        super().forget_run()
+        self._pipeline = None
+
+    @property
+    def min_layers(self) -> int:
+        return sum(self.split) if isinstance(self.split, list) else self.requested_dims.pp * self.stages_per_rank
+
+    @property
+    def min_micro_batches(self) -> int:
+        return min_micro_batches(self.schedule, self.requested_dims.pp, self.stages_per_rank)
+
+    # --- laying out ---------------------------------------------------------------------------------------------------
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The pipeline, once a model has been laid out on more than one stage."""
+        return self._pipeline
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of inputs and of weights are computed at different times. A schedule that would is run with
+        whole backwards where taking one apart costs more than it saves: under activation checkpointing every part would
+        recompute the block anew. A compiled block's backward is one piece."""
+        whole = self.activation_checkpointing is not None or self.compile is True
+        return schedule_kind(self.schedule).splits_backward and not whole
+
+    @property
+    def compiles(self) -> bool:
+        return False if self.splits_backward else super().compiles
+
+    def describe_pipeline(self, micro_batches: int) -> dict[str, Any] | None:
+        """The schedule of a step as a picture, its layers per stage, and the share of the time that ranks will wait in
+        it: counted from the stages' weights, sending not included."""
+        if self._pipeline is None:
+            return None
+        whole = not self.splits_backward
+        sizes = (self.schedule, self.dims.pp, self.stages_per_rank, micro_batches)
+        _, bubble = schedule_facts(*sizes, self._stage_costs, whole_backward=whole)
+        even, _ = schedule_facts(*sizes, whole_backward=whole)
+        layers = [len(stage.layers) for stage in self._pipeline.model.split.stages]
+        return {
+            "schedule": self.schedule,
+            "layers": layers,
+            "micro_batches": micro_batches,
+            "bubble": bubble,
+            "picture": text_picture(even),
+            "legend": legend(even),
+        }
+
+    def measured_bubble(self) -> float | None:
+        """The share of the last step in which this rank computed no stage. Waits for the device."""
+        return self._pipeline.clock.bubble() if self._pipeline is not None else None
+
+    def parallelize(self, model: nn.Module) -> nn.Module:
+        if self.dims.pp == 1 or is_laid_out(model) or self._splits(model):
+            return super().parallelize(model) if self.dims.pp == 1 else model
+        parts = find_parts(model)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            super()._broadcast_from_rank_zero(model)
+        counts = self._counts(model, parts)
+        self._stage_costs = stage_costs(model, parts, counts)
+        _check_trainable(model, parts, counts)
+        group = self.device_mesh["pp"].get_group()
+        own = stages_of(self.schedule, dist.get_rank(group), self.dims.pp, self.stages_per_rank)
+        keep_training_cost(model)
+        split = split_model(model, parts, counts, own)
+        # tensor parallel scatters the sequence at the beginning of every stage and gathers it at its end
+        model.get_submodule(parts.layers).segments = [list(stage.layers) for stage in split.own]  # type: ignore[assignment]
+        stage_model = SplitModel(model, split, self.dtypes.compute, self._whole_forward)
+        self._pipeline = Pipeline(
+            stage_model,
+            group,
+            self.root_device,
+            self.schedule,
+            self.stages_per_rank,
+            whole_backward=not self.splits_backward,
+        )
+        mark(model, self._pipeline)
+        if hasattr(model, "generate"):  # a cache of keys and values would belong to one stage's layers
+            generate: Any = model.generate
+            model.generate = partial(generate, use_cache=False)  # type: ignore[assignment]
+        return super().parallelize(model)
+
+    def _splits(self, model: nn.Module) -> bool:
+        return self._pipeline is not None and self._pipeline.model.model is model
+
+    def _broadcast_from_rank_zero(self, model: nn.Module) -> None:
+        if not self._splits(model):  # a split model has been equal on all ranks before
+            super()._broadcast_from_rank_zero(model)
+
+    def _counts(self, model: nn.Module, parts: Parts) -> list[int]:
+        layers = len(model.get_submodule(parts.layers))  # type: ignore[arg-type]
+        stages = self.dims.pp * self.stages_per_rank
+        if stages > layers:
+            one_each = "" if self.stages_per_rank == 1 else f", up to {layers} with schedule='1f1b'"
+            raise ValueError(
+                f"{stages} stages (pp={self.dims.pp} × {self.stages_per_rank} per rank) need as many layers, and "
+                f"{type(model).__name__} has {layers}. Allowed: pp up to {layers // self.stages_per_rank} with "
+                f"schedule={self.schedule!r}{one_each}."
+            )
+        if self.split is None:
+            return even_counts(layers, stages)
+        if self.split == "auto":
+            costs, first, last = layer_costs(model, parts)
+            return balanced_counts(costs, first, last, stages)
+        counts = [int(n) for n in self.split]
+        if len(counts) != stages or sum(counts) != layers or min(counts) < 1:
+            raise ValueError(
+                f"split={counts} must give each of the {stages} stages at least one layer, {layers} in all (for "
+                f"example {even_counts(layers, stages)}), or be 'auto'."
+            )
+        return counts
+
+    def layout(self, module: pl.LightningModule) -> None:
+        if self.dims.pp > 1 and not isinstance(module, Objective):
+            raise ValueError(
+                f"pp={self.dims.pp} runs a CausalLMModule (or any module with `model`, `split` and `loss`) stage by "
+                f"stage; {type(module).__name__} calls its model itself. Use fsdp2."
+            )
+        super().layout(module)
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def forward_backward(self, objective: Objective, micro_batches: Sequence[MicroBatch], num_tokens: Tensor) -> Tensor:
+        pipeline = self._pipeline
+        if pipeline is None:
+            return super().forward_backward(objective, micro_batches, num_tokens)
+        check_micro_batches(self.schedule, self.dims.pp, self.stages_per_rank, len(micro_batches))
+        parts = same_shape([objective.split(micro_batch) for micro_batch in micro_batches])
+        scale = self.gradient_scale / num_tokens.clamp(min=1)
+        step = _Step(self, objective, parts, scale, torch.zeros((), device=self.root_device))
+        step.prepare()
+        with unchanged_weights():
+            pipeline.step(step, len(parts), self._hidden_shape(parts[0]))
+        step.finish()
+        self._share_tied_gradients(objective.model)
+        dist.all_reduce(step.total, group=pipeline.group)  # the last stage's, known to all
+        self._check_replicas_once(objective.model)
+        return step.total
+
+    def _hidden_shape(self, part: Part) -> tuple[int, int, int]:
+        assert self._pipeline is not None
+        rows, length = part[0]["input_ids"].shape
+        if self._context is not None:
+            length = self._context.padded(length) // self.dims.cp
+        return rows, length, self._pipeline.model.width
+
+    @torch.no_grad()
+    def _share_tied_gradients(self, model: nn.Module) -> None:
+        """Both ends of the pipeline hold a weight that they share: both get the sum of their gradients."""
+        assert self._pipeline is not None
+        split, group = self._pipeline.model.split, self._pipeline.group
+        if not split.shared or not (split.holds_first or split.holds_last):
+            return
+        other = self.dims.pp - 1 if split.holds_first else 0
+        for parameter in _named(model, split.shared):
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            mine = local_tensor(parameter.grad)
+            theirs = torch.empty_like(mine)
+            operations = [
+                dist.P2POp(dist.isend, mine.contiguous(), group=group, group_peer=other),
+                dist.P2POp(dist.irecv, theirs, group=group, group_peer=other),
+            ]
+            if mine.numel():
+                for work in dist.batch_isend_irecv(operations):
+                    work.wait()
+                mine += theirs
+
+    def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+        pipeline = self._pipeline
+        if pipeline is None:
+            return super().clip_grad_norm_(parameters, max_norm)
+        parameters = list(parameters)
+        split = pipeline.model.split
+        twice = split.shared if split.holds_last else ()  # the first stage counts what both hold
+        left_out = {id(p) for p in _named(pipeline.model.model, twice)}
+        square = total_grad_norm(p for p in parameters if id(p) not in left_out).to(self.root_device).square()
+        dist.all_reduce(square, group=pipeline.group)
+        norm = square.sqrt()
+        if max_norm:
+            clip_grads_(parameters, max_norm, norm)
+        return norm
+
+    # --- evaluating ---------------------------------------------------------------------------------------------------
+
+    def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """One forward of the model; without gradients of all its stages, and the logits stay with the last one's rank
+        (None elsewhere): see `from_logits`."""
+        self._share_logits = False
+        try:
+            return super().forward(model, inputs)
+        finally:
+            self._share_logits = True
+
+    def from_logits(self, compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self._pipeline is None:
+            return super().from_logits(compute, shape, dtype)
+        return self._pipeline.from_last(compute, shape, dtype)
+
+    def _whole_forward(self, inputs: dict[str, Any]) -> Any:
+        """A forward of the model that is no stage's turn: all stages, one micro-batch."""
+        assert self._pipeline is not None
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "A model in pipeline stages is called as a whole only without gradients (torch.no_grad()); train it "
+                "by strategy.forward_backward."
+            )
+        if inputs.get("past_key_values") is not None or inputs.get("input_ids") is None:
+            raise ValueError("A model in pipeline stages takes input_ids, and no cache: set use_cache=False.")
+        model = self._pipeline.model
+        inputs = {**inputs, "use_cache": False}
+
+        def forward(stage: Stage, hidden: Tensor | None) -> Any:
+            output = model.run_inside(Turn(stage, hidden), inputs)
+            return output.logits if stage.last else output
+
+        shape = (*inputs["input_ids"].shape, model.width)
+        return CausalLMOutputWithPast(logits=self._pipeline.evaluate(forward, shape, self._share_logits))
+
+
+@dataclass
+class _Step:
+    """What the pipeline runs in one optimizer step."""
+
+    strategy: Parallel3DStrategy
+    objective: Objective
+    parts: list[Part]
+    scale: Tensor
+    total: Tensor
+
+    def forward(self, stage: Stage, micro_batch: int, hidden: Tensor | None) -> Tensor:
+        pipeline, model = self.strategy.pipeline, self.objective.model
+        assert pipeline is not None
+        with self.strategy.split_sequence(*self.parts[micro_batch]) as (inputs, targets):
+            turn = Turn(stage, hidden)
+            output = pipeline.model.run(turn, lambda: FSDP2Strategy.forward(self.strategy, model, inputs))
+            if not stage.last:
+                return output
+            loss = self.objective.loss(output, targets)
+        self.total += loss.detach()
+        return (loss * self.scale).float().reshape(1)
+
+    @contextmanager
+    def around_backward(self, stage: Stage, micro_batch: int) -> Iterator[None]:
+        # the sequence is split again for what is recomputed
+        last = micro_batch == len(self.parts) - 1 and not schedule_kind(self.strategy.schedule).looped
+        if last:
+            self._sync(True)
+        with self.strategy.split_sequence(*self.parts[micro_batch]) if self.strategy.dims.cp > 1 else nullcontext():
+            yield
+
+    def prepare(self) -> None:
+        model = self.objective.model
+        if isinstance(model, FSDPModule):
+            initialize_sharding(model)
+            self._sync(False)
+
+    def finish(self) -> None:
+        if isinstance(self.objective.model, FSDPModule) and schedule_kind(self.strategy.schedule).looped:
+            reduce_gradients(self.objective.model)
+
+    def _sync(self, last: bool) -> None:
+        model = self.objective.model
+        if isinstance(model, FSDPModule):
+            split = self.strategy.splits_backward
+            keep = split or not self.strategy.reshard_after_forward
+            model.set_requires_gradient_sync(last or (self.strategy.sync_every_micro_batch and not split))
+            model.set_is_last_backward(last)
+            model.set_reshard_after_backward(last or not keep)
+
+
+def _named(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
+    return [model.get_parameter(name) for name in names]
+
+
+def _check_trainable(model: nn.Module, parts: Parts, counts: Sequence[int]) -> None:
+    """Every rank has an optimizer, so every stage needs something to train."""
+    start = 0
+    for index, count in enumerate(counts):
+        names = [f"{parts.layers}.{i}" for i in range(start, start + count)]
+        names += [*(parts.before if index == 0 else ()), *(parts.after if index == len(counts) - 1 else ())]
+        start += count
+        if not any(p.requires_grad for name in names for p in model.get_submodule(name).parameters()):
+            raise ValueError(
+                f"Stage {index} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}) has nothing to train. Train "
+                "something in every stage (LoRA in all layers, for example), or choose another split or fewer stages."
+            )

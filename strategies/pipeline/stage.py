@@ -1,0 +1,177 @@
+"""Running one pipeline stage of a Hugging Face model by the model's own forward.
+
+For a stage's turn the modules that are not its own are exchanged: what stands for the layers before it hands out the
+hidden states that arrived, what stands for the layers after it keeps those that leave. So masks, rotary embeddings and
+the pattern of layer kinds are made by the model's own code, on every stage, from the micro-batch that every stage has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from automodel_trainer.strategies.pipeline.split import Split, Stage, first_argument
+
+
+class _Arriving(nn.Module):
+    """In place of a layer before the stage: its output is what the stage before sent."""
+
+    def __init__(self, hidden: Tensor | None) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.hidden
+
+
+class _Leaving(nn.Module):
+    """In place of a layer after the stage: keeps its input, which is the stage's output."""
+
+    hidden: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.hidden = first_argument(args, kwargs)
+        return self.hidden
+
+
+class _Empty(nn.Module):
+    """In place of an embedding: hidden states that nobody looks at, one number in memory."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width, self.dtype = width, dtype
+
+    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros((), dtype=self.dtype, device=ids.device).expand(*ids.shape, self.width)
+
+
+class _Pass(nn.Module):
+    """In place of a norm or head that is not the stage's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return first_argument(args, kwargs)
+
+
+@dataclass
+class Turn:
+    """One stage's forward: the hidden states that arrive, `[b, s, h]`; None for the first stage."""
+
+    stage: Stage
+    hidden: Tensor | None = None
+
+
+class SplitModel:
+    """Runs the stages of a model that `split_model` has cut.
+
+    Args:
+        model: the model.
+        split: what this rank holds of it.
+        dtype: that hidden states are computed in.
+        whole: called with the keyword arguments of a forward that is no stage's turn: it runs the whole pipeline.
+    """
+
+    def __init__(
+        self, model: nn.Module, split: Split, dtype: torch.dtype, whole: Callable[[dict[str, Any]], Any]
+    ) -> None:
+        config: Any = model.config
+        self.width: int = config.get_text_config(decoder=True).hidden_size
+        self.split, self.dtype, self.model = split, dtype, model
+        self._turn: Turn | None = None
+        self._original = model.forward
+        model.forward = self._dispatcher(whole)
+
+    def _dispatcher(self, whole: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+        @wraps(self._original)  # `generate` reads the signature
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._turn is not None:
+                return self._run(self._turn, kwargs)
+            return whole(kwargs | ({"input_ids": args[0]} if args else {}))
+
+        return forward
+
+    def run(self, turn: Turn, call: Callable[[], Any]) -> Any:
+        """`call`, which calls the model, with the model being one stage.
+
+        Returns:
+            hidden states `[b, s, h]`, or, of the last stage, the model's own output.
+        """
+        self._turn = turn
+        try:
+            return call()
+        finally:
+            self._turn = None
+
+    def run_inside(self, turn: Turn, inputs: dict[str, Any]) -> Any:
+        """The same where the model is being called already (whose hooks have run)."""
+        return self._run(turn, inputs)
+
+    def _run(self, turn: Turn, inputs: dict[str, Any]) -> Any:
+        leaving = _Leaving()
+        with self._exchanged(turn, leaving):
+            output = self._original(**inputs)
+        if turn.stage.last:
+            return output
+        return self._checked(leaving.hidden)
+
+    def _checked(self, hidden: Any) -> Tensor:
+        """What the next stage is prepared to receive; anything else would be received as garbage."""
+        kind = type(self.model).__name__
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[-1] != self.width:
+            what = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise ValueError(
+                f"pp > 1: the layers of {kind} hand on {what}, not one tensor of hidden states [b, s, {self.width}]. "
+                "Use fsdp2, or tp."
+            )
+        if hidden.dtype != self.dtype:
+            raise ValueError(
+                f"pp > 1: the layers of {kind} hand on {hidden.dtype} where precision says {self.dtype}. Use "
+                "precision='fp32' or 'bf16-true', or fsdp2."
+            )
+        return hidden
+
+    @contextmanager
+    def _exchanged(self, turn: Turn, leaving: _Leaving) -> Iterator[None]:
+        undo: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            for path, module in self._replacements(turn, leaving):
+                parent, _, key = path.rpartition(".")
+                modules = self.model.get_submodule(parent)._modules
+                undo.append((modules, key, modules[key]))
+                modules[key] = module
+            yield
+        finally:
+            for modules, key, module in undo:
+                modules[key] = module
+
+    def _replacements(self, turn: Turn, leaving: _Leaving) -> Iterator[tuple[str, nn.Module]]:
+        parts, stage = self.split.parts, turn.stage
+        arriving = _Arriving(turn.hidden)
+        for index in range(self.split.stages[-1].layers.stop):
+            if index not in stage.layers:
+                yield f"{parts.layers}.{index}", arriving if index < stage.layers.start else leaving
+        if not stage.first:
+            for name in parts.before:
+                if not (stage.last and name in parts.after):
+                    yield name, _Empty(self.width, self.dtype) if name in self.split.tables else _Pass()
+        if not stage.last:
+            for name in parts.after:
+                if not (stage.first and name in parts.before):
+                    yield name, _Pass()
+
+    def parameters_of(self, stage: Stage) -> Iterator[nn.Parameter]:
+        """The parameters that a stage uses, as they are at the moment."""
+        parts = self.split.parts
+        names = [f"{parts.layers}.{i}" for i in stage.layers]
+        names += [*(parts.before if stage.first else ()), *(parts.after if stage.last else ())]
+        seen: set[int] = set()
+        for name in names:
+            for parameter in self.model.get_submodule(name).parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter

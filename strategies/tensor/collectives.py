@@ -1,0 +1,178 @@
+"""Collectives with the gradients that tensor parallel needs.
+
+Between layers that are cut, every rank of a group holds the same activations and computes the same gradients of them
+("full"); inside of one it sees only what its own part contributes ("partial": the gradient is the sum over ranks). Each
+function here says which kind it takes and gives.
+
+Source: Megatron-LM, arXiv 1909.08053 (f and g), and with sequence shards arXiv 2205.05198 (g and its conjugate).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed import ProcessGroup
+
+from automodel_trainer.distributed._dtensor import all_gather_first, all_reduce_sum, reduce_scatter_first
+
+SEQUENCE = 1  # activations are [b, s, h]
+
+
+def sum_gradient(x: Tensor, group: ProcessGroup, wide: bool = False) -> Tensor:
+    """`x` itself; its partial gradients are summed (`wide`: in fp32). At the entry of a layer split by columns."""
+    return _SumGradient.apply(x, group, wide) if x.requires_grad and torch.is_grad_enabled() else x
+
+
+def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of the ranks' `x`; the gradient, full, passes. At the exit of a layer that is split by rows."""
+    return _AllReduce.apply(x, group)
+
+
+def slice_features(x: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's chunk of the last dimension of a full `x`; the gradient is gathered to a full one."""
+    return _SliceFeatures.apply(x, group)
+
+
+def gather_features(x: Tensor, group: ProcessGroup, width: int) -> Tensor:
+    """`[..., width]` of the ranks' chunks of the last dimension (as `torch.chunk` makes them); full gradient."""
+    return _GatherFeatures.apply(x, group, width)
+
+
+def slice_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's `[b, ceil(s / ranks), h]` of a full `[b, s, h]`, zeros at the end; the gradient is gathered."""
+    return _SliceSequence.apply(x, group)
+
+
+def gather_sequence(x: Tensor, group: ProcessGroup, length: int, partial: bool = False) -> Tensor:
+    """`[b, length, h]` of the ranks' `[b, ceil(length / ranks), h]`.
+
+    `partial`: its gradient is partial and is reduce-scattered; otherwise it is full and this rank takes its slice.
+    """
+    return _GatherSequence.apply(x, group, length, partial)
+
+
+def reduce_scatter_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's `[b, ceil(s / ranks), h]` of the sum of the ranks' `[b, s, h]`; the gradient is gathered."""
+    return _ReduceScatterSequence.apply(x, group)
+
+
+class _SumGradient(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, wide: bool) -> Tensor:
+        ctx.group, ctx.wide = group, wide
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        dtype = torch.promote_types(grad.dtype, torch.float32) if ctx.wide else grad.dtype
+        return all_reduce_sum(grad.to(dtype), ctx.group).to(grad.dtype), None, None
+
+
+class _AllReduce(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        return all_reduce_sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+class _SliceFeatures(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.width = group, x.shape[-1]
+        return _chunk(x, group, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _gathered(grad, ctx.group, -1, ctx.width), None
+
+
+class _GatherFeatures(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, width: int) -> Tensor:
+        ctx.group = group
+        return _gathered(x, group, -1, width)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _chunk(grad, ctx.group, -1), None, None
+
+
+class _SliceSequence(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.length = group, x.shape[SEQUENCE]
+        return _padded_chunk(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _gathered(grad, ctx.group, SEQUENCE, ctx.length), None
+
+
+class _GatherSequence(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, length: int, partial: bool) -> Tensor:
+        ctx.group, ctx.partial = group, partial
+        return _gathered(x, group, SEQUENCE, length)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        part = _reduce_scattered(grad, ctx.group) if ctx.partial else _padded_chunk(grad, ctx.group)
+        return part, None, None, None
+
+
+class _ReduceScatterSequence(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.length = group, x.shape[SEQUENCE]
+        return _reduce_scattered(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _gathered(grad, ctx.group, SEQUENCE, ctx.length), None
+
+
+def _chunk(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    """This rank's part as `torch.chunk` has it: the last ones may be shorter, or empty."""
+    size, width = group.size(), x.shape[dim]
+    step = -(-width // size)
+    start = min(group.rank() * step, width)
+    return _copy(x.narrow(dim, start, min(step, width - start)))
+
+
+def _copy(view: Tensor) -> Tensor:
+    """A contiguous copy, also of a view that is contiguous already.
+
+    The compiler of torch 2.11 takes a view that a Function returns for something without a gradient, and tells nobody.
+    """
+    return view.clone(memory_format=torch.contiguous_format)
+
+
+def _pad(x: Tensor, dim: int, length: int) -> Tensor:
+    missing = length - x.shape[dim]
+    return F.pad(x, [0, 0] * (x.ndim - 1 - dim % x.ndim) + [0, missing]) if missing else x
+
+
+def _padded_chunk(x: Tensor, group: ProcessGroup) -> Tensor:
+    step = -(-x.shape[SEQUENCE] // group.size())
+    return _pad(_chunk(x, group, SEQUENCE), SEQUENCE, step)
+
+
+def _gathered(x: Tensor, group: ProcessGroup, dim: int, length: int) -> Tensor:
+    """The ranks' chunks side by side, without the padding at the end."""
+    size = group.size()
+    x = _pad(x, dim, -(-length // size)).contiguous()
+    whole = torch.cat(all_gather_first(x, group).chunk(size), dim)
+    return whole if whole.shape[dim] == length else _copy(whole.narrow(dim, 0, length))
+
+
+def _reduce_scattered(x: Tensor, group: ProcessGroup) -> Tensor:
+    size = group.size()
+    x = _pad(x, SEQUENCE, -(-x.shape[SEQUENCE] // size) * size)
+    return reduce_scatter_first(torch.cat(x.chunk(size, SEQUENCE)), group)

@@ -1,0 +1,126 @@
+"""Tensor and sequence parallel: a model's matrices cut over ranks by the plan that the model declares itself.
+
+Parameters become DTensors on the tp mesh, so that FSDP2, checkpoints and clipping know what they are. The modules' own
+code runs on local tensors: while a block's forward runs, its parameters are this rank's parts, and what must travel
+between ranks does so at the edges of the layers that are cut (`collectives`). Between these layers every rank has the
+same activations, or with sequence parallel its part of the sequence.
+
+Source: Megatron-LM, arXiv 1909.08053; sequence parallel, arXiv 2205.05198.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from automodel_trainer.nn.blocks import find_blocks
+from automodel_trainer.nn.parameters import replace_parameters
+from automodel_trainer.nn.wrap import wrap
+from automodel_trainer.strategies.tensor.adapters import cut_adapters
+from automodel_trainer.strategies.tensor.check import check_gates
+from automodel_trainer.strategies.tensor.collectives import sum_gradient
+from automodel_trainer.strategies.tensor.layers import joint_entries, wrap_entry, wrap_layer
+from automodel_trainer.strategies.tensor.plan import TensorPlan, expand_plan
+from automodel_trainer.strategies.tensor.sequence import SequenceParallel
+
+_Held = list[tuple[nn.Module, str, bool]]  # module, parameter, whether its gradient is summed over the ranks
+
+
+def tensor_parallel(
+    model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str] | None = None, sequence_parallel: bool = True
+) -> None:
+    """Cut `model` (on meta, or real and equal on all ranks) over the 1-D `mesh`, in place.
+
+    Its inputs and outputs are whole and equal on all ranks, and so are the gradients of parameters that are not cut.
+    Parameter names and types of modules do not change.
+
+    Args:
+        plan: rules that override the model's own `tp_plan`, with the same names and styles.
+        sequence_parallel: between the layers that are cut, each rank works on its part of the sequence only.
+
+    Raises:
+        ValueError: see `expand_plan`.
+    """
+    expanded = expand_plan(model, mesh.size(), plan)
+    check_gates(model, expanded, mesh.size())
+    cut_adapters(model, expanded)
+    joint = joint_entries(model, expanded)
+    sequence = SequenceParallel(model, expanded, joint, mesh.get_group()) if sequence_parallel else None
+    scattering = sequence.scattering if sequence else set()
+    modules = dict(model.named_modules())
+    for name, style in expanded.modules.items():  # innermost wrappers first
+        wrap_layer(
+            model, name, style, expanded, mesh, joint=name.rpartition(".")[0] in joint, scatter=name in scattering
+        )
+    for name in sorted(joint - (sequence.gathering if sequence else set())):
+        wrap_entry(modules[name], mesh.get_group())
+    if sequence:
+        sequence.install()
+    _use_local_parameters(model, expanded, mesh.get_group())
+    _distribute(model, mesh, expanded)
+
+
+def _distribute(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
+    """Every parameter becomes a DTensor on the mesh; one that is not cut is replicated."""
+
+    def cut(parameter: nn.Parameter) -> DTensor:
+        placement = plan.placements.get(id(parameter), Replicate())
+        return distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+
+    replace_parameters(model, cut)
+
+
+def _use_local_parameters(model: nn.Module, plan: TensorPlan, group: ProcessGroup) -> None:
+    """Blocks see all their parameters as local tensors, other modules their own (and their adapters')."""
+    blocks = find_blocks(model)
+    inside = {id(module) for block in blocks for module in block.modules()}
+    holding = {id(module) for module in model.modules() for block in blocks if _holds(module, block)}
+    for block in blocks:
+        wrap(block, _local(_held(block.modules(), plan), group))
+    for module in model.modules():
+        if id(module) not in inside and next(module.parameters(recurse=False), None) is not None:
+            parts = [module] if id(module) in holding else module.modules()
+            wrap(module, _local(_held(parts, plan), group))
+
+
+def _holds(module: nn.Module, block: nn.Module) -> bool:
+    return module is not block and any(block is child for child in module.modules())
+
+
+def _held(modules: Any, plan: TensorPlan) -> _Held:
+    return [
+        (module, key, id(parameter) in plan.summed)
+        for module in modules
+        for key, parameter in module.named_parameters(recurse=False)
+    ]
+
+
+def _local(held: _Held, group: ProcessGroup) -> Callable[..., Any]:
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with _local_parameters(held, group):
+            return original(*args, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def _local_parameters(held: _Held, group: ProcessGroup) -> Iterator[None]:
+    swapped: list[Any] = []
+    try:
+        for module, key, summed in held:
+            parameter = module._parameters[key]
+            if isinstance(parameter, DTensor):  # else a wrapper further out has been here
+                local = parameter.to_local()
+                local = sum_gradient(local, group, wide=True) if summed else local
+                swapped.append((module, key, parameter))
+                module._parameters[key] = local  # type: ignore[assignment]
+        yield
+    finally:
+        for module, key, parameter in swapped:
+            module._parameters[key] = parameter

@@ -1,0 +1,228 @@
+"""Read a model's own tensor-parallel plan, and check that it fits the model and the number of ranks.
+
+A plan maps module or parameter names, `*` for layer numbers, to the styles that transformers names them by
+(`model.tp_plan`). Here it becomes a style per module and a placement per parameter; nothing is named after a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from automodel_trainer.distributed._dtensor import StridedShard
+
+COLUMNS = {"colwise", "colwise_gather_output", "colwise_rep"}
+GATHERED = COLUMNS - {"colwise"}
+ROWS = {"rowwise", "rowwise_split_input", "rowwise_rep"}
+SPLIT_INPUT = ROWS - {"rowwise"}
+PACKED = {"packed_colwise", "packed_rowwise"}
+BETWEEN = "replicated_with_grad_allreduce"
+ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+STYLES = {
+    *COLUMNS, *ROWS, *PACKED, BETWEEN, "embedding_rowwise", "embedding_colwise", "mla_kv_a_proj", "all_reduce",
+    "moe_tp_experts", "moe_identity_expert", "local_params", "sequence_parallel", "replicate",
+}  # fmt: skip
+
+
+@dataclass
+class TensorPlan:
+    """A plan expanded over one model.
+
+    Args:
+        modules: style of every module that has a rule, by name.
+        placements: where the parameters (by id: tied ones are one) that are not replicated are cut.
+        summed: ids of replicated parameters of which every rank computes a part of the gradient.
+        head: name of the output head, if its logits are sharded over the vocabulary.
+    """
+
+    modules: dict[str, str] = field(default_factory=dict)
+    placements: dict[int, Placement] = field(default_factory=dict)
+    summed: set[int] = field(default_factory=set)
+    head: str | None = None
+
+
+def expand_plan(model: nn.Module, size: int, overrides: Mapping[str, str] | None = None) -> TensorPlan:
+    """The model's plan with `overrides` (same keys, same styles; `replicate` takes a rule away), over its modules.
+
+    Raises:
+        ValueError: no plan, an unknown style, a rule that matches nothing, or sizes that `size` ranks cannot share.
+    """
+    rules = _rules(model, overrides or {})
+    plan = TensorPlan()
+    names = {id(module): name for name, module in model.named_modules()}
+    for name, module in model.named_modules():
+        style = _rule_for(rules, name)
+        if style is not None:
+            plan.modules[name] = style
+        for key, parameter in module.named_parameters(recurse=False):
+            own = _rule_for(rules, f"{name}.{key}".lstrip(".")) or style
+            if own is not None:
+                _place(plan, f"{name}.{key}", module, parameter, own)
+    if not plan.placements:
+        raise ValueError(_no_plan(model, "matches none of its modules"))
+    _join_tied_embedding(model, plan, names)
+    _sum_inside(model, plan)
+    _check(model, plan, size)
+    return plan
+
+
+def _rules(model: nn.Module, overrides: Mapping[str, str]) -> dict[str, str]:
+    own = dict(getattr(model, "tp_plan", None) or {})
+    if not own and not overrides:
+        raise ValueError(_no_plan(model, "declares none"))
+    present = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    present |= {_generic(name) for name in present}
+    for name, style in overrides.items():
+        if name not in present:
+            near = difflib.get_close_matches(name, present, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"tp_plan: {name!r} matches nothing in {type(model).__name__}.{hint}")
+        if style not in STYLES:
+            raise ValueError(
+                f"tp_plan: {name!r} has the unknown style {style!r}. Allowed: {', '.join(sorted(STYLES))}."
+            )
+    rules = {**own, **overrides}
+    if unknown := {name: style for name, style in rules.items() if style not in STYLES and name in present}:
+        raise ValueError(
+            f"The tensor-parallel plan of {type(model).__name__} has styles that are not supported: {unknown}. "
+            "Override these rules with tp_plan={name: style}, or set tp=1."
+        )
+    return rules
+
+
+def _no_plan(model: nn.Module, what: str) -> str:
+    return (
+        f"tp > 1 needs a tensor-parallel plan, and {type(model).__name__}'s ({what}) does not cut anything. Give "
+        "tp_plan={'model.layers.*.mlp.up_proj': 'colwise', 'model.layers.*.mlp.down_proj': 'rowwise', …}, or set tp=1 "
+        "and shard with fsdp2 instead."
+    )
+
+
+def _rule_for(rules: Mapping[str, str], name: str) -> str | None:
+    return rules.get(name) or rules.get(_generic(name))
+
+
+def _generic(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
+def _place(plan: TensorPlan, name: str, module: nn.Module, parameter: nn.Parameter, style: str) -> None:
+    placement = _placement(parameter, style)
+    before = plan.placements.get(id(parameter), placement)
+    if before != placement:
+        raise ValueError(
+            f"The tensor-parallel plan cuts {name}, a tied weight, in two ways ({before} and {placement}). Override "
+            "one of its rules with tp_plan={name: style}."
+        )
+    if style in COLUMNS | ROWS and _is_holder(module, parameter) and not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"The tensor-parallel plan says {style} for {name.rpartition('.')[0]}, which is no linear layer but "
+            f"{type(module).__name__}. Override the rule with tp_plan={{name: 'replicate'}}."
+        )
+    if placement is not None:
+        plan.placements[id(parameter)] = placement
+    if style == BETWEEN:
+        plan.summed.add(id(parameter))
+
+
+def _is_holder(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether the rule is about a layer of weight and bias, not about a parameter of its own (experts, sinks)."""
+    return module._parameters.get("weight") is parameter or module._parameters.get("bias") is parameter
+
+
+def _placement(parameter: nn.Parameter, style: str) -> Placement | None:
+    columns = max(parameter.ndim - 2, 0)  # [out], [out, in] or [experts, out, in]
+    if style in COLUMNS:
+        return Shard(columns)
+    if style in ROWS:
+        return Shard(parameter.ndim - 1) if parameter.ndim > 1 else None
+    if style == "packed_colwise":
+        return StridedShard(columns, split_factor=2)
+    if style == "packed_rowwise":
+        return StridedShard(parameter.ndim - 1, split_factor=2) if parameter.ndim > 1 else None
+    if style in ("embedding_rowwise", "embedding_colwise"):
+        return Shard(int(style == "embedding_colwise"))
+    return None
+
+
+def _join_tied_embedding(model: nn.Module, plan: TensorPlan, names: dict[int, str]) -> None:
+    """A head and an embedding that share their weight share its cut, whichever of them the plan names."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for module in model.modules():
+        name = names[id(module)]
+        cut = plan.placements.get(id(getattr(module, "weight", None)))
+        if cut is None or plan.modules.get(name, "replicate") != "replicate":
+            continue
+        if isinstance(module, nn.Embedding):
+            plan.modules[name] = "embedding_rowwise" if cut == Shard(0) else "embedding_colwise"
+        elif isinstance(module, nn.Linear):
+            plan.modules[name] = "colwise_gather_output" if cut == Shard(0) else "rowwise_split_input"
+    if head is not None and plan.modules.get(names.get(id(head), "")) in COLUMNS:
+        plan.head = names[id(head)]
+
+
+def _sum_inside(model: nn.Module, plan: TensorPlan) -> None:
+    """Parameters inside of what is cut that plans are silent on: of activation functions, and of embeddings.
+
+    Such an activation function, after a layer cut by columns, sees this rank's columns only; a norm inside of an
+    embedding that is cut by rows, this rank's tokens.
+    """
+    for name, module in model.named_modules():
+        if plan.modules.get(name) == "embedding_rowwise":
+            plan.summed |= {id(p) for p in module.parameters() if id(p) not in plan.placements}
+        parent = name.rpartition(".")[0]
+        cut = any(style == "colwise" and child.rpartition(".")[0] == parent for child, style in plan.modules.items())
+        if cut and type(module).__module__ in ACTIVATIONS and next(module.parameters(), None) is not None:
+            plan.modules[name] = BETWEEN
+            plan.summed |= {id(parameter) for parameter in module.parameters()}
+
+
+def _check(model: nn.Module, plan: TensorPlan, size: int) -> None:
+    """Every rank must get whole heads and an equal share of every width. Only vocabularies may be uneven."""
+    heads = heads_of(getattr(model, "config", None))
+    attention = heads.get("num_attention_heads", 0)
+    for name, module in model.named_modules():
+        if name == plan.head or isinstance(module, nn.Embedding):
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        cuts_heads = plan.modules.get(name) == "colwise" and hasattr(parent, "is_causal")
+        head_dim = getattr(parent, "head_dim", 1) if cuts_heads else 1
+        for key, parameter in module.named_parameters(recurse=False):
+            cut = plan.placements.get(id(parameter))
+            if cut is None and plan.modules.get(name) == "moe_tp_experts":
+                raise ValueError(
+                    f"The tensor-parallel plan of {type(model).__name__} cuts the experts {name} but not their {key}, "
+                    f"which every rank would add. Give tp_plan={{'{_generic(name)}.{key}': 'colwise' or 'rowwise'}}, "
+                    f"or replicate the experts with tp_plan={{'{_generic(name)}': 'replicate', …}}."
+                )
+            if cut is None:
+                continue
+            width = parameter.shape[cut.dim] // getattr(cut, "split_factor", 1)  # type: ignore[attr-defined]
+            units = [width // head_dim, *([attention] if cuts_heads and attention else [])]
+            if any(unit % size for unit in units):
+                stated = ", ".join(f"{n}={count}" for n, count in heads.items())
+                raise ValueError(
+                    f"tp={size} does not fit {type(model).__name__}: {name}.{key} {list(parameter.shape)} is cut into "
+                    f"whole {f'heads ({stated})' if cuts_heads else 'columns'}. Allowed here: tp in {tp_sizes(units)}; "
+                    "or replicate its layer with tp_plan={name: 'replicate'}."
+                )
+
+
+def heads_of(config: object) -> dict[str, int]:
+    """The head counts that a (composite) config states."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = {name: getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    return {name: heads for name, heads in found.items() if isinstance(heads, int)}
+
+
+def tp_sizes(widths: list[int]) -> list[int]:
+    """Numbers of ranks that divide all of `widths`."""
+    common = math.gcd(*widths)
+    return [n for n in range(1, common + 1) if common % n == 0]

@@ -1,0 +1,150 @@
+"""Sequence parallel: between the layers that are cut, each rank works on its part of the sequence.
+
+From the first block of a stack to its last, hidden states are `[b, s / tp, h]`. Norms, dropout and residuals work on
+parts; attention, MLPs and whatever else a block holds see the whole sequence: it is gathered at their entry and
+reduce-scattered at their exit, in place of the all-reduces of plain tensor parallel. A length that does not divide is
+padded inside, and the padding is cut off again before anything sees it.
+
+Source: arXiv 2205.05198.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from automodel_trainer.nn.wrap import wrap
+from automodel_trainer.strategies.tensor.collectives import gather_sequence, slice_sequence
+from automodel_trainer.strategies.tensor.layers import on_hidden_states, on_output
+from automodel_trainer.strategies.tensor.plan import ROWS, TensorPlan
+
+_SUMMING = {"moe_tp_experts", "all_reduce"}  # styles whose output is whole
+
+
+class SequenceParallel:
+    """Plans where a model's sequence is cut (on creation), and wraps its blocks (`install`).
+
+    Args:
+        plan: whose `summed` parameters grow by those that work on parts.
+        joint: modules that sum the gradient of their input by themselves.
+
+    Attributes:
+        gathering: names of modules that gather their input; what of `joint` is in here has its gradient summed by it.
+        scattering: names of layers that leave their output as parts of the sequence.
+    """
+
+    def __init__(self, model: nn.Module, plan: TensorPlan, joint: set[str], group: ProcessGroup) -> None:
+        self.group, self.plan, self.joint = group, plan, joint
+        self.length = 0  # of the sequences that are running through the stack
+        self.gathering: set[str] = set()
+        self.scattering: set[str] = set()
+        self._modules = dict(model.named_modules())
+        self._scatters: dict[str, bool] = {}
+        self._stacks = [stack for stack in stacks(model) if any(n.startswith(f"{stack}.") for n in plan.modules)]
+        for stack in self._stacks:
+            for name, _ in self._modules[stack].named_children():
+                self._plan_block(f"{stack}.{name}")
+
+    def _plan_block(self, name: str) -> None:
+        block = self._modules[name]
+        self.plan.summed |= {id(p) for p in block.parameters(recurse=False)}
+        for key, child in block.named_children():
+            self._plan_part(f"{name}.{key}", child)
+
+    def _plan_part(self, name: str, part: nn.Module) -> None:
+        if next(part.parameters(), None) is None:
+            return
+        if isinstance(part, (nn.ModuleList, nn.ModuleDict)):  # containers have no forward of their own
+            for key, child in part.named_children():
+                self._plan_part(f"{name}.{key}", child)
+        elif works_on_parts(part):
+            self.plan.summed |= {id(p) for p in part.parameters()}
+        else:
+            self.gathering.add(name)
+            last = self._only_rows(name)
+            self._scatters[name] = last is not None
+            if last is not None:
+                self.scattering.add(last)
+                bias = getattr(self._modules[last], "bias", None)  # added to parts
+                self.plan.summed |= {id(bias)} if bias is not None else set()
+
+    def _only_rows(self, name: str) -> str | None:
+        """The layer that sums what the ranks computed, if a module has one such layer, its own: then it is the last."""
+        styles = {child: style for child, style in self.plan.modules.items() if child.startswith(f"{name}.")}
+        rows = [child for child, style in styles.items() if style in ROWS]
+        whole = any(style in _SUMMING for style in styles.values())
+        return rows[0] if len(rows) == 1 and not whole and rows[0].rpartition(".")[0] == name else None
+
+    def install(self) -> None:
+        for name in self.gathering:
+            wrap(self._modules[name], self._gathering(partial=name in self.joint, scatters=self._scatters[name]))
+        for stack in self._stacks:
+            blocks = list(self._modules[stack].children())
+            # pipeline stages of one rank enter and leave the stack one by one
+            for segment in getattr(self._modules[stack], "segments", [range(len(blocks))]):
+                wrap(blocks[segment[0]], self._first)
+                wrap(blocks[segment[-1]], self._last)
+            for block in blocks:
+                wrap(block, _noted)
+
+    def _first(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = on_hidden_states(self._enter, args, kwargs)
+        return original(*args, **kwargs)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        if x.ndim != 3:
+            raise ValueError(
+                f"sequence_parallel=True needs hidden states [b, s, h], and this model's are {list(x.shape)}. "
+                "Set sequence_parallel=False."
+            )
+        self.length = x.shape[1]
+        return slice_sequence(x, self.group)
+
+    def _last(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return on_output(lambda x: gather_sequence(x, self.group, self.length), original(*args, **kwargs))
+
+    def _gathering(self, partial: bool, scatters: bool) -> Callable[..., Any]:
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            shape: list[int] = []
+
+            def gather(x: Tensor) -> Tensor:
+                shape[:] = [x.shape[0], self.length, -1]
+                return gather_sequence(x, self.group, self.length, partial)
+
+            args, kwargs = on_hidden_states(gather, args, kwargs)
+            output = original(*args, **kwargs)
+            if scatters:
+                return output
+            # some give tokens back in one row, and leave it to the block to cut it
+            return on_output(lambda x: slice_sequence(x.reshape(shape), self.group), output)
+
+        return forward
+
+
+def _noted(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return original(*args, **kwargs)
+    except RuntimeError as error:
+        error.add_note(
+            "This block ran on a part of the sequence (sequence_parallel=True). If shapes do not match, the model "
+            "mixes parts with whole sequences between its layers: set sequence_parallel=False."
+        )
+        raise
+
+
+def works_on_parts(module: nn.Module) -> bool:
+    """Whether a module treats every token by itself: norms over the width. All else is given the whole sequence."""
+    name = type(module).__name__.lower()
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "rmsnorm" in name or "layernorm" in name
+
+
+def stacks(model: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of the outermost `nn.ModuleList`s that hold parameters: see `find_blocks`."""
+    for key, child in model.named_children():
+        if not isinstance(child, nn.ModuleList):
+            yield from stacks(child, f"{prefix}{key}.")
+        elif next(child.parameters(), None) is not None:
+            yield f"{prefix}{key}"
