@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from lightning.pytorch.strategies import Strategy
@@ -76,7 +76,14 @@ class StrategyRegistry:
                 "each with sizes if you like (fsdp2:dp_shard=2), or a Strategy object."
             )
         factory = _FACTORIES[name]
-        return factory(**_parse_options(spec, options, _accepted(factory)))
+        accepted = _accepted(factory)
+        given = _parse_options(spec, options, accepted)
+        try:
+            return factory(**given)
+        except TypeError as error:
+            if accepted is not None or "unexpected keyword" not in str(error):
+                raise
+            raise ValueError(f"strategy={spec!r}: {error}.") from error
 
     @staticmethod
     def resolve(strategy: str | Strategy) -> str | Strategy:
@@ -98,13 +105,13 @@ def _load_entry_points() -> None:
         _FACTORIES.setdefault(entry.name, entry.load())
 
 
-def _parse_options(spec: str, text: str, accepted: list[str]) -> dict[str, Any]:
+def _parse_options(spec: str, text: str, accepted: list[str] | None) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"strategy={spec!r}: {item!r} has no value. Write {item}=…")
-        if key not in accepted:
+        if accepted is not None and key not in accepted:
             raise ValueError(
                 f"strategy={spec!r}: {key!r} is not an option.{_nearest(key, accepted)} Allowed: {', '.join(accepted)}."
             )
@@ -112,20 +119,31 @@ def _parse_options(spec: str, text: str, accepted: list[str]) -> dict[str, Any]:
     return options
 
 
-def _accepted(factory: Callable[..., Any]) -> list[str]:
-    """Names of the keyword arguments, those that `**kwargs` passes on to the bases included."""
+def _accepted(factory: Callable[..., Any]) -> list[str] | None:
+    """Names of the options that `factory` takes; None: it passes on whatever it is given, and checks that itself.
+
+    `**kwargs` of a class goes to its bases, and that of a function to the strategy class that it says it returns.
+    """
     parameters = inspect.signature(factory).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     if len(names) == len(parameters):
         return names  # all that there is: nothing is passed on
-    for base in (
-        (FSDP2Strategy, MeshStrategy)
-        if factory in (_hsdp, _fsdp2_cp, _fsdp2_tp)
-        else getattr(factory, "__mro__", ())[1:]
-    ):
+    if not isinstance(factory, type):
+        made = _returned(factory)
+        return None if made is None else [*names, *(n for n in _accepted(made) or [] if n not in names)]
+    for base in factory.__mro__[1:]:
         if issubclass(base, MeshStrategy):
-            names += [n for n in inspect.signature(base).parameters if n not in (*names, "dims", "kwargs")]
+            names += [n for n in inspect.signature(base).parameters if n not in (*names, "dims", "kwargs", "options")]
     return names
+
+
+def _returned(factory: Callable[..., Any]) -> type[MeshStrategy] | None:
+    """The strategy class that a function is annotated to return."""
+    try:
+        made = get_type_hints(factory).get("return")
+    except (NameError, TypeError):  # an annotation that cannot be looked up says nothing
+        return None
+    return made if isinstance(made, type) and issubclass(made, MeshStrategy) else None
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -109,6 +109,17 @@ def held_elsewhere(model: nn.Module, names: Iterable[str]) -> set[str]:
     return {name for name in names if name.startswith(absent)} if absent else set()
 
 
+def own_runs_of_layers(model: nn.Module, stack: str) -> list[range] | None:
+    """The layers of each of this rank's stages, as indices into the list of layers called `stack`.
+
+    None for a whole model, or for a list that is not split over stages.
+    """
+    pipeline = pipeline_of(model)
+    if pipeline is None or pipeline.model.split.parts.layers != stack:
+        return None
+    return [stage.layers for stage in pipeline.model.split.own]
+
+
 def modules_around_layers(model: nn.Module) -> set[str]:
     """Names of the modules that the layers of a model in stages are inside of: they put out what a stage does."""
     pipeline = pipeline_of(model)

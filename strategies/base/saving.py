@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
 
+from automodel_trainer.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 from automodel_trainer.distributed.phase import during_phase
+from automodel_trainer.strategies.base.processes import MeshProcesses
 
 
-class SavingStrategy(ParallelStrategy):
+class SavingStrategy(MeshProcesses):
     """Checkpoints are folders of sharded safetensors and JSON; Lightning makes no files and copies of its own."""
 
     @property
@@ -57,8 +58,6 @@ class SavingStrategy(ParallelStrategy):
         Args:
             storage_options: what saves in place of `checkpoint.save_checkpoint`, called as that is.
         """
-        from automodel_trainer.checkpoint import save_checkpoint
-
         optimizers = self.optimizers if "optimizer_states" in checkpoint else []  # absent: weights_only=True
         with during_phase("save"):
             save = storage_options or save_checkpoint
@@ -66,13 +65,9 @@ class SavingStrategy(ParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint folder, whatever layout wrote it, into this layout's shards. Collective."""
-        from automodel_trainer.checkpoint import load_checkpoint
-
         with during_phase("load"):
             return load_checkpoint(Path(checkpoint_path), self.trained_module, self.optimizers)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        from automodel_trainer.checkpoint import remove_checkpoint
-
         if self.is_global_zero:
             remove_checkpoint(Path(filepath))

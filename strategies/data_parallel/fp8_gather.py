@@ -1,11 +1,13 @@
-"""FSDP2 gathers trained weights in fp8: every rank casts its shard, half as many bytes travel as in bf16, and what
-comes out is what the matmuls of forward and backward take. No rank casts a whole weight.
+"""FSDP2 gathers trained weights in fp8. Every rank casts its own shard, and no rank casts a whole weight.
 
-Parameters stay plain (sharded, fp32 or bf16), so optimizers and checkpoints see nothing of it: FSDP2 looks for
-`fsdp_pre_all_gather` and `fsdp_post_all_gather` on a shard, and a plain tensor can have these too. One scale serves a
-whole weight, and in compiled blocks all weights that are multiplied together (`models/quantization/fp8_shared_input.py`): before a
-forward the largest values of all shards are reduced over the ranks at once. It is the scale that the whole weight would
-have; the cast begins at the master weight, not at its rounding to bf16.
+Half as many bytes travel as in bf16, and the matmuls of forward and backward take what arrives. Parameters stay plain
+tensors (sharded, fp32 or bf16), so optimizers and checkpoints see nothing of it: FSDP2 looks for `fsdp_pre_all_gather`
+and `fsdp_post_all_gather` on a shard, and a plain tensor can have these too.
+
+One scale serves a whole weight, and in compiled blocks all weights that are multiplied together
+(`models/quantization/fp8_shared_input.py`). Before a forward one reduction over the ranks finds the amax of every
+weight. The scale is the one that the whole weight would have. The cast starts from the master weight, not from its
+rounding to bf16.
 
 Source: torchao.float8's `enable_fsdp_float8_all_gather`, which puts a tensor subclass into the parameter.
 """

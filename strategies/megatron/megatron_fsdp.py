@@ -14,11 +14,14 @@ from lightning.pytorch.plugins import Precision
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from automodel_trainer.distributed.mesh import ParallelDims
 from automodel_trainer.models.quantization.quantize import packed_weights
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.strategies.base.mesh_strategy import MicroBatch, Objective
+from automodel_trainer.strategies.base.precision import MeshPrecision, check_plugin
 from automodel_trainer.strategies.context.attention import CPAttention
-from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy
+from automodel_trainer.strategies.data_parallel.shard import is_laid_out
+from automodel_trainer.strategies.inner_parallel import InnerParallelStrategy
 from automodel_trainer.strategies.megatron import _megatron_fsdp as mfsdp
 from automodel_trainer.strategies.megatron.even_shards import stage
 
@@ -26,7 +29,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Dtype = Literal["auto", "fp32", "bf16"]
 
 
-class MegatronFSDPStrategy(FSDP2Strategy):
+class MegatronFSDPStrategy(InnerParallelStrategy):
     """The mesh, tensor, sequence and context parallel of `FSDP2Strategy`, sharded by Megatron-FSDP. NVIDIA GPUs only.
 
     A block of the model is a unit. Sharding also covers the ranks of context parallel.
@@ -85,8 +88,7 @@ class MegatronFSDPStrategy(FSDP2Strategy):
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
         super().__init__(
-            dp_shard,
-            dp_replicate,
+            ParallelDims(dp_replicate=dp_replicate, dp_shard=dp_shard),
             cp=cp,
             cp_attention=cp_attention,
             tp=tp,
@@ -167,7 +169,8 @@ class MegatronFSDPStrategy(FSDP2Strategy):
     def convert_precision(self, plugin: Precision) -> Precision:
         if str(plugin.precision) == "64-true":
             raise ValueError("precision='64-true' is not offered by megatron_fsdp. Allowed: fp32, bf16, bf16-true.")
-        return super().convert_precision(plugin)
+        check_plugin(plugin)
+        return MeshPrecision(str(plugin.precision))
 
     @property
     def options(self) -> mfsdp.Options:
@@ -196,12 +199,21 @@ class MegatronFSDPStrategy(FSDP2Strategy):
 
     # --- laying out -------------------------------------------------------------------------------------------------
 
-    @property
-    def _needs_shards(self) -> bool:
-        return True
+    def parallelize(self, model: nn.Module) -> nn.Module:
+        if is_laid_out(model):
+            return model
+        self.broadcast_from_rank_zero(model)
+        self.allow_async_tp()
+        self.checkpoint_activations(model, before_tp=True)
+        self.compile_model(model)
+        self.split_sequences(model)
+        self.cut_matrices(model)
+        self.checkpoint_activations(model, before_tp=False)
+        self._shard_evenly(model)
+        return model
 
-    def _shard(self, model: nn.Module, sum_gradients: bool) -> None:
-        """Even shards first, which weights can be streamed into; `place` hands them to the package."""
+    def _shard_evenly(self, model: nn.Module) -> None:
+        """Even shards first, which weights can be streamed into. `finalize_parameters` hands them to the package."""
         if packed_weights(model):
             raise ValueError("megatron_fsdp cannot shard 4-bit weights. Use strategy='fsdp2', or no quantize.")
         stage(model, self.buffer_mesh[mfsdp.SHARD, mfsdp.TP])
@@ -220,13 +232,18 @@ class MegatronFSDPStrategy(FSDP2Strategy):
         mfsdp.shard_model(model, self.buffer_mesh, units, self.options, self.root_device)
 
     def layout(self, module: pl.LightningModule) -> None:
-        if not isinstance(module, Objective):
-            raise ValueError(
-                f"megatron_fsdp runs CausalLMModule, or any module with `model`, `split` and `loss`; "
-                f"{type(module).__name__} calls its model itself. Use strategy='fsdp2'."
-            )
         super().layout(module)
-        self.finalize_parameters(module.model)
+        self.finalize_parameters(module.model)  # type: ignore[arg-type]
+
+    def lay_out_user_module(self, module: pl.LightningModule) -> None:
+        raise ValueError(
+            f"megatron_fsdp runs CausalLMModule, or any module with `model`, `split` and `loss`; "
+            f"{type(module).__name__} calls its model itself. Use strategy='fsdp2'."
+        )
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        self.reshard()  # the optimizer must be given the shards
+        super().setup(trainer)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -239,6 +256,15 @@ class MegatronFSDPStrategy(FSDP2Strategy):
         wrapper = mfsdp.wrapper_of(model) if isinstance(model, nn.Module) else None
         if wrapper is not None:
             mfsdp.use_distributed(wrapper)
+
+    def on_validation_end(self) -> None:
+        self.reshard()
+
+    def on_test_end(self) -> None:
+        self.reshard()
+
+    def on_predict_end(self) -> None:
+        self.reshard()
 
     # --- one step ---------------------------------------------------------------------------------------------------
 

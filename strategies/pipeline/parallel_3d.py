@@ -22,7 +22,9 @@ from automodel_trainer.nn.step_cache import unchanged_weights
 from automodel_trainer.strategies.base.clip import clip_grads_, local_tensor, total_grad_norm
 from automodel_trainer.strategies.base.mesh_strategy import MicroBatch, Objective, Part
 from automodel_trainer.strategies.data_parallel._fsdp import initialize_sharding, reduce_gradients
-from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy, is_laid_out
+from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy
+from automodel_trainer.strategies.data_parallel.shard import is_laid_out
+from automodel_trainer.strategies.inner_parallel import forward_for_loss
 from automodel_trainer.strategies.pipeline.batches import same_shape
 from automodel_trainer.strategies.pipeline.picture import legend, schedule_facts, text_picture
 from automodel_trainer.strategies.pipeline.pipeline import Pipeline
@@ -162,11 +164,24 @@ class Parallel3DStrategy(FSDP2Strategy):
         return self._pipeline.clock.bubble() if self._pipeline is not None else None
 
     def parallelize(self, model: nn.Module) -> nn.Module:
-        if self.dims.pp == 1 or is_laid_out(model) or self._splits(model):
-            return super().parallelize(model) if self.dims.pp == 1 else model
+        if self.dims.pp == 1 or is_laid_out(model):
+            return super().parallelize(model)
+        if self._splits(model):
+            return model
+        self.broadcast_from_rank_zero(model)
+        self._split_layers(model)
+        self.allow_async_tp()
+        self.checkpoint_activations(model, before_tp=True)
+        self.compile_model(model)
+        self.split_sequences(model)
+        self.cut_matrices(model)
+        self.checkpoint_activations(model, before_tp=False)
+        self.shard(model)
+        return model
+
+    def _split_layers(self, model: nn.Module) -> None:
+        """Take other ranks' stages out of `model`, in place, and let its forward run the pipeline."""
         parts = find_parts(model)
-        if not any(parameter.is_meta for parameter in model.parameters()):
-            super()._broadcast_from_rank_zero(model)
         counts = self._counts(model, parts)
         self._stage_costs = stage_costs(model, parts, counts)
         _check_trainable(model, parts, counts)
@@ -174,8 +189,6 @@ class Parallel3DStrategy(FSDP2Strategy):
         own = stages_of(self.schedule, dist.get_rank(group), self.dims.pp, self.stages_per_rank)
         keep_training_cost(model)
         split = split_model(model, parts, counts, own)
-        # tensor parallel scatters the sequence at the beginning of every stage and gathers it at its end
-        model.get_submodule(parts.layers).segments = [list(stage.layers) for stage in split.own]  # type: ignore[assignment]
         stage_model = SplitModel(model, split, self.dtypes.compute, self._whole_forward)
         self._pipeline = Pipeline(
             stage_model,
@@ -189,14 +202,9 @@ class Parallel3DStrategy(FSDP2Strategy):
         if hasattr(model, "generate"):  # a cache of keys and values would belong to one stage's layers
             generate: Any = model.generate
             model.generate = partial(generate, use_cache=False)  # type: ignore[assignment]
-        return super().parallelize(model)
 
     def _splits(self, model: nn.Module) -> bool:
         return self._pipeline is not None and self._pipeline.model.model is model
-
-    def _broadcast_from_rank_zero(self, model: nn.Module) -> None:
-        if not self._splits(model):  # a split model has been equal on all ranks before
-            super()._broadcast_from_rank_zero(model)
 
     def _counts(self, model: nn.Module, parts: Parts) -> list[int]:
         layers = len(model.get_submodule(parts.layers))  # type: ignore[arg-type]
@@ -221,13 +229,13 @@ class Parallel3DStrategy(FSDP2Strategy):
             )
         return counts
 
-    def layout(self, module: pl.LightningModule) -> None:
-        if self.dims.pp > 1 and not isinstance(module, Objective):
+    def lay_out_user_module(self, module: pl.LightningModule) -> None:
+        if self.dims.pp > 1:
             raise ValueError(
                 f"pp={self.dims.pp} runs a CausalLMModule (or any module with `model`, `split` and `loss`) stage by "
                 f"stage; {type(module).__name__} calls its model itself. Use fsdp2."
             )
-        super().layout(module)
+        super().lay_out_user_module(module)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -245,15 +253,13 @@ class Parallel3DStrategy(FSDP2Strategy):
         step.finish()
         self._share_tied_gradients(objective.model)
         dist.all_reduce(step.total, group=pipeline.group)  # the last stage's, known to all
-        self._check_replicas_once(objective.model)
+        self.check_replicas_once(objective.model)
         return step.total
 
     def _hidden_shape(self, part: Part) -> tuple[int, int, int]:
         assert self._pipeline is not None
         rows, length = part[0]["input_ids"].shape
-        if self._context is not None:
-            length = self._context.padded(length) // self.dims.cp
-        return rows, length, self._pipeline.model.width
+        return rows, self.shard_length(length), self._pipeline.model.width
 
     @torch.no_grad()
     def _share_tied_gradients(self, model: nn.Module) -> None:
@@ -346,7 +352,7 @@ class _Step:
         assert pipeline is not None
         with self.strategy.split_sequence(*self.parts[micro_batch]) as (inputs, targets):
             turn = Turn(stage, hidden)
-            output = pipeline.model.run(turn, lambda: FSDP2Strategy.forward(self.strategy, model, inputs))
+            output = pipeline.model.run(turn, lambda: forward_for_loss(model, inputs))
             if not stage.last:
                 return output
             loss = self.objective.loss(output, targets)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from automodel_trainer.distributed.stage_names import own_runs_of_layers
 from automodel_trainer.nn.wrap import wrap
 from automodel_trainer.strategies.tensor.collectives import gather_sequence, slice_sequence
 from automodel_trainer.strategies.tensor.layers import on_hidden_states, on_output
@@ -37,7 +38,7 @@ class SequenceParallel:
     """
 
     def __init__(self, model: nn.Module, plan: TensorPlan, joint: set[str], group: ProcessGroup) -> None:
-        self.group, self.plan, self.joint = group, plan, joint
+        self.group, self.plan, self.joint, self._model = group, plan, joint, model
         self.length = 0  # of the sequences that are running through the stack
         self.gathering: set[str] = set()
         self.scattering: set[str] = set()
@@ -84,9 +85,9 @@ class SequenceParallel:
         for stack in self._stacks:
             blocks = list(self._modules[stack].children())
             # pipeline stages of one rank enter and leave the stack one by one
-            for segment in getattr(self._modules[stack], "segments", [range(len(blocks))]):
-                wrap(blocks[segment[0]], self._first)
-                wrap(blocks[segment[-1]], self._last)
+            for layers in own_runs_of_layers(self._model, stack) or [range(len(blocks))]:
+                wrap(blocks[layers[0]], self._first)
+                wrap(blocks[layers[-1]], self._last)
             for block in blocks:
                 wrap(block, _noted)
 

@@ -1,0 +1,247 @@
+"""Processes and the mesh they form: how they start, which rank this one is, and how ranks talk to each other."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any, Literal, final
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from automodel_trainer._lightning import NotebookLauncher, SubprocessLauncher, sync_rank_zero
+from automodel_trainer.distributed.launch import in_notebook
+from automodel_trainer.distributed.mesh import DATA_AXES, TOKEN_AXES, ParallelDims, submesh
+from automodel_trainer.distributed.rendezvous import agent_store
+from automodel_trainer.strategies.base.allocator import configure_allocator
+from automodel_trainer.strategies.base.precision import Dtypes, dtypes_of
+
+Launcher = Literal["auto", "subprocess", "fork", "spawn"]
+
+
+class MeshProcesses(ParallelStrategy):
+    """Starts processes, forms the mesh, and sums over its axes. Knows nothing of models.
+
+    Args:
+        dims: sizes of the mesh axes.
+        launcher: how `devices=N` starts its processes where torchrun or srun did not.
+        process_group_backend: None: gloo on CPU; on CUDA NCCL, with gloo beside it for CPU tensors.
+        timeout: how long a collective waits for a missing rank.
+    """
+
+    def __init__(
+        self, dims: ParallelDims, launcher: Launcher, process_group_backend: str | None, timeout: timedelta
+    ) -> None:
+        super().__init__()
+        self.requested_dims = dims
+        self.launcher_name = launcher
+        self.process_group_backend = process_group_backend
+        self.timeout = timeout
+        self.num_nodes = 1
+        self._device_mesh: DeviceMesh | None = None
+
+    # --- what a strategy may say ------------------------------------------------------------------------------------
+
+    def choose_sizes(self) -> ParallelDims:
+        """The requested sizes. A strategy that offers "auto" chooses here, for the connected module."""
+        return self.requested_dims
+
+    def ineffective_options(self) -> list[str]:
+        """Options that were asked for and do nothing at these sizes, each with the reason."""
+        return []
+
+    def build_mesh(self) -> DeviceMesh:
+        """The mesh over the world. Called once, when the process group exists."""
+        return self.dims.build_mesh(self.root_device.type)
+
+    def convert_precision(self, plugin: Precision) -> Precision:
+        """What to do with the plugin that Lightning chose. A layout that casts by itself replaces it.
+
+        Raises:
+            ValueError: this layout does not offer that precision.
+        """
+        dtypes_of(str(plugin.precision))
+        return plugin
+
+    # --- sizes and ranks --------------------------------------------------------------------------------------------
+
+    @property
+    @final
+    def device_mesh(self) -> DeviceMesh:
+        """The mesh of this run. It exists once the processes have started."""
+        assert self._device_mesh is not None, "the mesh exists once the processes have started"
+        return self._device_mesh
+
+    @property
+    @final
+    def dims(self) -> ParallelDims:
+        """The sizes of this run, with `dp_shard=-1` filled in."""
+        return self.requested_dims.resolve(self.world_size)
+
+    @property
+    @final
+    def dp_size(self) -> int:
+        """Ranks that see different rows of data."""
+        return self.dims.dp_replicate * self.dims.dp_shard
+
+    @property
+    @final
+    def dp_rank(self) -> int:
+        """This rank's place among them. Ranks of one tp or cp group are neighbours and share it."""
+        return self.global_rank // (self.dims.cp * self.dims.tp) % self.dp_size
+
+    @final
+    def sum_over_tokens(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the ranks that compute different tokens (data and context parallel): losses."""
+        return self._sum_over(TOKEN_AXES, tensor)
+
+    @final
+    def sum_over_rows(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the ranks that see different rows (data parallel): whatever is counted in whole rows."""
+        return self._sum_over(DATA_AXES, tensor)
+
+    def _sum_over(self, axes: tuple[str, ...], tensor: Tensor) -> Tensor:
+        mesh = submesh(self.device_mesh, axes)
+        if mesh is not None and mesh.size() > 1:
+            dist.all_reduce(tensor, group=mesh.get_group())
+        return tensor
+
+    @property
+    @final
+    def is_distributed(self) -> bool:
+        """Lightning asks this of strategies it does not know, to decide on samplers and metric reduction."""
+        return True
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    @final
+    def num_processes(self) -> int:
+        """Ranks on this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 1
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.dp_size, "rank": self.dp_rank}
+
+    # --- dtypes -----------------------------------------------------------------------------------------------------
+
+    @property
+    @final
+    def dtypes(self) -> Dtypes:
+        """Dtypes of parameters and computation under the Trainer's precision."""
+        return dtypes_of(str(self.precision_plugin.precision))
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        self._precision_plugin = self.convert_precision(plugin) if plugin is not None else None
+
+    # --- starting and ending ----------------------------------------------------------------------------------------
+
+    @final
+    def set_world_ranks(self) -> None:
+        """Tell the environment and Lightning's rank-zero helpers which rank this is."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        sync_rank_zero(self.global_rank)
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self.cluster_environment.creates_processes_externally or self.num_processes * self.num_nodes == 1:
+            return
+        chosen: Literal["fork", "subprocess"] = "fork" if in_notebook() else "subprocess"
+        start = chosen if self.launcher_name == "auto" else self.launcher_name
+        if start == "subprocess":
+            self._launcher = SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = NotebookLauncher(self, start_method=start)
+
+    def setup_environment(self) -> None:
+        """Start the process group and build the mesh.
+
+        Raises:
+            ValueError: the sizes do not fit the number of ranks.
+        """
+        super().setup_environment()
+        configure_allocator(self.root_device)
+        reset_seed()
+        self.set_world_ranks()
+        self.choose_sizes()
+        self.dims  # noqa: B018  sizes that do not fit are refused before any process waits for another
+        for option in self.ineffective_options():
+            rank_zero_warn(f"{option} has no effect.")
+        if not dist.is_initialized():
+            self._init_process_group()
+        self._device_mesh = self.build_mesh()
+
+    def _init_process_group(self) -> None:
+        environment = self.cluster_environment
+        assert environment is not None
+        cuda = self.root_device.type == "cuda"
+        options: dict[str, Any] = {
+            "backend": self.process_group_backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo"),
+            "timeout": self.timeout,
+            "rank": environment.global_rank(),
+            "world_size": environment.world_size(),
+            "device_id": self.root_device if cuda else None,
+        }
+        if environment.world_size() == 1:
+            dist.init_process_group(store=dist.HashStore(), **options)
+            return
+        os.environ.update(MASTER_ADDR=environment.main_address, MASTER_PORT=str(environment.main_port))
+        dist.init_process_group(store=agent_store(self.timeout), **options)
+
+    def forget_run(self) -> None:
+        """Let go of processes and mesh. What is left is the layout as it was asked for."""
+        self._device_mesh = None
+        self._launcher = self._accelerator = self._precision_plugin = None
+        self._lightning_module = self._model = None
+        self._optimizers, self._lightning_optimizers, self.lr_scheduler_configs = [], [], []
+        self.parallel_devices = self.cluster_environment = None
+
+    def teardown(self) -> None:
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+    # --- collectives that Lightning asks for ------------------------------------------------------------------------
+
+    def barrier(self, name: str | None = None) -> None:
+        if not dist.is_initialized() or self.world_size == 1:
+            return
+        device_ids = [self.root_device.index] if self.root_device.type == "cuda" else None
+        dist.barrier(device_ids=device_ids)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized() or self.world_size == 1:
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if not isinstance(tensor, Tensor) or not dist.is_initialized() or self.world_size == 1:
+            return tensor
+        reduced = tensor.detach().clone()
+        average = str(reduce_op).lower() in ("mean", "avg")
+        operation = dist.ReduceOp.SUM if average or str(reduce_op).lower() == "sum" else reduce_op
+        if average and not reduced.is_floating_point():
+            reduced = reduced.float()
+        dist.all_reduce(reduced, op=operation, group=group)
+        return reduced / dist.get_world_size(group) if average else reduced

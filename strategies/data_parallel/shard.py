@@ -1,0 +1,188 @@
+"""FSDP2 applied to a model: which modules are a unit, what is left out, and when gradients are reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from automodel_trainer.distributed._dtensor import StridedShard
+from automodel_trainer.models.lora.layers import Adapter, adapters, let_adapters_cast
+from automodel_trainer.models.quantization.quantize import packed_weights
+from automodel_trainer.nn.blocks import find_blocks, untied_input_embedding
+from automodel_trainer.strategies.base.precision import Dtypes, fsdp_policy
+from automodel_trainer.strategies.data_parallel import gradient_reduction
+from automodel_trainer.strategies.data_parallel._fsdp import lay_out_gradients_at_once
+from automodel_trainer.strategies.data_parallel.accumulate_grads_foreach import accumulate_grads_foreach
+
+_SMALL = 2**30  # bytes
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How FSDP2 shards. `FSDP2Strategy` documents each of them."""
+
+    reshard_after_forward: bool = True
+    forward_prefetch: int = 0
+    backward_prefetch: int = 0
+    cpu_offload: bool = False
+    sync_every_micro_batch: bool = False
+
+
+class Shards:
+    """Shards models with FSDP2, and says for each micro-batch whether gradients are reduced.
+
+    Works without a Trainer: `Shards(options).apply(model, mesh, dtypes)` lays a model out, then every micro-batch runs
+    inside `sync(model, last=...)`.
+    """
+
+    def __init__(self, options: ShardOptions) -> None:
+        self.options = options
+        self._keeps_copies = False
+        self._self_casting: list[Adapter] = []
+
+    def apply(
+        self, model: nn.Module, mesh: DeviceMesh, dtypes: Dtypes, *, sum_gradients: bool = True, alone: bool = False
+    ) -> None:
+        """Make `model` (on meta or real) and each of its blocks a unit of FSDP2, in place.
+
+        Args:
+            mesh: 1-D: parameters are sharded over it; 2-D for HSDP: (replicate, shard).
+            dtypes: of parameters and of computation.
+            sum_gradients: sum gradients over ranks, as an objective needs it, instead of averaging them.
+            alone: one device trains this model, and nothing else is in its optimizer.
+
+        Raises:
+            ValueError: CPU offload of quantized weights on one rank.
+        """
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": fsdp_policy(dtypes),
+            "shard_placement_fn": _shard_dimension,
+            "offload_policy": offload if self.options.cpu_offload else OffloadPolicy(),
+        }
+        if mesh.size(mesh.ndim - 1) == 1:
+            casting = self._let_cast(model, dtypes.compute) if alone else set()
+            options["ignored_params"] = self._left_alone(model, dtypes.compute) | casting
+            self._keeps_copies = _small(model, dtypes.compute, options["ignored_params"])
+        lay_out_gradients_at_once()
+        blocks = find_blocks(model)
+        reshard = self.options.reshard_after_forward and not self._keeps_copies
+        for unit in (*blocks, *untied_input_embedding(model)):
+            fully_shard(unit, reshard_after_forward=reshard, **options)
+        # The root holds what is left (final norm, head, tied embedding). It stays gathered between forward and
+        # backward: backward begins where forward ended.
+        fully_shard(model, reshard_after_forward=False, **options)
+        _prefetch(blocks, self.options.forward_prefetch, self.options.backward_prefetch)
+        if sum_gradients and mesh.size() > 1:
+            gradient_reduction.sum_gradients(model)
+
+    def _let_cast(self, model: nn.Module, compute: torch.dtype) -> set[nn.Parameter]:
+        """Adapters, where one device trains nothing else. FSDP2 would copy hundreds of small parameters one by one, and
+        as many gradients. They cast themselves."""
+        if self.options.cpu_offload:
+            return set()
+        found = list(adapters(model))
+        held = {parameter for adapter in found for parameter in adapter.parameters}
+        if held != {parameter for parameter in model.parameters() if parameter.requires_grad}:
+            return set()
+        let_adapters_cast(model, compute)
+        self._self_casting += found
+        return held
+
+    def _left_alone(self, model: nn.Module, compute: torch.dtype) -> set[nn.Parameter]:
+        """What FSDP2 need not touch where there is nothing to gather.
+
+        Frozen weights in the dtype they compute in: FSDP2 would copy them for nothing before every use. Quantized
+        weights: FSDP2 takes only the first of their inner tensors.
+        """
+        quantized = packed_weights(model)
+        if not self.options.cpu_offload:
+            return quantized | {p for p in model.parameters() if not p.requires_grad and p.dtype == compute}
+        if quantized:
+            raise ValueError("cpu_offload=True with 4-bit weights needs shards: set dp_shard > 1, or no offload.")
+        return set()
+
+    @contextmanager
+    def sync(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Around one micro-batch: gradients are reduced in the `last` one, or in every one if that was asked for."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last or self.options.sync_every_micro_batch)
+            model.set_is_last_backward(last)
+            model.set_reshard_after_backward(last or not self._keeps_copies)
+        # The adapters' parameters as they are now: those of a model laid out on meta have been replaced since.
+        parameters = [parameter for adapter in self._self_casting for parameter in adapter.parameters]
+        with accumulate_grads_foreach(parameters):
+            yield
+
+    @contextmanager
+    def no_sync(self, module: nn.Module) -> Iterator[None]:
+        """Around the micro-batches of a user's own module whose gradients only accumulate."""
+        if self.options.sync_every_micro_batch:
+            yield
+            return
+        roots = [m for m in module.modules() if isinstance(m, FSDPModule)]
+        for root in roots:
+            root.set_requires_gradient_sync(False)
+        yield
+        for root in roots:
+            root.set_requires_gradient_sync(True)
+
+    def to_host(self, model: nn.Module, device: torch.device) -> None:
+        """With CPU offload shards wait on the CPU. Buffers do not travel, so they stay on `device`, which computes."""
+        if self.options.cpu_offload and device.type != "cpu":
+            model.cpu()
+            for module in model.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = buffer.to(device)
+
+    def forget(self) -> None:
+        """Let go of the model."""
+        self._self_casting = []
+
+
+def is_laid_out(model: nn.Module) -> bool:
+    """Whether some layout has already taken this module in hand."""
+    return isinstance(model, FSDPModule) or any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def reshard(module: nn.Module) -> None:
+    """Free gathered parameters. Training does so in backward; after an evaluation the root still holds its own."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def _small(model: nn.Module, dtype: torch.dtype, ignored: set[nn.Parameter]) -> bool:
+    """Whether FSDP2's copies in the dtype that computes can stay for a whole optimizer step.
+
+    On one device these copies are all that FSDP2 makes. They are small where adapters are trained together with a few
+    other parameters.
+    """
+    return sum(p.numel() for p in model.parameters() if p not in ignored) * dtype.itemsize <= _SMALL
+
+
+def _shard_dimension(parameter: nn.Parameter) -> Shard | None:
+    """Dimension 0, unless tensor parallel cuts it in a packed way, which FSDP2 cannot cut once more."""
+    packed = isinstance(parameter, DTensor) and any(
+        isinstance(p, StridedShard) and p.dim == 0 for p in parameter.placements
+    )
+    return Shard(1) if packed and parameter.ndim > 1 else None
+
+
+def _prefetch(blocks: list[nn.Module], forward: int, backward: int) -> None:
+    for index, block in enumerate(blocks):
+        assert isinstance(block, FSDPModule)
+        if forward:
+            block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + forward])  # type: ignore[arg-type]
+        if backward:
+            before = blocks[max(0, index - backward) : index]
+            block.set_modules_to_backward_prefetch(before[::-1])  # type: ignore[arg-type]
