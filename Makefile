@@ -6,7 +6,7 @@ JOBS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-matrix lint types venv clean
+.PHONY: quickstart test test-processors test-matrix lint types venv clean
 
 venv: $(VENV)/.installed
 
@@ -36,6 +36,11 @@ types: venv
 # Side by side, file by file: tests of one process leave a core idle, those of several ranks wait for each other.
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+# The numeric tests as other processors would run them: kernels of other instruction sets, threads, seeds of hashes, and
+# an emulation of others' rounding.
+test-processors: venv
+	$(BIN)/python -m tests.processors --jobs $(JOBS)
 
 # All of what `make test` takes a covering subset of: a hundred kills, every layout resumed on every other, every
 # pipeline against one device (writes the tables of docs/resume.md and docs/pipeline.md).

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,39 @@ os.environ.setdefault("RES_OPTIONS", "attempts:0")
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import rounding
 from tests.pool import RankPool
 
+rounding.install()
 # An example takes as long as the machine is busy.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--random-order", type=int, metavar="SEED", help="shuffle the files, and the tests of each")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("random_order")
+    if seed is not None:
+        items[:] = shuffled(items, random.Random(seed))
+    for item in items if rounding.wanted() else []:
+        if item.get_closest_marker("exact"):
+            item.add_marker(pytest.mark.skip(reason=f"is bit for bit, and {rounding.VARIABLE} is set"))
+
+
+def shuffled(items: list[pytest.Item], dice: random.Random) -> list[pytest.Item]:
+    """Files stay together: what they share is made once."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    return [item for file in dice.sample(list(files.values()), len(files)) for item in dice.sample(file, len(file))]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("random_order") is not None:
+        terminalreporter.write_line(f"in random order: --random-order {config.getoption('random_order')}")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
@@ -20,6 +19,21 @@ from transformers import PreTrainedModel
 from automodel_trainer.modules.loss import next_token_targets, token_losses
 from automodel_trainer.strategies import MeshStrategy, Objective, StrategyRegistry
 from automodel_trainer.strategies.base.precision import canonical_precision
+from tests.limits import (
+    check_decided,
+    check_run,
+    check_steps,
+    close,
+    computing,
+    copy_of,
+    gains,
+    relative_error,
+    widened,
+    with_limits,
+)
+
+# Tests have these from here too.
+__all__ = ["check_decided", "check_run", "check_steps", "close", "relative_error", "widened", "with_limits"]
 
 Batch = dict[str, Any]
 
@@ -117,6 +131,19 @@ def train_steps(
     Returns:
         `history`: loss, gradient norm and whole gradients of every step; `weights`: whole, after the last.
     """
+    with computing(objective.model):
+        return _train_steps(strategy, objective, optimizer, rows, size, steps, max_norm)
+
+
+def _train_steps(
+    strategy: MeshStrategy,
+    objective: Any,
+    optimizer: torch.optim.Optimizer,
+    rows: Callable[[int], list[Batch]],
+    size: int,
+    steps: int,
+    max_norm: float,
+) -> dict[str, Any]:
     model, history = objective.model, []
     for step in range(steps):
         mine = rows(step)[strategy.dp_rank :: strategy.dp_size]
@@ -128,7 +155,8 @@ def train_steps(
         optimizer.step()
         optimizer.zero_grad()
         total = strategy.sum_over_tokens(loss.clone()) / tokens
-        history.append({"loss": total.item(), "norm": norm.item(), "gradients": gradients})
+        about = about_step(model, optimizer, rows(step)) if strategy.world_size == 1 else {}
+        history.append({"loss": total.item(), "norm": norm.item(), "gradients": gradients, **about})
     return {"history": history, "weights": weights_of(model)}
 
 
@@ -140,22 +168,21 @@ def reference_steps(
     steps: int = 3,
     max_norm: float = 0.5,
 ) -> dict[str, Any]:
-    """What `train_steps` returns, by plain torch on one device over all rows at once."""
-    history = [reference_step(model, rows(step), optimizer, max_norm) for step in range(steps)]
-    return {"history": history, "weights": weights_of(model)}
+    """What `train_steps` returns, by plain torch on one device over all rows at once, exactly; and its `limits`."""
+
+    def run() -> dict[str, Any]:
+        own, own_optimizer = copy_of(model, optimizer)
+        history = []
+        with computing(own):
+            for step in range(steps):
+                history.append(reference_step(own, rows(step), own_optimizer, max_norm))
+                history[-1] |= about_step(own, own_optimizer, rows(step))
+        return {"history": history, "weights": weights_of(own)}
+
+    return with_limits(run)
 
 
-def check_steps(result: Any, expected: Any) -> None:
-    """Losses within 1e-5, norms, gradients and weights within 1e-4, all relative."""
-    for got, want in zip(result["history"], expected["history"], strict=True):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
-        assert got["norm"] == pytest.approx(want["norm"], rel=1e-4)
-        assert got["gradients"].keys() == want["gradients"].keys()
-        wrong = {n: relative_error(got["gradients"][n], g) for n, g in want["gradients"].items()}
-        assert not {name: error for name, error in wrong.items() if error > 1e-4}
-    for name, weight in expected["weights"].items():
-        assert relative_error(result["weights"][name], weight) < 1e-4, name
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    return ((value - reference).norm() / reference.norm().clamp(min=1e-12)).item()
+def about_step(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Batch]) -> dict[str, Any]:
+    """What the limits of a step's numbers follow from: what is summed, and by how much Adam amplifies."""
+    terms = sum(row["input_ids"].numel() for row in rows)
+    return {"terms": terms, "lr": optimizer.param_groups[0]["lr"], "gains": gains(model, optimizer)}

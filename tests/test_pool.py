@@ -32,6 +32,7 @@ def sharded_sum(spec: str) -> int:
 
 def test_no_group_outlives_its_job(pool: RankPool) -> None:
     """DTensor's caches hold every mesh that they have seen."""
+    pool.run(2, sharded_sum, "fsdp2")  # after which those are there that a process starts once
     before = pool.run(2, threads)
     for spec in ("fsdp2", "fsdp2:tp=2"):
         during = pool.run(2, sharded_sum, spec)

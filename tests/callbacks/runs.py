@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
-from automodel_trainer import CausalLMModule, MockDataModule, Trainer
+from automodel_trainer import CausalLMModule, MockDataModule, OptimizerConfig, Trainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 STEPS_PER_EPOCH, EPOCHS = 5, 2
+ADAM = OptimizerConfig(args={"eps": 1e-3})  # far above the rounding of a gradient, which other layouts have otherwise
 
 
 class Journal(Callback):
@@ -64,7 +66,9 @@ def train(
         **{**defaults, **options},
     )
     trainer.fit(
-        CausalLMModule(model, tokenizer=tiny_tokenizer(), lr=1e-2, scheduler=scheduler), data, ckpt_path=ckpt_path
+        CausalLMModule(model, tokenizer=tiny_tokenizer(), lr=1e-2, scheduler=scheduler, optimizer=ADAM),
+        data,
+        ckpt_path=ckpt_path,
     )
     module = trainer.lightning_module
     weights = {name: whole(value) for name, value in module.state_dict().items()}
@@ -73,3 +77,10 @@ def train(
 
 def whole(value: torch.Tensor) -> torch.Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+
+
+def written() -> None:
+    """Wait for saves in the background to be over."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(300)

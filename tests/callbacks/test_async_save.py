@@ -21,7 +21,7 @@ from automodel_trainer.checkpoint import CheckpointError, check_checkpoint, stat
 from automodel_trainer.checkpoint.background import BackgroundSaver
 from automodel_trainer.checkpoint.manifest import read_manifest
 from automodel_trainer.checkpoint.record import RecordedFile
-from tests.callbacks.runs import train
+from tests.callbacks.runs import train, written
 from tests.pool import RankPool
 
 
@@ -118,7 +118,7 @@ class FullDisk(Callback):
         def fail(*args: Any, **kwargs: Any) -> Any:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        time.sleep(0.3)  # the save before has been written
+        written()  # the save before
         self.patch.undo()
         if trainer.global_step in self.steps and last:
             self.patch.setattr(RecordedFile, "write", fail)

@@ -76,16 +76,19 @@ def resume_each(root: Path, steps: list[int], devices: int = 1, strategy: str = 
     ],
     ids=str,
 )
+@pytest.mark.exact
 def test_resumed_is_as_uninterrupted_bit_for_bit(tmp_path: Path, schedule: dict[str, Any]) -> None:
     """Dropout on. From the middle of an epoch, before and after a validation, and from the end of an epoch."""
     assert resume_each(tmp_path, [1, 3, 4, 5, 6], **schedule) == []
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.exact
 def test_resumed_is_as_uninterrupted_on_two_ranks(pool: RankPool, tmp_path: Path, strategy: str) -> None:
     assert pool.run(2, resume_each, tmp_path, [3, 5], devices=2, strategy=strategy) == [[], []]
 
 
+@pytest.mark.exact
 def test_a_run_that_ended_can_be_made_longer(tmp_path: Path) -> None:
     """8 steps end in the middle of an epoch; with 10 they go on there."""
     options = {"scheduler": "constant", "max_epochs": None}
@@ -96,6 +99,7 @@ def test_a_run_that_ended_can_be_made_longer(tmp_path: Path) -> None:
     assert all(torch.equal(value, longer["weights"][name]) for name, value in whole["weights"].items())
 
 
+@pytest.mark.exact
 def test_resumed_from_a_monitored_save_after_validation(tmp_path: Path) -> None:
     callback = DCPCheckpoint(monitor="val_loss", mode="max", keep_best=100, save_at_end=False)
     whole = train(tmp_path / "whole", [callback], val_check_interval=3, max_epochs=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -27,6 +28,7 @@ from tests.pool import RankPool
 from tests.processes import Job
 
 STEP = 3
+SILENCE = 20  # seconds: on a busy machine a healthy rank may be silent for some
 
 
 class Accident(Callback):
@@ -40,14 +42,15 @@ class Accident(Callback):
             return
         if trainer.global_rank != self.rank or self.kind == "hangs":
             print("waits", flush=True)
-            threading.Event().wait(300)  # nothing wakes it
+            threading.Event().wait(3000)  # nothing wakes it, and no test waits that long
         if self.kind == "raises":
             raise RuntimeError("on purpose, on one rank only")
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def accident(root: Path, kind: str, rank: int = 1) -> None:
-    train(root, [Watchdog(silence=60 if kind == "raises" else 4), Accident(kind, rank)], devices=2, strategy="fsdp2")
+    silence = SILENCE if kind == "hangs" else 3000
+    train(root, [Watchdog(silence=silence), Accident(kind, rank)], devices=2, strategy="fsdp2")
 
 
 def test_a_hang_says_where_and_ends(tmp_path: Path) -> None:
@@ -56,7 +59,7 @@ def test_a_hang_says_where_and_ends(tmp_path: Path) -> None:
     log = job.log()
     assert re.search(r"The job ends: rank [01] has not moved for \d+ s \(step of step 3\)", log), log
     for rank in (0, 1):
-        assert re.search(rf"^{rank} +3 +step +\d s +- +python3.11/threading.py:\d+ wait$", log, re.MULTILINE), log
+        assert re.search(rf"^{rank} +3 +step +\d+ s +- +python3.11/threading.py:\d+ wait$", log, re.MULTILINE), log
     stacks = sorted((tmp_path / "stacks").glob("*/rank-*.txt"))
     assert [file.name for file in stacks] == ["rank-00000.txt", "rank-00001.txt"]
     assert all("in on_train_batch_start" in file.read_text() for file in stacks)
@@ -66,9 +69,7 @@ def test_a_hang_says_where_and_ends(tmp_path: Path) -> None:
 def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
     job = Job(tmp_path, accident, tmp_path, "raises", world_size=2)
     job.until("waits")
-    started = time.monotonic()
     assert job.wait() == [1, 1]
-    assert time.monotonic() - started < 30
     log = job.log()
     assert "rank 1 raised\nTraceback" in log
     assert log.index("RuntimeError: on purpose, on one rank only") < log.index("rank  step  phase"), "traceback first"
@@ -78,9 +79,7 @@ def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
 def test_rank_0_that_raises_ends_the_others(tmp_path: Path) -> None:
     job = Job(tmp_path, accident, tmp_path, "raises", 0, world_size=2)
     job.until("waits", rank=1)
-    started = time.monotonic()
     assert job.wait() == [1, 1]
-    assert time.monotonic() - started < 30
     assert "Rank 1 ends: rank 0 raised\nTraceback" in job.log(1)
     assert "RuntimeError: on purpose" in job.log(0)
 
@@ -90,9 +89,7 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
     job = Job(tmp_path, accident, tmp_path, "hangs", world_size=2)
     job.until("waits")
     job.signal(signal.SIGKILL)
-    started = time.monotonic()
     assert job.wait() == [-signal.SIGKILL, 1]
-    assert time.monotonic() - started < 30
     assert "Rank 1 ends: rank 0, where all ranks meet, is gone" in job.log(1)
 
 
@@ -112,7 +109,7 @@ def test_ranks_that_all_raise_do_so_themselves(pool: RankPool, tmp_path: Path) -
     assert pool.run(2, all_raise, tmp_path) == ["rank 0, []", "rank 1, []"]
 
 
-def phases(root: Path) -> tuple[list[str], float]:
+def phases(root: Path) -> tuple[list[str], int]:
     seen: list[str] = []
 
     class Spy(Watchdog):
@@ -121,16 +118,19 @@ def phases(root: Path) -> tuple[list[str], float]:
             super().on_train_batch_end(*args)
 
     train(root, [Spy()], devices=2, strategy="fsdp2", max_steps=2, max_epochs=None)
-    started = time.perf_counter()
-    for _ in range(10_000):
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(event))
+    try:
         enter_phase("forward")
-    return seen, (time.perf_counter() - started) / 10_000
+    finally:
+        sys.setprofile(None)
+    return seen, sum(event in ("call", "c_call") for event in calls)
 
 
 def test_a_healthy_run_is_left_alone_and_says_where_it_is(pool: RankPool, tmp_path: Path) -> None:
-    for seen, cost in pool.run(2, phases, tmp_path):
+    for seen, calls in pool.run(2, phases, tmp_path):
         assert seen == ["1 optimizer", "2 optimizer"]
-        assert cost < 20e-6, "microseconds on a busy machine, nanoseconds on a quiet one"
+        assert calls <= 5, "it is called many times a step: function calls, for time depends on what else runs"
 
 
 def unreachable(root: Path) -> list[str]:
@@ -173,22 +173,34 @@ def test_a_phase_inside_a_phase() -> None:
     assert current.phase == "save", "where it failed"
 
 
-def waits_alone() -> tuple[str, str]:
-    """The first of two ranks in a collective that the other comes late to."""
-    found: list[tuple[str, str]] = []
+def waits_alone(folder: Path) -> tuple[str, str]:
+    """The first of two ranks in a collective; the other comes once that has been seen."""
+    seen, found = folder / "seen", ("", "")
     dist.init_process_group("gloo")
     dist.barrier()
-    if dist.get_rank() == 1:
-        time.sleep(1)
-    thread = threading.Thread(target=lambda: (time.sleep(0.5), found.append(current_call())))
-    thread.start()
+
+    def look() -> None:
+        nonlocal found
+        end = time.monotonic() + 300
+        while not found[0] and time.monotonic() < end:
+            time.sleep(0.01)
+            found = current_call()
+        seen.touch()
+
+    if dist.get_rank() == 0:
+        thread = threading.Thread(target=look)
+        thread.start()
+        dist.all_reduce(torch.ones(1))
+        thread.join()
+        return found
+    while not seen.exists():
+        time.sleep(0.01)
     dist.all_reduce(torch.ones(1))
-    thread.join()
-    return found[0]
+    return current_call()
 
 
-def test_the_collective_is_read_from_the_stack(pool: RankPool) -> None:
-    (first, line), (second, _) = pool.run(2, waits_alone)
+def test_the_collective_is_read_from_the_stack(pool: RankPool, tmp_path: Path) -> None:
+    (first, line), (second, _) = pool.run(2, waits_alone, tmp_path)
     assert first == "all_reduce"
     assert line.startswith("distributed/distributed_c10d.py:")
     assert second == "", "it had been over"

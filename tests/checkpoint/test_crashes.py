@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.record import RecordedFile
-from tests.callbacks.runs import train
+from tests.callbacks.runs import train, written
 from tests.checkpoint.crash_trials import trials
 from tests.pool import RankPool
 from tests.processes import call
@@ -113,21 +112,18 @@ def train_on(root: Path, kind: str, background: bool) -> tuple[list[Any], list[s
         disk = Disk(4, partial(breaking, root))
         options: dict[str, Any] = {"max_steps": 8, "max_epochs": None, "limit_val_batches": 0}
         try:
-            result = train(root, [Slow(0.2 if background else 0.0), disk, callback], **options)
+            result = train(root, [Written(), disk, callback], **options)
         finally:
             if disk.mend is not None:
                 disk.mend()
     return result["journal"], [str(w.message) for w in warned], callback.failed_saves
 
 
-class Slow(Callback):
+class Written(Callback):
     """Lets a save in the background get to the disk while it is as it is."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
     def on_train_batch_start(self, *args: Any) -> None:
-        time.sleep(self.seconds)
+        written()
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])

@@ -49,6 +49,7 @@ def index_and_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("kind", ["workers", "stream"])
+@pytest.mark.exact
 def test_data_goes_on_row_by_row(pool: RankPool, tmp_path: Path, kind: str) -> None:
     """With batches that workers have built ahead, and in the middle of a stream: on the same ranks and on others."""
     whole = train(pool, tmp_path / "whole", "fsdp2 ×2", False, kind=kind)

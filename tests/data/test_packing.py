@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from automodel_trainer.data.batches import IGNORED, Document, collate_packed, collate_padded, padded_width
 from automodel_trainer.data.packing import epoch_order, pack
+from tests.harness import close
 from tests.tiny import tiny_model
 
 
@@ -128,9 +129,9 @@ def test_a_packed_row_has_the_losses_of_its_documents_alone(attention: str) -> N
         alone = losses(collate_packed([[one]], len(one.input_ids), pad_id=0)).sum()
         within = row[start : start + len(one.input_ids) - 1].sum()
         assert alone > 0
-        torch.testing.assert_close(within, alone, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(padded[index].sum(), alone, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(row.sum(), padded.sum(), rtol=1e-5, atol=1e-5)
+        close(within, alone)
+        close(padded[index].sum(), alone)
+    close(row.sum(), padded.sum())
 
 
 def test_filler_rows_have_finite_logits() -> None:

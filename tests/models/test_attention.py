@@ -14,6 +14,7 @@ from automodel_trainer.models._transformers import attention_in_use, packing_wit
 from automodel_trainer.models.kernels import attention
 from automodel_trainer.models.kernels.attention import NAME, document_block_mask, install_attention_kernel
 from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels
+from tests.harness import close
 from tests.tiny import tiny_model
 
 
@@ -96,8 +97,8 @@ def test_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
         install_attention_kernel(model)
         monkeypatch.setattr(attention, "sdpa_mask", None)  # it would be called for a whole mask
         out = model(**inputs).logits
-    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(out[:1, 100:128], alone, rtol=1e-4, atol=1e-5)
+    close(out, wanted)
+    close(out[:1, 100:128], alone)
 
 
 def test_other_rows_go_to_sdpa() -> None:
@@ -108,8 +109,8 @@ def test_other_rows_go_to_sdpa() -> None:
     mask[0, 20:] = 0
     wanted = model(input_ids=ids).logits, model(input_ids=ids, attention_mask=mask).logits
     install_attention_kernel(model)
-    torch.testing.assert_close(model(input_ids=ids).logits, wanted[0])
-    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, wanted[1])
+    close(model(input_ids=ids).logits, wanted[0])
+    close(model(input_ids=ids, attention_mask=mask).logits, wanted[1])
 
 
 def test_choice() -> None:

@@ -19,6 +19,7 @@ from automodel_trainer.models.kernels.norm import Norm, swap_norms
 from automodel_trainer.models.kernels.rope import restore_rope, rotate_half, swap_rope
 from automodel_trainer.modules.loss import summed_loss
 from automodel_trainer.nn.deferred_logits import DeferredLogits
+from tests.harness import close
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def test_norms_are_known_by_what_they_compute(family: str, norm: Norm) -> None:
     assert set(seen) == {norm}
     ids = torch.randint(5, 260, (2, 9))
     plain = tiny_model(family)
-    torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    close(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
@@ -98,7 +99,7 @@ def test_rope_is_exchanged_and_put_back() -> None:
 
     assert swap_rope(model, kernel, CPU) == [f"{home.__name__}.apply_rotary_pos_emb"]
     swap_rope(model, kernel, CPU)  # not around itself
-    torch.testing.assert_close(model(input_ids=ids).logits, wanted)
+    close(model(input_ids=ids).logits, wanted)
     assert len(calls) == 2
     restore_rope(model)
     assert home.apply_rotary_pos_emb is original

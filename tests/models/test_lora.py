@@ -23,6 +23,7 @@ from automodel_trainer.models.lora import (
 )
 from automodel_trainer.models.lora.initialize import principal_factors
 from automodel_trainer.modules.optim import OptimizerConfig, build_optimizer
+from tests.harness import close
 from tests.tiny import tiny_config, tiny_model
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
@@ -99,8 +100,8 @@ def test_pissa_takes_the_principal_part_out_of_the_base() -> None:
         update = adapter.scaling * adapter.b.weight @ adapter.a.weight
         left, values, right = torch.linalg.svd(weight)
         best = left[:, :4] * values[:4] @ right[:4]
-        torch.testing.assert_close(update, best, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(adapter.module.weight + update, weight, atol=1e-6, rtol=1e-5)
+        close(update, best)
+        close(adapter.module.weight + update, weight)
     with pytest.raises(ValueError, match="more than a weight of shape"):
         principal_factors(torch.ones(3, 8), 4, 1.0)
 
@@ -116,7 +117,7 @@ def test_dora_begins_with_the_norms_of_the_base() -> None:
     model = adapted(use_dora=True)
     for adapter in adapters(model):
         assert adapter.magnitude is not None
-        torch.testing.assert_close(adapter.magnitude, adapter.module.weight.norm(dim=1))  # type: ignore[operator]
+        close(adapter.magnitude, adapter.module.weight.norm(dim=1))  # type: ignore[operator]
 
 
 def test_the_base_is_held_in_the_compute_dtype_and_ties_stay() -> None:

@@ -19,7 +19,7 @@ from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig, adapters
 from automodel_trainer.models.lora.adapter_files import load_adapter, save_adapter, trained_tensors
 from automodel_trainer.models.lora.initialize import initialize_adapter
-from tests.harness import NextToken, make_strategy, random_rows, reference_step, relative_error, stack
+from tests.harness import NextToken, close, make_strategy, random_rows, reference_step, relative_error, stack
 from tests.tiny import tiny_model
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
@@ -76,7 +76,7 @@ def test_peft_reads_ours_and_we_read_it_back(case: str, tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "adapter")
     expected = model(IDS).logits
     assert (expected - AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits).abs().max() > 1e-2
-    torch.testing.assert_close(peft_model(folder, tmp_path / "adapter").eval()(IDS).logits, expected, atol=1e-5, rtol=0)
+    close(peft_model(folder, tmp_path / "adapter").eval()(IDS).logits, expected)
     again = AutoModelForCausalLM.from_pretrained(folder, lora=LoRAConfig(adapter=str(tmp_path / "adapter"))).eval()
     assert torch.equal(again(IDS).logits, expected)
     save_adapter(again, tmp_path / "copy")
@@ -119,10 +119,10 @@ def test_we_read_peft(case: str, tmp_path: Path) -> None:
         ).eval()
         theirs.save_pretrained(tmp_path / "adapter")
     ours = AutoModelForCausalLM.from_pretrained(folder, lora=LoRAConfig(adapter=str(tmp_path / "adapter"))).eval()
-    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=0)
+    close(ours(IDS).logits, theirs(IDS).logits)
     save_adapter(ours, tmp_path / "copy")
     back = peft_model(folder, tmp_path / "copy").eval()
-    torch.testing.assert_close(back(IDS).logits, ours(IDS).logits, atol=1e-5, rtol=0)
+    close(back(IDS).logits, ours(IDS).logits)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_orthogonal_draws_what_peft_draws(tmp_path: Path) -> None:
     layer = theirs.base_model.model.model.layers[0].self_attn.q_proj
     torch.manual_seed(5)
     layer.orthogonal_init("default")
-    torch.testing.assert_close(adapter.a.weight, layer.lora_A["default"].weight)
-    torch.testing.assert_close(adapter.b.weight, layer.lora_B["default"].weight)
+    close(adapter.a.weight, layer.lora_A["default"].weight)
+    close(adapter.b.weight, layer.lora_B["default"].weight)
 
 
 def test_training_goes_on_from_a_peft_adapter(tmp_path: Path) -> None:

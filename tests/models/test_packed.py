@@ -15,7 +15,7 @@ from automodel_trainer.models.lora import LoRAConfig, adapters
 from automodel_trainer.models.quantization.quantize import is_packed
 from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor, pack
 from tests.beside import use
-from tests.harness import make_strategy, relative_error
+from tests.harness import close, make_strategy, relative_error
 from tests.models.test_lora_layouts import train
 from tests.models.test_qlora import with_libraries
 from tests.pool import RankPool
@@ -83,7 +83,7 @@ def test_linear_is_that_of_the_unpacked_weight_and_keeps_no_dense_copy(packing: 
     assert [type(t) for t in saved] == [type(packed)]
     (gradient,) = torch.autograd.grad(out.square().sum(), x)
     (expected,) = torch.autograd.grad(F.linear(x, dense, bias).square().sum(), x)
-    torch.testing.assert_close(gradient, expected)
+    close(gradient, expected)
     half = packed.to(torch.bfloat16)
     assert torch.equal(half.get_original_weight(), dense.bfloat16())
     with pytest.raises(NotImplementedError, match="unpack it"):
@@ -108,12 +108,12 @@ def test_logits_and_gradients_are_those_of_the_unpacked_base(bases: Path, packin
         for adapter in (one, other):
             torch.nn.init.constant_(adapter.b.weight, 0.02)
     assert kinds == ({2} if family == "dense" else {2, 3})
-    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, atol=1e-6, rtol=1e-5)
+    close(model(IDS).logits, plain(IDS).logits)
     for one in (model, plain):
         one(IDS).logits.square().mean().backward()
     for one, other in zip(adapters(model), adapters(plain)):
-        torch.testing.assert_close(one.a.weight.grad, other.a.weight.grad)
-        torch.testing.assert_close(one.b.weight.grad, other.b.weight.grad)
+        close(one.a.weight.grad, other.a.weight.grad)
+        close(one.b.weight.grad, other.b.weight.grad)
 
 
 LAYOUTS = {

@@ -15,6 +15,7 @@ from automodel_trainer.modules import linear_cross_entropy as chunks
 from automodel_trainer.modules.linear_cross_entropy import linear_cross_entropy
 from automodel_trainer.modules.loss import losses_and_predictions, summed_loss, token_losses
 from automodel_trainer.nn.deferred_logits import DeferredLogits, defer_logits, deferred_logits
+from tests.harness import close
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"vocab_size": 300, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
@@ -110,16 +111,16 @@ def test_models(name: str) -> None:
         deferred = model(input_ids=ids).logits
     assert isinstance(deferred, DeferredLogits)
     assert (deferred.plain_weight is None) == (name == "soft cap")
-    torch.testing.assert_close(deferred.whole(), logits)
+    close(deferred.whole(), logits)
     losses, predictions = losses_and_predictions(deferred, targets)
-    torch.testing.assert_close(losses.sum(), wanted)
+    close(losses.sum(), wanted)
     torch.testing.assert_close(predictions, logits.argmax(-1).flatten())
-    torch.testing.assert_close(token_losses(deferred, targets), token_losses(logits, targets))
+    close(token_losses(deferred, targets), token_losses(logits, targets))
     loss = summed_loss(deferred, targets)
     loss.backward()
-    torch.testing.assert_close(loss, wanted)
+    close(loss, wanted)
     for key, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, reference[key])
+        close(parameter.grad, reference[key])
 
 
 def test_other_uses_get_real_logits() -> None:
@@ -127,9 +128,9 @@ def test_other_uses_get_real_logits() -> None:
     hidden = torch.randn(2, 3, 8)
     deferred = DeferredLogits(hidden, head.forward, head)
     real = head(hidden)
-    torch.testing.assert_close(deferred[:, -1], real[:, -1])
-    torch.testing.assert_close(torch.softmax(deferred, -1), real.softmax(-1))  # type: ignore[call-overload]
+    close(deferred[:, -1], real[:, -1])
+    close(torch.softmax(deferred, -1), real.softmax(-1))  # type: ignore[call-overload]
     torch.testing.assert_close(deferred.argmax(-1), real.argmax(-1))
-    torch.testing.assert_close((2 * deferred / 3).float().whole(), 2 * real / 3)
-    torch.testing.assert_close(deferred * real, real * real)
+    close((2 * deferred / 3).float().whole(), 2 * real / 3)
+    close(deferred * real, real * real)
     assert deferred.shape == real.shape

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from automodel_trainer import CausalLMModule, Trainer
-from tests.harness import Batch, NextToken, check_steps, make_strategy, train_steps
+from tests.harness import Batch, NextToken, check_steps, close, make_strategy, train_steps, with_limits
 from tests.pool import RankPool
 from tests.strategies.test_tensor import LATENT, MOE
 from tests.tiny import tiny_model
 
 STEPS, ROWS, MAX_NORM, LR = 3, 4, 0.5, 1e-2
+TERMS = 32  # a logit is a sum over the hidden size
 FORMATS = {"plain": 24, "packed": 24, "padded": 24, "packed, ragged": 29, "padded, ragged": 29, "plain, ragged": 27}
 WINDOW = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 SINGLE_KV = {"num_key_value_heads": 1}
@@ -52,7 +53,7 @@ def train(spec: str, world_size: int, family: str, form: str, overrides: dict[st
         model.set_attn_implementation(attention)
     strategy.parallelize(model)
     # eps: Adam turns a gradient of 1e-9, which is rounding, into a full step
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-3)
     result = train_steps(
         strategy, NextToken(model), optimizer, lambda step: rows_of(form, step), 2, steps=STEPS, max_norm=MAX_NORM
     )
@@ -81,7 +82,7 @@ def train(spec: str, world_size: int, family: str, form: str, overrides: dict[st
     ],
 )
 def test_parity(pool: RankPool, spec: str, world_size: int, family: str, form: str, overrides: dict[str, Any]) -> None:
-    expected = train("auto", 1, family, form, dict(overrides))
+    expected = with_limits(lambda: train("auto", 1, family, form, dict(overrides)))
     assert expected["method"] is None
     for result in pool.run(world_size, train, spec, world_size, family, form, dict(overrides)):
         check_steps(result, expected)
@@ -130,7 +131,7 @@ def test_split_and_gather(pool: RankPool) -> None:
     assert results[0][1][0].tolist() == [0, 1, 6, 7]
     assert results[1][1][0].tolist() == [2, 3, 4, 5]
     expected = tiny_model()(input_ids=torch.arange(14).view(2, 7)).logits
-    torch.testing.assert_close(results[1][2], expected)
+    close(results[1][2], expected.detach(), TERMS)
     assert "amt_cp" not in str(results[0][3])
 
 
@@ -161,5 +162,6 @@ def test_evaluation_sees_whole_rows(pool: RankPool) -> None:
     metrics, scores = evaluate("auto", 1)
     assert metrics.keys() == {"val_loss", "val_perplexity", "val_token_accuracy"}
     for found, parts in pool.run(2, evaluate, "fsdp2:cp=2", 2):
-        assert found == pytest.approx(metrics, rel=1e-5)
-        torch.testing.assert_close(parts, scores)
+        for name, value in metrics.items():
+            close(torch.tensor(found[name]), torch.tensor(value), TERMS, name)
+        close(parts, scores, TERMS)

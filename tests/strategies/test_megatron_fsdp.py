@@ -21,10 +21,20 @@ from automodel_trainer.nn.uneven import is_uneven, placed_like
 from automodel_trainer.strategies import MegatronFSDPStrategy, StrategyRegistry
 from automodel_trainer.strategies.megatron import _megatron_fsdp as package
 from tests.callbacks import runs
-from tests.harness import NextToken, check_steps, make_strategy, random_rows, reference_step, relative_error, stack
+from tests.harness import (
+    NextToken,
+    check_steps,
+    make_strategy,
+    random_rows,
+    reference_steps,
+    relative_error,
+    stack,
+    train_steps,
+    with_limits,
+)
 from tests.pool import RankPool
 from tests.strategies.gloo import streams_on_cpu
-from tests.strategies.test_parity import LENGTH, LR, MAX_NORM, ROWS, STEPS
+from tests.strategies.test_parity import EPS, LR, MAX_NORM, STEPS, rows_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -132,7 +142,9 @@ def train(spec: str, world_size: int, micro: int, family: str, lora: dict[str, A
         if lora is not None:
             finish_lora(model)
         strategy.finalize_parameters(model)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, eps=EPS)
+        if world_size == 1:
+            return train_steps(strategy, NextToken(model), optimizer, rows_of, micro, steps=STEPS, max_norm=MAX_NORM)
         if package.wrapper_of(model) is not None:
             before = {name: whole(p).clone() for name, p in model.named_parameters()}
             package.shard_optimizer(optimizer)
@@ -140,7 +152,7 @@ def train(spec: str, world_size: int, micro: int, family: str, lora: dict[str, A
             assert all(torch.equal(whole(p), before[name]) for name, p in model.named_parameters())
         history = []
         for step in range(STEPS):
-            mine = random_rows(ROWS, LENGTH, seed=step)[strategy.dp_rank :: strategy.dp_size]
+            mine = rows_of(step)[strategy.dp_rank :: strategy.dp_size]
             micro_batches = [stack(mine[i : i + micro]) for i in range(0, len(mine), micro)]
             count = torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum()
             tokens = strategy.sum_over_rows(count)
@@ -156,9 +168,8 @@ def train(spec: str, world_size: int, micro: int, family: str, lora: dict[str, A
 
 def reference(family: str, **sizes: Any) -> Any:
     model = tiny_model(family, **sizes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-    history = [reference_step(model, random_rows(ROWS, LENGTH, seed=s), optimizer, MAX_NORM) for s in range(STEPS)]
-    return {"history": history, "weights": {n: p.detach() for n, p in model.named_parameters()}}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=EPS)
+    return reference_steps(model, optimizer, rows_of, steps=STEPS, max_norm=MAX_NORM)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +204,7 @@ def test_gradients_that_travel_in_bf16(pool: RankPool, stage: int, world_size: i
 @pytest.mark.parametrize(("spec", "world_size"), [("megatron_fsdp", 2), ("megatron_fsdp:tp=2", 4)])
 def test_lora(pool: RankPool, spec: str, world_size: int) -> None:
     """Held against the same adapters on one device."""
-    expected = train("auto", 1, 2, "llama", lora={"init": "orthogonal"})
+    expected = with_limits(lambda: train("auto", 1, 2, "llama", lora={"init": "orthogonal"}))
     for result in pool.run(world_size, train, spec, world_size, 2, "llama", lora={"init": "orthogonal"}):
         check_steps(result, expected)
 
@@ -249,7 +260,12 @@ def fit(root: Path, base: Path, strategy: str, max_steps: int, resume: bool, lor
             callbacks=[journal := runs.Journal()],
         )
         module = CausalLMModule(
-            base, tokenizer=tiny_tokenizer(), lr=1e-2, scheduler="constant", lora=LoRAConfig(rank=4) if lora else None
+            base,
+            tokenizer=tiny_tokenizer(),
+            lr=1e-2,
+            scheduler="constant",
+            optimizer=runs.ADAM,
+            lora=LoRAConfig(rank=4) if lora else None,
         )
         data = MockDataModule(264, seq_len=16, micro_batch_size=2, global_batch_size=8, num_samples=64, val_samples=4)
         trainer.fit(module, data, ckpt_path="last" if resume else None)

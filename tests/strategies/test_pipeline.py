@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.harness import NextToken, full, make_strategy, random_rows, relative_error, stack
+from tests.harness import NextToken, check_steps, full, make_strategy, random_rows, relative_error, stack
 from tests.pool import RankPool
-from tests.strategies.pipeline_runs import MOE, build, check, reference, train
+from tests.strategies.pipeline_runs import MOE, build, reference, train
 
 
 def uneven() -> list[dict[str, Any]]:
@@ -94,7 +94,7 @@ TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 )
 def test_parity(pool: RankPool, spec: str, world_size: int, family: str, options: dict[str, Any]) -> None:
     expected = reference(family, **options)
-    check(pool.run(world_size, train, spec, world_size, family, **options), expected)
+    check_steps(pool.run(world_size, train, spec, world_size, family, **options), expected)
 
 
 def let_go(spec: str, world_size: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,16 @@ from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.optim import OptimizerConfig
 from automodel_trainer.nn.flops import flops_per_token
 from automodel_trainer.strategies import Parallel3DStrategy, StrategyRegistry
-from tests.harness import NextToken, full, make_strategy, random_rows, stack
+from tests.harness import (
+    NextToken,
+    check_decided,
+    check_run,
+    full,
+    make_strategy,
+    random_rows,
+    stack,
+    widened,
+)
 from tests.pool import RankPool
 from tests.processes import Job
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -27,24 +35,33 @@ from tests.tiny import tiny_model, tiny_tokenizer
 PROMPT = torch.tensor([[7, 8, 9, 10, 11]])
 
 
-def run(root: Path, strategy: str, devices: int, family: str = "llama", **options: Any) -> dict[str, Any]:
+COMPARED = ("train_loss", "grad_norm", "val_loss", "val_token_accuracy", "lr")
+TOKENS = 8 * 16  # of a step
+
+
+def run(
+    root: Path, strategy: str, devices: int, family: str = "llama", precision: str = "32-true", **options: Any
+) -> dict[str, Any]:
     """Train, validate, predict and generate; what came out on this rank."""
     model = tiny_model(family, num_hidden_layers=4, **options)
     data = MockDataModule(264, seq_len=16, micro_batch_size=2, global_batch_size=8, num_samples=16, val_samples=5)
     trainer = Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, default_root_dir=root, logger=False, max_epochs=1,
         enable_progress_bar=False, enable_checkpointing=False, log_every_n_steps=1, num_sanity_val_steps=0,
-        callbacks=[Throughput()],
+        callbacks=[Throughput()], precision=precision,
     )  # fmt: skip
-    module = CausalLMModule(model, tokenizer=tiny_tokenizer(), lr=1e-2, optimizer=OptimizerConfig(args={"eps": 1e-4}))
-    trainer.fit(module, data)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    with torch.no_grad():
-        generated = module.generate(PROMPT, max_new_tokens=6, do_sample=False).tolist()
-    scored = trainer.predict(module, data.val_dataloader()) or []
+    module = CausalLMModule(model, tokenizer=tiny_tokenizer(), lr=1e-2, optimizer=OptimizerConfig(args={"eps": 1e-3}))
+    with widened(precision):
+        trainer.fit(module, data)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        with torch.no_grad():
+            generated = module.generate(PROMPT, max_new_tokens=6, do_sample=False)
+            logits = module.model(generated[:, :-1]).logits[0, PROMPT.shape[1] - 1 :] if devices == 1 else None
+        scored = trainer.predict(module, data.val_dataloader()) or []
     return {
+        "logits": logits,  # of the generated tokens
         "metrics": metrics,
-        "generated": generated,
+        "generated": generated.tolist(),
         "scores": torch.cat([part["log_probs"] for batch in scored for part in batch]),
         "weights": {name: full(p).detach().clone() for name, p in module.model.named_parameters()},
     }
@@ -61,33 +78,45 @@ def test_trainer(
     pool: RankPool, tmp_path: Path, strategy: str, devices: int, family: str, options: dict[str, Any]
 ) -> None:
     """Losses, metrics, scores and generated tokens are known on every rank and are those of one device."""
-    expected = run(tmp_path / "one", "auto", 1, family, **options)
+    expected = run(tmp_path / "exact", "auto", 1, family, precision="64-true", **options)
+    near = run(tmp_path / "one", "auto", 1, family, **options)
+    check_decided(expected["logits"], near["logits"])
     for result in pool.run(devices, run, tmp_path / "pipeline", strategy, devices, family, **options):
         metrics = result["metrics"]
-        for name in ("train_loss", "grad_norm", "val_loss", "val_token_accuracy", "lr"):
-            assert metrics[name] == pytest.approx(expected["metrics"][name], rel=1e-4), name
+        found, exact, one = ({n: r["metrics"][n] for n in COMPARED} for r in (result, expected, near))
+        check_run(found, exact, one, TOKENS)
         assert 0 < metrics["pipeline_bubble"] < 1
         # every device's share of what the whole model takes
         flops = flops_per_token(tiny_model(family, num_hidden_layers=4, **options), 16)
         assert metrics["tflops_per_device"] * 1e12 == pytest.approx(flops * metrics["tokens_per_second"] / devices)
         assert result["generated"] == expected["generated"]
-        torch.testing.assert_close(result["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
-        for name, weight in result["weights"].items():
-            torch.testing.assert_close(weight, expected["weights"][name], rtol=1e-4, atol=1e-6)
+        check_run({"": result["scores"]}, {"": expected["scores"]}, {"": near["scores"]}, TOKENS)
+        names = result["weights"].keys()  # of this rank's stages
+        exact, one = ({name: r["weights"][name] for name in names} for r in (expected, near))
+        check_run(result["weights"], exact, one, TOKENS)
 
 
-def fit(root: Path, strategy: str, devices: int, folder: Path, lora: bool, epochs: int, resume: Path | None) -> Any:
+def fit(
+    root: Path,
+    strategy: str,
+    devices: int,
+    folder: Path,
+    lora: bool,
+    epochs: int,
+    resume: Path | None,
+    precision: str = "32-true",
+) -> Any:
     """Train from a folder on disk, save a checkpoint and export; the losses and where things are."""
     data = MockDataModule(264, seq_len=16, micro_batch_size=2, global_batch_size=8, num_samples=16, val_samples=5)
     trainer = Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, default_root_dir=root, logger=False, max_epochs=epochs,
-        enable_progress_bar=False, log_every_n_steps=1, num_sanity_val_steps=0,
+        enable_progress_bar=False, log_every_n_steps=1, num_sanity_val_steps=0, precision=precision,
     )  # fmt: skip
     module = CausalLMModule(
-        str(folder), lr=1e-2, scheduler="constant", optimizer=OptimizerConfig(args={"eps": 1e-4}),
+        str(folder), lr=1e-2, scheduler="constant", optimizer=OptimizerConfig(args={"eps": 1e-3}),
         lora=LoRAConfig(rank=4, init="orthogonal") if lora else None,
     )  # fmt: skip
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), widened(precision):
         warnings.filterwarnings("error", message=".*has no place for.*")
         checkpoint = trainer.fit(module, data, ckpt_path=resume)
     export = trainer.save_pretrained(root / "export")
@@ -104,21 +133,18 @@ def test_checkpoints(pool: RankPool, tmp_path: Path, strategy: str, devices: int
     source = tmp_path / "model"
     tiny_model(family, num_hidden_layers=4, tie_word_embeddings=True).save_pretrained(source)
     tiny_tokenizer().save_pretrained(source)
-    expected = fit(tmp_path / "one", "auto", 1, source, lora, 2, None)
+    exact = fit(tmp_path / "exact", "auto", 1, source, lora, 2, None, "64-true")
+    near = fit(tmp_path / "one", "auto", 1, source, lora, 2, None)
     half = pool.run(devices, fit, tmp_path / "half", strategy, devices, source, lora, 1, None)[0]
     here = pool.run(devices, fit, tmp_path / "here", strategy, devices, source, lora, 2, half["checkpoint"])[0]
     elsewhere = fit(tmp_path / "elsewhere", "auto", 1, source, lora, 2, half["checkpoint"])
     name = "adapter_model.safetensors" if lora else "model.safetensors"
-    weights = load_file(expected["export"] / name)
     for result in (here, elsewhere):
-        for metric in ("train_loss", "val_loss", "grad_norm"):
-            assert result["metrics"][metric] == pytest.approx(expected["metrics"][metric], rel=1e-4), metric
-        got = load_file(result["export"] / name)
-        assert got.keys() == weights.keys()
-        for key, weight in weights.items():
-            torch.testing.assert_close(got[key], weight, rtol=1e-3, atol=1e-5)
+        metrics = ({n: r["metrics"][n] for n in COMPARED[:3]} for r in (result, exact, near))
+        check_run(*metrics, TOKENS)
+        check_run(*(load_file(r["export"] / name) for r in (result, exact, near)), TOKENS)
     if lora:
-        configs = [json.loads((r["export"] / "adapter_config.json").read_text()) for r in (here, expected)]
+        configs = [json.loads((r["export"] / "adapter_config.json").read_text()) for r in (here, near)]
         assert configs[0] == configs[1]
 
 
@@ -205,10 +231,8 @@ def break_down(root: Path) -> None:
 
 def test_a_rank_that_raises_takes_the_others_down(tmp_path: Path) -> None:
     """The other rank stops waiting, and says where it was."""
-    began = time.monotonic()
     job = Job(tmp_path, break_down, tmp_path, world_size=2)
-    assert all(job.wait(timeout=60))
-    assert time.monotonic() - began < 30 + 15  # to start them
+    assert all(job.wait(timeout=600))  # a rank that waited for the other would wait for half an hour
     assert "planted in the backward of micro-batch 2" in job.log(1)
     assert "Pipeline rank 1 of 2: backward of micro-batch 2 on stage 1." in job.log(1)
     assert "waiting for gradients from stage 1 (pipeline rank 1)." in job.log(0)

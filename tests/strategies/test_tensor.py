@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
-from tests.harness import Batch, NextToken, check_steps, make_strategy, random_rows, reference_steps, train_steps
+from tests.harness import (
+    Batch,
+    NextToken,
+    check_steps,
+    make_strategy,
+    random_rows,
+    reference_steps,
+    train_steps,
+    with_limits,
+)
 from tests.pool import RankPool
 from tests.tiny import tiny_model
 
@@ -24,8 +33,8 @@ LATENT = {
 
 
 def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """With an eps above the rounding of a gradient: some biases have gradients that are zero but for that."""
-    return torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-5)
+    """With an eps far above the rounding of a gradient: some biases have gradients that are zero but for that."""
+    return torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-3)
 
 
 def rows_of(step: int) -> list[Batch]:
@@ -117,6 +126,6 @@ def test_parity(pool: RankPool, spec: str, world_size: int, family: str, overrid
 )
 def test_as_on_one_device(pool: RankPool, spec: str, world_size: int, family: str, overrides: dict[str, Any]) -> None:
     """Adapters, balancing loss and context parallel: held against the same run on one device."""
-    expected = train("auto", 1, family, **overrides)
+    expected = with_limits(lambda: train("auto", 1, family, **overrides))
     for result in pool.run(world_size, train, spec, world_size, family, **overrides):
         check_steps(result, expected)

@@ -131,7 +131,7 @@ def test_inspect_tells_what_there_is(run: Path, capsys: pytest.CaptureFixture[st
 
 def test_inspect_finds_damage(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run, tmp_path / "copy")
-    file = next((tmp_path / "copy" / "model").glob("*.safetensors"))
+    file = min((tmp_path / "copy" / "model").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(SystemExit) as ended:
         main(["inspect", str(tmp_path / "copy")])
