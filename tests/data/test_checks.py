@@ -28,7 +28,7 @@ def test_rendered() -> None:
     )
     assert (
         render_tokens(tokenizer, *encoded, limit=6)
-        == f"<|im_start|>user\n … ({len(encoded.input_ids) - 6} tokens more)"
+        == f"<|im_start|>user\n … ({len(encoded.input_ids) - 6} more tokens)"
     )
 
 
