@@ -21,6 +21,7 @@ __all__ = [
     "overlap_matmuls_with_collectives",
     "placeable",
     "reduce_scatter_first",
+    "shard_offsets",
 ]
 
 
@@ -64,6 +65,11 @@ def _waited(tensor: Tensor) -> Tensor:
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, without autograd; a plain tensor is returned unchanged."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def shard_offsets(tensor: DTensor) -> list[int]:
+    """Offsets of this rank's shard in the whole tensor, one per dimension. The shard must be contiguous."""
+    return list(tensor.__create_chunk_list__()[0].offsets)
 
 
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:

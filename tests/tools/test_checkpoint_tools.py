@@ -151,7 +151,7 @@ def test_a_checkpoint_in_object_storage(run: Path, tmp_path: Path, monkeypatch: 
     url = f"file://{run}"
     assert inspect(url)["step"] == 2
     assert all_tensors(merge(url, tmp_path / "merged")).keys() == all_tensors(run / "model").keys()
-    with pytest.raises(ValueError, match="is no whole checkpoint"):
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
         inspect(f"file://{tmp_path}/step-00000001")
 
 
