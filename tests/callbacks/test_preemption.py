@@ -242,7 +242,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
     job = Job(tmp_path, stuck_step, tmp_path)
     job.until("stuck")
     job.signal(signal.SIGINT)
-    job.until("Once more stops now")
+    job.until("Press again to stop now")
     job.signal(signal.SIGINT)
     started = time.monotonic()
     assert job.wait() == [-signal.SIGINT]
