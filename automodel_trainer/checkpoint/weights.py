@@ -110,8 +110,8 @@ def snapshot_weights(module: nn.Module, copy: Copy = keep) -> WeightSnapshot:
     """
     if lora_of(module) is not None:
         tensors, config = gather_adapter(module)  # these are copies already, of a few MB
-        files = {ADAPTER_WEIGHTS: tensors} if rank() == 0 else {}
-        return WeightSnapshot(files, adapter=config if rank() == 0 else None)
+        first = rank() == 0
+        return WeightSnapshot({ADAPTER_WEIGHTS: tensors} if first else {}, adapter=config if first else None)
     tensors = named_tensors(module)
     files, total = _plan(tensors)
     count = max((number for number, _ in files.values()), default=0)
