@@ -179,7 +179,7 @@ def planned_steps(trainer: pl.Trainer) -> int | None:
 
 
 def bytes_by_dtype(tensors: Iterable[Tensor]) -> dict[str, int]:
-    """Bytes of local tensors, by the names of their dtypes (or classes, for quantized tensors)."""
+    """Bytes of local tensors of any shape, by the names of their dtypes (or classes, for quantized tensors)."""
     sums: dict[str, int] = defaultdict(int)
     for tensor in tensors:
         if hasattr(tensor, "__tensor_flatten__"):  # a quantized tensor: count the tensors inside

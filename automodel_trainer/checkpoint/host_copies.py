@@ -13,7 +13,7 @@ Copy = Callable[[str, Tensor], Tensor]
 
 
 def keep(name: str, tensor: Tensor) -> Tensor:
-    """Return the tensor without a copy, for saves that end before training continues."""
+    """Return the tensor (any shape) without a copy, for saves that end before training continues."""
     return tensor
 
 
@@ -28,7 +28,15 @@ class HostBuffers:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """Copy a tensor (or the local shard of a DTensor). The copy is complete after `synchronize`."""
+        """Copy a tensor of any shape, or the local shard of a DTensor. The copy is complete after `synchronize`.
+
+        Args:
+            name: name of the buffer; the same in every save.
+            tensor: the tensor to copy.
+
+        Returns:
+            A tensor on the CPU, of the shape of the local shard.
+        """
         local = tensor.detach()
         local = local.to_local() if isinstance(local, DTensor) else local
         buffer = self._buffers.get(name)

@@ -89,7 +89,7 @@ def to_json(value: Any) -> str:
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Entry:
-    """Write tensors to a safetensors file one after another, and return the file's entry.
+    """Write tensors of any shape to a safetensors file one after another, and return the file's entry.
 
     The only extra memory is the copy of one tensor at a time, for tensors on a GPU.
 

@@ -63,7 +63,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor. A DTensor is gathered over its mesh (collective); a plain tensor is returned unchanged."""
+    """The tensor in its full shape. A DTensor is gathered over its mesh (collective); a plain one is not changed."""
     if is_uneven(tensor):
         return gather_uneven(tensor)
     if not isinstance(tensor, DTensor):

@@ -31,7 +31,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum of `x` over the ranks of `group`, as a new tensor of the same shape."""
+    """The sum of `x` `[…]` over the ranks of `group`, as a new tensor `[…]`."""
     # In compiled code, call the functional ops, which are part of the compiled graph (here and below).
     if torch.compiler.is_compiling():
         return _waited(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group.group_name))
@@ -63,7 +63,7 @@ def _waited(tensor: Tensor) -> Tensor:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor, without autograd; a plain tensor is returned unchanged."""
+    """This rank's shard of a DTensor of any shape, without autograd; a plain tensor is returned unchanged."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 

@@ -31,7 +31,9 @@ class Stages(Protocol):
     device: torch.device
 
     @property
-    def model(self) -> Any: ...
+    def model(self) -> Any:
+        """The model that is split."""
+        ...
 
 
 def mark(model: nn.Module, pipeline: Stages) -> None:
@@ -94,7 +96,7 @@ class WholeTensors:
         self.shapes = {name: (shape, dtype) for name, (_, shape, dtype) in facts.items()}
 
     def get(self, name: str) -> Tensor | None:
-        """The whole tensor on ranks of the first stage, None on others; a whole model's on all ranks.
+        """The whole tensor, in its full shape, on ranks of the first stage (of a whole model: on all); None elsewhere.
 
         Collective: all ranks must ask for the same names in the same order.
         """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 def replace_parameters(model: nn.Module, change: Callable[[nn.Parameter], Tensor]) -> None:
     """Replace every parameter `p` of the model, in place, with a parameter that holds `change(p)`.
 
-    Tied parameters stay tied: `change` is called once for each of them.
+    Tied parameters stay tied: `change` is called once for all of them. Shapes are arbitrary, before and after.
     """
     made: dict[int, nn.Parameter] = {}
     kept = []  # keeps the old parameters alive, because an id is unique only while its object lives

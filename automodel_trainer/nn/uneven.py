@@ -24,7 +24,7 @@ _OFFSETS = "_shard_offsets"
 
 
 def mark_uneven(tensor: Tensor, offsets: Sequence[int]) -> None:
-    """Mark `tensor`: this rank's shard begins at `offsets`, one per dimension of the whole tensor."""
+    """Mark a DTensor of any shape: this rank's shard begins at `offsets`, one per dimension of the whole tensor."""
     setattr(tensor, _OFFSETS, tuple(offsets))
 
 
@@ -40,7 +40,7 @@ def holds_nothing(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def gather_uneven(tensor: Tensor) -> Tensor:
-    """Gather the whole tensor. Collective.
+    """Gather the whole tensor, of shape `tensor.shape`. Collective.
 
     Every rank writes its shard into zeros, and an all-reduce over the sharded mesh axes sums them.
     """
@@ -57,7 +57,7 @@ def gather_uneven(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign_uneven(tensor: Tensor, full: Tensor) -> None:
-    """Copy this rank's part of the whole tensor `full` into the shard of `tensor`, in place."""
+    """Copy this rank's part of `full` (a whole tensor, of shape `tensor.shape`) into its shard, in place."""
     local = local_tensor(tensor)
     if local.numel():
         local.copy_(full[_region(tensor)])
@@ -96,7 +96,7 @@ def placed_like(value: Tensor, owner: Tensor) -> Tensor:
 
 
 def empty_like_shard(owner: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialized DTensor of dtype `dtype`, sharded and marked like the uneven `owner`."""
+    """An uninitialized DTensor of dtype `dtype` that has the shape, shards and mark of the uneven `owner`."""
     assert isinstance(owner, DTensor)
     local = torch.empty_like(local_tensor(owner).detach(), dtype=dtype)
     whole: dict[str, Any] = {"shape": owner.shape, "stride": owner.stride()}

@@ -137,7 +137,11 @@ def _device_name(device: torch.device) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line."""
+    """The command line.
+
+    Raises:
+        ValueError: a number of steps is less than 1, or the run ended too early.
+    """
     parser = argparse.ArgumentParser(
         prog="amt bench",
         description="Measure the training steps of a run's configuration: time, tokens per second, MFU, memory.",
