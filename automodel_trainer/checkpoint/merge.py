@@ -167,11 +167,19 @@ class Updates:
             self.whole.add(name)
 
     def check(self, on_disk: set[str], base: Path) -> None:
-        """Raises ValueError unless the base's files hold everything that is updated."""
+        """Check that the base's files have every tensor that the adapter updates.
+
+        Args:
+            on_disk: names of the tensors in the base's files.
+            base: the base's folder, for the error message.
+
+        Raises:
+            ValueError: a tensor is missing.
+        """
         if missing := self.source_of.keys() - on_disk:
             raise ValueError(
                 f"{base} has no {sorted(missing)[0]}, which the adapter updates: it is another base model, or its "
-                "files name their tensors in a way that cannot be traced."
+                "files use names that we cannot map. Give the base model that the adapter was trained on."
             )
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def group_micro_batches(loader: DataLoader, count: int) -> DataLoader:
     """
     if loader.batch_size is None:
         raise ValueError(
-            "accumulate_grad_batches > 1 needs a DataLoader with a batch_size. With a batch_sampler of your own, yield "
+            "accumulate_grad_batches > 1 needs a DataLoader with a batch_size. With a custom batch_sampler, yield "
             "lists of micro-batches, or use ChatDataModule(global_batch_size=…)."
         )
     return DataLoader(

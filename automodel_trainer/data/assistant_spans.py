@@ -171,7 +171,7 @@ def _substitute(message: Message, mark: str) -> Message:
     changed = {**message, **{key: mark for key in REASONING if message.get(key)}}
     if message.get("tool_calls"):
         changed["tool_calls"] = [_substitute_call(call, mark) for call in message["tool_calls"]]
-    if message.get("content") or changed == message:  # some templates refuse content beside reasoning and calls
+    if message.get("content") or changed == message:  # some templates refuse content next to reasoning and calls
         is_parts = isinstance(message.get("content"), list)
         changed["content"] = [{"type": "text", "text": mark}] if is_parts else mark
     return changed
@@ -206,7 +206,7 @@ def _check_content(chat: RenderedChat, i: int, span: Span) -> None:
 
 def _unplaced(chat: RenderedChat, i: int, reason: str) -> ValueError:
     return ValueError(
-        f"The turn of message {i} (assistant) cannot be placed in the rendered conversation: {reason}. Mark what "
-        f"the assistant writes with {{% generation %}} … {{% endgeneration %}} in the chat template, or use "
-        f"loss_on='all'. The conversation as rendered:\n{shortened(chat.text)}"
+        f"The turn of message {i} (assistant) cannot be placed in the rendered conversation: {reason}. Mark the "
+        f"assistant's text with {{% generation %}} … {{% endgeneration %}} in the chat template, or set loss_on='all'. "
+        f"The conversation as rendered:\n{shortened(chat.text)}"
     )

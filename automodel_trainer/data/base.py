@@ -78,9 +78,9 @@ class MicroBatchDataModule(LightningDataModule):
         sizes = {"micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
         for name, size in sizes.items():
             if size is not None and size < 1:
-                raise ValueError(f"{name}={size}: it must be at least 1.")
+                raise ValueError(f"{name}={size} must be at least 1.")
         if seq_len < 2:
-            raise ValueError(f"seq_len={seq_len}: it must be at least 2, one token and the one it predicts.")
+            raise ValueError(f"seq_len={seq_len} must be at least 2: a token and the next one, which it predicts.")
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.micro_batch_size = micro_batch_size
@@ -288,7 +288,10 @@ class MicroBatchDataModule(LightningDataModule):
 
     def _rows_of(self, split: str) -> Rows:
         if split not in self.rows:
-            raise ValueError(f"{type(self).__name__} has no {split} data; it has {sorted(self.rows) or 'none yet'}.")
+            raise ValueError(
+                f"{type(self).__name__} has no {split} data, only {sorted(self.rows) or 'none yet'}. Give it {split}="
+                " data, or call setup() first."
+            )
         return self.rows[split]
 
     def _limit(self) -> int | None:

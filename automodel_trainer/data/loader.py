@@ -99,7 +99,10 @@ class MicroBatchLoader:
 
     @property
     def _iterator(self) -> Any:
-        """The inner loader's iterator. Lightning looks for it here, as in torch's loaders, to shut down the workers."""
+        """The inner loader's iterator, a private attribute in torch (2.11-2.13).
+
+        Lightning looks for it under this name, as in torch's own loaders, to shut down the workers.
+        """
         return self._loader._iterator
 
     @_iterator.setter
