@@ -289,6 +289,7 @@ class DCPCheckpoint(Checkpoint):
         if self._requested:
             self._requested = False
             return True
+        # With several optimizers, a batch may advance the step by more than one and skip a multiple.
         if self.every_n_steps and step // self.every_n_steps > self._last_step // self.every_n_steps:
             return True
         epoch = trainer.current_epoch + 1
@@ -347,7 +348,7 @@ class DCPCheckpoint(Checkpoint):
         except CheckpointError as error:
             self._report(folder, error)
             self.scores = {name: score for name, score in self.scores.items() if name != folder.name}
-            self._last_saved = -1
+            self._last_saved = -1  # the step may be saved again
         else:
             self._note_time(self._saver.seconds)
             self.last_model_path = str(folder)

@@ -189,6 +189,7 @@ class Preemption(Callback):
             assert self._flag is not None
             self._work.wait()
             agreed = int(self._flag.item())
+        # All ranks run the same steps, so they start the same number of all-reduces.
         self._flag = torch.tensor(self._received)
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed

@@ -43,6 +43,7 @@ class SideChannel:
     def told(self, key: str) -> dict[int, Any]:
         """The values that ranks have stored under `key`, by rank."""
         names = {rank: f"{key}/{rank}" for rank in range(self.world_size)}
+        # `multi_get` is one round trip, but it waits for missing keys.
         if self._store.check(list(names.values())):
             return {rank: json.loads(value) for rank, value in zip(names, self._store.multi_get(list(names.values())))}
         return {rank: json.loads(self._store.get(name)) for rank, name in names.items() if self._store.check([name])}

@@ -107,7 +107,7 @@ class Throughput(Callback):
             self._collect(trainer)
             self._open_window(trainer)
         elif stepped and every and self._step % every == 0:
-            _synchronize(trainer.strategy.root_device)
+            _synchronize(trainer.strategy.root_device)  # the time of the window must include the device's work
             assert self._start is not None
             seconds = time.perf_counter() - self._start - self._paused
             self.last = self._measure(trainer, self._collect(trainer), seconds)

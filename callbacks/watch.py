@@ -91,6 +91,7 @@ class Watch:
     def _tell(self) -> None:
         self._beat += 1
         silent = time.monotonic() - current.since
+        # Read the stacks only if this rank has been in its phase for a while: it takes the GIL from the main thread.
         collective, line = current_call() if silent > 2 * INTERVAL else ("", "")
         place = {"step": current.step, "phase": current.phase, "silent": silent, "collective": collective, "line": line}
         self.channel.tell("place", {"beat": self._beat, **place})
@@ -106,7 +107,7 @@ class Watch:
         return None
 
     def _lost_rank(self) -> int | None:
-        now = time.monotonic()
+        now = time.monotonic()  # only the clock of this rank: the clocks of machines differ
         for rank, place in self.channel.told("place").items():
             beat, seen = self._signs.get(rank, (-1, now))
             self._signs[rank] = (place["beat"], now if place["beat"] != beat else seen)

@@ -38,7 +38,7 @@ def encode(value: Any, key: str = "") -> Any:
     if type(value) is list:
         return [encode(item, f"{key}[{i}]") for i, item in enumerate(value)]
     if type(value) in (tuple, set):
-        items = value if type(value) is tuple else sorted(value, key=repr)
+        items = value if type(value) is tuple else sorted(value, key=repr)  # the order of a set varies by process
         return {f"__{type(value).__name__}__": [encode(item, f"{key}[{i}]") for i, item in enumerate(items)]}
     return _encode_object(value, key)
 
@@ -64,7 +64,7 @@ def _decode(value: Any) -> Any:
         return [_decode(item) for item in value]
     if not isinstance(value, dict):
         return value
-    tag = next(iter(value)) if value else ""
+    tag = next(iter(value)) if value else ""  # `encode` writes the tag first
     if tag in _DECODERS:
         return _DECODERS[tag](value)
     return {name: _decode(item) for name, item in value.items()}

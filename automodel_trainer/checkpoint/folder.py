@@ -71,6 +71,7 @@ def publish(target: Path, folder: Path, written: Mapping[str, Entry]) -> None:
         size = (target / name).stat().st_size
         if size != entry["size"]:
             raise OSError(f"{name} has {size:,} bytes, but {entry['size']:,} were written: the disk lost some")
+    # Flush before the rename: after a power failure, a folder with its final name must be complete.
     write_manifest(target, entries, folder.name)
     for path in (*(path for path in target.rglob("*") if path.is_dir()), target):
         sync(path)

@@ -49,6 +49,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_json(file)
         content: dict[str, Any] = {key: kind(manifest[key]) for key, kind in _KEYS.items()}
+        # Compare the text, too: JSON ignores some damage, such as changed white space or a repeated key.
         if manifest[CHECKSUM] != _own_checksum(content) or file.read_text() != to_json(manifest):
             raise ValueError("its content does not match its checksum")
         sizes = {name: (int(entry["size"]), str(entry[CHECKSUM])) for name, entry in content["files"].items()}

@@ -97,6 +97,7 @@ def snapshot_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], copy
                 elif value is not None:
                     tensors.update(_stored(state, value, parameter))
     offsets = {name: _offsets(tensor) for name, tensor in tensors.items()}
+    # Ranks that hold the same shard have the same name and offsets.
     shared = own_share(f"{name}@{offsets[name]}" for name in tensors)
     mine = {name: t for name, t in tensors.items() if f"{name}@{offsets[name]}" in shared and not _is_nothing(t)}
     copies = {name: copy(f"optimizer/{name}", local_tensor(tensor)) for name, tensor in mine.items()}
@@ -304,7 +305,7 @@ def _stored(name: str, value: Any, parameter: Tensor) -> dict[str, Tensor]:
     for kind, python in _KINDS.items():
         if isinstance(value, Tensor) if kind == "0d" else type(value) is python:
             plain = value.full_tensor() if isinstance(value, DTensor) else value
-            dtype = torch.float64 if kind == "float" else None
+            dtype = torch.float64 if kind == "float" else None  # the precision of a Python float
             return {f"{name}:{kind}": torch.as_tensor(plain, dtype=dtype).detach().reshape(1)}
     raise ValueError(
         f"The optimizer state {name} is a {type(value).__name__}, but a checkpoint can hold only tensors and numbers."

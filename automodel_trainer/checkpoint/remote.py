@@ -186,7 +186,7 @@ class RemoteRuns:
     def _created(self, run: str, name: str) -> float:
         try:
             return float(json.loads(self._fs.cat_file(self._path(run, name, MANIFEST)))["created"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):  # the manifest is damaged
             return self._fs.modified(self._path(run, name, MANIFEST)).timestamp()
 
 

@@ -38,7 +38,7 @@ def fresh_rng_state(step: int, rank: int) -> dict[str, Any]:
     It is used when the checkpoint was saved on another number of ranks, so that its states do not fit.
     """
     before = rng_state()
-    seed = (step * 1_000_003 + rank) % 2**32
+    seed = (step * 1_000_003 + rank) % 2**32  # differs for all steps and ranks of a run; numpy accepts 32 bits
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

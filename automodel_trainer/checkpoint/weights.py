@@ -142,6 +142,7 @@ def _plan(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, int]], in
         sizes.update(held)
         for name in held:
             holders.setdefault(name, []).append(number)
+    # About one file per rank, so that all ranks write.
     limit = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, sum(sizes.values()) // world_size()))
     plan: dict[str, tuple[int, int]] = {}
     last = 0
@@ -149,7 +150,7 @@ def _plan(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, int]], in
         numbered = split_into_files({name: sizes[name] for name in group}, limit)
         for name, number in numbered.items():
             owners = holders[name]
-            plan[name] = last + number, owners[(last + number - 1) % len(owners)]
+            plan[name] = last + number, owners[(last + number - 1) % len(owners)]  # holders take turns
         last += max(numbered.values())
     return plan, sum(sizes.values())
 

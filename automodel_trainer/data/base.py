@@ -210,7 +210,7 @@ class MicroBatchDataModule(LightningDataModule):
             global_batch_size=self.rows_per_step,
             seed=self.seed,
             epoch=0 if progress is None else progress.processed,
-            shuffle=not getattr(trainer, "overfit_batches", 0),
+            shuffle=not getattr(trainer, "overfit_batches", 0),  # it repeats the same batches in every epoch
             drop_last=self.drop_last,
             num_workers=self.num_workers,
             limit=self._limit(),

@@ -167,6 +167,7 @@ class ChatDataModule(MicroBatchDataModule):
 
     def _check(self, store: TokenStore) -> None:
         """Refuse data that would train wrongly without an error. Checks `CHECKED` samples that have trained tokens."""
+        # Samples without a trained token will be left out, so check them only if there are no others.
         useful = np.flatnonzero(store.supervised > 0)
         if len(useful) == 0:
             useful = np.arange(len(store))
@@ -194,7 +195,7 @@ class ChatDataModule(MicroBatchDataModule):
             rows=len(groups),
             tokens=tokens,
             supervised=int(supervised.sum()),
-            capacity=len(groups) * self.seq_len if self.packing else tokens,
+            capacity=len(groups) * self.seq_len if self.packing else tokens,  # the width of padded rows varies
             overlong=int(overlong.sum()),
             overlong_action="truncated" if self.overlong == "truncate" else "dropped",
             unsupervised=without,
@@ -205,7 +206,7 @@ class ChatDataModule(MicroBatchDataModule):
             self.seq_len,
             self.packing,
             self.overlong,
-            self.val_split and (self.val_split, self.seed),
+            self.val_split and (self.val_split, self.seed),  # without a split, the rows do not depend on the seed
         )
         return SampleRows(store, groups, self.seq_len, stats, digest(*made_by))
 

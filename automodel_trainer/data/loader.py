@@ -92,6 +92,7 @@ class MicroBatchLoader:
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         end = len(self) if self._limit is None else min(len(self), self._limit)
+        # A new epoch begins after a complete one, and after an iteration that was abandoned.
         if self.batches_yielded >= end or (self.batches_yielded and not self._resumed):
             self.epoch += 1
             self.batches_yielded = 0
@@ -154,6 +155,7 @@ class MicroBatchLoader:
                 "weights."
             )
         size, batches = int(state["global_batch_size"]), int(state["batches_yielded"])
+        # Computed with the saved batch size: it may change between epochs.
         finished = batches * size >= len(self.rows) - (size - 1 if self.drop_last else 0)
         if size != self.global_batch_size and batches and not finished:
             raise ValueError(

@@ -183,10 +183,10 @@ class StreamRows:
         self._pieces = pieces
         self._ends = np.cumsum(store.lengths[pieces])
         total = int(self._ends[-1])
-        count = -(-total // width)
+        count = -(-total // width)  # rounded up
         self.lengths = np.full(count, width, dtype=np.int64)
         self.lengths[-1] = total - (count - 1) * width
-        starts = np.flatnonzero(np.diff(store.sample_ids[pieces], prepend=-1))
+        starts = np.flatnonzero(np.diff(store.sample_ids[pieces], prepend=-1))  # the first piece of each document
         begins = np.concatenate([[0], self._ends[:-1]])[starts]
         untrained = len(np.union1d(begins, np.arange(count) * width))  # the first token of every document and row
         self.stats = RowStats(len(starts), count, total, total - untrained, count * width)
@@ -207,7 +207,7 @@ class StreamRows:
         for piece in pieces:
             part = _cut(piece, max(0, start - offset), min(len(piece.input_ids), end - offset))
             offset += len(piece.input_ids)
-            if documents and documents[-1].sample_id == part.sample_id:
+            if documents and documents[-1].sample_id == part.sample_id:  # another piece of the same document
                 part = _join(documents.pop(), part)
             documents.append(part)
         return documents

@@ -90,6 +90,7 @@ class TokenStream:
                 chosen = order[start : start + DOCUMENTS_AT_ONCE].tolist()
                 encoded = encode_documents(self.tokenizer, [block[index] for index in chosen])
                 for document, (index, ids) in enumerate(zip(chosen, encoded), start=start):
+                    # Only the first document may be resumed in the middle.
                     token = at["token"] if document == at["document"] else 0
                     yield at["read"] + index, ids, {**at, "document": document, "token": token}
 

@@ -44,15 +44,15 @@ def tokenize(
 
     def build(scratch: Path | None) -> Dataset:
         where = {"keep_in_memory": True} if scratch is None else {"cache_file_name": str(scratch / "samples.arrow")}
-        samples = rows.with_format(None).map(
+        samples = rows.with_format(None).map(  # plain Python values, whatever format the user has set
             lambda batch, indices: _with_counts(encode(batch, indices)),
             batched=True,
             batch_size=100,
             with_indices=True,
             remove_columns=rows.column_names,
             features=_features(masked),
-            load_from_cache_file=False,
-            new_fingerprint=key,
+            load_from_cache_file=False,  # we have a cache of our own
+            new_fingerprint=key,  # otherwise `datasets` would hash the encoder with everything it refers to
             num_proc=_processes(len(rows)),
             desc="Tokenizing",
             **where,
