@@ -1,4 +1,4 @@
-"""Every use of a private Lightning name (lightning 2.6.6), so that an upgrade has one place to look at."""
+"""Every private Lightning name (lightning 2.6.6): the one file to check after an upgrade."""
 
 from __future__ import annotations
 
@@ -33,20 +33,21 @@ SubprocessLauncher = _SubprocessScriptLauncher
 
 
 def sync_rank_zero(rank: int) -> None:
-    """Tell every `rank_zero_*` helper which rank this process is."""
+    """Set the rank of this process in every copy of Lightning's `rank_zero_only`."""
     for helper in (rank_zero_only, utilities_rank_zero_only, fabric_rank_zero_only):
         helper.rank = rank  # type: ignore[attr-defined]
 
 
 class NotebookLauncher(_MultiProcessingLauncher):
-    """Runs `fit` in forked or spawned workers. The weights stay in the checkpoint folder.
+    """Runs `fit` in forked or spawned workers and leaves the weights in the checkpoint folder.
 
-    Lightning sends the module's state dict back through pickle, which sharded tensors do not survive; the caller gets
-    the checkpoint's path instead (`Trainer.fit` returns it).
+    Lightning would send the module's state dict back through pickle, which fails for sharded tensors. The caller gets
+    the path of the checkpoint instead (`Trainer.fit` returns it).
     """
 
     @property
     def is_interactive_compatible(self) -> bool:
+        """Whether a notebook can use it: only with forked workers."""
         return self._start_method == "fork"
 
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
@@ -73,9 +74,10 @@ def _settable(callback: Any, name: str) -> bool:
 
 
 class _QuietEpochLoop(_TrainingEpochLoop):
-    """Lightning broadcasts a SIGTERM flag and waits for the device before every batch, and only rank 0 is heard.
+    """Lightning's epoch loop without its SIGTERM broadcast.
 
-    The `Preemption` callback agrees on a stop without waiting, whichever rank got the signal.
+    Lightning broadcasts rank 0's SIGTERM flag before every batch and waits for the device to read it. The `Preemption`
+    callback lets ranks agree on a stop without waiting, and any rank may get the signal.
     """
 
     def _broadcast_sigterm_tensor(self) -> None:
@@ -83,13 +85,13 @@ class _QuietEpochLoop(_TrainingEpochLoop):
 
 
 def drop_advertisement() -> None:
-    """Lightning logs a hint about a product of its makers whenever a Trainer is made."""
+    """Filter out the product hint that Lightning logs whenever a Trainer is created."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not logger.filters:
         logger.addFilter(lambda record: "litlogger" not in record.getMessage().lower())
 
 
 def install_quiet_epoch_loop(trainer: pl.Trainer) -> None:
-    """Replace the training epoch loop before the first run."""
+    """Replace the Trainer's training epoch loop. Call it before the first run."""
     old = trainer.fit_loop.epoch_loop
     trainer.fit_loop.epoch_loop = _QuietEpochLoop(trainer, min_steps=old.min_steps, max_steps=old.max_steps)

@@ -1,14 +1,14 @@
-"""How long training stands still for a checkpoint: saved while it waits, and in the background.
+"""Measure how long training waits for a checkpoint, with synchronous and with async saves.
 
 python benchmarks/async_save.py                                       # CPU, a 50M-shaped model
-python benchmarks/async_save.py --model 1b --seq-len 2048             # a GPU: 1B, all parameters (16 GB a checkpoint)
+python benchmarks/async_save.py --model 1b --seq-len 2048             # a GPU: 1B, all parameters (16 GB per checkpoint)
 python benchmarks/async_save.py --model 8b --lora 16 --seq-len 2048   # a GPU: 8B, LoRA
 torchrun --nproc-per-node 2 benchmarks/async_save.py --model 1b       # several GPUs, fsdp2
 
-Weights are random, made on the device. `--root` should be on the disk that checkpoints go to, with room for two of
-them. Each command takes about `--seconds`: half for saves that are waited for, half for saves in the background; a line
-for each save says how it went. Look at the last line, a row of the table in docs/resume.md: `async save` should be what
-a copy to host memory takes, a small part of `save`, and `step meanwhile` near `step`.
+Weights are random and created on the device. `--root` should be on the disk for checkpoints, with room for two of them.
+Each command takes about `--seconds`: half for synchronous saves, half for async saves. It prints a line for each save.
+The last line is a row of the table in docs/resume.md: `async save` should be the time of a copy to host memory, a small
+part of `save`, and `step meanwhile` should be close to `step`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from automodel_trainer import AutoModelForCausalLM, CausalLMModule, LoRAConfig, 
 from automodel_trainer.callbacks import DCPCheckpoint
 
 _HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8}
-SAVES = 5  # the first one apart
-PATIENCE = 10.0  # seconds that the second save may begin late
+SAVES = 5  # without the first one
+PATIENCE = 10.0  # maximum delay of the second save, in seconds
 SHAPES: dict[str, dict[str, Any]] = {
     "50m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 32000}
     | {"num_attention_heads": 8, "num_key_value_heads": 4},
@@ -53,7 +53,7 @@ class RandomModel(CausalLMModule):
 
 
 class Clock(Callback):
-    """Seconds from the start of each step to the start of the next, the device waited for; ends the run in time."""
+    """Measures seconds from the start of each step to the next, with device syncs. Ends the run in time."""
 
     def __init__(self, saver: TimedCheckpoint, end: float) -> None:
         self.saver, self.end = saver, end
@@ -69,9 +69,9 @@ class Clock(Callback):
 
 
 class TimedCheckpoint(DCPCheckpoint):
-    """Saves so many steps after the checkpoint before was whole, so that no save waits for another.
+    """Saves a number of steps after the previous checkpoint is complete, so that no save waits for another.
 
-    Notes when each save began and training went on, and when the checkpoint was whole (rank 0).
+    It records when each save began, when training continued and, on rank 0, when the checkpoint was complete.
     """
 
     def __init__(self, every: int, **options: Any) -> None:
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace, root: Path, background: bool) -> dict[str, Any
 
 
 def summary(starts: list[float], saver: TimedCheckpoint, size: int) -> dict[str, Any]:
-    """Seconds: of steps while nothing is written and while something is, of saves, and until a checkpoint is whole."""
+    """Seconds per step with and without a write in flight, per save, and until a checkpoint is complete."""
     writing = [(begun, whole) for (begun, _), whole in zip(saver.saves, saver.whole)]
     quiet, busy = [], []
     for start, end in list(pairwise(starts))[2:]:  # the first steps allocate and compile
@@ -143,7 +143,7 @@ def summary(starts: list[float], saver: TimedCheckpoint, size: int) -> dict[str,
         "step_s": _median(quiet or busy),
         "step_while_writing_s": _median(busy or quiet),
         "stalls_s": stalls,
-        "first_stall_s": stalls[0],  # host memory is taken
+        "first_stall_s": stalls[0],  # includes the allocation of host memory
         "stall_s": _median(stalls[1:] or stalls),
         "whole_after_s": _median(whole - begun for begun, whole in writing),
     }
@@ -179,11 +179,11 @@ def main() -> None:
     try:
         for name, background in (("sync", False), ("async", True)):
             result[name] = run(args, base / name, background)
-            shutil.rmtree(base / name, ignore_errors=True)  # there may be no room for both
+            shutil.rmtree(base / name, ignore_errors=True)  # the disk may not have room for both
             print(name, json.dumps(result[name]), flush=True)
     finally:
         shutil.rmtree(base, ignore_errors=True)
-    if result["sync"]:  # rank 0
+    if result["sync"]:  # only on rank 0
         report(args, **result)
 
 

@@ -1,6 +1,6 @@
-"""Attention kernels at the shape of llama 8B, forward and backward, on one GPU: one document a row, and packed rows.
+"""Measure attention kernels at the shape of llama 8B, forward and backward, on one GPU.
 
-TFLOP/s count what is looked at: causal, and within documents only.
+Rows hold one document or several packed ones. TFLOP/s count only attended keys: causal, and within documents.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""What the compiler makes of one llama-8B block for an H100: its kernels, and the bytes each moves.
+"""Show the kernels that the compiler generates for one llama-8B block on an H100, and the bytes that each moves.
 
     python benchmarks/block_kernels.py                  # with LoRA, in bf16
     python benchmarks/block_kernels.py --fp8            # frozen weights in fp8
     python benchmarks/block_kernels.py --full --fp8     # all parameters trained, in fp8
-    python benchmarks/block_kernels.py --instructions   # and what their instructions take at least
+    python benchmarks/block_kernels.py --instructions   # also the minimum time of their instructions
 
-The block is traced with tensors that have shapes and no numbers, and lowered for a GPU that is not there: nothing runs.
-Memory-bound kernels take about their bytes by what the device copies a second (3 TB/s): so a change can be judged where
-there is no GPU. Bytes are the compiler's own count, which leaves out what is read through a buffer that is written in
-place. Needs torch 2.11 as built for CUDA, which installs without a GPU, with its triton.
+We trace the block with fake tensors and lower it for an H100. Nothing runs, so no GPU is needed. A memory-bound kernel
+takes about its bytes divided by the device's copy rate (3 TB/s), so we can judge a change without a GPU. The bytes are
+the compiler's own count, which misses reads through a buffer that is written in place. The script needs torch 2.11
+built for CUDA (it installs without a GPU) and its triton.
 
-Everything here that reaches into torch is for torch 2.11.0.
+It uses private names of torch 2.11.0.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from automodel_trainer.nn._torch import FAST_MATH
 from automodel_trainer.strategies.base.compile import compile_blocks
 
 ROWS, LENGTH = 2, 4096
-COPIED = 3.0e12  # bytes a second
+COPIED = 3.0e12  # bytes per second
 H100: dict[str, Any] = {
     "major": 9,
     "minor": 0,
@@ -75,7 +75,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.library.custom_op("block_kernels::attention_backward", mutates_args=())
 def attention_backward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    def laid_out(x: Tensor) -> Tensor:  # as cuDNN's are
+    def laid_out(x: Tensor) -> Tensor:  # like cuDNN's outputs
         return torch.empty_like(x.transpose(1, 2).contiguous()).transpose(1, 2)
 
     return laid_out(q), laid_out(k), laid_out(v)
@@ -107,7 +107,7 @@ ALL_ATTENTION_FUNCTIONS["block_kernels"] = lambda _, q, k, v, *args, **kwargs: (
 
 
 class Driver:
-    """Of triton."""
+    """The driver that triton asks for its target."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -117,7 +117,7 @@ class Driver:
 
 
 def lower(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], **options: Any) -> str:
-    """The code that would run `graph`, which is for a CPU, on a GPU."""
+    """The code that would run `graph`, which was traced for a CPU, on a GPU."""
     gpu, mode = torch.device("cuda", 0), torch._guards.detect_fake_mode(inputs)
     graph = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
     for node in graph.graph.nodes:
@@ -141,7 +141,7 @@ def lower(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], **options: Any)
 
 
 def backend(found: list[tuple[bool, str]]) -> Callable[..., Any]:
-    """Of `torch.compile`: keeps what a GPU would be given, and runs the graph as it is."""
+    """A backend of `torch.compile` that stores the code for a GPU and runs the graph eagerly."""
     device = DeviceProperties(
         type="cuda", index=0, cc=90, max_threads_per_block=1024,
         **{key: value for key, value in H100.items() if key != "minor"},
@@ -173,11 +173,12 @@ def backend(found: list[tuple[bool, str]]) -> Callable[..., Any]:
 
 
 def generated(fp8: bool, full: bool, gathered: bool) -> list[tuple[bool, str]]:
-    """Whether it is the backward's, and the code, of every graph of the block.
+    """For every graph of the block: whether it is the backward's, and its code.
 
     Args:
+        fp8: weights are multiplied in fp8.
         full: train all parameters, without adapters.
-        gathered: weights come in fp8.
+        gathered: weights are gathered in fp8.
     """
     found: list[tuple[bool, str]] = []
     config = transformers.LlamaConfig(
@@ -206,7 +207,7 @@ def generated(fp8: bool, full: bool, gathered: bool) -> list[tuple[bool, str]]:
 
 
 def give_codes(model: torch.nn.Module) -> None:
-    """Weights as FSDP2 leaves them when it gathers them in fp8."""
+    """Weights in the form that FSDP2 gathers in fp8."""
     for layer in model.modules():
         if isinstance(layer, fp8_together.Fp8Linear):
             codes = torch.empty(layer.weight.shape, dtype=torch.float8_e4m3fn)
@@ -215,7 +216,7 @@ def give_codes(model: torch.nn.Module) -> None:
 
 
 def calls(code: str) -> list[tuple[str, float | None]]:
-    """What the code calls, in order, with the bytes that a kernel of the compiler moves."""
+    """The calls in the code, in order, with the bytes that each compiled kernel moves."""
     pattern = r"async_compile\.triton\('(\w+)'.*?'kernel_num_gb': ([\d.e-]+)"
     moved = {name: float(gigabytes) * 1e9 for name, gigabytes in re.findall(pattern, code, re.DOTALL)}
     start = code.index("class Runner")

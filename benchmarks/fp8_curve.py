@@ -1,10 +1,10 @@
-"""200 steps on real text in bf16 and in fp8: the loss curves, as figures and as a picture.
+"""Compare the loss curves of 200 steps on real text in bf16 and in fp8.
 
 `python benchmarks/fp8_curve.py --picture docs/fp8_curve.png` trains one model after the other on one GPU (Ada, Hopper
-or later), the same random weights and the same packed rows of the standard library's sources, and prints each curve's
-mean over the last 20 steps. The picture needs matplotlib. `--json FILE` keeps the curves, and trains none that it holds
-already. `--tiny` compares fp32 with bf16, for a CPU; `--emulate` trains a smaller model on a CPU, where every number
-that fp8 would round is rounded as fp8 does.
+or later), from the same random weights and on the same packed rows of the standard library's sources. It prints the
+mean of each curve over the last 20 steps. The picture needs matplotlib. `--json FILE` stores the curves and skips those
+that the file has already. `--tiny` compares fp32 with bf16 on a CPU. `--emulate` trains a smaller model on a CPU and
+rounds values like fp8 would.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Curve(Callback):
 
 
 def train(name: str, args: argparse.Namespace, root: Path) -> Curve:
-    """One curve; `name` is a recipe of fp8, or the precision without it."""
+    """One loss curve. `name` is an fp8 recipe, or the precision of a run without fp8."""
     data = TextDataModule(
         str(real_text(root)),
         tokenizer=byte_tokenizer(),

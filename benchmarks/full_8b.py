@@ -1,16 +1,16 @@
-"""All parameters of a llama-8B-shaped model on 2 GPUs under FSDP2: `Trainer` beside a bare loop, in bf16 and in fp8.
+"""Train all parameters of a llama-8B-shaped model on 2 GPUs under FSDP2: `Trainer` against a bare loop, bf16 and fp8.
 
-`python benchmarks/full_8b.py` runs every case in processes of its own on the same GPUs, prints every step as it comes,
-and at the end tok/s a GPU, peak memory and the ratios to the bare loop's (the goals: 10,000 in bf16, 14,500 in fp8).
-Look at: "ours, fp8" against "ours, fp8, bf16 gather" (what `kernels.fp8_all_gather` brings), both against "peer, fp8",
-"ours, te fp8" against them, and whether mean losses agree between ours in bf16 and in fp8. "Weights kept": not gathered
-again in backward (`reshard_after_forward: false`).
+`python benchmarks/full_8b.py` runs each case in its own processes on the same GPUs. It prints every step and, at the
+end, tok/s per GPU, peak memory and the ratios to the bare loop (goals: 10,000 tok/s in bf16, 14,500 in fp8). Compare:
+"ours, fp8" with "ours, fp8, bf16 gather" (the gain of `kernels.fp8_all_gather`), both with "peer, fp8", and "ours, te
+fp8" with all of them. Check that our mean losses in bf16 and fp8 agree. "Weights kept" means that weights are not
+gathered again in the backward (`reshard_after_forward: false`).
 
-`--micro-batch-size 1` for less memory, 3 where memory is left, `--profile DIR` for the kernels of one more step,
-`--limit` seconds for a case (what it measured until then counts), `--layers 8` for a try, `--tiny` for CPU ranks with
-fp8 emulated. On one GPU (`--gpus 1`) 8 layers and 16 say together what a layer takes where nothing travels; 139 GiB
-hold 16 and their optimizer state. `--imagined` runs one rank of as many as `--gpus` says, on one GPU, with the others
-imagined: all but what travels (see `imagined.py`).
+Use `--micro-batch-size 1` to save memory, or 3 if there is memory left; `--profile DIR` for the kernels of one more
+step; `--limit` for the seconds of a case (steps measured until then count); `--layers 8` for a quick try; and `--tiny`
+for CPU ranks with emulated fp8. On one GPU (`--gpus 1`), runs with 8 and 16 layers together show the time of a layer
+without communication; 139 GiB are enough for 16 layers and their optimizer state. `--imagined` runs one rank of
+`--gpus` on one GPU and imagines the others; it leaves out the network (see `imagined.py`).
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ LR = 1e-5
 
 
 class Steps:
-    """Times steps by events of the device, prints each when the next but one has been asked for (nobody waits for the
-    device in between), and profiles one more than are asked for."""
+    """Times steps with events on the device, and profiles one more step at the end.
+
+    It prints a step after the next two are launched, so the host never waits for the device in between.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.profiler = args, None
@@ -78,7 +80,7 @@ class Steps:
             self._say(self._ended - 2)
 
     def finish(self, loss: float) -> None:
-        """loss: the mean of all steps that were asked for."""
+        """The results so far. `loss` is the mean over all steps."""
         for step in range(max(self._ended - 1, 1), self._ended + 1):
             self._say(step)
         say(f"{self.args.case}: mean loss {loss:.4f}")
@@ -168,7 +170,7 @@ def ours(args: argparse.Namespace) -> None:
 
 
 class WithLoss(nn.Module):
-    """A model and its loss, the logits of 2,048 tokens at a time."""
+    """A model and its loss, which computes the logits of 2,048 tokens at a time."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -185,7 +187,7 @@ class WithLoss(nn.Module):
 
 
 def peer(args: argparse.Namespace) -> None:
-    """A bare loop: FSDP2 and compilation block by block, fp32 weights and Adam, bf16 compute."""
+    """A bare loop: FSDP2 and compilation per block, fp32 weights and Adam state, bf16 compute."""
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -207,7 +209,7 @@ def peer(args: argparse.Namespace) -> None:
             local = parameter.to_local()  # type: ignore[operator]
             local.fill_(1.0) if "norm" in name else local.normal_(0, 0.02)
     rotary = net.model.model.rotary_emb
-    net.model.model.rotary_emb = type(rotary)(config=net.model.config).to(device)  # its frequencies were on meta
+    net.model.model.rotary_emb = type(rotary)(config=net.model.config).to(device)  # its frequencies are still on meta
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, fused=True)
     steps, generator = Steps(args), torch.Generator(device).manual_seed(rank())
     losses: list[Tensor] = []
@@ -255,7 +257,7 @@ def say(text: str) -> None:
 
 
 def launch(case: str, args: argparse.Namespace) -> dict[str, Any]:
-    """A case in processes of its own, ended after `--limit` seconds; what its steps were."""
+    """Run a case in its own processes for at most `--limit` seconds, and return its steps."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.gpus), "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command = [sys.executable] if args.imagined else command
@@ -280,7 +282,7 @@ def launch(case: str, args: argparse.Namespace) -> dict[str, Any]:
     if code:
         print(f"  {case} ended with {code} after {time.monotonic() - began:.0f} s (limit {args.limit})", flush=True)
         ends = [index for index, line in enumerate(others) if "failed (exitcode" in line]
-        print("".join(others[: min(ends, default=len(others))])[-4000:], flush=True)  # torchrun's own is beyond
+        print("".join(others[: min(ends, default=len(others))])[-4000:], flush=True)  # then torchrun's own
     return figures(args, steps)
 
 

@@ -1,7 +1,7 @@
-"""Does what CPU tests show hold on real GPUs? One process per case; `python benchmarks/gpu_smoke.py` runs all.
+"""Check on real GPUs what the tests check on CPUs. `python benchmarks/gpu_smoke.py` runs each case in a process.
 
-Cases: the loss curve of one GPU against two under every layout (NCCL, fp32), resume on another number of GPUs,
-host syncs inside a step, and the throughput of a 1B-shaped model in bf16.
+Cases: the loss curve of one GPU against two under every layout (NCCL, fp32), resume on another number of GPUs, host
+syncs inside a step, and the throughput of a 1B-shaped model in bf16.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ONE_B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "
 
 
 class RandomModel(CausalLMModule):
-    """A model with random weights, the same under every layout."""
+    """A model with random weights that are the same under every layout."""
 
     def __init__(self, shape: dict[str, Any], **kwargs: Any) -> None:
         with torch.device("meta"):
@@ -55,7 +55,7 @@ class Curve(Callback):
 
 
 class SyncWatch(Callback):
-    """Counts the places where the host waited for the device in steps that log nothing."""
+    """Count the places where the host waits for the device in steps without logging."""
 
     def __init__(self) -> None:
         self.places: dict[str, int] = {}

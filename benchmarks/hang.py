@@ -1,11 +1,11 @@
-"""Does the watchdog speak while NCCL hangs? `python benchmarks/hang.py` on two GPUs or more; says what it found.
+"""Check that the watchdog works while NCCL hangs. Run `python benchmarks/hang.py` on two or more GPUs.
 
-One rank misses the collectives of step 3 (`hangs`), raises there (`raises`) or is killed (`killed`), the others wait
-for it in NCCL. Expected of each: the processes end by themselves, with a code that is not 0, within 30 s of the
-accident; for `hangs` a table of all ranks and a file of stacks for each (NCCL's calls return at once: the table names
-where a result is waited for, not the collective); for `raises` the RuntimeError of rank 1. All cases run at the same
-time, some 40 s on two GPUs; one that has not ended after `--limit` seconds is killed and said to have hung. `--device
-cpu` tries the script itself.
+In step 3, one rank skips the collectives (`hangs`), raises (`raises`) or is killed (`killed`), and the others wait for
+it in NCCL. In each case the processes must end by themselves within 30 s, with a nonzero exit code. `hangs` must print
+a table of all ranks and write a file of stacks for each. (NCCL's calls return at once, so the table names the line that
+waits for a result, not the collective.) `raises` must print the RuntimeError of rank 1. All cases run at the same time,
+in about 40 s on two GPUs. A case that has not ended after `--limit` seconds is killed and reported as hung. `--device
+cpu` tests the script itself.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def ranks_on(device: str) -> int:
 
 
 class Case:
-    """One accident under one launcher, running."""
+    """A running case: one accident under one launcher."""
 
     def __init__(self, kind: str, launcher: str, device: str, base: Path) -> None:
         self.name, self.folder = f"{kind}, {launcher}", base / f"{kind}-{launcher}"

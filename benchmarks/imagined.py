@@ -1,10 +1,11 @@
-"""One process as rank 0 of several that are not there: what they would send is copied from what it has itself.
+"""Run one process as rank 0 of several ranks that do not exist. Data from other ranks is a copy of its own.
 
-So one GPU shows what a rank of a layout over more of them computes, holds and copies, with its shards and its gathered
-weights in their real sizes; and nothing of the network: a real step is longer by what its collectives do not hide.
-Numbers are not a model's (the other ranks' shards are this one's), but they are no zeros either.
+This way one GPU shows the computation, memory and copies of a rank in a layout over many GPUs, with shards and gathered
+weights in their real sizes. It shows nothing of the network: a real step is longer by the communication that it cannot
+overlap. The values are not those of a real model, because the other ranks' shards are copies of this rank's, but they
+are not zeros either.
 
-Uses torch's process group for tests, which copies what is gathered (private, torch 2.11 to 2.13).
+It uses torch's process group for tests, which copies gathered tensors (private, torch 2.11-2.13).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
 def imagine(world_size: int) -> None:
-    """Make every process group of this process, from now on, one of `world_size` ranks of which this is the first."""
+    """From now on, give every process group of this process `world_size` ranks, of which this is rank 0."""
     place = {"RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0, "NODE_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     place |= {"WORLD_SIZE": world_size, "TORCHELASTIC_RUN_ID": "imagined", "MASTER_PORT": 1}
     os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}

@@ -1,16 +1,17 @@
-"""Every choice of the `kernels:` section on one GPU, at the shapes of llama 8B: time and error of each.
+"""Measure time and error of every choice in the `kernels:` section on one GPU, at the shapes of llama 8B.
 
-`python benchmarks/kernels.py` (one H100, about two minutes; needs `pip install 'automodel-trainer[te,liger,fp8]'`; what
-is not installed is one line that says so). Two parts:
+`python benchmarks/kernels.py` takes about two minutes on one H100. It needs `pip install
+'automodel-trainer[te,liger,fp8]'`; for a library that is not installed it prints a line. It has two parts:
 
-* kernels: forward and backward of one layer, median of CUDA events, and ‖out − ref‖/‖ref‖ of the output (first) and
-  of every gradient against plain torch in fp32 on the same bf16 numbers. bf16 should stay below 1e-2, fp8 (3 or 2 bits
-  of mantissa) below 1e-1.
-* model: two layers through `Trainer`, 5 steps. Losses against eager fp32: bf16 within 1e-2, fp8 within 3e-2, else FAR.
+* kernels: forward and backward of one layer, as the median of CUDA events, and ‖out − ref‖/‖ref‖ of the output (first)
+  and of every gradient, against plain torch in fp32 on the same bf16 values. It should be below 1e-2 for bf16 and below
+  1e-1 for fp8 (3 or 2 bits of mantissa).
+* model: two layers through `Trainer`, 5 steps. Losses must match eager fp32 within 1e-2 for bf16 and 3e-2 for fp8;
+  otherwise the line says FAR.
 
-What to look at: `FASTEST` in automodel_trainer/models/kernels/choose.py should name the fastest of every section whose
-errors are like its neighbours'. `--parts kernels|model`, `--sections linear norm …`, `--seconds` for all together;
-`--tiny` is for a CPU, where most choices say that they need a GPU.
+`FASTEST` in automodel_trainer/models/kernels/choose.py should name the fastest choice of every section, if its errors
+are like those of the others. Options: `--parts kernels|model`, `--sections linear norm …`, and `--seconds` for the
+whole run. `--tiny` is for a CPU, where most choices need a GPU and say so.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _deadline = float("inf")
 
 @contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """TimeoutError after that long, or when the whole run is out of time."""
+    """Raise a TimeoutError after the given time, or when the time of the whole run is over."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"stopped after {seconds:.0f} s")
@@ -68,7 +69,7 @@ def report(section: str, name: str, text: str) -> None:
 
 
 def plain(function: Callable[..., Any]) -> Choice:
-    """A choice that is a function of the inputs."""
+    """A choice that is a plain function of the inputs."""
 
     def choose(inputs: list[Tensor]) -> tuple[Callable[[], Any], list[Tensor]]:
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -78,7 +79,7 @@ def plain(function: Callable[..., Any]) -> Choice:
 
 
 def made(make: Callable[[], Callable[..., Any]]) -> Choice:
-    """The same for one that must be made first, which may fail."""
+    """A choice that must be created first, which may fail."""
     return lambda inputs: plain(make())(inputs)
 
 
@@ -189,7 +190,7 @@ def norm(size: dict[str, int]) -> Section:
 
 
 def called(kernel: Any) -> Callable[..., Any]:
-    """A kernel, not the reason why there is none."""
+    """Check that this is a kernel, and not the reason why there is none."""
     if isinstance(kernel, str):
         raise ValueError(kernel)
     return kernel  # type: ignore[no-any-return]
@@ -327,7 +328,7 @@ def run_models(size: dict[str, int], names: list[str]) -> None:
 
 
 def train(size: dict[str, int], options: dict[str, Any]) -> tuple[list[float], float, str]:
-    """Losses of 5 steps, tokens a second of the last ones, and what the model says that it computes with."""
+    """Losses of 5 steps, tokens per second of the last ones, and the kernels that the model reports."""
     import transformers
     from lightning.pytorch.callbacks import Callback
 

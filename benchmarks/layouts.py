@@ -1,9 +1,9 @@
-"""A llama-8B-shaped model on 2 GPUs under several layouts: the same curve on real text, and how fast each of them is.
+"""Compare loss curves and speed of a llama-8B-shaped model on 2 GPUs under several layouts, on real text.
 
-`python benchmarks/layouts.py` runs every case in processes of its own and prints one line each; `--tiny` makes the
-model small (CPU ranks will do), `--cases fsdp2 tp` chooses, `--long 32768 65536` takes one document of these lengths
-through cp=2 until one fails (`--methods ulysses ring` compares how attention is exchanged: `tokens_per_second`). The
-optimizer's state is there before the first of its `--long-steps`; with one of these their time is compilation's too.
+`python benchmarks/layouts.py` runs each case in its own processes and prints a line for each. `--tiny` makes the model
+small enough for CPU ranks. `--cases fsdp2 tp` chooses cases. `--long 32768 65536` trains one document of each length
+with cp=2, until one fails; `--methods ulysses ring` compares the two ways to exchange attention (`tokens_per_second`).
+The optimizer state exists before the first of the `--long-steps`. With a single step, the time includes compilation.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ CASES = {
 
 
 class RandomModel(CausalLMModule):
-    """A model with random weights, the same under every layout."""
+    """A model with random weights that are the same under every layout."""
 
     def __init__(self, shape: dict[str, Any], **kwargs: Any) -> None:
         import transformers
@@ -80,7 +80,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def real_text(folder: Path) -> Path:
-    """The sources of the standard library: one document a file."""
+    """The sources of the standard library, one document per file."""
     target = folder / "text.jsonl"
     if not target.exists():
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shape = {**(TINY if args.tiny else EIGHT_B)}
     shape["num_hidden_layers"] = args.layers or shape["num_hidden_layers"]
     losses: list[float] = []
-    if args.long:  # one document a row
+    if args.long:  # one document per row
         data: Any = MockDataModule(
             vocab_size=shape["vocab_size"], seq_len=args.seq_len, micro_batch_size=1, global_batch_size=1, num_samples=8
         )
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         logger=False,
     )
     began = time.monotonic()
-    # warm-up, for the first steps of Adam go by the signs of noise
+    # warm-up, because the first steps of Adam follow the signs of noisy gradients
     schedule = SchedulerConfig(name="linear", warmup_steps=min(10, args.steps // 2))
     trainer.fit(RandomModel(shape, lr=2e-5, scheduler=schedule), data)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
@@ -155,7 +155,7 @@ class _Curve(Callback):
 
 
 class _Primed(Callback):
-    """Fill the optimizer's state before the first step, which shall need as much memory as the later ones."""
+    """Create the optimizer state before the first step, so that this step needs as much memory as the later ones."""
 
     def on_train_start(self, trainer: Any, *_: Any) -> None:
         (optimizer,) = trainer.optimizers

@@ -1,7 +1,7 @@
-"""LoRA (r=16, every projection) of a llama-8B-shaped model on one GPU: seq 4096, micro-batch 2, 4 micro-batches a step.
+"""LoRA (r=16, all projections) on a llama-8B-shaped model on one GPU: seq 4096, 4 micro-batches of 2 rows per step.
 
-`python benchmarks/lora_8b.py` runs every case in a process of its own on the same GPU and prints one line each, with
-the ratio to every peer. `--profile DIR` writes the kernels of our step. `--tiny` is for a CPU.
+`python benchmarks/lora_8b.py` runs each case in its own process on the same GPU. It prints a line for each, with the
+ratio to every peer. `--profile DIR` writes the kernels of our step. `--tiny` is for a CPU.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def largest_kernels(profiler: Any) -> str:
 
 
 def waits(profiler: Any) -> list[str]:
-    """Where the GPU had nothing to do, by the kernels before and after; and the longest of these times."""
+    """Gaps in which the GPU was idle, by the kernels before and after, and the longest gap."""
     kernels = sorted(
         (e.time_range.start, e.time_range.end, e.name)
         for e in profiler.events()
@@ -148,7 +148,7 @@ def waits(profiler: Any) -> list[str]:
 
 
 def peft_and_liger(args: argparse.Namespace) -> dict[str, Any]:
-    """A bare loop over what HF Trainer would run: PEFT's adapters, Liger's kernels, SDPA."""
+    """A bare loop with the parts that HF Trainer would use: PEFT's adapters, Liger's kernels, SDPA."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -162,7 +162,7 @@ def peft_and_liger(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def unsloth(args: argparse.Namespace) -> dict[str, Any]:
-    """Unsloth's own loading and adapters; needs the folder that `--save DIR` writes."""
+    """Unsloth with its own loading and adapters. It needs the folder written by `--save DIR`."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     from unsloth import FastLanguageModel
 
@@ -202,7 +202,7 @@ def loop(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 
 class Moment:
-    """When the device has done all that it was given so far. Nobody waits for it, as nobody does in training."""
+    """An event at the end of the device's current work. The host does not wait for it."""
 
     def __init__(self, wait: bool = False) -> None:
         self.event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else None
@@ -213,7 +213,7 @@ class Moment:
             self.event.record()
 
     def since(self, earlier: Moment) -> float:
-        """Seconds."""
+        """Durations of the steps in seconds."""
         if self.event is None or earlier.event is None:
             return self.time - earlier.time
         self.event.synchronize()
@@ -221,10 +221,10 @@ class Moment:
 
 
 def figures(args: argparse.Namespace, began: float, ends: list[Moment], loss: float) -> dict[str, Any]:
-    """Of the steps after the third: the median, and the distance of the slowest and the fastest of them by it.
+    """Statistics of the steps after the third: the median, and the range (slowest − fastest) relative to it.
 
-    And how far the host was ahead of the device when it had asked for all of a step (the median of the same steps); it
-    waited at the first.
+    Also how far the host is ahead of the device after it has launched a step (median of the same steps). The host
+    waited for the device at the first step.
     """
     ahead = sorted(end.since(ends[0]) - (end.time - ends[0].time) for end in ends[2:])
     steady = sorted(after.since(before) for before, after in pairwise(ends[2:]))
@@ -249,7 +249,7 @@ def synchronize() -> None:
 
 
 def save(args: argparse.Namespace) -> None:
-    """A checkpoint with random weights and a tokenizer, for peers that only load from a folder."""
+    """Write a checkpoint with random weights and a tokenizer, for peers that can only load from a folder."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -1,8 +1,8 @@
-"""How long an H100 takes at least for the instructions of a kernel of the compiler's, counted in its machine code.
+"""Estimate the minimum time of a compiled kernel's instructions on an H100, from its machine code.
 
-A kernel is memory-bound only if this is well below what its bytes take: instructions that wait for one another are
-issued at half the best rate, or less. Nothing runs: triton's own assembler and disassembler are all that is needed. For
-torch 2.11.0 and its triton.
+A kernel is memory-bound only if this time is well below the time for its bytes, because dependent instructions are
+issued at half the best rate or less. Nothing runs: we need only triton's assembler and disassembler. This is for torch
+2.11.0 and its triton.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math
 
 """
 INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_]+)")
-ISSUED = 132 * 4 * 1.6e9  # instructions of a warp a second: multiprocessors, a clock, clocks under load
-BLOCK = {"XBLOCK": 1024, "YBLOCK": 1}  # numbers of a program that adds nothing up
-ROW = {"XBLOCK": 1, "R0_BLOCK": 2048}  # of one that does: it goes along a row
+ISSUED = 132 * 4 * 1.6e9  # warp instructions per second: multiprocessors × per clock × clock rate under load
+BLOCK = {"XBLOCK": 1024, "YBLOCK": 1}  # elements per program of a kernel without a reduction
+ROW = {"XBLOCK": 1, "R0_BLOCK": 2048}  # of a kernel with a reduction, which goes along a row
 
 
 @dataclass
@@ -48,13 +48,13 @@ class Kernel:
 
 
 def kernels_in(generated: str) -> Iterator[Kernel]:
-    """The kernels in code that the compiler generated with `benchmark_kernel`."""
+    """The kernels in code that was compiled with `benchmark_kernel`."""
     for found in KERNEL.finditer(generated):
         yield Kernel(found["name"], found["code"], ast.literal_eval(found["types"]))
 
 
 def least_seconds(kernel: Kernel) -> float | None:
-    """At four instructions of a warp a clock. None for kernels that hold whole rows at once, which move few bytes."""
+    """Time at four warp instructions per clock. None for kernels that hold whole rows, which move few bytes."""
     if "_per_" in kernel.name:
         return None
     along_rows = "R0_BLOCK" in kernel.types
@@ -69,7 +69,7 @@ def least_seconds(kernel: Kernel) -> float | None:
 
 def _numel(kernel: Kernel, axis: str) -> int:
     found = re.search(rf"\b{axis}numel = (\d+)", kernel.code)
-    return int(found[1]) if found else 1  # which the compiler leaves out
+    return int(found[1]) if found else 1  # the compiler leaves out a size of 1
 
 
 def _disassembled(kernel: Kernel, blocks: dict[str, int], warps: int) -> str:
@@ -99,7 +99,7 @@ def _disassembled(kernel: Kernel, blocks: dict[str, int], warps: int) -> str:
 
 
 def _counted(listing: str) -> tuple[int, list[int]]:
-    """Instructions outside of loops, and in each loop."""
+    """Instructions outside loops, and in each loop."""
     labels: dict[str, int] = {}
     loops, count = [], 0
     for line in listing.splitlines():

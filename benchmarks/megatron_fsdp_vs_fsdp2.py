@@ -1,10 +1,11 @@
-"""Megatron-FSDP against FSDP2 on 2 GPUs: `python benchmarks/megatron_fsdp_vs_fsdp2.py`, in about 5 minutes.
+"""Compare Megatron-FSDP with FSDP2 on 2 GPUs. `python benchmarks/megatron_fsdp_vs_fsdp2.py` takes about 5 minutes.
 
-Cases: the same fp32 curve under every ZeRO stage and with tensor, context and activation parallel; checkpoints saved by
-one and resumed by the other; LoRA; a 1B-shaped llama from a safetensors checkpoint on real text (the standard library's
-own sources) for 50 steps; throughput and memory at 8B, 8192 tokens. Prints a line per case and writes a JSON file.
+Cases: the same fp32 curve under every ZeRO stage and with tensor parallelism, context parallelism and activation
+checkpointing; checkpoints saved by one and resumed by the other; LoRA; a 1B-shaped llama from a safetensors checkpoint
+on real text (the standard library's own sources) for 50 steps; throughput and memory at 8B with 8192 tokens. The script
+prints a line per case and writes a JSON file.
 
-Cases run one after another in the same two processes, which are started anew where one fails or runs past its limit.
+Cases run one after another in the same two processes, which are restarted if a case fails or exceeds its time limit.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 GPUS = int(os.environ.get("GPUS", "2"))
 BUDGET = 350  # seconds for everything
-START = 75  # seconds that two processes may take before their first case begins
+START = 75  # maximum seconds until the first case of two processes begins
 SMALL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 520, "num_hidden_layers": 4, "num_attention_heads": 8}
 SMALL |= {"num_key_value_heads": 4, "vocab_size": 1024, "tie_word_embeddings": True}
 ONE_B: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
@@ -47,8 +48,8 @@ class Case:
         name: also the name of its folder.
         size: small (fp32), one_b or eight_b (bf16).
         strategy: as `Trainer` takes it.
-        steps: optimizer steps in all.
-        resume: name of the case whose checkpoint (of step 3) it goes on from.
+        steps: total number of optimizer steps.
+        resume: name of the case whose checkpoint (of step 3) it resumes from.
         against: name of the case whose losses its own are held against.
         tolerance: largest relative difference of a loss that is right.
         limit: seconds.
@@ -108,7 +109,7 @@ GROUPS: list[list[Case]] = [
 
 
 def tokenizer() -> Any:
-    """Bytes, so that nothing has to be downloaded."""
+    """A byte tokenizer, so that nothing needs to be downloaded."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -126,7 +127,7 @@ def texts(count: int) -> list[dict[str, str]]:
 
 
 def base(size: str, root: Path) -> Path:
-    """A safetensors checkpoint with random weights, made once, by rank 0 on its GPU."""
+    """A safetensors checkpoint with random weights. Rank 0 creates it once on its GPU."""
     import torch
     import transformers
 
@@ -146,7 +147,7 @@ def base(size: str, root: Path) -> Path:
 
 
 def run(case: Case, root: Path) -> dict[str, Any]:
-    """Train; returns the losses, tokens per second of all GPUs and the peak memory of one."""
+    """Train, and return the losses, the tokens per second of all GPUs, and the peak memory of one."""
     import torch
     from lightning.pytorch.callbacks import Callback
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -227,7 +228,7 @@ def worker(names: list[str], root: Path) -> None:
 
     import torch
 
-    faulthandler.register(signal.SIGUSR2)  # where it stands, when it runs past its limit
+    faulthandler.register(signal.SIGUSR2)  # prints the stacks if a case exceeds its limit
     cases = {case.name: case for group in GROUPS for case in group}
     first = int(os.environ["RANK"]) == 0
     for name in names:
@@ -274,7 +275,7 @@ def forward_lines(process: subprocess.Popen[str], lines: queue.Queue[str]) -> No
 
 
 def watch(group: list[Case], root: Path, deadline: float, results: dict[str, Any]) -> list[str]:
-    """Run the cases of a group in one pair of processes; returns those that did not get their turn."""
+    """Run the cases of a group in one pair of processes. Returns the cases that did not run."""
     names = [case.name for case in group]
     limits = {case.name: case.limit for case in group}
     processes = start(names, root)
@@ -318,12 +319,12 @@ def watch(group: list[Case], root: Path, deadline: float, results: dict[str, Any
 
 
 def report(case: Case, results: dict[str, Any]) -> None:
-    """Hold a result against the one it must equal, and print both in a line."""
+    """Compare a result with the one that it must equal, and print both in a line."""
     result = results[case.name]
     losses, other = result["losses"], results.get(case.against, {}).get("losses")
     verdict = ""
     if other:
-        other = other[-len(losses) :]  # a resumed run has the last steps only
+        other = other[-len(losses) :]  # a resumed run has only the last steps
         worst = max(abs(a - b) / b for a, b in zip(losses, other))
         result["worst_relative_difference"] = worst
         result["right"] = worst <= case.tolerance

@@ -1,14 +1,14 @@
-"""Every fast path against plain eager arithmetic in fp32, forward and backward, on this machine's device.
+"""Compare every fast path with plain eager fp32 arithmetic, forward and backward, on this machine's device.
 
     python -m benchmarks.numerics                  # all cases: under a minute on one H100
     python -m benchmarks.numerics --cases ring fp8 --seed 7
 
-A line a case: the relative error ‖out − reference‖ / ‖reference‖ of the output, and of all gradients together, the
-limit (fp32 1e-5, bf16 1e-2; fp8 as stated beside its recipe), and whether it holds. Inputs are random, their seed is
-printed; lengths are odd, some labels are not trained, some queries see nothing. Exit code 1 if any case fails. On a CPU
-(and in `tests/test_numerics.py`, which runs the same cases) they are small, and fp8 is emulated.
+Each case prints a line: the relative error ‖out − reference‖ / ‖reference‖ of the output and of all gradients together,
+the limit (fp32 1e-5, bf16 1e-2; for fp8 see its recipe), and whether the case passes. Inputs are random; their seed is
+printed. Lengths are odd, some labels are not trained, and some queries attend to nothing. The exit code is 1 if a case
+fails. On a CPU (and in `tests/test_numerics.py`, which runs the same cases) cases are small and fp8 is emulated.
 
-What to look at: the column `ok`; and where a case errs, the message instead of its numbers.
+Look at the column `ok`. If a case raises, its line has the error message instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.numerics_cases import Made, Setting, chunked_loss, compiled_bloc
 
 FP32, BF16 = torch.float32, torch.bfloat16
 LIMITS = {FP32: 1e-5, BF16: 1e-2}
-SECONDS = 40  # that a case may take
+SECONDS = 40  # maximum duration of a case
 
 
 @dataclass
@@ -54,7 +54,7 @@ CASES: dict[str, Case] = {
     "LoRA": Case(lora(widened=False)),
     "LoRA, widened": Case(lora(widened=True)),
     "NF4": Case(nf4),
-    # a number of e4m3 is off by up to 1/16; tensorwise casts gradients to e5m2: up to 1/8
+    # rounding to e4m3 has a relative error of up to 1/16; tensorwise rounds gradients to e5m2, up to 1/8
     "fp8, tensorwise": Case(fp8("tensorwise"), [BF16], {BF16: 0.12}),
     "fp8, rowwise": Case(fp8("rowwise"), [BF16], {BF16: 0.06}),
     "fp8, rowwise_with_gw_hp": Case(fp8("rowwise_with_gw_hp"), [BF16], {BF16: 0.06}),
@@ -80,7 +80,10 @@ def measure(name: str, dtype: torch.dtype, device: torch.device, seed: int) -> R
     """Run one case.
 
     Args:
-        seed: of the inputs.
+        name: name of the case.
+        dtype: dtype of the inputs.
+        device: device to run on.
+        seed: seed of the inputs.
     """
     case = CASES[name]
     setting = Setting(device, dtype, torch.Generator().manual_seed(seed))
@@ -131,7 +134,7 @@ def main() -> int:
             try:
                 with within(SECONDS):
                     result = measure(name, dtype, device, args.seed)
-            except Exception as problem:  # the other cases shall be seen too
+            except Exception as problem:  # continue with the other cases
                 failed += 1
                 print(f"{label}{type(problem).__name__}: {str(problem)[:300]}", flush=True)
                 continue

@@ -1,4 +1,4 @@
-"""Attention in `numerics.py`: kernels for one document a row and for packed rows, and a ring in one process."""
+"""The attention cases of `numerics.py`: kernels for single and for packed documents, and a ring in one process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALL = slice(None)
 
 
 def shapes(setting: Setting) -> tuple[int, int, int, int, int]:
-    """rows, length (odd), heads, heads of keys, width of a head."""
+    """Rows, length (odd), query heads, key heads, and width of a head."""
     return (2, 141, 4, 2, 16) if setting.small else (2, 1155, 16, 4, 128)
 
 
@@ -24,7 +24,7 @@ def qkv(setting: Setting, length: int | None = None) -> list[Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Plainly, `[b, s, h, d]`; zeros for a query that sees nothing."""
+    """Plain attention `[b, s, h, d]`; zeros for a query that attends to nothing."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
     return (scores.softmax(-1).nan_to_num(0.0) @ v).transpose(1, 2)
@@ -35,7 +35,7 @@ def causal(length: int, device: torch.device) -> Tensor:
 
 
 def one_document(setting: Setting) -> Made:
-    """What transformers' `sdpa` picks (cuDNN on Hopper)."""
+    """The kernel that transformers' `sdpa` chooses (cuDNN on Hopper)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     leaves = qkv(setting)
@@ -52,7 +52,7 @@ def one_document(setting: Setting) -> Made:
 
 
 def packed(window: int | None) -> Callable[[Setting], Made]:
-    """FlexAttention over our block mask; on a CPU, which has no backward of it, forward only."""
+    """FlexAttention with our block mask. On a CPU, forward only, because there is no backward."""
 
     def make(setting: Setting) -> Made:
         from torch.nn.attention.flex_attention import flex_attention
@@ -84,7 +84,7 @@ def packed(window: int | None) -> Callable[[Setting], Made]:
 
 
 class RingOfOne(torch.autograd.Function):
-    """All ranks of a ring in one process: what `ring_attention` computes, without its sending."""
+    """All ranks of a ring in one process: `ring_attention` without communication."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Any]) -> Tensor:
@@ -119,7 +119,7 @@ class RingOfOne(torch.autograd.Function):
 
 
 def ring_blocks(length: int, mask: Tensor | None, starts: list[list[int]] | None, ranks: int) -> Iterator[Any]:
-    """Every rank's blocks, at their places in the tensors of all ranks one after the other."""
+    """The blocks of every rank, with their positions in the concatenated tensors of all ranks."""
     from automodel_trainer.strategies.context.ring_blocks import blocks_of
 
     part = length // ranks
@@ -138,8 +138,10 @@ def shifted(part: slice, by: int, length: int) -> slice:
 
 
 def ring(kind: Literal["one document", "packed", "masked"]) -> Callable[[Setting], Made]:
-    """Four ranks. Causal, also within documents: flash kernels where they fit. With a mask: plain matmuls, and some
-    rows see nothing."""
+    """A ring of four ranks. Causal attention, also within documents, uses flash kernels where they fit.
+
+    With a mask it uses plain matmuls, and some rows attend to nothing.
+    """
 
     def make(setting: Setting) -> Made:
         ranks = 4

@@ -1,4 +1,4 @@
-"""What `numerics.py` compares: the loss and the layers; attention is in `numerics_attention.py`."""
+"""The cases of `numerics.py` for the loss and the layers. Attention is in `numerics_attention.py`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ class Made:
     """A fast path and its reference, ready to run.
 
     Args:
-        ours, theirs: compute the output.
-        leaves: what `ours` is differentiated by; `references`: the same for `theirs`, in fp32. Empty: forward only.
+        ours: computes the output with the fast path.
+        theirs: computes the output with the reference.
+        leaves: tensors to differentiate `ours` by. Empty: forward only.
+        references: the same tensors for `theirs`, in fp32.
     """
 
     ours: Callable[[], Tensor]
@@ -30,7 +32,7 @@ class Made:
 
 @dataclass
 class Setting:
-    """Where and how large."""
+    """The device and the sizes of a case."""
 
     device: torch.device
     dtype: torch.dtype
@@ -53,7 +55,7 @@ class Setting:
 
 @contextmanager
 def chunks_of(rows: int) -> Iterator[None]:
-    """The loss goes through so few tokens at a time, that there are several chunks."""
+    """Make the chunks of the loss so small that there are several."""
     from automodel_trainer.modules import linear_cross_entropy, loss
 
     before = linear_cross_entropy.chunk_rows
@@ -103,11 +105,11 @@ def chunked_loss(frozen: bool = False, bias: bool = False, cap: float | None = N
 
 
 def compiled_blocks(lora: bool = False, fp8: bool = False) -> Callable[[Setting], Made]:
-    """Two blocks of a llama shape, compiled (inductor on a GPU).
+    """Two compiled blocks of a llama shape (with inductor on a GPU).
 
     Args:
-        lora: with adapters, in one matmul with their weights; the reference has weights that they are merged into.
-        fp8: weights multiply in fp8; frozen ones are held in it.
+        lora: with adapters, computed in one matmul with their weights. The reference has merged weights.
+        fp8: matmuls of weights in fp8; frozen weights are stored in fp8.
     """
 
     def make(setting: Setting) -> Made:
@@ -138,7 +140,7 @@ def compiled_blocks(lora: bool = False, fp8: bool = False) -> Callable[[Setting]
 
 
 def llamas(setting: Setting) -> tuple[Any, Any]:
-    """A model and its twin in fp32, with the same numbers; weights are so large that blocks change what they get."""
+    """A model and a copy in fp32 with the same values. Weights are large, so that each block changes its input."""
     from transformers import LlamaConfig, LlamaModel
 
     width = 32 if setting.small else 512
@@ -147,7 +149,7 @@ def llamas(setting: Setting) -> tuple[Any, Any]:
     config = LlamaConfig(**sizes, initializer_range=0.5 * width**-0.5, attn_implementation="sdpa")
     torch.manual_seed(setting.generator.initial_seed() % 2**31)
     model, reference = (LlamaModel(config).to(setting.device) for _ in range(2))
-    for parameter in model.parameters():  # not the angles of the rotary embedding
+    for parameter in model.parameters():  # but not buffers, such as the angles of the rotary embedding
         parameter.data = parameter.data.to(setting.dtype)
     reference.load_state_dict(model.state_dict())
     return model, reference.train()
@@ -164,12 +166,12 @@ def adapt(model: Any, setting: Setting, fp8: bool) -> None:
     apply_kernels(model, KernelsConfig(attention="sdpa", lora="widened"), setting.device)
     finish_lora(model)
     for adapter in adapters(model):
-        scale = adapter.a.weight.shape[1] ** -0.5  # of an update about a quarter as large as the weight
+        scale = adapter.a.weight.shape[1] ** -0.5  # makes an update about a quarter as large as the weight
         adapter.b.weight.data = setting.randn(*adapter.b.weight.shape, scale=scale, grad=False)
 
 
 def merged(reference: Any, model: Any, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's weights, with updates of these factors."""
+    """The weights of the reference, with the updates of these factors added."""
     from automodel_trainer.models.lora import adapters
 
     weights = dict(reference.named_parameters())
@@ -180,7 +182,7 @@ def merged(reference: Any, model: Any, factors: dict[str, Tensor]) -> dict[str, 
 
 
 class OneBlock(nn.Module):
-    """A model of one block that is one linear layer."""
+    """A model with one block, which is one linear layer."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -188,7 +190,7 @@ class OneBlock(nn.Module):
 
 
 def linear_sizes(setting: Setting) -> tuple[int, int, int]:
-    """tokens, in, out."""
+    """Number of tokens, input width and output width."""
     return (48, 64, 32) if setting.small else (1040, 1024, 2048)
 
 
@@ -209,7 +211,7 @@ def fp8(recipe: str) -> Callable[[Setting], Made]:
 
 
 def lora(widened: bool) -> Callable[[Setting], Made]:
-    """Two layers that share an input, the second half as wide."""
+    """Two layers that share an input; the second is half as wide."""
 
     def make(setting: Setting) -> Made:
         from automodel_trainer.models.lora.fused import FusedDense, refresh
@@ -246,7 +248,7 @@ def lora(widened: bool) -> Callable[[Setting], Made]:
 
 
 def nf4(setting: Setting) -> Made:
-    """A packed weight against the numbers that it stands for."""
+    """A quantized weight against the values that it represents."""
     from automodel_trainer.models.quantization.quantize import packed as pack
 
     tokens, inputs, outputs = linear_sizes(setting)

@@ -1,19 +1,20 @@
-"""A llama-8B-shaped model on 2 GPUs: pipeline schedules against FSDP2 on the same global batch, and against one stage.
+"""Compare pipeline schedules with FSDP2 and with a single stage: a llama-8B-shaped model on 2 GPUs, same global batch.
 
-`python benchmarks/pipeline_vs_fsdp2.py` runs one case after the other, each in processes of its own, within `--limit`
-seconds in all; every case prints a line of JSON when it ends (or the end of its ranks' output when it fails), and the
-table so far follows. `--small` makes the model small (CPU ranks will do), `--cases` chooses, in this order.
+`python benchmarks/pipeline_vs_fsdp2.py` runs the cases one after another, each in its own processes, within `--limit`
+seconds in total. Each case prints a line of JSON when it ends (or the last output of its ranks if it fails), followed
+by the table so far. `--small` makes the model small enough for CPU ranks. `--cases` chooses cases and their order.
 
-What a step is: forward and backward of `--micro-batches` micro-batches of 2 × 4,096 random tokens, clip, AdamW. The
-first two steps are not counted. `--precision bf16` (fp32 master weights) by default.
+A step is the forward and backward of `--micro-batches` micro-batches of 2 × 4,096 random tokens, clipping and AdamW.
+The first two steps do not count. The default is `--precision bf16` (fp32 master weights).
 
-What to look at, in a row of a pipeline:
-- `of one stage`: tokens per second by (1 − predicted bubble) × those of the case `one stage`: the dearest stage alone
-  on one GPU, with the same micro-batches, so what each GPU could do if it never waited. The goal is 95 % or more.
-- `of its own`: the same against the rate at which the pipeline's own stages compute: tokens by the seconds that its
-  ranks compute in a step (their mean), optimizer left out on both sides. It tells waiting from computing slower.
-- `measured` bubble: the share of a pipeline's forward and backward in which its ranks compute nothing, mean over ranks
-  and steps; `predicted` is counted from the schedule and the stages' weights.
+Look at these columns of a pipeline's row:
+- `of one stage`: tokens per second divided by (1 − predicted bubble) × those of the case `one stage`. That case runs
+  the most expensive stage alone on one GPU with the same micro-batches: the speed of a GPU that never waits. The goal
+  is 95 % or more.
+- `of its own`: the same relative to the speed at which the pipeline's own stages compute: tokens divided by the mean
+  seconds that its ranks compute in a step, both without the optimizer. It separates waiting from slower computation.
+- `measured` bubble: the share of forward and backward in which ranks compute nothing, mean over ranks and steps.
+  `predicted` is computed from the schedule and the weights of the stages.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from automodel_trainer.strategies.pipeline.split import balanced_counts, find_pa
 CASES = {
     "pp, 1f1b": ("3d:pp=2,split=auto", 2),
     "fsdp2": ("fsdp2", 2),
-    "one stage": ("fsdp2:reshard_after_forward=false", 1),  # as in a pipeline: cast once a step
+    "one stage": ("fsdp2:reshard_after_forward=false", 1),  # as in a pipeline: cast once per step
     "pp, interleaved": ("3d:pp=2,schedule=interleaved_1f1b,split=auto", 2),
     "pp, zbv": ("3d:pp=2,schedule=zbv,split=auto", 2),
     "pp, 1f1b, even": ("3d:pp=2", 2),
@@ -53,7 +54,7 @@ ROWS, WARM = 2, 2
 
 
 class Steps(Callback):
-    """Seconds of every step; of a pipeline's, also those that this rank computed, and those of its schedule."""
+    """Seconds of every step. For a pipeline, also the seconds that this rank computed, and those of its schedule."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -77,7 +78,7 @@ def _synchronize() -> None:
 
 
 def run(case: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One case on this rank."""
+    """Run one case on this rank."""
     strategy, ranks = CASES[case]
     shape = {**(TINY if args.small else EIGHT_B), "num_hidden_layers": 8 if args.small else 32}
     model = RandomModel(shape, lr=1e-5, scheduler="constant")
@@ -87,7 +88,7 @@ def run(case: str, args: argparse.Namespace) -> dict[str, Any]:
         shape["num_hidden_layers"] = balanced_counts(costs, first, last, 2)[-1]
         model = RandomModel(shape, lr=1e-5, scheduler="constant")
     length = 64 if args.small else 4096
-    # a pipeline of two ranks runs all micro-batches on both, fsdp2 half of them on each
+    # a pipeline of two ranks runs all micro-batches on both; fsdp2 runs half of them on each
     data = MockDataModule(
         shape["vocab_size"],
         seq_len=length,
@@ -130,7 +131,7 @@ def run(case: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def launch(case: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Run a case in its ranks' processes, `seconds` at most; what they found, or the end of what they printed."""
+    """Run a case in processes for at most `seconds`. Returns their results, or the end of their output."""
     _, ranks = CASES[case]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -161,7 +162,7 @@ def launch(case: str, args: argparse.Namespace, seconds: float) -> dict[str, Any
 
 
 def together(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The ranks' results as one."""
+    """Combine the results of the ranks."""
     result = {**results[0], "peak_gib": [r["peak_gib"] for r in results]}
     if "busy_s" in result:
         result["busy_s"] = [round(r["busy_s"], 3) for r in results]
@@ -171,7 +172,7 @@ def together(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """The results as Markdown."""
+    """The results as a Markdown table."""
     lines = [
         "| case | layers | tokens/s | peak GiB | MFU | bubble: measured | predicted | of one stage | of its own |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

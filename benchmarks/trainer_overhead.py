@@ -1,11 +1,11 @@
-"""What the Trainer costs: the same model in a bare loop and through a Trainer, interleaved in one run.
+"""Measure the overhead of the Trainer: the same model in a bare loop and in a Trainer, interleaved in one run.
 
     python benchmarks/trainer_overhead.py                      # a test-sized model, against Lightning's own Trainer too
     python benchmarks/trainer_overhead.py --shape 8b --lora    # on a GPU
 
-Every `--span` optimizer steps of the Trainer a callback takes as many of a bare loop over the very same model,
-optimizer and batch (ABAB…), so that clocks, compiled code and memory are the same for both. Printed are the medians
-over the rounds with half the distance between the first and the last decile; the ratio is taken round by round.
+After every `--span` optimizer steps of the Trainer, a callback runs as many steps of a bare loop over the same model,
+optimizer and batch (ABAB…). So clocks, compiled code and memory are the same for both. The script prints the medians
+over the rounds and half the distance between the first and the last decile. Ratios are computed per round.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def batch_of(shape: str, rows: int) -> dict[str, Any]:
 
 
 class RandomModel(CausalLMModule):
-    """Ours, with random weights."""
+    """Our model and module, with random weights."""
 
     def __init__(self, shape: str, **kwargs: Any) -> None:
         with torch.device("meta"):
@@ -75,7 +75,7 @@ class RandomModel(CausalLMModule):
 
 
 class LightningModel(pl.LightningModule):
-    """The same as a user would write it for Lightning's own Trainer."""
+    """The same module as a user would write it for Lightning's own Trainer."""
 
     def __init__(self, shape: str) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class LightningModel(pl.LightningModule):
 
 
 def step(loss: Tensor, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
-    """What a loop does with a loss, and nothing else."""
+    """The minimum that a training loop must do with a loss."""
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
@@ -114,13 +114,13 @@ def step(loss: Tensor, model: nn.Module, optimizer: Any, scheduler: Any) -> None
 
 @dataclass
 class Interleave(Callback):
-    """Times `span` steps of the Trainer, then takes and times `span` of the bare loop, `rounds` times."""
+    """Times `span` steps of the Trainer, then runs and times `span` steps of the bare loop, `rounds` times."""
 
     micro_batch: dict[str, Any]
     span: int
     rounds: int
     warmup: int
-    trainer: list[float] = field(default_factory=list)  # seconds a step, of every round
+    trainer: list[float] = field(default_factory=list)  # seconds per step in every round
     bare: list[float] = field(default_factory=list)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -146,7 +146,7 @@ class Interleave(Callback):
 
 
 def now() -> float:
-    """Seconds; where there is no GPU, of this process's own CPU time, which other processes do not add to."""
+    """A clock in seconds. Without a GPU, the CPU time of this process, which other processes do not affect."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()

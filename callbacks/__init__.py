@@ -1,4 +1,7 @@
-"""What happens around training steps. Imported as `automodel_trainer.callbacks`; each loads when it is first used."""
+"""Callbacks: code that runs around training steps. Imported as `automodel_trainer.callbacks`.
+
+Each callback is imported on first use. `defaults.py` lists those that every Trainer has.
+"""
 
 from __future__ import annotations
 

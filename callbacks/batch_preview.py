@@ -1,4 +1,4 @@
-"""Show the first training batch, token by token, before the model learns from it."""
+"""BatchPreview: print the first training batch, token by token, before the model trains on it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from automodel_trainer.data.preview import preview
 
 
 class BatchPreview(Callback):
-    """Prints the first batch of a run on rank 0: what is trained, what is masked, where documents and padding begin.
+    """Prints the first batch of a run on rank 0: trained and masked tokens, document boundaries, and padding.
 
     Args:
-        rows: how many rows to print.
-        html: also write the whole batch to this file, as a page.
+        rows: number of rows to print.
+        html: a file to write the whole batch to, as an HTML page.
+
+    Raises:
+        ValueError: `rows` is less than 1.
     """
 
     def __init__(self, rows: int = 1, html: str | None = None) -> None:
         if rows < 1:
-            raise ValueError(f"BatchPreview(rows={rows}): it must be at least 1. Leave the callback out to see none.")
+            raise ValueError(f"BatchPreview(rows={rows}): rows must be at least 1. To print none, omit the callback.")
         self.rows = rows
         self.html = html
         self._shown = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Print the batch if it is the first one."""
         if self._shown:
             return
         self._shown = True

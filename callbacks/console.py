@@ -1,4 +1,4 @@
-"""What callbacks print: blocks that are framed in a terminal and plain text in a file."""
+"""Terminal output of callbacks: blocks with a frame in a terminal and plain text in a file, and a live line."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 Row = tuple[str, str]
+"""The name and the text of one line of a block."""
 
 
 def is_terminal() -> bool:
-    """Whether what is printed goes to a terminal rather than to a file or a pipe."""
+    """Whether standard output is a terminal, and not a file or a pipe."""
     return sys.stdout.isatty()
 
 
 def show(trainer: pl.Trainer, text: str) -> None:
-    """Print on rank 0, above whatever progress bar there is."""
+    """Print on rank 0, above the progress bar if there is one."""
     if not trainer.is_global_zero:
         return
     bar = getattr(trainer, "progress_bar_callback", None)
@@ -33,7 +34,7 @@ def show(trainer: pl.Trainer, text: str) -> None:
 
 
 def show_rich(trainer: pl.Trainer, write: Callable[[Console], object]) -> None:
-    """The same for what `write` prints on a rich console, which by itself would write into the progress line."""
+    """Print on rank 0 what `write` writes to a rich console. Written directly, it would break the progress line."""
     console = Console()
     with console.capture() as captured:
         write(console)
@@ -41,34 +42,38 @@ def show_rich(trainer: pl.Trainer, write: Callable[[Console], object]) -> None:
 
 
 class LiveLine:
-    """A last line of the terminal that is redrawn, while everything else that is printed scrolls above it."""
+    """The last line of the terminal. It is redrawn in place, and all other output scrolls above it.
+
+    Args:
+        console: the rich console to draw on. None: standard output.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self._live = Live(console=console or Console(), auto_refresh=False, transient=True)
         before = (sys.stdout, sys.stderr)
-        self._live.start()  # puts its own streams in the place of stdout and stderr
+        self._live.start()  # replaces stdout and stderr by its own streams
         self._handlers = [(handler, handler.stream) for handler in _handlers_writing_to(before)]
         for handler, _ in self._handlers:
             handler.setStream(sys.stderr)
 
     @property
     def width(self) -> int:
-        """Columns of the terminal."""
+        """Width of the terminal in columns."""
         return self._live.console.width
 
     def draw(self, text: str) -> None:
-        """Replace the line."""
+        """Replace the line by `text`."""
         self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def close(self) -> None:
-        """Remove the line and give the streams back."""
+        """Remove the line and restore the streams."""
         for handler, stream in self._handlers:
             handler.setStream(stream)
         self._live.stop()
 
 
 def _handlers_writing_to(streams: Sequence[Any]) -> list[logging.StreamHandler[Any]]:
-    """Log handlers hold on to the stream they were made with, so that replacing `sys.stderr` does not reach them."""
+    """All log handlers that write to one of the streams. They keep their stream when `sys.stderr` is replaced."""
     loggers = [
         logging.getLogger(),
         *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)),
@@ -78,13 +83,13 @@ def _handlers_writing_to(streams: Sequence[Any]) -> list[logging.StreamHandler[A
 
 
 def block(title: str, rows: Sequence[Row], terminal: bool | None = None, width: int | None = None) -> str:
-    """Names and what is to be said of them, aligned under a title. Marks (⚠) stand out in a terminal.
+    """Format names and texts as aligned lines under a title. In a terminal, texts that begin with ⚠ are yellow.
 
     Args:
         title: one or two words.
-        rows: name and text of each line; long texts are wrapped in a terminal.
-        terminal: framed and coloured, or plain; None finds out.
-        width: of the frame; None takes the terminal's, up to 120 columns.
+        rows: name and text of each line. Long texts are wrapped in a terminal.
+        terminal: True: with frame and colors. False: plain text. None: detect.
+        width: width of the frame in columns, at most 120. None: the terminal's.
     """
     if not (is_terminal() if terminal is None else terminal):
         indent = max((len(name) for name, _ in rows), default=0)

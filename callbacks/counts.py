@@ -1,4 +1,4 @@
-"""What batches held: shapes are counted on the host; what only values tell stays a sum on the device."""
+"""Count rows and tokens of batches. Shapes are counted on the host; sums over values stay on the device."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-IGNORE_INDEX = -100
+from automodel_trainer.nn._torch import pytree
+from automodel_trainer.nn.constants import IGNORE_INDEX
 
 
 class Totals(NamedTuple):
@@ -17,34 +17,34 @@ class Totals(NamedTuple):
 
     rows: int = 0
     tokens: int = 0  # b · s
-    labels: int = 0  # tokens of micro-batches that have labels
-    supervised: int = 0  # of these, those with a label other than -100
-    masked_tokens: int = 0  # tokens of micro-batches that have an attention mask
-    padding: int = 0  # of these, those that are masked
-    placed: int = 0  # tokens of micro-batches that have position ids
-    positions: int = 0  # the sum of these position ids
+    labels: int = 0  # tokens in micro-batches with labels
+    supervised: int = 0  # those of them whose label is not -100
+    masked_tokens: int = 0  # tokens in micro-batches with an attention mask
+    padding: int = 0  # those of them that are masked
+    placed: int = 0  # tokens in micro-batches with position ids
+    positions: int = 0  # the sum of their position ids
 
     def mean_document(self) -> float:
-        """The length of documents, weighted so that attention over rows of that length costs what it did."""
+        """The document length, in tokens, at which attention costs as much as it did for these batches."""
         if self.placed:
             return 2 * self.positions / self.placed + 1  # a token at position p attends to p + 1 tokens
         return self.tokens / self.rows
 
 
 class Counts:
-    """Adds up batches of any kind: lists of micro-batches, dicts of tensors, or whatever else a DataLoader yields."""
+    """Sums counts over batches of any kind: lists of micro-batches, dicts of tensors, or other DataLoader output."""
 
     def __init__(self) -> None:
         self._host = dict.fromkeys(Totals._fields, 0)
         self._device: dict[str, Tensor] = {}
 
     def add(self, batch: Any) -> None:
-        """Count one batch. Nothing here waits for the device."""
+        """Count one batch, without waiting for the device."""
         for micro_batch in micro_batches(batch):
             ids = micro_batch.get("input_ids")
             if isinstance(ids, Tensor) and ids.ndim == 2:
                 self._add_tokens(ids, micro_batch)
-        if not self._host["tokens"]:
+        if not self._host["tokens"]:  # batches without tokens: count their rows only
             self._host["rows"] += rows_of(batch)
 
     def _add_tokens(self, ids: Tensor, micro_batch: Mapping[str, Any]) -> None:
@@ -65,7 +65,7 @@ class Counts:
         return Totals(*(int(count) for count in self.tensor(torch.device("cpu")).tolist()))
 
     def tensor(self, device: torch.device) -> Tensor:
-        """The counts in the order of `Totals`, int64, on `device`."""
+        """The counts in the order of `Totals`, as an int64 tensor `[8]` on `device`."""
         host = torch.tensor(list(self._host.values()), device=device)
         for name, count in self._device.items():
             host[Totals._fields.index(name)] = count
@@ -73,7 +73,7 @@ class Counts:
 
 
 def micro_batches(batch: Any) -> list[Mapping[str, Any]]:
-    """The dicts of tensors in a batch; none if it is of another kind."""
+    """The dicts of tensors in a batch; an empty list for batches of another kind."""
     if isinstance(batch, Mapping):
         return [batch]
     if isinstance(batch, Sequence) and not isinstance(batch, str) and all(isinstance(m, Mapping) for m in batch):
@@ -83,4 +83,4 @@ def micro_batches(batch: Any) -> list[Mapping[str, Any]]:
 
 def rows_of(batch: Any) -> int:
     """The first dimension of the first tensor in a batch; 0 if there is none."""
-    return next((leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+    return next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)

@@ -1,4 +1,4 @@
-"""The callbacks every Trainer has unless it is told otherwise."""
+"""The callbacks that every Trainer has by default."""
 
 from __future__ import annotations
 
@@ -25,7 +25,21 @@ def default_callbacks(
     garbage_collection: bool = False,
     max_time: Duration | None = None,
 ) -> list[Callback]:
-    """The user's callbacks, and the defaults they did not bring themselves. Throughput runs before what shows it."""
+    """The user's callbacks, with the default ones added unless the user gave one of that kind.
+
+    Args:
+        given: the user's callbacks.
+        checkpointing: add a DCPCheckpoint and a Preemption.
+        progress_bar: add a ProgressLine.
+        ledger: add a Ledger.
+        throughput: add a Throughput, before the callbacks that show its results.
+        watchdog: add a Watchdog.
+        garbage_collection: add a GarbageCollection.
+        max_time: add a Preemption with this time limit.
+
+    Raises:
+        ValueError: `max_time` is not a duration, or the user's Preemption has a limit of its own.
+    """
     callbacks = [given] if isinstance(given, Callback) else list(given or [])
 
     def missing(kind: type[Callback]) -> bool:
@@ -40,7 +54,7 @@ def default_callbacks(
     if checkpointing and missing(Checkpoint):
         callbacks.append(DCPCheckpoint())
     if watchdog and missing(Watchdog):
-        callbacks.insert(0, Watchdog())  # notes where a rank is before another callback hangs there
+        callbacks.insert(0, Watchdog())  # first, to record the phase before another callback can hang in it
     if garbage_collection and missing(GarbageCollection):
         callbacks.append(GarbageCollection())
     if (checkpointing or max_time is not None) and missing(Preemption):

@@ -1,4 +1,4 @@
-"""Python's garbage collector, on a schedule."""
+"""GarbageCollection: run Python's garbage collector on a schedule."""
 
 from __future__ import annotations
 
@@ -10,36 +10,43 @@ from lightning.pytorch.callbacks import Callback
 
 
 class GarbageCollection(Callback):
-    """Collects garbage every few optimizer steps, and only then.
+    """Collects garbage every few optimizer steps, and at no other time.
 
-    Left to itself Python looks for garbage whenever it thinks fit: among millions of objects of libraries and compiled
-    code, which takes half a second and more, and on every rank during another step, for which the others wait. Here
-    what exists after the first step is not looked at again until training ends, and what is new every few steps, on all
-    ranks at the same ones.
+    By default, Python decides when to collect. It scans millions of objects of libraries and compiled code, which takes
+    half a second or more. Each rank does so during another step, and all other ranks wait for it. With this callback,
+    objects that exist after the first step are not scanned again until training ends. New objects are scanned every few
+    steps, on all ranks at the same step.
 
     Source: the schedule of torchtitan (`torchtitan/tools/utils.py`), and `gc.freeze`.
 
     Args:
-        every_n_steps: optimizer steps from one collection to the next; 0 leaves all to Python.
+        every_n_steps: optimizer steps between collections; 0 leaves garbage collection to Python.
+
+    Raises:
+        ValueError: `every_n_steps` is negative.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
         if every_n_steps < 0:
-            raise ValueError(f"GarbageCollection(every_n_steps={every_n_steps}): give 0 (leave it to Python) or more.")
+            raise ValueError(
+                f"GarbageCollection(every_n_steps={every_n_steps}): every_n_steps must be at least 1, or 0 to leave "
+                "garbage collection to Python."
+            )
         self.every_n_steps = every_n_steps
         self._scheduled = self._frozen = False
         self._step = 0
 
     @property
     def active(self) -> bool:
-        """Whether it collects: not where the caller has switched Python's collector off."""
+        """Whether this callback collects garbage. It does not if the user has switched Python's collector off."""
         return bool(self.every_n_steps) and (self._scheduled or gc.isenabled())
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Start the schedule after the first optimizer step, then collect every `every_n_steps` steps."""
         step = trainer.global_step
-        if not self.active or step == self._step:  # no optimizer step: the batch was one of several
+        if not self.active or step == self._step:  # no optimizer step: gradients are being accumulated
             return
         self._step = step
         if not self._scheduled:
@@ -49,8 +56,8 @@ class GarbageCollection(Callback):
 
     def _start(self, trainer: pl.Trainer) -> None:
         if trainer.strategy.root_device.type != "cpu":
-            gc.collect()  # what is frozen is never freed, and what compilation left may hold the device's memory
-        if gc.get_freeze_count() == 0:  # else the caller keeps things out of sight, and would lose that in the end
+            gc.collect()  # frozen garbage is never freed, and garbage of the compilation may hold device memory
+        if gc.get_freeze_count() == 0:  # otherwise the user has frozen objects, and our `unfreeze` would undo that
             gc.freeze()
             self._frozen = True
         gc.disable()
@@ -65,14 +72,18 @@ class GarbageCollection(Callback):
             self._frozen = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the step to begin at."""
         self._step = trainer.global_step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Collect the garbage of the validation."""
         if self._scheduled:
             gc.collect()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave garbage collection to Python again."""
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave garbage collection to Python again."""
         self._stop()

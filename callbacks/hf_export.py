@@ -1,4 +1,4 @@
-"""Leave a Hugging Face folder behind."""
+"""HFExport: write the trained model as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from automodel_trainer.checkpoint.export import export_pretrained
 
 
 class HFExport(Callback):
-    """Exports the trained model at the end of `fit`, unless the run was stopped by a signal, and says where to.
+    """Exports the trained model at the end of `fit`, unless a signal stopped the run, and prints the folder.
 
     Args:
-        dirpath: by default `<default_root_dir>/hf`.
-        dtype: of the weights on disk, by torch's name ("bfloat16"); None keeps the trained dtype.
+        dirpath: the folder to write; by default `<default_root_dir>/hf`.
+        dtype: dtype of the weights on disk, by torch's name ("bfloat16"); None keeps the dtype of each weight.
+
+    Attributes:
+        exported_to: the folder, once it is written.
 
     Raises:
-        ValueError: a name that is no dtype; a module without a Hugging Face model.
+        ValueError: `dtype` is not a dtype, or the module has no Hugging Face model.
     """
 
     def __init__(self, dirpath: str | Path | None = None, dtype: str | torch.dtype | None = None) -> None:
@@ -35,15 +38,22 @@ class HFExport(Callback):
         self.exported_to: Path | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that there is a model to export.
+
+        Raises:
+            ValueError: the module has no Hugging Face model.
+        """
         if not isinstance(getattr(pl_module, "model", None), PreTrainedModel):
             raise ValueError(
-                f"HFExport exports Hugging Face models, but {type(pl_module).__name__}.model is none. Remove it."
+                f"HFExport exports Hugging Face models, but {type(pl_module).__name__}.model is not one. Remove the "
+                "callback."
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export the model."""
         preemption = preemption_of(trainer)
         if preemption is not None and preemption.stopped_by not in (None, TIME):
-            return  # who sent a signal will not wait
+            return  # after a signal there may be no time for an export
         folder = self.dirpath or Path(trainer.default_root_dir) / "hf"
         export_pretrained(
             pl_module.model,  # type: ignore[arg-type]
@@ -55,5 +65,6 @@ class HFExport(Callback):
         self.exported_to = folder
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and self.exported_to is not None:  # the last word of a run is what to do with the model
+        """Print the folder and how to try the model. This is the last output of a run."""
+        if stage == "fit" and self.exported_to is not None:
             show(trainer, f"Model exported to {self.exported_to}\nTry it: amt generate --model {self.exported_to}")

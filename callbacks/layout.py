@@ -1,4 +1,4 @@
-"""What callbacks ask of a strategy, be it one of ours or one of Lightning's."""
+"""Facts about the layout that callbacks need, for our strategies and for Lightning's."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def trained_model(trainer: pl.Trainer) -> nn.Module:
 
 
 def dp_size(trainer: pl.Trainer) -> int:
-    """Ranks that see different data."""
+    """The number of ranks that see different data."""
     strategy = trainer.strategy
     return strategy.dp_size if isinstance(strategy, MeshStrategy) else trainer.world_size
 
 
 def sum_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
-    """The sum of a tensor on the strategy's device. Collective."""
+    """Sum a tensor of any shape over all ranks. It must be on the strategy's device. Collective."""
     return trainer.strategy.reduce(tensor, reduce_op="sum")  # type: ignore[return-value]
 
 
 def max_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
-    """The largest of a tensor on the strategy's device. Collective."""
+    """Elementwise maximum of a tensor of any shape over all ranks. It must be on the strategy's device. Collective."""
     return trainer.strategy.reduce(tensor, reduce_op=dist.ReduceOp.MAX)  # type: ignore[return-value, arg-type]
 
 
 def tokenizer_of(module: pl.LightningModule) -> Any:
-    """The module's tokenizer, or None. A CausalLMModule raises where it is asked for one it cannot have."""
+    """The module's tokenizer, or None. (`CausalLMModule.tokenizer` raises if there is none.)"""
     return getattr(module, "tokenizer_or_none" if hasattr(type(module), "tokenizer_or_none") else "tokenizer", None)

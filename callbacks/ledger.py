@@ -1,4 +1,4 @@
-"""Ledger: what is trained, in which dtypes, on which devices: said once after the first step. Surprises are errors."""
+"""Ledger: after the first step, print what is trained, in which dtypes, on which devices. Surprises are errors."""
 
 from __future__ import annotations
 
@@ -22,27 +22,32 @@ from automodel_trainer.callbacks.ledger_facts import (
     optimizer_facts,
     run_facts,
 )
-from automodel_trainer.callbacks.ledger_text import ledger_rows, shortened
+from automodel_trainer.callbacks.ledger_text import ledger_rows
+from automodel_trainer.nn.text import listed
 from automodel_trainer.strategies import Objective
 
-HALF_PRECISION = ("bf16-true", "16-true")  # where optimizer state in half precision is what was asked for
+HALF_PRECISION = ("bf16-true", "16-true")  # these ask for optimizer state in half precision
 SURPRISES = ("no_grad", "not_optimized", "low_precision_state", "untied")
 
 
 class Ledger(Callback):
-    """Prints what a run consists of after its first optimizer step, and writes it to `<default_root_dir>/ledger.json`.
+    """Prints a summary of the run after its first optimizer step, and writes it to `<default_root_dir>/ledger.json`.
 
-    Four things are errors on all ranks, unless allowed:
+    Four surprises are errors on all ranks, unless allowed:
 
-    * `no_grad`: a trainable parameter got no gradient (in a user's own LightningModule only a line of the ledger);
-    * `not_optimized`: a trainable parameter is in no optimizer (likewise);
+    * `no_grad`: a trainable parameter got no gradient (in a user's own LightningModule this is only shown);
+    * `not_optimized`: a trainable parameter is in no optimizer (in a user's own LightningModule this is only shown);
     * `low_precision_state`: the optimizer keeps its state in bf16 or fp16, and `precision` did not ask for it;
-    * `untied`: two weights that the model's config says are one, are not.
-
-    The data is kept in `facts` after the first step.
+    * `untied`: the model's config ties two weights, but they are separate parameters.
 
     Args:
-        allow: names of the surprises to let pass, for example `["no_grad"]`.
+        allow: names of the surprises to allow, for example `["no_grad"]`.
+
+    Attributes:
+        facts: the content of the ledger, after the first step.
+
+    Raises:
+        ValueError: `allow` has an unknown name; after the first step, a surprise that is not allowed.
     """
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
@@ -54,17 +59,24 @@ class Ledger(Callback):
         self._gradients: Facts | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the facts of an earlier run."""
         self.facts, self._gradients = {}, None
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        """Look at the gradients of the first step: later the optimizer clears them."""
         if self._gradients is None:
             self._gradients = gradient_facts(trainer, trained_model(trainer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Collect the facts after the first optimizer step, print them, and raise on surprises.
+
+        Raises:
+            ValueError: a surprise that is not allowed. Raised on all ranks.
+        """
         if self.facts or self._gradients is None:
             return
         model = trained_model(trainer)
@@ -83,45 +95,44 @@ class Ledger(Callback):
         self._raise_together(trainer, surprises)
 
     def _surprises(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
-        """What is wrong on this rank, by the name of its switch."""
+        """The surprises on this rank: maps names to messages."""
         missing, untied = self.facts["gradients"]["missing"], self.facts["model"]["untied"]
         left_out = self.facts["optimizer"]["left_out"]
         low = low_precision_state(trainer.optimizers)
         found = {}
         if missing and isinstance(pl_module, Objective):
             found["no_grad"] = (
-                f"{len(missing)} trainable parameter(s) got no gradient in the first step: {shortened(missing, 5)}. "
-                "They would stay as they are while counting as trained. Freeze them (requires_grad_(False)) if that is "
-                "meant, or see why the forward does not use them"
+                f"{len(missing)} trainable parameter(s) got no gradient in the first step: {listed(missing, 5)}. They "
+                "would never change. Freeze them (requires_grad_(False)) if that is intended, or find out why the "
+                "forward does not use them"
             )
         if left_out and isinstance(pl_module, Objective):
             found["not_optimized"] = (
-                f"{len(left_out)} trainable parameter(s) are in no optimizer: {shortened(left_out, 5)}. They would "
-                "stay as they are while counting as trained. Freeze them (requires_grad_(False)) if that is meant, or "
-                "give them to the optimizer"
+                f"{len(left_out)} trainable parameter(s) are in no optimizer: {listed(left_out, 5)}. They would never "
+                "change. Freeze them (requires_grad_(False)) if that is intended, or pass them to the optimizer"
             )
         if low and trainer.precision not in HALF_PRECISION:
             found["low_precision_state"] = (
-                f"The optimizer keeps its state in {', '.join(low)} although precision={trainer.precision!r}: small "
-                "updates get lost in it. Give the optimizer fp32 parameters (precision='bf16' computes in bf16 from "
-                "fp32 weights), or ask for it with precision='bf16-true'"
+                f"The optimizer keeps its state in {', '.join(low)}, but precision={trainer.precision!r}. Small "
+                "updates get lost in such state. Give the optimizer fp32 parameters (precision='bf16' computes in bf16 "
+                "from fp32 weights), or ask for it with precision='bf16-true'"
             )
         if untied:
             found["untied"] = (
-                f"Weights that the model's config says are one are not: {shortened(untied, 5)}. They would be trained "
-                "apart, and one of them lost in the exported model. Call model.tie_weights() before training, or set "
-                "tie_word_embeddings=False in the config"
+                f"The model's config ties these weights, but they are separate parameters: {listed(untied, 5)}. They "
+                "would be trained separately, and the exported model would have only one of them. Call "
+                "model.tie_weights() before training, or set tie_word_embeddings=False in the config"
             )
         return found
 
     def _raise_together(self, trainer: pl.Trainer, surprises: dict[str, str]) -> None:
-        """Raise on every rank if any has a surprise: a rank that went on alone would wait for the others forever."""
+        """Raise on every rank if any rank has a surprise. Otherwise the other ranks would wait for it forever."""
         mine = torch.tensor([name in surprises for name in SURPRISES], dtype=torch.int32)
         flags = max_over_ranks(trainer, mine.to(trainer.strategy.root_device)).tolist()
         found = [name for name, flag in zip(SURPRISES, flags) if flag and name not in self.allow]
         if found:
             texts = [
-                f"{surprises.get(name, f'Another rank reports {name!r}')} (Ledger(allow=[{name!r}]) lets it pass)."
+                f"{surprises.get(name, f'Another rank reports {name!r}')} (Ledger(allow=[{name!r}]) allows it)."
                 for name in found
             ]
             raise ValueError("\n".join(texts))

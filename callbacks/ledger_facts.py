@@ -1,4 +1,4 @@
-"""What a run consists of, as plain data: the facts of the step-1 ledger."""
+"""The facts of the ledger: a description of the run as plain data."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ Facts = dict[str, Any]
 
 
 def gradient_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
-    """Which gradients there are before the optimizer steps. Collective; waits for the device.
+    """Facts about the gradients, before the optimizer steps. Collective; waits for the device.
 
-    A rank's shard of a parameter can be empty, so a gradient is missing, or zero, only if it is so on all ranks.
+    A rank's shard of a parameter may be empty. A gradient therefore counts as missing, or as zero, only if it is so on
+    all ranks.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = {name: local_tensor(p.grad) for name, p in trained.items() if p.grad is not None}
@@ -44,7 +45,7 @@ def gradient_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
     for index, name in enumerate(silent):
         if name in grads:
             seen[0, index] = 1
-            # NaN counts as something: it is not for the ledger to stop on it.
+            # NaN counts as nonzero: the check for finite losses reports it.
             seen[1, index] = (grads[name] != 0).any()
     there, nonzero = max_over_ranks(trainer, seen).bool().tolist()
     return {
@@ -56,9 +57,9 @@ def gradient_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
 
 
 def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
-    """Class, origin, size and dtype of the parameters, ties, attention."""
+    """Facts about the model: class, source, parameters, ties, attention, kernels, adapters. Collective."""
     parameters = list(model.parameters())
-    # a DTensor's numel is the global one
+    # The numel of a DTensor is that of the whole tensor.
     sizes = of_all_stages(model, {name: (p.requires_grad, p.numel()) for name, p in model.named_parameters()})
     inner = _transformers_models(model)
     pairs = [(name, source, tied) for m in inner for name, source, tied in tied_pairs(m)]
@@ -78,18 +79,22 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
 
 
 def tied_pairs(model: PreTrainedModel) -> list[tuple[str, str, bool]]:
-    """Names of the parameters that the config says are one, and whether they are. Replaced modules are left out."""
+    """Pairs of parameters that the config ties.
+
+    Returns:
+        (name, name of the source, whether they are the same parameter). Replaced modules are left out.
+    """
     pairs = []
     for name, source in tied_weight_names(model).items():
         try:
             pairs.append((name, source, model.get_parameter(name) is model.get_parameter(source)))
-        except AttributeError:  # an adapter that trains its own copy of the head stands there
+        except AttributeError:  # the module was replaced by an adapter that trains its own copy of the head
             continue
     return pairs
 
 
 def optimizer_facts(trainer: pl.Trainer, module: pl.LightningModule, model: nn.Module) -> Facts:
-    """The optimizer, its state and the schedule, and the trainable parameters that it was not given."""
+    """Facts about the optimizers: class, state, schedule, and trainable parameters that are in none of them."""
     optimizers = trainer.optimizers
     states = [value for optimizer in optimizers for value in _state_tensors(optimizer)]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -107,13 +112,13 @@ def optimizer_facts(trainer: pl.Trainer, module: pl.LightningModule, model: nn.M
 
 
 def low_precision_state(optimizers: Iterable[Optimizer]) -> list[str]:
-    """Names of the half-precision dtypes that optimizer state is in."""
+    """Names of the half-precision dtypes in the optimizer state."""
     dtypes = {tensor.dtype for optimizer in optimizers for tensor in _state_tensors(optimizer)}
     return sorted(_name(dtype) for dtype in dtypes & {torch.bfloat16, torch.float16})
 
 
 def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
-    """Layout, batch arithmetic, steps, data and checkpoints."""
+    """Facts about the run: layout, batch sizes, steps, data and checkpoints."""
     strategy = trainer.strategy
     checkpoint: Any = trainer.checkpoint_callback
     arithmetic = batch_facts(trainer, batch)
@@ -144,7 +149,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
 
 
 def compiled_with(strategy: Any) -> Facts:
-    """The backend that blocks are compiled with, and its options; None where none are."""
+    """The backend that blocks are compiled with, and its options; None if blocks are not compiled."""
     if not (isinstance(strategy, MeshStrategy) and strategy.prepared.compiled):
         return {"compile": None, "compile_options": None}
     backend = strategy.compile_backend
@@ -152,7 +157,7 @@ def compiled_with(strategy: Any) -> Facts:
 
 
 def batch_facts(trainer: pl.Trainer, batch: Any) -> Facts:
-    """Rows of a micro-batch, micro-batches per step and rank, ranks, and what they multiply to."""
+    """Rows per micro-batch, micro-batches per step and rank, data-parallel ranks, and rows and tokens per step."""
     parts: Sequence[Any] = micro_batches(batch) or [batch]
     counts = Counts()
     counts.add(parts[0])
@@ -165,7 +170,7 @@ def batch_facts(trainer: pl.Trainer, batch: Any) -> Facts:
 
 
 def planned_steps(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps of the run, as far as they are known."""
+    """Number of optimizer steps of the run; None if it is not known."""
     ask = getattr(trainer, "planned_steps", None)
     if ask is not None:
         return ask()
@@ -174,10 +179,10 @@ def planned_steps(trainer: pl.Trainer) -> int | None:
 
 
 def bytes_by_dtype(tensors: Iterable[Tensor]) -> dict[str, int]:
-    """Bytes of tensors that this rank holds, by the names of their dtypes."""
+    """Bytes of local tensors of any shape, by the names of their dtypes (or classes, for quantized tensors)."""
     sums: dict[str, int] = defaultdict(int)
     for tensor in tensors:
-        if hasattr(tensor, "__tensor_flatten__"):  # packed: what counts are the tensors inside
+        if hasattr(tensor, "__tensor_flatten__"):  # a quantized tensor: count the tensors inside
             parts, _ = tensor.__tensor_flatten__()
             sums[type(tensor).__name__] += sum(getattr(tensor, part).nbytes for part in parts)
         else:
@@ -186,7 +191,7 @@ def bytes_by_dtype(tensors: Iterable[Tensor]) -> dict[str, int]:
 
 
 def _state_tensors(optimizer: Optimizer) -> list[Tensor]:
-    """What the optimizer remembers of each parameter; step counters left out."""
+    """The state tensors of an optimizer on this rank, without step counters."""
     values = [value for state in optimizer.state.values() for value in state.values()]
     return [local_tensor(value) for value in values if isinstance(value, Tensor) and value.ndim]
 
@@ -229,7 +234,7 @@ def _data(trainer: pl.Trainer) -> str:
 
 
 def _transformers_models(model: nn.Module) -> list[PreTrainedModel]:
-    """The outermost transformers models inside."""
+    """The outermost transformers models inside `model`."""
     found: list[PreTrainedModel] = []
     inside: set[int] = set()
     for module in model.modules():
@@ -240,7 +245,7 @@ def _transformers_models(model: nn.Module) -> list[PreTrainedModel]:
 
 
 def _class_name(model: nn.Module) -> str:
-    """The model's own class; FSDP2 puts one of its own making in front."""
+    """Name of the model's own class. FSDP2 replaces the class by a subclass."""
     return next(cls.__name__ for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
 
 

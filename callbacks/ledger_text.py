@@ -1,4 +1,4 @@
-"""The step-1 ledger for human eyes."""
+"""The text of the ledger."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from automodel_trainer.callbacks.console import Row
 from automodel_trainer.models.kernels.attention import TEXTS
+from automodel_trainer.nn.text import listed
 
 Facts = dict[str, Any]
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -13,7 +14,11 @@ MEMORY = (("parameters", "model"), ("gradients", "gradients"), ("optimizer state
 
 
 def ledger_rows(facts: Facts) -> list[Row]:
-    """The lines of the ledger, in reading order."""
+    """The lines of the ledger, in reading order.
+
+    Args:
+        facts: model, gradients, optimizer and run; see `ledger_facts.py`.
+    """
     model, gradients, run = facts["model"], facts["gradients"], facts["run"]
     rows = [
         ("model", model["class"] + (f" from {model['source']}" if model["source"] else "")),
@@ -41,33 +46,28 @@ def ledger_rows(facts: Facts) -> list[Row]:
         ("data", run["data"]),
         ("checkpoints", run["checkpoints"] or "off"),
     ]
-    if run.get("allocator"):  # on a GPU
+    if run.get("allocator"):  # only on a GPU
         rows.append(("memory", _allocation(run)))
     if run.get("watchdog"):
-        rows.append(("watchdog", f"ends the run when a rank is silent for {run['watchdog']:g} s, or gone"))
+        rows.append(("watchdog", f"ends the run if a rank hangs for {run['watchdog']:g} s or disappears"))
     return rows
 
 
 def _allocation(run: Facts) -> str:
     every = run.get("garbage_collection")
-    garbage = f"garbage collected every {every} steps, on all ranks at once" if every else "garbage left to Python"
+    garbage = f"garbage collected every {every} steps, on all ranks at once" if every else "garbage collected by Python"
     return f"{run['allocator']}; {garbage}"
 
 
 def batch_text(batch: Facts) -> str:
-    """For example `micro 2 × accumulation 4 × dp 8 = global 64 rows, ≤ 131,072 tokens`."""
+    """Batch sizes as text, for example `micro 2 × accumulation 4 × dp 8 = global 64 rows, ≤ 131,072 tokens`."""
     arithmetic = f"micro {batch['micro']} × accumulation {batch['accumulation']} × dp {batch['dp']}"
     tokens = f", ≤ {batch['tokens']:,} tokens" if batch["tokens"] else ""
     return f"{arithmetic} = global {batch['global']:,} rows{tokens}"
 
 
-def shortened(names: list[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def memory_text(count: float) -> str:
-    """Bytes as MiB or GiB."""
+    """A number of bytes as MiB or GiB."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
@@ -83,9 +83,9 @@ def _memory(sizes: dict[str, int]) -> str:
 
 def _gradients(gradients: Facts) -> list[str]:
     missing, zero = gradients["missing"], gradients["all_zero"]
-    lines = [f"⚠ none for {len(missing)} of {gradients['tensors']}: {shortened(missing)}"] if missing else []
+    lines = [f"⚠ none for {len(missing)} of {gradients['tensors']}: {listed(missing, 3)}"] if missing else []
     if zero:
-        lines.append(f"⚠ all zero for {len(zero)} of {gradients['tensors']}: {shortened(zero)}")
+        lines.append(f"⚠ all zero for {len(zero)} of {gradients['tensors']}: {listed(zero, 3)}")
     return lines or [f"all {gradients['tensors']} trained tensors have one"]
 
 
@@ -102,7 +102,7 @@ def _layout(run: Facts) -> str:
 
 
 def _pipeline(pipeline: Facts | None) -> list[Row]:
-    """The schedule as a picture, one line per rank."""
+    """The pipeline schedule and its picture, one line per rank."""
     if not pipeline:
         return []
     layers = " + ".join(map(str, pipeline["layers"]))
@@ -117,11 +117,11 @@ def _optimizer(optimizer: Facts) -> str:
 
 
 def _left_out(names: list[str]) -> list[Row]:
-    return [("not optimized", f"⚠ {len(names)} trainable: {shortened(names)}")] if names else []
+    return [("not optimized", f"⚠ {len(names)} trainable: {listed(names, 3)}")] if names else []
 
 
 def _steps(run: Facts) -> str:
-    planned = f"{run['steps']:,} planned" if run["steps"] else "as many as the data gives"
+    planned = f"{run['steps']:,} planned" if run["steps"] else "until the data ends"
     epochs = run["max_epochs"]
     known = [f"{run['steps_per_epoch']:,} per epoch"] if run["steps_per_epoch"] else []
     if epochs is not None and epochs > 0:

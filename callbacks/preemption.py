@@ -1,4 +1,4 @@
-"""Stop when told to: a signal or the time limit on any rank saves a checkpoint on all of them and ends the run."""
+"""Preemption: on a signal or at the time limit of any rank, all ranks save a checkpoint and the run ends."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ from automodel_trainer.distributed.launch import in_notebook
 
 TIME = "max_time"
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, try again
-MARKER = "requeue"  # in default_root_dir while a run waits to be gone on with
+MARKER = "requeue"  # a file in default_root_dir that says that a run waits to be resumed
 
 
 class Preemption(Callback):
-    """On a signal, or when time runs out, save after the running step (on several ranks: the one after it) and stop.
+    """On a signal or when time runs out, saves a checkpoint after the current step and stops the run.
 
-    Ranks agree through an all-reduce of one number on the CPU, started after a step and looked at after the next: no
-    step waits for the device or for another rank because of it. The run does not validate once more, and stops whatever
-    `min_steps` and `min_epochs` say: who sends these signals will not wait long.
+    With several ranks it saves after the step that follows. Ranks agree through an all-reduce of one integer on the
+    CPU, which starts after a step and is read after the next. So no step waits for the device or for another rank. The
+    run does not validate again and ignores `min_steps` and `min_epochs`, because after such a signal there is little
+    time left.
 
-    A second Ctrl-C stops at once, without a save, wherever the process is.
+    A second Ctrl-C stops the process at once, wherever it is, without a save.
 
-    A run that was stopped so leaves `<default_root_dir>/requeue` with the reason, unless it was Ctrl-C; the next one
-    removes it. `Trainer.exit_code` is what to tell a scheduler.
+    A stopped run leaves a file `<default_root_dir>/requeue` with the reason, except after Ctrl-C. The next run removes
+    it. `Trainer.exit_code` is the exit code for the scheduler.
 
     Args:
-        signals: names of the signals. SIGTERM is what schedulers send; SIGUSR1 what Slurm sends with `--signal`; SIGINT
-            is Ctrl-C.
-        max_time: stop when this much time has passed since `fit` was called; `Trainer(max_time=)` sets it. A resumed
-            run counts from its own beginning, as a scheduler's limit does.
-        reserve: how long before that; None measures (see `TimeLimit`).
+        signals: names of the signals. Schedulers send SIGTERM, Slurm sends SIGUSR1 with `--signal`, and Ctrl-C is
+            SIGINT.
+        max_time: stop after this much time since `fit` was called; `Trainer(max_time=)` sets it. A resumed run counts
+            from its own beginning, like a scheduler's limit.
+        reserve: how long before `max_time` to stop. None: measure it (see `TimeLimit`).
 
     Attributes:
-        stopped_by: the name of the signal that ended the run, or "max_time", on every rank; None for a run that was not
+        stopped_by: the name of the signal that stopped the run, or "max_time", on every rank; None if the run was not
             stopped.
 
     Raises:
-        ValueError: a name that is no signal, a duration that is none, or a reserve that leaves no time.
+        ValueError: a name is not a signal, a duration is not valid, or `reserve` leaves no time to train.
     """
 
     def __init__(
@@ -60,13 +61,14 @@ class Preemption(Callback):
         unknown = [name for name in signals if not hasattr(signal, name)]
         if unknown:
             raise ValueError(
-                f"Preemption(signals={list(signals)}): {unknown} is no signal here. Usual: SIGTERM, SIGUSR1, SIGINT."
+                f"Preemption(signals={list(signals)}): {unknown} do not exist on this system. Give names of signals, "
+                "for example SIGTERM, SIGUSR1, SIGINT."
             )
         self.signals = tuple(signals)
         self.reserve = reserve
         self.limit = None if max_time is None else TimeLimit(max_time, reserve)
         self.stopped_by: str | None = None
-        self._received = 0  # 1 + place in `reasons`
+        self._received = 0  # 1 + index in `reasons`; 0: nothing was received
         self._previous: dict[int, Any] = {}
         self._installed: dict[int, Any] = {}
         self._group: dist.ProcessGroup | None = None
@@ -75,10 +77,10 @@ class Preemption(Callback):
         self._limit_val_batches: Any = None
 
     def set_limit(self, max_time: Duration) -> None:
-        """What `Trainer(max_time=)` asks for.
+        """Set the limit from `Trainer(max_time=)`.
 
         Raises:
-            ValueError: no duration, or the callback has another limit of its own.
+            ValueError: `max_time` is not a duration, or the callback already has a limit.
         """
         if self.limit is not None:
             raise ValueError("Give max_time to the Trainer or to Preemption, not to both.")
@@ -86,20 +88,22 @@ class Preemption(Callback):
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """What a run can be stopped by; of several at a time the last counts."""
+        """The reasons to stop. If ranks have different reasons, the last one in this order counts."""
         return (TIME, *self.signals)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Start the clock."""
         if self.limit is not None:
             self.limit.start()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Install the signal handlers, and create the process group in which ranks agree."""
         self.stopped_by, self._received, self._work = None, 0, None
         if trainer.is_global_zero:
             _marker(trainer).unlink(missing_ok=True)
         if trainer.world_size > 1:
-            self._group = dist.new_group(backend="gloo")  # NCCL has no tensors on the CPU
-        # Lightning has set its own handlers just before; ours take their place until the run ends.
+            self._group = dist.new_group(backend="gloo")  # NCCL cannot reduce tensors on the CPU
+        # Lightning has just installed its own handlers. Ours replace them until the run ends.
         if threading.current_thread() is threading.main_thread():
             for name in self.signals:
                 number = getattr(signal, name)
@@ -109,13 +113,15 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._look_at_the_clock(trainer)
+        """Stop if the ranks have agreed to."""
+        self._check_time(trainer)
         agreed = self._agreed()
         if agreed and self.stopped_by is None:
             self.stopped_by = self.reasons[agreed - 1]
             self._stop(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Release the process group, and write the marker file if the run was stopped."""
         if self._limit_val_batches is not None:
             trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
         if self._work is not None:
@@ -129,47 +135,53 @@ class Preemption(Callback):
             _marker(trainer).write_text(f"{self.stopped_by}\n")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._work = self._group = None  # other ranks may never answer
+        """Restore the signal handlers."""
+        self._work = self._group = None  # do not wait: other ranks may never answer
         self._restore_handlers()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Not earlier: until Lightning has taken its own handlers down, they would answer a second signal with a
-        # broadcast that the other ranks know nothing of.
+        """Restore the signal handlers."""
+        # Not earlier: until Lightning removes its own handlers, they would answer a second signal with a broadcast
+        # that the other ranks do not expect.
         self._restore_handlers()
 
     @property
     def exit_code(self) -> int:
-        """What a process that was stopped should end with: 75 asks to be started again, 130 is the user's own Ctrl-C.
+        """The exit code for a stopped run: 75 asks the scheduler to start it again, 130 means Ctrl-C; otherwise 0.
 
-        0 under torchrun, which would take any other code for a crash, start the run again on the machine that it has to
-        leave, and end with 1 itself: there the marker file tells.
+        Under torchrun it is always 0. torchrun would take any other code for a crash, restart the run on the machine
+        that it must leave, and exit with 1 itself. Use the marker file there.
         """
         if self.stopped_by is None or "TORCHELASTIC_RUN_ID" in os.environ:
             return 0
         return 128 + signal.SIGINT if self.stopped_by == "SIGINT" else REQUEUE
 
-    # --- what happened on this rank ---------------------------------------------------------------------------------
+    # --- reasons to stop on this rank -------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: Any) -> None:
         name = signal.Signals(number).name
         self._received = 1 + self.reasons.index(name)
         if number == signal.SIGINT:
-            # The system's own answer to the second one needs no Python: it works in a step that hangs, too.
+            # The default action for the second Ctrl-C does not need Python, so it also works in a step that hangs.
             self._install(number, signal.default_int_handler if in_notebook() else signal.SIG_DFL)
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                os.write(2, b"\nCtrl-C: saving a checkpoint after this step. Once more stops now, without one.\n")
+                # `print` is not safe in a signal handler: the signal may interrupt another `print`.
+                os.write(2, b"\nCtrl-C: saving a checkpoint after this step. Press again to stop now without saving.\n")
 
-    def _look_at_the_clock(self, trainer: pl.Trainer) -> None:
+    def _check_time(self, trainer: pl.Trainer) -> None:
         if self.limit is None:
             return
-        # With saves in the background the last one may have to wait for another.
+        # With async saves, the last save may have to wait for another one that is in flight.
         each = [(1 + saver.async_save, saver.longest_save) for saver in _savers(trainer)]
         saves = [times * save for times, save in each if save is not None]
         if self.limit.is_due(max(saves, default=None), looks=1 if self._group is None else 2):
             self._received = self._received or 1
 
     def _agreed(self) -> int:
-        """The greatest flag of all ranks as of the step before (on one rank: as of now)."""
+        """The maximum of all ranks' flags after the previous step; without a process group, the current flag.
+
+        Also starts the all-reduce that the next call reads.
+        """
         if self._group is None:
             return self._received
         agreed = 0
@@ -177,17 +189,18 @@ class Preemption(Callback):
             assert self._flag is not None
             self._work.wait()
             agreed = int(self._flag.item())
+        # All ranks run the same steps, so they start the same number of all-reduces.
         self._flag = torch.tensor(self._received)
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
 
-    # --- what is done about it, on every rank -----------------------------------------------------------------------
+    # --- the stop, on every rank ------------------------------------------------------------------------------------
 
     def _stop(self, trainer: pl.Trainer) -> None:
         savers = _savers(trainer)
-        for saver in savers:  # Lightning calls checkpoint callbacks last, so they still see this step
+        for saver in savers:  # Lightning calls checkpoint callbacks last, so they will save this step
             saver.request_save(trainer)
-        what = "max_time is about to be reached" if self.stopped_by == TIME else f"{self.stopped_by} received"
+        what = "max_time is almost over" if self.stopped_by == TIME else f"{self.stopped_by} received"
         if savers:
             rank_zero_info(f"{what}: saving a checkpoint and stopping.")
         else:
@@ -203,13 +216,13 @@ class Preemption(Callback):
 
     def _restore_handlers(self) -> None:
         for number, handler in self._previous.items():
-            if signal.getsignal(number) == self._installed[number]:
+            if signal.getsignal(number) == self._installed[number]:  # nobody else has replaced it meanwhile
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous = {}
 
 
 def preemption_of(trainer: pl.Trainer) -> Preemption | None:
-    """The Trainer's Preemption callback, if it has one."""
+    """The Trainer's Preemption callback; None if it has none."""
     return next((c for c in trainer.callbacks if isinstance(c, Preemption)), None)  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""ProgressLine: one live line of what the run is doing, and a closing summary."""
+"""ProgressLine: a live line with the progress of the run, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from automodel_trainer.callbacks.progress_text import (
 )
 from automodel_trainer.callbacks.throughput import Throughput
 
-REFRESH_SECONDS = 0.2
+REFRESH_SECONDS = 0.2  # minimum time between two redraws of the line
 
 
 class ProgressLine(ProgressBar):
-    """Shows on rank 0 how the run is going:
+    """Shows the progress of the run on rank 0:
 
     `step 12/40  loss 2.431  lr 3.0e-04  1,530 tok/s  sup 62%  mem 3.1 GiB  mfu 41%  0:34 left`
 
-    In a terminal the line is live, and what anything else prints scrolls above it. In a file or a pipe there is a line
-    for each log step. Numbers are those of the last log step: nothing here waits for the device in between. After every
-    validation one line stays, and the run ends with a summary, the validation loss before and after included. "Before"
-    is Lightning's check before training, if it covers the whole validation set (`num_sanity_val_steps=-1`).
+    In a terminal the line is redrawn in place, and all other output scrolls above it. In a file or a pipe, one line is
+    printed at each log step. The values are those of the last log step, so no other step waits for the device. Each
+    validation leaves a line. The run ends with a summary, which includes the validation loss before and after training.
+    "Before" is Lightning's sanity check, if it covers the whole validation set (`num_sanity_val_steps=-1`).
     """
 
     def __init__(self) -> None:
@@ -41,10 +41,10 @@ class ProgressLine(ProgressBar):
         self._enabled = True
         self._live: LiveLine | None = None
         self._drawn = 0.0
-        self._numbers: list[str] = []  # of the last log step
+        self._values: list[str] = []  # texts of the last log step
         self._step = 0
         self._planned: int | None = None
-        self._first_step: tuple[int, float] | None = None  # the step after the first one of this run, and its time
+        self._first_step: tuple[int, float] | None = None  # number of this run's first step, and when it ended
         self._started = 0.0
         self._validation_losses: list[float] = []
 
@@ -52,24 +52,30 @@ class ProgressLine(ProgressBar):
 
     @property
     def is_enabled(self) -> bool:
+        """Whether anything is printed. Lightning disables it on all ranks but 0."""
         return self._enabled
 
     def enable(self) -> None:
+        """Print from now on."""
         self._enabled = True
 
     def disable(self) -> None:
+        """Print nothing from now on."""
         self._enabled = False
         self._close()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Open the live line if standard output is a terminal."""
         super().setup(trainer, pl_module, stage)
         if self._enabled and self._live is None and is_terminal():
             self._live = LiveLine()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the live line."""
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the live line."""
         self._close()
 
     def _close(self) -> None:
@@ -83,7 +89,7 @@ class ProgressLine(ProgressBar):
             print(*args, **kwargs)
 
     def _draw(self, parts: list[str], now: bool = False) -> None:
-        """Redraw the live line, not more often than an eye can follow."""
+        """Redraw the live line, but not more often than every `REFRESH_SECONDS` unless `now` is True."""
         if self._live is not None and (now or time.monotonic() - self._drawn > REFRESH_SECONDS):
             self._live.draw(fitted(parts, self._live.width))
             self._drawn = time.monotonic()
@@ -91,10 +97,12 @@ class ProgressLine(ProgressBar):
     # --- training -------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the values of an earlier run."""
         self._validation_losses = []
-        self._numbers = []
+        self._values = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock and draw the line."""
         self._started = time.monotonic()
         self._step, self._first_step = trainer.global_step, None
         if self._enabled:
@@ -104,19 +112,22 @@ class ProgressLine(ProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Redraw the line, or print one at a log step."""
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         if not self._enabled or not stepped:
             return
+        # The estimate starts after the first step, which includes compilation.
         self._first_step = self._first_step or (self._step, time.monotonic())
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         log_step = bool(every) and self._step % every == 0
         if log_step:
-            self._numbers = self._read_numbers(trainer)
+            self._values = self._read_values(trainer)
         self._draw(self._training_line(), now=log_step)
         if log_step and self._live is None:
             print(fitted(self._training_line()), flush=True)
 
-    def _read_numbers(self, trainer: pl.Trainer) -> list[str]:
+    def _read_values(self, trainer: pl.Trainer) -> list[str]:
+        """Texts of the logged values. Waits for the device."""
         optimizers = trainer.optimizers
         lr = optimizers[0].param_groups[0]["lr"] if optimizers else None
         shown = metric_texts(trainer.callback_metrics, trainer.progress_bar_metrics, lr)
@@ -126,7 +137,7 @@ class ProgressLine(ProgressBar):
     def _training_line(self) -> list[str]:
         steps = f"step {self._step}" + (f"/{self._planned}" if self._planned else "")
         left = self._seconds_left()
-        return [steps, *self._numbers, f"{duration(left)} left" if left is not None else ""]
+        return [steps, *self._values, f"{duration(left)} left" if left is not None else ""]
 
     def _seconds_left(self) -> float | None:
         if self._first_step is None or not self._planned or self._step <= self._first_step[0]:
@@ -135,6 +146,7 @@ class ProgressLine(ProgressBar):
         return (time.monotonic() - since) / (self._step - step) * (self._planned - self._step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the summary."""
         self._close()
         if not self._enabled:
             return
@@ -152,16 +164,18 @@ class ProgressLine(ProgressBar):
     # --- evaluation -----------------------------------------------------------------------------------------------
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the losses before training, if the sanity check covered the whole validation set."""
         if _total(trainer.num_sanity_val_batches) == _total(trainer.num_val_batches):
             self._note_validation(trainer.callback_metrics, "validation before training")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the results of a validation during training."""
         self.reset_dataloader_idx_tracker()
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._note_validation(trainer.callback_metrics, f"validation after step {trainer.global_step}")
             self._draw(self._training_line(), now=True)
         else:
-            self._draw([""], now=True)  # Lightning prints its table of results where the line was
+            self._draw([""], now=True)  # clear the line: Lightning prints its table of results there
 
     def _note_validation(self, metrics: Mapping[str, Any], title: str) -> None:
         if not self._enabled:
@@ -173,24 +187,30 @@ class ProgressLine(ProgressBar):
             print(f"{title}: {line}", flush=True)
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """Note the current loader, so that the number of batches is right."""
         self.has_dataloader_changed(args[4] if len(args) > 4 else 0)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Redraw the line."""
         self._draw_evaluation("validation", args[4], self.total_val_batches_current_dataloader)
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Redraw the line."""
         self._draw_evaluation("test", args[4], self.total_test_batches_current_dataloader)
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Redraw the line."""
         self._draw_evaluation("predict", args[4], self.total_predict_batches_current_dataloader)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Clear the line."""
         self.reset_dataloader_idx_tracker()
-        self._draw([""], now=True)  # Lightning prints its table of results where the line was
+        self._draw([""], now=True)  # Lightning prints its table of results there
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the current loader."""
         self.reset_dataloader_idx_tracker()
 
     def _draw_evaluation(self, name: str, batch_idx: int, total: float) -> None:

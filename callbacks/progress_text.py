@@ -1,4 +1,4 @@
-"""The words of the progress line and of the closing summary."""
+"""The texts of the progress line and of the summary at the end."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from typing import Any
 
 from automodel_trainer.callbacks.console import Row
 
-_LOSSES = ("train_loss", "loss", "train/loss")  # what a module may call its training loss
+_LOSSES = ("train_loss", "loss", "train/loss")  # names that modules use for their training loss
 
 
 def metric_texts(logged: Mapping[str, Any], for_the_bar: Mapping[str, Any], lr: float | None) -> list[str]:
-    """Loss, learning rate, and whatever a module logs with `prog_bar=True`. Reads device values: waits for them."""
+    """Texts for loss, learning rate, and metrics that a module logs with `prog_bar=True`. Waits for the device.
+
+    Args:
+        logged: all logged metrics.
+        for_the_bar: those with `prog_bar=True`.
+        lr: the learning rate, used if the module does not log it as `lr`.
+    """
     loss = next((float(logged[name]) for name in _LOSSES if name in logged), None)
     lr = float(logged["lr"]) if "lr" in logged else lr
     texts = [f"loss {loss:.3f}"] if loss is not None else []
@@ -22,7 +28,7 @@ def metric_texts(logged: Mapping[str, Any], for_the_bar: Mapping[str, Any], lr: 
 
 
 def throughput_texts(values: Mapping[str, float]) -> list[str]:
-    """What `Throughput.last` says, in short."""
+    """Short texts for the values in `Throughput.last`."""
     formats = (
         ("tokens_per_second", "{:,.0f} tok/s"),
         ("samples_per_second", "{:,.1f} samples/s"),
@@ -32,11 +38,16 @@ def throughput_texts(values: Mapping[str, float]) -> list[str]:
     )
     texts = [text.format(values[name]) for name, text in formats if name in values]
     wait = values.get("data_wait", 0.0)
-    return texts + ([f"data wait {wait:.0%}"] if wait > 0.05 else [])  # worth a word only where it costs something
+    return texts + ([f"data wait {wait:.0%}"] if wait > 0.05 else [])  # shown only if it costs time
 
 
 def fitted(parts: Sequence[str], width: int | None = None) -> str:
-    """One line of the parts; where it is too long, the ones before the last are left out."""
+    """Join the parts to one line. If it is too long, drop parts from the end, but keep the first and the last one.
+
+    Args:
+        parts: texts; empty ones are left out.
+        width: maximum width in columns. None: no limit.
+    """
     first, *middle, last = parts if len(parts) > 1 else [*parts, ""]
     while True:
         line = "  ".join(part for part in (first, *middle, last) if part)
@@ -46,7 +57,15 @@ def fitted(parts: Sequence[str], width: int | None = None) -> str:
 
 
 def evaluation_line(metrics: Mapping[str, Any], prefix: str) -> str:
-    """For example `loss 2.43, perplexity 11.4, token accuracy 52%`; empty if nothing of that prefix was logged."""
+    """Metrics as text, for example `loss 2.43, perplexity 11.4, token accuracy 52%`.
+
+    Args:
+        metrics: the logged metrics.
+        prefix: take metrics with this prefix ("val_").
+
+    Returns:
+        The text; empty if no metric has the prefix.
+    """
     formats = {"loss": "loss {:.3f}", "perplexity": "perplexity {:.1f}", "token_accuracy": "token accuracy {:.0%}"}
     known = [text.format(float(metrics[prefix + name])) for name, text in formats.items() if prefix + name in metrics]
     others = [name for name in metrics if name.startswith(prefix) and name.removeprefix(prefix) not in formats]
@@ -62,7 +81,16 @@ def closing_rows(
     validation_losses: Sequence[float],
     checkpoint: str,
 ) -> list[Row]:
-    """What a run came to."""
+    """The lines of the summary at the end of a run.
+
+    Args:
+        steps: optimizer steps done.
+        planned: optimizer steps planned, if known.
+        seconds: duration of the training.
+        tokens: tokens trained on; 0 if they are not counted.
+        validation_losses: losses of all validations, in order.
+        checkpoint: the last checkpoint, or "".
+    """
     rows = [("steps", f"{steps:,}" + (f" of {planned:,}" if planned else "") + f" in {duration(seconds)}")]
     if tokens:
         rows.append(("tokens", f"{tokens:,} ({tokens / max(seconds, 1e-9):,.0f} per second, everything included)"))
@@ -74,7 +102,7 @@ def closing_rows(
 
 
 def loss_change(losses: Sequence[float]) -> str:
-    """For example `4.03 → 2.43 (−40%)`."""
+    """The first and last loss and the relative change, for example `4.03 → 2.43 (−40%)`."""
     first, last = losses[0], losses[-1]
     if len(losses) == 1:
         return f"{last:.2f}"
@@ -83,7 +111,7 @@ def loss_change(losses: Sequence[float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0:34`, `12:05`, `1:02:03`."""
+    """Seconds as `0:34`, `12:05` or `1:02:03`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,4 +1,4 @@
-"""What Lightning's loops do not see to by themselves when a run goes on from a checkpoint."""
+"""Fix the state of Lightning's loops when a run resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ import lightning.pytorch as pl
 from automodel_trainer.checkpoint.rng import set_rng_state
 
 
-def go_on(trainer: pl.Trainer, rng: dict[str, Any]) -> None:
-    """Make a resumed run count and draw random numbers as the first run did, where Lightning does not see to it."""
+def continue_loops(trainer: pl.Trainer, rng: dict[str, Any]) -> None:
+    """Make a resumed run count steps and draw random numbers like the original run.
+
+    Args:
+        trainer: a Trainer that has restored a checkpoint.
+        rng: the state of the random generators in the checkpoint.
+    """
     fit_loop = trainer.fit_loop
     epoch: Any = fit_loop.epoch_progress.current
-    # Lightning has taken note of a validation that is still to be done; its counters would say so ever after.
+    # Lightning knows that a validation is still to be done, but its counters would say so forever.
     fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
     if epoch.ready > epoch.processed:
-        # It has made an iterator of the loader after it restored, and an iterator may draw a random number. In an
-        # epoch that is not over the saved state is from after that draw, between epochs from before it.
+        # After the restore, Lightning created an iterator of the loader, which may have drawn a random number. Within
+        # an epoch, the saved state is from after this draw, so set it again. Between epochs it is from before.
         set_rng_state(rng)
     else:
-        # It has counted the epoch as over, but would not count the next one as begun, nor call its hooks.
+        # Lightning counts the epoch as finished, but it would neither count the next one nor call its hooks.
         fit_loop.reset_restart_stage()
 
 
 def validates_after(trainer: pl.Trainer) -> bool:
-    """Whether Lightning validates between this step and the next by its schedule of batches and epochs."""
+    """Whether Lightning's schedule has a validation between this step and the next."""
     if not trainer.enable_validation or not trainer.val_check_batch:
         return False
     every = trainer.check_val_every_n_epoch
@@ -39,10 +44,13 @@ def validates_after(trainer: pl.Trainer) -> bool:
 
 
 def resume_with_validation(fit_loop: dict[str, Any]) -> None:
-    """Make the state one from the beginning of validation: a resumed run then does it.
+    """Change the saved state of the fit loop so that a resumed run begins with validation.
 
-    Lightning would take a state from the end of a training batch, with validation about to follow, as one in which it
-    has been done.
+    The state was saved after a training batch, just before a validation. Lightning would take it for a state from after
+    the validation.
+
+    Args:
+        fit_loop: the loop's state dict, changed in place.
     """
     batches = fit_loop["epoch_loop.batch_progress"]
     validation = fit_loop["epoch_loop.val_loop.batch_progress"]

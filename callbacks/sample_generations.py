@@ -1,4 +1,4 @@
-"""What the model answers before and after training: the difference a loss curve cannot show."""
+"""SampleGenerations: show what the model answers before and after training."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from automodel_trainer.models.generation import encode, generation_config
 
 
 class SampleGenerations(Callback):
-    """Answers the same prompts before the first step and after the last, and prints both side by side.
+    """Lets the model answer the same prompts before the first step and after the last, and prints both side by side.
 
-    Decoding is greedy, so it draws nothing from the random state, and every rank decodes the same prompts: the forward
-    passes of a sharded model are collective. Rank 0 prints, and sends the texts to each logger that takes text.
+    Decoding is greedy, so it does not change the state of the random generators. Every rank decodes the same prompts,
+    because the forward passes of a sharded model are collective. Rank 0 prints the answers and sends them to each
+    logger that accepts text.
 
     Args:
-        prompts: what to ask. None takes the first ``num_prompts`` from the data module's ``sample_prompts(n)``.
-        every_n_steps: answer also every this many optimizer steps; None only before and after.
-        max_new_tokens: the most tokens of an answer.
-        num_prompts: how many prompts to take from the data module.
+        prompts: the prompts. None: the first `num_prompts` from the data module's `sample_prompts(n)`.
+        every_n_steps: also answer every this many optimizer steps; None: only before and after training.
+        max_new_tokens: maximum number of tokens per answer.
+        num_prompts: number of prompts to take from the data module.
+
+    Raises:
+        ValueError: a number is less than 1, or `prompts` is a string.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class SampleGenerations(Callback):
     ) -> None:
         for name, value in {"every_n_steps": every_n_steps, "max_new_tokens": max_new_tokens}.items():
             if value is not None and value < 1:
-                raise ValueError(f"SampleGenerations({name}={value}): it must be at least 1.")
+                raise ValueError(f"SampleGenerations({name}={value}): {name} must be at least 1.")
         if isinstance(prompts, str):
             raise ValueError(f"SampleGenerations(prompts={prompts!r}): give a list of prompts, not one string.")
         self.prompts = prompts
@@ -54,6 +58,7 @@ class SampleGenerations(Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the prompts and answer them before training."""
         self._asked = self._find_prompts(trainer, pl_module)
         self._last_step = trainer.global_step
         self._before = self._answer_all(trainer, pl_module)
@@ -62,8 +67,9 @@ class SampleGenerations(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Answer the prompts if it is time to."""
         step = trainer.global_step
-        # With accumulation inside Lightning several batches end at the same optimizer step.
+        # If Lightning accumulates gradients, several batches end at the same optimizer step.
         if not self._asked or self.every_n_steps is None or step % self.every_n_steps or step == self._last_step:
             return
         self._last_step = step
@@ -74,6 +80,7 @@ class SampleGenerations(Callback):
             show_rich(trainer, lambda console: console.print(answered))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Answer the prompts again, and print all answers."""
         if not self._asked:
             return
         after = self._answer_all(trainer, pl_module)
@@ -96,8 +103,8 @@ class SampleGenerations(Callback):
         prompts = list(sample_prompts(self.num_prompts)) if sample_prompts is not None else []
         if not prompts:
             rank_zero_warn(
-                "SampleGenerations is off: it was given no `prompts`, and the data offers none (a data module offers "
-                "them through `sample_prompts(n)`)."
+                "SampleGenerations is off: there are no `prompts`, and the data module has no `sample_prompts(n)` that "
+                "returns any. Give `prompts`."
             )
         return prompts
 
@@ -113,7 +120,7 @@ class SampleGenerations(Callback):
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=generation_config(model, tokenizer, self.max_new_tokens),
-            # A rank that met its end token goes on with the others: they wait for its part of the weights.
+            # A rank whose answer is complete must keep running forwards: the others need its shards of the weights.
             synced_gpus=trainer.world_size > 1,
         )
         new_tokens = output[0, input_ids.shape[1] :].tolist()
@@ -124,20 +131,25 @@ class SampleGenerations(Callback):
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
-            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)  # TensorBoard's name for it
+            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)  # TensorBoard's method
             for number, (prompt, answer) in enumerate(zip(self._asked, answers)):
                 if callable(add_text):
                     add_text(f"samples/{number}", f"**{prompt}**\n\n{answer}", trainer.global_step)
 
 
 def side_by_side(prompts: list[str], columns: dict[str, list[str]]) -> Panel:
-    """A panel with each prompt above its answers, one column for each of ``columns``."""
+    """A panel with each prompt above its answers.
+
+    Args:
+        prompts: the prompts.
+        columns: maps the title of each column to one answer per prompt.
+    """
     parts: list[Any] = []
     for number, prompt in enumerate(prompts):
         table = Table(box=box.SIMPLE_HEAD, expand=True, show_edge=False, pad_edge=False)
         for name in columns:
             table.add_column(name, style="dim" if name.startswith("before") else "green", ratio=1, overflow="fold")
-        # Text, not str: an answer may hold what looks like markup.
+        # Text instead of str: an answer may contain what looks like rich markup.
         table.add_row(*(Text(answers[number] or "(nothing)") for answers in columns.values()))
         parts += [Text(prompt, style="bold cyan"), table]
     return Panel(Group(*parts), title="sample answers", title_align="left", padding=(1, 2))
@@ -145,7 +157,7 @@ def side_by_side(prompts: list[str], columns: dict[str, list[str]]) -> Panel:
 
 @contextmanager
 def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule is in the mode it was in, mixed modes too."""
+    """Eval mode inside the context. Afterwards every submodule is in its own previous mode again."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""How ranks tell each other where they are while their collectives hang: a key-value store of their own on rank 0."""
+"""A key-value store on rank 0 through which ranks report their state, even while collectives hang."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from typing import Any
 import torch.distributed as dist
 
 _VERDICT = "verdict"
-_CONNECTING, _ANSWERING = timedelta(seconds=60), timedelta(seconds=10)
+_CONNECTING, _ANSWERING = timedelta(seconds=60), timedelta(seconds=10)  # timeouts
 
 
 class SideChannel:
-    """A TCPStore beside the process groups. Every method may raise (`LOST`) once rank 0 is gone.
+    """A TCPStore that is separate from the process groups. Every method may raise one of `LOST` if rank 0 is gone.
 
     Args:
-        rank, world_size: this rank, and how many there are.
+        rank: this rank.
+        world_size: number of ranks.
         host: an address of rank 0's machine.
-        port: where rank 0's store listens; None on rank 0, which picks one.
+        port: the port of rank 0's store. None on rank 0, which picks a free one.
+
+    Attributes:
+        port: the port of the store.
     """
 
     LOST = (RuntimeError, OSError, ValueError)
@@ -33,30 +37,31 @@ class SideChannel:
         self.port = self._store.port
 
     def tell(self, key: str, value: Any = True) -> None:
-        """Leave a value for the others under `key` and this rank."""
+        """Store this rank's value under `key`. It must be JSON."""
         self._store.set(f"{key}/{self.rank}", json.dumps(value))
 
     def told(self, key: str) -> dict[int, Any]:
-        """What ranks have left under `key`."""
+        """The values that ranks have stored under `key`, by rank."""
         names = {rank: f"{key}/{rank}" for rank in range(self.world_size)}
+        # `multi_get` is one round trip, but it waits for missing keys.
         if self._store.check(list(names.values())):
             return {rank: json.loads(value) for rank, value in zip(names, self._store.multi_get(list(names.values())))}
         return {rank: json.loads(self._store.get(name)) for rank, name in names.items() if self._store.check([name])}
 
     def has_told(self, key: str, rank: int) -> bool:
-        """Whether one rank has left something under `key`."""
+        """Whether the given rank has stored a value under `key`."""
         return self._store.check([f"{key}/{rank}"])
 
     def wait_for(self, key: str, ranks: set[int], timeout: float) -> None:
-        """Wait until `ranks` have left something under `key`, or the time is up."""
+        """Wait until all `ranks` have stored a value under `key`, but at most `timeout` seconds."""
         end = time.monotonic() + timeout
         while not ranks <= self.told(key).keys() and time.monotonic() < end:
             time.sleep(0.05)
 
     def declare(self, verdict: dict[str, Any]) -> dict[str, Any]:
-        """End the job, by `verdict` or by one that another rank has declared before."""
+        """Declare why the job ends. The first declaration counts; it is returned."""
         return json.loads(self._store.compare_set(_VERDICT, "", json.dumps(verdict)))
 
     def verdict(self) -> dict[str, Any] | None:
-        """What some rank has declared, if any has."""
+        """The first declaration of any rank; None if there is none."""
         return json.loads(self._store.get(_VERDICT)) if self._store.check([_VERDICT]) else None

@@ -1,4 +1,4 @@
-"""What the threads of a process are doing, read from another of its threads."""
+"""Read the stacks of all threads of this process from one of its threads."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-_TORCH = "torch/distributed/"
-_WRAPPERS = ("wrapper", "decorate_context", "_fn")
+_TORCH = "torch/distributed/"  # part of the path of files that define collectives
+_WRAPPERS = ("wrapper", "decorate_context", "_fn")  # names of decorators' functions, which tell nothing
 
 
 def current_call() -> tuple[str, str]:
-    """The collective that this process is in ("" if none can be seen), and the line that its main thread is at.
+    """The collective that this process is in ("" if none is found), and the current line of its main thread.
 
-    Collectives of a backward pass may be called from autograd's own threads, so all threads are looked at.
+    We look at all threads, because autograd may call the collectives of a backward from its own threads.
     """
     frames = sys._current_frames()
     main = frames.pop(threading.main_thread().ident or 0, None)
@@ -25,7 +25,7 @@ def current_call() -> tuple[str, str]:
 
 
 def _collective(frame: FrameType | None) -> str:
-    """The innermost function of torch.distributed that a thread is in."""
+    """Name of the innermost function of torch.distributed on a stack; "" if there is none."""
     while frame is not None:
         if _TORCH in frame.f_code.co_filename and frame.f_code.co_name not in _WRAPPERS:
             return frame.f_code.co_name

@@ -1,4 +1,4 @@
-"""Throughput: tokens per second, MFU, memory and data wait, measured without making the host wait for the device."""
+"""Throughput: measure tokens per second, MFU, memory and data wait, without device syncs between log steps."""
 
 from __future__ import annotations
 
@@ -18,32 +18,38 @@ GIB = 2**30
 
 
 class Throughput(Callback):
-    """Logs, every `log_every_n_steps` optimizer steps, averages over the steps since the last time:
+    """Logs averages over the last `log_every_n_steps` optimizer steps:
 
     | name | unit |
     | --- | --- |
     | `tokens_per_second` | tokens of all devices, padding included, per second |
     | `tokens_per_second_per_device` | the same per device |
-    | `samples_per_second` | instead of the two, where batches hold no `input_ids` |
+    | `samples_per_second` | replaces the first two if batches have no `input_ids` |
     | `tflops_per_device` | 10¹² FLOP/s of the model's forward and backward (see `flops_per_token`) |
-    | `mfu` | the same as a share of the device's dense bf16 peak; only where that peak is known |
-    | `peak_memory_gib` | most memory any rank held: allocated on the device, or, on CPU, the process's resident set |
+    | `mfu` | the same as a share of the device's dense bf16 peak, if that peak is known |
+    | `peak_memory_gib` | maximum over ranks: memory allocated on the device, or on CPU the resident set size |
     | `pipeline_bubble` | share of the last step that ranks of a pipeline spent waiting, mean over ranks |
     | `data_wait` | share of the time that the host waited for the next batch |
     | `supervised_share` | share of the tokens that have a label |
-    | `padding_share` | share of the tokens that `attention_mask` masks, where there is one |
+    | `padding_share` | share of the tokens that `attention_mask` masks, if there is a mask |
 
-    The first step (compilation, allocation) does not count, nor does the time of validation and checkpoints. Between
-    two log steps nothing waits for the device. On a GPU the host runs ahead of it, so `data_wait` is an upper bound
-    there. The numbers of the last log step are in `last`, the tokens of all ranks since the start in `tokens_seen`.
+    The first step (compilation, allocation) and the time of validation and checkpoints do not count. Only log steps
+    wait for the device. On a GPU the host runs ahead of the device, so there `data_wait` is an upper bound.
 
     Args:
-        peak_flops: FLOP/s of one device at its best, for a device whose peak is not known or not the dense bf16 one.
+        peak_flops: peak FLOP/s of one device. None: look it up; it must be given for other devices and other dtypes.
+
+    Attributes:
+        last: the values of the last log step.
+        tokens_seen: number of tokens of all ranks since the start.
+
+    Raises:
+        ValueError: `peak_flops` is not positive.
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
         if peak_flops is not None and peak_flops <= 0:
-            raise ValueError(f"peak_flops={peak_flops}: give the device's FLOP/s, for example 989e12.")
+            raise ValueError(f"peak_flops={peak_flops} must be positive: the FLOP/s of a device, for example 989e12.")
         self.peak_flops = peak_flops
         self._reset()
 
@@ -51,8 +57,8 @@ class Throughput(Callback):
         self.last: dict[str, float] = {}
         self.tokens_seen = 0
         self._counts = Counts()
-        self._step = 0  # the optimizer step that was seen last
-        self._start: float | None = None  # of the window; None until the first step is over
+        self._step = 0  # the last optimizer step
+        self._start: float | None = None  # start of the window; None until the first step is over
         self._batch_ended: float | None = None
         self._paused_at: float | None = None
         self._paused = 0.0  # seconds of the window that were not training
@@ -61,10 +67,12 @@ class Throughput(Callback):
     # --- the clock ------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reset all counts."""
         self._reset()
         self._step = trainer.global_step
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
+        """Start the clock again, and count the time that the host waited for data."""
         now = time.perf_counter()
         if self._paused_at is not None:
             self._paused += now - self._paused_at
@@ -73,13 +81,15 @@ class Throughput(Callback):
         self._paused_at = self._batch_ended = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
         self._pause(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Stop the clock."""
         self._pause(trainer)
 
     def _pause(self, trainer: pl.Trainer) -> None:
-        """Stop the clock until the next batch starts; what the device still has to train belongs to training."""
+        """Stop the clock until the next batch starts, after the device has finished its training work."""
         if self._start is not None and self._paused_at is None:
             _synchronize(trainer.strategy.root_device)
             self._paused_at = time.perf_counter()
@@ -89,6 +99,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Count the batch, and measure and log at log steps."""
         self._counts.add(batch)
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -96,7 +107,7 @@ class Throughput(Callback):
             self._collect(trainer)
             self._open_window(trainer)
         elif stepped and every and self._step % every == 0:
-            _synchronize(trainer.strategy.root_device)
+            _synchronize(trainer.strategy.root_device)  # the time of the window must include the device's work
             assert self._start is not None
             seconds = time.perf_counter() - self._start - self._paused
             self.last = self._measure(trainer, self._collect(trainer), seconds)
@@ -105,6 +116,7 @@ class Throughput(Callback):
         self._batch_ended = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the last counts to `tokens_seen`."""
         self._collect(trainer)
 
     def _open_window(self, trainer: pl.Trainer) -> None:
@@ -113,9 +125,9 @@ class Throughput(Callback):
         self._paused = self._waited = 0.0
 
     def _collect(self, trainer: pl.Trainer) -> Totals:
-        """The counts of the window over all ranks. Collective; waits for the device."""
+        """The counts of the window, summed over all ranks. Collective; waits for the device."""
         summed = sum_over_ranks(trainer, self._counts.tensor(trainer.strategy.root_device))
-        copies = trainer.world_size // dp_size(trainer)  # ranks that see the same data count it once
+        copies = trainer.world_size // dp_size(trainer)  # so many ranks see the same data, which counts once
         self._counts = Counts()
         totals = Totals(*(int(count) // copies for count in summed.tolist()))
         self.tokens_seen += totals.tokens
@@ -144,7 +156,7 @@ class Throughput(Callback):
 
 
 def _pipeline_bubble(trainer: pl.Trainer) -> dict[str, float]:
-    """Collective where there is a pipeline."""
+    """The share of the last step that ranks waited, mean over ranks; empty without a pipeline. Collective with one."""
     measured = getattr(trainer.strategy, "measured_bubble", lambda: None)()
     if measured is None:
         return {}
@@ -158,7 +170,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _peak_memory(trainer: pl.Trainer) -> float:
-    """Bytes, the most of any rank. Collective."""
+    """Peak memory in bytes, maximum over ranks. Collective."""
     device = trainer.strategy.root_device
     held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_set()
     peak = torch.tensor(held, dtype=torch.int64, device=device)
@@ -166,7 +178,7 @@ def _peak_memory(trainer: pl.Trainer) -> float:
 
 
 def peak_resident_set() -> int:
-    """The most memory this process has held at a time, in bytes."""
+    """The peak resident set size of this process, in bytes."""
     if sys.platform == "win32":
         import psutil
 

@@ -1,4 +1,4 @@
-"""When to stop so that a save still fits into the time that is left."""
+"""Decide when to stop, so that a save still fits into the time that is left."""
 
 from __future__ import annotations
 
@@ -9,39 +9,42 @@ from datetime import timedelta
 from lightning.pytorch.callbacks import Timer
 
 Duration = str | timedelta | dict[str, int]
-_FIRST_GUESS = 0.05  # of the limit, for a save that has not been measured yet; at most …
-_LARGEST_GUESS = 300.0  # seconds
-_SAFETY = 1.5  # on the longest save so far
+_FIRST_GUESS = 0.05  # share of the limit to reserve for a save before one was measured
+_LARGEST_GUESS = 300.0  # seconds; upper bound of that reserve
+_SAFETY = 1.5  # factor on the longest save so far
 
 
 class TimeLimit:
-    """A limit in seconds of wall-clock time from `start` on, a reserve for the last save included.
+    """A wall-clock limit from `start` on, which includes a reserve for the last save.
 
-    Looked at after every step (`is_due`). The reserve, unless it is given, is 1.5 × the longest save of the run so far
-    (before the first: 5 % of the limit, at most 5 minutes), and the longest time between two looks, because what
-    comes up short now is next looked at one step (perhaps a validation, perhaps a save) later.
+    `is_due` must be called after every step. Unless it is given, the reserve is 1.5 times the longest save of the run
+    so far (before the first: 5 % of the limit, at most 5 minutes), plus the longest time between two calls. The latter
+    is needed because the next call comes only after another step, and perhaps a validation or a save.
 
     Args:
-        limit: as Lightning's `Timer` takes it: "DD:HH:MM:SS", a timedelta, or its keywords as a dict.
-        reserve: likewise; None measures.
+        limit: a duration as for Lightning's `Timer`: "DD:HH:MM:SS", a timedelta, or the keywords of one as a dict.
+        reserve: a duration, too. None: measure it.
+        clock: returns the current time in seconds.
 
     Raises:
-        ValueError: not a duration, or a reserve as long as the limit.
+        ValueError: a duration is not valid, or the reserve is not shorter than the limit.
     """
 
     def __init__(self, limit: Duration, reserve: Duration | None = None, clock: Callable[[], float] = time.monotonic):
         self.limit = seconds(limit)
         self.reserve = None if reserve is None else seconds(reserve)
         if self.reserve is not None and self.reserve >= self.limit:
-            raise ValueError(f"reserve={reserve!r} is as long as max_time={limit!r}: no step would be taken.")
+            raise ValueError(
+                f"reserve={reserve!r} is not shorter than max_time={limit!r}: no step would be taken. Reserve less."
+            )
         self._clock = clock
         self.start()
 
     def start(self) -> None:
-        """Count from now."""
+        """Start the clock."""
         self._started = self._clock()
         self._looked: float | None = None
-        self._gaps: list[float] = []  # the longest and the last time between two looks
+        self._gaps: list[float] = []  # the longest and the last time between two calls of `is_due`
 
     @property
     def elapsed(self) -> float:
@@ -49,11 +52,11 @@ class TimeLimit:
         return self._clock() - self._started
 
     def is_due(self, longest_save: float | None, looks: int = 1) -> bool:
-        """Whether to stop after this step; to be called once a step.
+        """Whether to stop after this step. Call it once per step.
 
         Args:
-            longest_save: seconds that the longest save of this run took; None before the first.
-            looks: how many looks later the stop comes into effect.
+            longest_save: duration of the longest save of this run in seconds; None before the first.
+            looks: number of calls after which the stop takes effect.
         """
         now = self._clock()
         if self._looked is not None:
@@ -63,7 +66,7 @@ class TimeLimit:
         return self.elapsed + self._needed(longest_save, looks) >= self.limit
 
     def _needed(self, longest_save: float | None, looks: int) -> float:
-        """Seconds to keep: for the save, and for the steps until the next look takes effect."""
+        """Seconds to reserve: for the save, and for the steps until a stop at the next call takes effect."""
         if self.reserve is not None:
             return self.reserve
         save = min(_FIRST_GUESS * self.limit, _LARGEST_GUESS) if longest_save is None else _SAFETY * longest_save
@@ -72,14 +75,14 @@ class TimeLimit:
 
 
 def seconds(duration: Duration) -> float:
-    """Seconds of a duration as Lightning's `Timer` takes it.
+    """Convert a duration, as for Lightning's `Timer`, to seconds.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a duration.
     """
     try:
         remaining = Timer(duration).time_remaining()
-    except Exception as error:  # of Lightning's own kind, or TypeError of timedelta
+    except Exception as error:  # Lightning's own exception, or a TypeError from timedelta
         raise ValueError(
             f"max_time={duration!r} is not a duration: give 'DD:HH:MM:SS', a timedelta, or a dict like {{'hours': 4}}."
         ) from error

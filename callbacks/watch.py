@@ -1,4 +1,4 @@
-"""The thread behind `Watchdog`: tells where this rank is, sees that a rank is stuck or lost, ends the process."""
+"""The thread of `Watchdog`: it reports the phase of this rank, detects stuck and lost ranks, and ends the process."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from automodel_trainer.callbacks.side_channel import SideChannel
 from automodel_trainer.callbacks.stacks import current_call, dump_stacks
 from automodel_trainer.distributed.phase import current
 
-INTERVAL = 1.0  # seconds between two looks
-LOST_AFTER = 20.0  # seconds without a sign of life
-GRACE = 5.0  # seconds for a rank to raise, or end, by itself when another has
-ANSWER = 5.0  # seconds to wait for what other ranks have to say before the end
+INTERVAL = 1.0  # seconds between two checks
+LOST_AFTER = 20.0  # seconds without a heartbeat after which a rank counts as lost
+GRACE = 5.0  # seconds for a rank to raise or end by itself after another has
+ANSWER = 5.0  # seconds to wait for other ranks before this process ends
 EXIT_CODE = 1
 
 
 class Watch:
-    """Started on every rank; `stop` or `report` ends it.
+    """Watches this rank and, on rank 0, all others. It runs on every rank until `stop` or `report` is called.
 
     Args:
-        channel: to the other ranks.
-        patience: how many seconds this rank may stay where it is.
-        folder: where stacks are written when the job is ended.
-        kill_children: ends processes that would outlive this one.
+        channel: the connection to the other ranks.
+        patience: returns how many seconds this rank may stay in its current phase.
+        folder: where to write stacks when the job is ended.
+        kill_children: kills processes that would outlive this one.
     """
 
     def __init__(
@@ -42,29 +42,33 @@ class Watch:
         self.channel, self.patience, self.folder, self.kill_children = channel, patience, folder, kill_children
         self._others = set(range(channel.world_size)) - {channel.rank}
         self._done = threading.Event()
-        self._signs: dict[int, tuple[int, float]] = {}  # of each rank the last beat, and when it was seen first
+        self._signs: dict[int, tuple[int, float]] = {}  # rank -> its last heartbeat, and when we first saw it
         self._beat = 0
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
-    # --- the main thread's side -------------------------------------------------------------------------------------
+    # --- called by the main thread ----------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """The run is over on this rank. Rank 0, where the store is, waits for the others to know."""
+        """End the watch, because the run is over on this rank. Rank 0 keeps the store until the others know."""
         self._leave("bye")
 
     def report(self, exception: str) -> None:
-        """This rank has raised: tell the others, and see that they know before this process ends."""
-        with suppress(*SideChannel.LOST):  # rank 0 has gone before
+        """Tell the other ranks that this rank has raised, and wait until they know.
+
+        Args:
+            exception: the traceback as text.
+        """
+        with suppress(*SideChannel.LOST):  # rank 0 may be gone already
             self.channel.declare({"kind": "raised", "rank": self.channel.rank, "text": exception})
         self._leave("seen")
 
     def _leave(self, word: str) -> None:
         self._done.set()
         self._thread.join()
-        with suppress(*SideChannel.LOST):  # nobody is there to listen
+        with suppress(*SideChannel.LOST):
             self.channel.tell("seen")
-            self.channel.tell(word)  # not "bye" from a rank that has raised: the others would take the run for over
+            self.channel.tell(word)  # a rank that has raised must not say "bye": the others would think the run is over
             if self.channel.rank == 0 or word == "seen":
                 self.channel.wait_for(word, self._others, ANSWER)
 
@@ -73,13 +77,13 @@ class Watch:
     def _run(self) -> None:
         while not self._done.wait(INTERVAL):
             try:
-                if self.channel.has_told("bye", 0):  # the run is over, and the store about to go
+                if self.channel.has_told("bye", 0):  # the run is over, and rank 0 is about to close the store
                     self.channel.tell("bye")
                     return
                 self._tell()
                 verdict = self.channel.verdict() or self._judge()
             except SideChannel.LOST as error:
-                verdict = {"kind": "lost", "rank": 0, "text": f"rank 0, where all ranks meet, is gone ({error})"}
+                verdict = {"kind": "lost", "rank": 0, "text": f"rank 0, which has the store, is gone ({error})"}
             if verdict is not None:
                 self._end(verdict)
                 return
@@ -87,6 +91,7 @@ class Watch:
     def _tell(self) -> None:
         self._beat += 1
         silent = time.monotonic() - current.since
+        # Read the stacks only if this rank has been in its phase for a while: it takes the GIL from the main thread.
         collective, line = current_call() if silent > 2 * INTERVAL else ("", "")
         place = {"step": current.step, "phase": current.phase, "silent": silent, "collective": collective, "line": line}
         self.channel.tell("place", {"beat": self._beat, **place})
@@ -97,12 +102,12 @@ class Watch:
             text = f"rank {self.channel.rank} has not moved for {silent:.0f} s ({current.phase} of step {current.step})"
             return self.channel.declare({"kind": "stuck", "rank": self.channel.rank, "text": text})
         if self.channel.rank == 0 and (lost := self._lost_rank()) is not None:
-            text = f"rank {lost} has given no sign of life for {LOST_AFTER:.0f} s: its process is gone, or frozen"
+            text = f"rank {lost} has sent no heartbeat for {LOST_AFTER:.0f} s: its process is gone or frozen"
             return self.channel.declare({"kind": "lost", "rank": lost, "text": text})
         return None
 
     def _lost_rank(self) -> int | None:
-        now = time.monotonic()
+        now = time.monotonic()  # only the clock of this rank: the clocks of machines differ
         for rank, place in self.channel.told("place").items():
             beat, seen = self._signs.get(rank, (-1, now))
             self._signs[rank] = (place["beat"], now if place["beat"] != beat else seen)
@@ -110,7 +115,7 @@ class Watch:
         return next((rank for rank in silent if not self.channel.has_told("bye", rank)), None)
 
     def _end(self, verdict: dict[str, Any]) -> None:
-        """End this process, unless it ends by itself because of the same."""
+        """End this process, unless it ends by itself for the same reason."""
         with suppress(*SideChannel.LOST):
             self.channel.tell("seen")
         if verdict["kind"] != "stuck" and self._done.wait(GRACE):
@@ -124,10 +129,10 @@ class Watch:
         sys.stdout.flush()
         sys.stderr.flush()
         self.kill_children()
-        os._exit(EXIT_CODE)
+        os._exit(EXIT_CODE)  # `sys.exit` would end only this thread; the main thread hangs
 
     def _last_words(self, verdict: dict[str, Any]) -> None:
-        """Rank 0 speaks for all, and the others wait until it has: launchers kill all when the first one ends."""
+        """Print the report on rank 0. The others wait for it, because launchers kill all ranks when one ends."""
         self._tell()
         self.channel.tell("stacks")
         if self.channel.rank == 0:
@@ -149,7 +154,11 @@ def _headline(verdict: dict[str, Any]) -> str:
 
 
 def place_table(places: dict[int, dict[str, Any]]) -> str:
-    """One line for each rank: where it was when it was last heard of."""
+    """A table of ranks: the step, phase and line of each when it last reported.
+
+    Args:
+        places: maps ranks to their last reports.
+    """
     rows = [("rank", "step", "phase", "since", "collective", "at")]
     for rank, place in sorted(places.items()):
         since = f"{place['silent']:.0f} s"

@@ -73,7 +73,7 @@ def test_a_script_that_fits_twice_is_restarted_in_order(monkeypatch: pytest.Monk
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
     for attempt in range(2):
-        monkeypatch.setattr(restarts, "_fits", 0)  # a new process
+        monkeypatch.setattr(restarts._process, "fits", 0)  # a new process
         for fit in ("first", "second"):
             monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
             assert outliving_store(timedelta(seconds=1)) is None, "torchrun alone has one"

@@ -1,4 +1,7 @@
-"""Checkpoints: sharded safetensors under Hugging Face names and JSON, whole or not there, for any layout."""
+"""Checkpoints: safetensors under Hugging Face names, and JSON. They are written atomically and fit any layout.
+
+Start with `state.py` (what a checkpoint holds, and in which order it is written and read).
+"""
 
 from automodel_trainer.checkpoint.folder import remove_checkpoint
 from automodel_trainer.checkpoint.manifest import check_checkpoint

@@ -1,4 +1,4 @@
-"""Saves that are written while training goes on."""
+"""Write checkpoints in a thread while training continues."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 from automodel_trainer.checkpoint.host_copies import HostBuffers
-from automodel_trainer.checkpoint.state import Mirror, Snapshot, stage, write_snapshot
+from automodel_trainer.checkpoint.state import Mirror, Snapshot, take_snapshot, write_snapshot
 from automodel_trainer.distributed.agreement import CheckpointError, world_size
 
 
 class BackgroundSaver:
-    """Writes one snapshot at a time in a thread, whose ranks agree over a gloo group of their own. Made on all ranks.
+    """Writes one snapshot at a time in a thread. All ranks must create it.
 
-    Between `start` and `wait` a save is in flight, and its tensors lie in `buffers`: nothing else may be staged there.
+    The threads of the ranks agree over a gloo group of their own, because training uses the default group meanwhile.
+    Between `start` and `wait` a save is in flight. Its tensors lie in `buffers`, so no other snapshot may be taken
+    there.
 
     Args:
-        timeout: how long a rank waits for the others to have written.
+        timeout: how long a rank waits for the others to finish writing.
 
     Attributes:
-        buffers: host memory, taken by the first save and kept.
-        lock: for what the thread and its owner share.
-        seconds: from the beginning of the last save that ended until it was whole.
+        buffers: host memory for the copies. The first save allocates it.
+        lock: guards data that the thread and its owner share.
+        seconds: duration of the last successful save, from its beginning until the checkpoint was complete.
     """
 
     def __init__(self, timeout: timedelta = timedelta(hours=1)) -> None:
@@ -43,7 +45,7 @@ class BackgroundSaver:
 
     @property
     def in_flight(self) -> Path | None:
-        """The folder whose save has not been waited for."""
+        """The folder of the save in flight; None if there is none."""
         return self._folder
 
     def save(
@@ -55,16 +57,24 @@ class BackgroundSaver:
         then: Callable[[], None] | None = None,
         mirror: Mirror | None = None,
     ) -> None:
-        """As `checkpoint.save_checkpoint`, but return when all is copied; the files are written in the background.
+        """Like `checkpoint.save_checkpoint`, but return once everything is copied and write files in the background.
 
-        Collective. Waits for the save in flight, if there is one, and raises what became of it.
+        Collective. If a save is in flight, wait for it first.
 
         Args:
-            then: called in the thread once the checkpoint is whole, and mirrored.
+            folder: the checkpoint to write.
+            lightning_checkpoint: Lightning's state, without weights and optimizer state.
+            module: the module to save.
+            optimizers: the optimizers to save.
+            then: called in the thread when the checkpoint is complete and mirrored.
+            mirror: called when the checkpoint is complete, before `then`.
+
+        Raises:
+            CheckpointError, ValueError: the save in flight failed, or this one cannot begin.
         """
         self.wait()
         self._started = time.monotonic()
-        snapshot = stage(folder, lightning_checkpoint, module, optimizers, self.buffers.copy)
+        snapshot = take_snapshot(folder, lightning_checkpoint, module, optimizers, self.buffers.copy)
         self.buffers.synchronize()
         self.start(snapshot, folder, then, mirror)
 
@@ -75,8 +85,15 @@ class BackgroundSaver:
         then: Callable[[], None] | None = None,
         mirror: Mirror | None = None,
     ) -> None:
-        """Begin to write a snapshot of tensors that training leaves alone (staged into `buffers`); returns at once."""
-        assert self._thread is None, "one save at a time: wait for the one before"
+        """Start writing a snapshot and return at once. Training must not change its tensors (use `buffers`).
+
+        Args:
+            snapshot: what to write.
+            folder: the checkpoint to write.
+            then: called in the thread when the checkpoint is complete and mirrored.
+            mirror: called when the checkpoint is complete, before `then`.
+        """
+        assert self._thread is None, "one save at a time: wait for the previous one"
         self._folder, self._error = folder, None
         self._thread = threading.Thread(
             target=self._write, args=(snapshot, folder, then, mirror), name="checkpoint", daemon=True
@@ -86,11 +103,14 @@ class BackgroundSaver:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the save in flight is over, if there is one.
 
+        Args:
+            timeout: maximum time to wait, in seconds. None: no limit.
+
         Returns:
-            False if it is not after `timeout` seconds.
+            False if the save is still in flight after `timeout` seconds.
 
         Raises:
-            CheckpointError, ValueError: it failed; raised on every rank.
+            CheckpointError, ValueError: the save failed. Raised on every rank.
         """
         if self._thread is None:
             return True
@@ -104,8 +124,8 @@ class BackgroundSaver:
         return True
 
     def close(self) -> None:
-        """Let go of the group and the memory. Collective; nothing may be in flight."""
-        assert self._thread is None, "wait first"
+        """Release the process group and the memory. Collective. No save may be in flight."""
+        assert self._thread is None, "wait for the save in flight first"
         if self._group is not None:
             dist.destroy_process_group(self._group)
         self.buffers.clear()
@@ -118,6 +138,6 @@ class BackgroundSaver:
             self.seconds = time.monotonic() - self._started
         except (OSError, ValueError) as error:
             self._error = error
-        except Exception as error:  # a rank that died, or took longer than the timeout
+        except Exception as error:  # another rank died, or took longer than the timeout
             self._error = CheckpointError(0, f"{folder}: {type(error).__name__}: {error}")
             self._error.__cause__ = error

@@ -1,4 +1,4 @@
-"""Python state as JSON and back, exactly: what a pickle would hold, without one."""
+"""Convert Python state to JSON and back without loss, so that no pickle is needed."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_LARGEST_TENSOR = 1_000_000  # elements; what is larger belongs into safetensors
+_LARGEST_TENSOR = 1_000_000  # elements; larger tensors belong in safetensors files
 _PLAIN = (str, int, bool, type(None))
 
 
 def encode(value: Any, key: str = "") -> Any:
-    """Turn nested state into what `json.dumps` writes.
+    """Convert nested state to values that `json.dumps` accepts.
 
-    Beyond JSON it knows tuples, sets, dicts with keys that are not strings, small tensors of any dtype, numpy scalars,
-    paths, dtypes and devices, and NaN and infinity (which are not JSON).
+    Beyond JSON it supports tuples, sets, dicts with keys that are not strings, tensors of any dtype with at most a
+    million elements, numpy scalars, paths, dtypes, devices, NaN and infinity.
 
     Args:
         value: the state.
-        key: where it stands, for the error message.
+        key: its place in the whole state, for the error message.
 
     Raises:
-        ValueError: a value of any other kind; the message names its key.
+        ValueError: a value is of any other type. The message names its key.
     """
     if type(value) in _PLAIN:
         return value
@@ -38,7 +38,7 @@ def encode(value: Any, key: str = "") -> Any:
     if type(value) is list:
         return [encode(item, f"{key}[{i}]") for i, item in enumerate(value)]
     if type(value) in (tuple, set):
-        items = value if type(value) is tuple else sorted(value, key=repr)
+        items = value if type(value) is tuple else sorted(value, key=repr)  # the order of a set varies by process
         return {f"__{type(value).__name__}__": [encode(item, f"{key}[{i}]") for i, item in enumerate(items)]}
     return _encode_object(value, key)
 
@@ -47,11 +47,11 @@ def decode(value: Any, place: Any = "the state") -> Any:
     """The inverse of `encode`.
 
     Args:
-        value: plain JSON.
+        value: parsed JSON.
         place: where it comes from, for the error message.
 
     Raises:
-        ValueError: not what `encode` makes.
+        ValueError: `encode` cannot have written the value.
     """
     try:
         return _decode(value)
@@ -64,13 +64,14 @@ def _decode(value: Any) -> Any:
         return [_decode(item) for item in value]
     if not isinstance(value, dict):
         return value
-    tag = next(iter(value)) if value else ""
+    tag = next(iter(value)) if value else ""  # `encode` writes the tag first
     if tag in _DECODERS:
         return _DECODERS[tag](value)
     return {name: _decode(item) for name, item in value.items()}
 
 
 def _encode_dict(value: Mapping[Any, Any], key: str) -> dict[str, Any]:
+    # A dict with one of our tags as a key would be decoded as something else: store it as pairs.
     ours = any(isinstance(name, str) and name in _DECODERS for name in value)
     if ours or any(type(name) is not str for name in value):
         pairs = [[encode(name, key), encode(item, f"{key}[{name!r}]")] for name, item in value.items()]
@@ -90,12 +91,12 @@ def _encode_object(value: Any, key: str) -> Any:
         return {"__dtype__": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"__device__": str(value)}
-    if isinstance(value, (str, int)):  # enumerations with a value, and other subclasses
+    if isinstance(value, (str, int)):  # enums of strings or integers, and other subclasses
         return str.__str__(value) if isinstance(value, str) else int(value)
     raise ValueError(
         f"{key or 'the state'} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot "
-        "hold: it is written as JSON and safetensors, never as pickle. Keep numbers, strings, lists, dicts and small "
-        "tensors in state dicts and hyperparameters (self.save_hyperparameters(ignore=[...]) leaves others out)."
+        "hold: checkpoints are JSON and safetensors, never pickle. Use only numbers, strings, lists, dicts and small "
+        "tensors in state dicts and hyperparameters (self.save_hyperparameters(ignore=[...]) leaves out others)."
     )
 
 
@@ -106,14 +107,14 @@ def _decode_tensor(value: dict[str, Any]) -> Tensor:
 
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name)
-    if not isinstance(found, torch.dtype):  # any other name in torch is none of a checkpoint's
+    if not isinstance(found, torch.dtype):  # a checkpoint must not name any other attribute of torch
         raise TypeError(f"{name!r} is not a dtype")
     return found
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a text")
+        raise TypeError(f"{value!r} is not a string")
     return value
 
 

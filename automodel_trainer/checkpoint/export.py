@@ -1,4 +1,4 @@
-"""Weights out: a sharded model as a Hugging Face folder that any program loads."""
+"""Export a sharded model as a Hugging Face folder that any program can load."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def export_pretrained(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write a model as a folder for `from_pretrained`: safetensors, config, tokenizer. Collective over all ranks.
+    """Write a model as a folder for `from_pretrained`: safetensors, config and tokenizer. Collective over all ranks.
 
-    Of a model with adapters only these are written, and the tokenizer: a folder for PEFT's `from_pretrained`.
+    If the model has adapters, only the adapters and the tokenizer are written: a folder for PEFT's `from_pretrained`.
 
-    One tensor is gathered at a time, and rank 0 holds one file's worth of them. Tied weights are written once. Where
-    the model's checkpoints on the Hub have other names and shapes than the model in memory, theirs are written.
+    Tensors are gathered one at a time. Rank 0 holds the tensors of one file. Tied weights are written once. If the
+    model's checkpoints on the Hub use other names and shapes than the model in memory, those of the Hub are written.
 
     Args:
-        model: the model, laid out in any way.
-        folder: where to. Files of an older export in it are replaced, others stay.
-        tokenizer: saved in place of the source's where it differs.
-        source: the folder the model came from, whose other files are copied; by default what the model's config says.
-        dtype: of floating-point weights on disk; None keeps each as it is trained.
-        max_shard_size: largest weight file, in bytes or as "5GB".
+        model: the model, on any layout.
+        folder: the folder to write. Files of an older export in it are replaced, others stay.
+        tokenizer: saved instead of the source's tokenizer if it differs.
+        source: the folder that the model came from. Its other files are copied. None: look it up in the config.
+        dtype: dtype of floating-point weights on disk; None keeps the dtype of each weight.
+        max_shard_size: maximum size of a weight file, in bytes or as text such as "5GB".
 
     Raises:
-        CheckpointError: a file could not be written (on every rank); an older export is then still there.
+        CheckpointError: a file could not be written. Raised on every rank; an older export stays intact.
     """
     folder = Path(folder)
     if lora_of(model) is not None:
@@ -80,9 +80,9 @@ def export_pretrained(
 
 
 class _ShardWriter:
-    """Takes tensors as they come and writes each file once it has all of its own.
+    """Collects tensors and writes each file when it has all tensors of the file.
 
-    A failed write is kept and raised by `finish`: the other ranks go on gathering until then.
+    An error is kept until `finish` raises it: until then the other ranks continue to gather, and they need this rank.
     """
 
     def __init__(self, folder: Path, planned: Mapping[str, Tensor], max_shard_size: int | str) -> None:
@@ -103,7 +103,7 @@ class _ShardWriter:
             return
         try:
             save_file(tensors, self.folder / file, metadata={"format": "pt"})
-        except Exception as error:  # safetensors reports a full disk as an exception of its own
+        except Exception as error:  # safetensors raises its own exception if the disk is full
             self.error = error if isinstance(error, OSError) else OSError(str(error))
 
     def finish(self) -> None:
@@ -116,17 +116,17 @@ class _ShardWriter:
 
 
 def _nothing() -> None:
-    """What ranks other than 0 do while rank 0 works with files."""
+    """The action of ranks other than 0 while rank 0 works with files."""
 
 
 def _prepare(target: Path) -> None:
     if target.exists():
-        shutil.rmtree(target)  # a crashed export
+        shutil.rmtree(target)  # left by an export that crashed
     target.mkdir(parents=True)
 
 
 def _kept(full: Tensor | None, keep: bool) -> Tensor:
-    """The gathered tensor on the CPU, or nothing where it is not written."""
+    """The gathered tensor on the CPU; an empty tensor on ranks that do not write."""
     return full.cpu() if keep and full is not None else torch.empty(0)
 
 
@@ -135,7 +135,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _planned(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """What will be on disk, on meta."""
+    """The tensors that will be on disk, on meta."""
     converted = _meta(tensors)
     if converts_weights(model):
         converted = original_weight_names(model, converted)
@@ -147,7 +147,11 @@ def _meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def conversion_groups(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Tensors that must be converted together: the smallest groups that give what converting all at once gives."""
+    """Names of tensors that must be converted together, for example the experts of a layer.
+
+    We try each tensor alone, then the tensors of each block, then all. The first grouping that gives the same result as
+    converting all tensors at once is returned.
+    """
     alone = [[name] for name in tensors]
     if not converts_weights(model):
         return alone
@@ -156,7 +160,7 @@ def conversion_groups(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> 
     for groups in (alone, list(_by_block(tensors))):
         try:
             parts = [original_weight_names(model, {name: meta[name] for name in group}) for group in groups]
-        except Exception:  # a conversion that lacks its other half may fail in any way
+        except Exception:  # a conversion may fail in any way if some of its tensors are missing
             continue
         if {name: shape for part in parts for name, shape in _shapes(part).items()} == expected:
             return groups
@@ -187,7 +191,7 @@ def _complete(
     if not folder.exists():
         target.rename(folder)
         return
-    # The folder may hold more than an older export (a repository, say): only weights that are now stale go.
+    # The folder may hold more than an older export (it may be a repository): remove only weights that are now stale.
     for file in folder.iterdir():
         if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name) and is_weight_file(file):
             file.unlink()

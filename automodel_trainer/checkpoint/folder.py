@@ -1,4 +1,4 @@
-"""A checkpoint's folder: whole or not there. Written under another name, listed in a manifest, renamed."""
+"""Write a checkpoint's folder atomically: under a temporary name, with a manifest, and renamed at the end."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from pathlib import Path
 from automodel_trainer.checkpoint.manifest import MANIFEST, write_manifest
 from automodel_trainer.checkpoint.record import Entry, entry_of, sync
 
-TEMPORARY = ".tmp"  # step-00000010.tmp: being written; step-00000010.tmp-old: being replaced
+TEMPORARY = ".tmp"  # step-00000010.tmp is being written; step-00000010.tmp-old is being replaced
 _OLD = "-old"
-_IN_WORK: set[Path] = set()  # temporary folders that this process is writing, maybe in the background
+_IN_WORK: set[Path] = set()  # temporary folders that this process is writing, possibly in the background
 
 
 def temporary(folder: Path) -> Path:
-    """Where `folder` is written to; the same on every rank without a word between them."""
+    """The temporary name of `folder`. It is the same on every rank without communication."""
     return folder.with_name(folder.name + TEMPORARY)
 
 
 def prepare(folder: Path) -> Path:
-    """Remove what crashed saves and removals have left beside `folder`, and create its temporary folder.
+    """Remove the remains of crashed saves and removals beside `folder`, and create its temporary folder.
 
-    A checkpoint that was about to be replaced when the process died gets its name back.
+    If the process died while it replaced a checkpoint, the old checkpoint gets its name back.
+
+    Returns:
+        The temporary folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     target = temporary(folder)
@@ -41,22 +44,22 @@ def prepare(folder: Path) -> Path:
 
 
 def abandon(target: Path) -> None:
-    """Remove a temporary folder that will not become a checkpoint, as far as that can be."""
+    """Remove a temporary folder that will not become a checkpoint. Errors are ignored."""
     _IN_WORK.discard(target)
     shutil.rmtree(target, ignore_errors=True)
 
 
 def publish(target: Path, folder: Path, written: Mapping[str, Entry]) -> None:
-    """List the files of `target` in its manifest, flush all to the disk, and rename it to `folder`.
+    """Write the manifest of `target`, flush everything to disk, and rename `target` to `folder`.
 
     Args:
         target: the temporary folder.
         folder: its final name.
-        written: files by their path in `target`, as the ranks that wrote (and flushed) them have noted them. What lies
-            there beside them is read and flushed here.
+        written: maps paths in `target` to entries, from the ranks that wrote and flushed the files. Other files in
+            `target` are read and flushed here.
 
     Raises:
-        OSError: a file is not there, or not as long as it was written.
+        OSError: a file is missing, or its size is not what was written.
     """
     entries = dict(written)
     for file in sorted(file for file in target.rglob("*") if file.is_file()):
@@ -67,12 +70,13 @@ def publish(target: Path, folder: Path, written: Mapping[str, Entry]) -> None:
     for name, entry in entries.items():
         size = (target / name).stat().st_size
         if size != entry["size"]:
-            raise OSError(f"{name} has {size:,} bytes where {entry['size']:,} were written: the disk lost some")
+            raise OSError(f"{name} has {size:,} bytes, but {entry['size']:,} were written: the disk lost some")
+    # Flush before the rename: after a power failure, a folder with its final name must be complete.
     write_manifest(target, entries, folder.name)
     for path in (*(path for path in target.rglob("*") if path.is_dir()), target):
         sync(path)
     old = folder.with_name(folder.name + TEMPORARY + _OLD)
-    if folder.exists():
+    if folder.exists():  # a folder that is not empty cannot be replaced in one step
         folder.rename(old)
     target.rename(folder)
     _IN_WORK.discard(target)
@@ -82,16 +86,16 @@ def publish(target: Path, folder: Path, written: Mapping[str, Entry]) -> None:
 
 
 def remove_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """Remove a checkpoint; killed half-way, what is left is no longer taken for one."""
+    """Remove a checkpoint. If the process is killed meanwhile, the remains are not taken for a checkpoint."""
     folder = Path(folder)
-    if folder.exists():
+    if folder.exists():  # rename first: a half-removed folder must not have a checkpoint's name
         gone = folder.with_name(folder.name + TEMPORARY + "-gone")
         folder.rename(gone)
         shutil.rmtree(gone)
 
 
 def link(link: Path, name: str) -> None:
-    """Point the symlink `link` at its sibling `name`, in one move, and flush it to the disk."""
+    """Point the symlink `link` at its sibling `name`, atomically, and flush it to disk."""
     new = link.with_name(link.name + TEMPORARY)
     new.unlink(missing_ok=True)
     new.symlink_to(name)

@@ -1,4 +1,4 @@
-"""Copies of tensors in host memory, as they were at one moment, for a save that goes on while training does."""
+"""Copies of tensors in host memory, for a save that continues while training changes the tensors."""
 
 from __future__ import annotations
 
@@ -9,26 +9,34 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 Copy = Callable[[str, Tensor], Tensor]
-"""Takes a tensor under a name that is the same in every save; returns this rank's part of it in host memory."""
+"""Copies this rank's part of a tensor to host memory. The name must be the same in every save."""
 
 
 def keep(name: str, tensor: Tensor) -> Tensor:
-    """No copy: the save is over before training goes on."""
+    """Return the tensor (any shape) without a copy, for saves that end before training continues."""
     return tensor
 
 
 class HostBuffers:
-    """Host memory that each save copies into anew: allocated once, page-locked where there is a GPU (that is several
-    times as fast to copy into, but slow to allocate).
+    """Host memory that is allocated once and filled again by each save.
 
-    A buffer is free again when the save that it was filled for has been written.
+    For tensors on a GPU it is page-locked, which makes copies several times faster but is slow to allocate. A buffer
+    may be reused when the save that it was filled for is written.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy of a tensor (of a DTensor: of its local part). It is complete after `synchronize`."""
+        """Copy a tensor of any shape, or the local shard of a DTensor. The copy is complete after `synchronize`.
+
+        Args:
+            name: name of the buffer; the same in every save.
+            tensor: the tensor to copy.
+
+        Returns:
+            A tensor on the CPU, of the shape of the local shard.
+        """
         local = tensor.detach()
         local = local.to_local() if isinstance(local, DTensor) else local
         buffer = self._buffers.get(name)
@@ -38,11 +46,12 @@ class HostBuffers:
         return buffer.copy_(local, non_blocking=True)
 
     def synchronize(self) -> None:
-        """Wait until all copies have arrived."""
+        """Wait until all copies are complete."""
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
 
     def clear(self) -> None:
+        """Release the memory."""
         self._buffers = {}
 
     @property

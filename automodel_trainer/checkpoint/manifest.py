@@ -1,4 +1,4 @@
-"""The list of a checkpoint's files with their sizes and checksums, and the check that they are what was written."""
+"""The manifest of a checkpoint: its files with sizes and checksums, and the check that they are unchanged."""
 
 from __future__ import annotations
 
@@ -18,95 +18,114 @@ from automodel_trainer.models.files import INDEX_NAME, check_safetensors, weight
 from automodel_trainer.models.sidecars import is_weight_file
 
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"step-\d+")  # a checkpoint of another name is somebody's copy
-_LARGEST_JSON = 1 << 30  # bytes; state is megabytes at most
+_STEP = re.compile(r"step-\d+")  # users may copy a checkpoint to another name
+_LARGEST_JSON = 1 << 30  # bytes; real state is a few megabytes
 _KEYS = {"name": str, "created": float, "files": dict}
 _READ_BY_LOADERS = (".json", ".py", ".jinja")
 
 
 def write_manifest(folder: Path, files: Mapping[str, Entry], name: str) -> None:
-    """Write `{"name", "created": seconds, "files": {path: {"size", "xxh3_128"}}, "xxh3_128": of all the rest}`."""
+    """Write the manifest of a checkpoint.
+
+    Its format is `{"name", "created": seconds, "files": {path: {"size", "xxh3_128"}}, "xxh3_128"}`. The last checksum
+    is that of the manifest's other content.
+
+    Args:
+        folder: the folder to write it into.
+        files: maps paths in the folder to entries.
+        name: final name of the checkpoint.
+    """
     content = {"name": name, "created": time.time(), "files": dict(sorted(files.items()))}
     write_json(folder / MANIFEST, {**content, CHECKSUM: _own_checksum(content)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        ValueError: it is missing or damaged, or names a file outside of the folder.
+        ValueError: it is missing or damaged, or names a file outside the folder.
     """
     file = folder / MANIFEST
     try:
         manifest = read_json(file)
         content: dict[str, Any] = {key: kind(manifest[key]) for key, kind in _KEYS.items()}
+        # Compare the text, too: JSON ignores some damage, such as changed white space or a repeated key.
         if manifest[CHECKSUM] != _own_checksum(content) or file.read_text() != to_json(manifest):
             raise ValueError("its content does not match its checksum")
         sizes = {name: (int(entry["size"]), str(entry[CHECKSUM])) for name, entry in content["files"].items()}
     except FileNotFoundError as error:
-        raise ValueError(f"{file} is missing, so {folder} is no whole checkpoint of this library. {OTHER}") from error
+        raise ValueError(
+            f"{file} is missing, so {folder} is not a complete checkpoint of this library. {OTHER}"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}. {OTHER}") from error
     if _STEP.fullmatch(folder.name) and _STEP.fullmatch(content["name"]) and content["name"] != folder.name:
-        raise ValueError(f"{file} is damaged: it is that of {content['name']}. {OTHER}")
+        raise ValueError(f"{file} is damaged: it belongs to {content['name']}. {OTHER}")
     outside = [name for name in sizes if _leaves(name)]
     if outside:
-        raise ValueError(f"{file} names files outside its folder: {outside}. It is not to be trusted.")
+        raise ValueError(f"{file} names files outside its folder: {outside}. Do not trust this checkpoint.")
     return content
 
 
 def check_checkpoint(folder: str | os.PathLike[str], *, contents: bool = True, part: int = 0, parts: int = 1) -> None:
-    """Check that a checkpoint is what was written: every file there, of its length, with its checksum, and no other.
+    """Check that a checkpoint is unchanged: every file exists with its size and checksum, and there are no others.
 
     Args:
         folder: the checkpoint.
-        contents: read the files and compare checksums; False looks at names, lengths and headers only.
-        part: which share of the files to read, where several ranks read one each.
-        parts: how many shares there are.
+        contents: read the files and compare checksums. False: check only names, sizes and headers.
+        part: index of the share of the files to read, so that several ranks can read one share each.
+        parts: number of shares.
 
     Raises:
-        ValueError: no such folder, no manifest (a save that did not end), a missing or damaged file, a file that may
-            hold code (pickle), or one that was not written with the others; always by name.
+        ValueError: the folder or its manifest does not exist (a save did not end), a file is missing or damaged, may
+            contain code (pickle), or was not written with the others. The message names the file.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a checkpoint: there is no such folder.")
+        raise ValueError(f"{folder} is not a checkpoint: there is no such folder. Check the path.")
     files = read_manifest(folder)["files"]
     for name, entry in files.items():
         _check_file(folder, name, entry)
     for name in _unlisted(folder, files):
         raise ValueError(
-            f"{folder / name} was not written with the checkpoint, and a loader could take it for a part of it. "
-            "Remove it, or resume from another checkpoint."
+            f"{folder / name} was not written with the checkpoint, but a loader could read it. Remove it, or resume "
+            "from another checkpoint."
         )
     if contents:
         _check_contents(folder, files, part, parts)
     if (folder / "model" / INDEX_NAME).is_file():
-        weight_files(folder / "model")
+        weight_files(folder / "model")  # checks the index against the files
 
 
 def read_json(file: Path) -> Any:
-    """A JSON file's content.
+    """Read a JSON file.
 
     Raises:
-        ValueError: it is not JSON, or larger than any that is written here.
-        FileNotFoundError: there is none.
+        ValueError: it is not JSON, or larger than any file that this library writes.
+        FileNotFoundError: it does not exist.
     """
     size = file.stat().st_size
     if size > _LARGEST_JSON:
-        raise ValueError(f"{file} has {size:,} bytes: more than any state that is written here.")
+        raise ValueError(f"{file} has {size:,} bytes, more than any state that this library writes. {OTHER}")
     try:
         return json.loads(file.read_bytes())
     except RecursionError as error:
-        raise ValueError(f"{file} is nested too deeply to be read.") from error
+        raise ValueError(f"{file} is nested too deeply to be read. {OTHER}") from error
     except ValueError as error:  # not JSON, or not text
         raise ValueError(f"{file} is damaged: {error}.") from error
 
 
 @contextmanager
 def damage_named(file: Path, *also: type[Exception]) -> Iterator[None]:
-    """What fails in here (of the usual kinds, and `also`) fails because `file` does not hold what it should: a
-    ValueError that names it."""
+    """Turn errors inside this context into a ValueError that says that `file` is damaged.
+
+    Args:
+        file: the file whose content is read inside.
+        also: exception types to convert besides the usual ones.
+
+    Raises:
+        ValueError: instead of the original error.
+    """
     kinds: tuple[type[Exception], ...] = (
         KeyError,
         TypeError,
@@ -119,23 +138,26 @@ def damage_named(file: Path, *also: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise ValueError(f"{file} is damaged: it does not hold what a checkpoint does ({error!r}). {OTHER}") from error
+        raise ValueError(f"{file} is damaged: its content is not that of a checkpoint ({error!r}). {OTHER}") from error
 
 
 def _check_file(folder: Path, name: str, entry: Entry) -> None:
     file = folder / name
     if is_weight_file(file) and file.suffix not in (".safetensors", ".json"):
-        raise ValueError(f"{file} may hold code (pickle), which a checkpoint never does: it is not to be trusted.")
+        raise ValueError(
+            f"{file} may contain code (pickle), which a checkpoint never does. Do not trust this checkpoint."
+        )
     if not file.is_file():
         raise ValueError(f"The checkpoint {folder} lacks {name}: it was removed, or not copied. {OTHER}")
     size = file.stat().st_size
     if size != entry["size"]:
-        raise ValueError(f"{file} is damaged: it has {size:,} bytes where {entry['size']:,} were written. {OTHER}")
+        raise ValueError(f"{file} is damaged: it has {size:,} bytes, but {entry['size']:,} were written. {OTHER}")
     if file.suffix == ".safetensors":
         check_safetensors(file)
 
 
 def _check_contents(folder: Path, files: Mapping[str, Entry], part: int, parts: int) -> None:
+    # Largest files first, dealt out in turn, so that the shares are about equal.
     by_size = sorted(files, key=lambda name: (-files[name]["size"], name))
     for name in by_size[part::parts]:
         if entry_of(folder / name)[CHECKSUM] != files[name][CHECKSUM]:
@@ -161,5 +183,5 @@ def _own_checksum(content: Mapping[str, Any]) -> str:
 
 
 OTHER = (
-    "Copy it again, or resume from another checkpoint (ckpt_path='last-whole' goes on from the newest that is whole)."
+    "Copy it again, or resume from another checkpoint (ckpt_path='last-whole' resumes from the newest complete one)."
 )

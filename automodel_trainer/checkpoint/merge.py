@@ -1,4 +1,4 @@
-"""A LoRA adapter and its base model, or the shards of a checkpoint, become one model folder."""
+"""Merge a LoRA adapter with its base model, or the model of a checkpoint, into one plain model folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from automodel_trainer.models.lora.layers import Adapter
 from automodel_trainer.models.sidecars import copy_sidecars
 
 _TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*")
-_KEPT = 4  # updates of fused weights held at a time: files order their parts expert by expert
+_KEPT = 4  # number of updates of fused weights to keep: the parts of a fused weight are not adjacent in the files
 
 
 def merge(
@@ -51,19 +51,22 @@ def merge(
     max_shard_size: int | str = "5GB",
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write a plain model folder, one tensor in memory at a time: a checkpoint's model, or base + adapter.
+    """Write a plain model folder from a checkpoint, or from a base model and an adapter, one tensor at a time.
 
-    Of an adapter the sum is taken in fp32 and rounded once. One that was trained on a 4-bit base is added to the full
-    one. A checkpoint of all weights is written under the names that the model has on the Hub.
+    Base and adapter are added in fp32 and rounded once. An adapter that was trained on a 4-bit base is merged into the
+    base in full precision. The weights of a checkpoint are written under the names that the model has on the Hub.
 
     Args:
-        source: a checkpoint (its model, or adapter, is taken), or the folder or Hub id of a model or of an adapter in
-            PEFT's format.
-        output: the folder to write; it appears when it is whole.
-        base: folder or Hub id of the base model; by default what the adapter's config names.
-        dtype: of floating-point weights; None keeps each as the base has it.
-        max_shard_size: largest weight file, where there is no adapter; merging into a base keeps the base's files.
+        source: a checkpoint (of a model or an adapter), or the folder or Hub id of a model or of an adapter in PEFT's
+            format.
+        output: the folder to write. It appears when it is complete.
+        base: folder or Hub id of the base model. None: the one that the adapter's config names.
+        dtype: dtype of floating-point weights; None keeps the dtypes of the base.
+        max_shard_size: maximum size of a weight file. With an adapter, the files are split like the base's instead.
         trust_remote_code: run model code that comes with the base.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: adapter and base do not fit, one of them is damaged, or `output` exists.
@@ -72,9 +75,12 @@ def merge(
     if is_adapter(folder):
         return _merge_adapter(folder, Path(output), base, dtype, trust_remote_code)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no adapter_config.json, as an adapter has, and no config.json, as a model has.")
+        raise ValueError(
+            f"{folder} is neither an adapter nor a model: it has no adapter_config.json and no config.json. Give the "
+            "folder of one."
+        )
     if base is not None:
-        raise ValueError(f"{source} is a whole model, not an adapter: leave out the base {base}.")
+        raise ValueError(f"{source} is a full model, not an adapter: leave out the base {base}.")
     with new_folder(Path(output)) as target:
         weights, model = Weights(folder), empty_model(folder, trust_remote_code)
         groups, convert = _conversion(model, weights)
@@ -85,7 +91,7 @@ def merge(
 
 
 def _conversion(model: PreTrainedModel, weights: Weights) -> tuple[list[list[str]] | None, Convert | None]:
-    """From the names of the model in memory, if these are the checkpoint's, to those it has on the Hub."""
+    """How to convert names in memory to names on the Hub. (None, None) if the weights have the Hub's names already."""
     meta = weights.meta()
     if not converts_weights(model) or not meta.keys() <= model.state_dict().keys():
         return None, None
@@ -97,7 +103,7 @@ def _merge_adapter(
 ) -> Path:
     named = base or read_config(adapter).get("base_model_name_or_path")
     if not named:
-        raise ValueError(f"The config of adapter {adapter} names no base model: say which it is (--base).")
+        raise ValueError(f"The config of adapter {adapter} names no base model: give the base model (--base).")
     source = resolve_folder(named)
     model = apply_lora(empty_model(source, trust_remote_code), LoRAConfig(adapter=str(adapter)))
     updates = Updates(model, read_tensors(adapter), dtype)
@@ -118,15 +124,21 @@ def _merge_adapter(
 
 
 class Updates:
-    """What an adapter makes of each tensor of its base model's files."""
+    """Computes the merged value of each tensor in the base model's files.
+
+    Args:
+        model: the base model on meta, with the adapter's layers.
+        tensors: the adapter's tensors by name.
+        dtype: dtype of floating-point weights on disk; None keeps the base's.
+    """
 
     def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
         config = lora_of(model)
         assert config is not None
         self.model, self.tensors, self.dtype, self.config = model, tensors, dtype, config
-        self.source_of: dict[str, str] = {}  # a name on disk -> the parameter in memory that it is (part of)
+        self.source_of: dict[str, str] = {}  # name on disk -> the parameter in memory that it is, or is part of
         self.adapters: dict[str, Adapter] = {}
-        self.whole: set[str] = set()  # on disk as in memory, but for the name
+        self.whole: set[str] = set()  # parameters that are one tensor of the same shape on disk
         self._deltas: dict[str, dict[str, Tensor]] = {}
         for adapter in adapters(model):
             name = adapter.target + (".weight" if adapter.is_linear else "")
@@ -142,8 +154,8 @@ class Updates:
             other = tied.get(name)
             if other in names and not torch.equal(self.tensors[name], self.tensors[other]):
                 raise ValueError(
-                    f"The adapter has different values for {name} and {other}, which the base model ties together: one "
-                    "folder of this model cannot hold both."
+                    f"The adapter has different values for {name} and {other}, which the base model ties. A folder of "
+                    "this model cannot hold both: use the adapter without merging it."
                 )
         return [name for name in names if tied.get(name) not in names]
 
@@ -155,15 +167,27 @@ class Updates:
             self.whole.add(name)
 
     def check(self, on_disk: set[str], base: Path) -> None:
-        """Raises ValueError unless the base's files hold everything that is updated."""
+        """Check that the base's files have every tensor that the adapter updates.
+
+        Args:
+            on_disk: names of the tensors in the base's files.
+            base: the base's folder, for the error message.
+
+        Raises:
+            ValueError: a tensor is missing.
+        """
         if missing := self.source_of.keys() - on_disk:
             raise ValueError(
                 f"{base} has no {sorted(missing)[0]}, which the adapter updates: it is another base model, or its "
-                "files name their tensors in a way that cannot be traced."
+                "files use names that we cannot map. Give the base model that the adapter was trained on."
             )
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """The merged tensor, in the dtype it is written in."""
+        """The merged tensor `name`, of the shape of the base's `tensor` and in the dtype on disk.
+
+        Raises:
+            ValueError: the base is quantized, or an adapter of this kind cannot be merged into fused weights.
+        """
         dtype = self.kept_dtype(tensor.dtype)
         source = self.source_of.get(name)
         if source is None:
@@ -177,11 +201,14 @@ class Updates:
         if source in self.whole and adapter.is_linear:
             return merged_weight(adapter, self._factors(adapter), tensor.float(), self.config.init).to(dtype)
         if adapter.magnitude is not None or self.config.init == "pissa":
-            raise ValueError(f"{source} is stored in parts that DoRA and PiSSA adapters cannot be merged into.")
+            raise ValueError(
+                f"{source} is stored in several parts, and DoRA and PiSSA adapters cannot be merged into parts. Use "
+                "the adapter without merging it."
+            )
         return (tensor.float() + self._delta(source, adapter)[name]).to(dtype)
 
     def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What a tensor of this dtype is written in."""
+        """The dtype on disk of a tensor with the given dtype."""
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
     def _factors(self, adapter: Adapter) -> dict[str, Tensor]:
@@ -190,7 +217,7 @@ class Updates:
         return {name: tensor.float() for name, tensor in found.items() if tensor is not None}
 
     def _delta(self, source: str, adapter: Adapter) -> dict[str, Tensor]:
-        """The update of a fused weight, cut up as the base's files cut the weight up."""
+        """The update of a fused weight, split like the weight in the base's files."""
         if source not in self._deltas:
             factors = self._factors(adapter)
             zero = torch.zeros(self.model.get_parameter(source).shape)
@@ -204,9 +231,19 @@ class Updates:
 
 
 def merged_weight(adapter: Adapter, factors: Mapping[str, Tensor], weight: Tensor, init: str) -> Tensor:
-    """The weight of a linear layer with its adapter in it, fp32 `[out, in]`."""
+    """Merge the weight of a linear layer with its adapter.
+
+    Args:
+        adapter: the adapter.
+        factors: its tensors by name: A `[rank, in]`, B `[out, rank]` and, for DoRA, the magnitude `[out]`.
+        weight: the base weight, fp32 `[out, in]`.
+        init: how the adapter was initialized.
+
+    Returns:
+        fp32 `[out, in]`.
+    """
     a, b, scaling = factors["lora_A.weight"], factors["lora_B.weight"], adapter.scaling
-    if init == "pissa":  # what the adapter began with was taken out of the base that it was trained on
+    if init == "pissa":  # PiSSA subtracts the initial factors from the base before training
         first_a, first_b = principal_factors(weight, adapter.rank, scaling)
         weight = weight - scaling * first_b @ first_a
     merged = adapted_weight(weight, a, b, scaling)
@@ -242,24 +279,28 @@ def merge_and_save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Merge the adapter of a model in training into the base model it came from. Collective.
+    """Merge the adapter of a model in training into its base model. Collective.
 
     Args:
-        model: with adapters, laid out or whole.
+        model: a model with adapters, on any layout.
         base: the folder that its frozen weights were read from.
-        folder: where to write; it appears when it is whole.
-        dtype: of the weights on disk; None keeps the base's.
-        tokenizer: to save along.
+        folder: the folder to write. It appears when it is complete.
+        dtype: dtype of the weights on disk; None keeps the base's.
+        tokenizer: a tokenizer to save with the model.
         trust_remote_code: run model code that comes with the base.
 
+    Returns:
+        The folder.
+
     Raises:
-        ValueError: the model has no adapter, its base is no folder on disk, or `folder` exists.
+        ValueError: the model has no adapter, there is no base folder on disk, or `folder` exists.
     """
     if lora_of(model) is None:
-        raise ValueError("The model has no LoRA adapter to merge: save_pretrained writes it as it is.")
+        raise ValueError("The model has no LoRA adapter to merge: use save_pretrained without merging.")
     if base is None:
         raise ValueError(
-            "The base model was made in memory: to merge into it, save it to a folder and train from there."
+            "The base model was created in memory, so there are no files to merge into: save it to a folder and train "
+            "from there."
         )
     folder = Path(folder)
     scratch = folder.with_name(f".{folder.name}-adapter")

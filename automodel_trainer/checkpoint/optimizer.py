@@ -1,9 +1,8 @@
 """Optimizer state as safetensors shards and JSON.
 
-`torch.distributed.checkpoint.state_dict` could name the state too, but it takes an optimizer step of its own to make
-the state exist before it loads, needs every parameter to have state, and leaves numbers to a pickle. Here a state
-tensor is named after its parameter (`0.model.norm.weight/exp_avg`), and state that is not there yet is made as it is
-read.
+We do not use `torch.distributed.checkpoint.state_dict`: it runs an optimizer step to create the state before it loads,
+needs state for every parameter, and pickles numbers. Here a state tensor is named after its parameter
+(`0.model.norm.weight/exp_avg`), and missing state is created when it is read.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +22,40 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import empty as empty_dtensor
 from torch.optim import Optimizer
 
-from automodel_trainer.checkpoint import packed
+from automodel_trainer.checkpoint import quantized_state
 from automodel_trainer.checkpoint.codec import decode, encode
 from automodel_trainer.checkpoint.host_copies import Copy, keep
-from automodel_trainer.checkpoint.manifest import damage_named, read_json
+from automodel_trainer.checkpoint.manifest import OTHER, damage_named, read_json
 from automodel_trainer.checkpoint.record import Entry, write_json, write_safetensors
-from automodel_trainer.checkpoint.weights import MAX_FILE_BYTES, some, split_into_files
-from automodel_trainer.distributed._dtensor import placeable
-from automodel_trainer.distributed.agreement import gather, on_all_ranks, own_share, rank
+from automodel_trainer.checkpoint.weights import MAX_FILE_BYTES, split_into_files
+from automodel_trainer.distributed._dtensor import local_tensor, placeable, shard_offsets
+from automodel_trainer.distributed.agreement import gather, own_share, rank
+from automodel_trainer.nn.text import listed
 from automodel_trainer.nn.uneven import empty_like_shard, holds_nothing, is_uneven, placed_like
 
 GROUPS = "groups.json"
-# How state that is no array is told apart in a file of arrays: each is stored with the shape [1].
+# State that is not an array is stored as a tensor of shape [1], with its kind as a suffix of the name.
 _KINDS = {"0d": Tensor, "int": int, "float": float, "bool": bool}
 
 
 @dataclass
-class OptimizerStates:
-    """This rank's shards of the state of all optimizers, and what rank 0 writes beside them."""
+class OptimizerSnapshot:
+    """This rank's share of the state of all optimizers.
+
+    Attributes:
+        files: maps file names to this rank's shards by state name.
+        offsets: maps state names to the offsets of the shard in the whole tensor.
+        groups: parameter groups of each optimizer, on rank 0.
+        quantized: maps names of quantized state to the facts needed to create it again, on rank 0.
+    """
 
     files: dict[str, dict[str, Tensor]]
     offsets: dict[str, list[int]]
     groups: list[dict[str, Any]] | None = None
-    packings: dict[str, Any] | None = None
+    quantized: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> dict[str, Entry]:
-        """Write the files into `folder`; returns their entries. Not collective: nobody waits for another rank."""
+        """Write the files into `folder` and return their entries. Not collective."""
         folder.mkdir(exist_ok=True)
         written = {}
         for name, tensors in self.files.items():
@@ -58,63 +64,58 @@ class OptimizerStates:
             written[name] = write_safetensors(folder / name, tensors, metadata)
         if self.groups is not None:
             written[GROUPS] = write_json(folder / GROUPS, self.groups)
-        if self.packings:
-            written[packed.PACKED] = write_json(folder / packed.PACKED, self.packings)
+        if self.quantized:
+            written[quantized_state.SPECS] = write_json(folder / quantized_state.SPECS, self.quantized)
         return written
 
 
-def save_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], folder: Path) -> None:
-    """Write the state of all optimizers: each rank its own shards, rank 0 the parameter groups. Collective."""
-    on_all_ranks(partial(stage_optimizers(module, optimizers).write, folder), folder)
+def snapshot_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], copy: Copy = keep) -> OptimizerSnapshot:
+    """Take this rank's share of the optimizer state. Collective.
 
-
-def stage_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], copy: Copy = keep) -> OptimizerStates:
-    """Take this rank's part of the state: of what several ranks hold alike, one takes it. Collective.
-
-    Ranks may hold different parameters (pipeline stages); rank 0 takes note of all of them.
+    If several ranks hold the same shard, one of them takes it. Ranks may hold different parameters (pipeline stages);
+    rank 0 records the parameter groups of all of them.
 
     Args:
-        module: owns the parameters; state is named after them.
-        optimizers: those whose state is saved.
-        copy: makes a copy in host memory that training does not change; by default tensors are left where they are.
+        module: the owner of the parameters; state is named after them.
+        optimizers: the optimizers to save.
+        copy: copies tensors to host memory, so that training can change the originals. The default makes no copy.
 
     Raises:
-        ValueError: state that neither JSON nor safetensors can hold; the message names it.
+        ValueError: neither JSON nor safetensors can hold some state. The message names it.
     """
     tensors: dict[str, Tensor] = {}
-    packings: dict[str, Any] = {}
+    quantized: dict[str, Any] = {}
     for index, optimizer in enumerate(optimizers):
         for name, parameter in _named_parameters(module, optimizer).items():
             if holds_nothing(parameter):
-                continue  # no step of such a parameter is counted here: other ranks have the state
+                continue  # this rank counts no steps for it; other ranks have the state
             for key, value in optimizer.state.get(parameter, {}).items():
                 state = f"{index}.{name}/{key}"
-                if packed.is_packed(value):
-                    packings[state] = packed.describe(state, value)
-                    tensors.update(packed.parts(state, value))
+                if quantized_state.is_quantized(value):
+                    quantized[state] = quantized_state.describe(state, value)
+                    tensors.update(quantized_state.parts(state, value))
                 elif value is not None:
                     tensors.update(_stored(state, value, parameter))
     offsets = {name: _offsets(tensor) for name, tensor in tensors.items()}
+    # Ranks that hold the same shard have the same name and offsets.
     shared = own_share(f"{name}@{offsets[name]}" for name in tensors)
     mine = {name: t for name, t in tensors.items() if f"{name}@{offsets[name]}" in shared and not _is_nothing(t)}
-    staged = {name: copy(f"optimizer/{name}", packed.local_part(tensor)) for name, tensor in mine.items()}
-    gathered = gather(([_groups(module, optimizer) for optimizer in optimizers], packings))
+    copies = {name: copy(f"optimizer/{name}", local_tensor(tensor)) for name, tensor in mine.items()}
+    gathered = gather(([_groups(module, optimizer) for optimizer in optimizers], quantized))
     groups = _united([groups for groups, _ in gathered])
     if rank() != 0:
-        return OptimizerStates(_files(staged), offsets)
-    return OptimizerStates(_files(staged), offsets, groups, {k: v for _, held in gathered for k, v in held.items()})
+        return OptimizerSnapshot(_files(copies), offsets)
+    return OptimizerSnapshot(_files(copies), offsets, groups, {k: v for _, held in gathered for k, v in held.items()})
 
 
 def _offsets(tensor: Tensor) -> list[int]:
-    """Where this rank's part of a tensor begins. (What FSDP2 shards on top of tensor parallelism is one piece too.)"""
-    if not isinstance(tensor, DTensor):
-        return [0] * tensor.dim()
-    return list(tensor.__create_chunk_list__()[0].offsets)
+    """Offsets of this rank's part in the whole tensor."""
+    return shard_offsets(tensor) if isinstance(tensor, DTensor) else [0] * tensor.dim()
 
 
 def _is_nothing(tensor: Tensor) -> bool:
-    """Whether this rank's part is empty because others have it all."""
-    return packed.local_part(tensor).numel() == 0 and tensor.numel() > 0
+    """Whether this rank's part is empty although the whole tensor is not."""
+    return local_tensor(tensor).numel() == 0 and tensor.numel() > 0
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -128,11 +129,14 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _united(ranks: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The parameter groups of all ranks: the same groups everywhere, of parameters that may lie on different ranks."""
+    """Merge the parameter groups of all ranks. The groups are the same everywhere, but their parameters may differ."""
     united = ranks[0]
     for other in ranks[1:]:
         if [len(o["groups"]) for o in other] != [len(o["groups"]) for o in united]:
-            raise ValueError("The ranks' optimizers have different parameter groups: a checkpoint cannot hold them.")
+            raise ValueError(
+                "The optimizers have different parameter groups on different ranks, which a checkpoint cannot hold. "
+                "Create the same groups on every rank."
+            )
         for ours, theirs in zip(united, other):
             for group, more in zip(ours["groups"], theirs["groups"]):
                 group["parameters"] = list(dict.fromkeys([*group["parameters"], *more["parameters"]]))
@@ -140,17 +144,25 @@ def _united(ranks: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def load_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], folder: Path) -> None:
-    """Read the state into the optimizers, sharded as their parameters are. Collective.
+    """Read the state into the optimizers, sharded like their parameters. Collective.
+
+    Args:
+        module: the owner of the parameters.
+        optimizers: the optimizers to fill; their state is replaced.
+        folder: the optimizer folder of a checkpoint.
 
     Raises:
-        ValueError: other optimizers, parameter groups or parameters than those that were saved.
+        ValueError: the folder is damaged, or the run has other optimizers, parameter groups or parameters.
     """
     groups = _read_groups(folder / GROUPS)
     if len(groups) != len(optimizers):
-        raise ValueError(f"{folder} holds the state of {len(groups)} optimizer(s), but the run has {len(optimizers)}.")
+        raise ValueError(
+            f"{folder} holds the state of {len(groups)} optimizer(s), but the run has {len(optimizers)}. Resume with "
+            "the optimizers that were saved."
+        )
     saved: Mapping[str, Any] = {}
     reader = HuggingFaceStorageReader(str(folder))
-    if any(folder.glob("*.safetensors")):  # none before the first step
+    if any(folder.glob("*.safetensors")):  # a checkpoint from before the first step has no state
         saved = read_shapes(reader, folder)
     parameters = {}
     here = _united(gather([_groups(module, optimizer) for optimizer in optimizers]))
@@ -160,10 +172,16 @@ def load_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], folder: 
         optimizer.state.clear()
     trained = {f"{i}.{name}" for i, now in enumerate(here) for group in now["groups"] for name in group["parameters"]}
     if unknown := {_owner(name) for name in saved} - trained:
-        raise ValueError(f"{folder} holds state of {some(unknown)}, which the run does not train.")
+        raise ValueError(
+            f"{folder} holds state of {listed(sorted(unknown))}, which the run does not train. Resume with the same "
+            "modules trained."
+        )
     order = {owner: place for place, owner in enumerate(parameters)}
-    states = packed.empty_states(folder, parameters)
-    inside = {name: part for state, value in states.items() for name, part in packed.parts(state, value).items()}
+    states = quantized_state.empty_states(folder, parameters)
+    # DCP reads into the parts of quantized state in place.
+    inside = {
+        name: part for state, value in states.items() for name, part in quantized_state.parts(state, value).items()
+    }
     targets = {
         name: inside[name]
         if name in inside
@@ -192,7 +210,7 @@ def _named_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, Tens
     if foreign:
         raise ValueError(
             f"{type(optimizer).__name__} trains {foreign} parameter(s) that {type(module).__name__} does not own, so a "
-            "checkpoint could not name them. Register them on the module."
+            "checkpoint cannot name them. Register them on the module."
         )
     return {names[id(parameter)]: parameter for parameter in parameters}
 
@@ -222,39 +240,54 @@ def _read_groups(file: Path) -> list[dict[str, Any]]:
 
 
 def _owner(state: str) -> str:
-    """The parameter that `0.model.norm.weight/exp_avg` is state of."""
+    """Name of the parameter that some state belongs to: `0.model.norm.weight` for `0.model.norm.weight/exp_avg`."""
     return state.rpartition("/")[0]
 
 
 def read_shapes(reader: HuggingFaceStorageReader, folder: Path) -> Mapping[str, Any]:
-    """Shapes and pieces of the tensors on disk, checked before memory is taken: the pieces make up the tensors.
+    """Read the shapes and shards of the tensors on disk. They are checked before any memory is allocated.
+
+    Args:
+        reader: a DCP reader of the folder.
+        folder: the folder, for error messages.
+
+    Returns:
+        Maps tensor names to DCP's metadata.
 
     Raises:
-        ValueError: they do not, or what says where they belong is damaged.
+        ValueError: the metadata is damaged, or the shards do not add up to the tensors.
     """
     try:
         saved: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{folder} is damaged: where its shards belong cannot be read ({error!r}).") from error
+        raise ValueError(
+            f"{folder} is damaged: the positions of its shards cannot be read ({error!r}). {OTHER}"
+        ) from error
     for name, entry in saved.items():
         pieces = {tuple(chunk.offsets): math.prod(chunk.sizes) for chunk in entry.chunks}
         if any(offset < 0 for offsets in pieces for offset in offsets) or sum(pieces.values()) != math.prod(entry.size):
             raise ValueError(
-                f"{folder} is damaged: {name} of shape {list(entry.size)} is not made up of its pieces on disk."
+                f"{folder} is damaged: the shards of {name} do not add up to its shape {list(entry.size)}. {OTHER}"
             )
     return saved
 
 
 def _load_groups(optimizer: Optimizer, now: Mapping[str, Any], saved: Mapping[str, Any], folder: Path) -> None:
     if now["optimizer"] != saved["optimizer"]:
-        raise ValueError(f"{folder} holds state of {saved['optimizer']}, but the run uses {now['optimizer']}.")
+        raise ValueError(
+            f"{folder} holds state of {saved['optimizer']}, but the run uses {now['optimizer']}. Resume with "
+            f"{saved['optimizer']}."
+        )
     if len(now["groups"]) != len(saved["groups"]):
-        raise ValueError(f"{folder} holds {len(saved['groups'])} parameter groups; the run has {len(now['groups'])}.")
+        raise ValueError(
+            f"{folder} holds {len(saved['groups'])} parameter groups, but the run has {len(now['groups'])}. Resume "
+            "with the same groups."
+        )
     for group, own, other in zip(optimizer.param_groups, now["groups"], saved["groups"]):
         if difference := set(own["parameters"]) ^ other["parameters"]:
             raise ValueError(
-                f"{folder}: {some(difference)} is trained, or grouped, otherwise than in this run. Resume with the "
-                "same modules frozen and the same weight-decay groups."
+                f"{folder}: {listed(sorted(difference))} was trained, or grouped, differently than in this run. Resume "
+                "with the same modules frozen and the same weight-decay groups."
             )
         group.update(other["options"])
 
@@ -263,7 +296,8 @@ def _stored(name: str, value: Any, parameter: Tensor) -> dict[str, Tensor]:
     if isinstance(value, Tensor) and value.dim():
         if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
             raise ValueError(
-                f"The optimizer state {name} is not a DTensor though its parameter is: it cannot be saved."
+                f"The optimizer state {name} is not a DTensor, but its parameter is, so we do not know how it is "
+                "sharded and cannot save it. Use an optimizer that creates its state with torch.zeros_like."
             )
         if not isinstance(value, DTensor):
             return {name: value.detach().contiguous()}
@@ -271,13 +305,15 @@ def _stored(name: str, value: Any, parameter: Tensor) -> dict[str, Tensor]:
     for kind, python in _KINDS.items():
         if isinstance(value, Tensor) if kind == "0d" else type(value) is python:
             plain = value.full_tensor() if isinstance(value, DTensor) else value
-            dtype = torch.float64 if kind == "float" else None
+            dtype = torch.float64 if kind == "float" else None  # the precision of a Python float
             return {f"{name}:{kind}": torch.as_tensor(plain, dtype=dtype).detach().reshape(1)}
-    raise ValueError(f"The optimizer state {name} is a {type(value).__name__}; a checkpoint holds tensors and numbers.")
+    raise ValueError(
+        f"The optimizer state {name} is a {type(value).__name__}, but a checkpoint can hold only tensors and numbers."
+    )
 
 
 def _target(name: str, size: tuple[int, ...], dtype: torch.dtype, parameter: Tensor) -> Tensor:
-    """Where the state tensor `name` is read into: laid out as its parameter, or whole where its shape is another."""
+    """An empty tensor to read the state `name` into: sharded like its parameter, or replicated if shapes differ."""
     if ":" in name.rpartition("/")[2]:
         return torch.empty(size, dtype=dtype)
     if is_uneven(parameter) and size == tuple(parameter.shape):
@@ -286,7 +322,7 @@ def _target(name: str, size: tuple[int, ...], dtype: torch.dtype, parameter: Ten
         same = size == tuple(parameter.shape)
         placements = placeable(parameter) if same else (Replicate(),) * parameter.device_mesh.ndim
         state = empty_dtensor(*size, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)
-        return state.to(parameter.device)  # a mesh of GPUs, but shards in host memory: CPU offload
+        return state.to(parameter.device)  # with CPU offload the mesh is of GPUs, but shards lie in host memory
     return torch.empty(size, dtype=dtype, device=parameter.device)
 
 
@@ -297,7 +333,7 @@ def _placeable(value: DTensor) -> DTensor:
 def _redistributed(value: DTensor, placements: tuple[Placement, ...]) -> DTensor:
     if value.placements == placements:
         return value
-    on_mesh = value.to(value.device_mesh.device_type)  # CPU offload: off the host
+    on_mesh = value.to(value.device_mesh.device_type)  # with CPU offload: NCCL needs it on the GPU
     return on_mesh.redistribute(placements=placements).to(value.device)  # type: ignore[attr-defined]
 
 
@@ -308,6 +344,6 @@ def _restored(tensor: Tensor, kind: str, device: torch.device) -> Any:
 
 
 def _scalar_device(optimizer: Optimizer, parameter: Tensor) -> torch.device:
-    """Where torch's optimizers keep a parameter's step count."""
+    """The device on which torch's optimizers keep the step count of a parameter."""
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     return parameter.device if on_device else torch.device("cpu")

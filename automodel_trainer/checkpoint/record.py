@@ -1,9 +1,9 @@
-"""Files as they are written: flushed to the disk, and noted with their size and checksum.
+"""Write files, flush them to disk, and record their sizes and checksums.
 
-The checksum is XXH3 (128 bits, the package `xxhash`, which `datasets` brings along). It finds what disks, networks and
-hands do to files, at the speed of memory: 22 GB/s on one core, where zlib's crc32 does 4 and SHA-256 does 2; and it
-does not hold Python's lock meanwhile, so that a save in the background does not slow training down. It is no signature:
-who can write a file can write its checksum, which is why nothing in a checkpoint is ever executed.
+The checksum is XXH3 (128 bits, from the package `xxhash`, which `datasets` depends on). It detects damage by disks,
+networks and users at memory speed: 22 GB/s on one core, against 4 GB/s for zlib's crc32 and 2 GB/s for SHA-256. It
+also releases the GIL, so a save in the background does not slow training down. It is not a signature: anyone who can
+write a file can also write its checksum. That is why nothing in a checkpoint is ever executed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,20 @@ from automodel_trainer.checkpoint.safetensors_stream import SafetensorsWriter
 
 CHECKSUM = "xxh3_128"
 Entry = dict[str, Any]
-"""Of a file: `{"size": bytes, "xxh3_128": 32 hexadecimal digits}`."""
-_READ_AT_ONCE = 1 << 24
+"""Size and checksum of a file: `{"size": bytes, "xxh3_128": 32 hexadecimal digits}`."""
+_READ_AT_ONCE = 1 << 24  # bytes
 
 
 class RecordedFile:
-    """A file opened for writing. `entry` is what went into it, which need not be what a failing disk gives back.
+    """A file opened for writing. Closing it flushes it to disk (fsync).
 
-    Closing flushes it to the disk (fsync).
+    `entry` describes the data that was written, even if a failing disk stores something else.
+
+    Args:
+        file: the file to write.
+
+    Attributes:
+        size: number of bytes written so far.
     """
 
     def __init__(self, file: Path) -> None:
@@ -37,22 +43,25 @@ class RecordedFile:
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
         self._stream.write(data)
         self._hash.update(data)
         self.size += len(data)
 
     def close(self) -> None:
+        """Flush the file to disk and close it."""
         with self._stream as stream:
             stream.flush()
             os.fsync(stream.fileno())
 
     @property
     def entry(self) -> Entry:
+        """Size and checksum of the data written so far."""
         return {"size": self.size, CHECKSUM: self._hash.hexdigest()}
 
 
 def write_text(file: Path, text: str) -> Entry:
-    """Write a file and flush it to the disk."""
+    """Write text to a file, flush it to disk, and return its entry."""
     stream = RecordedFile(file)
     try:
         stream.write(text.encode())
@@ -62,20 +71,31 @@ def write_text(file: Path, text: str) -> Entry:
 
 
 def write_json(file: Path, value: Any) -> Entry:
-    """Write plain values as JSON; not a number is an error."""
+    """Write a value as JSON and return the file's entry.
+
+    Raises:
+        ValueError: the value contains NaN or infinity, which JSON does not have.
+    """
     return write_text(file, to_json(value))
 
 
 def to_json(value: Any) -> str:
+    """A value as JSON text.
+
+    Raises:
+        ValueError: the value contains NaN or infinity.
+    """
     return json.dumps(value, indent=1, allow_nan=False)
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Entry:
-    """Write tensors one after the other: beside them no memory is taken but for one that is on a GPU.
+    """Write tensors of any shape to a safetensors file one after another, and return the file's entry.
+
+    The only extra memory is the copy of one tensor at a time, for tensors on a GPU.
 
     Raises:
         OSError: the file could not be written.
-        ValueError: a dtype that the format does not have.
+        ValueError: the format does not support a dtype.
     """
     opened: list[RecordedFile] = []
 
@@ -91,7 +111,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def entry_of(file: Path) -> Entry:
-    """Size and checksum of a file that is there, by reading it."""
+    """Read a file and return its size and checksum."""
     digest, size = xxhash.xxh3_128(), 0
     with file.open("rb", buffering=0) as stream:
         while block := stream.read(_READ_AT_ONCE):
@@ -101,7 +121,7 @@ def entry_of(file: Path) -> Entry:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a directory's list of files, to the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

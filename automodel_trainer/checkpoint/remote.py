@@ -1,6 +1,7 @@
-"""Checkpoints in object storage (`s3://`, `gs://`, whatever fsspec knows): a copy of each local one.
+"""Copies of local checkpoints in object storage (`s3://`, `gs://`, and every other protocol of fsspec).
 
-A prefix is a checkpoint once its manifest is there, which is uploaded last: an object is there whole or not at all.
+Object storage writes each object atomically. The manifest is uploaded last, so a prefix is a checkpoint if and only if
+it has a manifest.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def is_remote(path: object) -> bool:
 
 
 def _os_error(method: Callable[P, T]) -> Callable[P, T]:
-    """Each store fails with errors of its own: they are made OSErrors, for the caller to report or to try again."""
+    """Turn the errors that are specific to a store into OSErrors, which callers report or retry."""
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -49,13 +50,13 @@ def _os_error(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class RemoteRuns:
-    """The runs `url`, `url-v1`, … of a store. Methods raise OSError where the store fails.
+    """The runs `url`, `url-v1`, … in a store. All methods raise OSError if the store fails.
 
     Args:
-        url: of the first run; credentials and endpoint come from the store's usual environment variables.
+        url: URL of the first run. Credentials and endpoint come from the store's usual environment variables.
 
     Raises:
-        ValueError: a protocol that fsspec does not know, or whose package is not installed.
+        ValueError: fsspec does not know the protocol, or the package for it is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -63,30 +64,34 @@ class RemoteRuns:
         try:
             self._fs, self._root = fsspec.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
-            raise ValueError(f"{url!r} cannot be used for checkpoints: {error}") from error
+            raise ValueError(
+                f"{url!r} cannot be used for checkpoints: {error}. Allowed: a local folder, or a URL whose protocol "
+                "fsspec supports (s3://, gs://, …)."
+            ) from error
 
     def __str__(self) -> str:
         return self.url
 
     @_os_error
     def upload(self, folder: Path, run: str, part: int, parts: int) -> None:
-        """Upload a share of a whole local checkpoint's files, all but the manifest, over what a crash has left.
+        """Upload a share of a local checkpoint's files, without the manifest. Objects left by a crash are replaced.
 
         Args:
-            folder: the checkpoint.
-            run: "" for the first run, "-v1" for the second, …
-            part, parts: which share, of how many.
+            folder: the local checkpoint, complete.
+            run: suffix of the run: "" for the first, "-v1" for the second, …
+            part: index of the share to upload.
+            parts: number of shares.
         """
         files = read_manifest(folder)["files"]
         for name in sorted(files)[part::parts]:
             target = self._path(run, folder.name, name)
             self._fs.put_file(str(folder / name), target)
             if (size := self._fs.info(target)["size"]) != files[name]["size"]:
-                raise OSError(f"{target} has {size:,} bytes where {files[name]['size']:,} were sent")
+                raise OSError(f"{target} has {size:,} bytes, but {files[name]['size']:,} were uploaded")
 
     @_os_error
     def withdraw(self, run: str, name: str) -> None:
-        """Remove a checkpoint or what is left of one: its manifest first, so that it is none at any moment after."""
+        """Remove a checkpoint or the remains of one, the manifest first: without it, it is no checkpoint."""
         place = self._path(run, name)
         self._fs.invalidate_cache()
         if self._fs.exists(f"{place}/{MANIFEST}"):
@@ -96,12 +101,18 @@ class RemoteRuns:
 
     @_os_error
     def commit(self, folder: Path, run: str) -> None:
-        """Upload the manifest: from now on the checkpoint is there."""
+        """Upload the manifest, which completes the checkpoint."""
         self._fs.put_file(str(folder / MANIFEST), self._path(run, folder.name, MANIFEST))
 
     @_os_error
     def tidy(self, run: str, keep: Iterable[str], links: dict[str, str]) -> None:
-        """Write the names that links stand for, then remove checkpoints that are not kept, and what crashes left."""
+        """Write the targets of links, then remove checkpoints that are not kept and the remains of crashed uploads.
+
+        Args:
+            run: suffix of the run.
+            keep: names of the checkpoints to keep.
+            links: maps names of links (`latest`, `best`) to names of checkpoints.
+        """
         for link, name in links.items():
             self._fs.pipe_file(self._path(run, link), name.encode())
         self._fs.invalidate_cache()
@@ -110,7 +121,7 @@ class RemoteRuns:
 
     @_os_error
     def runs(self) -> list[str]:
-        """The suffixes of the runs that have checkpoints."""
+        """The suffixes of all runs that have checkpoints, the oldest run first."""
         parent, _, base = self._root.rpartition("/")
         self._fs.invalidate_cache()
         names = [path.rstrip("/").rpartition("/")[2] for path in self._list(parent)]
@@ -120,13 +131,13 @@ class RemoteRuns:
 
     @_os_error
     def newest(self) -> list[tuple[str, str]]:
-        """All checkpoints (run, name), the newest first."""
+        """All checkpoints as (run suffix, name), the newest first."""
         found = [(self._created(run, name), run, name) for run in self.runs() for name in self._whole(run)]
         return [(run, name) for _, run, name in sorted(found, reverse=True)]
 
     @_os_error
     def target(self, link: str) -> tuple[str, str] | None:
-        """What `best` or `latest` of the newest run that has one stands for."""
+        """The checkpoint (run suffix, name) that `best` or `latest` names in the newest run that has such a link."""
         for run in reversed(self.runs()):
             if self._fs.exists(self._path(run, link)):
                 return run, self._fs.cat_file(self._path(run, link)).decode()
@@ -134,7 +145,13 @@ class RemoteRuns:
 
     @_os_error
     def download(self, run: str, name: str, folder: Path) -> None:
-        """Fetch a checkpoint into `folder`, unless it is there and whole. One process does, those beside it wait."""
+        """Download a checkpoint into `folder`, unless it is there and complete.
+
+        One process of a machine downloads under a file lock; the others wait.
+
+        Raises:
+            ValueError: the manifest is damaged.
+        """
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + TEMPORARY + ".lock")):
             manifest = json.loads(self._fs.cat_file(self._path(run, name, MANIFEST)))
@@ -144,7 +161,7 @@ class RemoteRuns:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             (part / MANIFEST).write_bytes(self._fs.cat_file(self._path(run, name, MANIFEST)))
-            for file in read_manifest(part)["files"]:  # checked: none of them leaves the folder
+            for file in read_manifest(part)["files"]:  # `read_manifest` refuses paths outside the folder
                 (part / file).parent.mkdir(parents=True, exist_ok=True)
                 self._fs.get_file(self._path(run, name, file), str(part / file))
             shutil.rmtree(folder, ignore_errors=True)
@@ -169,15 +186,23 @@ class RemoteRuns:
     def _created(self, run: str, name: str) -> float:
         try:
             return float(json.loads(self._fs.cat_file(self._path(run, name, MANIFEST)))["created"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):  # the manifest is damaged
             return self._fs.modified(self._path(run, name, MANIFEST)).timestamp()
 
 
 def mirror(remote: RemoteRuns, run: str, folder: Path, group: dist.ProcessGroup | None = None) -> None:
-    """Upload a whole local checkpoint, each rank a share of its files, over what is there of that name. Collective.
+    """Upload a local checkpoint; each rank uploads a share of its files. Collective.
+
+    Objects of the same name in the store are replaced.
+
+    Args:
+        remote: the store.
+        run: suffix of the run.
+        folder: the local checkpoint, complete.
+        group: the ranks that agree, over their CPUs. None: the default group.
 
     Raises:
-        CheckpointError: the store failed; what is there of it is then no checkpoint.
+        CheckpointError: the store failed. An incomplete upload is not a checkpoint.
     """
     first = rank() == 0
     on_all_ranks(lambda: remote.withdraw(run, folder.name) if first else None, remote, group)
@@ -186,21 +211,34 @@ def mirror(remote: RemoteRuns, run: str, folder: Path, group: dist.ProcessGroup 
 
 
 def fetch(url: str, folder: Path) -> Path:
-    """Download the checkpoint `url` into `folder`; returns where it is.
+    """Download the checkpoint at `url` into a subfolder of `folder`, and return the subfolder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no complete checkpoint at `url`.
     """
     parent, _, name = url.rstrip("/").rpartition("/")
     try:
         RemoteRuns(parent).download("", name, folder / name)
     except FileNotFoundError as error:
-        raise ValueError(f"{url} is no whole checkpoint: it has no {MANIFEST}.") from error
+        raise ValueError(f"{url} is not a complete checkpoint: it has no {MANIFEST}. Check the URL.") from error
     return folder / name
 
 
 def download_last(remote: RemoteRuns, base: Path, local: Path | None, whole: bool) -> Path | None:
-    """The newest checkpoint of a store below `base`, unless the newest `local` one is newer; see `runs.find_last`."""
+    """Download the newest checkpoint of a store, and return its folder.
+
+    Args:
+        remote: the store.
+        base: local folder of the first run.
+        local: the newest local checkpoint. It is returned instead if it is newer.
+        whole: skip damaged checkpoints; see `runs.find_last`.
+
+    Returns:
+        The folder of the newest checkpoint; None if there is none.
+
+    Raises:
+        ValueError: without `whole`, the newest checkpoint is damaged.
+    """
     for run, name in remote.newest():
         folder = base.with_name(base.name + run) / name
         try:
@@ -217,7 +255,7 @@ def download_last(remote: RemoteRuns, base: Path, local: Path | None, whole: boo
 
 
 def download_best(remote: RemoteRuns, base: Path) -> Path | None:
-    """What `best` of a store stands for, below `base`; None if there is none."""
+    """Download the checkpoint that `best` names in a store, and return its folder below `base`; None without `best`."""
     found = remote.target(BEST)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""The random number generators of a rank: python, numpy, torch on the CPU and on this rank's GPU."""
+"""Save and restore a rank's random number generators: Python, numpy, and torch on the CPU and on its GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """The generators' states, of plain values and small tensors."""
+    """The state of all generators, as plain values and small tensors."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -23,7 +23,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Set the generators to what `rng_state` returned; a GPU that was not there then keeps its own."""
+    """Restore the state returned by `rng_state`. Without a saved GPU state, the GPU's generator is not changed."""
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
@@ -33,9 +33,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def fresh_rng_state(step: int, rank: int) -> dict[str, Any]:
-    """A state for `rank` that follows from the step alone, where the saved ones belong to another number of ranks."""
+    """A new state for `rank`, determined by the step and the rank.
+
+    It is used when the checkpoint was saved on another number of ranks, so that its states do not fit.
+    """
     before = rng_state()
-    seed = (step * 1_000_003 + rank) % 2**32
+    seed = (step * 1_000_003 + rank) % 2**32  # differs for all steps and ranks of a run; numpy accepts 32 bits
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run in their folder, and the runs beside each other."""
+"""Find the checkpoints in a run's folder, and the folders of runs that share a name."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ LATEST, BEST = "latest", "best"
 
 
 def step_folder(step: int) -> str:
-    """The name of the checkpoint of an optimizer step."""
+    """Folder name of the checkpoint of an optimizer step."""
     return f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:
+    """The optimizer step of a checkpoint, from its folder name."""
     return int(folder.name.removeprefix("step-"))
 
 
 def saved_in(run: Path) -> list[Path]:
-    """The checkpoints in a run's folder in the order they were written; what has no manifest is none."""
+    """The checkpoints in a run's folder, oldest first. Folders without a manifest are not checkpoints."""
     return [path for path in _step_folders(run) if (path / MANIFEST).is_file()]
 
 
@@ -33,7 +34,7 @@ def _step_folders(run: Path) -> list[Path]:
 
 
 def runs(base: Path) -> list[Path]:
-    """`base`, `base-v1`, `base-v2`, … as far as they are there."""
+    """The existing folders among `base`, `base-v1`, `base-v2`, …, oldest run first."""
     if not base.parent.is_dir():
         return []
     pattern = re.compile(re.escape(base.name) + r"(?:-v(\d+))?")
@@ -42,7 +43,12 @@ def runs(base: Path) -> list[Path]:
 
 
 def new_run(base: Path, taken: Collection[str] = ()) -> Path:
-    """A folder of which no checkpoint of an earlier run is in the way; its suffix is none of those `taken`."""
+    """The folder for a new run: the first of `base`, `base-v1`, … that has no checkpoints.
+
+    Args:
+        base: the folder of the first run.
+        taken: suffixes that must not be used (runs in object storage).
+    """
     version, run = 0, base
     while _step_folders(run) or run.name.removeprefix(base.name) in taken:
         version += 1
@@ -55,8 +61,8 @@ def find_last(base: Path, whole: bool = False) -> Path | None:
 
     Args:
         base: the folder of the first run.
-        whole: read what is found, and pass over what is damaged, with a warning each. Otherwise the newest is returned
-            as it is: loading it says what is wrong with it.
+        whole: check checkpoints by reading them, and skip damaged ones with a warning. False: return the newest one
+            unchecked; loading it raises if it is damaged.
     """
     everything = [checkpoint for run in runs(base) for checkpoint in _step_folders(run)]
     for checkpoint in sorted(everything, key=created, reverse=True):
@@ -71,13 +77,13 @@ def find_last(base: Path, whole: bool = False) -> Path | None:
 
 
 def find_best(base: Path) -> Path | None:
-    """What `best` points to in the newest run that has one."""
+    """The checkpoint that `best` points to, in the newest run that has such a link; None if none has."""
     links = [run / BEST for run in runs(base) if (run / BEST).is_dir()]
     return links[-1].resolve() if links else None
 
 
 def created(checkpoint: Path) -> float:
-    """When it was written; where the manifest cannot tell, when its folder was last changed (so by the damage)."""
+    """When a checkpoint was written, in seconds. Without a readable manifest, when its folder last changed."""
     try:
         return float(read_manifest(checkpoint)["created"])
     except ValueError:

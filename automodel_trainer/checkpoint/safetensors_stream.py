@@ -1,4 +1,4 @@
-"""Write a safetensors file one tensor at a time: its header is known before its values are."""
+"""Write a safetensors file one tensor at a time. The header is written first, from the planned dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 class SafetensorsWriter:
-    """A context manager; `write` takes the tensors in the order of `planned`.
+    """A context manager that writes a safetensors file. Call `write` for the tensors in the order of `planned`.
 
     Args:
-        file: where to.
-        planned: name -> (dtype, shape) of every tensor.
-        metadata: texts beside the tensors.
-        stream: opens the file for writing; whatever it returns has `write` and `close`.
+        file: the file to write.
+        planned: maps the name of every tensor to (dtype, shape).
+        metadata: strings to store besides the tensors.
+        stream: opens the file for writing. It must return an object with `write` and `close`.
 
     Raises:
-        ValueError: a dtype that the format does not have.
+        ValueError: safetensors does not support a dtype (raised on entry).
     """
 
     def __init__(
@@ -51,20 +51,20 @@ class SafetensorsWriter:
         offset = 0
         for name, (dtype, shape) in self.planned.items():
             if dtype not in _NAMES:
-                raise ValueError(f"{name} is of {dtype}, which safetensors cannot hold: cast it.")
+                raise ValueError(f"{name} is of {dtype}, which safetensors cannot hold: cast it to another dtype.")
             end = offset + dtype.itemsize * math.prod(shape)
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+        text += b" " * (-len(text) % 8)  # the data must begin at a multiple of 8 bytes
         self._stream = self._open(self.file)
         self._stream.write(len(text).to_bytes(8, "little") + text)
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor."""
-        assert name == self._waiting.pop(0), "tensors come in the order they were planned in"
-        assert (tensor.dtype, tuple(tensor.shape)) == self.planned[name], "a tensor comes as it was planned"
+        """Write the next tensor, of the planned dtype and shape."""
+        assert name == self._waiting.pop(0), "tensors must be written in the planned order"
+        assert (tensor.dtype, tuple(tensor.shape)) == self.planned[name], "dtype and shape must be as planned"
         if tensor.numel():
             self._stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
@@ -72,4 +72,4 @@ class SafetensorsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.close()
-        assert kind is not None or not self._waiting, "every planned tensor was written"
+        assert kind is not None or not self._waiting, "every planned tensor must be written"

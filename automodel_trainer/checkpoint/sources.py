@@ -1,4 +1,4 @@
-"""What the tools are pointed at: a checkpoint, a model folder, an adapter; and what they write."""
+"""Inputs and outputs of the command-line tools: checkpoints, model folders, adapters, and new folders."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _ADAPTER = "adapter_config.json"
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether this library has written the folder to go on training from."""
+    """Whether the folder is a training checkpoint of this library."""
     return (folder / "manifest.json").is_file() and (folder / "trainer.json").is_file()
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether it holds a LoRA adapter in PEFT's format."""
+    """Whether the folder holds a LoRA adapter in PEFT's format."""
     return (folder / _ADAPTER).is_file()
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder itself, a Hub repository downloaded, or a checkpoint of object storage (`s3://…`) downloaded.
+    """A local folder for `source`. Hub repositories and checkpoints in object storage (`s3://…`) are downloaded.
 
     Raises:
-        ValueError: there is none.
+        ValueError: `source` does not exist.
     """
     if not is_remote(source):
         return resolve_folder(source)
@@ -41,10 +41,10 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
 
 
 def model_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder of the model or adapter: inside a checkpoint, or `source` itself; see `local_folder`.
+    """The folder of a model or adapter: the one inside a checkpoint, or `source` itself; see `local_folder`.
 
     Raises:
-        ValueError: no such folder or repository, or a checkpoint that is not whole (what it lacks is named).
+        ValueError: `source` does not exist, or is a damaged checkpoint. The message names the file.
     """
     folder = local_folder(source)
     if not is_checkpoint(folder):
@@ -54,10 +54,10 @@ def model_folder(source: str | os.PathLike[str]) -> Path:
 
 
 def check_whole(folder: Path) -> None:
-    """`check_checkpoint`, with a progress bar: every byte is read.
+    """Check a checkpoint with a progress bar, because every byte is read; see `check_checkpoint`.
 
     Raises:
-        ValueError: the checkpoint is not what was written; what is wrong is named.
+        ValueError: the checkpoint is damaged. The message names the file.
     """
     check_checkpoint(folder, contents=False)
     files = [file for file in folder.rglob("*") if file.is_file()]
@@ -70,10 +70,10 @@ def check_whole(folder: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output`, which becomes it when the block succeeds, and goes when it fails.
+    """A temporary folder beside `output`. It is renamed to `output` if the block succeeds, and removed if it fails.
 
     Raises:
-        ValueError: `output` is there already.
+        ValueError: `output` exists already.
     """
     if output.exists():
         raise ValueError(f"{output} exists already: give a new folder, or remove it first.")

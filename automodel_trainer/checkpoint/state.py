@@ -1,4 +1,8 @@
-"""Write and read a whole training state: weights, optimizer, Lightning's loops and callbacks, random numbers."""
+"""Write and read a whole training state: weights, optimizers, Lightning's loops and callbacks, random generators.
+
+A save has two halves. `take_snapshot` is collective: each rank takes its share of the state, for an async save as a
+copy in host memory. `write_snapshot` only writes files, so it can run in a thread beside training.
+"""
 
 from __future__ import annotations
 
@@ -22,32 +26,43 @@ from automodel_trainer.checkpoint.codec import decode, encode
 from automodel_trainer.checkpoint.folder import abandon, prepare, publish, temporary
 from automodel_trainer.checkpoint.host_copies import Copy, keep
 from automodel_trainer.checkpoint.manifest import check_checkpoint, damage_named, read_json
-from automodel_trainer.checkpoint.optimizer import OptimizerStates, load_optimizers, stage_optimizers
+from automodel_trainer.checkpoint.optimizer import OptimizerSnapshot, load_optimizers, snapshot_optimizers
 from automodel_trainer.checkpoint.record import Entry, to_json, write_text
 from automodel_trainer.checkpoint.rng import fresh_rng_state, rng_state, set_rng_state
-from automodel_trainer.checkpoint.weights import Weights, load_weights, stage_weights
+from automodel_trainer.checkpoint.weights import WeightSnapshot, load_weights, snapshot_weights
 from automodel_trainer.distributed.agreement import gather, on_all_ranks, rank, world_size
 from automodel_trainer.models.sidecars import copy_sidecars
 
-RNG_KEY = "automodel_trainer.rng"  # in the loaded dict: this rank's generators
-CONFIG_KEY = "automodel_trainer.config"  # in the dict to save: the text of the run's config.yaml
+RNG_KEY = "automodel_trainer.rng"  # key in the loaded dict: the state of this rank's random generators
+CONFIG_KEY = "automodel_trainer.config"  # key in the dict to save: the text of the run's config.yaml
 _IN_TENSOR_FILES = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY)
 
 
 @dataclass
 class Snapshot:
-    """This rank's share of a checkpoint: all that it holds, as it was at one moment."""
+    """This rank's share of a checkpoint, as the state was at one moment.
 
-    weights: Weights
-    optimizers: OptimizerStates
+    Attributes:
+        weights: its share of the weights.
+        optimizers: its share of the optimizer state.
+        files: maps names of text files to their content.
+        module: the module, on rank 0.
+    """
+
+    weights: WeightSnapshot
+    optimizers: OptimizerSnapshot
     files: dict[str, str]
     module: nn.Module | None
 
     def write(self, target: Path) -> dict[str, Entry]:
-        """Write into `target`, which is there already; returns the entries of the files. Not collective."""
+        """Write the files into the existing folder `target`, and return their entries. Not collective.
+
+        Raises:
+            OSError: a file could not be written, or this rank does not see `target`.
+        """
         if not target.is_dir():
             raise OSError(
-                f"{target} is not there on rank {rank()}: checkpoints need a file system that all ranks share"
+                f"{target} does not exist on rank {rank()}: checkpoints need a file system that all ranks share"
             )
         written = {name: write_text(target / name, text) for name, text in self.files.items()}
         for part, content in (("model", self.weights), ("optimizer", self.optimizers)):
@@ -58,7 +73,7 @@ class Snapshot:
 
 
 Mirror = Callable[[Path, dist.ProcessGroup | None], None]
-"""What is done with a checkpoint once it is whole, on all ranks: a copy elsewhere. Raises CheckpointError."""
+"""Copies a complete checkpoint elsewhere. All ranks call it. Raises CheckpointError."""
 
 
 def save_checkpoint(
@@ -68,53 +83,66 @@ def save_checkpoint(
     optimizers: Sequence[Optimizer],
     mirror: Mirror | None = None,
 ) -> None:
-    """Write a checkpoint folder; on failure nothing of it stays. Collective.
+    """Write a checkpoint folder. If that fails, nothing of it stays. Collective.
 
     ```
     model/            a Hugging Face folder: config, tokenizer, whole tensors in safetensors, for any program
     optimizer/        shards of the optimizer state in safetensors; parameter groups in groups.json
     trainer.json      Lightning's state: loops, callbacks, schedules, hyperparameters; versions and layout
-    rank-00000.json   each rank's own: random generators, position of its loader
+    rank-00000.json   one file per rank: random generators, position of its loader
     config.yaml       the run's config, if it has one
-    manifest.json     every file, its length and its checksum, written last
+    manifest.json     every file with its size and checksum, written last
     ```
 
     Args:
-        folder: where to; on a file system that all ranks share. An older checkpoint of that name is replaced.
+        folder: the folder to write, on a file system that all ranks share. An older checkpoint there is replaced.
         lightning_checkpoint: Lightning's state, without weights and optimizer state.
-        module: what is trained: its state-dict keys are the checkpoint's.
-        optimizers: those whose state is saved.
-        mirror: called when the checkpoint is whole.
+        module: the module to save. The checkpoint uses its state-dict keys.
+        optimizers: the optimizers to save.
+        mirror: called when the checkpoint is complete.
 
     Raises:
-        ValueError: state that neither JSON nor safetensors can hold; the message names it.
-        CheckpointError: a file could not be written, on whichever rank. Raised on every rank.
+        ValueError: neither JSON nor safetensors can hold some state. The message names it.
+        CheckpointError: a file could not be written on some rank. Raised on every rank.
     """
-    write_snapshot(stage(folder, lightning_checkpoint, module, optimizers), folder, mirror=mirror)
+    write_snapshot(take_snapshot(folder, lightning_checkpoint, module, optimizers), folder, mirror=mirror)
 
 
-def stage(
+def take_snapshot(
     folder: Path,
     lightning_checkpoint: dict[str, Any],
     module: nn.Module,
     optimizers: Sequence[Optimizer],
     copy: Copy = keep,
 ) -> Snapshot:
-    """Take all that a checkpoint holds. Collective; arguments and errors as in `save_checkpoint`.
+    """Take this rank's share of everything that a checkpoint holds. Collective.
 
     Args:
-        copy: makes a copy in host memory that training does not change; by default tensors are left where they are.
+        folder: the checkpoint, for error messages.
+        lightning_checkpoint: see `save_checkpoint`.
+        module: see `save_checkpoint`.
+        optimizers: see `save_checkpoint`.
+        copy: copies tensors to host memory, so that training can change the originals. The default makes no copy.
+
+    Raises:
+        CheckpointError, ValueError: as in `save_checkpoint`.
     """
     files = on_all_ranks(partial(_texts, lightning_checkpoint, module), folder)
-    weights = on_all_ranks(partial(stage_weights, module, copy), folder)
-    states = on_all_ranks(partial(stage_optimizers, module, optimizers, copy), folder)
+    weights = on_all_ranks(partial(snapshot_weights, module, copy), folder)
+    states = on_all_ranks(partial(snapshot_optimizers, module, optimizers, copy), folder)
     return Snapshot(weights, states, files, module if rank() == 0 else None)
 
 
 def write_snapshot(
     snapshot: Snapshot, folder: Path, group: dist.ProcessGroup | None = None, mirror: Mirror | None = None
 ) -> None:
-    """Write every rank's snapshot; on failure nothing of it stays. Collective over `group` (of CPUs; None: default).
+    """Write the snapshots of all ranks as a checkpoint. If that fails, nothing of it stays. Collective.
+
+    Args:
+        snapshot: this rank's snapshot.
+        folder: the checkpoint to write.
+        group: the ranks that agree, over their CPUs. None: the default group.
+        mirror: called when the checkpoint is complete.
 
     Raises:
         CheckpointError, ValueError: as in `save_checkpoint`.
@@ -135,18 +163,23 @@ def write_snapshot(
 
 
 def load_checkpoint(folder: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """Read a checkpoint, whatever layout wrote it, into `module` and `optimizers` as they are laid out now. Collective.
+    """Read a checkpoint, written on any layout, into `module` and `optimizers` on their current layout. Collective.
 
-    Without optimizers (evaluation) only weights are read. The random generators go on where they were if there are as
-    many ranks as then; else they start anew from a seed that follows from the step.
+    Without optimizers (evaluation), only weights are read. On the same number of ranks, the random generators continue
+    where they were. Otherwise they start from a new seed, which depends on the step.
+
+    Args:
+        folder: the checkpoint.
+        module: the module to fill, in place.
+        optimizers: the optimizers to fill, in place.
 
     Returns:
-        what `save_checkpoint` was given, with empty "state_dict" and "optimizer_states".
+        The `lightning_checkpoint` given to `save_checkpoint`, with empty "state_dict" and "optimizer_states".
 
     Raises:
-        ValueError: the checkpoint is damaged (the file is named), or one of another model or optimizer.
+        ValueError: the checkpoint is damaged (the message names the file), or of another model or optimizer.
     """
-    # Each rank reads a share of the files: what is damaged is found before anything is loaded.
+    # Each rank checks a share of the files, so damage is found before anything is loaded.
     on_all_ranks(lambda: check_checkpoint(folder, part=rank(), parts=world_size()), folder)
     lightning_state, ranks = on_all_ranks(lambda: _read_trainer(folder / "trainer.json"), folder)
     on_all_ranks(partial(load_weights, module, folder / "model"), folder)
@@ -159,22 +192,22 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizers: Sequence[Optimi
         own = fresh_rng_state(checkpoint.get("global_step", 0), rank())
         set_rng_state(own)
         rank_zero_info(
-            f"{folder} was written by {ranks} rank(s) and is read by {world_size()}: weights, optimizer and data go on "
-            "as they were, random numbers (dropout) start from a new seed."
+            f"{folder} was written by {ranks} rank(s) and is read by {world_size()}: weights, optimizer and data "
+            "continue where they were. Random numbers (dropout) start from a new seed."
         )
     checkpoint[RNG_KEY] = own
     return checkpoint
 
 
 def _read_trainer(file: Path) -> tuple[dict[str, Any], int]:
-    """Lightning's state, and how many ranks wrote it."""
+    """Lightning's state, and the number of ranks that wrote it."""
     description = read_json(file)
     with damage_named(file):
         return dict(decode(description["lightning"], file)), int(description["world_size"])
 
 
 def _read_rank(file: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Set the random generators to a rank's, which are returned, and put the position of its loader in its place."""
+    """Restore a rank's random generators and return their state. Put its loader's position into `checkpoint`."""
     own = read_json(file)
     with damage_named(file, ValueError):
         generators, loaders = decode(own["rng"], file), decode(own["loaders"], file)
@@ -185,7 +218,7 @@ def _read_rank(file: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _texts(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, str]:
-    """The text files that this rank writes: its own, and on rank 0 those for all."""
+    """The text files that this rank writes: its own, and on rank 0 the shared ones."""
     state = {key: value for key, value in checkpoint.items() if key not in _IN_TENSOR_FILES}
     shared = {
         "world_size": world_size(),
@@ -205,18 +238,20 @@ def _texts(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, str]:
 def _publish(target: Path, folder: Path, written: Sequence[dict[str, Entry]]) -> None:
     lacking = [name for name in map(_rank_file, range(world_size())) if not (target / name).is_file()]
     if lacking:
-        raise OSError(f"{lacking} of other ranks cannot be seen: checkpoints need a file system that all ranks share")
+        raise OSError(
+            f"rank 0 does not see {lacking} of other ranks: checkpoints need a file system that all ranks share"
+        )
     publish(target, folder, {name: entry for entries in written for name, entry in entries.items()})
 
 
 def _loader_state(checkpoint: dict[str, Any]) -> Any:
-    """Lightning saves rank 0's position for every rank; a loader may well stand elsewhere on another."""
+    """The position of this rank's loader. Lightning would save rank 0's for all ranks, but it may differ by rank."""
     fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
     return fit_loop.get("state_dict", {}).get("combined_loader")
 
 
 def _layout(module: nn.Module) -> dict[str, int]:
-    """The mesh that parameters lie on, for information."""
+    """Sizes of the axes of the parameters' mesh, for information only."""
     mesh = next((p.device_mesh for p in module.parameters() if isinstance(p, DTensor)), None)
     names = () if mesh is None else mesh.mesh_dim_names or ()
     return {name: mesh.size(dim) for dim, name in enumerate(names)} if mesh is not None else {}

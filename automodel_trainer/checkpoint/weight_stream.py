@@ -1,4 +1,4 @@
-"""Weights from files to files, one tensor in memory at a time: other shards, another dtype, other names."""
+"""Rewrite weight files with other shards, another dtype or other names, with few tensors in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,22 +20,33 @@ from automodel_trainer.checkpoint.safetensors_stream import DTYPES, SafetensorsW
 from automodel_trainer.models.files import INDEX_NAME, WEIGHTS_NAME, weight_files
 
 Advance = Callable[[int], None]
+"""Advances a progress bar by a number of bytes."""
 Header = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Maps tensor names to dtype and shape."""
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Converts the names and shapes of some tensors."""
 
 
 def header_of(file: Path) -> Header:
-    """Dtype and shape of every tensor of a safetensors file, in the order of the file."""
+    """Dtype and shape of every tensor in a safetensors file, in the order of the file."""
     with safe_open(file, framework="pt") as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
         return {name: (DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in slices.items()}
 
 
 class Weights:
-    """The tensors of a model folder by name, read when they are asked for.
+    """The tensors of a model folder by name. Values are read on demand.
+
+    Args:
+        folder: a folder with safetensors files.
+
+    Attributes:
+        files: the weight files.
+        file_of: maps tensor names to files.
+        header: dtype and shape of every tensor.
 
     Raises:
-        ValueError: no safetensors, or a damaged file (named).
+        ValueError: there are no safetensors files, or one is damaged. The message names it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,11 +60,11 @@ class Weights:
             self.file_of |= dict.fromkeys(header, file)
 
     def meta(self) -> dict[str, Tensor]:
-        """Every tensor, without its values."""
+        """All tensors on meta, without values."""
         return {n: torch.empty(shape, dtype=dtype, device="meta") for n, (dtype, shape) in self.header.items()}
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The values of a few. Each file is opened and let go again: mapped files count as memory on some systems."""
+        """Read some tensors. Files are closed again at once, because some systems count mapped files as memory."""
         found = {}
         for name in names:
             with safe_open(self.file_of[name], framework="pt") as tensors:
@@ -72,20 +83,24 @@ def write_stream(
     convert: Convert | None = None,
     title: str = "weights",
 ) -> None:
-    """Write `weights` as safetensors files, with an index where there is more than one, into the folder `target`.
+    """Write `weights` into the folder `target` as safetensors files, with an index if there are several.
 
-    In memory are the tensors of one group, and what `convert` makes of them.
+    Only the tensors of one group, and their converted versions, are in memory.
 
     Args:
-        dtype: of floating-point weights; None keeps each as it is.
-        shards: how many files, of about the same size; None: as many as `max_shard_size` asks for.
-        max_shard_size: in bytes, or as "5GB".
-        groups: names that have to be converted together; by default each alone.
-        convert: other names and shapes of the tensors of a group (also given on meta).
+        weights: the weights to read.
+        target: the folder to write into.
+        dtype: dtype of floating-point weights; None keeps the dtype of each weight.
+        shards: number of files, of about the same size. None: as many as `max_shard_size` requires.
+        max_shard_size: maximum size of a file, in bytes or as text such as "5GB".
+        groups: names of tensors that must be converted together. None: each tensor alone.
+        convert: converts names and shapes of the tensors of a group. It is also called with tensors on meta.
+        title: label of the progress bar.
 
     Raises:
-        ValueError: more shards than tensors, or a dtype for weights that are quantized.
+        ValueError: there are more shards than tensors, or `dtype` is given for quantized weights.
     """
+    # Convert on meta first: the headers of all files must be known before the first tensor is written.
     meta, change = weights.meta(), convert or _same
     groups = groups or [[name] for name in meta]
     planned: dict[str, Tensor] = {}
@@ -115,12 +130,12 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or not tensor.is_floating_point():
         return tensor
     if tensor.dtype.itemsize < 2:
-        raise ValueError(f"{name} is {tensor.dtype}: quantized weights cannot be given another dtype, leave it out.")
+        raise ValueError(f"{name} is {tensor.dtype}: quantized weights cannot be cast. Leave out dtype.")
     return tensor.to(dtype)
 
 
 def _split(planned: Mapping[str, Tensor], shards: int | None, max_shard_size: int | str) -> dict[str, str]:
-    """The file of each tensor."""
+    """The name of each tensor's file."""
     if shards is None:
         return split_torch_state_dict_into_shards(dict(planned), max_shard_size=max_shard_size).tensor_to_filename
     if not 1 <= shards <= len(planned):
@@ -130,7 +145,7 @@ def _split(planned: Mapping[str, Tensor], shards: int | None, max_shard_size: in
     total, before, number = sum(tensor.nbytes for tensor in planned.values()), 0, 0
     file_of: dict[str, str] = {}
     for place, (name, tensor) in enumerate(planned.items()):
-        # On to the next file when this one has its share, or when what is left is one tensor for each.
+        # Go on to the next file when this one has its share, or when there is only one tensor left per file.
         full = number and before + tensor.nbytes / 2 >= total * number / shards
         if not number or full or len(planned) - place <= shards - number:
             number = min(shards, number + 1)
@@ -141,7 +156,12 @@ def _split(planned: Mapping[str, Tensor], shards: int | None, max_shard_size: in
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
-    """A bar on the terminal that goes when it is done; nothing where stderr is no terminal. Yields `advance(bytes)`."""
+    """Show a progress bar that disappears at the end, if stderr is a terminal. Yields `advance(bytes)`.
+
+    Args:
+        title: label of the bar.
+        total: number of bytes.
+    """
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:

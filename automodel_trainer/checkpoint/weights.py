@@ -1,14 +1,14 @@
-"""A module's weights as a plain Hugging Face folder, written by all ranks together.
+"""Write a module's weights as a plain Hugging Face folder. All ranks write together.
 
-Every tensor is written whole, by one rank, into a file of its own share. Shards would save the gathering (about what
-one forward pass under FSDP2 gathers), but nothing except DCP could read them. So every checkpoint's `model/` is a
-folder that `from_pretrained` loads as it is, no rank waits for a merge, and nothing is written twice. Optimizer state,
-twice the size and of no use to other programs, stays in shards.
+Each tensor is gathered and written whole by one rank, and each file by one rank. Shards would avoid the gathering
+(about as much as one forward under FSDP2 gathers), but only DCP could read them. This way `from_pretrained` can load
+the `model/` folder of every checkpoint directly, no merge is needed, and nothing is written twice. Optimizer state is
+twice as large and of no use to other programs, so it stays in shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,28 +29,31 @@ from automodel_trainer.models.lora import lora_of
 from automodel_trainer.models.lora.adapter_files import CONFIG_NAME as ADAPTER_CONFIG
 from automodel_trainer.models.lora.adapter_files import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from automodel_trainer.models.lora.adapter_files import gather_adapter, load_adapter
+from automodel_trainer.nn.text import listed
 from automodel_trainer.nn.uneven import detached, gather_uneven, is_uneven
 
-MAX_FILE_BYTES = 2 * 2**30  # files are shared out over the ranks
+MAX_FILE_BYTES = 2 * 2**30  # small enough to distribute the files over the ranks
 MIN_FILE_BYTES = 64 * 2**20
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, in the module's order; of tied ones only the first (or the source).
+    """Parameters and persistent buffers by name, in the module's order.
+
+    Of tied tensors only one is included: the source for Hugging Face models, otherwise the first.
 
     Raises:
-        ValueError: extra state that is not a tensor.
+        ValueError: the state dict has an entry that is not a tensor.
     """
     tied = set(tied_weight_names(module)) if isinstance(module, PreTrainedModel) else set()
-    state: Mapping[str, Any] = module.state_dict(keep_vars=True)  # the tensors themselves: ties show as identity
+    state: Mapping[str, Any] = module.state_dict(keep_vars=True)  # not detached, so tied tensors are identical objects
     shared = {id(value) for name, value in state.items() if name not in tied}
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"{name} in the module's state_dict is a {type(value).__name__}, not a tensor: a checkpoint holds "
-                "tensors only. Keep such state in `on_save_checkpoint`, as numbers, strings, lists and dicts."
+                f"{name} in the module's state_dict is a {type(value).__name__}, but the weights of a checkpoint must "
+                "be tensors. Save such state in `on_save_checkpoint`, as numbers, strings, lists and dicts."
             )
         if id(value) in seen or (name in tied and id(value) in shared):
             continue
@@ -60,7 +63,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor: a DTensor is gathered over its mesh (collective)."""
+    """The tensor in its full shape. A DTensor is gathered over its mesh (collective); a plain one is not changed."""
     if is_uneven(tensor):
         return gather_uneven(tensor)
     if not isinstance(tensor, DTensor):
@@ -70,15 +73,21 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @dataclass
-class Weights:
-    """This rank's share of a module's weights, whole tensors, and what it writes them into."""
+class WeightSnapshot:
+    """This rank's share of a module's weights.
+
+    Attributes:
+        files: maps file names to whole tensors by name.
+        index: content of the index file, on rank 0.
+        adapter: the adapter's config, on rank 0, if the model has adapters.
+    """
 
     files: dict[str, dict[str, Tensor]]
     index: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> dict[str, Entry]:
-        """Write the files into `folder`; returns their entries. Not collective: nobody waits for another rank."""
+        """Write the files into `folder` and return their entries. Not collective."""
         folder.mkdir(exist_ok=True)
         metadata = {"format": "pt"}
         written = {name: write_safetensors(folder / name, tensors, metadata) for name, tensors in self.files.items()}
@@ -89,19 +98,20 @@ class Weights:
         return written
 
 
-def stage_weights(module: nn.Module, copy: Copy = keep) -> Weights:
-    """Gather the weights, one tensor at a time, each to the rank that writes it. Collective.
+def snapshot_weights(module: nn.Module, copy: Copy = keep) -> WeightSnapshot:
+    """Gather the weights, one tensor at a time, on the ranks that write them. Collective.
 
-    Of a model with adapters only these are taken, as PEFT has them: the base is where it came from. Ranks may hold
-    different tensors (pipeline stages); each is written by a rank that holds it.
+    If the model has adapters, only these are taken, in PEFT's format, because the base model does not change. Ranks
+    may hold different tensors (pipeline stages). Each tensor is written by a rank that holds it.
 
     Args:
-        module: what is trained.
-        copy: makes a copy in host memory that training does not change; by default tensors are left where they are.
+        module: the module to save.
+        copy: copies tensors to host memory, so that training can change the originals. The default makes no copy.
     """
     if lora_of(module) is not None:
-        tensors, config = gather_adapter(module)  # copies, of a few MB
-        return Weights({ADAPTER_WEIGHTS: tensors} if rank() == 0 else {}, adapter=config if rank() == 0 else None)
+        tensors, config = gather_adapter(module)  # these are copies already, of a few MB
+        first = rank() == 0
+        return WeightSnapshot({ADAPTER_WEIGHTS: tensors} if first else {}, adapter=config if first else None)
     tensors = named_tensors(module)
     files, total = _plan(tensors)
     count = max((number for number, _ in files.values()), default=0)
@@ -110,19 +120,21 @@ def stage_weights(module: nn.Module, copy: Copy = keep) -> Weights:
         full = whole(tensor)
         number, owner = files[name]
         if owner == rank():
-            # What was gathered leaves the device at once; what lies there anyway leaves it file by file.
+            # A gathered tensor is moved to the host at once, to free device memory. One that was not gathered takes no
+            # extra memory and is moved when its file is written.
             taken = copy(f"weights/{name}", full) if copy is not keep else full.cpu() if full is not tensor else full
             mine.setdefault(f"model-{number:05d}-of-{count:05d}.safetensors", {})[name] = taken
     if rank() != 0:
-        return Weights(mine)
+        return WeightSnapshot(mine)
     weight_map = {name: f"model-{number:05d}-of-{count:05d}.safetensors" for name, (number, _) in files.items()}
-    return Weights(mine, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return WeightSnapshot(mine, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _plan(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, int]], int]:
-    """Of every tensor of every rank, its file's number (from 1) and the rank that writes it; and the bytes of all.
+    """Plan the files of all tensors of all ranks. Collective.
 
-    Collective.
+    Returns:
+        Maps tensor names to (number of the file from 1, rank that writes it); and the total size in bytes.
     """
     sizes: dict[str, int] = {}
     holders: dict[str, list[int]] = {}
@@ -130,6 +142,7 @@ def _plan(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, int]], in
         sizes.update(held)
         for name in held:
             holders.setdefault(name, []).append(number)
+    # About one file per rank, so that all ranks write.
     limit = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, sum(sizes.values()) // world_size()))
     plan: dict[str, tuple[int, int]] = {}
     last = 0
@@ -137,13 +150,13 @@ def _plan(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, int]], in
         numbered = split_into_files({name: sizes[name] for name in group}, limit)
         for name, number in numbered.items():
             owners = holders[name]
-            plan[name] = last + number, owners[(last + number - 1) % len(owners)]
+            plan[name] = last + number, owners[(last + number - 1) % len(owners)]  # holders take turns
         last += max(numbered.values())
     return plan, sum(sizes.values())
 
 
 def _groups(holders: Mapping[str, list[int]]) -> list[list[str]]:
-    """Names that the same ranks hold: a file is written by one rank."""
+    """Group names by the ranks that hold them: one rank must be able to write a whole file."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, ranks in holders.items():
         groups.setdefault(tuple(ranks), []).append(name)
@@ -151,7 +164,12 @@ def _groups(holders: Mapping[str, list[int]]) -> list[list[str]]:
 
 
 def split_into_files(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
-    """Number each tensor's file, from 1: files in the order of the tensors, no larger than `limit` if that can be."""
+    """Assign a file number, from 1, to each tensor, in order. Files are at most `limit` bytes if tensors allow it.
+
+    Args:
+        sizes: maps names to sizes in bytes.
+        limit: maximum size of a file in bytes. A larger tensor gets a file of its own.
+    """
     files: dict[str, int] = {}
     index, size = 1, 0
     for name, nbytes in sizes.items():
@@ -164,7 +182,7 @@ def split_into_files(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
 
 @torch.no_grad()
 def load_weights(module: nn.Module, folder: Path) -> None:
-    """Read the weights into the module's tensors in place, each rank its own shards. Collective.
+    """Read the weights into the module's tensors in place; each rank reads its own shards. Collective.
 
     Raises:
         ValueError: names or shapes differ from the module's.
@@ -181,20 +199,19 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 
 def _check(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], module: nn.Module, folder: Path) -> None:
     kind = type(module).__name__
-    everywhere = {name for names in gather(set(tensors)) for name in names}  # before any rank finds fault
+    everywhere = {name for names in gather(set(tensors)) for name in names}  # collective, so before any rank raises
     if missing := tensors.keys() - saved.keys():
-        raise ValueError(f"{folder} has no weights for {some(missing)} of {kind}: it is a checkpoint of another model.")
+        raise ValueError(
+            f"{folder} has no weights for {listed(sorted(missing))} of {kind}: it is a checkpoint of another model."
+        )
     if unknown := saved.keys() - everywhere:
-        raise ValueError(f"{folder} holds {some(unknown)}, which {kind} does not have: a checkpoint of another model.")
+        raise ValueError(
+            f"{folder} holds {listed(sorted(unknown))}, which {kind} does not have: it is a checkpoint of another "
+            "model."
+        )
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != tuple(saved[name]):
             raise ValueError(
                 f"{name} has the shape {list(saved[name])} in {folder} but {list(tensor.shape)} in {kind}: build the "
-                "model from the config the checkpoint was trained with."
+                "model from the config that the checkpoint was trained with."
             )
-
-
-def some(names: Iterable[str]) -> str:
-    """A few of the names, and how many more there are."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")

@@ -1,4 +1,7 @@
-"""Data modules: chats, raw text and random tokens, as lists of micro-batches."""
+"""Data modules for chats, raw text and random tokens. A batch is the list of micro-batches of one optimizer step.
+
+Start with `base.py` (what all data modules share) and `batches.py` (the tensors of a micro-batch).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _HOME = {"ChatDataModule": "chat", "MicroBatchDataModule": "base", "MockDataModu
 
 
 def __getattr__(name: str) -> Any:
-    # Each is imported when it is asked for: they bring datasets and transformers along, which take seconds.
+    # Import each class on first use: datasets and transformers take seconds to import.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

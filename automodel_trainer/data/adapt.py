@@ -1,4 +1,4 @@
-"""`Trainer.fit(model, data)`: what a user may call data, made into a data module or a loader."""
+"""`Trainer.fit(model, data)`: turn whatever the user passes as data into a data module or a loader."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from automodel_trainer.data.chat import ChatDataModule
 
 
 def as_datamodule(data: Any, role: str = "train") -> tuple[pl.LightningDataModule | None, Any]:
-    """A data module for data sets and paths, or the loader itself; exactly one of the two is not None (or neither).
+    """Make a data module from data sets and paths; pass loaders through.
 
     Args:
-        data: path or Hub id, `Dataset`, `DatasetDict`, list of rows or of batches, DataLoader or other iterable, or a
-            LightningDataModule.
-        role: "train", "validation", "test" or "predict": what a data set without splits is used for.
+        data: a path or Hub id, a `Dataset` or `DatasetDict`, a list of rows or of batches, a DataLoader or another
+            iterable, or a LightningDataModule.
+        role: "train", "validation", "test" or "predict": what to use a data set without splits for.
+
+    Returns:
+        (data module, None) or (None, loader). Both are None if `data` is None.
 
     Raises:
-        ValueError: something else.
+        ValueError: `data` is empty, or none of these.
     """
     if data is None or isinstance(data, pl.LightningDataModule):
         return data, None
     if isinstance(data, (list, DataLoader)) and len_or_none(data) == 0:
-        raise ValueError("data is empty: there is nothing to train on.")
+        raise ValueError("data is empty: there is nothing to train on. Give at least one row or batch.")
     rows = isinstance(data, list) and bool(data) and isinstance(data[0], dict) and "input_ids" not in data[0]
     if isinstance(data, (str, os.PathLike, Dataset, DatasetDict)) or rows:
         evaluated = {} if role == "train" else {"test" if role == "test" else "validation": data}
         return ChatDataModule(data, **evaluated), None
-    if isinstance(data, list):  # Lightning would take a list for several loaders
+    if isinstance(data, list):  # Lightning would treat a plain list as several loaders
         return None, Steps(data)
     if isinstance(data, Iterable):
         return None, data
@@ -43,7 +46,7 @@ def as_datamodule(data: Any, role: str = "train") -> tuple[pl.LightningDataModul
 
 
 def len_or_none(data: Any) -> int | None:
-    """The length of whatever has one."""
+    """`len(data)`, or None if `data` has no length."""
     try:
         return len(data)
     except (TypeError, NotImplementedError):
@@ -51,14 +54,18 @@ def len_or_none(data: Any) -> int | None:
 
 
 def one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
-    """Whichever of two arguments for the same thing was given; ValueError for both."""
+    """The one of two arguments that was given; None if neither was.
+
+    Raises:
+        ValueError: both were given.
+    """
     if value is not None and other is not None:
         raise ValueError(f"Give {name} or {other_name}=, not both.")
     return value if value is not None else other
 
 
 class Steps:
-    """A list of batches as a loader."""
+    """A loader over a list of batches."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
@@ -71,14 +78,14 @@ class Steps:
 
 
 def group_micro_batches(loader: DataLoader, count: int) -> DataLoader:
-    """A loader like `loader` whose batches are lists of `count` of its batches: one optimizer step each.
+    """A loader that yields lists of `count` batches of `loader`: the micro-batches of one optimizer step.
 
     Raises:
-        ValueError: the loader has a batch sampler of its own, which says nothing of how to group.
+        ValueError: the loader has a custom batch sampler, so we do not know how to group its batches.
     """
     if loader.batch_size is None:
         raise ValueError(
-            "accumulate_grad_batches > 1 needs a DataLoader with a batch_size. With a batch_sampler of your own, yield "
+            "accumulate_grad_batches > 1 needs a DataLoader with a batch_size. With a custom batch_sampler, yield "
             "lists of micro-batches, or use ChatDataModule(global_batch_size=…)."
         )
     return DataLoader(
@@ -95,7 +102,7 @@ def group_micro_batches(loader: DataLoader, count: int) -> DataLoader:
 
 
 class _Chunked:
-    """Collates consecutive samples into micro-batches of `size`."""
+    """Collates consecutive samples into micro-batches of `size` samples."""
 
     def __init__(self, collate: Callable[[list[Any]], Any], size: int) -> None:
         self.collate, self.size = collate, size

@@ -1,4 +1,4 @@
-"""What all data modules share: batch arithmetic, this rank's share, preparation, loaders, the summary."""
+"""The base of all data modules: batch sizes, this rank's share, preparation, loaders and the summary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from automodel_trainer.data.rows import Rows
 
 
 class TrainLoader(Protocol):
-    """Sized, and stateful the way Lightning wants it; an item is a list of micro-batches."""
+    """A sized loader with the state that Lightning saves. It yields lists of micro-batches.
+
+    Attributes:
+        batches_yielded: global batches yielded so far in this epoch (in a stream, since its start).
+    """
 
     batches_yielded: int
 
@@ -25,25 +29,36 @@ class TrainLoader(Protocol):
 
     def __iter__(self) -> Iterator[list[MicroBatch]]: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position."""
+        ...
 
 
 class MicroBatchDataModule(LightningDataModule):
-    """A data module whose batches are lists of micro-batches, one list for an optimizer step on this rank.
+    """A data module that yields one list of micro-batches per optimizer step: this rank's share of a global batch.
 
-    Usable without a Trainer: `dm.setup("fit")`, then iterate `dm.train_dataloader()`.
+    It also works without a Trainer: call `dm.setup("fit")`, then iterate over `dm.train_dataloader()`.
 
     Args:
-        tokenizer: a tokenizer, or a path to load one from; the Trainer sets the model's where this is None.
-        seq_len: tokens of a row.
-        micro_batch_size: rows of one forward pass on one rank.
-        global_batch_size: rows of one optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
+        tokenizer: a tokenizer, or a path to load one from. None: the Trainer sets the model's.
+        seq_len: tokens per row.
+        micro_batch_size: rows per forward pass on one rank.
+        global_batch_size: rows per optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
             times the Trainer's accumulation.
-        seed: decides the order of the rows in each epoch.
-        num_workers: processes that build micro-batches ahead of the training.
-        drop_last: leave the last global batch of an epoch out where it runs short, rather than fill it.
+        seed: determines the order of the rows in each epoch.
+        num_workers: processes that build micro-batches ahead of time.
+        drop_last: drop the last global batch of an epoch if it is incomplete, instead of filling it up.
+
+    Attributes:
+        packing: whether several documents share a row (packed micro-batches instead of padded ones).
+        rows: the rows of each split, once `prepare` was called.
+
+    Raises:
+        ValueError: a size is too small.
     """
 
     packing: bool = True
@@ -63,9 +78,9 @@ class MicroBatchDataModule(LightningDataModule):
         sizes = {"micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
         for name, size in sizes.items():
             if size is not None and size < 1:
-                raise ValueError(f"{name}={size}: it must be at least 1.")
+                raise ValueError(f"{name}={size} must be at least 1.")
         if seq_len < 2:
-            raise ValueError(f"seq_len={seq_len}: it must be at least 2, one token and the one it predicts.")
+            raise ValueError(f"seq_len={seq_len} must be at least 2: a token and the next one, which it predicts.")
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.micro_batch_size = micro_batch_size
@@ -80,13 +95,17 @@ class MicroBatchDataModule(LightningDataModule):
 
     @abstractmethod
     def build_rows(self) -> dict[str, Rows]:
-        """Read, tokenise and pack: the rows of "train", and of "validation" and "test" where there are any."""
+        """Read, tokenize and pack the data.
+
+        Returns:
+            The rows of "train" (unless streamed), and of "validation" and "test" if there are any.
+        """
 
     def prepare(self) -> None:
-        """Read, tokenise and pack the data, once; called on every rank before there is a process group.
+        """Read, tokenize and pack the data once. Every rank calls this before the process group exists.
 
         Raises:
-            ValueError: the data cannot be trained on; the message says why.
+            ValueError: the data cannot be used for training. The message says why.
         """
         if self._prepared:
             return
@@ -95,40 +114,40 @@ class MicroBatchDataModule(LightningDataModule):
         rank_zero_info(self.summary())
 
     def setup(self, stage: str | None = None) -> None:
-        """Prepare where that has not been done, and check that the batch sizes fit this layout.
+        """Prepare the data if that was not done yet, and check that the batch sizes fit this layout.
 
         Raises:
-            ValueError: the global batch size does not divide, or `drop_last` leaves no batch.
+            ValueError: `global_batch_size` does not fit, or `drop_last` leaves no batch.
         """
         self.prepare()
         size = self.rows_per_step
         if "train" in self.rows and self.steps_per_epoch == 0:
             raise ValueError(
-                f"drop_last leaves nothing to train on: {len(self.rows['train'])} rows are fewer than a global batch "
-                f"of {size}. Lower global_batch_size or set drop_last=False."
+                f"drop_last leaves nothing to train on: the data has {len(self.rows['train'])} rows, and a global "
+                f"batch needs {size}. Lower global_batch_size or set drop_last=False."
             )
 
     def summary(self) -> str:
-        """What the data is, a line for each split."""
+        """A description of the data, one line per split."""
         return "\n".join(f"{split}: {rows.stats.describe()}" for split, rows in self.rows.items())
 
     @property
     def dp_rank(self) -> int:
-        """This rank's place among those that see different data."""
+        """This rank's index among the data-parallel ranks (those that see different data)."""
         return self._data_parallel()[0]
 
     @property
     def dp_size(self) -> int:
-        """How many ranks see different data."""
+        """The number of data-parallel ranks."""
         return self._data_parallel()[1]
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of one optimizer step over all ranks.
+        """Rows per optimizer step over all ranks.
 
         Raises:
-            ValueError: `global_batch_size` is no multiple of `micro_batch_size * dp_size`, or the Trainer's
-                accumulation says something else.
+            ValueError: `global_batch_size` is not a multiple of `micro_batch_size * dp_size`, or contradicts the
+                Trainer's accumulation.
         """
         unit = self.micro_batch_size * self.dp_size
         accumulation = getattr(self.trainer, "micro_batches_per_step", 1)
@@ -140,25 +159,25 @@ class MicroBatchDataModule(LightningDataModule):
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} cannot be split into micro-batches: it must be a multiple "
                 f"of micro_batch_size={self.micro_batch_size} times dp_size={self.dp_size} (= {unit}). The nearest "
-                f"that work: {near}."
+                f"sizes that work: {near}."
             )
         if accumulation not in (1, self.global_batch_size // unit):
             raise ValueError(
-                f"accumulate_grad_batches={accumulation} makes {unit * accumulation} rows a step (times "
+                f"accumulate_grad_batches={accumulation} makes {unit * accumulation} rows per step (times "
                 f"micro_batch_size={self.micro_batch_size} and dp_size={self.dp_size}), but global_batch_size is "
-                f"{self.global_batch_size}. Leave one of the two out."
+                f"{self.global_batch_size}. Set only one of the two."
             )
         return self.global_batch_size
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in an epoch of training, which is its number of optimizer steps."""
+        """Global batches per training epoch: the number of optimizer steps."""
         self.prepare()
         full, rest = divmod(len(self._rows_of("train")), self.rows_per_step)
         return full + (1 if rest and not self.drop_last else 0)
 
     def train_dataloader(self) -> TrainLoader:
-        """The loader of the training rows, at the position of the checkpoint that is being resumed from, if any."""
+        """The loader of the training rows. On resume it starts at the checkpoint's position."""
         self._train_loader = self.build_train_loader()
         if self._train_state is not None:
             self._train_loader.load_state_dict(self._train_state)
@@ -168,12 +187,13 @@ class MicroBatchDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data.
 
-        Lightning saves the state of the loader too, but does not restore it from a checkpoint written at the end of an
-        epoch, nor where the loader was asked for before the checkpoint was read.
+        Lightning also saves the state of the loader. But it does not restore it from a checkpoint that was written at
+        the end of an epoch, or if the loader was created before the checkpoint was read.
         """
         return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the position in the training data, now or when the loader is created."""
         state, loader = state_dict.get("train_loader"), self._train_loader
         if state is not None and loader is not None and loader.batches_yielded == 0:
             loader.load_state_dict(state)
@@ -181,16 +201,16 @@ class MicroBatchDataModule(LightningDataModule):
             self._train_state = state
 
     def build_train_loader(self) -> TrainLoader:
-        """A loader at the start of the Trainer's current epoch."""
+        """A loader that starts at the beginning of the Trainer's current epoch."""
         trainer = self.trainer
-        # Lightning's `current_epoch` is still the old one while a checkpoint from the end of an epoch is read.
+        # We do not use Lightning's `current_epoch`: it is one behind while a checkpoint from the end of an epoch loads.
         progress: Any = None if trainer is None else trainer.fit_loop.epoch_progress.current
         return MicroBatchLoader(
             self._rows_of("train"),
             global_batch_size=self.rows_per_step,
             seed=self.seed,
             epoch=0 if progress is None else progress.processed,
-            shuffle=not getattr(trainer, "overfit_batches", 0),
+            shuffle=not getattr(trainer, "overfit_batches", 0),  # it repeats the same batches in every epoch
             drop_last=self.drop_last,
             num_workers=self.num_workers,
             limit=self._limit(),
@@ -198,34 +218,45 @@ class MicroBatchDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> Any:
+        """The loader of the validation rows; an empty list without validation data."""
         if "validation" in self.rows:
             return self._evaluation_loader("validation")
-        # Lightning skips validation where there is no loader, and there is no need to be warned about it.
+        # Lightning skips validation if there is no loader. Its warning about that is noise.
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         return []
 
     def test_dataloader(self) -> Any:
+        """The loader of the test rows.
+
+        Raises:
+            ValueError: there is no test data.
+        """
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> Any:
+        """The loader of the test rows, or of the validation rows if there are none.
+
+        Raises:
+            ValueError: there is neither.
+        """
         return self._evaluation_loader("test" if "test" in self.rows else "validation")
 
     def first_batch(self, split: str = "train") -> list[MicroBatch]:
-        """The micro-batches this rank gets first, for a look at them."""
+        """The first list of micro-batches that this rank gets, for previews."""
         self.setup("fit")
         loader = self.build_train_loader() if split == "train" else self._evaluation_loader(split)
         return next(iter(loader))
 
     def pad_id(self) -> int:
-        """Token id of the padding; which one does not matter, for it is neither seen nor trained."""
+        """Token id for padding. Any id works, because padding is neither attended to nor trained."""
         ids = (getattr(self.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
         return next((i for i in ids if isinstance(i, int)), 0)
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer; where a path was given, loaded from there.
+        """The tokenizer, loaded first if a path was given.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no tokenizer.
         """
         if isinstance(self.tokenizer, str | os.PathLike):
             from transformers import AutoTokenizer
@@ -233,13 +264,13 @@ class MicroBatchDataModule(LightningDataModule):
             self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
         if self.tokenizer is None:
             raise ValueError(
-                f"{type(self).__name__} has no tokenizer: give one as `tokenizer=`, or use the data module with a "
-                f"Trainer and a module that has one."
+                f"{type(self).__name__} has no tokenizer: pass `tokenizer=`, or use the data module with a Trainer "
+                f"and a module that has one."
             )
         return self.tokenizer
 
     def _evaluation_loader(self, split: str) -> MicroBatchLoader:
-        # One micro-batch a step: no accumulation is needed, and little is filled up.
+        # One micro-batch per step: evaluation does not accumulate, and a short last batch needs few filler rows.
         size = self.micro_batch_size * self.dp_size
         layout = self._layout()
         return MicroBatchLoader(
@@ -257,11 +288,14 @@ class MicroBatchDataModule(LightningDataModule):
 
     def _rows_of(self, split: str) -> Rows:
         if split not in self.rows:
-            raise ValueError(f"{type(self).__name__} has no {split} data; it has {sorted(self.rows) or 'none yet'}.")
+            raise ValueError(
+                f"{type(self).__name__} has no {split} data, only {sorted(self.rows) or 'none yet'}. Give it {split}="
+                " data, or call setup() first."
+            )
         return self.rows[split]
 
     def _limit(self) -> int | None:
-        """The batch an epoch ends at under the Trainer's `limit_train_batches`, None for all."""
+        """Batches per epoch allowed by the Trainer's `limit_train_batches`; None for all."""
         limit = getattr(self.trainer, "limit_train_batches", None)
         return int(limit * self.steps_per_epoch) if isinstance(limit, float) else limit
 
@@ -272,6 +306,6 @@ class MicroBatchDataModule(LightningDataModule):
         strategy: Any = trainer.strategy
         if hasattr(strategy, "dp_rank"):
             return strategy.dp_rank, strategy.dp_size
-        # A strategy of Lightning's own says the same in the terms of a sampler.
+        # Lightning's own strategies give the same facts as arguments for a sampler.
         replicas = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return replicas["rank"], replicas["num_replicas"]

@@ -1,29 +1,30 @@
-"""Micro-batches: dicts of tensors made from rows of documents. The keys are in ARCHITECTURE.md."""
+"""Micro-batches: dicts of tensors made from rows of documents. ARCHITECTURE.md lists their keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-IGNORED = -100
-"""The label of a token that is not trained."""
+from automodel_trainer.nn.constants import IGNORE_INDEX
 
 PADDED_MULTIPLE = 8
-"""Padded rows have a multiple of this many tokens, as matrix units like it."""
+"""The width of padded rows is a multiple of this many tokens, for the GPU's matrix units."""
 
 MicroBatch = dict[str, Any]
+"""The tensors of one forward pass on one rank; ARCHITECTURE.md lists the keys."""
 
 
 class Document(NamedTuple):
-    """Tokens that attend to each other and to nothing else.
+    """Tokens that attend to each other and to no others.
 
     Attributes:
         input_ids: int array `[n]`.
-        trained: bool array `[n]`: is the token learned (as a target). The first one never is: nothing precedes it.
-        sample_id: row number of the data set it comes from.
+        trained: bool array `[n]`: whether the token is a target of the loss. The first token never is, because no
+            token precedes it.
+        sample_id: row number in the data set.
     """
 
     input_ids: np.ndarray
@@ -32,22 +33,20 @@ class Document(NamedTuple):
 
 
 Row = Sequence[Document]
-"""The documents of one row. A row without any is a filler: it has no label and so no weight."""
-
-Collate = Callable[[Sequence[Row], int, int], MicroBatch]
+"""The documents of one row. An empty row is a filler: it has no labels, so it has no weight in the loss."""
 
 
 def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
-    """Documents one after the other; `position_ids` restart at each, and at the padding that ends a row.
+    """Lay the documents of each row end to end. `position_ids` restart at each document and at the padding.
 
     Args:
-        rows: the documents of each row, at most `width` tokens together.
-        width: tokens of a row.
-        pad_id: token id of the padding.
+        rows: the documents of each row, together at most `width` tokens.
+        width: tokens per row.
+        pad_id: token id for padding.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` (int64 `[len(rows), width]`), `sample_ids` and `packed`. No attention
-        mask: the document boundaries are where positions restart.
+        `input_ids`, `labels` and `position_ids` (int64 `[len(rows), width]`), `sample_ids` and `packed`. There is no
+        attention mask: documents begin where the positions restart.
     """
     batch = _empty(rows, width, pad_id)
     for index, row in enumerate(rows):
@@ -62,10 +61,15 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
 
 
 def collate_padded(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
-    """One document to a row, padded at its end to `width` and masked there.
+    """Put one document into each row. Pad its end to `width` and mask the padding.
+
+    Args:
+        rows: at most one document for each row, of at most `width` tokens.
+        width: tokens per row.
+        pad_id: token id for padding.
 
     Returns:
-        As `collate_packed`, and `attention_mask` (int64 `[len(rows), width]`).
+        The tensors of `collate_packed` (without `packed`), and `attention_mask` (int64 `[len(rows), width]`).
     """
     batch = _empty(rows, width, pad_id)
     batch["position_ids"][:] = np.arange(width)
@@ -77,12 +81,12 @@ def collate_padded(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
             _place(batch, index, 0, document)
             batch["attention_mask"][index, : len(document.input_ids)] = 1
         if not row:
-            batch["attention_mask"][index, 0] = 1  # a softmax over nothing at all would be NaN
+            batch["attention_mask"][index, 0] = 1  # a softmax over no keys at all would be NaN
     return _tensors(batch, rows)
 
 
 def padded_width(longest: int, limit: int) -> int:
-    """The width of padded rows of which the longest has that many tokens: rounded up, but never above `limit`."""
+    """Width of padded rows with at most `longest` tokens: rounded up to `PADDED_MULTIPLE`, but at most `limit`."""
     return min(limit, -(-max(longest, 1) // PADDED_MULTIPLE) * PADDED_MULTIPLE)
 
 
@@ -90,7 +94,7 @@ def _empty(rows: Sequence[Row], width: int, pad_id: int) -> dict[str, np.ndarray
     shape = (len(rows), width)
     return {
         "input_ids": np.full(shape, pad_id, dtype=np.int64),
-        "labels": np.full(shape, IGNORED, dtype=np.int64),
+        "labels": np.full(shape, IGNORE_INDEX, dtype=np.int64),
         "position_ids": np.zeros(shape, dtype=np.int64),
     }
 
@@ -98,8 +102,8 @@ def _empty(rows: Sequence[Row], width: int, pad_id: int) -> dict[str, np.ndarray
 def _place(batch: dict[str, np.ndarray], index: int, start: int, document: Document) -> None:
     end = start + len(document.input_ids)
     batch["input_ids"][index, start:end] = document.input_ids
-    batch["labels"][index, start:end] = np.where(document.trained, document.input_ids, IGNORED)
-    batch["labels"][index, start] = IGNORED  # nothing is predicted across a document boundary
+    batch["labels"][index, start:end] = np.where(document.trained, document.input_ids, IGNORE_INDEX)
+    batch["labels"][index, start] = IGNORE_INDEX  # nothing is predicted across a document boundary
 
 
 def _tensors(batch: dict[str, np.ndarray], rows: Sequence[Row]) -> MicroBatch:

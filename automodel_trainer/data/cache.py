@@ -1,7 +1,7 @@
-"""The token cache: tokenised samples on disk, written once and read by every rank and every later run.
+"""The token cache: tokenized samples on disk, written once and read by every rank and every later run.
 
-A folder per key under `~/.cache/automodel_trainer` (`AMT_CACHE` names another place), in the arrow format of
-`datasets`. Delete it at any time: it is only ever rebuilt.
+There is one folder per key under `~/.cache/automodel_trainer` (or `$AMT_CACHE`), in the Arrow format of `datasets`.
+It is safe to delete at any time: the next run builds it again.
 """
 
 from __future__ import annotations
@@ -21,22 +21,28 @@ from filelock import FileLock
 from automodel_trainer.data.sources import quiet
 
 FORMAT_VERSION = 1
-"""Raise it when the same rows and settings would give other tokens or other columns than before."""
+"""Part of every key. Increase it when the same rows and settings give other tokens or columns than before."""
 
 
 def cache_root() -> Path:
-    """The folder of all caches: `$AMT_CACHE`, else `~/.cache/automodel_trainer`."""
+    """The folder of all caches: `$AMT_CACHE`, or `~/.cache/automodel_trainer` if that is not set."""
     return Path(os.environ.get("AMT_CACHE") or "~/.cache/automodel_trainer").expanduser()
 
 
 def cache_key(data: str, tokenizer: Any, settings: dict[str, Any]) -> str:
-    """The name of a cache: a hash of the data's fingerprint, the tokenizer's content and the settings."""
+    """The name of a cache: a hash of the data's fingerprint, the tokenizer's content and the settings.
+
+    Args:
+        data: fingerprint of the data.
+        tokenizer: the tokenizer; see `tokenizer_content`.
+        settings: every other value that the samples depend on.
+    """
     parts = [FORMAT_VERSION, data, tokenizer_content(tokenizer), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
-    """What decides the tokens a tokenizer makes, its chat template included, wherever it was loaded from."""
+    """Everything that determines a tokenizer's output, including its chat template, but not where it came from."""
     content = {
         "class": type(tokenizer).__name__,
         "chat_template": tokenizer.chat_template,
@@ -44,7 +50,7 @@ def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
     }
     if getattr(tokenizer, "is_fast", False):
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Padding and truncation are switched on and off by each call; the tokens of a sample do not depend on them.
+        # Each call sets padding and truncation anew, so the tokens of a sample do not depend on them.
         content["backend"] = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
     else:
         content["vocab"] = tokenizer.get_vocab()
@@ -53,14 +59,14 @@ def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
 
 
 def load_or_build(key: str, build: Callable[[Path], Dataset]) -> Dataset:
-    """The cached data set of that key, built first if there is none.
+    """Load the cached data set for `key`, or build it first.
 
-    Safe to call from many processes at once: one builds under a file lock, the others wait for it and read. What is
-    half written never has the final name, so a killed run leaves nothing that a later one could take for a cache.
+    Many processes may call this at once: one builds under a file lock, the others wait and then read. A cache gets its
+    final name only when it is complete, so a killed run leaves nothing that a later run could mistake for a cache.
 
     Args:
-        key: the name of the cache, see `cache_key`.
-        build: makes the data set; it gets an empty folder for files of its own, gone when it is done.
+        key: name of the cache, see `cache_key`.
+        build: builds the data set. It gets an empty folder for temporary files, which is deleted afterwards.
     """
     folder = cache_root() / key
     if not folder.is_dir():
@@ -74,7 +80,7 @@ def load_or_build(key: str, build: Callable[[Path], Dataset]) -> Dataset:
 
 
 def _write(folder: Path, build: Callable[[Path], Dataset]) -> None:
-    for left_over in folder.parent.glob(f"{folder.name}.tmp*"):  # of a run that was killed: we hold the lock
+    for left_over in folder.parent.glob(f"{folder.name}.tmp*"):  # we hold the lock, so these are of a killed run
         shutil.rmtree(left_over, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.tmp", dir=folder.parent, ignore_cleanup_errors=True) as tmp:
         scratch, done = Path(tmp, "scratch"), Path(tmp, "done")

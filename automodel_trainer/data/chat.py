@@ -1,4 +1,4 @@
-"""ChatDataModule: conversations, in any of the usual shapes, through the tokenizer's own chat template."""
+"""ChatDataModule: conversations in any of the usual formats, encoded with the tokenizer's own chat template."""
 
 from __future__ import annotations
 
@@ -19,40 +19,41 @@ from automodel_trainer.data.sources import load_rows, load_validation_rows
 from automodel_trainer.data.tokens import check_share, split_ids, tokenize
 
 CHECKED = 200
-"""So many samples, spread over the data, are decoded and looked at (BOS, EOS, mask) at each start."""
+"""Number of samples, spread over the data, whose BOS, EOS and mask are checked at each start."""
 
 
 class ChatDataModule(MicroBatchDataModule):
     """Conversations for supervised fine-tuning: messages, ShareGPT, prompt/completion or instruction columns.
 
-    Every row becomes a sample with the tokenizer's chat template; only the tokens that `loss_on` names are trained.
-    Samples are packed into rows of `seq_len` without seeing each other, or padded (`packing=False`).
+    The tokenizer's chat template turns every row into a sample. Only the tokens that `loss_on` selects are trained.
+    Samples are packed into rows of `seq_len` tokens without attending to each other, or padded (`packing=False`).
 
     Args:
-        train: a jsonl, json or parquet file or a folder of them, a folder written by `save_to_disk`, a hub id, a
+        train: a jsonl, json or parquet file or a folder of them, a folder written by `save_to_disk`, a Hub id, a
             `datasets.Dataset` or `DatasetDict`, or a list of dicts.
         validation: the same, for validation. None: the validation split that comes with `train`, if any.
         tokenizer: a tokenizer or the path of one. None: the model's, set by the Trainer.
-        seq_len: tokens of a row.
-        micro_batch_size: rows of one forward pass on one rank.
-        global_batch_size: rows of one optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
+        seq_len: tokens per row.
+        micro_batch_size: rows per forward pass on one rank.
+        global_batch_size: rows per optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
             times the Trainer's accumulation.
-        packing: several samples in a row, none of which sees another. False: a sample to a row, padded, rows of like
-            length together.
+        packing: put several samples into a row; they do not attend to each other. False: one padded sample per row,
+            with rows of similar length in the same batch.
         loss_on: "assistant" trains every assistant turn, "last_turn" the last one, "all" every token.
-        val_split: the share of `train` kept for validation, where `validation` is None.
-        seed: decides the order of the rows in each epoch, and which rows `val_split` takes.
-        columns: names of your columns for the names this project knows, such as `{"messages": "dialog"}` or
-            `{"prompt": "question", "completion": "answer"}`. None: recognised by themselves.
-        overlong: what to do with a sample longer than `seq_len`: "drop" it, "truncate" its end, or stop with an
+        val_split: share of `train` to hold out for validation if `validation` is None.
+        seed: determines the order of the rows in each epoch, and the rows that `val_split` takes.
+        columns: maps names that this project knows to your column names, such as `{"messages": "dialog"}` or
+            `{"prompt": "question", "completion": "answer"}`. None: detect the format.
+        overlong: what to do with samples longer than `seq_len`: "drop" them, "truncate" their end, or stop with an
             "error". They are counted and reported in every case.
         test: data for `Trainer.test`.
-        num_workers: processes that build micro-batches ahead of the training.
-        drop_last: leave the last global batch of an epoch out where it runs short, rather than fill it.
-        cache: keep the tokenised samples on disk and read them from there the next time.
+        num_workers: processes that build micro-batches ahead of time.
+        drop_last: drop the last global batch of an epoch if it is incomplete, instead of filling it up.
+        cache: keep the tokenized samples on disk and read them from there next time.
 
     Raises:
-        ValueError: the data cannot be trained on (no rows, unknown columns, no supervised token, all too long).
+        ValueError: the data cannot be used for training (no rows, unknown columns, no supervised token, all samples
+            too long), or an option has a bad value.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class ChatDataModule(MicroBatchDataModule):
         _check_choice("overlong", overlong, ("drop", "truncate", "error"))
         check_share(val_split)
         if val_split and validation is not None:
-            raise ValueError(f"validation and val_split={val_split} are both given: leave one of them out.")
+            raise ValueError(f"validation and val_split={val_split} are both given: set only one of them.")
         self.train, self.validation, self.test = train, validation, test
         self.packing = packing
         self.loss_on = loss_on
@@ -98,6 +99,11 @@ class ChatDataModule(MicroBatchDataModule):
         self.cache = cache
 
     def build_rows(self) -> dict[str, Rows]:
+        """Read, encode and pack the conversations of each split.
+
+        Raises:
+            ValueError: the data cannot be used for training.
+        """
         store, key = self._samples(load_rows(self.train, "train"))
         everything = np.arange(len(store))
         rows: dict[str, Rows] = {}
@@ -114,7 +120,7 @@ class ChatDataModule(MicroBatchDataModule):
         return rows
 
     def sample_prompts(self, count: int) -> list[str]:
-        """Questions to try a model on: the first user turns of the validation data, or else of the training data."""
+        """At most `count` prompts to try a model on: first user turns of the validation data, or of the train data."""
         rows = self._validation_rows()
         if rows is None:
             rows = load_rows(self.train, "train")
@@ -135,7 +141,7 @@ class ChatDataModule(MicroBatchDataModule):
         return self._rows(split, store, np.arange(len(store)), key)
 
     def _samples(self, rows: Dataset) -> tuple[TokenStore, str]:
-        """Every row as tokens, and a hash that stands for all of them."""
+        """All rows as tokens, and their fingerprint."""
         tokenizer, loss_on = self.load_tokenizer(), self.loss_on
         form = detect_format(rows.column_names, self.columns)
 
@@ -160,7 +166,8 @@ class ChatDataModule(MicroBatchDataModule):
         return store, key
 
     def _check(self, store: TokenStore) -> None:
-        """Refuse what would train silently wrong; every sample was counted, some are looked at closely."""
+        """Refuse data that would train wrongly without an error. Checks `CHECKED` samples that have trained tokens."""
+        # Samples without a trained token will be left out, so check them only if there are no others.
         useful = np.flatnonzero(store.supervised > 0)
         if len(useful) == 0:
             useful = np.arange(len(store))
@@ -169,7 +176,7 @@ class ChatDataModule(MicroBatchDataModule):
         check_samples(self.tokenizer, [Encoded(d.input_ids.tolist(), d.trained.tolist()) for d in documents])
 
     def _rows(self, split: str, store: TokenStore, indices: np.ndarray, key: str) -> Rows:
-        """The rows of a split: too long samples and those that train nothing are out, the rest packed or alone."""
+        """The rows of a split, without samples that are too long (or cut off) and those without a supervised token."""
         overlong = store.lengths[indices] > self.seq_len
         self._report_overlong(split, store, indices[overlong], len(indices))
         kept = indices if self.overlong == "truncate" else indices[~overlong]
@@ -178,7 +185,7 @@ class ChatDataModule(MicroBatchDataModule):
         if len(kept) == 0:
             raise ValueError(self._nothing_left(split, int(overlong.sum()), without))
         if without:
-            rank_zero_warn(f"{split}: {without:,} samples without a supervised token are left out.")
+            rank_zero_warn(f"{split}: left out {without:,} samples without a supervised token.")
         lengths = np.minimum(store.lengths[kept], self.seq_len)
         packed = pack(lengths, self.seq_len) if self.packing else range(len(kept))
         groups = [kept[group].reshape(-1) for group in packed]
@@ -188,7 +195,7 @@ class ChatDataModule(MicroBatchDataModule):
             rows=len(groups),
             tokens=tokens,
             supervised=int(supervised.sum()),
-            capacity=len(groups) * self.seq_len if self.packing else tokens,
+            capacity=len(groups) * self.seq_len if self.packing else tokens,  # the width of padded rows varies
             overlong=int(overlong.sum()),
             overlong_action="truncated" if self.overlong == "truncate" else "dropped",
             unsupervised=without,
@@ -199,7 +206,7 @@ class ChatDataModule(MicroBatchDataModule):
             self.seq_len,
             self.packing,
             self.overlong,
-            self.val_split and (self.val_split, self.seed),
+            self.val_split and (self.val_split, self.seed),  # without a split, the rows do not depend on the seed
         )
         return SampleRows(store, groups, self.seq_len, stats, digest(*made_by))
 
@@ -212,19 +219,20 @@ class ChatDataModule(MicroBatchDataModule):
             f"{longest:,} tokens; rows {ids}{' ...' if len(overlong) > 5 else ''})"
         )
         if self.overlong == "error":
-            raise ValueError(f"{text}. Raise seq_len, or choose overlong='drop' or overlong='truncate'.")
+            raise ValueError(f"{text}. Raise seq_len, or set overlong='drop' or overlong='truncate'.")
         rank_zero_warn(f"{text}: {'their end is cut off' if self.overlong == 'truncate' else 'they are dropped'}.")
 
     def _nothing_left(self, split: str, overlong: int, without: int) -> str:
         return (
             f"{split}: no sample is left to train on: {overlong:,} are longer than seq_len={self.seq_len} and "
-            f"{without:,} have no supervised token with loss_on={self.loss_on!r}. Raise seq_len or choose "
-            f"overlong='truncate' for the first, loss_on='all' for the second, or look at the data."
+            f"{without:,} have no supervised token with loss_on={self.loss_on!r}. For samples that are too long, raise "
+            f"seq_len or set overlong='truncate'. For samples without a supervised token, set loss_on='all' or check "
+            f"the data."
         )
 
 
 def first_user_turn(messages: list[dict[str, Any]]) -> str | None:
-    """What a conversation's user says first, if it is text."""
+    """The text of the first user turn; None if there is none or it is not text."""
     turns = (message.get("content") for message in messages if message["role"] == "user")
     first = next(turns, None)
     return first if isinstance(first, str) else None
@@ -232,4 +240,4 @@ def first_user_turn(messages: list[dict[str, Any]]) -> str | None:
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r}: it must be one of {', '.join(map(repr, allowed))}.")
+        raise ValueError(f"{name}={value!r} is unknown. Allowed: {', '.join(map(repr, allowed))}.")

@@ -1,8 +1,8 @@
-"""Chat template to tokens: what the model reads, and which of those tokens it is trained to write.
+"""From a conversation to tokens: the ids that the model reads, and which of them it is trained to write.
 
-The tokenizer's chat template is used as it is. The conversation is rendered once to text, the characters of each
-assistant turn are found (`assistant_spans.py`), and the whole text is tokenised once: the ids are exactly those of
-`tokenizer.apply_chat_template`, and a token is trained when it overlaps a turn.
+The tokenizer's chat template is used unchanged. We render the conversation to text once, find the characters of each
+assistant turn (`assistant_spans.py`), and tokenize the whole text once. So the ids are exactly those of
+`tokenizer.apply_chat_template`. A token is trained if it overlaps an assistant turn.
 """
 
 from __future__ import annotations
@@ -21,17 +21,22 @@ LossOn = Literal["assistant", "last_turn", "all"]
 
 
 class Encoded(NamedTuple):
-    """One sample: `input_ids` and `trained` have the same length; `trained[i]` is True where token i has a label."""
+    """One sample. `input_ids` and `trained` have the same length; `trained[i]` says whether token i has a label."""
 
     input_ids: list[int]
     trained: list[bool]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, loss_on: LossOn = "assistant") -> Encoded:
-    """Encode one row: with the chat template, or as prompt + completion + EOS where the tokenizer has none.
+    """Encode one row with the chat template, or as prompt + completion + EOS if the tokenizer has no template.
+
+    Args:
+        tokenizer: the tokenizer.
+        conversation: the row.
+        loss_on: "assistant" = every assistant turn; "last_turn" = the last one; "all" = every token but BOS.
 
     Raises:
-        ValueError: no chat template and the row is not prompt/completion; see also `encode_conversation`.
+        ValueError: there is no chat template and the row is not prompt/completion; see also `encode_conversation`.
     """
     if tokenizer.chat_template is None and conversation.prompt_completion is not None:
         return encode_prompt_completion(tokenizer, *conversation.prompt_completion, loss_on=loss_on)
@@ -44,28 +49,28 @@ def encode_conversation(
     tools: list[Any] | None = None,
     loss_on: LossOn = "assistant",
 ) -> Encoded:
-    """Render with the tokenizer's chat template, tokenise, and mark what the assistant writes.
+    """Render with the tokenizer's chat template, tokenize, and mark the tokens that the assistant writes.
 
     An assistant turn is trained from the end of its generation prompt through its end-of-turn token: content,
-    reasoning and tool calls as the template renders them. Headers, the newline after the end-of-turn token, tool
-    results and all other roles are not. Templates with `{% generation %}` say themselves what the assistant writes.
-    An assistant message with `"weight": 0` (OpenAI's key) is read and not trained.
+    reasoning and tool calls, as the template renders them. Headers, the newline after the end-of-turn token, tool
+    results and all other roles are not trained. Templates with `{% generation %}` mark the assistant's text
+    themselves. An assistant message with `"weight": 0` (OpenAI's key) is part of the context and not trained.
 
     Args:
-        tokenizer: with a chat template.
-        messages: dicts with `role` and `content` (and `tool_calls`, `reasoning_content`, …), as templates take them.
+        tokenizer: a tokenizer with a chat template.
+        messages: dicts with `role` and `content` (and `tool_calls`, `reasoning_content`, …), as templates expect them.
         tools: JSON schemas for the template.
         loss_on: "assistant" = every assistant turn; "last_turn" = the last one; "all" = every token but BOS.
 
     Raises:
-        ValueError: no chat template, the template refuses the conversation, or an assistant turn cannot be placed in
-            the rendered text (which is shown).
+        ValueError: there is no chat template, the template refuses the conversation, or an assistant turn cannot be
+            found in the rendered text. The message shows the text.
     """
     _check_loss_on(loss_on)
     if tokenizer.chat_template is None:
         raise ValueError(
-            "This tokenizer has no chat template, so a conversation cannot be written as tokens. Set one "
-            "(`tokenizer.chat_template = ...`, or take the tokenizer of the model's instruct variant), or use a data "
+            "This tokenizer has no chat template, so it cannot turn a conversation into tokens. Set one "
+            "(`tokenizer.chat_template = ...`, or use the tokenizer of the model's instruct variant), or use a data "
             "set with `prompt` and `completion` columns, which is trained as prompt + completion + EOS."
         )
     chat = RenderedChat(tokenizer, messages, tools)
@@ -78,10 +83,16 @@ def encode_conversation(
 def encode_prompt_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, loss_on: LossOn = "assistant"
 ) -> Encoded:
-    """prompt + completion + EOS without any template; the loss is on completion and EOS ("all": everything but BOS).
+    """Encode prompt + completion + EOS without a template.
 
-    The two texts are joined as they stand (no separator) and tokenised together, so that words are split as in
-    running text. BOS is there where the tokenizer writes it by itself.
+    The two texts are joined without a separator and tokenized together, so words are split as in running text. BOS is
+    included if the tokenizer adds it.
+
+    Args:
+        tokenizer: a tokenizer with an EOS token.
+        prompt: the text before the completion, not trained.
+        completion: the text to learn.
+        loss_on: "all" trains every token but BOS; otherwise the completion and EOS are trained.
 
     Raises:
         ValueError: the tokenizer has no EOS token, so the model could not learn to stop.
@@ -92,7 +103,7 @@ def encode_prompt_completion(
         raise ValueError("This tokenizer has no EOS token, so the model cannot learn to stop: set tokenizer.eos_token.")
     span = (len(prompt), len(prompt) + len(completion))
     input_ids, trained = _tokenize(tokenizer, prompt + completion, [span], add_special_tokens=True)
-    while input_ids and input_ids[-1] == eos:  # some tokenizers or rows write EOS themselves: one is enough
+    while input_ids and input_ids[-1] == eos:  # some tokenizers and rows add EOS themselves: keep one
         input_ids, trained = input_ids[:-1], trained[:-1]
     encoded = Encoded([*input_ids, eos], [*trained, True])
     return _all_but_bos(tokenizer, encoded.input_ids) if loss_on == "all" else encoded
@@ -100,8 +111,12 @@ def encode_prompt_completion(
 
 @lru_cache(maxsize=8)
 def special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
-    """Matches each special token of the tokenizer, the longest first; `size` = len(tokenizer), which added tokens
-    change."""
+    """A pattern that matches every special token of the tokenizer, longest first.
+
+    Args:
+        tokenizer: the tokenizer.
+        size: `len(tokenizer)`. It is part of the cache's key, because tokens may be added later.
+    """
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     tokens = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
@@ -109,12 +124,12 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[
 
 def _check_loss_on(loss_on: str) -> None:
     if loss_on not in get_args(LossOn):
-        raise ValueError(f"loss_on={loss_on!r}: it must be one of {', '.join(map(repr, get_args(LossOn)))}.")
+        raise ValueError(f"loss_on={loss_on!r} is unknown. Allowed: {', '.join(map(repr, get_args(LossOn)))}.")
 
 
 def _all_but_bos(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> Encoded:
     bos = tokenizer.bos_token_id
-    if bos == tokenizer.eos_token_id:  # the same token ends a document: only the one that starts it is BOS
+    if bos == tokenizer.eos_token_id:  # the same token ends documents: only the first one is BOS
         return Encoded(input_ids, [i > 0 or token != bos for i, token in enumerate(input_ids)])
     return Encoded(input_ids, [token != bos for token in input_ids])
 
@@ -122,7 +137,7 @@ def _all_but_bos(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> En
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span], add_special_tokens: bool = False
 ) -> Encoded:
-    """Tokenise a text and mark the tokens that overlap the spans (in order, apart from each other)."""
+    """Tokenize a text and mark the tokens that overlap the spans (which are in order and do not overlap)."""
     if not tokenizer.is_fast:
         return _tokenize_without_offsets(tokenizer, text, spans, add_special_tokens)
     tokens = tokenizer(
@@ -136,10 +151,10 @@ def _tokenize(
 
 
 def _overlapping(offsets: list[Span], spans: list[Span]) -> list[bool]:
-    """Which tokens overlap a span.
+    """Whether each token overlaps a span.
 
-    Byte-level tokenizers may trim spaces from offsets, down to nothing for a token of spaces: so a token is taken to
-    begin where the one before it ends. The pieces of one character share its offsets.
+    Byte-level tokenizers may trim spaces from the offsets, so that a token of spaces is empty. We therefore let each
+    token begin where the one before it ends. Tokens that are pieces of one character share its offsets.
     """
     trained = [False] * len(offsets)
     remaining = iter(spans)
@@ -157,10 +172,13 @@ def _overlapping(offsets: list[Span], spans: list[Span]) -> list[bool]:
 def _tokenize_without_offsets(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span], add_special_tokens: bool
 ) -> Encoded:
-    """For tokenizers written in Python: the tokens before a position are those shared with the text cut off there.
+    """`_tokenize` for slow tokenizers, which give no offsets.
+
+    To find the tokens before a position, we tokenize the text up to it. The tokens that both results share lie before
+    the position.
 
     Raises:
-        ValueError: a token reaches over the end of a span, so it cannot be said which tokens are trained.
+        ValueError: a token crosses the end of a span, so it is neither trained nor untrained.
     """
 
     def ids_of(part: str) -> list[int]:
@@ -176,8 +194,8 @@ def _tokenize_without_offsets(
             last = shared_length(input_ids, cut)
             if last < len(cut) - tokenizer.num_special_tokens_to_add() * add_special_tokens:
                 raise ValueError(
-                    f"{type(tokenizer).__name__} gives no character offsets, and one of its tokens reaches over the "
-                    f"end of a trained turn, {text[start:stop][-80:]!r}: use the fast variant of this tokenizer."
+                    f"{type(tokenizer).__name__} gives no character offsets, and one of its tokens crosses the end of "
+                    f"a trained turn, {text[start:stop][-80:]!r}: use the fast variant of this tokenizer."
                 )
         trained[first:last] = [True] * (last - first)
     return Encoded(input_ids, trained)

@@ -1,4 +1,4 @@
-"""Raw text to documents of tokens: the text, then the end-of-sequence token."""
+"""From raw texts to documents of tokens: the text, followed by the end-of-sequence token."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ from typing import Any
 
 
 def document_end(tokenizer: Any) -> int:
-    """The token that ends a document.
+    """The id of the token that ends a document.
 
     Raises:
-        ValueError: the tokenizer has none.
+        ValueError: the tokenizer has no EOS token.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "the tokenizer has no eos_token, which has to end every document: set it (`tokenizer.eos_token = ...`) to "
-            "a token of its vocabulary."
+            "the tokenizer has no eos_token, which must end every document: set it (`tokenizer.eos_token = ...`) to a "
+            "token of its vocabulary."
         )
     return int(tokenizer.eos_token_id)
 
 
 def encode_documents(tokenizer: Any, texts: list[str | None]) -> list[list[int]]:
-    """Tokens of each text, begun as the tokenizer begins a text (a BOS, or nothing) and ended by one EOS.
+    """The tokens of each text: BOS if the tokenizer adds it, the text, and exactly one EOS.
 
-    A text that is empty or missing has no tokens at all.
+    An empty or missing text has no tokens.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token.
     """
     end = document_end(tokenizer)
     present = [text for text in texts if text]

@@ -1,4 +1,4 @@
-"""The shapes chat and instruction data come in, and the one they all become: a list of messages.
+"""The formats of chat and instruction data. Each is converted to a list of messages.
 
 | format | columns | optional |
 | --- | --- | --- |
@@ -24,10 +24,10 @@ class Conversation:
     """One row of a chat data set.
 
     Attributes:
-        messages: dicts with `role` (system, developer, user, assistant, tool) and `content`, and what else a chat
+        messages: dicts with `role` (system, developer, user, assistant, tool), `content`, and other keys that a chat
             template may read: `tool_calls` (arguments as dicts), `reasoning_content`, `name`, … An assistant message
             with `"weight": 0` is not trained.
-        tools: JSON schemas of the functions the assistant may call.
+        tools: JSON schemas of the functions that the assistant may call.
         prompt_completion: the two texts of a prompt/completion row, for models without a chat template.
     """
 
@@ -38,7 +38,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Format:
-    """A recognised shape: its name, the columns it needs and may have, and the data set's names for them."""
+    """A data format.
+
+    Attributes:
+        name: name of the format.
+        required: columns that it needs.
+        optional: columns that it may have.
+        columns: maps these names to the data set's column names, if they differ.
+    """
 
     name: str
     required: tuple[str, ...]
@@ -46,14 +53,14 @@ class Format:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def to_messages(self, row: Mapping[str, Any], index: int | None = None) -> Conversation:
-        """One row as a conversation.
+        """Convert one row to a conversation.
 
         Args:
-            row: column name to value, as the data set has them.
-            index: the row's number, named in errors.
+            row: maps column names of the data set to values.
+            index: number of the row, for error messages.
 
         Raises:
-            ValueError: an empty message list, an unknown role, a message that cannot be read.
+            ValueError: a list of messages is empty, a role is unknown, or a message cannot be read.
         """
         values = {name: row.get(self.columns.get(name, name)) for name in (*self.required, *self.optional)}
         try:
@@ -89,14 +96,14 @@ FORMATS = (
 
 
 def detect_format(column_names: Iterable[str], columns: Mapping[str, str] | None = None) -> Format:
-    """The first of `FORMATS` whose columns are all there.
+    """Find the first of `FORMATS` whose required columns all exist.
 
     Args:
         column_names: the columns of the data set.
-        columns: our name to the data set's name, such as `{"prompt": "my_question", "completion": "my_answer"}`.
+        columns: maps our names to the data set's, such as `{"prompt": "my_question", "completion": "my_answer"}`.
 
     Raises:
-        ValueError: no format fits, a name in `columns` is neither a column of ours nor one of the data set.
+        ValueError: no format fits, or `columns` maps an unknown name or names a column that does not exist.
     """
     found, mapped = list(column_names), dict(columns or {})
     _check_mapping(found, mapped)
@@ -119,7 +126,7 @@ def _check_mapping(found: list[str], mapped: dict[str, str]) -> None:
     known = sorted({name for known in FORMATS for name in (*known.required, *known.optional)})
     for ours, theirs in mapped.items():
         if ours not in known:
-            raise ValueError(f"columns={mapped}: {ours!r} is none of the names that can be mapped: {known}.")
+            raise ValueError(f"columns={mapped}: {ours!r} cannot be mapped. Names that can be mapped: {known}.")
         if theirs not in found:
             raise ValueError(f"columns={mapped}: the data has no column {theirs!r}; its columns are {found}.")
 
@@ -127,7 +134,7 @@ def _check_mapping(found: list[str], mapped: dict[str, str]) -> None:
 def _how_to_map() -> str:
     shapes = "; ".join(" + ".join(known.required) for known in FORMATS)
     return (
-        f"Recognised columns: {shapes}. Name yours with columns={{recognised: yours}}, such as "
+        f"Known columns: {shapes}. Map yours with columns={{known: yours}}, for example "
         f'columns={{"prompt": "my_question", "completion": "my_answer"}}.'
     )
 
@@ -138,14 +145,14 @@ def _system(values: Mapping[str, Any]) -> list[Message]:
 
 def _turn(role: str, text: Any, column: str) -> list[Message]:
     if not isinstance(text, str):
-        raise ValueError(f"{column!r} must be a text, found {type(text).__name__}: {str(text)[:200]!r}")
+        raise ValueError(f"{column!r} must be a string, found {type(text).__name__}: {str(text)[:200]!r}")
     return [{"role": role, "content": text}]
 
 
 def _prompt_completion(
     prompt: Any, completion: Any, system: list[Message], tools: list[dict[str, Any]] | None
 ) -> Conversation:
-    """Texts or message lists, also mixed. Assistant messages of the prompt are there to be read, not trained."""
+    """Prompt and completion may each be a text or a list of messages. Assistant messages in the prompt have no loss."""
     before = _turn("user", prompt, "prompt") if isinstance(prompt, str) else parse_messages(prompt, "prompt")
     after = (
         _turn("assistant", completion, "completion")

@@ -1,4 +1,4 @@
-"""The stateful loader: one item is what one optimizer step consumes on this rank."""
+"""The stateful loader. Each item is this rank's share of a global batch: the data of one optimizer step."""
 
 from __future__ import annotations
 
@@ -20,33 +20,38 @@ from automodel_trainer.data.packing import epoch_order
 from automodel_trainer.data.rows import Rows
 
 Step = tuple[list[int], int]
-"""The rows of this rank in one global batch (-1 = filler), and how wide they are."""
+"""The numbers of this rank's rows in one global batch (-1 = filler), and their width in tokens."""
 
 
 class MicroBatchLoader:
-    """Yields `list[micro-batch]` per optimizer step, epoch after epoch, and goes on where its state was saved.
+    """Yields a list of micro-batches per optimizer step, epoch after epoch, and can resume from a saved state.
 
-    The rows of global batch `i` depend on the seed, the epoch and the global batch size alone. Of these rows, in
-    order, rank `r` takes numbers `r, r + dp_size, ...` and cuts them into micro-batches. A last global batch that runs
-    short is filled with rows without labels.
+    The rows of a global batch depend only on the seed, the epoch and the global batch size. Of these rows, in order,
+    rank `r` takes those at positions `r, r + dp_size, ...` and splits them into micro-batches. If the last global
+    batch of an epoch is incomplete, it is filled up with rows without labels.
 
-    Each `iter()` starts the next epoch, except the first one and the first one after `load_state_dict`, which goes on
-    with the very next batch. The state counts the batches handed out, not those that workers have already fetched.
+    Each `iter()` starts the next epoch. The exceptions are the first one, and the first one after `load_state_dict`,
+    which continues with the next batch. The state counts the batches that were yielded. It does not count those that
+    workers have already prefetched.
 
     Args:
         rows: the rows, the same on every rank.
-        micro_batch_size: rows of a micro-batch.
-        global_batch_size: rows of a global batch, a multiple of `micro_batch_size * dp_size`.
-        dp_rank: this rank's place among those that see different data.
-        dp_size: how many see different data.
-        seed: decides, with the epoch, the order of the rows.
+        micro_batch_size: rows per micro-batch.
+        global_batch_size: rows per global batch, a multiple of `micro_batch_size * dp_size`.
+        dp_rank: this rank's index among the data-parallel ranks.
+        dp_size: number of data-parallel ranks.
+        seed: determines, with the epoch, the order of the rows.
         epoch: the epoch of the first `iter()`.
-        shuffle: False for the order of the data set in every epoch.
-        packed: rows as packed micro-batches, else padded ones, grouped by length.
-        pad_id: token id of the padding.
-        drop_last: leave a last global batch that runs short out.
+        shuffle: False keeps the order of the data set in every epoch.
+        packed: make packed micro-batches; False: padded ones, grouped by length.
+        pad_id: token id for padding.
+        drop_last: drop an incomplete last global batch.
         num_workers: processes that build micro-batches; 0 builds them in this process.
-        limit: an epoch ends after that many batches at the latest.
+        limit: maximum number of batches per epoch; None: no limit.
+
+    Attributes:
+        epoch: the current epoch, from 0.
+        batches_yielded: global batches yielded so far in this epoch.
     """
 
     def __init__(
@@ -81,12 +86,13 @@ class MicroBatchLoader:
         )
 
     def __len__(self) -> int:
-        """Global batches in an epoch, those before a resumed position included."""
+        """Global batches per epoch, including those before a resumed position."""
         full, rest = divmod(len(self.rows), self.global_batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         end = len(self) if self._limit is None else min(len(self), self._limit)
+        # A new epoch begins after a complete one, and after an iteration that was abandoned.
         if self.batches_yielded >= end or (self.batches_yielded and not self._resumed):
             self.epoch += 1
             self.batches_yielded = 0
@@ -94,7 +100,10 @@ class MicroBatchLoader:
 
     @property
     def _iterator(self) -> Any:
-        """Where Lightning, as in torch's own loaders, finds the workers to end when a run is over."""
+        """The inner loader's iterator, a private attribute in torch (2.11-2.13).
+
+        Lightning looks for it under this name, as in torch's own loaders, to shut down the workers.
+        """
         return self._loader._iterator
 
     @_iterator.setter
@@ -108,12 +117,12 @@ class MicroBatchLoader:
             yield batch
 
     def steps(self) -> Iterator[Step]:
-        """This rank's rows of each global batch that is left in the epoch."""
+        """This rank's rows of each global batch that is left in this epoch."""
         left = self.global_batches(self.epoch)[self.batches_yielded :]
         return _shares(left, self.rows, self.packed, self.dp_rank, self.dp_size)
 
     def global_batches(self, epoch: int) -> np.ndarray:
-        """The rows of every global batch of an epoch, `[len(self), global_batch_size]`; -1 is a filler."""
+        """Row numbers of all global batches of an epoch: int64 `[len(self), global_batch_size]`; -1 is a filler."""
         size = self.global_batch_size
         order = epoch_order(
             self.rows.lengths, size, seed=self.seed, epoch=epoch, shuffle=self.shuffle, grouped=not self.packed
@@ -123,7 +132,7 @@ class MicroBatchLoader:
         return batches.reshape(-1, size)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, in plain numbers and strings, the same on every rank."""
+        """The position as numbers and strings. It is the same on every rank."""
         return {
             "epoch": self.epoch,
             "batches_yielded": self.batches_yielded,
@@ -133,28 +142,30 @@ class MicroBatchLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the last batch that was handed out when the state was taken, on any number of ranks.
+        """Continue after the last batch that was yielded when the state was saved, on any number of ranks.
 
         Raises:
-            ValueError: the data or its tokenisation changed, or the global batch size did in the middle of an epoch.
+            ValueError: the data or its tokenization changed, or the global batch size changed within an epoch.
         """
         if state["fingerprint"] != self.rows.fingerprint:
             raise ValueError(
                 "the data changed since the checkpoint was written: the rows, the tokenizer, its chat template, or a "
-                "setting that forms rows (seq_len, packing, loss_on, val_split, ...) is not the same, so the position "
-                "in the epoch has no meaning. Restore them, or start a new run from the checkpoint's weights."
+                "setting that determines the rows (seq_len, packing, loss_on, val_split, ...) is different. The "
+                "position in the epoch is therefore not valid. Restore them, or start a new run from the checkpoint's "
+                "weights."
             )
         size, batches = int(state["global_batch_size"]), int(state["batches_yielded"])
+        # Computed with the saved batch size: it may change between epochs.
         finished = batches * size >= len(self.rows) - (size - 1 if self.drop_last else 0)
         if size != self.global_batch_size and batches and not finished:
             raise ValueError(
                 f"the checkpoint is {batches} batches of global_batch_size={size} into its epoch, but "
-                f"global_batch_size is {self.global_batch_size} now. Set global_batch_size={size} to go "
-                f"on, or resume from a checkpoint written at the end of an epoch."
+                f"global_batch_size is now {self.global_batch_size}. Set global_batch_size={size} to go on, or resume "
+                f"from a checkpoint written at the end of an epoch."
             )
         if int(state["seed"]) != self.seed:
             warnings.warn(
-                f"the data order goes on with the checkpoint's seed {state['seed']}, not {self.seed}", stacklevel=2
+                f"the data order keeps the checkpoint's seed {state['seed']}; seed={self.seed} is ignored", stacklevel=2
             )
         self.seed = int(state["seed"])
         self.epoch = int(state["epoch"]) + (1 if finished else 0)
@@ -171,10 +182,10 @@ def _shares(batches: np.ndarray, rows: Rows, packed: bool, dp_rank: int, dp_size
 
 
 class _Epoch:
-    """The sampler of the inner DataLoader: what is left of the loader's current epoch.
+    """The sampler of the inner DataLoader: the rest of the loader's current epoch.
 
-    Neither it nor its iterator holds the loader: workers that only the garbage collector finds are waited for, 5 s
-    each, for it closes their queues first.
+    It keeps only a weak reference to the loader, and so does its iterator. A reference cycle would leave the workers
+    to the garbage collector, which closes their queues first and then waits 5 s for each worker.
     """
 
     def __init__(self, loader: MicroBatchLoader) -> None:
@@ -182,12 +193,12 @@ class _Epoch:
 
     def __iter__(self) -> Iterator[Step]:
         loader = self._loader()
-        assert loader is not None, "whoever iterates over it holds it"
+        assert loader is not None, "the caller that iterates holds the loader"
         return loader.steps()
 
 
 class _Steps(Dataset):
-    """Builds the micro-batches of one step; this is what runs in the workers."""
+    """Builds the micro-batches of one step, in the worker processes."""
 
     def __init__(self, rows: Rows, micro_batch_size: int, packed: bool, pad_id: int) -> None:
         self.rows, self.micro_batch_size, self.pad_id = rows, micro_batch_size, pad_id
@@ -201,12 +212,20 @@ class _Steps(Dataset):
 def micro_batches(
     rows: list, size: int, width: int, pad_id: int, collate: Callable = collate_packed
 ) -> list[MicroBatch]:
-    """Cut rows into micro-batches of `size` rows."""
+    """Split rows into micro-batches.
+
+    Args:
+        rows: the documents of each row.
+        size: rows per micro-batch.
+        width: tokens per row.
+        pad_id: token id for padding.
+        collate: `collate_packed` or `collate_padded`.
+    """
     return [collate(rows[start : start + size], width, pad_id) for start in range(0, len(rows), size)]
 
 
 def step_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:
-    """A torch DataLoader whose items are whole steps: workers, prefetch and pinned memory, no batching of its own."""
+    """A torch DataLoader for a data set whose items are whole steps: it adds workers and pinned memory, no batching."""
     return DataLoader(
         dataset,
         batch_size=None,
@@ -215,20 +234,20 @@ def step_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoade
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_survive_signals,
         collate_fn=_unchanged,
-        generator=torch.Generator(),  # the global one would move by a draw with every epoch
+        generator=torch.Generator(),  # the loader would otherwise draw from the global generator in every epoch
         **options,
     )
 
 
 def _survive_signals(worker: int) -> None:
-    """Signals that tell a run to save and stop reach its workers too (Ctrl-C, torchrun, Slurm); they have work to do.
+    """Keep a worker alive when signals ask the run to save and stop (Ctrl-C, torchrun, Slurm): it is still needed.
 
-    A worker leaves its parent's process group, and ends on its parent's SIGTERM alone, or when its parent is gone.
+    The worker leaves its parent's process group. It exits on a SIGTERM from its parent only, or when its parent dies.
     """
     os.setpgid(0, 0)
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # where a process can be told who sent it a signal
+    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell a process who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""Messages and tools as data sets store them, made into what chat templates read."""
+"""Convert messages and tools from the forms that data sets use to the form that chat templates read."""
 
 from __future__ import annotations
 
@@ -25,19 +25,24 @@ ROLES = {
     "tool_response": "tool",
     "observation": "tool",
 }
-"""The roles data sets use, and those chat templates know."""
+"""Maps the roles in data sets to those of chat templates."""
 
 CALLS = ("function_call", "tool_call")
-"""ShareGPT roles whose value is a function call as JSON."""
+"""ShareGPT roles whose value is a function call in JSON."""
 
 
 def parse_messages(value: Any, column: str) -> list[Message]:
-    """A list of messages (role/content or from/value), which may be a JSON string.
+    """Parse a list of messages (role/content or from/value), which may be a JSON string.
 
-    Keys whose value is None are dropped at every depth: Arrow gives all structs of a column the same keys.
+    Keys with the value None are dropped at every depth: Arrow adds them, because all structs of a column have the same
+    keys.
+
+    Args:
+        value: the list of messages.
+        column: name of the column, for error messages.
 
     Raises:
-        ValueError: no list, an empty one, an unknown role, content that is not text.
+        ValueError: `value` is not a list or is empty, a role is unknown, or content is not text.
     """
     value = _from_json(value)
     if not isinstance(value, list):
@@ -48,10 +53,10 @@ def parse_messages(value: Any, column: str) -> list[Message]:
 
 
 def parse_tools(value: Any) -> list[dict[str, Any]] | None:
-    """A list of JSON schemas, which may be a JSON string, or a list of them; None where there are no tools.
+    """Parse a list of JSON schemas; the list or each schema may be a JSON string. None if there are no tools.
 
     Raises:
-        ValueError: anything else.
+        ValueError: `value` is anything else.
     """
     value = _from_json(value)
     if not value:
@@ -74,7 +79,7 @@ def _parse_message(message: Any, i: int) -> Message:
     parsed = _without_none(message)
     name = str(parsed.pop("role", None) or parsed.pop("from", None))
     if name not in ROLES:
-        raise ValueError(f"message {i} has the role {name!r}; known roles are {', '.join(ROLES)}.")
+        raise ValueError(f"message {i} has the unknown role {name!r}. Allowed: {', '.join(ROLES)}.")
     content = parsed.pop("content", None)
     content = parsed.pop("value", "") if content is None else content
     calls = _parse_calls(parsed, name, content)
@@ -86,7 +91,7 @@ def _parse_message(message: Any, i: int) -> Message:
 
 
 def _text(content: Any, role: str, i: int) -> str:
-    """Content as text: parts of text are joined, the structured result of a tool becomes JSON."""
+    """Content as text: text parts are joined, and the structured result of a tool becomes JSON."""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
@@ -97,7 +102,7 @@ def _text(content: Any, role: str, i: int) -> str:
 
 
 def _parse_calls(message: Message, name: str, content: Any) -> list[dict[str, Any]]:
-    """The tool calls of a message: `tool_calls`, the older `function_call`, or a ShareGPT value that is a call."""
+    """The tool calls of a message: from `tool_calls`, the older `function_call`, or the value of a ShareGPT call."""
     given = message.get("tool_calls") or message.get("function_call")
     calls = _from_json(given or (content if name in CALLS else []))
     calls = [calls] if isinstance(calls, dict) else calls
@@ -105,15 +110,15 @@ def _parse_calls(message: Message, name: str, content: Any) -> list[dict[str, An
         return [_parse_call(call) for call in calls]
     if given:
         raise ValueError(f"tool calls must be a list of dicts or its JSON, found {str(given)[:200]!r}")
-    return []  # a call in a syntax of its own: it stays the text of the message
+    return []  # a call in a custom syntax: keep it as the text of the message
 
 
 def _parse_call(call: dict[str, Any]) -> dict[str, Any]:
-    """`{"type": "function", "function": {"name", "arguments": dict}}`, with `id` and what else was there."""
+    """Normalize a call to `{"type": "function", "function": {"name", "arguments": dict}}`, and keep its other keys."""
     nested = isinstance(call.get("function"), dict)
     function = dict(call["function"] if nested else {key: call[key] for key in call if key not in ("id", "type")})
     if not isinstance(function.get("name"), str):
-        raise ValueError(f"a tool call has no function name: {str(call)[:200]!r}")
+        raise ValueError(f"a tool call needs a function name (a string), found {str(call)[:200]!r}")
     function["arguments"] = _from_json(function.get("arguments")) or {}
     rest = {key: value for key, value in call.items() if (nested or key in ("id", "type")) and key != "function"}
     return {"type": "function", **rest, "function": function}
@@ -128,7 +133,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _from_json(value: Any) -> Any:
-    """What a JSON string says; anything else, and text that is no JSON object or list, as it is."""
+    """Parse a JSON object or list from a string. Other values, and other text, are returned unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             return json.loads(value)

@@ -1,4 +1,4 @@
-"""MockDataModule: random tokens, for benchmarks and for trying out a layout without data."""
+"""MockDataModule: random tokens, to benchmark or try a layout without data."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from automodel_trainer.data.rows import RandomRows, Rows
 
 
 class MockDataModule(MicroBatchDataModule):
-    """Rows of random tokens, all of them trained, the same on every layout. There is nothing in them to learn.
+    """Rows of random tokens, the same on every layout. All tokens are trained, but there is nothing to learn.
 
     Args:
         vocab_size: tokens are drawn from 1 to `vocab_size - 1`. None: the size of the model's tokenizer.
-        seq_len: tokens of a row.
-        micro_batch_size: rows of one forward pass on one rank.
-        global_batch_size: rows of one optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
+        seq_len: tokens per row.
+        micro_batch_size: rows per forward pass on one rank.
+        global_batch_size: rows per optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
             times the Trainer's accumulation.
-        num_samples: rows of an epoch.
-        val_samples: rows of the validation; 0 for none.
-        seed: decides the tokens and their order.
-        num_workers: processes that build micro-batches ahead of the training.
+        num_samples: rows per epoch.
+        val_samples: validation rows; 0: no validation.
+        seed: determines the tokens and their order.
+        num_workers: processes that build micro-batches ahead of time.
+
+    Raises:
+        ValueError: a size is too small.
     """
 
     def __init__(
@@ -44,12 +47,17 @@ class MockDataModule(MicroBatchDataModule):
         if num_samples < 1 or val_samples < 0:
             raise ValueError(f"num_samples={num_samples} must be at least 1 and val_samples={val_samples} at least 0.")
         if vocab_size is not None and vocab_size < 2:
-            raise ValueError(f"vocab_size={vocab_size}: it must be at least 2, for token 0 is never drawn.")
+            raise ValueError(f"vocab_size={vocab_size} must be at least 2, because token 0 is never drawn.")
         self.vocab_size = vocab_size
         self.num_samples = num_samples
         self.val_samples = val_samples
 
     def build_rows(self) -> dict[str, Rows]:
+        """The random rows of "train", and of "validation" if there are any.
+
+        Raises:
+            ValueError: there is neither a `vocab_size` nor a tokenizer.
+        """
         size = self.vocab_size or len(self._named_tokenizer())
         rows: dict[str, Rows] = {"train": RandomRows(self.num_samples, self.seq_len, size, self.seed)}
         if self.val_samples:
@@ -58,5 +66,5 @@ class MockDataModule(MicroBatchDataModule):
 
     def _named_tokenizer(self) -> Any:
         if self.tokenizer is None:
-            raise ValueError("MockDataModule needs vocab_size=, or a Trainer and a module that has a tokenizer.")
+            raise ValueError("MockDataModule needs `vocab_size=`, or a Trainer and a module that has a tokenizer.")
         return self.load_tokenizer()

@@ -1,4 +1,4 @@
-"""Which samples share a row, and in which order rows are trained on."""
+"""Packing (which samples share a row) and the order of the rows in an epoch."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from collections.abc import Sequence
 import numpy as np
 
 GROUPED_BATCHES = 32
-"""Length grouping sorts this many global batches at a time: alike lengths, and an order that is still random."""
-
+"""Length grouping sorts this many global batches at a time. The rows of a batch have similar lengths, and the order of
+the batches is still random."""
 
 SEARCH_BUDGET = 500
-"""Samples tried beyond the first filling of a row before the best one found is taken."""
+"""Samples to try for a row beyond its first filling, before the best filling found is taken."""
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Pack samples into rows by minimum bin slack; the same result for the same lengths.
+    """Pack samples into rows by minimum bin slack. The result is deterministic.
 
-    Row by row: the longest sample that is left opens a row, and a short search finds those that fill the rest best.
-    The first try of that search is first-fit; where rows hold few samples, going on leaves half as much empty.
+    The longest sample that is left opens a row. A short search then finds the samples that fill the rest best. The
+    first attempt of the search is first-fit. If rows hold few samples, searching on leaves half as much space empty.
 
     Args:
-        lengths: tokens of each sample, each from 1 to `capacity`.
-        capacity: tokens in a row.
+        lengths: tokens per sample `[n]`, each from 1 to `capacity`.
+        capacity: tokens per row.
 
     Returns:
-        For each row the indices of its samples.
+        The indices of the samples in each row.
 
     Source: Gupta & Ho, "A new heuristic algorithm for the one-dimensional bin-packing problem", 1999.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     assert len(lengths) == 0 or (lengths.min() > 0 and lengths.max() <= capacity), "a sample does not fit into a row"
-    samples: dict[int, list[int]] = {}
+    samples: dict[int, list[int]] = {}  # samples of one length are interchangeable: search over lengths
     for sample in np.argsort(-lengths, kind="stable").tolist():
         samples.setdefault(int(lengths[sample]), []).append(sample)
     sizes = sorted(samples)
@@ -50,15 +50,20 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def _fill(sizes: list[int], counts: dict[int, int], room: int) -> list[int]:
-    """Sizes that fill `room` as far as the search finds, each at most as often as `counts` says.
+    """The sizes that fill `room` best, as far as the search finds them.
 
-    Depth first, large before small, until nothing is left empty or the budget is spent. `sizes` are in order.
+    The search is depth-first, large sizes before small ones. It ends when no room is left or the budget is spent.
+
+    Args:
+        sizes: sizes of samples in ascending order.
+        counts: number of samples of each size.
+        room: tokens to fill.
     """
     best: list[int] = []
     least, budget = room, SEARCH_BUDGET
-    taken: list[int] = []  # indices into `sizes`, not rising
-    below = len(sizes)
-    backtracked = False  # the first filling is free, however many samples it takes
+    taken: list[int] = []  # indices into `sizes`, non-increasing
+    below = len(sizes)  # only sizes with an index below this one are tried next
+    backtracked = False  # the first filling does not cost any budget
     while least and budget:
         index = min(bisect_right(sizes, room), below) - 1
         while index >= 0 and not counts[sizes[index]]:
@@ -71,7 +76,7 @@ def _fill(sizes: list[int], counts: dict[int, int], room: int) -> list[int]:
             below = index + 1
             if room < least:
                 best, least = [sizes[i] for i in taken], room
-        elif taken:  # nothing more fits: put the last one back and go on with smaller ones
+        elif taken:  # nothing more fits: put the last one back and try smaller ones
             backtracked = True
             below = taken.pop()
             counts[sizes[below]] += 1
@@ -86,15 +91,18 @@ def _fill(sizes: list[int], counts: dict[int, int], room: int) -> list[int]:
 def epoch_order(
     lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int, shuffle: bool = True, grouped: bool = False
 ) -> np.ndarray:
-    """The order in which an epoch goes through the rows, from (seed, epoch) and the global batch size alone.
+    """The order of the rows in an epoch. It depends only on the arguments, not on the number of ranks.
 
     Args:
-        lengths: tokens of each row.
-        batch_size: rows of a global batch.
-        seed: together with `epoch` it decides the permutation.
-        epoch: counted from 0.
-        shuffle: False for the order of the data set.
-        grouped: put rows of like length into the same global batch, so that padding is short.
+        lengths: tokens per row `[n]`.
+        batch_size: rows per global batch.
+        seed: determines the permutation, with `epoch`.
+        epoch: number of the epoch, from 0.
+        shuffle: False keeps the order of the data set.
+        grouped: put rows of similar length into the same global batch, to reduce padding.
+
+    Returns:
+        Row numbers, int64 `[n]`.
     """
     count = len(lengths)
     if not shuffle:
@@ -106,7 +114,7 @@ def epoch_order(
     window = batch_size * GROUPED_BATCHES
     windows = [order[start : start + window] for start in range(0, count, window)]
     order = np.concatenate([rows[np.argsort(-lengths[rows], kind="stable")] for rows in windows])
-    # Batches of like length must not follow each other by length; a short last batch stays the last.
+    # Shuffle the batches, which are sorted by length now. An incomplete batch stays last.
     full = count - count % batch_size
     batches = generator.permutation(order[:full].reshape(-1, batch_size))
     return np.concatenate([batches.reshape(-1), order[full:]])

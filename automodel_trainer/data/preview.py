@@ -1,4 +1,4 @@
-"""What the model really sees: the first batch, token by token, in a terminal or as a page."""
+"""Show what the model really sees: the first batch, token by token, in a terminal or as an HTML page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,18 @@ def preview(
     html: str | Path | None = None,
     console: Console | None = None,
 ) -> PreviewCounts:
-    """Print the first rows of a batch; with ``html``, write all of it as a page as well. Returns the counts."""
+    """Print the first rows of a batch, and write the whole batch as an HTML page if `html` is given.
+
+    Args:
+        micro_batches: the micro-batches of one optimizer step.
+        tokenizer: decodes the ids.
+        max_rows: number of rows to print.
+        html: path of the page to write.
+        console: the rich console to print to. None: standard output.
+
+    Returns:
+        The counts of the whole batch.
+    """
     from rich.console import Console as RichConsole
 
     console = console or RichConsole()
@@ -36,5 +47,5 @@ def preview(
 
 
 def render_html(micro_batches: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The whole batch as one page that needs nothing else: legend, counts, and each token's id on hovering."""
+    """The whole batch as one self-contained HTML page, with a legend, counts, and the id of each token on hover."""
     return render_page(list(read_rows(micro_batches, tokenizer)), summarize(micro_batches))

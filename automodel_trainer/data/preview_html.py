@@ -1,4 +1,4 @@
-"""The page that `amt preview --html` writes: one file, no network, dark and light."""
+"""The page that `amt preview --html` writes: one file with dark and light theme that loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAGE = """<!doctype html>
 <p class="legend"><span class="t trained">trained</span><span class="t masked">masked</span>
 <span class="t trained special">special, trained</span><span class="t masked special">special, masked</span>
 <span class="note"><b>·</b> space &nbsp; <b>↵</b> line feed &nbsp; <b>⋯</b> part of a character
-&nbsp; a label is the token itself, predicted from those before it</span></p>
+&nbsp; the label of a token is the token itself, predicted from the tokens before it</span></p>
 </header>
 <main>{rows}</main>
 <div id="tip" hidden></div>
@@ -102,7 +102,7 @@ document.addEventListener('mouseover',event=>{
 
 
 def render_page(rows: list[Row], counts: PreviewCounts) -> str:
-    """The page for rows that have been read, all of it escaped."""
+    """The page for rows from `read_rows`. All text is escaped."""
     return PAGE.format(style=STYLE, script=SCRIPT, cards=_cards(counts), rows="".join(map(_row, rows)))
 
 
@@ -127,7 +127,7 @@ def _row(row: Row) -> str:
 
 
 def _stripe(row: Row) -> str:
-    """The row in proportion: where documents begin, and which parts of them are trained."""
+    """The row as a bar, to scale: where documents begin, and which parts of them are trained."""
     total, parts = len(row.tokens), []
     for document in row.documents:
         runs = [(kind, len(list(run))) for kind, run in groupby(document.tokens, key=lambda token: token.kind)]

@@ -1,7 +1,7 @@
-"""The rows of a batch as documents of tokens: trained, masked, boundary, padding.
+"""Read the rows of a batch as documents of tokens that are trained, masked or padding.
 
-Everything is read off the tensors that training consumes (see the micro-batch format in ARCHITECTURE.md), nothing off
-the text they came from, so a wrong mask or a lost end token shows.
+We use only the tensors that training consumes (ARCHITECTURE.md describes the format), never the original text. So a
+wrong mask or a missing end token becomes visible.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from automodel_trainer.nn.constants import IGNORE_INDEX
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
-PARTIAL = "⋯"  # a token that holds only some bytes of a character; the character is shown at its last token
-MAX_BYTES_OF_A_CHARACTER = 4
+PARTIAL = "⋯"  # shown for a token with some bytes of a character; the character is shown at its last token
+MAX_BYTES_OF_A_CHARACTER = 4  # in UTF-8
 VISIBLE = str.maketrans({" ": "·", "\t": "⇥", "\n": "↵\n", "\r": "␍", "\u00a0": "⍽"})
 
 Kind = Literal["trained", "masked", "padding"]
@@ -24,7 +25,17 @@ Kind = Literal["trained", "masked", "padding"]
 
 @dataclass(frozen=True)
 class Token:
-    """One place of a row: where it is, what it holds, and whether the loss counts it."""
+    """One token of a row.
+
+    Attributes:
+        index: index in the row.
+        id: token id.
+        text: the text that it adds.
+        position: its position id.
+        label: its label; -100 = not trained.
+        special: whether it is a special token.
+        kind: "trained", "masked" or "padding".
+    """
 
     index: int
     id: int
@@ -36,28 +47,36 @@ class Token:
 
     @property
     def visible(self) -> str:
-        """The text with blanks as marks; a line feed keeps its break after the mark."""
+        """The text with marks for white space; a line feed also breaks the line after its mark."""
         return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in self.text.translate(VISIBLE))
 
 
 @dataclass(frozen=True)
 class Document:
-    """A run of a row whose tokens attend to each other only; the padding that ends a row is one as well."""
+    """Consecutive tokens of a row that attend only to each other. The padding at the end of a row is one, too."""
 
     tokens: list[Token]
 
     @property
     def is_padding(self) -> bool:
+        """Whether this is the padding at the end of a row."""
         return self.tokens[0].kind == "padding"
 
     @property
     def trained(self) -> int:
+        """Number of trained tokens."""
         return sum(token.kind == "trained" for token in self.tokens)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a micro-batch."""
+    """One row of a micro-batch.
+
+    Attributes:
+        micro_batch: index of the micro-batch in the step.
+        index: index of the row in the micro-batch.
+        documents: its documents, and its padding.
+    """
 
     micro_batch: int
     index: int
@@ -65,12 +84,13 @@ class Row:
 
     @property
     def tokens(self) -> list[Token]:
+        """All tokens of the row."""
         return [token for document in self.documents for token in document.tokens]
 
 
 @dataclass(frozen=True)
 class PreviewCounts:
-    """What a batch holds: rows and documents, and tokens of each kind (``tokens`` counts padding too)."""
+    """Counts of a batch: rows, documents, and tokens of each kind. `tokens` includes padding."""
 
     micro_batches: int
     rows: int
@@ -81,14 +101,16 @@ class PreviewCounts:
 
     @property
     def supervised_share(self) -> float:
-        """Trained tokens, of those that are not padding."""
+        """Share of trained tokens among those that are not padding, from 0 to 1."""
         return self.supervised / max(1, self.tokens - self.padding)
 
     @property
     def padding_share(self) -> float:
+        """Share of padding among all tokens, from 0 to 1."""
         return self.padding / max(1, self.tokens)
 
     def describe(self) -> str:
+        """The counts in one line of text."""
         return (
             f"{self.micro_batches} micro-batch{'es' if self.micro_batches != 1 else ''}, {self.rows} rows, "
             f"{self.documents} documents, {self.tokens:,} tokens: {self.supervised:,} trained "
@@ -97,7 +119,7 @@ class PreviewCounts:
 
 
 def summarize(micro_batches: Sequence[dict[str, Any]]) -> PreviewCounts:
-    """Counts of a batch, read off its tensors."""
+    """Count the rows, documents and tokens of a batch."""
     rows = list(read_rows(micro_batches, tokenizer=None))
     kinds = [token.kind for row in rows for token in row.tokens]
     return PreviewCounts(
@@ -111,7 +133,12 @@ def summarize(micro_batches: Sequence[dict[str, Any]]) -> PreviewCounts:
 
 
 def read_rows(micro_batches: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Row]:
-    """Every row of a batch as documents of tokens; without a tokenizer the tokens have no text."""
+    """Yield every row of a batch as documents of tokens.
+
+    Args:
+        micro_batches: the micro-batches; `input_ids`, `labels`, `position_ids` and `attention_mask` are `[b, s]`.
+        tokenizer: decodes the ids. None: the tokens have no text.
+    """
     special = set(tokenizer.all_special_ids) if tokenizer is not None else set()
     for number, micro_batch in enumerate(micro_batches):
         input_ids, labels = micro_batch["input_ids"].tolist(), micro_batch["labels"].tolist()
@@ -124,7 +151,7 @@ def read_rows(micro_batches: Sequence[dict[str, Any]], tokenizer: PreTrainedToke
                 texts = token_texts(ids[start:end], tokenizer) if tokenizer is not None else [""] * (end - start)
                 tokens = []
                 for i, text in zip(range(start, end), texts):
-                    kind: Kind = "padding" if padding else "masked" if row_labels[i] == IGNORED else "trained"
+                    kind: Kind = "padding" if padding else "masked" if row_labels[i] == IGNORE_INDEX else "trained"
                     token = Token(i, ids[i], text, row_positions[i], row_labels[i], ids[i] in special, kind)
                     tokens.append(token)
                 documents.append(Document(tokens))
@@ -139,7 +166,7 @@ def _position_ids(micro_batch: dict[str, Any]) -> list[list[int]]:
 
 
 def _spans(positions: list[int], mask: list[int] | None) -> list[tuple[int, int]]:
-    """(start, end) of each document: where positions restart, or where attention ends."""
+    """(start, end) of each document. A document begins where positions restart or the attention mask changes."""
     starts = [i for i, position in enumerate(positions) if position == 0 or i == 0]
     if mask is not None:
         starts += [i for i in range(1, len(mask)) if mask[i] != mask[i - 1]]
@@ -147,17 +174,21 @@ def _spans(positions: list[int], mask: list[int] | None) -> list[tuple[int, int]
 
 
 def _is_padding(ids: list[int], labels: list[int], mask: list[int] | None, is_last: bool) -> bool:
-    """Padding is what attention leaves out; a packed row has no mask, there it is one token repeated to the end."""
+    """Whether these tokens are padding.
+
+    Padding is masked out of attention. A packed row has no mask; its padding is one token id, repeated to the end of
+    the row and never trained.
+    """
     if mask is not None and not any(mask):
         return True
-    return is_last and len(set(ids)) == 1 and all(label == IGNORED for label in labels)
+    return is_last and len(set(ids)) == 1 and all(label == IGNORE_INDEX for label in labels)
 
 
 def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token adds to the decoded text.
+    """The text that each token adds to the decoded text.
 
-    A token decoded alone may lose its leading space or hold half a character, so each is decoded behind the tokens
-    before it, and tokens of a character that is not complete yet show as ``PARTIAL``.
+    A token that is decoded alone may lose its leading space or contain half a character. We therefore decode each one
+    together with the tokens before it. Tokens of a character that is not complete yet are shown as `PARTIAL`.
     """
 
     def decode(part: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Rows of a batch as coloured text for a terminal."""
+"""Rows of a batch as colored text for a terminal."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def render_terminal(
     max_rows: int = 1,
     marks: bool = False,
 ) -> RenderableType:
-    """The first rows of a batch in colour, under the counts of all of it.
+    """The first rows of a batch in color, below the counts of the whole batch.
 
     Args:
-        micro_batches: what one optimizer step consumes.
-        tokenizer: turns ids into text.
-        max_rows: how many rows to show.
-        marks: put ⟦ ⟧ around what is trained, for where there is no colour.
+        micro_batches: the micro-batches of one optimizer step.
+        tokenizer: decodes the ids.
+        max_rows: number of rows to show.
+        marks: put ⟦ ⟧ around trained text, for terminals without color.
     """
     from rich.console import Group
     from rich.panel import Panel
@@ -39,7 +39,7 @@ def render_terminal(
     return Panel(Group(*parts[:-1]), title=Text("first batch", style="bold"), title_align="left", padding=(0, 1))
 
 
-STYLES: dict[str, tuple[str, str]] = {  # two shades in turn, so that each token can be told from the next
+STYLES: dict[str, tuple[str, str]] = {  # two alternating shades, to tell neighboring tokens apart
     "trained": ("bold #eafff0 on #14683a", "bold #eafff0 on #1d8349"),
     "masked": ("#9aa3b2 on #23262d", "#9aa3b2 on #2b2f38"),
     "padding": ("#5c6370 italic", "#5c6370 italic"),
@@ -68,7 +68,7 @@ def _row_title(row: Row) -> Text:
 
 
 def _stripe(row: Row, width: int = 96) -> Text:
-    """The whole row on one line: each cell stands for as many tokens as fit, and shows the kind most of them have."""
+    """The whole row as one line of text. Each cell stands for several tokens and shows their most frequent kind."""
     from rich.text import Text
 
     tokens = row.tokens

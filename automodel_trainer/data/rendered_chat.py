@@ -1,4 +1,4 @@
-"""One conversation rendered by the chat template of a tokenizer, and what it takes to render parts of it again."""
+"""A conversation rendered by a tokenizer's chat template. Parts of it can be rendered again."""
 
 from __future__ import annotations
 
@@ -18,17 +18,24 @@ Span = tuple[int, int]
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 REFUSALS = (TemplateError, TypeError, KeyError, AttributeError, ValueError)
+"""Exceptions that templates raise for a conversation they do not support."""
 SHOWN = 2000
+"""Maximum number of characters of a text in an error message."""
 
 
 class RenderedChat:
-    """A conversation as the template writes it.
+    """A conversation rendered by the chat template.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        messages: the conversation.
+        tools: JSON schemas for the template.
 
     Attributes:
-        messages: as the template took them: keys with the value None are gone, and the arguments of tool calls are
-            JSON strings for the templates that cannot take the dicts most others want.
+        messages: the messages as given to the template, without keys whose value is None. The arguments of tool calls
+            are dicts, or JSON strings for templates that do not accept dicts.
         text: the whole conversation, without a generation prompt.
-        marked: what the template itself marks with `{% generation %}`; None for a template without the marker.
+        marked: the spans that the template marks with `{% generation %}`; None for a template without the marker.
 
     Raises:
         ValueError: the template refuses the conversation.
@@ -38,7 +45,10 @@ class RenderedChat:
         self.tools = tools or None
         self.template = tokenizer.get_chat_template(tools=self.tools)
         if self.tools and "tools" not in self.template:
-            warnings.warn("The data has `tools`, and the chat template does not write them.", stacklevel=3)
+            warnings.warn(
+                "The data has `tools`, but the chat template does not write them. The model will not see them.",
+                stacklevel=3,
+            )
         self.variables: dict[str, Any] = tokenizer.special_tokens_map
         self.messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
@@ -51,7 +61,7 @@ class RenderedChat:
             ) from error
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str | None:
-        """The text of other messages (a part of these, or changed ones); None where the template refuses them."""
+        """Render other messages (some of these, or changed ones). None if the template refuses them."""
         try:
             return self._render(messages, add_generation_prompt)[0] if messages else None
         except REFUSALS:
@@ -61,7 +71,7 @@ class RenderedChat:
         marks = GENERATION.search(self.template) is not None
         try:
             return self._render(self.messages, marks=marks)
-        except TypeError:  # such as a template that adds the arguments to a string
+        except TypeError:  # for example, the template concatenates the arguments with a string
             as_text = [_with_text_arguments(message) for message in self.messages]
             if as_text == self.messages:
                 raise
@@ -83,24 +93,24 @@ class RenderedChat:
 
 
 def shortened(text: str) -> str:
-    """At most `SHOWN` characters of a text for an error message."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text) - SHOWN} characters more)"
+    """The first `SHOWN` characters of a text, for an error message."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text) - SHOWN} more characters)"
 
 
 def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """The length of the common start of two sequences."""
+    """The length of the common prefix of two sequences."""
     differing = (i for i, (a, b) in enumerate(zip(first, second)) if a != b)
     return next(differing, min(len(first), len(second)))
 
 
 def called_function(tool_call: dict[str, Any]) -> dict[str, Any]:
-    """The dict with `name` and `arguments`: nested under `function` as OpenAI has it, or the call itself."""
+    """The dict with `name` and `arguments`: under `function` in OpenAI's format, otherwise the call itself."""
     function = tool_call.get("function")
     return function if isinstance(function, dict) else tool_call
 
 
 def with_arguments(tool_call: dict[str, Any], arguments: Any) -> dict[str, Any]:
-    """A copy of a tool call that has other arguments."""
+    """A copy of a tool call with other arguments."""
     function = called_function(tool_call)
     changed = {**function, "arguments": arguments}
     return changed if function is tool_call else {**tool_call, "function": changed}

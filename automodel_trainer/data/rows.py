@@ -1,4 +1,4 @@
-"""Rows, the lines of a micro-batch: samples packed or alone, a token stream cut evenly, random tokens."""
+"""The rows that micro-batches are made of: packed or single samples, an evenly cut token stream, or random tokens."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from automodel_trainer.data.batches import Document
 
 @dataclass(frozen=True)
 class RowStats:
-    """What became of the samples of one split.
+    """Statistics of one split.
 
     Attributes:
-        samples: samples in the rows.
+        samples: number of samples in the rows.
         rows: number of rows.
-        tokens: tokens in the rows, padding not counted.
-        supervised: tokens that are trained.
-        capacity: tokens the rows could hold.
-        overlong: samples longer than a row, and what was done with them in `overlong_action`.
-        unsupervised: samples left out because no token of theirs is trained.
+        tokens: number of tokens, without padding.
+        supervised: number of trained tokens.
+        capacity: number of tokens that fit into the rows.
+        overlong: number of samples longer than a row.
+        overlong_action: what was done with them: "dropped" or "truncated".
+        unsupervised: number of samples left out because none of their tokens is trained.
     """
 
     samples: int
@@ -37,6 +38,7 @@ class RowStats:
     unsupervised: int = 0
 
     def describe(self) -> str:
+        """The statistics in one line of text."""
         text = (
             f"{self.samples:,} samples in {self.rows:,} rows, {self.tokens:,} tokens "
             f"({self.tokens / self.capacity:.1%} of the rows filled), {self.supervised / self.tokens:.1%} supervised"
@@ -52,10 +54,10 @@ class Rows(Protocol):
     """A finite set of rows, the same on every rank.
 
     Attributes:
-        width: the most tokens a row has.
-        lengths: tokens of each row, `[len(self)]`.
-        fingerprint: a hash that changes with the content or the making of the rows.
-        stats: what became of the samples.
+        width: maximum number of tokens per row.
+        lengths: tokens per row, int64 `[len(self)]`.
+        fingerprint: a hash of the content of the rows and of the settings that determine them.
+        stats: statistics of the split.
     """
 
     width: int
@@ -66,21 +68,21 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
-        """The documents of some rows; row -1 is the filler, which has none."""
+        """The documents of the given rows; row -1 is the filler, which has none."""
         ...
 
 
 class TokenStore:
-    """Random access to tokenised samples that lie on disk.
+    """Random access to tokenized samples on disk.
 
     Args:
-        dataset: columns `input_ids` (list of int), `length` and `sample_id` (int) and, where not all tokens are
+        dataset: has the columns `input_ids` (list of int), `length` and `sample_id` (int) and, unless all tokens are
             trained, `trained` (list of bool) and `supervised` (int).
 
     Attributes:
-        lengths: tokens of each sample.
-        sample_ids: the row each sample comes from.
-        supervised: trained tokens of each sample, its first token not counted.
+        lengths: tokens per sample, int64 `[n]`.
+        sample_ids: the row that each sample comes from, int64 `[n]`.
+        supervised: trained tokens per sample, without its first token, int64 `[n]`.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -89,19 +91,19 @@ class TokenStore:
         columns = [name for name in ("input_ids", "trained") if name in dataset.column_names]
         self._all_trained = "trained" not in columns
         self.supervised = self.lengths - 1 if self._all_trained else _integers(dataset, "supervised")
-        # Arrow tables, not Python lists: a batch is thousands of tokens, and each would become an object.
+        # Arrow tables instead of Python lists: a batch has thousands of tokens, and each would become an object.
         self._rows = dataset.select_columns(columns).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def fetch(self, indices: Sequence[int]) -> list[Document]:
-        """The documents with these indices, in that order."""
+        """The documents with these indices, in this order."""
         if len(indices) == 0:
             return []
         table = self._rows[list(indices)]
         ids = table["input_ids"].combine_chunks()
-        bounds = ids.offsets.to_numpy() - ids.offsets[0].as_py()
+        bounds = ids.offsets.to_numpy() - ids.offsets[0].as_py()  # the array may be a slice of a longer one
         tokens = ids.flatten().to_numpy()
         if self._all_trained:
             trained = np.ones(len(tokens), dtype=bool)
@@ -115,7 +117,15 @@ class TokenStore:
         ]
 
     def count_supervised(self, indices: np.ndarray, limit: int) -> np.ndarray:
-        """Trained tokens of each sample within its first `limit` tokens, the first token never counted."""
+        """Count the trained tokens within the first `limit` tokens of each sample, without its first token.
+
+        Args:
+            indices: int array `[n]`.
+            limit: tokens per row; the rest of a sample is cut off.
+
+        Returns:
+            int64 `[n]`.
+        """
         counts = self.supervised[indices]
         cut = np.flatnonzero(self.lengths[indices] > limit)
         for start in range(0, len(cut), 1000):
@@ -125,12 +135,14 @@ class TokenStore:
 
 
 class SampleRows:
-    """Rows that hold whole samples.
+    """Rows of whole samples.
 
     Args:
-        store: the tokenised samples.
-        groups: for each row the indices of its samples in the store.
-        width: tokens of a row; a longer sample, alone in its row, is cut there.
+        store: the tokenized samples.
+        groups: for each row, the indices of its samples in the store.
+        width: tokens per row. A longer sample must be alone in its row; it is cut off.
+        stats: statistics of the split.
+        fingerprint: hash of the content and the settings.
     """
 
     def __init__(
@@ -147,20 +159,23 @@ class SampleRows:
         return len(self.lengths)
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
+        """The documents of the given rows; row -1 is the filler, which has none."""
         members = [[] if row < 0 else self._members[self._bounds[row] : self._bounds[row + 1]].tolist() for row in rows]
         documents = iter(self.store.fetch([index for group in members for index in group]))
         return [[_cut(next(documents), 0, self.width) for _ in group] for group in members]
 
 
 class StreamRows:
-    """Rows cut evenly from all documents laid end to end; the last row is shorter.
+    """Rows cut evenly from documents that are laid end to end. The last row may be shorter.
 
-    A document that goes on in the next row starts anew there: its positions restart and its first token is not trained.
+    If a document continues in the next row, it starts anew there: positions restart, and its first token is not
+    trained.
 
     Args:
-        store: pieces of documents, in order; neighbours with the same sample id belong to the same document.
-        pieces: the indices of the pieces to use, ascending.
-        width: tokens of a row.
+        store: pieces of documents, in order. Neighbors with the same sample id belong to the same document.
+        pieces: indices of the pieces to use, ascending, int64 `[n]`.
+        width: tokens per row.
+        fingerprint: hash of the content and the settings.
     """
 
     def __init__(self, store: TokenStore, pieces: np.ndarray, width: int, fingerprint: str) -> None:
@@ -168,10 +183,10 @@ class StreamRows:
         self._pieces = pieces
         self._ends = np.cumsum(store.lengths[pieces])
         total = int(self._ends[-1])
-        count = -(-total // width)
+        count = -(-total // width)  # rounded up
         self.lengths = np.full(count, width, dtype=np.int64)
         self.lengths[-1] = total - (count - 1) * width
-        starts = np.flatnonzero(np.diff(store.sample_ids[pieces], prepend=-1))
+        starts = np.flatnonzero(np.diff(store.sample_ids[pieces], prepend=-1))  # the first piece of each document
         begins = np.concatenate([[0], self._ends[:-1]])[starts]
         untrained = len(np.union1d(begins, np.arange(count) * width))  # the first token of every document and row
         self.stats = RowStats(len(starts), count, total, total - untrained, count * width)
@@ -180,6 +195,7 @@ class StreamRows:
         return len(self.lengths)
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
+        """The documents of the given rows; row -1 is the filler, which has none."""
         return [[] if row < 0 else self._fetch_row(row) for row in rows]
 
     def _fetch_row(self, row: int) -> list[Document]:
@@ -191,20 +207,20 @@ class StreamRows:
         for piece in pieces:
             part = _cut(piece, max(0, start - offset), min(len(piece.input_ids), end - offset))
             offset += len(piece.input_ids)
-            if documents and documents[-1].sample_id == part.sample_id:
+            if documents and documents[-1].sample_id == part.sample_id:  # another piece of the same document
                 part = _join(documents.pop(), part)
             documents.append(part)
         return documents
 
 
 class RandomRows:
-    """Rows of random tokens, row `i` a function of (seed, i): the same on every layout.
+    """Rows of random tokens. Row `i` depends only on the seed and `i`, so rows are the same on every layout.
 
     Args:
         count: number of rows.
-        width: tokens of a row.
+        width: tokens per row.
         vocab_size: tokens are drawn from 1 to `vocab_size - 1`.
-        seed: decides the tokens.
+        seed: determines the tokens.
     """
 
     def __init__(self, count: int, width: int, vocab_size: int, seed: int) -> None:
@@ -217,6 +233,7 @@ class RandomRows:
         return len(self.lengths)
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
+        """The documents of the given rows; row -1 is the filler, which has none."""
         return [[] if row < 0 else [self._document(row)] for row in rows]
 
     def _document(self, row: int) -> Document:
@@ -225,7 +242,7 @@ class RandomRows:
 
 
 def digest(*parts: object) -> str:
-    """A short hash of the parts, by their `repr`."""
+    """A short hash of the `repr` of the parts."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""Where rows come from: local files and folders, saved data sets, hub ids and objects, all as `datasets.Dataset`."""
+"""Load rows from files, folders, saved data sets, Hub ids and Python objects, always as a `datasets.Dataset`."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ from datasets.utils import are_progress_bars_disabled
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 ALLOWED = (
     "a .jsonl, .json, .parquet or .txt file, a folder of them, a folder written by `save_to_disk`, the id of a data "
-    "set on the Hugging Face hub (`owner/name` or `owner/name:config`), a datasets.Dataset or DatasetDict, or a list "
+    "set on the Hugging Face Hub (`owner/name` or `owner/name:config`), a datasets.Dataset or DatasetDict, or a list "
     "of dicts"
 )
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-"""Split names that mean validation. A test split is never one of them: it is kept for `test`."""
+"""Split names that mean validation. A test split is never used for validation."""
 
 
 def load_rows(data: Any, split: str = "train") -> Dataset:
-    """The rows of one split of a data source.
+    """Load the rows of one split of a data source.
 
     Args:
-        data: a path, a hub id (`owner/name` or `owner/name:config`), a `Dataset`, a `DatasetDict` or a list of dicts.
-        split: "train", "validation" or "test". A source without splits is taken whole, whatever the split.
+        data: a path, a Hub id (`owner/name` or `owner/name:config`), a `Dataset`, a `DatasetDict` or a list of dicts.
+        split: "train", "validation" or "test". For a source with one split or none, all its rows are returned.
 
     Returns:
         The rows, at least one.
 
     Raises:
-        ValueError: a missing or unreadable file, an unknown split, no rows, or an object that is no data source.
+        ValueError: a file is missing or unreadable, the split does not exist, there are no rows, or `data` is of an
+            unsupported type.
     """
     splits = _open(data)
     if isinstance(splits, Dataset):
@@ -62,17 +63,25 @@ def load_rows(data: Any, split: str = "train") -> Dataset:
 
 
 def load_validation_rows(data: Any) -> Dataset | None:
-    """The validation split that comes with a training source, None where it has none."""
+    """The validation split of a training source; None if it has none.
+
+    Raises:
+        ValueError: as `load_rows`.
+    """
     splits = _open(data)
     name = None if isinstance(splits, Dataset) else _split_name(splits, "validation", alone=False)
     return None if name is None else load_rows(splits[name])
 
 
 def open_stream(data: Any, split: str = "train") -> IterableDataset:
-    """The rows of a source as a stream that is read while training and never held whole.
+    """Open a source as a stream, which is read during training and never loaded whole.
+
+    Args:
+        data: a source as for `load_rows`, or an `IterableDataset` or `IterableDatasetDict`.
+        split: "train", "validation" or "test".
 
     Raises:
-        ValueError: as `load_rows`, for what is known without reading the rows.
+        ValueError: as `load_rows`, as far as it is known without reading the rows.
     """
     if isinstance(data, IterableDataset):
         return data
@@ -87,10 +96,10 @@ def open_stream(data: Any, split: str = "train") -> IterableDataset:
 
 
 def fingerprint(rows: Dataset) -> str:
-    """A hash of the content of the rows: the same rows give the same hash wherever they lie and whenever written."""
+    """A hash of the content of the rows. It does not depend on where or when they were written."""
     digest = hashlib.blake2b(repr(rows.features).encode(), digest_size=16)
     for table in rows.with_format("arrow").iter(batch_size=1000):
-        table = table.combine_chunks().replace_schema_metadata()
+        table = table.combine_chunks().replace_schema_metadata()  # chunks and metadata are not content
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
@@ -102,7 +111,10 @@ def _open(data: Any) -> Dataset | DatasetDict:
     if isinstance(data, Dataset | DatasetDict):
         return data
     if isinstance(data, IterableDataset | IterableDatasetDict):
-        raise ValueError("a streamed data set (IterableDataset) is only taken by TextDataModule(streaming=True).")
+        raise ValueError(
+            "a streamed data set (IterableDataset) works only with TextDataModule(streaming=True). Use it, or load the "
+            "data set without streaming."
+        )
     if isinstance(data, list) and all(isinstance(row, dict) for row in data):
         if not data:
             raise ValueError(f"the list of rows is empty. Allowed: {ALLOWED}, with at least one row.")
@@ -114,7 +126,7 @@ def _open(data: Any) -> Dataset | DatasetDict:
 
 
 def _load(data: str | os.PathLike[str], streaming: bool = False) -> Any:
-    """Open a path or hub id with `load_dataset`; every failure becomes a ValueError that names the culprit."""
+    """Open a path or Hub id with `load_dataset`. Every failure becomes a ValueError that names the cause."""
     path = Path(data).expanduser()
     if path.exists():
         files = _data_files(path)
@@ -128,12 +140,12 @@ def _load(data: str | os.PathLike[str], streaming: bool = False) -> Any:
     with quiet():
         try:
             return load_dataset(**arguments, streaming=streaming)
-        except Exception as error:  # datasets raises many types here, hub and network errors among them
+        except Exception as error:  # datasets raises many types here, including Hub and network errors
             raise ValueError(_explain(data, files, error)) from error
 
 
 def _data_files(path: Path) -> list[Path]:
-    """The data files of a file or folder, none of them empty."""
+    """The data files of a file or folder. Raises a ValueError if there is none, or if one is empty."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in BUILDERS and p.is_file())
     if not files or files[0].suffix not in BUILDERS:
         raise ValueError(f"{path} is not data that can be read. Allowed: {ALLOWED}.")
@@ -145,11 +157,11 @@ def _data_files(path: Path) -> list[Path]:
 
 def _file_arguments(path: Path, files: list[Path]) -> dict[str, Any]:
     builder = BUILDERS[files[0].suffix]
-    # A text file is one document, however many lines it has.
+    # A text file is one document, not one document per line.
     extra = {"sample_by": "document"} if builder == "text" else {}
     if path.is_file():
         return {"path": builder, "data_files": {"train": [str(path)]}, "split": "train", **extra}
-    # Given a folder, `load_dataset` finds the splits by the names of files and folders (train*, validation*, ...).
+    # For a folder, `load_dataset` finds the splits by the names of files and folders (train*, validation*, ...).
     return {"path": str(path), **extra}
 
 
@@ -158,12 +170,12 @@ def _explain(data: object, files: list[Path], error: Exception) -> str:
         if fault := _json_fault(file):
             return f"{fault}. Allowed: {ALLOWED}."
     cause = error.__cause__ or error
-    where = "cannot be read" if files else "is neither a local path nor a data set that can be loaded from the hub"
+    where = "cannot be read" if files else "is neither a local path nor a data set that can be loaded from the Hub"
     return f"{data} {where}: {type(cause).__name__}: {cause}. Allowed: {ALLOWED}."
 
 
 def _json_fault(file: Path) -> str | None:
-    """Where a json file is broken, None if it is well-formed (or no json file)."""
+    """A description of the first error in a JSON file; None if it is valid, or not a JSON file."""
     if BUILDERS[file.suffix] != "json":
         return None
     try:
@@ -177,12 +189,12 @@ def _json_fault(file: Path) -> str | None:
             if chunk.strip():
                 json.loads(chunk)
         except json.JSONDecodeError as error:
-            return f"{file} line {line + error.lineno - 1} is not valid json: {error.msg} at column {error.colno}"
+            return f"{file} line {line + error.lineno - 1} is not valid JSON: {error.msg} at column {error.colno}"
     return None
 
 
 def _split_name(splits: DatasetDict, split: str, alone: bool = True) -> str | None:
-    """The name `split` has in `splits`; a data set with a single split serves for any (where `alone`)."""
+    """The name of `split` in `splits`; None if there is none. With `alone`, a single split stands for any split."""
     names = VALIDATION_NAMES if split == "validation" else (split,)
     found = next((name for name in names if name in splits), None)
     return next(iter(splits)) if found is None and alone and len(splits) == 1 else found
@@ -197,7 +209,7 @@ def _name(data: object) -> str:
 
 
 class quiet:
-    """No progress bars of `datasets` within: opening and saving files is not worth one each."""
+    """A context manager that hides the progress bars of `datasets`: opening or saving a file does not need one."""
 
     def __enter__(self) -> None:
         self.were_disabled = are_progress_bars_disabled()

@@ -1,4 +1,4 @@
-"""Streamed text: rows of tokens from an `IterableDataset`, with a position that can be saved and gone back to."""
+"""Streamed text: rows of tokens from an `IterableDataset`, with a position that can be saved and restored."""
 
 from __future__ import annotations
 
@@ -17,27 +17,32 @@ from automodel_trainer.data.documents import document_end, encode_documents
 from automodel_trainer.data.loader import micro_batches, step_loader
 
 DOCUMENTS_AT_ONCE = 64
-"""Documents handed to the tokenizer together: it works on several cores."""
+"""Number of documents to tokenize in one call: the tokenizer spreads them over several cores."""
 
 Position = dict[str, Any]
+"""A place in the stream, as numbers and strings; see `TokenStream`."""
 StreamRow = tuple[list[Document], Position]
+"""The documents of a row, and the position after it."""
 
 
 class TokenStream:
-    """Endless rows of `seq_len` tokens: documents laid end to end, epoch after epoch.
+    """An endless sequence of rows of `seq_len` tokens: documents laid end to end, epoch after epoch.
 
-    The stream is read in blocks of `shuffle_buffer` documents, each shuffled by (seed, epoch, block). A position names
-    the source's own state at the start of a block, the document within the shuffled block, and the token within the
-    document: plain numbers, from which exactly the next row follows. (The shuffle of `datasets` forgets its buffer when
-    it goes on from a state.)
+    The stream is read in blocks of `shuffle_buffer` documents. Each block is shuffled by (seed, epoch, block). A
+    position holds the state of the source at the start of a block, the document within the shuffled block, and the
+    token within the document. The next row follows exactly from it. (We do not use the shuffle of `datasets`, because
+    it loses its buffer when it resumes from a state.)
 
     Args:
         source: the rows of text.
-        tokenizer: gives the tokens; must have an EOS token.
-        seq_len: tokens of a row.
-        text_column: the column that has the text.
-        seed: decides the shuffle.
-        shuffle_buffer: documents in a block; 0 or 1 for no shuffle.
+        tokenizer: a tokenizer with an EOS token.
+        seq_len: tokens per row.
+        text_column: the column with the text.
+        seed: determines the shuffle.
+        shuffle_buffer: documents per block; 0 or 1: no shuffle.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token, or the stream has no rows or no such column.
     """
 
     def __init__(
@@ -52,7 +57,7 @@ class TokenStream:
         self._beginning = copy.deepcopy(source.state_dict())
         first = next(iter(source), None)
         if first is None:
-            raise ValueError("the stream has no rows.")
+            raise ValueError("the stream has no rows. Give a stream with at least one row.")
         if text_column not in first:
             raise ValueError(f"the stream has no column {text_column!r}; its columns are {sorted(first)}.")
 
@@ -61,7 +66,11 @@ class TokenStream:
         return {"epoch": 0, "block": 0, "read": 0, "source": copy.deepcopy(self._beginning), "document": 0, "token": 0}
 
     def rows(self, position: Position) -> Iterator[StreamRow]:
-        """Rows from a position on, each with the position behind it."""
+        """Yield the rows from a position on, each with the position after it.
+
+        Raises:
+            ValueError: the stream has no text.
+        """
         row: list[Document] = []
         room = self.seq_len
         for sample_id, ids, at in self._documents(position):
@@ -75,17 +84,18 @@ class TokenStream:
                     row, room = [], self.seq_len
 
     def _documents(self, position: Position) -> Iterator[tuple[int, list[int], Position]]:
-        """Documents from a position on: their number in the epoch, their tokens, and the position of their start."""
+        """Yield the documents from a position on: number in the epoch, tokens, and position of the start."""
         for block, order, at in self._blocks(position):
             for start in range(at["document"], len(order), DOCUMENTS_AT_ONCE):
                 chosen = order[start : start + DOCUMENTS_AT_ONCE].tolist()
                 encoded = encode_documents(self.tokenizer, [block[index] for index in chosen])
                 for document, (index, ids) in enumerate(zip(chosen, encoded), start=start):
+                    # Only the first document may be resumed in the middle.
                     token = at["token"] if document == at["document"] else 0
                     yield at["read"] + index, ids, {**at, "document": document, "token": token}
 
     def _blocks(self, position: Position) -> Iterator[tuple[list[str | None], np.ndarray, Position]]:
-        """Blocks of texts from a position on, each with the order to take them in."""
+        """Yield the blocks of texts from a position on, each with the order of its texts and its position."""
         at = copy.deepcopy(position)
         while True:
             self.source.load_state_dict(copy.deepcopy(at["source"]))
@@ -97,7 +107,7 @@ class TokenStream:
                 yield block, self._order(len(block), at), at
                 at = {**at, "block": at["block"] + 1, "read": at["read"] + len(block), "source": behind}
                 at = {**at, "document": 0, "token": 0}
-            if not found_text:  # a position lies behind some text, so this is never met when going on from one
+            if not found_text:  # never true on resume: a saved position comes after some text
                 raise ValueError(f"no row of the stream has any text in column {self.text_column!r}.")
             at = {**self.beginning(), "epoch": at["epoch"] + 1}
 
@@ -108,20 +118,20 @@ class TokenStream:
 
 
 class StreamLoader:
-    """`MicroBatchLoader`'s counterpart for a stream; it never goes back to the start, each `iter()` goes on.
+    """The counterpart of `MicroBatchLoader` for a stream. Each `iter()` continues where the last one ended.
 
-    It is sized, by the steps asked for: Lightning fetches a batch ahead from loaders that are not, and the state it
-    saves is then a batch off.
+    Its length is the number of steps. It needs one, because Lightning prefetches a batch from loaders without a length
+    and would then save a state that is one batch ahead.
 
     Args:
-        stream: gives the rows, the same on every rank.
-        steps: batches in all.
-        micro_batch_size: rows of a micro-batch.
-        global_batch_size: rows of a global batch, a multiple of `micro_batch_size * dp_size`.
-        dp_rank: this rank's place among those that see different data.
-        dp_size: how many see different data.
-        pad_id: token id of the padding (there is none, rows are full).
-        num_workers: 0, or 1 for a process that reads and tokenises ahead.
+        stream: yields the rows, the same on every rank.
+        steps: total number of batches.
+        micro_batch_size: rows per micro-batch.
+        global_batch_size: rows per global batch, a multiple of `micro_batch_size * dp_size`.
+        dp_rank: this rank's index among the data-parallel ranks.
+        dp_size: number of data-parallel ranks.
+        pad_id: token id for padding (not used in practice, because rows are full).
+        num_workers: 0, or 1 for a process that reads and tokenizes ahead of time.
     """
 
     def __init__(
@@ -156,7 +166,7 @@ class StreamLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, in plain numbers and strings, the same on every rank."""
+        """The position as numbers and strings. It is the same on every rank."""
         return {
             "batches_yielded": self.batches_yielded,
             "position": copy.deepcopy(self.position),
@@ -164,23 +174,23 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the last batch that was handed out when the state was taken, on any number of ranks.
+        """Continue after the last batch that was yielded when the state was saved, on any number of ranks.
 
         Raises:
-            ValueError: a setting that forms the rows is not the same.
+            ValueError: a setting that determines the rows changed.
         """
         if state["fingerprint"] != self.stream.fingerprint:
             raise ValueError(
                 "the tokenizer or a setting of the stream (seq_len, text_column, seed, shuffle_buffer) changed since "
-                "the checkpoint was written, so the position in it has no meaning. Restore them, or start a new "
-                "run from the weights."
+                "the checkpoint was written, so its position in the stream is not valid. Restore them, or start a new "
+                "run from the checkpoint's weights."
             )
         self.batches_yielded = int(state["batches_yielded"])
         self.position = copy.deepcopy(state["position"])
 
 
 class _StreamSteps(TorchIterableDataset):
-    """This rank's share of each global batch, with the position behind that batch."""
+    """Yields this rank's share of each global batch, with the position after that batch."""
 
     def __init__(
         self,

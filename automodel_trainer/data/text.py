@@ -17,44 +17,45 @@ from automodel_trainer.data.stream import StreamLoader, TokenStream
 from automodel_trainer.data.tokens import check_columns, check_share, split_ids, tokenize
 
 PIECE = 4096
-"""Documents are stored in pieces of that many tokens, so that a row out of a whole book is read without the book."""
+"""Maximum number of tokens per stored piece of a document: reading one row of a book does not read the whole book."""
 
 
 class TextDataModule(MicroBatchDataModule):
-    """Raw text for pre-training: documents, each ended by EOS, laid end to end and cut into rows of `seq_len`.
+    """Raw text for pre-training: documents that end with EOS, laid end to end and cut into rows of `seq_len` tokens.
 
-    No document sees another: positions restart at each. Every token is trained but the first of a document (of its
-    part in a row).
+    Documents do not attend to each other: positions restart at each one. Every token is trained except the first token
+    of a document, or of its part in a row.
 
-    With `streaming=True` the text is read and tokenised while training and never held whole. Every rank reads the whole
-    stream and takes its rows of each global batch, so that the batches are the same on any number of ranks, and the
-    saved position is exact, to the token, even on another number of ranks. The shuffle is one of blocks of
-    `shuffle_buffer` documents; `Trainer(max_steps=...)` says when to stop. Where a rank tokenises slower than all ranks
-    together train, tokenise beforehand (`streaming=False`).
+    With `streaming=True`, text is read and tokenized during training and never loaded whole. Every rank reads the whole
+    stream and takes its rows of each global batch. The batches are therefore the same on any number of ranks, and the
+    saved position is exact to the token, also on another number of ranks. Blocks of `shuffle_buffer` documents are
+    shuffled. `Trainer(max_steps=...)` determines when to stop. If one rank tokenizes more slowly than all ranks
+    together train, tokenize in advance (`streaming=False`).
 
     Args:
         train: a txt, jsonl, json or parquet file or a folder of them (a txt file is one document), a folder written by
-            `save_to_disk`, a hub id, a `datasets.Dataset` or `DatasetDict`, a list of dicts; where streaming, also a
+            `save_to_disk`, a Hub id, a `datasets.Dataset` or `DatasetDict`, or a list of dicts. If streaming, also a
             `datasets.IterableDataset`.
-        validation: the same, for validation; always read whole. None: the validation split that comes with `train`
-            (where not streaming), if any.
+        validation: the same, for validation; never streamed. None: the validation split that comes with `train`, if
+            any (not if streaming).
         tokenizer: a tokenizer or the path of one. None: the model's, set by the Trainer.
-        seq_len: tokens of a row.
-        micro_batch_size: rows of one forward pass on one rank.
-        global_batch_size: rows of one optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
+        seq_len: tokens per row.
+        micro_batch_size: rows per forward pass on one rank.
+        global_batch_size: rows per optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
             times the Trainer's accumulation.
-        text_column: the column that has the text.
-        streaming: read and tokenise while training.
-        val_split: the share of the documents of `train` kept for validation, where `validation` is None.
-        seed: decides the order in each epoch, and which documents `val_split` takes.
-        shuffle_buffer: documents of a stream shuffled among each other; 0 or 1 for the order of the stream.
+        text_column: the column with the text.
+        streaming: read and tokenize during training.
+        val_split: share of the documents of `train` to hold out for validation if `validation` is None.
+        seed: determines the order in each epoch, and the documents that `val_split` takes.
+        shuffle_buffer: number of documents of a stream to shuffle at a time; 0 or 1 keeps the order of the stream.
         test: data for `Trainer.test`.
-        num_workers: processes that build micro-batches ahead of the training; at most 1 where streaming.
-        drop_last: leave the last global batch of an epoch out where it runs short, rather than fill it.
-        cache: keep the tokens on disk and read them from there the next time.
+        num_workers: processes that build micro-batches ahead of time; at most 1 if streaming.
+        drop_last: drop the last global batch of an epoch if it is incomplete, instead of filling it up.
+        cache: keep the tokens on disk and read them from there next time.
 
     Raises:
-        ValueError: the data cannot be trained on (no rows, an unknown column, no text).
+        ValueError: the data cannot be used for training (no rows, an unknown column, no text), or options contradict
+            each other.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class TextDataModule(MicroBatchDataModule):
             reason = "a stream cannot be split: give validation data" if streaming else "validation is given too"
             raise ValueError(f"val_split={val_split} cannot be used here: {reason}.")
         if streaming and num_workers > 1:
-            raise ValueError(f"num_workers={num_workers}: a stream is read by at most one worker.")
+            raise ValueError(f"num_workers={num_workers}: a stream is read by at most one worker. Set it to 0 or 1.")
         self.train, self.validation, self.test = train, validation, test
         self.text_column = text_column
         self.streaming = streaming
@@ -100,6 +101,11 @@ class TextDataModule(MicroBatchDataModule):
         self._stream: TokenStream | None = None
 
     def build_rows(self) -> dict[str, Rows]:
+        """Read, tokenize and cut the documents of each split; if streaming, only open the stream for training.
+
+        Raises:
+            ValueError: the data cannot be used for training.
+        """
         rows: dict[str, Rows] = {}
         if self.streaming:
             self._stream = self._open_stream()
@@ -113,10 +119,10 @@ class TextDataModule(MicroBatchDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch; all steps there are (`max_steps`) where streaming.
+        """Optimizer steps per epoch. If streaming, the total number of steps (`max_steps`).
 
         Raises:
-            ValueError: a Trainer that streams has no `max_steps`.
+            ValueError: the data is streamed and the Trainer has no `max_steps`.
         """
         if not self.streaming:
             return super().steps_per_epoch
@@ -127,11 +133,12 @@ class TextDataModule(MicroBatchDataModule):
         return self.trainer.max_steps
 
     def build_train_loader(self) -> TrainLoader:
+        """A loader that starts at the Trainer's current epoch, or at the beginning of the stream."""
         if not self.streaming:
             return super().build_train_loader()
         assert self._stream is not None, "prepare() opens the stream"
         layout = self._layout()
-        layout.pop("packed")  # a stream always is
+        layout.pop("packed")  # streamed rows are always packed
         return StreamLoader(
             self._stream,
             steps=self.steps_per_epoch,
@@ -141,6 +148,7 @@ class TextDataModule(MicroBatchDataModule):
         )
 
     def summary(self) -> str:
+        """A description of the data, one line per split."""
         streamed = f"train: streamed in rows of {self.seq_len} tokens" if self.streaming else ""
         return "\n".join(line for line in (streamed, super().summary()) if line)
 
@@ -170,7 +178,7 @@ class TextDataModule(MicroBatchDataModule):
     def _pieces(self, rows: Dataset) -> tuple[TokenStore, str]:
         check_columns([self.text_column], rows.column_names)
         tokenizer, column = self.load_tokenizer(), self.text_column
-        document_end(tokenizer)
+        document_end(tokenizer)  # fail early if there is no EOS token
 
         def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
             pieces: dict[str, list[Any]] = {"input_ids": [], "sample_id": []}

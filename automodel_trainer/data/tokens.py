@@ -1,4 +1,4 @@
-"""Rows to tokenised samples: run an encoder over a data set, on as many cores as there are, through the token cache."""
+"""From rows to tokenized samples: run an encoder over a data set on all cores, through the token cache."""
 
 from __future__ import annotations
 
@@ -14,73 +14,92 @@ from automodel_trainer.data.cache import cache_key, load_or_build
 from automodel_trainer.data.sources import fingerprint
 
 ROWS_PER_PROCESS = 5000
-"""Fewer rows than this are not worth another process."""
+"""Start one process per this many rows."""
 
 Encoder = Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]
-"""From columns of rows and their row numbers to columns of samples: `input_ids`, `trained` (optional), `sample_id`."""
+"""Takes columns of rows and the row numbers; returns columns of samples: `input_ids`, `sample_id`, maybe `trained`."""
 
 
 def tokenize(
     rows: Dataset, encode: Encoder, *, tokenizer: Any, settings: dict[str, Any], masked: bool, cache: bool
 ) -> tuple[Dataset, str]:
-    """Encode all rows, or read them from the cache.
+    """Encode all rows, or read the result from the cache.
 
     Args:
         rows: the data set.
         encode: the encoder.
         tokenizer: part of the cache's key.
-        settings: whatever else decides the samples; part of the key.
-        masked: the samples have a `trained` column.
-        cache: False to keep the samples in memory and read or write no cache.
+        settings: every other value that the samples depend on; part of the key.
+        masked: whether the samples have a `trained` column.
+        cache: False keeps the samples in memory and uses no cache.
 
     Returns:
-        The samples, at least one (columns `input_ids`, `length`, `sample_id`, and where masked `trained` and
-        `supervised`, the number of trained tokens but the first), and their fingerprint.
+        The samples, at least one, and their fingerprint. The columns are `input_ids`, `length`, `sample_id` and, if
+        masked, `trained` and `supervised` (the number of trained tokens without the first token).
+
+    Raises:
+        ValueError: no row has any text, or `encode` refuses a row.
     """
     key = cache_key(fingerprint(rows), tokenizer, settings)
 
     def build(scratch: Path | None) -> Dataset:
         where = {"keep_in_memory": True} if scratch is None else {"cache_file_name": str(scratch / "samples.arrow")}
-        samples = rows.with_format(None).map(
+        samples = rows.with_format(None).map(  # plain Python values, whatever format the user has set
             lambda batch, indices: _with_counts(encode(batch, indices)),
             batched=True,
             batch_size=100,
             with_indices=True,
             remove_columns=rows.column_names,
             features=_features(masked),
-            load_from_cache_file=False,
-            new_fingerprint=key,
+            load_from_cache_file=False,  # we have a cache of our own
+            new_fingerprint=key,  # otherwise `datasets` would hash the encoder with everything it refers to
             num_proc=_processes(len(rows)),
             desc="Tokenizing",
             **where,
         )
         if len(samples) == 0:
-            raise ValueError("no row of the data has any text.")
+            raise ValueError("no row of the data has any text. Check the data and the names of its columns.")
         return samples
 
     return (load_or_build(key, build) if cache else build(None)), key
 
 
 def split_ids(count: int, share: float, seed: int) -> np.ndarray:
-    """The row numbers that go to validation: a share of all, drawn by the seed, at least one and never all.
+    """Draw the row numbers to hold out for validation: at least one row, and never all.
+
+    Args:
+        count: number of rows.
+        share: share of the rows to hold out, from 0 to 1.
+        seed: determines the draw.
+
+    Returns:
+        Row numbers in ascending order, int64 `[n]`.
 
     Raises:
-        ValueError: a single row cannot be split.
+        ValueError: there are fewer than two rows.
     """
     if count < 2:
-        raise ValueError(f"val_split={share} needs at least 2 rows to split, the data has {count}.")
+        raise ValueError(f"val_split={share} needs at least 2 rows, but the data has {count}.")
     take = min(max(1, round(count * share)), count - 1)
     return np.sort(np.random.default_rng([seed, count]).permutation(count)[:take])
 
 
 def check_share(share: float) -> None:
-    """Raise a ValueError where `val_split` is no share."""
+    """Check the range of `val_split`.
+
+    Raises:
+        ValueError: it is not in [0, 1).
+    """
     if not 0.0 <= share < 1.0:
-        raise ValueError(f"val_split={share}: it is the share of the rows kept for validation, 0 <= val_split < 1.")
+        raise ValueError(f"val_split={share} must be a share of the rows: 0 <= val_split < 1.")
 
 
 def check_columns(wanted: list[str], available: list[str]) -> None:
-    """Raise a ValueError that names the first wanted column that the data does not have."""
+    """Check that all wanted columns exist.
+
+    Raises:
+        ValueError: a column does not exist. The message names the first one.
+    """
     for name in wanted:
         if name not in available:
             raise ValueError(f"the data has no column {name!r}; its columns are {available}.")

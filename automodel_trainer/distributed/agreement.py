@@ -1,4 +1,4 @@
-"""What one rank fails at fails on all: nobody waits for a rank that has given up."""
+"""Let all ranks fail together: an error on one rank is raised on every rank, so none waits for one that gave up."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ T = TypeVar("T")
 
 
 class CheckpointError(OSError):
-    """A file of a checkpoint could not be written (what was there before stays) or read. Raised on all ranks."""
+    """A checkpoint file could not be read or written. Raised on all ranks. Earlier checkpoints are not touched."""
 
 
 def on_all_ranks(action: Callable[[], T], folder: Any, group: dist.ProcessGroup | None = None) -> T:
-    """Call `action` on every rank and wait for all; if it failed on any, raise the same error on every rank.
+    """Call `action` on every rank and wait for all ranks. If it fails on any, raise the same error on every rank.
 
     Args:
-        action: what to do.
-        folder: named in the error message.
-        group: whose ranks agree, on their CPUs; None: all, over the default group.
+        action: the function to call.
+        folder: the checkpoint folder, for the error message.
+        group: the ranks that agree, over their CPUs. None: all ranks, over the default group.
+
+    Returns:
+        The result of `action` on this rank.
 
     Raises:
-        ValueError: some rank raised one (bad input: trying again will not help).
-        CheckpointError: some rank raised an OSError.
+        ValueError: a rank raised a ValueError (bad input; trying again does not help).
+        CheckpointError: a rank raised an OSError.
     """
     result, error = None, None
     try:
         result = action()
     except (OSError, ValueError) as raised:
         error = raised
-    except CheckpointException as raised:  # DCP's agreement on a failed read or write: a BaseException on all ranks
+    except CheckpointException as raised:  # DCP has agreed already: it raises this BaseException on all ranks
         raise CheckpointError(_errno_of(raised), f"{folder}: {_first_failure(raised)}") from raised
     failures = gather(None if error is None else _describe(error), group)
     first = next(((rank, failure) for rank, failure in enumerate(failures) if failure is not None), None)
@@ -48,7 +51,7 @@ def on_all_ranks(action: Callable[[], T], folder: Any, group: dist.ProcessGroup 
 
 
 def rank() -> int:
-    """This process's rank; 0 without a process group."""
+    """Rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -58,7 +61,7 @@ def world_size() -> int:
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """What every rank has of it, in the order of ranks. Collective."""
+    """The `value` of every rank, in rank order. Collective; values are pickled."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -67,12 +70,16 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def own_share(pieces: Iterable[str]) -> set[str]:
-    """Of the pieces that this rank holds, those it is to write: each falls to one of the ranks that hold it alike."""
+    """The names of those of this rank's `pieces` that it must write. Collective.
+
+    Several ranks may hold the same piece. Each piece is assigned to exactly one of its holders.
+    """
     mine = list(pieces)
     holders: dict[str, list[int]] = {}
     for number, held in enumerate(gather(mine)):
         for piece in held:
             holders.setdefault(piece, []).append(number)
+    # A hash of the name spreads the pieces over their holders. `hash()` would differ between processes.
     return {piece for piece in mine if holders[piece][crc32(piece.encode()) % len(holders[piece])] == rank()}
 
 

@@ -1,4 +1,4 @@
-"""What torchrun or srun has already decided about processes, so that nobody has to say it twice."""
+"""Read the number of processes from torchrun's or srun's environment, so that users need not repeat it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from typing import Any
 
 
 def launched_sizes(devices: Any, num_nodes: int) -> tuple[Any, int]:
-    """`devices` and `num_nodes` with `"auto"` and 1 filled in from the launcher's environment.
+    """Fill in `devices="auto"` and `num_nodes=1` from the launcher's environment.
+
+    Args:
+        devices: the Trainer's argument; "auto" and -1 take the launcher's number of processes per node.
+        num_nodes: the Trainer's argument; 1 takes the launcher's number of nodes.
+
+    Returns:
+        `devices` and `num_nodes`, unchanged if no launcher is found.
 
     Raises:
-        ValueError: torchrun started another number of processes than `devices` asks for.
+        ValueError: `devices` is not the number of processes that the launcher started on this node.
     """
     found = _torchrun() or _srun()
     if found is None:
@@ -28,7 +35,7 @@ def launched_sizes(devices: Any, num_nodes: int) -> tuple[Any, int]:
 
 
 def _torchrun() -> tuple[int, int] | None:
-    """Processes per node and nodes, under torchrun."""
+    """Processes per node and number of nodes under torchrun; None elsewhere."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     local = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -36,7 +43,7 @@ def _torchrun() -> tuple[int, int] | None:
 
 
 def _srun() -> tuple[int, int] | None:
-    """The same under srun; an interactive shell inside an allocation has launched nothing."""
+    """Processes per node and number of nodes under srun; None elsewhere, and in an interactive shell of Slurm."""
     if os.environ.get("SLURM_JOB_NAME") in (None, "bash", "interactive") or "SLURM_NTASKS" not in os.environ:
         return None
     nodes = int(os.environ.get("SLURM_NNODES", "1"))
@@ -44,5 +51,5 @@ def _srun() -> tuple[int, int] | None:
 
 
 def in_notebook() -> bool:
-    """Whether this is an interactive session, which a run must not take down with it."""
+    """Whether this is a notebook or an interactive Python session. A failing run must not end such a process."""
     return hasattr(sys, "ps1") or "ipykernel" in sys.modules

@@ -1,4 +1,4 @@
-"""ParallelDims: how many ranks each axis of parallelism gets, and the DeviceMesh that follows from it."""
+"""ParallelDims: the number of ranks on each parallel axis, and the DeviceMesh built from it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from automodel_trainer.distributed._dtensor import flatten_mesh
 
-DATA_AXES = ("dp_replicate", "dp_shard")  # ranks along these see different rows
-SHARD_AXES = ("dp_shard", "cp")  # parameters are sharded over these
-TOKEN_AXES = ("dp_replicate", "dp_shard", "cp")  # ranks along these see different tokens
+DATA_AXES = ("dp_replicate", "dp_shard")  # ranks along these axes see different rows
+SHARD_AXES = ("dp_shard", "cp")  # parameters are sharded over these axes
+TOKEN_AXES = ("dp_replicate", "dp_shard", "cp")  # ranks along these axes see different tokens
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Sizes of the mesh axes, outermost first: neighbouring ranks differ in the last axis.
+    """Sizes of the mesh axes. `pp` is the outermost axis; neighboring ranks differ in the last one.
 
     Args:
-        dp_replicate: ranks that hold copies of the same shard (the outer axis of HSDP).
-        dp_shard: ranks that see different rows and share a sharded replica; -1 takes what the world leaves.
-        cp: ranks that a sequence is split over (context parallel).
-        tp: ranks that a layer's matrices are split over (tensor parallel).
-        pp: ranks that the layers are split over (pipeline parallel); the outermost axis.
+        dp_replicate: number of copies of each shard (the outer axis of HSDP).
+        dp_shard: ranks that one replica is sharded over; they see different rows. -1: all ranks that are left.
+        cp: ranks that each sequence is split over (context parallel).
+        tp: ranks that the matrices of a layer are split over (tensor parallel).
+        pp: ranks that the layers are split over (pipeline parallel).
+
+    Raises:
+        ValueError: a size is not a positive number.
     """
 
     dp_replicate: int = 1
@@ -34,17 +37,17 @@ class ParallelDims:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Sizes by name, outermost first."""
+        """Axis sizes by name, outermost axis first."""
         return {"pp": self.pp, **{name: size for name, size in vars(self).items() if name != "pp"}}
 
     def __post_init__(self) -> None:
         for name, size in vars(self).items():
             if size < 1 and not (name == "dp_shard" and size == -1):
-                hint = ", or -1 for all that are left" if name == "dp_shard" else ""
+                hint = ", or -1 for all ranks that are left" if name == "dp_shard" else ""
                 raise ValueError(f"{name}={size} is not a size: give a positive number of ranks{hint}.")
 
     def resolve(self, world_size: int) -> ParallelDims:
-        """These sizes with `dp_shard=-1` filled in.
+        """A copy with `dp_shard=-1` replaced by the number of ranks that are left.
 
         Raises:
             ValueError: the sizes do not multiply to `world_size`.
@@ -56,27 +59,28 @@ class ParallelDims:
             given = " × ".join(f"{name}={size}" for name, size in self.axes.items() if size != 1)
             divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
             raise ValueError(
-                f"{given} does not fit this run's {world_size} rank(s). The product of all sizes must be {world_size} "
-                f"(sizes that divide it: {divisors}; dp_shard=-1 takes what is left), or change devices/num_nodes."
+                f"{given} does not fit this run's {world_size} rank(s). The product of all sizes must be {world_size}. "
+                f"Choose sizes that divide it ({divisors}; dp_shard=-1 takes what is left), or change "
+                "devices/num_nodes."
             )
         return self
 
     def build_mesh(self, device_type: str) -> DeviceMesh:
-        """A mesh over the world; axes of size 1 are left out, except `dp_shard`, which is always there.
+        """Build the mesh over all ranks. Axes of size 1 are left out, except `dp_shard`.
 
-        Must be called on resolved sizes, after the process group exists.
+        Call it on resolved sizes, after the process group was initialized.
         """
         assert self.dp_shard != -1, "resolve() first"
         axes = {name: size for name, size in self.axes.items() if size > 1 or name == "dp_shard"}
         return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
     def describe(self) -> str:
-        """For example `dp_replicate 2 × dp_shard 4`."""
+        """The sizes as text, for example `dp_replicate 2 × dp_shard 4`."""
         return " × ".join(f"{name} {size}" for name, size in self.axes.items() if size > 1) or "one device"
 
 
 def submesh(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh | None:
-    """The 1-D mesh over those of `axes` that `mesh` has; None if it has none of them."""
+    """A 1-D mesh over those of the `axes` that `mesh` has; None if it has none of them."""
     names = tuple(name for name in axes if name in (mesh.mesh_dim_names or ()))
     if not names:
         return None

@@ -1,7 +1,7 @@
-"""What this rank is doing right now: its step and its phase, kept on the host.
+"""The current step and phase of this rank, kept on the host.
 
-Strategies and modules announce each phase (`enter_phase("forward")`). That costs two assignments and one clock read
-(about 0.2 µs) and never waits for the device. `callbacks.Watchdog` reads it from a thread when a rank stops moving.
+Strategies and modules announce each phase (`enter_phase("forward")`). This costs two assignments and one clock read
+(about 0.2 µs) and never waits for the device. A thread of `callbacks.Watchdog` reads it when a rank hangs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from contextlib import contextmanager
 
 
 class Phase:
-    """The step (from 1; 0 before the first), the phase (data, forward, backward, clip, …), and when it began."""
+    """The step (from 1; 0 before the first), the phase (data, forward, backward, clip, …), and when it began.
+
+    Attributes:
+        step: number of the optimizer step.
+        phase: name of the phase.
+        since: `time.monotonic()` at the beginning of the phase, in seconds.
+    """
 
     __slots__ = ("phase", "since", "step")
 
@@ -24,7 +30,7 @@ current = Phase()
 
 
 def enter_phase(phase: str, step: int | None = None) -> None:
-    """This rank begins `phase`, of `step` where a new one begins."""
+    """Record that this rank begins `phase`, and a new step if `step` is given."""
     if step is not None:
         current.step = step
     current.phase = phase
@@ -33,8 +39,8 @@ def enter_phase(phase: str, step: int | None = None) -> None:
 
 @contextmanager
 def during_phase(phase: str) -> Iterator[None]:
-    """Be in `phase`, then in the phase before. After an exception the phase stays, so that it can be reported."""
+    """Enter `phase`, and go back to the phase before at the end. After an exception the phase stays, to be reported."""
     before = current.phase
     enter_phase(phase)
-    yield
+    yield  # no `finally`: see above
     enter_phase(before)

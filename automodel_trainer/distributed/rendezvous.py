@@ -1,4 +1,4 @@
-"""A store in which nothing is left of processes that torchrun has restarted."""
+"""Rendezvous after a restart by torchrun: a fresh store, without entries of the processes before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def outliving_store(timeout: timedelta) -> dist.Store | None:
-    """The store that torchrun's agent keeps for its ranks, and that is still there after a restart. None elsewhere."""
+    """The store of torchrun's agent, which outlives a restart of the ranks. None if torchrun's agent keeps no store."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -19,11 +19,14 @@ def outliving_store(timeout: timedelta) -> dist.Store | None:
 
 
 def agent_store(timeout: timedelta) -> dist.Store | None:
-    """Of the store that torchrun's agent keeps the part for this attempt; None elsewhere. Collective.
+    """A fresh part of the store of torchrun's agent; None if torchrun's agent keeps no store. Collective.
 
-    The store still has the addresses that ranks left in it before a restart, and new ranks would try to reach
-    processes that are dead (pytorch/pytorch#135712). The restart count cannot keep attempts apart: on several nodes
-    each agent counts for itself.
+    After a restart the store still holds the addresses of the old ranks, and new ranks would try to connect to dead
+    processes (pytorch/pytorch#135712). We cannot use the restart count as a prefix: on several nodes, each agent counts
+    for itself.
+
+    Raises:
+        TimeoutError: a rank did not come in time.
     """
     store = outliving_store(timeout)
     if store is None:
@@ -32,13 +35,14 @@ def agent_store(timeout: timedelta) -> dist.Store | None:
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """The part of `store` that these processes, and none before them, use. Collective.
+    """A part of `store` that only these processes use, and none before them. Collective.
 
-    Every rank draws a name for itself. Rank 0 answers the names it finds with its own, which prefixes the store: who
-    gets an answer to a name it has just drawn has it from a living rank 0. It is done when all ranks have confirmed.
+    Every rank draws a random name and writes it into the store. Rank 0 answers each name it finds with its own, which
+    becomes the prefix of the new store. A rank that gets an answer to its new name knows that it comes from a living
+    rank 0. Rank 0 returns when all ranks have confirmed.
 
     Raises:
-        TimeoutError: a rank has not come.
+        TimeoutError: a rank did not come within `timeout`.
     """
     own = uuid.uuid4().hex
     if rank != 0:
@@ -49,11 +53,11 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelt
     end = time.monotonic() + timeout.total_seconds()
     waiting = list(range(1, world_size))
     while waiting:
-        for other in waiting:
+        for other in waiting:  # again in each round: what is there may be a name of the attempt before
             if store.check([f"hello/{other}"]):
                 store.set(f"answer/{store.get(f'hello/{other}').decode()}", own)
         time.sleep(0.02)
         waiting = [other for other in waiting if not store.check([f"confirmed/{own}/{other}"])]
         if waiting and time.monotonic() > end:
-            raise TimeoutError(f"Rank(s) {waiting} did not come within {timeout}.")
+            raise TimeoutError(f"Rank(s) {waiting} did not join within {timeout}. Look at their output for an error.")
     return dist.PrefixStore(own, store)

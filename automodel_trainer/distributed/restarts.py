@@ -1,4 +1,4 @@
-"""What a run leaves to the one that torchrun starts in its place (`--max-restarts`): the store outlives both."""
+"""Tell a run that torchrun restarts (`--max-restarts`) which run folder to continue, through torchrun's store."""
 
 from __future__ import annotations
 
@@ -8,20 +8,35 @@ from pathlib import Path
 from automodel_trainer.distributed.rendezvous import outliving_store
 
 _TIMEOUT = timedelta(seconds=60)
-_fits = 0  # a script may call fit more than once: a restarted one does so in the same order
+
+
+class _Process:
+    """The number of fits that this process has begun.
+
+    A script may call `fit` more than once. After a restart it calls them in the same order, so the number identifies
+    a fit.
+    """
+
+    fits = 0
+
+
+_process = _Process()
 
 
 def begin_fit() -> Path | None:
-    """To be called on every rank as `fit` begins: the run folder that it had before the restart, if it had one."""
-    global _fits
-    _fits += 1
+    """Count a new fit. Every rank calls this when `fit` begins.
+
+    Returns:
+        The run folder that this fit had before the restart; None if there was none.
+    """
+    _process.fits += 1
     store = outliving_store(_TIMEOUT)
-    key = f"automodel_trainer/fit-{_fits}"
+    key = f"automodel_trainer/fit-{_process.fits}"
     return Path(store.get(key).decode()) if store is not None and store.check([key]) else None
 
 
 def remember(run: Path) -> None:
-    """To be called on one rank: this is where the fit that has begun last writes its checkpoints."""
+    """Note that the latest fit writes its checkpoints into the folder `run`. One rank calls this."""
     store = outliving_store(_TIMEOUT)
     if store is not None:
-        store.set(f"automodel_trainer/fit-{_fits}", str(run))
+        store.set(f"automodel_trainer/fit-{_process.fits}", str(run))

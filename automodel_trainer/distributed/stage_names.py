@@ -1,4 +1,4 @@
-"""What ranks say of a model that pipeline stages share out among them, put together."""
+"""Names and tensors of all pipeline stages. Each rank of a pipeline holds only some of them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ _ATTRIBUTE = "_pipeline"
 
 
 class Stages(Protocol):
-    """What is asked of a pipeline here.
+    """The part of a pipeline that this file uses.
 
-    `rank` is this rank's place among `ranks` of `group`, which send to each other from `device`; `model.split` says
-    what the ranks hold.
+    Attributes:
+        rank: position of this rank in the pipeline, from 0.
+        ranks: number of ranks in the pipeline.
+        group: the process group of these ranks.
+        device: the device that they send tensors from.
+        model: its `split` says which modules and names this rank holds.
     """
 
     rank: int
@@ -27,21 +31,23 @@ class Stages(Protocol):
     device: torch.device
 
     @property
-    def model(self) -> Any: ...
+    def model(self) -> Any:
+        """The model that is split."""
+        ...
 
 
 def mark(model: nn.Module, pipeline: Stages) -> None:
-    """Note on a model that this rank holds some stages of it."""
+    """Record on `model` that this rank holds some stages of it."""
     object.__setattr__(model, _ATTRIBUTE, pipeline)
 
 
 def pipeline_of(model: nn.Module) -> Stages | None:
-    """The pipeline that a model runs in; None for a whole model."""
+    """The pipeline that `model` is split over; None for a whole model."""
     return model.__dict__.get(_ATTRIBUTE)
 
 
 def from_all_stages(model: nn.Module, value: T) -> list[T]:
-    """The values of the pipeline's ranks, in order; only this rank's for a whole model. Collective, over the host."""
+    """The `value` of every rank of the pipeline, in order; only this rank's for a whole model. Collective."""
     pipeline = pipeline_of(model)
     if pipeline is None:
         return [value]
@@ -51,7 +57,10 @@ def from_all_stages(model: nn.Module, value: T) -> list[T]:
 
 
 def of_all_stages(model: nn.Module, values: Mapping[str, T]) -> dict[str, T]:
-    """Values by tensor name of all stages, in the order of the whole model; where two have a name, the first's."""
+    """Merge values by tensor name over all stages, in the order of the whole model. Collective.
+
+    If several stages have a name, the value of the first one is taken.
+    """
     merged: dict[str, T] = {}
     for part in from_all_stages(model, dict(values)):
         merged = {**part, **merged}
@@ -63,20 +72,20 @@ def of_all_stages(model: nn.Module, values: Mapping[str, T]) -> dict[str, T]:
 
 
 def names_of_all_stages(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Names of all stages, in the order of the whole model."""
+    """Merge `names` over all stages, in the order of the whole model. Collective."""
     return list(of_all_stages(model, dict.fromkeys(names)))
 
 
 class WholeTensors:
-    """Tensors of all stages, whole, one at a time, on the ranks of the first stage.
+    """Gathers the tensors of all stages, one at a time, on the ranks of the first stage. Creating it is collective.
 
     Args:
-        model: whole, or in stages.
-        tensors: this rank's, by name.
-        whole: gathers one over the ranks of its stage.
+        model: a whole model, or this rank's stages of one.
+        tensors: this rank's tensors by name.
+        whole: gathers a tensor over the ranks of its stage.
 
     Attributes:
-        shapes: shape and dtype of all tensors of all stages, in the order of the whole model.
+        shapes: shape and dtype of every tensor of every stage, in the order of the whole model.
     """
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> None:
@@ -87,7 +96,10 @@ class WholeTensors:
         self.shapes = {name: (shape, dtype) for name, (_, shape, dtype) in facts.items()}
 
     def get(self, name: str) -> Tensor | None:
-        """The tensor; None on ranks that do not get it. Collective: all ranks ask for the same names in turn."""
+        """The whole tensor, in its full shape, on ranks of the first stage (of a whole model: on all); None elsewhere.
+
+        Collective: all ranks must ask for the same names in the same order.
+        """
         owner, pipeline = self._owners[name], self._pipeline
         rank = pipeline.rank if pipeline is not None else 0
         full = self._whole(self._tensors[name]) if rank == owner else None
@@ -103,7 +115,7 @@ class WholeTensors:
 
 
 def held_elsewhere(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Those of `names` that belong to modules of other ranks' stages."""
+    """Those of the `names` that belong to stages of other ranks."""
     pipeline = pipeline_of(model)
     absent = tuple(f"{name}." for name in pipeline.model.split.absent) if pipeline is not None else ()
     return {name for name in names if name.startswith(absent)} if absent else set()
@@ -121,7 +133,10 @@ def own_runs_of_layers(model: nn.Module, stack: str) -> list[range] | None:
 
 
 def modules_around_layers(model: nn.Module) -> set[str]:
-    """Names of the modules that the layers of a model in stages are inside of: they put out what a stage does."""
+    """Names of the modules that contain the layers of a pipelined model; empty for a whole model.
+
+    Their outputs are those of one stage, not of the whole model.
+    """
     pipeline = pipeline_of(model)
     if pipeline is None:
         return set()

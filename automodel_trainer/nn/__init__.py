@@ -1,4 +1,4 @@
-"""Building blocks of torch that know nothing of this project: no config, no strategy, no LightningModule.
+"""Building blocks on top of torch. They know nothing of this project: no config, no strategy, no LightningModule.
 
-Start with `blocks.py` (which modules are a model's blocks) and `wrap.py` (put something around a module's forward).
+Start with `blocks.py` (find a model's repeated blocks) and `wrap.py` (run code around a module's forward).
 """

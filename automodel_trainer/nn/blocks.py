@@ -1,4 +1,4 @@
-"""Find the repeated blocks of a model: the unit of sharding, prefetch, checkpointing and compilation."""
+"""Find the repeated blocks of a model: the units of sharding, prefetch, checkpointing and compilation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import nn
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The elements of every outermost `nn.ModuleList` that hold parameters, in model order.
+    """The elements of every outermost `nn.ModuleList` that have parameters, in model order.
 
-    That is where transformer stacks of any family keep their layers, vision towers and encoder-decoders included. A
-    list inside a block (experts, say) belongs to its block.
+    Transformers of every family keep their layers in such lists, including vision towers and encoder-decoders. A list
+    inside a block (of experts, for example) belongs to that block.
     """
     blocks: list[nn.Module] = []
     for child in model.children():
@@ -21,11 +21,14 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def untied_input_embedding(model: nn.Module) -> list[nn.Module]:
-    """The input embedding as a unit of its own, unless its weight is also used outside of it (tied to the head)."""
+    """The input embedding as a list of one module, or an empty list if it cannot be a unit of its own.
+
+    It cannot if its weight is used elsewhere too (tied to the head), if it lies inside a block, or if it is the model.
+    """
     get = getattr(model, "get_input_embeddings", None)
     try:
         embedding = get() if get is not None else None
-    except NotImplementedError:  # transformers' answer for models that cannot name one
+    except NotImplementedError:  # transformers raises this for models that do not name their embedding
         embedding = None
     if embedding is None or getattr(embedding, "weight", None) is None:
         return []

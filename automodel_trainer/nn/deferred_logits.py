@@ -1,9 +1,9 @@
-"""Logits that are not there yet: hidden states, and the head that will make logits of a few of them at a time.
+"""Logits that are not computed yet: the hidden states, and the head that computes logits for some of them at a time.
 
 The logits of a micro-batch are often the largest tensor of a training step (8,192 tokens and a vocabulary of 128,256:
-2 GiB in bf16, and more in fp32). `defer_logits` makes a model's head hand over a `DeferredLogits` in their place; the
-loss (`loss.py`) then goes through it in chunks. What a model does to its logits afterwards element by element (a scale,
-a soft cap) is remembered and done to every chunk. Anything else that is done to them gets the real ones.
+2 GiB in bf16, and more in fp32). `defer_logits` makes a model's head return `DeferredLogits` instead, and the loss
+(`modules/loss.py`) then computes them in chunks. Elementwise operations that the model applies to its logits (a scale,
+a soft cap) are recorded and applied to each chunk. Any other operation computes the real logits first.
 """
 
 from __future__ import annotations
@@ -14,22 +14,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from automodel_trainer.nn._torch import pytree
 
 _Change = Callable[[Tensor], Tensor]
-# Functions of one tensor, element by element: how models scale and cap their logits.
+# Elementwise functions of one tensor that models use to scale and cap their logits.
 _ELEMENTWISE = {torch.tanh, torch.mul, torch.div, torch.true_divide}
-_deferring = False  # a plain global: on CUDA, backward may recompute in threads of its own
+
+
+class _State:
+    """Whether heads defer their logits now.
+
+    It is shared by all threads, unlike a ContextVar: on CUDA, autograd may recompute a forward in threads of its own.
+    """
+
+    deferring = False
+
+
+_state = _State()
 
 
 class DeferredLogits:
-    """Stands for `[..., v]` logits.
+    """Stands in for logits `[..., v]`.
 
     Args:
-        hidden: `[..., h]`, what the head is given.
-        head: makes logits of hidden states `[n, h]`.
-        layer: the module whose forward `head` is.
-        changes: what is done to logits after that, each element by itself.
+        hidden: `[..., h]`, the input of the head.
+        head: computes logits `[n, v]` from hidden states `[n, h]`.
+        layer: the module that `head` is the forward of.
+        changes: elementwise functions applied to the logits, in order.
     """
 
     def __init__(self, hidden: Tensor, head: _Change, layer: nn.Module, changes: tuple[_Change, ...] = ()) -> None:
@@ -37,32 +49,33 @@ class DeferredLogits:
 
     @property
     def plain_weight(self) -> Tensor | None:
-        """The head's weight `[v, h]`, if logits are hidden states times it (and the layer's bias), and nothing more."""
+        """The head's weight `[v, h]` if the head is a plain `nn.Linear` and no change follows; None otherwise."""
         linear = getattr(self.head, "__func__", None) is nn.Linear.forward and not self.changes
         return self.layer.weight if linear else None  # type: ignore[return-value]
 
     @property
     def vocabulary(self) -> int:
-        """How many logits a token has (of the whole head, also where it is cut over ranks)."""
+        """Number of logits per token, counted over all ranks if the head is sharded."""
         layer: Any = self.layer
         return int(getattr(layer, "out_features", None) or layer.weight.shape[0])
 
     def of(self, hidden: Tensor) -> Tensor:
-        """The logits of some hidden states: `[..., h]` to `[..., v]`."""
+        """Logits `[..., v]` of hidden states `[..., h]`."""
         logits = self.head(hidden)
         for change in self.changes:
             logits = change(logits)
         return logits
 
     def whole(self) -> Tensor:
-        """All of them."""
+        """All logits, `[..., v]`."""
         return self.of(self.hidden)
 
     def then(self, change: _Change) -> DeferredLogits:
-        """The same with one more change."""
+        """A copy with one more elementwise change at the end."""
         return DeferredLogits(self.hidden, self.head, self.layer, (*self.changes, change))
 
     def float(self) -> DeferredLogits:
+        """Deferred logits in fp32: each chunk is cast when it is computed."""
         return self.then(lambda logits: logits.float())
 
     def __mul__(self, factor: Any) -> Any:
@@ -77,7 +90,7 @@ class DeferredLogits:
         return self.whole()[index]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__"):  # protocol probes such as `__array__` must not compute the logits
             raise AttributeError(name)
         return getattr(self.whole(), name)
 
@@ -97,9 +110,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-# Sharding puts hooks on the tensors in a model's outputs: they shall find the hidden states. (Since torch 2.13 FSDP2
-# looks in dataclasses alone, and would warn of these, which are often a view. It finds its blocks' outputs, which is
-# enough: what the outermost unit holds stays gathered until the backward has passed.)
+# FSDP2 registers backward hooks on the tensors in a module's outputs. As a pytree node, DeferredLogits shows it the
+# hidden states. (Since torch 2.13 FSDP2 looks inside dataclasses only, so it does not find them; it would warn about
+# them anyway, because they are often a view. The outputs of the blocks are enough: the parameters of the outermost unit
+# stay gathered until the backward is over.)
 pytree.register_pytree_node(
     DeferredLogits,
     lambda logits: ([logits.hidden], (logits.head, logits.layer, logits.changes)),
@@ -108,7 +122,7 @@ pytree.register_pytree_node(
 
 
 def defer_logits(model: nn.Module) -> None:
-    """Make the head of `model` (if it has one) defer its logits inside of `deferred_logits()`."""
+    """Make the head of `model` return `DeferredLogits` inside `deferred_logits()`. Without a head, do nothing."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
     if head is None:
@@ -116,17 +130,16 @@ def defer_logits(model: nn.Module) -> None:
     original = head.forward
 
     def forward(hidden: Tensor) -> Any:
-        return DeferredLogits(hidden, original, head) if _deferring else original(hidden)
+        return DeferredLogits(hidden, original, head) if _state.deferring else original(hidden)
 
     head.forward = forward
 
 
 @contextmanager
 def deferred_logits() -> Iterator[None]:
-    """The forward in here is that of an objective, whose loss knows what to do with `DeferredLogits`."""
-    global _deferring
-    before, _deferring = _deferring, True
+    """Defer logits in the forwards inside this context. The loss must accept `DeferredLogits`."""
+    before, _state.deferring = _state.deferring, True
     try:
         yield
     finally:
-        _deferring = before
+        _state.deferring = before

@@ -1,4 +1,4 @@
-"""Floating-point operations that training a token takes, and the peak that a device offers."""
+"""Floating-point operations per trained token, and the peak rate of a device."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Peak dense FLOP/s of the matrix units for bf16 with fp32 accumulation (fp16 where there is no bf16), per device as
-# `torch.cuda.get_device_name` calls it. Source: the vendors' data sheets; where a sheet gives the figure "with
-# sparsity", half of it. The H100 is the SXM part unless its name says otherwise.
+# Peak dense FLOP/s of the matrix units for bf16 with fp32 accumulation (fp16 on devices without bf16), keyed by the
+# name that `torch.cuda.get_device_name` returns. Source: the vendors' data sheets; figures given "with sparsity" are
+# halved. "H100" alone is the SXM part.
 PEAK_FLOPS = {
     "GB300": 2500e12,
     "B300": 2250e12,
@@ -48,18 +48,18 @@ PEAK_FLOPS = {
     "MI350X": 2300e12,
     "MI325X": 1307e12,
     "MI300X": 1307e12,
-    "MI250X": 191.5e12,  # per die: torch sees each of the two as a device
+    "MI250X": 191.5e12,  # per die: torch sees each of its two dies as a device
 }
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak dense bf16 FLOP/s of a device; None for a CPU and for a device that is not in the table."""
+    """Peak dense bf16 FLOP/s of a device; None for a CPU or a GPU that is not in `PEAK_FLOPS`."""
     return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_flops_of(name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a GPU, by its name."""
-    for known in sorted(PEAK_FLOPS, key=len, reverse=True):
+    """Peak dense bf16 FLOP/s of a GPU by its name; None if it is not in `PEAK_FLOPS`."""
+    for known in sorted(PEAK_FLOPS, key=len, reverse=True):  # longest first: "H100 PCIe" before "H100"
         words = r"\W.*".join(re.escape(word) for word in known.split())  # "H100 PCIe" is "NVIDIA H100 80GB PCIe" too
         if re.search(rf"(?<![A-Za-z0-9]){words}(?![A-Za-z0-9])", name):
             return PEAK_FLOPS[known]
@@ -67,25 +67,24 @@ def peak_flops_of(name: str) -> float | None:
 
 
 def flops_per_token(model: nn.Module, seq_len: float, causal: bool = True) -> float:
-    """FLOPs of forward and backward for one token, without recomputation (the count that MFU is defined on).
+    """FLOPs of forward and backward for one token, without recomputation (the count that defines MFU).
 
-    Per weight that is part of a matrix multiplication, and token: 2 in forward; 2 for the gradient of the input; 2 for
-    the gradient of the weight, if it is trained. So 6 for a trained weight, 4 for a frozen one (as under LoRA), and 2
-    for frozen weights before the first trained one, which backward never reaches. Such weights are all that have two
-    dimensions or more, except lookup tables (`nn.Embedding`); the head counts, tied or not. Of a mixture of experts,
-    `num_experts_per_tok` of the experts count.
+    For each token, every element of a matmul weight costs 2 FLOPs in forward, 2 for the gradient of the input, and 2
+    for the gradient of the weight if it is trained. That makes 6 for a trained weight, 4 for a frozen one (as with
+    LoRA), and 2 for the frozen weights before the first trained one, which the backward never reaches. Every weight
+    with two or more dimensions counts, except lookup tables (`nn.Embedding`). The head counts, tied or not. In a
+    mixture of experts, `num_experts_per_tok` of the experts count.
 
-    Attention, per layer and token: `2 · heads · (qk_dim + v_dim)` for every key that the token attends to, in forward,
-    and twice that in backward. A causal token attends to `(seq_len + 1) / 2` keys on average, or at most to the sliding
-    window.
+    Attention costs `2 · heads · (qk_dim + v_dim)` per layer, token and attended key in forward, and twice that in
+    backward. A causal token attends to `(seq_len + 1) / 2` keys on average, and at most to the sliding window.
 
-    Source: PaLM, arXiv 2204.02311, appendix B (`6N + 12·L·H·Q·T`), with the causal half left out of attention and
-    frozen weights told apart.
+    Source: PaLM, arXiv 2204.02311, appendix B (`6N + 12·L·H·Q·T`). Unlike PaLM, we do not count the masked half of
+    causal attention, and we count frozen weights separately.
 
     Args:
-        model: a transformers model, or a module that holds one; sharded parameters count in full, and so do those of
-            other ranks' pipeline stages.
-        seq_len: tokens of a document. Of packed rows `2 · mean(position_ids) + 1` gives the exact attention cost.
+        model: a transformers model, or a module that contains one. Sharded parameters count in full, and so do the
+            parameters of other ranks' pipeline stages.
+        seq_len: tokens of a document. For packed rows, `2 · mean(position_ids) + 1` gives the exact attention cost.
         causal: False counts attention to all `seq_len` keys.
     """
     cost = model.__dict__.get(_ATTRIBUTE) or _training_cost(model)
@@ -93,18 +92,17 @@ def flops_per_token(model: nn.Module, seq_len: float, causal: bool = True) -> fl
 
 
 def keep_training_cost(model: nn.Module) -> None:
-    """Let `flops_per_token` go on counting the whole of `model` when it has been cut into pipeline stages."""
+    """Record the cost of the whole `model`, so that `flops_per_token` is right after it is split into stages."""
     object.__setattr__(model, _ATTRIBUTE, _training_cost(model))
 
 
 @dataclass(frozen=True)
 class _TrainingCost:
-    """What `flops_per_token` takes from a model: FLOPs of its matmuls, the share of its layers that backward reaches,
-    and the sizes that attention depends on."""
+    """The facts about a model that `flops_per_token` needs."""
 
-    matmuls: float
-    reached: float
-    sizes: dict[str, Any]
+    matmuls: float  # FLOPs of all matmuls for one token, forward and backward
+    reached: float  # share of the layers that the backward reaches
+    sizes: dict[str, Any]  # config values that attention depends on
 
 
 _ATTRIBUTE = "_training_cost"
@@ -114,24 +112,24 @@ def _training_cost(model: nn.Module) -> _TrainingCost:
     weights = list(_matmul_weights(model))
     first = next((index for index, (weight, _) in enumerate(weights) if weight.requires_grad), len(weights))
     if any(p.requires_grad for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()):
-        first = -1
+        first = -1  # a trained embedding comes before all matmuls: the backward goes through every one of them
     total = 0.0
     for index, (weight, share) in enumerate(weights):
         forward, input_gradient, weight_gradient = 1, index > first, weight.requires_grad
         total += 2 * (forward + input_gradient + weight_gradient) * share * weight.numel()
-    # Attention has a backward in the layers that backward reaches; the last weight is the head.
+    # Attention has a backward only in the layers that the backward reaches. The last weight is the head, not a layer.
     body = max(1, len(weights) - 1)
     reached = (body - max(0, first)) / body if first < body else 0.0
     return _TrainingCost(total, reached, _text_config(model))
 
 
 def holds_language_model(model: nn.Module) -> bool:
-    """Whether a transformers model is inside, whose sizes `flops_per_token` knows."""
+    """Whether `model` is or contains a transformers model, so that `flops_per_token` knows its sizes."""
     return bool(_text_config(model))
 
 
 def _matmul_weights(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
-    """Every weight of a matrix multiplication with the share of tokens that meet it, in the order of the modules."""
+    """Every matmul weight with the share of tokens that use it (below 1 for experts), in module order."""
     config = _text_config(model)
     experts = next((n for n in map(config.get, ("num_experts", "num_local_experts", "n_routed_experts")) if n), None)
     chosen = config.get("num_experts_per_tok")
@@ -140,14 +138,14 @@ def _matmul_weights(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             continue
-        for weight in module._parameters.values():
-            if weight is not None and weight.ndim >= 2:
+        for _, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            if weight.ndim >= 2:
                 fused = experts is not None and weight.ndim == 3 and weight.shape[0] == experts
                 yield weight, active if fused or id(module) in inside_experts else 1.0
 
 
 def _modules_of_expert_lists(model: nn.Module, experts: int | None) -> set[int]:
-    """Modules of experts that are kept as a list of modules instead of one stacked weight."""
+    """Ids of the modules inside experts, for models that keep experts as a list instead of one stacked weight."""
     if experts is None:
         return set()
     lists = [
@@ -159,7 +157,7 @@ def _modules_of_expert_lists(model: nn.Module, experts: int | None) -> set[int]:
 
 
 def _attention_flops(config: dict[str, Any], seq_len: float, causal: bool) -> float:
-    """Forward FLOPs of attention scores and their product with the values, per token, over all layers."""
+    """Forward FLOPs per token of the attention scores and their product with the values, summed over all layers."""
     heads, layers = config.get("num_attention_heads"), config.get("num_hidden_layers")
     if not heads or not layers:
         return 0.0
@@ -177,12 +175,12 @@ def _keys_per_token(kind: str, seq_len: float, window: int | None, causal: bool)
     if not causal:
         return seq_len
     if kind == "sliding_attention" and window and window < seq_len:
-        return window - window * (window - 1) / (2 * seq_len)
+        return window - window * (window - 1) / (2 * seq_len)  # the first `window` tokens see fewer keys
     return (seq_len + 1) / 2
 
 
 def _text_config(model: nn.Module) -> dict[str, Any]:
-    """The sizes of the language model inside, by the names transformers' configs use; empty if there is none."""
+    """Sizes of the language model inside `model`, under the names of transformers' configs; empty if there is none."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "get_text_config"):

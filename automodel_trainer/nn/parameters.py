@@ -1,4 +1,4 @@
-"""Put other parameters in the place of a model's own."""
+"""Replace the parameters of a model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 
 def replace_parameters(model: nn.Module, change: Callable[[nn.Parameter], Tensor]) -> None:
-    """Every parameter becomes one that holds `change` of it, in place. Tied ones stay one."""
+    """Replace every parameter `p` of the model, in place, with a parameter that holds `change(p)`.
+
+    Tied parameters stay tied: `change` is called once for all of them. Shapes are arbitrary, before and after.
+    """
     made: dict[int, nn.Parameter] = {}
-    kept = []  # ids stay unique as long as the tensors live
+    kept = []  # keeps the old parameters alive, because an id is unique only while its object lives
     for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
+        for key, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) not in made:
                 made[id(parameter)] = nn.Parameter(change(parameter), requires_grad=parameter.requires_grad)
                 kept.append(parameter)
-            module._parameters[key] = made[id(parameter)]
+            module.register_parameter(key, made[id(parameter)])

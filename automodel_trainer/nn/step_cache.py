@@ -1,38 +1,50 @@
-"""While weights do not change, what is made of them (copies, codes, scales) is made once."""
+"""Cache tensors derived from weights (copies, codes, scales) for as long as the weights do not change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_span: object | None = None  # what `unchanged_weights` covers; None outside
+
+class _State:
+    """The span in which weights do not change: an object of its own for each span, None outside of one.
+
+    It is shared by all threads: autograd may recompute a forward in threads of its own.
+    """
+
+    span: object | None = None
+
+
+_state = _State()
 
 
 @contextmanager
 def unchanged_weights() -> Iterator[None]:
-    """The forwards and backwards of one optimizer step."""
-    global _span
-    before, _span = _span, object()
+    """Promise that weights do not change inside: the forwards and backwards of one optimizer step."""
+    before, _state.span = _state.span, object()
     try:
         yield
     finally:
-        _span = before
+        _state.span = before
 
 
 def weights_are_unchanged() -> bool:
-    """Whether a span of `unchanged_weights` is open: what is made now serves until its end."""
-    return _span is not None
+    """Whether we are inside `unchanged_weights`, so that derived tensors stay valid until its end."""
+    return _state.span is not None
 
 
 class StepCache:
-    """Whether what is made of weights is due: the first time inside `unchanged_weights`, and always outside."""
+    """Tells when tensors derived from weights must be computed again.
+
+    They are stale the first time inside each `unchanged_weights`, and always outside of it.
+    """
 
     def __init__(self) -> None:
         self._span: object | None = None
 
     def is_stale(self) -> bool:
-        """True, and the caller makes it."""
-        if _span is not None and self._span is _span:
+        """Whether the caller must compute its tensors now. Marks them as fresh for the rest of the span."""
+        if _state.span is not None and self._span is _state.span:
             return False
-        self._span = _span
+        self._span = _state.span
         return True

@@ -1,4 +1,4 @@
-"""Put something around a module's forward, and leave the module what it is."""
+"""Run code around a module's forward without changing the module's class or parameter names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ Forward = Callable[..., Any]
 
 
 def wrap(module: nn.Module, around: Forward) -> None:
-    """Make `module` run `around(its forward, *args, **kwargs)`."""
+    """Make the forward of `module` call `around(original_forward, *args, **kwargs)`.
+
+    Wraps nest: the last one is the outermost.
+    """
     original = own_forward(module)
 
     @functools.wraps(type(module).forward)
@@ -23,12 +26,17 @@ def wrap(module: nn.Module, around: Forward) -> None:
 
 
 def own_forward(module: nn.Module) -> Forward:
-    """What runs as `module`'s forward now; its class's is looked up when it runs, for sharding changes classes."""
+    """The current forward of `module`.
+
+    If it is the forward of the class, it is looked up at each call, because sharding changes the module's class.
+    """
     wrapped = module.__dict__.get("forward")
     return wrapped if wrapped is not None else _OfClass(module)
 
 
 class _OfClass:
+    """Calls the forward that the class of `module` has at the time of the call."""
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 

@@ -1,4 +1,4 @@
-"""`amt bench`: the speed of a run's own configuration."""
+"""`amt bench`: measure the speed of a run's configuration."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ from automodel_trainer.tools.bench_profile import STEPS, Kernel, ProfileSteps, t
 from automodel_trainer.tools.bench_report import Work, efficiency, results, text
 from automodel_trainer.tools.bench_steps import BatchWatch, StepClock
 
-# What writes into the run's folder, or stops the clock: no part of a training step.
+# Callbacks that write into the run's folder or print: they are not part of a training step.
 _LEFT_OUT = (Checkpoint, ProgressBar, SaveConfigCallback, BatchPreview, HFExport, Ledger, SampleGenerations)
-_MOST_TOKENS = 16384  # of the attention that is measured
+_MOST_TOKENS = 16384  # maximum size of the measured attention
 
 
 class Bench(Callback):
-    """Measures the device before the first step, and puts the results together after the last.
+    """Measures the device before the first step, and combines the results after the last.
+
+    Args:
+        clock: times the steps.
 
     Attributes:
-        found: the results; on every rank the same.
+        found: the results, the same on every rank.
     """
 
     def __init__(self, clock: StepClock) -> None:
@@ -43,6 +46,7 @@ class Bench(Callback):
         self._ceilings: Ceilings | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure what the device can reach, if there is a language model to compare with."""
         model, device = trained_model(trainer), trainer.strategy.root_device
         if holds_language_model(model):
             strategy = trainer.strategy
@@ -53,11 +57,16 @@ class Bench(Callback):
             torch.cuda.reset_peak_memory_stats(device)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Combine the results. Collective.
+
+        Raises:
+            ValueError: the run ended before a step was measured.
+        """
         clock, device, world = self.clock, trainer.strategy.root_device, trainer.world_size
         if not clock.seconds:
             raise ValueError(
                 f"The run ended after {trainer.global_step} optimizer step(s), before one was measured: lower --warmup "
-                f"(now {clock.warmup}), or give it more data or epochs."
+                f"(now {clock.warmup}), or use more data or epochs."
             )
         found = results(clock.seconds, clock.warmup_seconds, clock.data_seconds, clock.totals, world)
         held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_set()
@@ -74,28 +83,31 @@ class Bench(Callback):
 def bench(
     trainer: pl.Trainer, module: Any, data: Any, *, warmup: int = 5, steps: int = 20, profile: Path | None = None
 ) -> dict[str, Any]:
-    """Run `warmup` + `steps` optimizer steps of a fit and measure the latter.
+    """Run `warmup` + `steps` optimizer steps and measure the last `steps` of them.
 
-    Nothing is validated, logged to a logger, or written, but for the profile.
+    The run does not validate, log to a logger, or write anything except the profile.
 
     Args:
-        trainer, module, data: as for `trainer.fit`; the trainer cannot be used for anything else afterwards.
-        warmup: steps that do not count: compilation, allocation, autotuning.
-        steps: that count.
-        profile: a folder for a trace, and a table and a picture of the largest kernels, of `STEPS` more steps.
+        trainer: a Trainer. It cannot be used for anything else afterwards.
+        module: as for `trainer.fit`.
+        data: as for `trainer.fit`.
+        warmup: number of steps that do not count (compilation, allocation, autotuning).
+        steps: number of steps to measure.
+        profile: a folder for a profile of `STEPS` more steps: a trace, and a table and a picture of the largest
+            kernels. None: no profile.
 
     Returns:
-        the results, by names that say their units.
+        The results. Their names include the units.
 
     Raises:
-        ValueError: the data end before a step was measured, or before all that are profiled.
+        ValueError: the data ends before a step was measured, or before the profile is complete.
     """
     clock = StepClock(warmup, steps, STEPS if profile else 0)
     measured = Bench(clock)
     given: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     kept = [callback for callback in given if not isinstance(callback, _LEFT_OUT)]
     profiler = [ProfileSteps(profile, warmup + steps)] if profile else []
-    # What the kept ones do is part of a step.
+    # The clock comes after the callbacks that are kept, because their time is part of a step.
     trainer.callbacks = [BatchWatch(clock), *kept, clock, measured, *profiler]  # type: ignore[attr-defined]
     trainer.loggers = []
     if 0 <= trainer.max_steps < (needed := warmup + steps + clock.extra):
@@ -109,7 +121,7 @@ def bench(
 
 
 def _attention_shape(trainer: pl.Trainer, model: torch.nn.Module) -> AttentionShape:
-    """Of the model, on rows as long as the run's."""
+    """The shape of the model's attention on the run's rows, limited to `_MOST_TOKENS`."""
     config = next(m.config for m in model.modules() if hasattr(getattr(m, "config", None), "get_text_config"))
     config = config.get_text_config()  # type: ignore[union-attr, operator]
     data = getattr(trainer, "datamodule", None)
@@ -125,15 +137,19 @@ def _device_name(device: torch.device) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line."""
+    """The command line.
+
+    Raises:
+        ValueError: a number of steps is less than 1, or the run ended too early.
+    """
     parser = argparse.ArgumentParser(
         prog="amt bench",
         description="Measure the training steps of a run's configuration: time, tokens per second, MFU, memory.",
         epilog="All other options are those of `amt fit`: --config FILE, --trainer.strategy fsdp2, …",
     )
     parser.add_argument("--warmup", type=int, default=5, help="optimizer steps that do not count (default: 5)")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps that count (default: 20)")
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="write a trace and the ten largest kernels")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps to measure (default: 20)")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="write a trace and the ten largest kernels here")
     parser.add_argument("--json", action="store_true", help="print the results as one line of JSON")
     own, rest = parser.parse_known_args(argv)
     if own.warmup < 1 or own.steps < 1:

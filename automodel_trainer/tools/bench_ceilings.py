@@ -1,4 +1,4 @@
-"""What a device can do at its best: matrix multiplication, attention and copying, measured in a second or so."""
+"""Measure the best speed of a device for matmul, attention and copy. It takes about a second."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Fast attention kernels; which of them a device has is seen by trying.
+# Fast attention kernels. We try which of them the device supports.
 _BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 
 
 class Ceilings(NamedTuple):
     """The best of several tries, with nothing else running."""
 
-    matmul: float  # FLOP/s of one large square product
-    attention: float  # FLOP/s of causal attention, forward and backward (a backward counted as two forwards)
-    copy: float  # bytes read and written a second
+    matmul: float  # FLOP/s of a large square matmul
+    attention: float  # FLOP/s of causal attention, forward and backward (the backward counts as two forwards)
+    copy: float  # bytes read and written per second
 
 
 class AttentionShape(NamedTuple):
-    """Of one call: `[batch, heads, length, head_dim]`; all heads have keys of their own."""
+    """Shape of the queries, keys and values of one call: `[batch, heads, length, head_dim]`."""
 
     batch: int
     heads: int
@@ -33,7 +33,7 @@ class AttentionShape(NamedTuple):
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> Ceilings:
-    """Measure `device` in the dtype that a run computes in, with the attention that the run has."""
+    """Measure a device in the compute dtype of a run and with the shape of the run's attention."""
     return Ceilings(_matmul(device, dtype), _attention(device, dtype, shape), _copy(device))
 
 
@@ -50,7 +50,7 @@ def _attention(device: torch.device, dtype: torch.dtype, shape: AttentionShape) 
     def both_ways() -> None:
         F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(gradient)
 
-    keys = (shape.length + 1) / 2  # that a token attends to, on average
+    keys = (shape.length + 1) / 2  # average number of keys that a token attends to
     flops = 3 * 4 * shape.batch * shape.heads * shape.length * keys * shape.head_dim
     scopes: list[AbstractContextManager[None]] = [nullcontext()]
     if device.type == "cuda":
@@ -60,7 +60,7 @@ def _attention(device: torch.device, dtype: torch.dtype, shape: AttentionShape) 
         try:
             with scope:
                 best = min(best, _best(both_ways, device))
-        except RuntimeError:  # this device, dtype or shape has no such kernel
+        except RuntimeError:  # there is no such kernel for this device, dtype or shape
             continue
     return flops / best
 
@@ -73,8 +73,8 @@ def _copy(device: torch.device) -> float:
 
 
 def _best(call: Callable[[], object], device: torch.device, seconds: float = 0.3, least: int = 5) -> float:
-    """Seconds of the fastest call."""
-    call()
+    """Seconds of the fastest of at least `least` calls, which take at least `seconds` together."""
+    call()  # warm up
     best, start, count = float("inf"), time.perf_counter(), 0
     while count < least or time.perf_counter() - start < seconds:
         best = min(best, _timed(call, device))

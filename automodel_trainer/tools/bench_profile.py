@@ -1,4 +1,4 @@
-"""Profiles a few optimizer steps: a chrome trace, and the kernels that took most time as a table and as a picture."""
+"""Profile a few optimizer steps: write a Chrome trace, and the most expensive kernels as a table and a picture."""
 
 from __future__ import annotations
 
@@ -12,23 +12,31 @@ from lightning.pytorch.callbacks import Callback
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-STEPS = 3
-KERNELS = 10
+STEPS = 3  # number of optimizer steps to profile
+KERNELS = 10  # number of kernels in the table
 
 
 class Kernel(NamedTuple):
-    """A kernel of the device (without one: an operator of the CPU)."""
+    """A kernel on the device, or an operator on the CPU if there is no device."""
 
     name: str
-    calls: float  # a step
-    milliseconds: float  # a step
-    share: float  # of the time of all kernels
+    calls: float  # per step
+    milliseconds: float  # per step
+    share: float  # of the time of all kernels, from 0 to 1
 
 
 class ProfileSteps(Callback):
-    """Profiles `STEPS` optimizer steps, beginning after step `first`, and writes `folder` on rank 0.
+    """Profiles `STEPS` optimizer steps and writes the results on rank 0.
 
-    `trace.json.gz` is for chrome://tracing or https://ui.perfetto.dev, `kernels.md` and `kernels.svg` for people.
+    Open `trace.json.gz` in chrome://tracing or https://ui.perfetto.dev. `kernels.md` and `kernels.svg` show the most
+    expensive kernels.
+
+    Args:
+        folder: the folder to write.
+        first: the step after which profiling begins.
+
+    Attributes:
+        kernels: the most expensive kernels, once the profile is complete.
     """
 
     def __init__(self, folder: Path, first: int) -> None:
@@ -37,6 +45,7 @@ class ProfileSteps(Callback):
         self._profile: profile | None = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Start and stop the profiler."""
         if trainer.global_step == self.first and self._profile is None:
             cuda = trainer.strategy.root_device.type == "cuda"
             self._profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
@@ -50,12 +59,17 @@ class ProfileSteps(Callback):
                 self._write(self._profile)
 
     def on_train_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Check that the profile is complete.
+
+        Raises:
+            ValueError: the run ended too early.
+        """
         if not self.kernels:
             if self._profile is not None:
                 self._profile.stop()
             raise ValueError(
-                f"The run ended after {trainer.global_step} optimizer step(s), and --profile looks at {STEPS} beyond "
-                f"{self.first}: lower --steps or --warmup, or give it more data or epochs."
+                f"The run ended after {trainer.global_step} optimizer step(s), but --profile needs {STEPS} steps after "
+                f"step {self.first}: lower --steps or --warmup, or use more data or epochs."
             )
 
     def _write(self, profiled: profile) -> None:
@@ -66,7 +80,13 @@ class ProfileSteps(Callback):
 
 
 def kernels_of(profiled: profile, steps: int, most: int = KERNELS) -> list[Kernel]:
-    """The kernels that took most time themselves, those they call left out."""
+    """The kernels with the most time of their own (without the time of kernels that they call).
+
+    Args:
+        profiled: a profiler that has stopped.
+        steps: number of profiled steps.
+        most: maximum number of kernels.
+    """
     averages = [event for event in profiled.key_averages() if not getattr(event, "is_user_annotation", False)]
     on_device = [event for event in averages if event.device_type == DeviceType.CUDA]
     times = [(e.self_device_time_total if on_device else e.self_cpu_time_total, e) for e in on_device or averages]
@@ -76,8 +96,8 @@ def kernels_of(profiled: profile, steps: int, most: int = KERNELS) -> list[Kerne
 
 
 def table(kernels: list[Kernel]) -> str:
-    """A markdown table."""
-    lines = ["| kernel | calls a step | ms a step | share |", "| --- | ---: | ---: | ---: |"]
+    """The kernels as a Markdown table."""
+    lines = ["| kernel | calls per step | ms per step | share |", "| --- | ---: | ---: | ---: |"]
     for kernel in kernels:
         name = kernel.name if len(kernel.name) <= 80 else kernel.name[:79] + "…"
         name = name.replace("|", "\\|")
@@ -85,8 +105,8 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(kernels: list[Kernel], title: str = "Time of the largest kernels, ms a step") -> str:
-    """A bar chart as SVG."""
+def picture(kernels: list[Kernel], title: str = "Most expensive kernels, ms per step") -> str:
+    """The kernels as an SVG bar chart."""
     row, left, width = 26, 380, 420
     longest = max((kernel.milliseconds for kernel in kernels), default=1.0)
     height = row * (len(kernels) + 2)

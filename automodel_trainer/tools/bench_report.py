@@ -1,4 +1,4 @@
-"""What a benchmark found, as numbers and as text."""
+"""The results of a benchmark, as numbers and as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from automodel_trainer.tools.bench_ceilings import Ceilings
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs that the model needs for one token, forward and backward, without recomputation."""
+    """FLOPs of the model for one token, forward and backward, without recomputation."""
 
     matmul: float
     attention: float
@@ -21,7 +21,15 @@ class Work:
 def results(
     seconds: list[float], warmup: list[float], data_seconds: float, totals: Totals, world_size: int
 ) -> dict[str, Any]:
-    """Times of one rank's steps and what all ranks trained on in them, as numbers."""
+    """Speed of the measured steps.
+
+    Args:
+        seconds: durations of the measured steps on this rank.
+        warmup: durations of the warm-up steps.
+        data_seconds: total time that the host waited for data.
+        totals: counts of the measured steps over all ranks.
+        world_size: number of ranks.
+    """
     step = statistics.median(seconds)
     found = {
         "steps": len(seconds),
@@ -37,8 +45,15 @@ def results(
 
 
 def efficiency(tokens_per_second: float, work: Work, ceilings: Ceilings, peak: float | None) -> dict[str, float]:
-    """Of one device: how near it comes to its data sheet, and to what was measured on it."""
-    least = work.matmul / ceilings.matmul + work.attention / ceilings.attention  # seconds a token, and nothing else
+    """The speed of one device relative to its data sheet and to the measured ceilings.
+
+    Args:
+        tokens_per_second: tokens per second of one device.
+        work: FLOPs per token.
+        ceilings: measured on the device.
+        peak: FLOP/s of the data sheet, if known.
+    """
+    least = work.matmul / ceilings.matmul + work.attention / ceilings.attention  # minimum seconds per token
     found = {
         "tflops_per_device": (work.matmul + work.attention) * tokens_per_second / 1e12,
         "share_of_ceilings": least * tokens_per_second,
@@ -51,14 +66,14 @@ def efficiency(tokens_per_second: float, work: Work, ceilings: Ceilings, peak: f
 
 
 def spread(values: list[float]) -> float:
-    """Half of what lies between the first and the last decile."""
+    """Half the distance between the first and the last decile."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return (ordered[round(0.9 * last)] - ordered[round(0.1 * last)]) / 2
 
 
 def text(found: dict[str, Any]) -> str:
-    """A few lines for people."""
+    """The results as a few lines of text."""
     half = 100 * found["step_seconds_spread"] / found["step_seconds"]
     rows = [("step", f"{_duration(found['step_seconds'])} ± {half:.1f} % (median of {found['steps']} steps)")]
     if "tokens_per_second" in found:

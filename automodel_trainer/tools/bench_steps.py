@@ -1,4 +1,4 @@
-"""Times the optimizer steps of a run without making the host wait for the device."""
+"""Time the optimizer steps of a run without device syncs."""
 
 from __future__ import annotations
 
@@ -14,25 +14,32 @@ from automodel_trainer.callbacks.layout import dp_size, sum_over_ranks
 
 
 class BatchWatch(Callback):
-    """Tells a clock when a batch arrives; to be the first of the callbacks, as the clock is one of the last."""
+    """Tells a clock when a batch arrives. It must be the first callback, while the clock is one of the last."""
 
     def __init__(self, clock: StepClock) -> None:
         self.clock = clock
 
     def on_train_batch_start(self, *args: Any) -> None:
+        """Tell the clock."""
         self.clock.batch_arrived()
 
 
 class StepClock(Callback):
-    """Times `steps` optimizer steps after `warmup`, and ends the run after `extra` more (for a profiler).
+    """Times `steps` optimizer steps after `warmup` steps, and ends the run after `extra` more (for a profiler).
 
-    A step goes from the end of the one before to its own end: loading, hooks and logging are in it. On a GPU the ends
-    are marks in the device's own queue.
+    A step lasts from the end of the previous step to its own end, so it includes loading, hooks and logging. On a GPU
+    the ends are CUDA events, which do not make the host wait.
+
+    Args:
+        warmup: number of steps that do not count.
+        steps: number of steps to measure.
+        extra: number of further steps before the run ends.
 
     Attributes:
-        warmup_seconds, seconds: of each step.
-        data_seconds: of the measured steps together, that the host waited for batches.
-        totals: what the measured steps trained on, over all ranks.
+        warmup_seconds: durations of the warm-up steps.
+        seconds: durations of the measured steps.
+        data_seconds: total time in the measured steps that the host waited for batches.
+        totals: counts of the measured steps over all ranks.
     """
 
     def __init__(self, warmup: int, steps: int, extra: int = 0) -> None:
@@ -47,20 +54,23 @@ class StepClock(Callback):
         self._step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
         self._device = trainer.strategy.root_device
         self._step = trainer.global_step
         self._mark()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
+        """Count a batch of a measured step."""
         if self._measuring:
             self._counts.add(batch)
 
     def batch_arrived(self) -> None:
-        """To be called before any other callback sees a batch."""
+        """Count the time that the host waited. Call it before any other callback sees the batch."""
         if self._measuring and self._batch_ended is not None:
             self.data_seconds += time.perf_counter() - self._batch_ended
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Mark the end of a step, and stop the run after the last one."""
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         if stepped and len(self._marks) <= self.warmup + self.steps:
             self._mark()
@@ -69,9 +79,10 @@ class StepClock(Callback):
         self._batch_ended = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compute durations and totals. Collective."""
         seconds = self._between_marks()
         self.warmup_seconds, self.seconds = seconds[: self.warmup], seconds[self.warmup :]
-        copies = trainer.world_size // dp_size(trainer)  # ranks that see the same data count it once
+        copies = trainer.world_size // dp_size(trainer)  # so many ranks see the same data, which counts once
         summed = sum_over_ranks(trainer, self._counts.tensor(self._device))
         self.totals = Totals(*(int(count) // copies for count in summed.tolist()))
 

@@ -1,4 +1,4 @@
-"""What a command prints when it fails."""
+"""Print errors of commands for users."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from pathlib import Path
 
 
 def explain_errors(run: Callable[[], None]) -> None:
-    """Print what this project says to its users without a traceback; anything else is a bug and keeps its own."""
+    """Call `run` and print this project's errors for users without a traceback.
+
+    These are the ValueErrors that the project's own code raises. Any other error is a bug and keeps its traceback.
+
+    Raises:
+        SystemExit: with code 1, after such an error.
+    """
     try:
         run()
     except ValueError as error:
         if os.environ.get("AMT_TRACEBACK") or not _is_ours(error):
             raise
-        print(f"\namt: {error}\n(AMT_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+        print(f"\namt: {error}\n(set AMT_TRACEBACK=1 to see where it was raised)", file=sys.stderr)
         raise SystemExit(1) from None
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the error was raised by this package's own code, on purpose."""
+    """Whether this package's own code raised the error."""
     frames = traceback.extract_tb(error.__traceback__)
     package = Path(__file__).resolve().parents[1]
     homes = (package, package.parent / "strategies", package.parent / "callbacks")

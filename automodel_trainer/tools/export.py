@@ -1,4 +1,4 @@
-"""`amt export`: a checkpoint as a model folder, and the proof that it computes the same.
+"""`amt export`: write a checkpoint as a model folder, and check that it computes the same.
 
 amt export runs/sft/checkpoints/latest --output model --dtype bfloat16 --check
 """
@@ -30,13 +30,22 @@ PROMPTS = (
     "1, 2, 4, 8, 16, 32, 64,",
     "Müßiggang ist aller Laster Anfang. 千里之行，始于足下。",
 )
-# What rounding the weights once may cost, in nats per token. A lost or swapped tensor costs more than any of these.
+# The maximum mean divergence caused by rounding the weights once, in nats per token. A lost or swapped tensor causes
+# more than any of these.
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass
 class Comparison:
-    """Kullback-Leibler divergence of the exported model's next-token distribution from the source's, nats per token."""
+    """How much the next-token distributions of a source and its export differ.
+
+    Attributes:
+        mean: mean Kullback-Leibler divergence of the export from the source, in nats per token.
+        largest: the largest divergence of a token, in nats.
+        same_first: share of tokens for which both predict the same most likely token.
+        tokens: number of tokens compared.
+        limit: maximum of `mean` for the export's dtype.
+    """
 
     mean: float
     largest: float
@@ -47,7 +56,7 @@ class Comparison:
     def __str__(self) -> str:
         return (
             f"KL(source ‖ export) over {self.tokens} tokens of {len(PROMPTS)} prompts: mean {self.mean:.2e}, largest "
-            f"{self.largest:.2e} nats (limit of the mean {self.limit:.0e}); the same most likely token in "
+            f"{self.largest:.2e} nats (limit of the mean: {self.limit:.0e}); the most likely token is the same for "
             f"{self.same_first:.1%}"
         )
 
@@ -60,12 +69,18 @@ def compare(
     *,
     trust_remote_code: bool = False,
 ) -> Comparison:
-    """Load both, the exported one with plain transformers, and compare what they predict for fixed prompts, in fp32.
+    """Load both models in fp32 on the CPU, one at a time, and compare their predictions for fixed prompts.
 
-    One model is in memory at a time, in fp32 on the CPU.
+    The exported model is loaded with plain transformers.
+
+    Args:
+        source: the checkpoint, model or adapter that was exported.
+        exported: the exported folder.
+        base: base model of an adapter. None: the one that the adapter's config names.
+        trust_remote_code: run model code that comes with the models.
 
     Raises:
-        ValueError: one of them cannot be loaded.
+        ValueError: a model cannot be loaded.
     """
     prompts = _prompts(Path(exported), trust_remote_code)
     loaded = _load_source(source, base, trust_remote_code)
@@ -98,12 +113,12 @@ def _load_source(
 
 
 def _log_probs(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:
-    """Log-probabilities of the next token after each of a prompt's, `[s, vocabulary]`, fp32."""
+    """Log-probabilities of the next token after each token of `ids` `[1, s]`: fp32 `[s, vocabulary]`."""
     return model.eval()(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
 
 
 def _prompts(folder: Path, trust_remote_code: bool) -> list[Tensor]:
-    """Token ids of the prompts, `[1, s]` each; of a model without a tokenizer the first of its vocabulary."""
+    """Token ids of the prompts, `[1, s]` each. For a model without a tokenizer, random ids."""
     if has_tokenizer(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return [tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
@@ -113,7 +128,11 @@ def _prompts(folder: Path, trust_remote_code: bool) -> list[Tensor]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; an export that computes something else is an error."""
+    """The command line.
+
+    Raises:
+        ValueError: with --check, the export does not compute the same as the source.
+    """
     parser = arguments("amt export", "Write a checkpoint, or an adapter and its base model, for any program to load.")
     parser.add_argument("--check", action="store_true", help="load it with transformers and compare with the source")
     args = parser.parse_args(argv)
@@ -124,6 +143,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(result)
         if not result.mean <= result.limit:
             raise ValueError(
-                f"{folder} does not compute what {args.source} does: {result}. Do not use it. If rounding to --dtype "
-                "is at fault, export without it."
+                f"{folder} does not compute the same as {args.source}: {result}. Do not use it. If rounding to --dtype "
+                "is the cause, export without --dtype."
             )

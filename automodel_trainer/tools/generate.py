@@ -1,4 +1,4 @@
-"""`amt generate`: ask a Hugging Face folder something and watch the answer arrive.
+"""`amt generate`: ask the model in a Hugging Face folder and see its answer token by token.
 
 amt generate --model runs/quickstart/export --prompt "What does `math.hypot` do in Python?"
 amt generate --model runs/quickstart/export            # a conversation, one line at a time
@@ -32,25 +32,25 @@ def generate(
     device: str | None = None,
     dtype: str = "auto",
 ) -> list[str]:
-    """Load a model folder, stream the answer to the terminal and return it.
+    """Load a model folder, stream the answers to the terminal and return them.
 
     Args:
-        model: a folder with config, tokenizer and weights (or the id of a model that is in the local cache).
-        prompt: the question; None reads one per line from standard input, as turns of one conversation (an empty
-            line starts a new one).
-        system: a system message put before the conversation; models without chat template take none.
-        max_new_tokens: the most tokens one answer may have.
-        temperature: 0 always takes the likeliest token (greedy); above 0 draws.
-        top_p: draws only from the likeliest tokens that hold this share of the probability.
-        seed: makes drawn answers repeatable.
-        device: where to run; None takes a GPU when there is one.
-        dtype: "auto" takes what the folder was saved in, or a torch name such as "bfloat16".
+        model: a folder with config, tokenizer and weights, or the id of a model in the local cache.
+        prompt: the prompt. None: read one per line from standard input, as turns of one conversation. An empty line
+            starts a new conversation.
+        system: a system message at the start of the conversation. The model must have a chat template.
+        max_new_tokens: maximum number of tokens per answer.
+        temperature: 0 always takes the most likely token (greedy); above 0, tokens are sampled.
+        top_p: sample only from the most likely tokens with this total probability.
+        seed: makes sampled answers repeatable.
+        device: the device to run on. None: a GPU if there is one, otherwise the CPU.
+        dtype: "auto" for the dtype of the files, or a torch dtype such as "bfloat16".
 
     Returns:
-        The answers, one for each prompt.
+        One answer per prompt.
 
     Raises:
-        ValueError: the folder holds no model, or an argument makes no sense for it.
+        ValueError: the folder is not a model folder, or an argument has a bad value.
     """
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ValueError(
@@ -60,7 +60,7 @@ def generate(
     check_folder(model)
     loaded, tokenizer = load(model, device=device, dtype=dtype)
     if system is not None and not tokenizer.chat_template:
-        raise ValueError(f"{model} has no chat template, so a system message has no place in it. Leave `system` out.")
+        raise ValueError(f"{model} has no chat template, so it does not support a system message. Leave out `system`.")
     if seed is not None:
         from transformers import set_seed
 
@@ -80,7 +80,11 @@ def generate(
 
 
 def check_folder(model: str | Path) -> None:
-    """Refuse a folder that cannot be loaded, naming what it lacks; a name that is no folder is left to transformers."""
+    """Check that a folder has the files of a model. Other names are left to transformers.
+
+    Raises:
+        ValueError: the folder lacks its config or weights.
+    """
     folder = Path(model)
     if not folder.is_dir():
         return
@@ -90,13 +94,17 @@ def check_folder(model: str | Path) -> None:
     if lacks:
         inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(
-            f"{folder} is not a model folder: no {' and no '.join(lacks)} in it (it holds: {inside}). Name a folder "
-            "written by `save_pretrained`."
+            f"{folder} is not a model folder: it has no {' and no '.join(lacks)} (it contains: {inside}). Give a "
+            "folder written by `save_pretrained`."
         )
 
 
 def load(model: str | Path, device: str | None, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model (in eval mode, on its device) and its tokenizer."""
+    """Load a model, in eval mode and on its device, and its tokenizer.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,9 +116,11 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[Any, PreTra
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
     except (OSError, SafetensorError) as error:
         found = (
-            "is there, but cannot be loaded" if Path(model).is_dir() else "is no folder, nor in the local model cache"
+            "exists but cannot be loaded"
+            if Path(model).is_dir()
+            else "is neither a folder nor a model in the local cache"
         )
-        raise ValueError(f"--model {model}: {found}. Name a folder written by `save_pretrained`. ({error})") from error
+        raise ValueError(f"--model {model} {found}. Give a folder written by `save_pretrained`. ({error})") from error
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
@@ -130,10 +140,10 @@ def _answer(
 
 
 def _read_lines() -> Iterator[str]:
-    """Lines of standard input, with a prompt mark when a person types them, until the end of the input."""
+    """Yield the lines of standard input until its end. In a terminal, show a prompt mark."""
     interactive = sys.stdin.isatty()
     if interactive:
-        print("Type a line and press Enter. An empty line starts a new conversation, Ctrl-D ends.")
+        print("Type a line and press Enter. An empty line starts a new conversation. Ctrl-D exits.")
     try:
         while True:
             yield input("> " if interactive else "")
@@ -146,12 +156,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="amt generate", description="Generate text with a model folder.")
     parser.add_argument("--model", required=True, help="folder with config, tokenizer and safetensors")
-    parser.add_argument("--prompt", help="the question; without it, lines are read from the terminal")
-    parser.add_argument("--system", help="a system message before the conversation")
+    parser.add_argument("--prompt", help="the prompt; without it, lines are read from standard input")
+    parser.add_argument("--system", help="a system message at the start of the conversation")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, help="makes drawn answers repeatable")
-    parser.add_argument("--device", help="for example cuda:0 or cpu (default: a GPU when there is one)")
-    parser.add_argument("--dtype", default="auto", help="for example bfloat16 (default: as saved)")
+    parser.add_argument("--seed", type=int, help="makes sampled answers repeatable")
+    parser.add_argument("--device", help="for example cuda:0 or cpu (default: a GPU if there is one)")
+    parser.add_argument("--dtype", default="auto", help="for example bfloat16 (default: the dtype of the files)")
     generate(**vars(parser.parse_args(argv)))

@@ -1,4 +1,4 @@
-"""`amt inspect`: what a checkpoint, a model folder or an adapter holds, and whether it is whole.
+"""`amt inspect`: show what a checkpoint, a model folder or an adapter contains, and whether it is intact.
 
 amt inspect runs/sft/checkpoints/latest
 amt inspect my-model --json
@@ -29,14 +29,17 @@ _COUNTED = ("batches_yielded", "epoch", "global_batch_size", "seed")
 
 
 def inspect(source: str | os.PathLike[str]) -> Facts:
-    """What is in a folder, as plain data. What is damaged is told in `health`, for which all of it is read.
+    """The content of a folder as plain data. Every byte is read to check it.
+
+    Args:
+        source: a checkpoint, or the folder or Hub id of a model or adapter.
 
     Returns:
-        `kind` (checkpoint, model, adapter), `path`, `health` ("whole", or what is wrong), `weights` and, of a
+        `kind` (checkpoint, model, adapter), `path`, `health` ("whole", or what is damaged), `weights` and, for a
         checkpoint, `step`, `epoch`, `created`, `run`, `layout`, `world_size`, `versions`, `optimizer`, `config`, …
 
     Raises:
-        ValueError: no such folder, or nothing of the kind in it.
+        ValueError: the folder does not exist, or is none of these.
     """
     folder = local_folder(source)
     if not is_checkpoint(folder) and not (folder / "model").is_dir():
@@ -61,16 +64,23 @@ def _health(folder: Path) -> str:
 def _of_model(folder: Path) -> Facts:
     adapter = is_adapter(folder)
     if not adapter:
-        weight_files(folder)  # an index that fits its files
+        weight_files(folder)  # checks the index against the files
     kind = "adapter" if adapter else "model"
     return {"kind": kind, "path": str(folder.resolve()), "health": "whole", "weights": weights_in(folder)}
 
 
 def weights_in(folder: Path) -> Facts:
-    """Files, tensors, numbers and bytes by dtype of the safetensors in a folder, and the model's class."""
+    """Counts of the safetensors files in a folder, and the class of the model or the base of the adapter.
+
+    Returns:
+        `files`, `tensors`, `numbers` (elements), `bytes` by dtype, and `architectures` or `base_model_name_or_path`.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
     files = sorted(folder.glob("*.safetensors"))
     sizes: dict[str, int] = {}
-    tensors = numbers = 0
+    tensors = elements = 0
     with progress("headers", sum(file.stat().st_size for file in files)) as advance:
         for file in files:
             check_safetensors(file)
@@ -78,9 +88,9 @@ def weights_in(folder: Path) -> Facts:
                 count = math.prod(shape)
                 name = str(dtype).removeprefix("torch.")
                 sizes[name] = sizes.get(name, 0) + count * dtype.itemsize
-                tensors, numbers = tensors + 1, numbers + count
+                tensors, elements = tensors + 1, elements + count
             advance(file.stat().st_size)
-    facts = {"files": len(files), "tensors": tensors, "numbers": numbers, "bytes": sizes}
+    facts = {"files": len(files), "tensors": tensors, "numbers": elements, "bytes": sizes}
     for name, key in (("config.json", "architectures"), ("adapter_config.json", "base_model_name_or_path")):
         if (folder / name).is_file():
             facts[key] = json.loads((folder / name).read_text()).get(key)
@@ -128,7 +138,7 @@ def _run(folder: Path) -> Facts:
 
 
 def _found(value: Any, key: str) -> Any:
-    """The first value of `key` anywhere inside."""
+    """The first value of `key` anywhere inside nested dicts and lists; None if there is none."""
     if isinstance(value, dict) and key in value:
         return value[key]
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -151,7 +161,7 @@ _PARTS = {
 
 
 def rows_of(facts: Facts) -> list[Row]:
-    """The facts for human eyes."""
+    """The facts as lines of text."""
     rows = [("path", facts["path"])]
     if facts["kind"] == "checkpoint":
         rows += _checkpoint_rows(facts)
@@ -195,7 +205,7 @@ def _weights_text(weights: Facts) -> str:
     kind = ", ".join(weights.get("architectures") or [])
     base = weights.get("base_model_name_or_path")
     kind = kind or (f"adapter of {base}" if base else "")
-    counts = f"{weights['numbers']:,} numbers in {weights['tensors']} tensors, {weights['files']} file(s)"
+    counts = f"{weights['numbers']:,} elements in {weights['tensors']} tensors, {weights['files']} file(s)"
     return f"{kind + ': ' if kind else ''}{counts}, {_sizes(weights)}"
 
 
@@ -204,10 +214,14 @@ def _sizes(facts: Facts) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; exits with 1 where something is damaged."""
-    parser = argparse.ArgumentParser(prog="amt inspect", description="Say what a checkpoint or model folder holds.")
+    """The command line.
+
+    Raises:
+        SystemExit: with code 1, if something is damaged.
+    """
+    parser = argparse.ArgumentParser(prog="amt inspect", description="Show what a checkpoint or model folder contains.")
     parser.add_argument("source", help="checkpoint, or folder or Hub id of a model or adapter")
-    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     args = parser.parse_args(argv)
     facts = inspect(args.source)
     print(json.dumps(facts, indent=2, default=str) if args.json else block(facts["kind"], rows_of(facts)))

@@ -1,4 +1,4 @@
-"""`amt merge`: a LoRA adapter and its base model, or the shards of a checkpoint, become one model folder.
+"""`amt merge`: write a LoRA adapter with its base model, or the model of a checkpoint, as one model folder.
 
 amt merge runs/lora/export --output runs/lora/merged
 amt merge adapter --output merged --base org/model --dtype bfloat16
@@ -25,21 +25,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def arguments(program: str, description: str) -> argparse.ArgumentParser:
-    """What `amt merge` and `amt export` are told."""
+    """A parser with the options that `amt merge` and `amt export` share."""
     parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("source", help="checkpoint, or folder or Hub id of a model or of an adapter in PEFT's format")
     parser.add_argument("--output", required=True, help="folder to write; must not exist")
-    parser.add_argument("--base", help="folder or Hub id of the base model (default: what the adapter names)")
+    parser.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as it is)"
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the weights (default: unchanged)"
     )
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: %(default)s)")
+    parser.add_argument("--max-shard-size", default="5GB", help="maximum size of a weight file (default: %(default)s)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
     return parser
 
 
 def merge_as_asked(args: argparse.Namespace) -> Path:
-    """`merge` with these arguments."""
+    """Call `merge` with parsed arguments, and return the folder."""
     options = {"max_shard_size": args.max_shard_size, "trust_remote_code": args.trust_remote_code}
     dtype = getattr(torch, args.dtype) if args.dtype else None
     return merge(args.source, args.output, args.base, dtype, **options)

@@ -1,4 +1,4 @@
-"""`amt pipeline`: what a pipeline schedule looks like, and how long its ranks wait."""
+"""`amt pipeline`: show a pipeline schedule and how long its ranks wait."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from automodel_trainer.strategies.pipeline.schedule import SCHEDULES, stages_per
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints a schedule as a text grid with its predicted bubble; `--html` writes a page for the browser."""
+    """The command line: print a schedule as text with its predicted bubble; `--html` also writes a page."""
     parser = argparse.ArgumentParser(prog="amt pipeline", description=__doc__)
-    parser.add_argument("--schedule", default="1f1b", help=f"one of {', '.join(SCHEDULES)} (default 1f1b); or all")
-    parser.add_argument("--pp", type=int, default=4, help="ranks of the pipeline (default 4)")
-    parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches per optimizer step (default 8)")
-    parser.add_argument("--virtual-stages", type=int, help="stages per rank; default: what the schedule asks for")
-    parser.add_argument("--html", type=Path, help="write a page for the browser here")
+    parser.add_argument("--schedule", default="1f1b", help=f"one of {', '.join(SCHEDULES)}, or all (default: 1f1b)")
+    parser.add_argument("--pp", type=int, default=4, help="number of ranks in the pipeline (default: 4)")
+    parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches per optimizer step (default: 8)")
+    parser.add_argument("--virtual-stages", type=int, help="stages per rank (default: depends on the schedule)")
+    parser.add_argument("--html", type=Path, help="write an HTML page to this file")
     args = parser.parse_args(list(argv))
     pages = []
     for name in SCHEDULES if args.schedule == "all" else [args.schedule]:
@@ -34,4 +34,4 @@ def main(argv: Sequence[str]) -> None:
         pages.append(html_picture(timed, title))
     if args.html:
         args.html.write_text("\n".join(pages))
-        print(f"wrote {args.html}")
+        print(f"Page written to {args.html}.")

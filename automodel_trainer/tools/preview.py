@@ -1,4 +1,4 @@
-"""`amt preview`: the first batch of a run's configuration, before anything is trained."""
+"""`amt preview`: show the first batch of a run's configuration without training."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from automodel_trainer.data.preview import preview
 from automodel_trainer.lightning_cli import build
 from automodel_trainer.modules import CausalLMModule
 
-# Data is looked at on one device: neither GPUs nor the run's own layout are needed for it.
+# A preview needs neither GPUs nor the run's own layout.
 _ONE_DEVICE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the first rows; with --html write the whole batch as a page.
+    """The command line: print the first rows, and with --html write the whole batch as a page.
 
     Raises:
-        ValueError: the configuration's data is not one of this project's data modules.
+        ValueError: the data of the configuration is not one of this project's data modules.
     """
     parser = argparse.ArgumentParser(
         prog="amt preview",
         description="Show the first batch as the model will see it: trained, masked and boundary tokens.",
         epilog="All other options are those of `amt fit`: --config FILE, --data.seq_len 512, …",
     )
-    parser.add_argument("--html", metavar="FILE", help="write the whole batch as a page")
-    parser.add_argument("--rows", type=int, default=1, help="rows to print (default: 1)")
+    parser.add_argument("--html", metavar="FILE", help="write the whole batch as an HTML page")
+    parser.add_argument("--rows", type=int, default=1, help="number of rows to print (default: 1)")
     own, rest = parser.parse_known_args(argv)
     _, module, data = build([*rest, *_ONE_DEVICE])
     if not isinstance(data, MicroBatchDataModule):
-        raise ValueError(f"amt preview shows data modules of automodel_trainer, not {type(data).__name__}.")
+        raise ValueError(
+            f"amt preview cannot show {type(data).__name__}. Use a data module of automodel_trainer, for example "
+            "ChatDataModule."
+        )
     if data.tokenizer is None and isinstance(module, CausalLMModule):
         data.tokenizer = module.tokenizer
     batch = data.first_batch()

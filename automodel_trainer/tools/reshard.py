@@ -1,4 +1,4 @@
-"""`amt reshard`: the same weights in another number of files.
+"""`amt reshard`: write weights as another number of files.
 
 amt reshard runs/sft/checkpoints/latest --output resharded --shards 8
 amt reshard my-model --output my-model-in-one-file --shards 1
@@ -21,20 +21,27 @@ from automodel_trainer.models.sidecars import is_weight_file
 def reshard(source: str | os.PathLike[str], output: str | os.PathLike[str], shards: int) -> Path:
     """Write the weights of a checkpoint or model folder as `shards` files of about the same size. Nothing else changes.
 
-    One tensor is in memory at a time. Of a checkpoint the result is a checkpoint, from which training goes on as from
-    the first; its optimizer state, which is in shards that any number of ranks reads, is copied.
+    One tensor is in memory at a time. If the source is a checkpoint, the result is one, too, and training can resume
+    from it. Its optimizer state is copied, because any number of ranks can read it.
 
     Args:
         source: a checkpoint, or the folder or Hub id of a model.
-        output: the folder to write; it appears when it is whole.
-        shards: how many files.
+        output: the folder to write. It appears when it is complete.
+        shards: number of weight files.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: a damaged source, an adapter (which is one file), more shards than tensors, or `output` exists.
+        ValueError: the source is damaged or is an adapter (which is one file), there are more shards than tensors, or
+            `output` exists.
     """
     folder, inside, output = local_folder(source), model_folder(source), Path(output)
     if is_adapter(inside):
-        raise ValueError(f"{source} holds a LoRA adapter, which is always one file: there is nothing to reshard.")
+        raise ValueError(
+            f"{source} holds a LoRA adapter, which is always one file, so there is nothing to reshard. Give a model or "
+            "a checkpoint of one."
+        )
     with new_folder(output) as target:
         model = target / inside.relative_to(folder)
         model.mkdir(exist_ok=True)
@@ -49,7 +56,7 @@ def reshard(source: str | os.PathLike[str], output: str | os.PathLike[str], shar
 
 
 def _others(folder: Path, inside: Path) -> list[Path]:
-    """Files that are copied: all but the weights, what lists files, and what is hidden."""
+    """The files to copy: all except weights, their index, the manifest, and hidden files."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json")
     shown = [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
     return [file for file in shown if file.parent != inside or not is_weight_file(file)]
@@ -60,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="amt reshard", description="Write weights as another number of files.")
     parser.add_argument("source", help="checkpoint, or folder or Hub id of a model")
     parser.add_argument("--output", required=True, help="folder to write; must not exist")
-    parser.add_argument("--shards", type=int, required=True, help="how many weight files")
+    parser.add_argument("--shards", type=int, required=True, help="number of weight files")
     args = parser.parse_args(argv)
     folder = reshard(args.source, args.output, args.shards)
     print(f"{args.shards} weight file(s) in {folder}.")

@@ -1,8 +1,9 @@
-"""A real data set that every machine with Python already has: what the standard library says about itself.
+"""A real data set that every machine with Python already has: chats made from the standard library's docstrings.
 
-Each public class, function and method with a docstring becomes one chat: a question about it, and an answer in the
-manner of a reference work, a heading and the opening of its docstring. Training and validation come from different
-packages, so validation loss measures what was learned about *how* to answer, not what was memorised.
+Each public module, class, function, method and property with a docstring becomes one chat: a question about it, and
+an answer like in a reference work, with a heading and the first paragraph of the docstring. Training and validation
+chats come from different packages. The validation loss therefore measures how well the model learned *how* to answer,
+not what it memorized.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-# Listed, not discovered: importing these prints nothing, opens nothing and needs no display. A name that a Python
-# version lacks is passed over.
+# A fixed list, because importing these modules prints nothing, opens nothing and needs no display. A module that a
+# Python version lacks is skipped.
 MODULES = """
 abc argparse array ast asyncio base64 bisect builtins bz2 calendar cmath cmd code codecs collections collections.abc
 colorsys compileall concurrent.futures configparser contextlib contextvars copy csv ctypes dataclasses datetime decimal
@@ -38,7 +39,7 @@ xml.etree.ElementTree xml.sax.handler xml.sax.saxutils xml.sax.xmlreader xmlrpc.
 zipimport zlib zoneinfo
 """.split()  # noqa: SIM905
 
-# Where a package's own functions say they come from, when its name does not tell.
+# Modules in C that define functions of a package, if their names do not show it.
 C_TWINS = {"os": ("posix", "nt", "posixpath", "ntpath", "genericpath"), "threading": ("_thread",)}
 
 MIN_CHARACTERS, MAX_CHARACTERS = 25, 400
@@ -58,13 +59,13 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
 def build_chats(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """All chats as (train, validation), rows of ``{"messages": [...], "source": "package"}``.
+    """All chats as (train, validation). Each row is `{"messages": [...], "source": "package"}`.
 
-    No package gives rows to both sides and no explanation occurs twice. The result depends on the seed and the Python
-    version alone (as long as no library has replaced standard functions by its own, as torch does with two of them).
+    The two splits share no package, and no explanation occurs twice. The result depends only on the seed and the Python
+    version, unless a library replaces functions of the standard library (torch replaces two).
     """
     by_package = _chats_by_package()
-    # Small packages are held out whole until there are enough chats, so that validation sees many kinds of module.
+    # Hold out whole packages, and only small ones, so that the validation split has many kinds of modules.
     validation: list[dict[str, Any]] = []
     held_out = set()
     for package in sorted(by_package, key=lambda name: _shuffle_key(seed, name)):
@@ -78,7 +79,7 @@ def build_chats(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 
 def _shuffle_key(seed: int, text: str) -> bytes:
-    """Orders texts as if at random; one text more or less does not move the others."""
+    """A sort key that gives a random order, in which adding or removing a text does not move the others."""
     return hashlib.sha256(f"{seed}:{text}".encode()).digest()
 
 
@@ -102,12 +103,12 @@ def _chats_by_package() -> dict[str, list[dict[str, Any]]]:
 
 
 def _documented(module_name: str) -> Iterator[tuple[str, str, str]]:
-    """(kind, dotted name, docstring) of everything public that a module defines, in a fixed order."""
+    """Yield (kind, dotted name, docstring) of every public name that a module defines, in a fixed order."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module = importlib.import_module(module_name)
-    except ImportError:  # not in this Python, or built without it
+    except ImportError:  # this Python does not have the module, or was built without it
         return
     if module_name != "builtins":
         yield "module", module_name, _docstring(module)
@@ -127,7 +128,7 @@ def _documented(module_name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _public(namespace: types.ModuleType | type) -> list[tuple[str, Any]]:
-    """The public members of a module (its ``__all__`` where it has one) or of a class itself, sorted by name."""
+    """The public members of a module (its `__all__` if it has one) or of a class, sorted by name."""
     listed = getattr(namespace, "__all__", None) if inspect.ismodule(namespace) else None
     members = vars(namespace)
     return [(name, members[name]) for name in sorted(listed or members) if not name.startswith("_") and name in members]
@@ -139,7 +140,7 @@ def _docstring(documented: Any) -> str:
 
 
 def _belongs_to(member: Any, module_name: str) -> bool:
-    """Whether a member is a module's own (or its C twin's), rather than imported from another public module."""
+    """Whether the module (or its counterpart in C) defines the member, and does not import it from elsewhere."""
     home = getattr(member, "__module__", None)
     if not isinstance(home, str) or home == module_name:
         return True
@@ -150,10 +151,10 @@ def _belongs_to(member: Any, module_name: str) -> bool:
 
 
 def opening(docstring: str) -> str:
-    """The first paragraph of prose in a docstring, on one line, at most ``MAX_CHARACTERS``; "" when there is none.
+    """The first paragraph of a docstring on one line, if it is prose; otherwise "".
 
-    Signature lines before it are left out, a long paragraph ends at a sentence, and a doctest or an indented block
-    (code, a table) is no prose.
+    Signature lines before it are dropped. A paragraph with more than `MAX_CHARACTERS` is cut after a sentence. Doctests
+    and indented blocks (code, tables) are not prose.
     """
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         lines = paragraph.strip("\n").splitlines()

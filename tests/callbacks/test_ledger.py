@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.callbacks import Ledger
 from automodel_trainer.callbacks.console import block
-from automodel_trainer.callbacks.ledger_text import batch_text, shortened
+from automodel_trainer.callbacks.ledger_text import batch_text
 from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.nn.text import listed
 from automodel_trainer.trainer import Trainer
 from tests.pool import RankPool
 from tests.tiny import tiny_model
@@ -213,7 +214,7 @@ def test_an_unknown_switch_is_refused(allow: Any) -> None:
 def test_texts() -> None:
     batch = {"micro": 2, "accumulation": 4, "dp": 8, "global": 64, "tokens": 131072}
     assert batch_text(batch) == "micro 2 × accumulation 4 × dp 8 = global 64 rows, ≤ 131,072 tokens"
-    assert shortened(list("abcde")) == "a, b, c and 2 more"
+    assert listed(list("abcde"), 3) == "a, b, c and 2 more"
 
 
 def test_a_block_is_plain_in_a_file_and_framed_in_a_terminal() -> None:

@@ -244,7 +244,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
     job = Job(tmp_path, stuck_step, tmp_path)
     job.until("stuck")
     job.signal(signal.SIGINT)
-    job.until("Once more stops now")
+    job.until("Press again to stop now")
     job.signal(signal.SIGINT)
     assert job.wait() == [-signal.SIGINT]  # the step would take longer than is waited here
     assert not list(tmp_path.glob("checkpoints/step-*"))

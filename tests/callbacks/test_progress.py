@@ -99,9 +99,9 @@ def test_metrics_are_read_at_log_steps_only(tmp_path: Path, monkeypatch: pytest.
     looked = []
 
     class Watched(ProgressLine):
-        def _read_numbers(self, trainer: pl.Trainer) -> list[str]:
+        def _read_values(self, trainer: pl.Trainer) -> list[str]:
             looked.append(trainer.global_step)
-            return super()._read_numbers(trainer)
+            return super()._read_values(trainer)
 
     fit(tmp_path, callbacks=[Watched()], log_every_n_steps=3)
     assert looked == [3, 6]

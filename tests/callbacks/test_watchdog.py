@@ -90,7 +90,7 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
     job.until("waits")
     job.signal(signal.SIGKILL)
     assert job.wait() == [-signal.SIGKILL, 1]
-    assert "Rank 1 ends: rank 0, where all ranks meet, is gone" in job.log(1)
+    assert "Rank 1 ends: rank 0, which has the store, is gone" in job.log(1)
 
 
 def all_raise(root: Path) -> str:

@@ -99,7 +99,7 @@ def test_without_its_manifest_it_is_none(tmp_path: Path, bucket: str, monkeypatc
     text = "\n".join(str(w.message) for w in warned)
     assert re.search(r"step 4 could not be written: .*s3://.*connection reset", text), text
     assert there(f"{bucket}/run") == ["latest", "step-00000002", "step-00000004"]
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
         fetch(f"{bucket}/run/step-00000004", tmp_path)
     shutil.rmtree(tmp_path / "a")
     last = saver(f"{bucket}/run").find_last(tmp_path / "a")

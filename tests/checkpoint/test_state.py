@@ -208,7 +208,7 @@ def test_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="state of AdamW, but the run uses SGD"):
         load_checkpoint(tmp_path / "a", model, [torch.optim.SGD(model.parameters())])
     half = [{"params": list(model.parameters())[:2]}, {"params": list(model.parameters())[2:]}]
-    with pytest.raises(ValueError, match="trained, or grouped, otherwise"):
+    with pytest.raises(ValueError, match="trained, or grouped, differently"):
         load_checkpoint(tmp_path / "a", model, [torch.optim.AdamW(half)])
 
 
@@ -258,7 +258,7 @@ def slow_save(base: Path, during: str) -> None:
 
     module = torch.nn.Linear(3, 3)
     save_checkpoint(base / "step-00000001", LIGHTNING, module, [])
-    owner, name = {"optimizer": (state.OptimizerStates, "write"), "publish": (state, "publish")}[during]
+    owner, name = {"optimizer": (state.OptimizerSnapshot, "write"), "publish": (state, "publish")}[during]
     setattr(owner, name, slowly)
     save_checkpoint(base / "step-00000002", LIGHTNING, module, [])
 

@@ -15,8 +15,8 @@ import yaml
 from datasets import Dataset, DatasetDict
 
 from automodel_trainer.data import ChatDataModule, MicroBatchDataModule, chat
-from automodel_trainer.data.batches import IGNORED
 from automodel_trainer.data.cache import cache_key, load_or_build
+from automodel_trainer.nn.constants import IGNORE_INDEX
 from tests.harness import close
 from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 
@@ -50,7 +50,7 @@ def pairs(steps: Any) -> Counter:
     found: Counter = Counter()
     for batch in (batch for step in steps for batch in step):
         labels, tokens = batch["labels"][:, 1:], batch["input_ids"][:, :-1]
-        kept = labels != IGNORED
+        kept = labels != IGNORE_INDEX
         found.update(zip(tokens[kept].tolist(), labels[kept].tolist()))
     return found
 
@@ -71,8 +71,8 @@ def test_every_sample_is_in_an_epoch_once_and_only_answers_are_trained() -> None
     for batch in (batch for step in steps for batch in step):
         for labels, positions in zip(batch["labels"], batch["position_ids"]):
             for document in torch.tensor_split(labels, (positions == 0).nonzero().flatten()):
-                if (document != IGNORED).any():
-                    trained.append(tokenizer.decode(document[document != IGNORED]))
+                if (document != IGNORE_INDEX).any():
+                    trained.append(tokenizer.decode(document[document != IGNORE_INDEX]))
     assert sorted(trained) == answers
 
 
@@ -91,7 +91,9 @@ def test_packed_rows_have_the_loss_of_each_conversation_alone() -> None:
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "attention_mask") if key in batch}
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits[:, :-1].transpose(1, 2)
-        return torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:], reduction="sum", ignore_index=IGNORED)
+        return torch.nn.functional.cross_entropy(
+            logits, batch["labels"][:, 1:], reduction="sum", ignore_index=IGNORE_INDEX
+        )
 
     rows = conversations(12)
     packed = sum(loss(batch) for step in module(rows).train_dataloader() for batch in step)

@@ -17,7 +17,7 @@ def test_a_good_sample() -> None:
     silent = Encoded(encoded.input_ids, [False] * len(encoded.input_ids))
     assert check_sample(tokenizer, silent) == SampleCheck(trained=0, stop=None)
     tokens = len(encoded.input_ids)
-    assert check_samples(tokenizer, [silent, encoded]) == DataCheck(2, 2 * tokens, sum(encoded.trained), 1)
+    assert check_samples(tokenizer, [silent, encoded]) == DataCheck(2, 2 * tokens, sum(encoded.trained))
 
 
 def test_rendered() -> None:
@@ -28,7 +28,7 @@ def test_rendered() -> None:
     )
     assert (
         render_tokens(tokenizer, *encoded, limit=6)
-        == f"<|im_start|>user\n … ({len(encoded.input_ids) - 6} tokens more)"
+        == f"<|im_start|>user\n … ({len(encoded.input_ids) - 6} more tokens)"
     )
 
 

@@ -163,7 +163,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("columns", "message"),
         [
-            ({"promt": "a"}, r"'promt' is none of the names.*'prompt'"),
+            ({"promt": "a"}, r"'promt' cannot be mapped.*Names that can be mapped.*'prompt'"),
             ({"prompt": "c"}, r"no column 'c'.*\['a', 'b'\]"),
             ({"prompt": "a"}, r"No chat format fits the columns \['a', 'b'\] with columns="),
             ({"prompt": "a", "answer": "b"}, r"No chat format fits"),
@@ -178,8 +178,8 @@ class TestRefusals:
         [
             ([], r"row 7: 'messages' is an empty list"),
             (None, r"row 7: 'messages' must be a list of messages, found NoneType"),
-            ([USER, {"role": "wizard", "content": "x"}], r"row 7: message 1 has the role 'wizard'.*assistant"),
-            ([{"content": "x"}], r"row 7: message 0 has the role 'None'"),
+            ([USER, {"role": "wizard"}], r"row 7: message 1 has the unknown role 'wizard'.*Allowed: .*assistant"),
+            ([{"content": "x"}], r"row 7: message 0 has the unknown role 'None'"),
             (["Hi"], r"row 7: message 0 must be a dict"),
             ([{"role": "user", "content": [{"type": "image"}]}], r"row 7: message 0 \(user\) has content that is not"),
         ],
@@ -189,5 +189,5 @@ class TestRefusals:
             detect_format(["messages"]).to_messages({"messages": messages}, index=7)
 
     def test_texts(self) -> None:
-        with pytest.raises(ValueError, match=r"row 0: 'answer' must be a text, found NoneType"):
+        with pytest.raises(ValueError, match=r"row 0: 'answer' must be a string, found NoneType"):
             detect_format(["question", "answer"]).to_messages({"question": "a", "answer": None}, index=0)

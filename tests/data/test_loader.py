@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from automodel_trainer.data.batches import IGNORED
 from automodel_trainer.data.loader import MicroBatchLoader
 from automodel_trainer.data.mock import MockDataModule
 from automodel_trainer.data.rows import RandomRows, Rows, RowStats
+from automodel_trainer.nn.constants import IGNORE_INDEX
 
 SIZE = 8
 
@@ -93,7 +93,7 @@ def test_a_short_last_batch_is_filled_without_labels_or_dropped() -> None:
     last = list(loader())[-1]
     assert len(last) == SIZE
     assert len(ids(last)) == 43 % SIZE
-    assert sum(bool((batch["labels"] != IGNORED).any()) for batch in last) == 43 % SIZE
+    assert sum(bool((batch["labels"] != IGNORE_INDEX).any()) for batch in last) == 43 % SIZE
     assert len(loader(drop_last=True)) == 5 == len(list(loader(drop_last=True)))
 
 

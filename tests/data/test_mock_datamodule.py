@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from automodel_trainer.data import MockDataModule
-from automodel_trainer.data.batches import IGNORED
+from automodel_trainer.nn.constants import IGNORE_INDEX
 from tests.tiny import tiny_tokenizer
 
 
@@ -33,7 +33,7 @@ def test_tokens_are_random_never_zero_and_all_trained_but_the_first() -> None:
     assert tokens.shape == (10, 16)
     assert 0 < int(tokens.min()) <= int(tokens.max()) < 50
     assert len({tuple(row.tolist()) for row in tokens}) == 10
-    assert (labels[:, 0] == IGNORED).all()
+    assert (labels[:, 0] == IGNORE_INDEX).all()
     assert torch.equal(labels[:, 1:], tokens[:, 1:])
 
 

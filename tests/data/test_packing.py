@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from automodel_trainer.data.batches import IGNORED, Document, collate_packed, collate_padded, padded_width
+from automodel_trainer.data.batches import Document, collate_packed, collate_padded, padded_width
 from automodel_trainer.data.packing import epoch_order, pack
+from automodel_trainer.nn.constants import IGNORE_INDEX
 from tests.harness import close
 from tests.tiny import tiny_model
 
@@ -22,7 +23,7 @@ def document(length: int, sample_id: int, seed: int = 0) -> Document:
 def supervised_pairs(batch: dict) -> Counter:
     """Every (token that is read, label that is learned from it), as a causal model shifts them."""
     labels, tokens = batch["labels"][:, 1:], batch["input_ids"][:, :-1]
-    kept = labels != IGNORED
+    kept = labels != IGNORE_INDEX
     return Counter(zip(tokens[kept].tolist(), labels[kept].tolist()))
 
 
@@ -79,11 +80,11 @@ def test_packed_rows_restart_positions_and_never_train_across_a_boundary() -> No
     batch = collate_packed(rows, 10, pad_id=0)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1], list(range(10)), list(range(10))]
     assert "attention_mask" not in batch
-    assert (batch["labels"][batch["position_ids"] == 0] == IGNORED).all()
-    assert (batch["labels"][0, 8:] == IGNORED).all()
-    assert (batch["labels"][2] == IGNORED).all()
+    assert (batch["labels"][batch["position_ids"] == 0] == IGNORE_INDEX).all()
+    assert (batch["labels"][0, 8:] == IGNORE_INDEX).all()
+    assert (batch["labels"][2] == IGNORE_INDEX).all()
     assert batch["sample_ids"] == [0, 1, 2]
-    trained = batch["labels"] != IGNORED
+    trained = batch["labels"] != IGNORE_INDEX
     assert (batch["labels"][trained] == batch["input_ids"][trained]).all()
     assert trained[1].tolist() == [False, *document(10, 2).trained[1:].tolist()]
 
@@ -92,8 +93,8 @@ def test_padded_rows_are_masked_at_their_end_and_a_filler_attends_to_something()
     batch = collate_padded([[document(5, 0)], [document(8, 1)], []], 8, pad_id=0)
     assert batch["attention_mask"].sum(dim=1).tolist() == [5, 8, 1]
     assert batch["attention_mask"][0].tolist() == [1] * 5 + [0] * 3
-    assert (batch["labels"][2] == IGNORED).all()
-    assert (batch["labels"][0, 5:] == IGNORED).all()
+    assert (batch["labels"][2] == IGNORE_INDEX).all()
+    assert (batch["labels"][0, 5:] == IGNORE_INDEX).all()
     assert batch["position_ids"][0].tolist() == list(range(8))
 
 
@@ -120,7 +121,9 @@ def test_a_packed_row_has_the_losses_of_its_documents_alone(attention: str) -> N
             inputs = {key: batch[key] for key in ("input_ids", "position_ids", "attention_mask") if key in batch}
             logits = model(**inputs, use_cache=False).logits[:, :-1]
         labels = batch["labels"][:, 1:]
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+        return torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORE_INDEX
+        )
 
     row = losses(collate_packed([documents], 64, pad_id=0))[0]
     padded = losses(collate_padded([[d] for d in documents], 32, pad_id=0))

@@ -77,7 +77,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     jsonl(folder / "good.jsonl")
     (folder / "broken.jsonl").write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(ValueError, match=r"broken\.jsonl line 2 is not valid json"):
+    with pytest.raises(ValueError, match=r"broken\.jsonl line 2 is not valid JSON"):
         load_rows(folder)
     (tmp_path / "no.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match=r"no\.parquet cannot be read"):

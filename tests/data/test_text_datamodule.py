@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset
 
 from automodel_trainer.data import TextDataModule, text
-from automodel_trainer.data.batches import IGNORED
 from automodel_trainer.data.stream import StreamLoader
+from automodel_trainer.nn.constants import IGNORE_INDEX
 from tests.data.test_loader import Recorder
 from tests.harness import close
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -71,7 +71,7 @@ def test_rows_are_the_documents_end_to_end(piece: int, monkeypatch: pytest.Monke
     steps = list(data.train_dataloader())
     assert sorted(tokens_of(steps))[-1] in [tuple(expected[i : i + 32]) for i in range(0, len(expected), 32)]
     labels = torch.cat([batch["labels"] for step in steps for batch in step])
-    assert int((labels != IGNORED).sum()) == stats.supervised
+    assert int((labels != IGNORE_INDEX).sum()) == stats.supervised
 
 
 def test_every_token_is_trained_but_the_first_of_each_document_and_row() -> None:
@@ -87,9 +87,9 @@ def test_every_token_is_trained_but_the_first_of_each_document_and_row() -> None
     for row, batch in zip(order, batches, strict=True):
         length = data.rows["train"].lengths[row]
         first = [i == 0 or int(row) * 32 + i in starts for i in range(length)]
-        assert (batch["labels"][0, :length] == IGNORED).tolist() == first
+        assert (batch["labels"][0, :length] == IGNORE_INDEX).tolist() == first
         assert (batch["position_ids"][0, :length] == 0).tolist() == first
-        assert (batch["labels"][0, length:] == IGNORED).all()
+        assert (batch["labels"][0, length:] == IGNORE_INDEX).all()
 
 
 def test_attention_does_not_cross_documents() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from automodel_trainer.checkpoint.optimizer import load_optimizers, save_optimizers
+from automodel_trainer.checkpoint.optimizer import load_optimizers, snapshot_optimizers
 from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig, adapters
 from automodel_trainer.models.lora.adapter_files import save_adapter
@@ -148,7 +148,7 @@ def low_bit(name: str, folder: Path, world_size: int, halves: bool) -> list[floa
     losses = []
     for step in range(6):
         if halves and step == 3:
-            save_optimizers(model, [optimizer], folder)
+            snapshot_optimizers(model, [optimizer]).write(folder)
             torch.distributed.barrier()
             optimizer = build_optimizer(OptimizerConfig(f"torchao.optim.{name}"), model, 1e-2)
             load_optimizers(model, [optimizer], folder)

@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from automodel_trainer import ChatDataModule, Trainer
-from automodel_trainer.checkpoint.optimizer import load_optimizers, save_optimizers
+from automodel_trainer.checkpoint.optimizer import load_optimizers, snapshot_optimizers
+from automodel_trainer.distributed.agreement import on_all_ranks
 from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.modules.loss import predictions, token_losses
 from automodel_trainer.strategies import FSDP2Strategy
@@ -127,7 +128,7 @@ def step_and_keep(spec: str, folder: str, save: bool) -> dict[str, torch.Tensor]
     strategy.forward_backward(NextToken(model), [stack(random_rows(2, 13, seed=int(save)))], torch.tensor(10))
     optimizer.step()
     if save:
-        save_optimizers(model, [optimizer], Path(folder))
+        on_all_ranks(lambda: snapshot_optimizers(model, [optimizer]).write(Path(folder)), folder)
     else:
         load_optimizers(model, [optimizer], Path(folder))
     for parameter in model.parameters():  # the next step needs state that is laid out as its parameter

@@ -175,7 +175,7 @@ def test_profile_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "ended after 36 optimizer step(s), before one was measured" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*short, "--steps", "32", "--profile", str(folder)])
-    assert "ended after 36 optimizer step(s), and --profile looks at 3 beyond 34" in capsys.readouterr().err
+    assert "ended after 36 optimizer step(s), but --profile needs 3 steps after step 34" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*short, "--steps", "0"])
     assert "both must be at least 1" in capsys.readouterr().err
