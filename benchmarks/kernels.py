@@ -9,8 +9,8 @@ is not installed is one line that says so). Two parts:
 * model: two layers through `Trainer`, 5 steps. Losses against eager fp32: bf16 within 1e-2, fp8 within 3e-2, else FAR.
 
 What to look at: the fastest of every section is what `FASTEST` in automodel_trainer/models/kernels/choose.py should
-name, if its errors are like its neighbours'. `--parts kernels|model`, `--sections linear norm …`, `--seconds` for all together;
-`--tiny` is for a CPU, where most choices say that they need a GPU.
+name, if its errors are like its neighbours'. `--parts kernels|model`, `--sections linear norm …`, `--seconds` for all
+together; `--tiny` is for a CPU, where most choices say that they need a GPU.
 """
 
 from __future__ import annotations
