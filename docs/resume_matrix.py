@@ -98,7 +98,7 @@ def main() -> None:
         lines: list[str] = []
         for lora in (False, True):
             title = "LoRA" if lora else "All parameters"
-            lines += [f"**{title}** (row: saved under, column: gone on under)", "", *table(cells, lora), ""]
+            lines += [f"**{title}** (row: saved under; column: resumed under)", "", *table(cells, lora), ""]
         lines += ["**Data** (all parameters)", "", *data_table(cells)]
         cells.pool.close()
     failed = sum(line.count("fails") for line in lines)
