@@ -114,8 +114,8 @@ def _prompts(folder: Path, trust_remote_code: bool) -> list[Tensor]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; an export that computes something else is an error."""
-    parser = arguments("amt export", "Write a checkpoint, or an adapter and its base model, for any program to load.")
-    parser.add_argument("--check", action="store_true", help="load it with transformers and compare with the source")
+    parser = arguments("amt export", "Write a checkpoint, or an adapter and its base model, as a Hugging Face folder.")
+    parser.add_argument("--check", action="store_true", help="load it with transformers, compare it with the source")
     args = parser.parse_args(argv)
     folder = merge_as_asked(args)
     print(f"Exported to {folder}.")

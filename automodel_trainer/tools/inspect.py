@@ -205,9 +205,11 @@ def _sizes(facts: Facts) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; exits with 1 where something is damaged."""
-    parser = argparse.ArgumentParser(prog="amt inspect", description="Say what a checkpoint or model folder holds.")
-    parser.add_argument("source", help="checkpoint, or folder or Hub id of a model or adapter")
-    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    parser = argparse.ArgumentParser(
+        prog="amt inspect", description="Show what a checkpoint or model folder holds, and whether it is whole."
+    )
+    parser.add_argument("source", help="a checkpoint, or the folder or Hub id of a model or adapter")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     args = parser.parse_args(argv)
     facts = inspect(args.source)
     print(json.dumps(facts, indent=2, default=str) if args.json else block(facts["kind"], rows_of(facts)))

@@ -12,12 +12,12 @@ from automodel_trainer.strategies.pipeline.schedule import SCHEDULES, stages_per
 
 def main(argv: Sequence[str]) -> None:
     """Prints a schedule as a text grid with its predicted bubble; `--html` writes a page for the browser."""
-    parser = argparse.ArgumentParser(prog="amt pipeline", description=__doc__)
-    parser.add_argument("--schedule", default="1f1b", help=f"one of {', '.join(SCHEDULES)} (default 1f1b); or all")
+    parser = argparse.ArgumentParser(prog="amt pipeline", description="Draw a pipeline schedule and its bubble.")
+    parser.add_argument("--schedule", default="1f1b", help=f"one of {', '.join(SCHEDULES)} or all (default 1f1b)")
     parser.add_argument("--pp", type=int, default=4, help="ranks of the pipeline (default 4)")
     parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches per optimizer step (default 8)")
-    parser.add_argument("--virtual-stages", type=int, help="stages per rank; default: what the schedule asks for")
-    parser.add_argument("--html", type=Path, help="write a page for the browser here")
+    parser.add_argument("--virtual-stages", type=int, help="stages per rank (default: those of the schedule)")
+    parser.add_argument("--html", type=Path, help="write an HTML page to this file")
     args = parser.parse_args(list(argv))
     pages = []
     for name in SCHEDULES if args.schedule == "all" else [args.schedule]:
