@@ -248,7 +248,7 @@ def f(x, self):
 # --- files, names, docstrings -----------------------------------------------------------------------------------------
 
 FAMILIES = re.compile(
-    r"\b(llama|qwen|gemma|mi[sx]tral|phi-?\d|gpt_?-?(2|neox|oss|j)|deepseek|falcon|smollm|olmo|lfm|granite|bloom|glm"
+    r"\b(llama|qwen|gemma|mistral|mixtral|phi-?\d|gpt_?-?(2|neox|oss|j)|deepseek|falcon|smollm|olmo|lfm|granite|bloom|glm"
     r"|bert|mamba)\w*",
     re.IGNORECASE,
 )
