@@ -12,22 +12,22 @@ usage: amt COMMAND [options]
 
 Train and use Hugging Face models on any layout of devices.
 
-training (options from --config FILE.yaml and from the command line; amt COMMAND --help lists them)
+training (takes options from --config FILE.yaml and from the command line; amt COMMAND --help lists them)
   fit        train a model
   validate   evaluate on the validation data
   test       evaluate on the test data
-  predict    score data: the log-probability of every supervised token
+  predict    compute the log-probability of every supervised token
 
 tools
   bench      measure the training steps of a configuration: tokens per second, MFU, memory, the largest kernels
-  preview    show the first batch as the model will see it: trained, masked and boundary tokens
+  preview    show the first batch as the model sees it: trained, masked and boundary tokens
   generate   answer prompts with a model folder
-  export     a checkpoint as a model folder for any program; --check proves that it computes the same
-  inspect    what a checkpoint or model folder holds, and whether it is whole
-  merge      a LoRA adapter and its base model, or the shards of a checkpoint, as one model
-  pipeline   show what a pipeline schedule looks like, and how long its ranks wait
-  reshard    the same weights in another number of files
-  verify     prove that a layout computes for your model and data what one device computes
+  export     write a checkpoint as a Hugging Face folder; --check compares it with the source
+  inspect    show what a checkpoint or model folder holds, and whether it is whole
+  merge      write a LoRA adapter and its base model, or the shards of a checkpoint, as one model
+  pipeline   draw a pipeline schedule and its bubble
+  reshard    write the same weights as another number of files
+  verify     compare a layout with one device, on a small copy of your model and your data
 
   amt fit --config configs/quickstart.yaml
   amt fit --config configs/sft.yaml --trainer.strategy fsdp2 --trainer.devices 4

@@ -9,9 +9,9 @@
 * model: two layers through `Trainer`, 5 steps. Losses must match eager fp32 within 1e-2 for bf16 and 3e-2 for fp8;
   otherwise the line says FAR.
 
-`FASTEST` in automodel_trainer/models/kernels/choose.py should name the fastest choice of every section, if its errors
-are like those of the others. Options: `--parts kernels|model`, `--sections linear norm …`, and `--seconds` for the
-whole run. `--tiny` is for a CPU, where most choices need a GPU and say so.
+What to look at: the fastest of every section is what `FASTEST` in automodel_trainer/models/kernels/choose.py should
+name, if its errors are like its neighbours'. `--parts kernels|model`, `--sections linear norm …`, `--seconds` for all
+together; `--tiny` is for a CPU, where most choices say that they need a GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Writes the table of docs/pipeline.md: layouts × schedules × ties and LoRA × families, against plain torch.
+"""Write the table of docs/pipeline.md: layouts × schedules × ties and LoRA × families, against plain torch.
 
-python docs/pipeline_matrix.py                            # some ten minutes on two cores; 8 gloo ranks
-python docs/pipeline_matrix.py --file F --minutes 5       # a part of it, with exit code 3; again: goes on
+python docs/pipeline_matrix.py                            # about ten minutes on two cores; 8 gloo ranks
+python docs/pipeline_matrix.py --file F --minutes 5       # stops early with exit code 3; run it again to continue
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ START, END = "<!-- table -->", "<!-- end of table -->"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, help="keep the cells here, to go on from")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after as many; exit code 3")
+    parser.add_argument("--file", type=Path, help="keep results here, and continue from those that are there")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time, with exit code 3")
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
     warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
-"""Writes the tables of docs/resume.md: every layout's checkpoint, gone on from under every other.
+"""Write the tables of docs/resume.md: the checkpoint of every layout, resumed under every other.
 
-python docs/resume_matrix.py                                  # some twenty minutes on two cores
-python docs/resume_matrix.py --folder F --minutes 5           # a part of it, with exit code 3; again: goes on
+python docs/resume_matrix.py                                  # about twenty minutes on two cores
+python docs/resume_matrix.py --folder F --minutes 5           # stops early with exit code 3; run it again to continue
 """
 
 from __future__ import annotations
@@ -84,10 +84,8 @@ def plain(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="keep what is made, and go on from what is there")
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="stop after the cell that is then being made"
-    )
+    parser.add_argument("--folder", type=Path, help="keep results here, and continue from those that are there")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time, when a cell is done")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     page, end = Path(__file__).with_name("resume.md"), time.monotonic() + 60 * args.minutes
@@ -98,7 +96,7 @@ def main() -> None:
         lines: list[str] = []
         for lora in (False, True):
             title = "LoRA" if lora else "All parameters"
-            lines += [f"**{title}** (row: saved under, column: gone on under)", "", *table(cells, lora), ""]
+            lines += [f"**{title}** (row: saved under; column: resumed under)", "", *table(cells, lora), ""]
         lines += ["**Data** (all parameters)", "", *data_table(cells)]
         cells.pool.close()
     failed = sum(line.count("fails") for line in lines)

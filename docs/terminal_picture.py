@@ -1,4 +1,4 @@
-"""A recorded terminal as a picture: `script -qc "amt fit …" log; python docs/terminal_picture.py log out.svg`."""
+"""Draw a recorded terminal as a picture: `script -qc "amt fit …" log; python docs/terminal_picture.py log out.svg`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the table of docs/verify.md: what `amt verify` says of tiny models on many layouts.
+"""Write the table of docs/verify.md: the result of `amt verify` for tiny models on many layouts.
 
 python docs/verify_matrix.py            # a few minutes on two cores
 """

@@ -11,6 +11,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,20 +33,49 @@ def test_a_clone_is_the_package() -> None:
 
 def test_distributions_hold_all_of_it(tmp_path: Path) -> None:
     """A wheel of a clone, and a wheel of its source distribution."""
-    clone = tmp_path / "clone"
+    clone = copy_of_the_repository(tmp_path / "clone")
+    for folder in (clone, unpacked_sdist(clone, tmp_path)):
+        assert files_of(wheel_of(folder)) == set(sources())
+
+
+def test_the_version_is_the_tag(tmp_path: Path) -> None:
+    """Of a clone and of its source distribution. Git names the links too, and they must not be packed as files."""
+    pytest.importorskip("setuptools_scm")
+    clone = copy_of_the_repository(tmp_path / "clone")
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "core.symlinks=true")
+    for command in (["init"], ["add", "--all"], ["commit", "-m", "all"], ["tag", "v7.8.9"]):
+        subprocess.run(["git", *identity, *command], cwd=clone, check=True, capture_output=True)
+    for folder in (clone, unpacked_sdist(clone, tmp_path)):
+        wheel = wheel_of(folder)
+        assert wheel.name.startswith("automodel_trainer-7.8.9-")
+        assert files_of(wheel) == set(sources())
+
+
+def copy_of_the_repository(folder: Path) -> Path:
+    """Only what a build needs, and no git repository."""
     for name in ("automodel_trainer", "strategies", "callbacks"):
-        shutil.copytree(ROOT / name, clone / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, clone)
-    build("sdist", clone, tmp_path)
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
-    (unpacked,) = (tmp_path / "unpacked").iterdir()
-    for folder in (clone, unpacked):
-        build("wheel", folder, folder / "dist")
-        with zipfile.ZipFile(next((folder / "dist").glob("*.whl"))) as wheel:
-            names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        assert names == set(sources())
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def unpacked_sdist(folder: Path, work: Path) -> Path:
+    build("sdist", folder, work)
+    with tarfile.open(next(work.glob("*.tar.gz"))) as archive:
+        archive.extractall(work / "unpacked", filter="data")
+    (unpacked,) = (work / "unpacked").iterdir()
+    return unpacked
+
+
+def wheel_of(folder: Path) -> Path:
+    build("wheel", folder, folder / "dist")
+    return next((folder / "dist").glob("*.whl"))
+
+
+def files_of(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
 def build(kind: str, folder: Path, target: Path) -> None:

@@ -147,9 +147,9 @@ def main(argv: Sequence[str]) -> None:
         description="Measure the training steps of a run's configuration: time, tokens per second, MFU, memory.",
         epilog="All other options are those of `amt fit`: --config FILE, --trainer.strategy fsdp2, …",
     )
-    parser.add_argument("--warmup", type=int, default=5, help="optimizer steps that do not count (default: 5)")
+    parser.add_argument("--warmup", type=int, default=5, help="optimizer steps before the measurement (default: 5)")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps to measure (default: 20)")
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="write a trace and the ten largest kernels here")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="write a trace and the ten largest kernels")
     parser.add_argument("--json", action="store_true", help="print the results as one line of JSON")
     own, rest = parser.parse_known_args(argv)
     if own.warmup < 1 or own.steps < 1:

@@ -154,14 +154,14 @@ def _read_lines() -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="amt generate", description="Generate text with a model folder.")
+    parser = argparse.ArgumentParser(prog="amt generate", description="Answer prompts with a model folder.")
     parser.add_argument("--model", required=True, help="folder with config, tokenizer and safetensors")
-    parser.add_argument("--prompt", help="the prompt; without it, lines are read from standard input")
-    parser.add_argument("--system", help="a system message at the start of the conversation")
+    parser.add_argument("--prompt", help="the prompt; without it, prompts are read from the terminal")
+    parser.add_argument("--system", help="the system message")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, help="makes sampled answers repeatable")
-    parser.add_argument("--device", help="for example cuda:0 or cpu (default: a GPU if there is one)")
-    parser.add_argument("--dtype", default="auto", help="for example bfloat16 (default: the dtype of the files)")
+    parser.add_argument("--seed", type=int, help="the seed for sampled answers")
+    parser.add_argument("--device", help="for example cuda:0 or cpu (default: a GPU when there is one)")
+    parser.add_argument("--dtype", default="auto", help="for example bfloat16 (default: as saved)")
     generate(**vars(parser.parse_args(argv)))

@@ -27,14 +27,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def arguments(program: str, description: str) -> argparse.ArgumentParser:
     """A parser with the options that `amt merge` and `amt export` share."""
     parser = argparse.ArgumentParser(prog=program, description=description)
-    parser.add_argument("source", help="checkpoint, or folder or Hub id of a model or of an adapter in PEFT's format")
-    parser.add_argument("--output", required=True, help="folder to write; must not exist")
-    parser.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
+    parser.add_argument("source", help="a checkpoint, or the folder or Hub id of a model or a PEFT adapter")
+    parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
+    parser.add_argument("--base", help="the folder or Hub id of the base model (default: the adapter's own)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the weights (default: unchanged)"
     )
-    parser.add_argument("--max-shard-size", default="5GB", help="maximum size of a weight file (default: %(default)s)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="size of the largest weight file (default: %(default)s)"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the base model")
     return parser
 
 

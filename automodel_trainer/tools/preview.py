@@ -22,11 +22,11 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="amt preview",
-        description="Show the first batch as the model will see it: trained, masked and boundary tokens.",
+        description="Show the first batch as the model sees it: trained, masked and boundary tokens.",
         epilog="All other options are those of `amt fit`: --config FILE, --data.seq_len 512, …",
     )
     parser.add_argument("--html", metavar="FILE", help="write the whole batch as an HTML page")
-    parser.add_argument("--rows", type=int, default=1, help="number of rows to print (default: 1)")
+    parser.add_argument("--rows", type=int, default=1, help="rows to print (default: 1)")
     own, rest = parser.parse_known_args(argv)
     _, module, data = build([*rest, *_ONE_DEVICE])
     if not isinstance(data, MicroBatchDataModule):

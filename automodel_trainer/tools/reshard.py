@@ -64,10 +64,12 @@ def _others(folder: Path, inside: Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="amt reshard", description="Write weights as another number of files.")
-    parser.add_argument("source", help="checkpoint, or folder or Hub id of a model")
-    parser.add_argument("--output", required=True, help="folder to write; must not exist")
-    parser.add_argument("--shards", type=int, required=True, help="number of weight files")
+    parser = argparse.ArgumentParser(
+        prog="amt reshard", description="Write the same weights as another number of files."
+    )
+    parser.add_argument("source", help="a checkpoint, or the folder or Hub id of a model")
+    parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
+    parser.add_argument("--shards", type=int, required=True, help="the number of weight files")
     args = parser.parse_args(argv)
     folder = reshard(args.source, args.output, args.shards)
     print(f"{args.shards} weight file(s) in {folder}.")

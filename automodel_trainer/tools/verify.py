@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     """`amt verify`: exits with 0 when the numbers are the same, else with 1."""
     parser = argparse.ArgumentParser(
         prog="amt verify",
-        description="Prove that a layout computes for your model and data what one device computes. A small copy of "
+        description="Compare a layout with one device, on your model and your data. A small copy of "
         "the model trains for three steps on one device and on the layout, and everything is compared.",
     )
     parser.add_argument(
