@@ -1,4 +1,7 @@
-"""How a model is laid out on devices. Imported as `automodel_trainer.strategies`."""
+"""How a model is laid out on devices. Imported as `automodel_trainer.strategies`.
+
+Each folder holds one parallelism that works without a Trainer; `base/` holds the contract that all strategies share.
+"""
 
 from automodel_trainer.distributed.mesh import ParallelDims
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy, Objective

@@ -1,4 +1,4 @@
-"""What strategies share that cut a model inside of its blocks: tensor, sequence and context parallel, checkpointing."""
+"""The base of strategies that split work inside a model's blocks: tensor, sequence and context parallel."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ ActivationCheckpointing = Literal["full", "selective"] | None
 class InnerParallelStrategy(MeshStrategy):
     """Tensor, sequence and context parallel, activation checkpointing and compilation of a model's blocks.
 
-    A subclass says in `parallelize` what is applied and in which order; each step is one method here or there.
+    A subclass decides in `parallelize` what is applied and in which order. Each step is one method, here or in the
+    subclass.
 
     Args:
-        dims: sizes of the mesh axes but for those that are "auto".
+        dims: sizes of the mesh axes, except those that are "auto".
         cp, cp_attention, tp, tp_plan, sequence_parallel, async_tp, activation_checkpointing: see `FSDP2Strategy`.
-        options: of `MeshStrategy`.
+        options: see `MeshStrategy`.
     """
 
     def __init__(
@@ -64,15 +65,21 @@ class InnerParallelStrategy(MeshStrategy):
     # --- sizes ------------------------------------------------------------------------------------------------------
 
     def choose_sizes(self) -> ParallelDims:
+        """Fill in `tp="auto"` from the model's heads, then `cp="auto"` with the rest of the node.
+
+        Raises:
+            ValueError: tp is "auto" and the model's config is not known yet.
+        """
         if self._tp_of_model:
             room = self.num_processes // self.requested_dims.cp
             self.requested_dims = replace(self.requested_dims, tp=choose_tp(self.lightning_module, room))
         if self._cp_of_node:
             self.requested_dims = replace(self.requested_dims, cp=self.num_processes // self.requested_dims.tp)
-        self._tp_of_model = self._cp_of_node = False
+        self._tp_of_model = self._cp_of_node = False  # a second call keeps the sizes
         return self.requested_dims
 
     def ineffective_options(self) -> list[str]:
+        """See `MeshProcesses.ineffective_options`."""
         idle = []
         if self.requested_dims.tp == 1 and self.tp_plan:
             idle.append("tp_plan with tp=1 (nothing is cut)")
@@ -81,17 +88,18 @@ class InnerParallelStrategy(MeshStrategy):
         return idle
 
     def forget_run(self) -> None:
+        """See `MeshStrategy.forget_run`."""
         super().forget_run()
         self._context = None
 
-    # --- steps of laying a model out, for `parallelize` -------------------------------------------------------------
+    # --- the steps of `parallelize` -----------------------------------------------------------------------------------
 
     @final
     @torch.no_grad()
     def broadcast_from_rank_zero(self, model: nn.Module) -> None:
-        """Give every rank *rank 0's* values of a real model. Ranks that built different random weights would mix them.
+        """Give every rank rank 0's values of a real model. Otherwise shards of different random weights would mix.
 
-        A model on meta has no values yet, and is left alone. Collective over the world.
+        A model on meta has no values yet and is left alone. Collective over the world.
         """
         if self.world_size == 1 or any(parameter.is_meta for parameter in model.parameters()):
             return
@@ -102,10 +110,10 @@ class InnerParallelStrategy(MeshStrategy):
 
     @final
     def allow_async_tp(self) -> None:
-        """Let what is compiled from now on overlap tensor parallel's collectives with matmuls, if that was asked for.
+        """If `async_tp` is set, let code compiled from now on overlap tensor-parallel collectives with matmuls.
 
         Raises:
-            ValueError: it was asked for and cannot be had.
+            ValueError: `async_tp` is set and this run cannot do it.
         """
         if self.async_tp:
             mesh = submesh(self.device_mesh, ("tp",))
@@ -113,42 +121,45 @@ class InnerParallelStrategy(MeshStrategy):
 
     @final
     def checkpoint_activations(self, model: nn.Module, *, before_tp: bool) -> None:
-        """Checkpoint the blocks of `model`, if that was asked for and this is the moment.
+        """Checkpoint the blocks of `model` if `activation_checkpointing` is set and this is the right moment.
 
-        Without tp it happens before compilation, so that the compiler sees what is recomputed. With tp it happens
-        after: what is recomputed must find the parameters cut. Except in compiled blocks with "selective", where only
-        the compiler can tell which outputs to keep.
+        `parallelize` calls this twice, before and after tensor parallel. Without tp, checkpointing goes on before
+        compilation so that the compiler sees the recomputation. With tp it goes on afterwards, because recomputation
+        must see the cut parameters. The exception is "selective" with compiled blocks: only the compiler can tell
+        which outputs to keep, so checkpointing goes on first.
 
         Args:
-            before_tp: the model has not been cut yet.
+            before_tp: whether this is the call before the model is cut.
 
         Raises:
-            ValueError: an unknown mode, no blocks, or "selective" of compiled blocks that both tp and cp take apart.
+            ValueError: the mode is unknown, the model has no blocks, or "selective" meets compiled blocks that use
+                both tp and cp.
         """
         mode, dims = self.activation_checkpointing, self.dims
         if not mode or before_tp != (dims.tp == 1 or (self.compiles and mode == "selective")):
             return
         if before_tp and dims.tp > 1 and dims.cp > 1:
             raise ValueError(
-                "activation_checkpointing='selective' needs blocks that tensor parallel cut to be compiled in one "
-                "piece, and the exchange of cp takes them apart. Set activation_checkpointing='full', or compile=False."
+                "activation_checkpointing='selective' needs blocks under tensor parallel to be compiled in one piece, "
+                "and cp's exchange breaks their graph. Set activation_checkpointing='full', or compile=False."
             )
         self.prepared.checkpoint(model, mode)
 
     @final
     def split_sequences(self, model: nn.Module) -> None:
-        """Context parallel: attention of `model` exchanges what sequence shards need of each other.
+        """Context parallel: let the attention of `model` exchange data between sequence shards.
 
         Raises:
-            ValueError: the model mixes tokens outside of attention, or its heads do not divide.
+            ValueError: the model mixes tokens outside of attention, or cp does not divide its heads.
         """
         if self.dims.cp > 1:
+            # Sequence parallel splits a shard once more, so its length must be a multiple of tp.
             method = install_attention(model, self.dims.cp, self.dims.tp, self.cp_attention)  # type: ignore[arg-type]
             self._context = ContextParallel(self.device_mesh["cp"], method, multiple_of=self.dims.tp)
 
     @final
     def cut_matrices(self, model: nn.Module) -> None:
-        """Tensor and sequence parallel: cut the matrices of `model` by its plan.
+        """Tensor and sequence parallel: shard the matrices of `model` by its plan.
 
         Raises:
             ValueError: see `expand_plan`.
@@ -160,39 +171,56 @@ class InnerParallelStrategy(MeshStrategy):
     # --- running a step ---------------------------------------------------------------------------------------------
 
     def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """See `StepRunner.forward`."""
         return forward_for_loss(model, inputs)
 
     def forward_backward(self, objective: Objective, micro_batches: Sequence[MicroBatch], num_tokens: Tensor) -> Tensor:
+        """See `StepRunner.forward_backward`. The first step also checks the tensor-parallel plan.
+
+        Raises:
+            ValueError: see `check_replicas_once`.
+        """
         loss = super().forward_backward(objective, micro_batches, num_tokens)
         self.check_replicas_once(objective.model)
         return loss
 
     @final
     def check_replicas_once(self, model: nn.Module) -> None:
-        """After the first step: ranks of tp must agree on gradients of what they replicate. Collective.
+        """After the first step, check that tp ranks agree on the gradients of replicated parameters. Collective.
+
+        One check is enough: a wrong plan is wrong in the first step.
 
         Raises:
-            ValueError: names the parameters whose gradients differ. A plan that is wrong is wrong in the first step.
+            ValueError: the gradients of some replicated parameters differ; the message names them.
         """
         if self._replicas_to_check:
             self._replicas_to_check = False
             check_replicas(model, self.device_mesh["tp"])
 
     def split_sequence(self, inputs: dict[str, Any], targets: Any) -> AbstractContextManager[Part]:
+        """See `StepRunner.split_sequence`.
+
+        Raises:
+            ValueError: context parallel has no rule to split one of the inputs.
+        """
         if self._context is None:
             return super().split_sequence(inputs, targets)
         return self._context.split(inputs, targets)
 
     def gather_sequence(self, tensor: Tensor, length: int) -> Tensor:
+        """Gather the ranks' `[b, s, …]` into `[b, length, …]`. Collective, without gradient."""
         return tensor if self._context is None else self._context.gather(tensor, length)
 
     @final
     def shard_length(self, length: int) -> int:
-        """Tokens of a rank's part of a sequence of `length` tokens, padding included."""
+        """The number of tokens that one rank holds of a sequence of `length` tokens, including padding."""
         return length if self._context is None else self._context.padded(length) // self.dims.cp
 
 
 def forward_for_loss(model: nn.Module, inputs: dict[str, Any]) -> Any:
-    """One forward whose logits stay as an objective's loss takes them: deferred, and sharded over the vocabulary."""
+    """Run a forward whose logits stay in the form that an objective's loss takes.
+
+    They are deferred (`DeferredLogits`), and under tensor parallel sharded over the vocabulary.
+    """
     with sharded_logits(), deferred_logits():
         return model(**inputs)

@@ -1,4 +1,4 @@
-"""Strategy names: `fsdp2`, `hsdp:dp_replicate=2`, what other packages register, and `auto`."""
+"""Strategy names: `fsdp2`, `hsdp:dp_replicate=2`, `auto`, and the names that other packages register."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _fsdp2_tp(tp: int | Literal["auto"] = "auto", **kwargs: Any) -> FSDP2Strateg
     return FSDP2Strategy(tp=tp, **kwargs)
 
 
-# `auto` is sharding on any number of devices: on one device it is the plain model.
+# `auto` is FSDP2 for any number of devices. On one device FSDP2Strategy leaves the model unsharded.
 _FACTORIES: dict[str, Callable[..., Strategy]] = {
     "3d": Parallel3DStrategy,
     "pp_tp_dp": Parallel3DStrategy,
@@ -48,32 +48,36 @@ _FACTORIES: dict[str, Callable[..., Strategy]] = {
 
 
 class StrategyRegistry:
-    """Names that `Trainer(strategy=...)` understands, beside strategy objects."""
+    """The names that `Trainer(strategy=...)` accepts, besides strategy objects."""
 
     @staticmethod
     def register(name: str, factory: Callable[..., Strategy]) -> None:
-        """Make `strategy="name:key=value,…"` call `factory(key=value, …)`."""
+        """Make `strategy="name:key=value,…"` call `factory(key=value, …)`.
+
+        If `factory` takes `**kwargs`, annotate its return type: the registry then also accepts the options of the
+        strategy class that it returns, and can suggest a name when an option is misspelled.
+        """
         _FACTORIES[name] = factory
 
     @staticmethod
     def names() -> list[str]:
-        """All registered names, entry points of installed packages included."""
+        """All registered names, including the entry points of installed packages."""
         _load_entry_points()
         return sorted(_FACTORIES)
 
     @staticmethod
     def get(spec: str) -> Strategy:
-        """Build the strategy that a string such as `"hsdp:dp_replicate=2,cpu_offload=true"` names.
+        """Build a strategy from a string such as `"hsdp:dp_replicate=2,cpu_offload=true"`.
 
         Raises:
-            ValueError: an unknown name or option, or an option without a value.
+            ValueError: the name or an option is unknown, or an option has no value.
         """
         name, _, options = spec.partition(":")
         _load_entry_points()
         if name not in _FACTORIES:
             raise ValueError(
                 f"strategy={spec!r} is unknown.{_nearest(name, _FACTORIES)} Allowed: {', '.join(sorted(_FACTORIES))}, "
-                "each with sizes if you like (fsdp2:dp_shard=2), or a Strategy object."
+                "each with optional sizes (fsdp2:dp_shard=2), or a Strategy object."
             )
         factory = _FACTORIES[name]
         accepted = _accepted(factory)
@@ -81,16 +85,20 @@ class StrategyRegistry:
         try:
             return factory(**given)
         except TypeError as error:
+            # `_parse_options` has checked the names unless the factory does not state them. In that case this
+            # TypeError is how the factory reports an unknown option.
             if accepted is not None or "unexpected keyword" not in str(error):
                 raise
             raise ValueError(f"strategy={spec!r}: {error}.") from error
 
     @staticmethod
     def resolve(strategy: str | Strategy) -> str | Strategy:
-        """A strategy object for one of this project's names; Lightning's own names and objects pass through.
+        """Turn one of this project's names into a strategy object. Lightning's own names and objects pass through.
+
+        Where both know a name (`ddp`), this project's strategy is used.
 
         Raises:
-            ValueError: an unknown name or option.
+            ValueError: the name or an option is unknown.
         """
         if not isinstance(strategy, str):
             return strategy
@@ -101,16 +109,18 @@ class StrategyRegistry:
 
 
 def _load_entry_points() -> None:
+    """Add the strategies of installed packages. They cannot replace a name that exists already."""
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         _FACTORIES.setdefault(entry.name, entry.load())
 
 
 def _parse_options(spec: str, text: str, accepted: list[str] | None) -> dict[str, Any]:
+    """Parse `key=value,…`. Values are YAML scalars (`2`, `true`, `auto`); `accepted=None` allows any key."""
     options: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"strategy={spec!r}: {item!r} has no value. Write {item}=…")
+            raise ValueError(f"strategy={spec!r}: option {item!r} has no value. Write {item}=<value>.")
         if accepted is not None and key not in accepted:
             raise ValueError(
                 f"strategy={spec!r}: {key!r} is not an option.{_nearest(key, accepted)} Allowed: {', '.join(accepted)}."
@@ -120,14 +130,15 @@ def _parse_options(spec: str, text: str, accepted: list[str] | None) -> dict[str
 
 
 def _accepted(factory: Callable[..., Any]) -> list[str] | None:
-    """Names of the options that `factory` takes; None: it passes on whatever it is given, and checks that itself.
+    """The option names that `factory` takes, or None if it forwards any option and checks it itself.
 
-    `**kwargs` of a class goes to its bases, and that of a function to the strategy class that it says it returns.
+    A class forwards its `**kwargs` to its base classes. A function forwards them to the strategy class that it is
+    annotated to return.
     """
     parameters = inspect.signature(factory).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     if len(names) == len(parameters):
-        return names  # all that there is: nothing is passed on
+        return names  # there is no **kwargs, so nothing is forwarded
     if not isinstance(factory, type):
         made = _returned(factory)
         return None if made is None else [*names, *(n for n in _accepted(made) or [] if n not in names)]
@@ -141,11 +152,12 @@ def _returned(factory: Callable[..., Any]) -> type[MeshStrategy] | None:
     """The strategy class that a function is annotated to return."""
     try:
         made = get_type_hints(factory).get("return")
-    except (NameError, TypeError):  # an annotation that cannot be looked up says nothing
+    except (NameError, TypeError):  # an annotation that cannot be resolved counts as missing
         return None
     return made if isinstance(made, type) and issubclass(made, MeshStrategy) else None
 
 
 def _nearest(name: str, known: Any) -> str:
+    """A " Did you mean …?" for an error message, or nothing if no known name is close."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {match[0]!r}?" if match else ""

@@ -1,4 +1,4 @@
-"""What all strategies share: the contract, processes and mesh, and how one optimizer step runs.
+"""Shared by all strategies: the contract, the processes and their mesh, and how one optimizer step runs.
 
-Start with `mesh_strategy.py`. The other files are one job each: clipping, compiling, checkpointing activations, saving.
+Start with `mesh_strategy.py`. Each other file does one job, such as clipping, compiling or checkpointing activations.
 """

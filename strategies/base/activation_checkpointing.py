@@ -14,8 +14,8 @@ from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.wrap import wrap
 
-# What is dear to compute and cheap to keep: matmuls, attention, and (in compiled blocks) what ranks summed. Everything
-# else is recomputed.
+# "selective" keeps the outputs of operations that are expensive to recompute: matmuls, attention and, in compiled
+# blocks, reductions over ranks. Everything else is recomputed.
 _KEEP = {
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_reduce.default,
@@ -33,18 +33,19 @@ _KEEP = {
 def apply_activation_checkpointing(
     model: nn.Module, mode: Literal["full", "selective"], blocks: Sequence[nn.Module] | None = None
 ) -> None:
-    """Checkpoint the training forward of every block of `model`, in place; parameter names do not change.
+    """Checkpoint the training forward of every block of `model`, in place. Parameter names do not change.
 
-    What is wrapped around a block's forward before is recomputed with it, what is wrapped around it later is not.
+    Wrappers put around a block's forward before this call are recomputed with it; later ones are not.
 
     Args:
-        blocks: those to checkpoint; None: all of the model's.
+        mode: "full" recomputes a whole block; "selective" keeps the outputs of matmuls and attention.
+        blocks: the blocks to checkpoint; None: all of the model's.
 
     Raises:
-        ValueError: an unknown mode, or a model without blocks.
+        ValueError: the mode is unknown, the model has no blocks, or it uses fp8 with delayed scaling.
     """
     if mode not in ("full", "selective"):
-        raise ValueError(f"activation_checkpointing={mode!r} is unknown. Allowed: full, selective, or none at all.")
+        raise ValueError(f"activation_checkpointing={mode!r} is unknown. Allowed: full, selective, or null for none.")
     blocks = find_blocks(model) if blocks is None else blocks
     if not blocks:
         raise ValueError(
@@ -54,7 +55,7 @@ def apply_activation_checkpointing(
     if (layers := fp8_layers(model)) and layers.has_history:
         raise ValueError(
             f"activation_checkpointing={mode!r} runs blocks again in backward, and with fp8='delayed' every run "
-            "changes the scales. Use fp8='current', or no activation checkpointing."
+            "changes the scales. Set fp8='current', or activation_checkpointing to null."
         )
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":

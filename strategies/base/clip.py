@@ -1,4 +1,4 @@
-"""The global gradient norm over any mix of tensors and DTensors, without a host sync."""
+"""The global gradient norm over any mix of tensors and DTensors, without a host/device sync."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from automodel_trainer.nn.uneven import holds_nothing
 
-_Group = tuple[DeviceMesh | None, tuple[int, ...]]
+_Group = tuple[DeviceMesh | None, tuple[int, ...]]  # a mesh, and those of its axes that shard
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of `tensor` that this rank holds."""
+    """This rank's shard of a DTensor; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def total_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The L2 norm of all gradients, a 0-dim fp32 tensor that is equal on all ranks.
+    """The L2 norm of all gradients: a 0-dim tensor in fp32 (or wider), equal on all ranks. Collective.
 
-    Gradients are grouped by mesh and by the mesh axes that shard them: local squares are summed within a group, then
-    over exactly those axes. Adding norms of differently sharded gradients any other way counts some of them twice.
+    Gradients are grouped by mesh and by the mesh axes that shard them. Local squares are summed within a group, then
+    all-reduced over exactly those axes. Any other order would count some gradients twice.
     """
     groups: dict[_Group, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
             groups[_sharding(parameter.grad)].append(local_tensor(parameter.grad))
-        elif parameter.requires_grad and holds_nothing(parameter):  # other ranks have a part of this gradient
+        elif parameter.requires_grad and holds_nothing(parameter):
+            # This rank's shard is empty, but other ranks have a part of this gradient. Join their all-reduce.
             groups[_sharding(parameter)].append(local_tensor(parameter))
     squares = [_sum_of_squares(grads, group) for group, grads in groups.items()]
     if not squares:
@@ -42,8 +43,9 @@ def total_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def clip_grads_(parameters: Iterable[Tensor], max_norm: float, total_norm: Tensor) -> None:
-    """Scale all gradients in place by `max_norm / total_norm` where that is below 1 (as `torch.nn.utils` does it)."""
+    """Scale all gradients in place by `max_norm / total_norm` if that is below 1, as `torch.nn.utils` does."""
     coefficient = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
+    # `_foreach_mul_` is fast only for tensors of one device and dtype
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
@@ -54,16 +56,18 @@ def clip_grads_(parameters: Iterable[Tensor], max_norm: float, total_norm: Tenso
 
 
 def _sharding(grad: Tensor) -> _Group:
+    """The mesh of `grad`, and the axes of it that hold different elements on different ranks."""
     if not isinstance(grad, DTensor):
         return None, ()
-    assert not any(p.is_partial() for p in grad.placements), "a gradient was not reduced"
+    assert not any(p.is_partial() for p in grad.placements), "a gradient has not been reduced"
     sharded = tuple(axis for axis, p in enumerate(grad.placements) if not isinstance(p, Replicate))
     return grad.device_mesh, sharded
 
 
 def _sum_of_squares(grads: list[Tensor], group: _Group) -> Tensor:
+    """The sum of squares of one group's gradients over all ranks: 0-dim, in fp32 or wider."""
     mesh, axes = group
-    held = [grad for grad in grads if grad.numel()] or [grads[0].new_zeros(1)]  # a rank's shard can be empty
+    held = [grad for grad in grads if grad.numel()] or [grads[0].new_zeros(1)]  # all of a rank's shards can be empty
     dtype = torch.promote_types(held[0].dtype, torch.float32)
     norms = torch._foreach_norm(held, dtype=dtype)
     total = torch.stack(norms).square().sum()

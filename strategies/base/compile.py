@@ -1,8 +1,8 @@
-"""Per-block compilation: every block of a model runs as one compiled function; blocks of one shape share it.
+"""Per-block compilation: every block of a model runs as one compiled function, which blocks of one shape share.
 
-Compiled is what a block computes, not how it is laid out: FSDP2's hooks and what tensor parallel does at a block's
-edges stay outside, activation checkpointing is inside. Only training is compiled: evaluation has other shapes, and
-`generate` a new one at every token.
+The graph holds what a block computes, not how it is laid out. FSDP2's hooks and the collectives of tensor parallel at
+a block's edges stay outside; activation checkpointing is inside. Only training is compiled: evaluation has other
+shapes, and `generate` has a new one for every token.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def wants_compile(asked: bool | Literal["auto"], backend: str, device: torch.dev
     """Whether to compile on this device.
 
     Raises:
-        ValueError: it was asked for, and cannot be had.
+        ValueError: `asked` is unknown, or it is True and the inductor has no GPU to compile for.
     """
     if asked not in (True, False, "auto"):
         raise ValueError(f"compile={asked!r} is unknown. Allowed: true, false, auto.")
     gpu = device.type == "cuda"
     if asked is True and backend == "inductor" and not gpu:
         raise ValueError(
-            f"compile=True makes GPU kernels, and this run is on {device.type}. Leave it at compile='auto', or set "
-            "compile_backend='aot_eager' to see whether the model can be compiled at all."
+            f"compile=True makes GPU kernels, and this run is on {device.type}. Use compile='auto', or set "
+            "compile_backend='aot_eager' to test whether the model compiles at all."
         )
     return asked is True or (asked == "auto" and gpu)
 
@@ -48,18 +48,18 @@ def compile_blocks(
     blocks: Sequence[nn.Module] | None = None,
     options: dict[str, Any] | None = None,
 ) -> int:
-    """Compile the training forward of every block of `model`, in place; names and types do not change.
+    """Compile the training forward of every block of `model`, in place. Names and types do not change.
 
-    Call it after activation checkpointing was put on, and before tensor parallel or FSDP2.
+    Call it after activation checkpointing is applied and before tensor parallel or FSDP2.
 
     Args:
-        backend: of `torch.compile`.
-        blocks: those to compile; None: all of the model's.
-        options: of `torch.compile`; None: for the inductor `{"use_fast_math": True}`, exponentials as the GPU has them,
-            off by 2 + 1.2·|x| units in the last place of fp32 (the loss's are computed so in any case).
+        backend: passed to `torch.compile`.
+        blocks: the blocks to compile; None: all of the model's.
+        options: passed to `torch.compile`. None: `{"use_fast_math": True}` for the inductor, which uses the GPU's fast
+            exp. Its error is up to 2 + 1.2·|x| units in the last place of fp32. (The loss always uses it.)
 
     Returns:
-        how many blocks there are.
+        the number of blocks.
 
     Raises:
         ValueError: the model has no blocks to compile.
@@ -81,26 +81,26 @@ def compile_blocks(
 
 
 def effective_options(backend: str | Callable[..., Any], options: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What blocks are compiled with where `options` were asked for."""
+    """The options that blocks are compiled with: `options`, or the inductor's default if they are None."""
     return FAST_MATH if options is None and backend == "inductor" else options
 
 
 def _run(forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    """One function for all blocks: dynamo compiles it once for each kind of block."""
+    """The one function that all blocks share: dynamo compiles it once for each kind of block."""
     return forward(*args, **kwargs)
 
 
 class _Compiled:
-    """A block's forward: compiled in training, as it is in evaluation."""
+    """A block's forward: compiled in training, eager in evaluation."""
 
     def __init__(self, block: nn.Module, forward: Forward, compiled: Callable[..., Any]) -> None:
         self.block, self.forward, self.compiled = block, forward, compiled
-        self.widened: list[FusedGroup] | None = None  # not known before the model's weights are real
+        self.widened: list[FusedGroup] | None = None  # found at the first call, once the weights are real
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.block.training:
             return self.forward(*args, **kwargs)
         if self.widened is None:
             self.widened = fused_groups(self.block)
-        refresh(self.widened)
+        refresh(self.widened)  # outside of the graph: it copies updated adapters once per optimizer step
         return self.compiled(self.forward, *args, **kwargs)

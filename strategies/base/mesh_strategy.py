@@ -1,4 +1,4 @@
-"""MeshStrategy: what the Trainer, an objective and a layout expect of each other. One class is one layout."""
+"""MeshStrategy: the contract between the Trainer, an objective and a layout. One class is one layout."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ __all__ = ["MeshStrategy", "MicroBatch", "Objective", "Part"]
 class MeshStrategy(StepRunner, SavingStrategy):
     """A layout of a model on a DeviceMesh.
 
-    It has three jobs, each in a file: processes and the mesh (`processes.py`), the layout (here), and running a step
-    (`step.py`). A subclass must say how a model is laid out: `parallelize`. It may override whatever else is not
-    final; ARCHITECTURE.md lists those members.
+    It has three jobs, one file each: processes and the mesh (`processes.py`), the layout (here), and running a step
+    (`step.py`). A subclass must implement `parallelize`, which lays a model out. It may override any other member that
+    is not final; ARCHITECTURE.md lists them.
 
     Args:
         dims: sizes of the mesh axes.
-        launcher: how `devices=N` starts its processes where torchrun or srun did not: `subprocess` runs the script
-            again, `fork` and `spawn` run `fit` in worker processes, as a notebook needs it; `auto` tells by itself.
-        compile: run every block as one compiled function in training. "auto": where there is a GPU (of a user's
-            own LightningModule: the blocks of Hugging Face models).
-        compile_backend: of `torch.compile`.
-        compile_options: of `torch.compile`; None: `{"use_fast_math": True}` for its "inductor" (see `compile_blocks`).
-        process_group_backend: defaults to gloo on CPU, and to NCCL with gloo beside it for CPU tensors on CUDA.
+        launcher: how `devices=N` starts its processes if torchrun or srun did not. `subprocess` runs the script again;
+            `fork` and `spawn` run `fit` in worker processes, as a notebook needs it; `auto` chooses.
+        compile: run every block as one compiled function in training. "auto" compiles on a GPU; in a user's own
+            LightningModule it compiles only the blocks of Hugging Face models.
+        compile_backend: passed to `torch.compile`.
+        compile_options: passed to `torch.compile`; None: `{"use_fast_math": True}` for the inductor (see
+            `compile_blocks`).
+        process_group_backend: None: gloo on CPU; on CUDA NCCL, with gloo for CPU tensors.
         timeout: how long a collective waits for a missing rank.
     """
 
@@ -56,24 +57,24 @@ class MeshStrategy(StepRunner, SavingStrategy):
         self.compile, self.compile_backend, self.compile_options = compile, compile_backend, compile_options
         self.prepared = PreparedBlocks()
 
-    # --- the contract: what a layout says ---------------------------------------------------------------------------
+    # --- the contract: what a layout defines --------------------------------------------------------------------------
 
     @abstractmethod
     def parallelize(self, model: nn.Module) -> nn.Module:
-        """Lay `model` (on meta, or real and equal on all ranks) out on the mesh, in place. Idempotent.
+        """Lay `model` out on the mesh, in place. It is on meta, or real. A second call is a no-op.
 
         Raises:
             ValueError: this layout does not fit the model.
         """
 
     def finalize_parameters(self, model: nn.Module) -> None:
-        """Called once the parameters of a laid-out model have their values: put them where this layout keeps them."""
+        """Move the parameters of a laid-out model to where this layout keeps them. Called once they have values."""
 
     def lay_out_user_module(self, module: pl.LightningModule) -> None:
         """Lay out the parts of a user's own LightningModule, which calls its models itself.
 
         Raises:
-            ValueError: this layout has to run the step itself.
+            ValueError: this layout must run the step itself, so it cannot train such a module.
         """
         raise ValueError(
             f"{type(self).__name__} runs CausalLMModule, or any module with `model`, `split` and `loss`; "
@@ -82,24 +83,32 @@ class MeshStrategy(StepRunner, SavingStrategy):
 
     @property
     def min_layers(self) -> int:
-        """The least number of layers that a model needs to be laid out."""
+        """The smallest number of layers that this layout can split."""
         return 1
 
     @property
     def min_micro_batches(self) -> int:
-        """The least number of micro-batches that an optimizer step needs."""
+        """The smallest number of micro-batches that an optimizer step needs."""
         return 1
 
     @property
     def compiles(self) -> bool:
-        """Whether blocks are compiled; ValueError where they cannot be."""
+        """Whether blocks are compiled.
+
+        Raises:
+            ValueError: `compile` is unknown, or it is True and this run cannot compile.
+        """
         return wants_compile(self.compile, self.compile_backend, self.root_device)
 
-    # --- what layouts are made with ---------------------------------------------------------------------------------
+    # --- helpers for layouts ------------------------------------------------------------------------------------------
 
     @final
     def compile_model(self, model: nn.Module) -> None:
-        """Compile the blocks of `model` if this run compiles. Call it before anything is sharded."""
+        """Compile the blocks of `model` if this run compiles. Call it before anything is sharded.
+
+        Raises:
+            ValueError: `compile=True` and the model has no blocks, or this run cannot compile.
+        """
         if self.compiles:
             self.prepared.compile(model, self.compile_backend, self.compile_options, self.compile)
 
@@ -114,6 +123,11 @@ class MeshStrategy(StepRunner, SavingStrategy):
         return module.model if isinstance(module, Objective) else module
 
     def setup(self, trainer: pl.Trainer) -> None:
+        """Lay the module out, then create its optimizers: they must hold the parameters of the final layout.
+
+        Raises:
+            ValueError: this layout does not fit the model.
+        """
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
@@ -125,24 +139,29 @@ class MeshStrategy(StepRunner, SavingStrategy):
         self.setup_precision_plugin()
 
     def _convert(self, module: pl.LightningModule, training: bool) -> None:
-        """What the Trainer was asked to make of a user's own module: another dtype, synchronised batch norms."""
+        """Apply the Trainer's options to a user's own module: its dtype, and synchronised batch norms."""
         if training and self._layer_sync is not None and self.world_size > 1:
             self._layer_sync.apply(module)
         if isinstance(self.precision_plugin, MeshPrecision) and not isinstance(module, Objective):
             self.precision_plugin.convert_own(module)
 
     def layout(self, module: pl.LightningModule) -> None:
-        """Lay out what `configure_model` has not laid out already."""
+        """Lay out the parts of `module` that `configure_model` has not laid out yet.
+
+        Raises:
+            ValueError: this layout does not fit the model.
+        """
         if isinstance(module, Objective):
             self.parallelize(module.model)
         else:
             self.lay_out_user_module(module)
 
     def model_to_device(self) -> None:
+        """Move the whole LightningModule to this rank's device."""
         assert self.lightning_module is not None
         self.lightning_module.to(self.root_device)
 
     def forget_run(self) -> None:
-        """Let go of processes, mesh and model. What is left is the layout as it was asked for."""
+        """Release the processes, the mesh and the model. The requested layout remains, ready for another run."""
         super().forget_run()
         self.prepared = PreparedBlocks()

@@ -1,4 +1,4 @@
-"""`Trainer(precision=...)`, and what a sharded strategy makes of it."""
+"""`Trainer(precision=...)`, and how a sharded strategy applies it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,19 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class Dtypes:
-    """The dtypes of one precision: how parameters (and so optimizer state) are held, and what forward computes in."""
+    """The dtypes of one precision.
+
+    Args:
+        parameters: dtype of the parameters, and so of the optimizer state.
+        compute: dtype of the forward.
+    """
 
     parameters: torch.dtype
     compute: torch.dtype
 
     @property
     def mixed(self) -> bool:
+        """Whether parameters are master weights that are cast for the forward."""
         return self.parameters != self.compute
 
 
@@ -54,17 +60,22 @@ def canonical_precision(precision: str | int | None) -> str:
 
 
 def dtypes_of(precision: str) -> Dtypes:
-    """Raises ValueError for a precision that sharded training does not offer."""
+    """The dtypes of a precision, by Lightning's name for it.
+
+    Raises:
+        ValueError: sharded training does not offer this precision.
+    """
     if precision not in _DTYPES:
         raise ValueError(
-            f"precision={precision!r} is not offered by this strategy. Allowed: fp32, bf16 (fp32 master weights, bf16 "
-            "compute), bf16-true (everything in bf16), 64-true. fp16 would need loss scaling: use bf16."
+            f"precision={precision!r} is not supported by this strategy. Allowed: fp32, bf16 (fp32 master weights, "
+            "bf16 compute), bf16-true (everything in bf16), 64-true. fp16 would need loss scaling: use bf16."
         )
     return _DTYPES[precision]
 
 
 def fsdp_policy(dtypes: Dtypes) -> MixedPrecisionPolicy:
     """FSDP2's policy: parameters are cast when gathered, gradients are reduced in fp32 (or wider)."""
+    # A dtype of None means "as it is". FSDP2 then skips the cast.
     reduce = torch.promote_types(dtypes.parameters, torch.float32)
     if not dtypes.mixed:
         return MixedPrecisionPolicy(reduce_dtype=reduce if reduce != dtypes.parameters else None)
@@ -72,9 +83,10 @@ def fsdp_policy(dtypes: Dtypes) -> MixedPrecisionPolicy:
 
 
 def hold_in(module: nn.Module, dtype: torch.dtype) -> None:
-    """Hold parameters and saved buffers in `dtype`, in place.
+    """Cast floating-point parameters and persistent buffers to `dtype`, in place.
 
-    Buffers that are not saved keep theirs: rotary frequencies in bf16 are whole turns off after some thousand tokens.
+    Non-persistent buffers keep their dtype: rotary frequencies in bf16 are off by whole turns after a few thousand
+    tokens.
     """
     for parameter in module.parameters():
         if parameter.is_floating_point():
@@ -86,30 +98,45 @@ def hold_in(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def check_plugin(plugin: Precision) -> None:
-    """Raises ValueError for a plugin of a user's own, where a strategy would replace it by its name."""
+    """Refuse a precision plugin of the user's own, which the strategy would otherwise replace silently.
+
+    Raises:
+        ValueError: `plugin` is neither Lightning's nor this project's.
+    """
     if not type(plugin).__module__.startswith(("lightning.", __name__.partition(".")[0] + ".")):
         raise ValueError(
-            f"{type(plugin).__name__} was given as a plugin, but this strategy casts by itself (FSDP2's policy). Use "
-            "Trainer(precision='fp32' | 'bf16' | 'bf16-true' | '64-true'), or strategy='ddp'."
+            f"{type(plugin).__name__} was given as a plugin, but this strategy casts parameters itself (FSDP2's "
+            "policy). Use Trainer(precision='fp32' | 'bf16' | 'bf16-true' | '64-true'), or strategy='ddp'."
         )
 
 
 class MeshPrecision(Precision):
-    """The precision of a strategy that casts by itself (FSDP2's policy): nothing is autocast."""
+    """The precision of a strategy that casts parameters itself (FSDP2's policy). It never uses autocast.
+
+    Args:
+        precision: Lightning's name for it, such as "bf16-mixed".
+
+    Raises:
+        ValueError: sharded training does not offer this precision.
+    """
 
     def __init__(self, precision: str) -> None:
         self.precision = precision  # type: ignore[assignment]
         self.dtypes = dtypes_of(precision)
-        self.plain: torch.dtype | None = None
+        self.plain: torch.dtype | None = None  # the one dtype of a user's own module; None: inputs are not cast
 
     def convert_own(self, module: nn.Module) -> None:
-        """Without master weights a user's own module computes in the dtype that it is held in: what it is given, and
-        the tensors it makes, are of that dtype too. An objective's model sees to that itself."""
+        """Cast a user's own module for a precision without master weights (bf16-true, 64-true), in place.
+
+        Such a module computes in the dtype of its parameters, so its inputs and the tensors that it creates get that
+        dtype too. An objective's model handles this itself.
+        """
         if not self.dtypes.mixed and self.dtypes.parameters != torch.float32:
             self.plain = self.dtypes.parameters
             hold_in(module, self.plain)
 
     def convert_input(self, data: Any) -> Any:
+        """Cast the floating-point tensors of a batch for a user's own module; see `convert_own`."""
         dtype = self.plain
         if dtype is None:
             return data
@@ -119,6 +146,7 @@ class MeshPrecision(Precision):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
+        """Make new tensors of a user's own module get its dtype; see `convert_own`."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.plain or before)
         try:
@@ -127,6 +155,6 @@ class MeshPrecision(Precision):
             torch.set_default_dtype(before)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        """For a user's automatic optimization: the norm over all shards, plain parameters beside sharded ones."""
+        """Clip for a user's automatic optimization, by the norm over all shards and all plain parameters."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         clip_grads_(parameters, float(clip_val), total_grad_norm(parameters))

@@ -1,4 +1,4 @@
-"""Processes and the mesh they form: how they start, which rank this one is, and how ranks talk to each other."""
+"""Processes and the mesh they form: how they start, which rank this one is, and how ranks communicate."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Launcher = Literal["auto", "subprocess", "fork", "spawn"]
 
 
 class MeshProcesses(ParallelStrategy):
-    """Starts processes, forms the mesh, and sums over its axes. Knows nothing of models.
+    """Starts processes, builds the mesh, and sums over its axes. It knows nothing about models.
 
     Args:
         dims: sizes of the mesh axes.
-        launcher: how `devices=N` starts its processes where torchrun or srun did not.
-        process_group_backend: None: gloo on CPU; on CUDA NCCL, with gloo beside it for CPU tensors.
+        launcher: how `devices=N` starts its processes if torchrun or srun did not.
+        process_group_backend: None: gloo on CPU; on CUDA NCCL, with gloo for CPU tensors.
         timeout: how long a collective waits for a missing rank.
     """
 
@@ -46,22 +46,22 @@ class MeshProcesses(ParallelStrategy):
         self.num_nodes = 1
         self._device_mesh: DeviceMesh | None = None
 
-    # --- what a strategy may say ------------------------------------------------------------------------------------
+    # --- what a strategy may override ---------------------------------------------------------------------------------
 
     def choose_sizes(self) -> ParallelDims:
-        """The requested sizes. A strategy that offers "auto" chooses here, for the connected module."""
+        """The requested sizes. A strategy that offers "auto" resolves it here, for the connected module."""
         return self.requested_dims
 
     def ineffective_options(self) -> list[str]:
-        """Options that were asked for and do nothing at these sizes, each with the reason."""
+        """Options that the user set and that do nothing at these sizes, each with the reason."""
         return []
 
     def build_mesh(self) -> DeviceMesh:
-        """The mesh over the world. Called once, when the process group exists."""
+        """Build the mesh over the world. Called once, when the process group exists."""
         return self.dims.build_mesh(self.root_device.type)
 
     def convert_precision(self, plugin: Precision) -> Precision:
-        """What to do with the plugin that Lightning chose. A layout that casts by itself replaces it.
+        """Check the plugin that Lightning chose, and return the one to use. A layout that casts itself replaces it.
 
         Raises:
             ValueError: this layout does not offer that precision.
@@ -81,29 +81,40 @@ class MeshProcesses(ParallelStrategy):
     @property
     @final
     def dims(self) -> ParallelDims:
-        """The sizes of this run, with `dp_shard=-1` filled in."""
+        """The sizes of this run, with `dp_shard=-1` resolved.
+
+        Raises:
+            ValueError: the sizes do not fit the number of ranks.
+        """
         return self.requested_dims.resolve(self.world_size)
 
     @property
     @final
     def dp_size(self) -> int:
-        """Ranks that see different rows of data."""
+        """The number of ranks that see different rows of data."""
         return self.dims.dp_replicate * self.dims.dp_shard
 
     @property
     @final
     def dp_rank(self) -> int:
-        """This rank's place among them. Ranks of one tp or cp group are neighbours and share it."""
+        """This rank's index among the `dp_size` ranks. Ranks of one tp or cp group share it."""
+        # The mesh is (pp, dp, cp, tp), the last axis varying fastest: cp and tp ranks are neighbours.
         return self.global_rank // (self.dims.cp * self.dims.tp) % self.dp_size
 
     @final
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
-        """Sum in place over the ranks that compute different tokens (data and context parallel): losses."""
+        """Sum a tensor in place over the ranks that compute different tokens (data and context parallel).
+
+        Use it for values that add up over tokens, such as losses.
+        """
         return self._sum_over(TOKEN_AXES, tensor)
 
     @final
     def sum_over_rows(self, tensor: Tensor) -> Tensor:
-        """Sum in place over the ranks that see different rows (data parallel): whatever is counted in whole rows."""
+        """Sum a tensor in place over the ranks that see different rows (data parallel).
+
+        Use it for values that are counted over whole rows.
+        """
         return self._sum_over(DATA_AXES, tensor)
 
     def _sum_over(self, axes: tuple[str, ...], tensor: Tensor) -> Tensor:
@@ -115,22 +126,24 @@ class MeshProcesses(ParallelStrategy):
     @property
     @final
     def is_distributed(self) -> bool:
-        """Lightning asks this of strategies it does not know, to decide on samplers and metric reduction."""
+        """Always True. Lightning reads it on strategies it does not know, to set up samplers and metric reduction."""
         return True
 
     @property
     def root_device(self) -> torch.device:
+        """The device of this rank."""
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 
     @property
     @final
     def num_processes(self) -> int:
-        """Ranks on this node."""
+        """The number of ranks on this node."""
         return len(self.parallel_devices) if self.parallel_devices is not None else 1
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The arguments of the samplers that Lightning adds: ranks of one cp or tp group get the same rows."""
         return {"num_replicas": self.dp_size, "rank": self.dp_rank}
 
     # --- dtypes -----------------------------------------------------------------------------------------------------
@@ -138,15 +151,17 @@ class MeshProcesses(ParallelStrategy):
     @property
     @final
     def dtypes(self) -> Dtypes:
-        """Dtypes of parameters and computation under the Trainer's precision."""
+        """The dtypes of parameters and computation under the Trainer's precision."""
         return dtypes_of(str(self.precision_plugin.precision))
 
     @property
     def precision_plugin(self) -> Precision:
+        """The plugin in use. Assigning one passes it through `convert_precision`."""
         return super().precision_plugin
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
+        # Lightning assigns the plugin that it made from `Trainer(precision=...)`. Convert or refuse it here.
         self._precision_plugin = self.convert_precision(plugin) if plugin is not None else None
 
     # --- starting and ending ----------------------------------------------------------------------------------------
@@ -160,6 +175,7 @@ class MeshProcesses(ParallelStrategy):
         sync_rank_zero(self.global_rank)
 
     def _configure_launcher(self) -> None:
+        """Choose how the other processes start, unless torchrun or srun has started them or there is only one."""
         assert self.cluster_environment is not None
         if self.cluster_environment.creates_processes_externally or self.num_processes * self.num_nodes == 1:
             return
@@ -181,7 +197,7 @@ class MeshProcesses(ParallelStrategy):
         reset_seed()
         self.set_world_ranks()
         self.choose_sizes()
-        self.dims  # noqa: B018  sizes that do not fit are refused before any process waits for another
+        self.dims  # noqa: B018  raises for sizes that do not fit, before any process waits for another
         for option in self.ineffective_options():
             rank_zero_warn(f"{option} has no effect.")
         if not dist.is_initialized():
@@ -199,14 +215,14 @@ class MeshProcesses(ParallelStrategy):
             "world_size": environment.world_size(),
             "device_id": self.root_device if cuda else None,
         }
-        if environment.world_size() == 1:
+        if environment.world_size() == 1:  # one rank needs no port
             dist.init_process_group(store=dist.HashStore(), **options)
             return
         os.environ.update(MASTER_ADDR=environment.main_address, MASTER_PORT=str(environment.main_port))
         dist.init_process_group(store=agent_store(self.timeout), **options)
 
     def forget_run(self) -> None:
-        """Let go of processes and mesh. What is left is the layout as it was asked for."""
+        """Release the processes and the mesh. The requested layout remains, ready for another run."""
         self._device_mesh = None
         self._launcher = self._accelerator = self._precision_plugin = None
         self._lightning_module = self._model = None
@@ -214,21 +230,24 @@ class MeshProcesses(ParallelStrategy):
         self.parallel_devices = self.cluster_environment = None
 
     def teardown(self) -> None:
+        """Tear down what Lightning gave this strategy. The model stays where it is: another `fit` may follow."""
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
 
-    # --- collectives that Lightning asks for ------------------------------------------------------------------------
+    # --- collectives that Lightning calls -----------------------------------------------------------------------------
 
     def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks. A no-op on one rank."""
         if not dist.is_initialized() or self.world_size == 1:
             return
         device_ids = [self.root_device.index] if self.root_device.type == "cuda" else None
         dist.barrier(device_ids=device_ids)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The object of rank `src`, on every rank. Collective."""
         if not dist.is_initialized() or self.world_size == 1:
             return obj
         objects = [obj]
@@ -236,9 +255,17 @@ class MeshProcesses(ParallelStrategy):
         return objects[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce a tensor over ranks into a new one. Other objects are returned as they are. Collective.
+
+        Args:
+            tensor: `[…]`, the same shape on every rank.
+            group: the ranks; None: all of them.
+            reduce_op: "mean" or "avg" (integers are averaged as fp32), "sum", or a `ReduceOp`.
+        """
         if not isinstance(tensor, Tensor) or not dist.is_initialized() or self.world_size == 1:
             return tensor
         reduced = tensor.detach().clone()
+        # gloo has no average: sum, then divide
         average = str(reduce_op).lower() in ("mean", "avg")
         operation = dist.ReduceOp.SUM if average or str(reduce_op).lower() == "sum" else reduce_op
         if average and not reduced.is_floating_point():

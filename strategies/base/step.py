@@ -1,4 +1,4 @@
-"""Running one optimizer step of an objective: forward and backward of its micro-batches, and the global clip."""
+"""One optimizer step of an objective: forward and backward of its micro-batches, and the global clip."""
 
 from __future__ import annotations
 
@@ -19,55 +19,62 @@ from automodel_trainer.strategies.base.objective import MicroBatch, Objective, P
 class StepRunner:
     """Runs an objective's micro-batches through a laid-out model.
 
-    Gradients are those of (sum of token losses over all ranks) / (supervised tokens of the global batch), whatever the
-    layout, the accumulation and the number of ranks.
+    Gradients are those of (sum of token losses over all ranks) / (supervised tokens of the global batch). They do not
+    depend on the layout, on gradient accumulation or on the number of ranks.
     """
 
-    root_device: Any  # of the strategy
+    root_device: Any  # the strategy defines it
 
     @property
     def gradient_scale(self) -> float:
-        """What a loss is multiplied by so that the reduced gradient is the *sum* over ranks."""
+        """The factor on each loss that makes the reduced gradient the *sum* over ranks."""
         return 1.0
 
     def gradient_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """A context for one micro-batch. Gradients need to be reduced over ranks only in the `last` one."""
+        """A context around one micro-batch. Gradients need to be reduced over ranks only in the `last` one."""
         return nullcontext()
 
     def split_sequence(self, inputs: dict[str, Any], targets: Any) -> AbstractContextManager[Part]:
-        """This rank's part of a micro-batch, where sequences are split over ranks. Covers forward and backward."""
+        """A context around forward and backward that yields this rank's part of a micro-batch.
+
+        The part is the whole micro-batch unless the layout splits sequences over ranks.
+
+        Args:
+            inputs: keyword arguments of the model's forward: tensors `[b, s]`.
+            targets: targets of the loss: tensors `[b, s]`, in any nesting.
+        """
         return nullcontext((inputs, targets))
 
     def gather_sequence(self, tensor: Tensor, length: int) -> Tensor:
-        """The whole `[b, length, …]` of the parts `[b, s, …]` that the ranks computed. Collective, without gradient."""
+        """Gather the parts `[b, s, …]` that the ranks computed into `[b, length, …]`. Collective, without gradient."""
         return tensor
 
     def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """One forward of the laid-out model, for an objective: its loss takes logits that are deferred."""
+        """Run one forward of the laid-out model for an objective, whose loss takes deferred logits."""
         with deferred_logits():
             return model(**inputs)
 
     def from_logits(self, compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """What `compute` makes of an evaluation's logits, on every rank.
+        """Compute something from the logits of an evaluation, and return it on every rank.
 
-        Some layouts have the logits of `forward` on one of several ranks only, and None elsewhere.
+        Some layouts hold the logits of `forward` on only one of several ranks, and None on the others.
 
         Args:
-            compute: called where the logits are.
-            shape, dtype: of what it returns.
+            compute: called on the rank that holds the logits.
+            shape, dtype: those of the tensor that `compute` returns.
         """
         return compute()
 
     def forward_backward(self, objective: Objective, micro_batches: Sequence[MicroBatch], num_tokens: Tensor) -> Tensor:
-        """Forward and backward of one optimizer step.
+        """Run forward and backward of one optimizer step.
 
         Args:
-            objective: the module that is trained.
-            micro_batches: this rank's share of the global batch; the same number on every rank.
-            num_tokens: supervised tokens of the whole global batch, 0-dim, on the device.
+            objective: the module to train.
+            micro_batches: this rank's share of the global batch. Every rank must have the same number of them.
+            num_tokens: number of supervised tokens in the whole global batch, 0-dim, on the device.
 
         Returns:
-            this rank's token losses, summed: 0-dim, detached, on the device.
+            the sum of this rank's token losses: 0-dim, detached, on the device.
         """
         scale = self.gradient_scale / num_tokens.clamp(min=1)
         total = torch.zeros((), device=self.root_device)
@@ -78,7 +85,7 @@ class StepRunner:
         return total
 
     def _micro_step(self, objective: Objective, micro_batch: MicroBatch, scale: Tensor, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; its summed token losses, 0-dim, detached."""
+        """Run forward and backward of one micro-batch; return its summed token losses, 0-dim, detached."""
         inputs, targets = objective.split(micro_batch)
         with self.split_sequence(inputs, targets) as (part, wanted), self.gradient_sync(objective.model, last=last):
             enter_phase("forward")
@@ -88,7 +95,7 @@ class StepRunner:
         return loss.detach()
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
-        """Clip to `max_norm` (None or 0: only measure); returns the global norm before clipping, 0-dim."""
+        """Clip gradients to `max_norm` (None or 0: measure only); return the global norm before clipping, 0-dim."""
         enter_phase("clip")
         parameters = list(parameters)
         norm = total_grad_norm(parameters)

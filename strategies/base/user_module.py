@@ -1,7 +1,7 @@
-"""What is done to the blocks of a model, an objective's or one inside of a user's own LightningModule.
+"""Preparing the blocks of a model that an objective holds, or that sits inside a user's own LightningModule.
 
-A user's own module calls its models itself, so a strategy cannot run its step (`forward_backward`); it can lay out its
-parts, and checkpoint and compile its blocks as it does those of an objective's model.
+A user's own module calls its models itself, so a strategy cannot run its step (`forward_backward`). It can lay out the
+module's parts, and checkpoint and compile its blocks, as it does for an objective's model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from automodel_trainer.strategies.base.compile import compile_blocks
 
 
 def parts_of(module: nn.Module) -> Iterator[nn.Module]:
-    """What is laid out each by itself: the children that hold parameters, those of containers one by one."""
+    """The children that are laid out one by one: those that hold parameters. Containers are replaced by their items."""
     for child in module.children():
         if next(child.parameters(), None) is None:
             continue
@@ -31,34 +31,44 @@ def parts_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def outermost(module: nn.Module, kind: type[nn.Module]) -> list[Any]:
-    """The modules of this kind in `module`, itself included, that are not inside of another."""
+    """The outermost modules of type `kind` in `module`, which may be `module` itself."""
     if isinstance(module, kind):
         return [module]
     return [found for child in module.children() for found in outermost(child, kind)]
 
 
 class PreparedBlocks:
-    """Checkpoints and compiles blocks, none of them twice."""
+    """Checkpoints and compiles blocks, each of them at most once."""
 
     def __init__(self) -> None:
         self.checkpointed: WeakSet[nn.Module] = WeakSet()
         self.compiled: WeakSet[nn.Module] = WeakSet()
 
     def __reduce__(self) -> Any:
-        return PreparedBlocks, ()  # a process that a strategy is sent to has a model of its own
+        return PreparedBlocks, ()  # a worker process that gets a pickled strategy builds its own model
 
     def checkpoint(self, model: nn.Module, mode: Literal["full", "selective"]) -> None:
-        """See `apply_activation_checkpointing`."""
+        """Checkpoint the blocks of `model` that are not checkpointed yet; see `apply_activation_checkpointing`.
+
+        Raises:
+            ValueError: the mode is unknown, or the model has no blocks.
+        """
         blocks = find_blocks(model)
         fresh = [block for block in blocks if block not in self.checkpointed]
-        if fresh or not blocks:
+        if fresh or not blocks:  # without blocks the call raises
             apply_activation_checkpointing(model, mode, fresh)
         self.checkpointed.update(fresh)
 
     def compile(
         self, model: nn.Module, backend: str, options: dict[str, Any] | None, asked: bool | Literal["auto"]
     ) -> None:
-        """See `compile_blocks`. Where nobody asked ("auto"), a user's own module has those of transformers compiled."""
+        """Compile the blocks of `model` that are not compiled yet; see `compile_blocks`.
+
+        With `asked="auto"`, only the Hugging Face models inside a user's own module are compiled.
+
+        Raises:
+            ValueError: `asked` is True and the model has no blocks.
+        """
         own = asked == "auto" and isinstance(model, pl.LightningModule)
         blocks = [b for part in (outermost(model, PreTrainedModel) if own else [model]) for b in find_blocks(part)]
         fresh = [block for block in blocks if block not in self.compiled]

@@ -1,7 +1,7 @@
-"""Torch's flash-attention operators, which give the log-sum-exp of every row too (private names, torch 2.11-2.13).
+"""Torch's flash-attention operators, which also return the log-sum-exp of every row (private names, torch 2.11-2.13).
 
-Blocks of keys attended to one after the other can be merged by their log-sum-exps, and given those over *all* keys the
-backward operators return a block's part of the gradients. `scaled_dot_product_attention` itself keeps them to itself.
+With the log-sum-exps, the results for several blocks of keys can be merged. Given the log-sum-exps over *all* keys, the
+backward operators return one block's part of the gradients. `scaled_dot_product_attention` does not return them.
 
 Source: FlashAttention-2, arXiv 2307.08691.
 """
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 Random = tuple[Tensor, Tensor]
-"""The state of the dropout that there is none of: CUDA's backward wants it all the same."""
+"""Seed and offset of the dropout's random generator. We use no dropout, but CUDA's backward needs them anyway."""
 
 
 def flash_fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the operators take such queries `[b, h, q, d]`, and keys and values `[b, h_kv, k, d]`."""
+    """Whether the operators support these queries `[b, h, q, d]`, keys and values `[b, h_kv, k, d]`."""
     d = query.shape[-1]
     if not (d == key.shape[-1] == value.shape[-1]) or query.dtype != value.dtype:
         return False
@@ -29,10 +29,17 @@ def flash_fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def flash_forward(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Random | None]:
-    """Attention of all queries to all keys, or with as many keys as queries to those up to their own.
+    """Attention of queries to one block of keys.
+
+    Args:
+        query: `[b, h, q, d]`.
+        key, value: `[b, h_kv, k, d]`.
+        causal: each query sees the keys up to its own index (then k equals q); otherwise it sees all keys.
+        scale: factor on the scores.
 
     Returns:
-        out `[b, h, q, d]`, the log-sum-exp `[b, h, q]` in fp32 (or wider), and what `flash_backward` wants on CUDA.
+        out `[b, h, q, d]`, the log-sum-exp `[b, h, q]` in fp32 (or wider), and on CUDA the `random` argument of
+        `flash_backward`.
     """
     if query.device.type == "cuda":
         out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(
@@ -55,10 +62,18 @@ def flash_backward(
     scale: float,
     random: Random | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What these keys and values contribute to the gradients of queries, keys and values.
+    """The contribution of one block of keys and values to the gradients of queries, keys and values.
 
     Args:
-        grad, out, lse: of the attention to *all* keys, of which these may be some.
+        grad: gradient of `out`, `[b, h, q, d]`.
+        query: `[b, h, q, d]`.
+        key, value: `[b, h_kv, k, d]`, one block.
+        out, lse: the result of attention to *all* keys, `[b, h, q, d]` and `[b, h, q]`.
+        causal, scale: as in `flash_forward`.
+        random: from `flash_forward`.
+
+    Returns:
+        gradients in the shapes of `query`, `key` and `value`.
     """
     lse = lse.contiguous()
     if query.device.type == "cuda":
@@ -68,6 +83,7 @@ def flash_backward(
             grad, query, key, value, out, lse, *lengths, 0.0, causal, *random, scale=scale
         )
     heads = key.shape[1]
+    # The gradient of a key head is the sum over the query heads that share it.
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, _expand(key, query), _expand(value, query), out.contiguous(), lse, 0.0, causal, scale=scale
     )
@@ -75,5 +91,5 @@ def flash_backward(
 
 
 def _expand(tensor: Tensor, query: Tensor) -> Tensor:
-    """As many heads as there are of queries: the CPU's operators know no shared ones."""
+    """Repeat key heads `[b, h_kv, k, d]` to `[b, h, k, d]`: the CPU operators do not support grouped queries."""
     return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)

@@ -1,7 +1,8 @@
-"""Attention over sequence shards, as a Hugging Face attention function: masks of the whole sequence, ulysses or ring.
+"""Attention over sequence shards as a Hugging Face attention function, by ulysses or ring.
 
-`install_attention` registers, beside the kernel a model has, one that wraps it. While a micro-batch is split
-(`exchanging`) it exchanges what attention needs; at any other time it is the kernel itself.
+`install_attention` registers a wrapper around the model's attention kernel, next to the kernel. While a micro-batch is
+split (`exchanging`), the wrapper exchanges data between ranks and builds masks for the whole sequence. Otherwise it just
+calls the kernel.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ from automodel_trainer.strategies.context.ulysses import ulysses_attention
 CPAttention = Literal["auto", "ulysses", "ring"]
 Method = Literal["ulysses", "ring"]
 _PREFIX = "amt_cp_"
-# Kinds of layers that mix tokens in the attention function alone. Others carry state along the sequence.
+# Kinds of layers that mix tokens only in the attention function. Others carry state along the sequence.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass
 class Sequences:
-    """The whole micro-batch as attention needs to know it; `s` is the padded length.
+    """What attention needs to know about the whole micro-batch; `s` is the padded length.
 
     Args:
-        group: the ranks that hold shards of it.
-        method: how attention is exchanged.
+        group: the ranks that hold its shards.
+        method: how attention communicates.
         order: int64 `[s]`, the global index of every token in rank-major order (rank 0's shard, rank 1's, …).
         position_ids: int64 `[b, s]`, in natural order.
-        documents: int64 `[b, s]`, number of the packed document of every token; None where a row is one document.
-        attention_mask: bool `[b, s]`, False where padded; None where nothing is.
+        documents: int64 `[b, s]`, the index of every token's packed document; None if each row is one document.
+        attention_mask: bool `[b, s]`, False for padding; None if there is none.
     """
 
     group: Any
@@ -62,24 +63,28 @@ class Sequences:
 
     @property
     def length(self) -> int:
+        """The padded length `s`."""
         return self.order.numel()
 
     @cached_property
     def document_starts(self) -> list[list[int]] | None:
-        """Where the documents of every row begin, for ring attention. Waits for the device, once in a micro-batch."""
+        """The start indices of the documents of every row, for ring attention; None if each row is one document.
+
+        This is a host/device sync, once per micro-batch.
+        """
         if self.documents is None:
             return None
         begins = F.pad(self.documents.diff(dim=1) != 0, (1, 0), value=True).cpu()
         return [row.nonzero().flatten().tolist() for row in begins]
 
 
-# The micro-batch that is running. A plain global: on CUDA, backward recomputes in threads of its own.
+# The micro-batch that is running. A plain global, not a context variable: CUDA backwards recompute in other threads.
 _active: Sequences | None = None
 
 
 @contextmanager
 def exchanging(sequences: Sequences) -> Iterator[None]:
-    """Forward and backward of one split micro-batch."""
+    """A context around forward and backward of one split micro-batch, in which attention exchanges data."""
     global _active
     previous, _active = _active, sequences
     try:
@@ -89,7 +94,11 @@ def exchanging(sequences: Sequences) -> Iterator[None]:
 
 
 def check_method(method: str) -> None:
-    """Raises ValueError for a name that is no method."""
+    """Check the name of a method.
+
+    Raises:
+        ValueError: it is unknown.
+    """
     if method not in ("auto", "ulysses", "ring"):
         raise ValueError(f"cp_attention={method!r} is unknown. Allowed: auto, ulysses, ring.")
 
@@ -98,15 +107,16 @@ def install_attention(model: PreTrainedModel, size: int, tp: int = 1, method: CP
     """Make `model` run attention over sequence shards while a micro-batch is split.
 
     Args:
-        size: ranks of the cp group.
-        tp: ranks that the heads are split over already.
-        method: "auto" takes ulysses where heads divide, else ring.
+        size: number of cp ranks.
+        tp: number of ranks that the heads are split over already.
+        method: "auto" takes ulysses if `size` divides the heads, else ring.
 
     Returns:
-        the method.
+        the chosen method.
 
     Raises:
-        ValueError: the model mixes tokens outside of attention, or its heads do not divide.
+        ValueError: the model mixes tokens outside of attention, does not use transformers' attention functions, or has
+            a number of heads that ulysses cannot split.
     """
     _refuse_unsplittable(model)
     config = model.config.get_text_config(decoder=True)
@@ -114,20 +124,25 @@ def install_attention(model: PreTrainedModel, size: int, tp: int = 1, method: CP
     if method == "ulysses" and heads % size:
         fits = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(
-            f"cp_attention='ulysses' splits heads over cp={size} ranks, but each has {heads} of them (after tp={tp}). "
-            f"Sizes that work: cp in {fits}; or cp_attention='ring', which needs no heads to divide."
+            f"cp_attention='ulysses' splits heads over cp={size} ranks, but there are {heads} heads (after tp={tp}). "
+            f"Allowed: cp in {fits}; or cp_attention='ring', which works for any number of heads."
         )
     inner = attention_in_use(model)
     if not inner.startswith(_PREFIX):
         _register(inner)
+        # A composite model keeps the implementation in its text config too.
         keys = [key for key in model.config.sub_configs if getattr(model.config, key, None) is config]
         model.set_attn_implementation({"": _PREFIX + inner, **dict.fromkeys(keys, _PREFIX + inner)})
         if attention_in_use(model) == inner:
-            raise ValueError(f"{type(model).__name__} does not call transformers' attention functions. Set cp=1.")
+            raise ValueError(
+                f"cp={size} replaces transformers' attention function, and {type(model).__name__} does not call it. "
+                "Set cp=1."
+            )
     return method if method != "auto" else ("ulysses" if heads % size == 0 else "ring")
 
 
 def _register(inner: str) -> None:
+    """Register the wrappers of the kernel `inner` and of its mask function with transformers."""
     name = _PREFIX + inner
     AttentionInterface.register(name, partial(_attention, inner))
     if inner in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -135,6 +150,7 @@ def _register(inner: str) -> None:
 
 
 def _mask(inner: str, **arguments: Any) -> Any:
+    """The mask function that models call."""
     if _active is None:
         return ALL_MASK_ATTENTION_FUNCTIONS[inner](**arguments)
     return _whole_mask(_active, inner, **arguments)
@@ -144,7 +160,16 @@ def _mask(inner: str, **arguments: Any) -> Any:
 def _attention(
     inner: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function that models call: query `[b, h, s/cp, d]`, out `[b, s/cp, h, d]`."""
+    """The attention function that models call.
+
+    Args:
+        query: `[b, h, s/cp, d]`.
+        key, value: `[b, h_kv, s/cp, d]`.
+        attention_mask: what `_mask` returned.
+
+    Returns:
+        out `[b, s/cp, h, d]`, and None for the attention weights.
+    """
     kernel = _kernel(inner, module)
     if _active is None:
         return kernel(
@@ -167,15 +192,17 @@ def _attention(
 
 
 def _kernel(inner: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention function of that name. "eager" is not registered: each modeling file has its own."""
     if inner != "eager":
         return ALL_ATTENTION_FUNCTIONS[inner]
     return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
 
 
 class _Layer:
-    """An attention layer as its kernel shall see it: with this many queries per key head, under its own kernel's name.
+    """An attention layer as its kernel should see it.
 
-    Splitting heads can change how many query heads share a key head, and kernels read both from the layer.
+    Kernels read two things from the layer that context parallel changes: the number of query heads per key head, which
+    splitting heads can change, and the name of the attention implementation.
     """
 
     def __init__(self, module: nn.Module, inner: str, groups: int) -> None:
@@ -199,27 +226,35 @@ class _Named:
 
 
 def _refuse_unsplittable(model: PreTrainedModel) -> None:
+    """Raise for models whose sequence cannot be split over cp ranks."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name} is no transformers model, so cp cannot replace its attention. Set cp=1.")
+        raise ValueError(f"{name} is not a transformers model, so cp > 1 cannot replace its attention. Set cp=1.")
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if kinds or any(isinstance(module, (nn.Conv1d, nn.RNNBase)) for module in model.modules()):
         what = f"layers of kind {', '.join(sorted(kinds))}" if kinds else "convolutions along the sequence"
-        raise ValueError(f"{name} has {what}, which mix tokens outside of attention: it cannot be split over cp. cp=1.")
+        raise ValueError(
+            f"{name} has {what}, which mix tokens outside of attention, so cp > 1 cannot split its sequences. Set cp=1."
+        )
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"{name} takes no position_ids: a shard of its sequence would not know where it is. Set cp=1.")
+        raise ValueError(
+            f"{name} takes no position_ids, so with cp > 1 a shard would not know its place in the sequence. Set cp=1."
+        )
 
 
 def _whole_mask(sequences: Sequences, inner: str, mask_function: Callable[..., Any], **arguments: Any) -> Any:
-    """What `inner`'s own mask would be over the whole sequence (ulysses), or this rank's rows of it (ring).
+    """Build the mask of the kernel `inner` for the whole sequence (ulysses), or this rank's rows of it (ring).
 
-    `mask_function` is index based (causal, windows, chunks): it holds for the whole sequence as it does for a part.
+    `mask_function` is index based (causal, windows, chunks), so it is valid for the whole sequence as for a part.
+
+    Args:
+        arguments: those that transformers gives to the mask function.
     """
     arguments |= {"attention_mask": sequences.attention_mask, "q_offset": 0, "kv_offset": 0}
     if sequences.method == "ring" and _plainly_causal(sequences, **arguments):
         return None
-    if sequences.documents is not None:
+    if sequences.documents is not None:  # tokens see only their own document
         mask_function = packed_sequence_compatibility_function(
             mask_function, sequences.position_ids, sequences.documents
         )
@@ -241,10 +276,10 @@ def _plainly_causal(
     use_vmap: bool = False,
     **unused: Any,
 ) -> bool:
-    """Whether a token sees all of its document that comes before it: ring attention needs no mask for that."""
+    """Whether every token sees all earlier tokens of its document. Ring attention needs no mask for that."""
     if use_vmap or not allow_is_causal_skip or (local_size is not None and local_size < sequences.length):
         return False
-    # nobody who looks back sees what comes after the row's last token
+    # Padding at the end of a row needs no mask: causal attention never looks at it.
     return attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
@@ -257,11 +292,11 @@ def _rows_of_mask(
     use_vmap: bool = False,
     **unused: Any,
 ) -> Tensor:
-    """bool `[b, 1, s/cp, s]`, columns in rank-major order."""
+    """This rank's rows of the mask: bool `[b, 1, s/cp, s]`, columns in rank-major order."""
     if use_vmap:
         raise ValueError(
-            "This model adds a mask of its own to causal attention, which ring attention cannot split. "
-            "Set cp_attention='ulysses'."
+            "This model adds its own mask to causal attention, which cp_attention='ring' cannot split. Set "
+            "cp_attention='ulysses', or cp=1."
         )
     if attention_mask is not None:
         mask_function = and_masks(mask_function, padding_mask_function(attention_mask))

@@ -1,7 +1,7 @@
-"""Attention of some queries to a block of keys, in parts that can be merged: see `ring_attention`.
+"""Attention of some queries to one block of keys, with results that `ring_attention` can merge.
 
-Blocks without a mask go to torch's flash kernels where those fit. Everything else is plain matmuls, some rows of scores
-at a time, which also are the reference.
+Blocks without a mask run on torch's flash kernels if these support them. All others use plain matmuls over some rows of
+scores at a time; this code is also the reference.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from torch import Tensor
 
 from automodel_trainer.strategies.context._flash import Random, flash_backward, flash_fits, flash_forward
 
-_SCORES = 2**26  # elements of a block of attention scores that may exist at a time
+_SCORES = 2**26  # how many elements of attention scores may exist at a time
 
 
 @dataclass
 class Block:
-    """Which of a rank's queries look at which keys of another's shard, and how: through a bool mask
-    `[b, 1, queries, keys]`, with `causal` at those up to their own place, or at all. `rows`: of the micro-batch."""
+    """Which of a rank's queries attend to which keys of another rank's shard.
+
+    Args:
+        queries, keys: ranges of the two shards.
+        mask: bool `[b, 1, queries, keys]`, True where a query attends; None: see `causal`.
+        causal: without a mask, each query attends to the keys up to its own index; otherwise to all keys.
+        rows: rows of the micro-batch.
+    """
 
     queries: slice
     keys: slice
@@ -34,11 +40,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple
 
     Args:
         q: the block's queries, `[b, h, q, d]`.
-        k, v: its keys and values, `[b, h_kv, k, d]`.
+        k, v: the block's keys and values, `[b, h_kv, k, d]`.
+        block: its mask and `causal` apply.
+        scale: factor on the scores.
 
     Returns:
-        out `[b, h, q, d]`, the log of the softmax's sum `[b, h, q]` in fp32 (−inf and zeros for who sees nothing), and
-        what `attend_backward` wants back.
+        out `[b, h, q, d]`, the log-sum-exp `[b, h, q]` in fp32 or wider, and the `random` argument of
+        `attend_backward`. A query that sees no key has zeros and −inf.
     """
     if block.mask is None and flash_fits(q, k, v):
         return flash_forward(q, k, v, block.causal, scale)
@@ -46,6 +54,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple
     for rows in _tiles(q, k):
         scores = _scores(q[:, :, rows], k, block, rows, scale)
         lse = scores.logsumexp(-1)
+        # The clamp makes a row without any key exp(−inf) = 0, not NaN.
         weights = (scores - lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)).exp()
         outs.append(_ungroup(weights @ widen(v).unsqueeze(2)))
         sums.append(lse.flatten(1, 2))
@@ -63,13 +72,23 @@ def attend_backward(
     scale: float,
     random: Random | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One block's part of the gradients of `q`, `k` and `v`; `out` and `lse` are those over all keys."""
+    """One block's contribution to the gradients of `q`, `k` and `v`, in their shapes.
+
+    Args:
+        grad: gradient of `out`, `[b, h, q, d]`.
+        q: `[b, h, q, d]`.
+        k, v: `[b, h_kv, k, d]`.
+        out, lse: the result of attention to *all* keys, `[b, h, q, d]` and `[b, h, q]`.
+        block, scale: as in `attend`.
+        random: from `attend`.
+    """
     if block.mask is None and flash_fits(q, k, v):
         return flash_backward(grad, q, k, v, out, lse, block.causal, scale, random)
     heads = k.shape[1]
     key, value = widen(k).unsqueeze(2), widen(v).unsqueeze(2)
     dq = []
     dk, dv = torch.zeros_like(k, dtype=wide(k.dtype)), torch.zeros_like(v, dtype=wide(v.dtype))
+    # FlashAttention-2's backward: recompute a tile's softmax from the log-sum-exps, then dS = P · (dP − delta).
     for rows in _tiles(q, k):
         g = _group(widen(grad[:, :, rows]), heads)
         delta = (g * _group(widen(out[:, :, rows]), heads)).sum(-1, keepdim=True)
@@ -84,7 +103,10 @@ def attend_backward(
 
 
 def _scores(q: Tensor, k: Tensor, block: Block, rows: slice, scale: float) -> Tensor:
-    """fp32 `[b, h_kv, h / h_kv, q, k]`, −inf where a query may not look; `q` holds `rows` of the block's queries."""
+    """Scores `[b, h_kv, h / h_kv, q, k]` in fp32 or wider, −inf where a query does not attend.
+
+    `q` holds the `rows` of the block's queries.
+    """
     scores = _group(widen(q), k.shape[1]) @ widen(k).unsqueeze(2).mT * scale
     if block.mask is not None:
         return scores.masked_fill(~block.mask[:, :, rows].unsqueeze(2), float("-inf"))
@@ -102,19 +124,20 @@ def _tiles(q: Tensor, k: Tensor) -> Iterator[slice]:
 
 
 def _group(tensor: Tensor, heads: int) -> Tensor:
-    """`[b, h, …]` to `[b, heads, h / heads, …]`: the query heads that share a key head."""
+    """`[b, h, …]` to `[b, heads, h / heads, …]`: group the query heads that share a key head."""
     return tensor.unflatten(1, (heads, -1))
 
 
 def _ungroup(tensor: Tensor) -> Tensor:
+    """`[b, heads, h / heads, …]` to `[b, h, …]`."""
     return tensor.flatten(1, 2)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or wider."""
+    """fp32, or `dtype` if that is wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """`tensor` in fp32, or wider."""
+    """`tensor` `[…]` in fp32 or wider."""
     return tensor.to(wide(tensor.dtype))

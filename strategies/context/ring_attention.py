@@ -1,6 +1,6 @@
-"""Ring attention: queries stay, keys and values travel around the ranks that the sequence is split over.
+"""Ring attention: queries stay, while keys and values are passed around the ranks that a sequence is split over.
 
-Source: Ring Attention, arXiv 2310.01889; the merge of partial results is that of Flash Attention (arXiv 2205.14135).
+Sources: Ring Attention, arXiv 2310.01889; partial results are merged as in FlashAttention, arXiv 2205.14135.
 """
 
 from __future__ import annotations
@@ -32,25 +32,30 @@ def ring_attention(
     position_bias: Tensor | None = None,
     **unused: Any,
 ) -> Tensor:
-    """Exact attention over the shards of `group`, each rank holding chunks r and 2n−1−r of the sequence.
+    """Exact attention over n shards. Rank r holds chunks r and 2n−1−r of the sequence. Collective.
 
     Args:
         query: `[b, h, s/n, d]`.
         key, value: `[b, h_kv, s/n, d]`, with h a multiple of h_kv.
-        mask: bool `[b, 1, s/n, s]`, True where a query may look, columns in rank-major order; None: `causal` says it.
-        causal: without a mask, a token sees those before it; else it sees all.
-        starts: without a mask, where the documents of every row begin, ascending from 0 (`blocks_of`).
-        scaling: of the scores; None: 1/√d.
+        mask: bool `[b, 1, s/n, s]`, True where a query attends, columns in rank-major order; None: see `causal`.
+        group: the ranks that hold the shards.
+        causal: without a mask, a token attends to itself and earlier tokens; otherwise to all.
+        starts: without a mask, the start indices of the documents of every row, ascending from 0 (see `blocks_of`).
+        scaling: factor on the scores; None: 1/√d.
+        dropout, softcap, s_aux, position_bias: not supported; must be None or 0.
 
     Returns:
         `[b, s/n, h, d]`.
 
     Raises:
-        ValueError: something that ring attention does not do.
+        ValueError: the model asks for something that ring attention does not support.
     """
     for name, given in (("dropout", dropout), ("softcap", softcap), ("s_aux", s_aux), ("position_bias", position_bias)):
         if given is not None and (isinstance(given, Tensor) or given != 0):
-            raise ValueError(f"Ring attention does not do {name} in attention. Set cp_attention='ulysses'.")
+            raise ValueError(
+                f"cp_attention='ring' does not support {name}, which this model's attention uses. Set "
+                "cp_attention='ulysses'."
+            )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out: Tensor = _Ring.apply(query, key, value, mask, group, causal, scaling, starts)
     return out.transpose(1, 2).contiguous()
@@ -76,6 +81,7 @@ class _Ring(torch.autograd.Function):
         size = dist.get_world_size(group)
         ctx.random = None
         for step in range(size):
+            # Start the transfer of the next keys and values, then compute with the current ones.
             arriving = _pass_on([k, v], group) if step < size - 1 else None
             for block in blocks_of(s, *_ranks(step, group), mask, causal, starts):
                 mine, theirs = (block.rows, ALL, block.queries), (block.rows, ALL, block.keys)
@@ -110,18 +116,19 @@ class _Ring(torch.autograd.Function):
                 dv[theirs] += parts[2]
             if arriving is not None:
                 k, v = arriving()
-            dk, dv = _pass_on([dk, dv], group)()  # sums travel with their keys, and one hop more: home
+            # Gradients move along with their keys. After the last step one more hop brings them home.
+            dk, dv = _pass_on([dk, dv], group)()
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None, None, None, None
 
 
 def _ranks(step: int, group: Any) -> tuple[int, int, int]:
-    """This rank, the one whose keys are here at this step, and how many there are."""
+    """This rank, the rank whose keys are here at this step, and the number of ranks."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     return rank, (rank - step) % size, size
 
 
 def _pass_on(tensors: list[Tensor], group: Any) -> Callable[[], list[Tensor]]:
-    """Start sending to the next rank; the returned function waits for what the previous rank sent."""
+    """Start sending tensors to the next rank. The returned function waits for those of the previous rank."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     received = [torch.empty_like(tensor) for tensor in tensors]
     after, before = (rank + 1) % size, (rank - 1) % size
@@ -138,8 +145,15 @@ def _pass_on(tensors: list[Tensor], group: Any) -> Callable[[], list[Tensor]]:
 
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Add a block's result to the running one, in place: both are averages under the softmax of their own keys."""
+    """Merge a block's result into the running one, in place.
+
+    Each `out` is an average weighted by the softmax over its own keys. The log-sum-exps say how much weight each has.
+
+    Args:
+        out, lse: the running result, `[b, h, q, d]` and `[b, h, q]`; `lse` starts at −inf.
+        part, part_lse: the block's result, in the same shapes.
+    """
     total = torch.logaddexp(lse, part_lse)
-    seen = total.clamp(min=torch.finfo(total.dtype).min)  # a row that has seen no key yet: 0 · exp(−inf), not NaN
+    seen = total.clamp(min=torch.finfo(total.dtype).min)  # a row that has seen no key gets exp(−inf) = 0, not NaN
     out.mul_((lse - seen).exp().unsqueeze(-1)).add_(part * (part_lse - seen).exp().unsqueeze(-1))
     lse.copy_(total)

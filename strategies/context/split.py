@@ -1,9 +1,9 @@
-"""Context parallel: the sequence of every micro-batch split over ranks, with balanced causal work.
+"""Context parallel: split the sequence of every micro-batch over ranks, with balanced causal work.
 
-A rank takes two of the 2·cp equal chunks of the sequence, r and 2·cp−1−r, so that the early chunk with little to attend
-to and the late one with much add up to the same work everywhere. Positions and (already shifted) targets go along. All
-of a transformer but attention works on its own tokens; attention is exchanged by a Hugging Face attention function
-that `install_attention` puts in the model's config (context_attention.py), so no model code changes.
+Rank r takes two of the 2·cp equal chunks of the sequence, r and 2·cp−1−r. The early chunk has little to attend to and
+the late one has much, so every rank does the same work. Positions and (already shifted) targets are split the same way.
+In a transformer only attention mixes tokens. It communicates through a Hugging Face attention function that
+`install_attention` puts into the model's config (`attention.py`), so no model code changes.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map
 from transformers.masking_utils import find_packed_sequence_indices
 
+from automodel_trainer.strategies.context._pytree import map_tensors
 from automodel_trainer.strategies.context.attention import Sequences, exchanging
 
 IGNORE_INDEX = -100
 
 
 class ContextParallel:
-    """One cp group: splits micro-batches, and runs attention over the shards.
+    """One cp group: splits micro-batches, and tells attention about the whole sequence.
 
     Args:
         mesh: the 1-D mesh that sequences are split over.
-        method: "ulysses" turns sequence shards into head shards (any mask, any kernel; heads must divide), "ring" sends
-            keys and values around.
-        multiple_of: a shard's length is a multiple of this (what splits the sequence further needs it).
+        method: "ulysses" turns sequence shards into head shards (any mask and kernel; cp must divide the heads), "ring"
+            passes keys and values around.
+        multiple_of: each chunk's length is a multiple of this. Sequence parallel needs it, which splits shards further.
     """
 
     def __init__(self, mesh: DeviceMesh, method: Literal["ulysses", "ring"] = "ulysses", multiple_of: int = 1) -> None:
@@ -45,41 +45,41 @@ class ContextParallel:
 
     @contextmanager
     def split(self, inputs: dict[str, Any], targets: Any) -> Iterator[tuple[dict[str, Any], Any]]:
-        """This rank's part of a micro-batch. The context covers forward and backward (which may recompute attention).
+        """A context around forward and backward that yields this rank's part of a micro-batch.
+
+        It must cover backward too, which may recompute attention.
 
         Args:
-            inputs: of the model's forward: `input_ids` `[b, s]`, with or without `position_ids` and `attention_mask`.
-            targets: tensors `[b, s]` aligned with the logits (shifted already, so that no label at a shard's edge is
-                lost), in any nesting; other tensors are left as they are.
+            inputs: inputs of the model's forward: `input_ids` `[b, s]`, optionally `position_ids` and
+                `attention_mask`.
+            targets: tensors `[b, s]` aligned with the logits, in any nesting. They must be shifted already, so that no
+                label at a shard's edge is lost. Tensors of other shapes are unchanged.
 
         Raises:
-            ValueError: an input that there is no rule to split by.
+            ValueError: there is no rule to split one of the inputs.
         """
         rows, length = inputs["input_ids"].shape
         _refuse_unknown(inputs, rows, length)
         inputs, sequences = self._prepare(inputs, rows, length)
         parts = {key: self.shard(v) if isinstance(v, Tensor) else v for key, v in inputs.items()}
-        targets = tree_map(
-            lambda t: (
-                self.shard(self._pad(t, IGNORE_INDEX)) if isinstance(t, Tensor) and t.shape == (rows, length) else t
-            ),
-            targets,
-        )
+        targets = map_tensors(lambda t: self.shard(self._pad(t, IGNORE_INDEX)), targets, (rows, length))
         with exchanging(sequences):
             yield parts, targets
 
     def _prepare(self, inputs: dict[str, Any], rows: int, length: int) -> tuple[dict[str, Any], Sequences]:
+        """Pad the inputs, and collect what attention needs to know about the whole sequence."""
         inputs = dict(inputs)
         device = inputs["input_ids"].device
         positions = inputs.get("position_ids")
-        packed = positions is not None and inputs.get("attention_mask") is None
+        packed = positions is not None and inputs.get("attention_mask") is None  # transformers' own rule
         if positions is None:
             positions = torch.arange(length, device=device)[None]
         positions = pad_positions(positions.expand(rows, -1), self.padded(length), restart=packed)
         mask = inputs.get("attention_mask")
         whole = None if mask is None else self._pad(mask, 0).bool()
         documents = find_packed_sequence_indices(positions) if packed else None
-        # A mask of ones tells transformers not to look for documents in a shard's positions: they jump between chunks.
+        # A mask of ones stops transformers from looking for documents in a shard's positions, which jump between its
+        # two chunks.
         local_mask = torch.ones_like(positions) if whole is None else whole.to(positions.dtype)
         inputs["input_ids"] = self._pad(inputs["input_ids"], 0)
         inputs["position_ids"], inputs["attention_mask"] = positions, local_mask
@@ -91,27 +91,34 @@ class ContextParallel:
         return -(-length // self.multiple_of) * self.multiple_of
 
     def _pad(self, tensor: Tensor, value: int) -> Tensor:
+        """`[b, s]` to `[b, padded(s)]`."""
         return F.pad(tensor, (0, self.padded(tensor.shape[1]) - tensor.shape[1]), value=value)
 
     def shard(self, tensor: Tensor) -> Tensor:
-        """This rank's two chunks of `[b, s, …]`; `s` must be padded."""
+        """This rank's two chunks of `tensor` `[b, s, …]`: `[b, s / cp, …]`. `s` must be padded."""
         chunks = tensor.chunk(2 * self.size, dim=1)
         return torch.cat([chunks[self.rank], chunks[2 * self.size - 1 - self.rank]], dim=1)
 
     def gather(self, tensor: Tensor, length: int) -> Tensor:
-        """The whole `[b, length, …]`, in natural order, of the ranks' shards. Collective; gradients do not flow."""
+        """Gather the ranks' shards `[b, s / cp, …]` into `[b, length, …]` in natural order. Collective, no gradient."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        # first chunks are 0, 1, …, cp−1; second chunks are 2·cp−1, …, cp, so they are joined in reverse
         first, second = zip(*(part.chunk(2, dim=1) for part in parts))
         return torch.cat([*first, *second[::-1]], dim=1)[:, :length]
 
     def _indices(self, rank: int, length: int, device: torch.device) -> Tensor:
+        """The global indices of a rank's tokens, int64 `[length / cp]`."""
         chunks = torch.arange(length, device=device).chunk(2 * self.size)
         return torch.cat([chunks[rank], chunks[2 * self.size - 1 - rank]])
 
 
 def pad_positions(positions: Tensor, length: int, restart: bool) -> Tensor:
-    """Positions of the padding: a document of its own in packed rows, going on in others."""
+    """Extend positions `[b, s]` to `[b, length]`.
+
+    Args:
+        restart: whether the padding is a document of its own, as in packed rows; otherwise positions continue.
+    """
     missing = length - positions.shape[1]
     if not missing:
         return positions
@@ -120,12 +127,14 @@ def pad_positions(positions: Tensor, length: int, restart: bool) -> Tensor:
 
 
 def _refuse_unknown(inputs: dict[str, Any], rows: int, length: int) -> None:
+    """Raise for an input tensor that there is no rule to split by."""
     known = ("input_ids", "position_ids", "attention_mask")
     for name, value in inputs.items():
         if not isinstance(value, Tensor):
             continue
         if name not in known or value.ndim != 2 or value.shape[-1] != length:
             raise ValueError(
-                f"Context parallel (cp > 1) cannot split the input {name!r} of shape {tuple(value.shape)} of a micro-"
-                f"batch of {rows} × {length} tokens. It splits {', '.join(known)}, each [rows, tokens]; set cp=1."
+                f"Context parallel (cp > 1) cannot split the input {name!r} of shape {list(value.shape)} in a "
+                f"micro-batch of {rows} × {length} tokens. It can split {', '.join(known)}, each [rows, tokens]. Leave "
+                "this input out, or set cp=1."
             )

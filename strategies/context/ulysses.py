@@ -1,6 +1,6 @@
-"""All-to-all attention: sequence shards become head shards, every rank attends over the whole sequence of some heads.
+"""All-to-all attention: sequence shards become head shards, so each rank attends over whole sequences of some heads.
 
-Source: DeepSpeed Ulysses, arXiv 2309.14509.
+Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class _AllToAll(torch.autograd.Function):
-    """Slice i of dimension 0 goes to rank i; what rank i sent lands in slice i. It is its own transpose."""
+    """Send slice i of dimension 0 to rank i, and receive rank i's slice there. Its backward is the same exchange."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
@@ -37,19 +37,20 @@ def ulysses_attention(
     group: Any,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention over the shards of `group`, each rank holding chunks r and 2n−1−r of the sequence.
+    """Attention over n shards. Rank r holds chunks r and 2n−1−r of the sequence. Collective.
 
     Args:
         query: `[b, h, s/n, d]`, with h divisible by n.
-        key, value: `[b, h_kv, s/n, d]`; heads are repeated where there are fewer than ranks.
+        key, value: `[b, h_kv, s/n, d]`; heads are repeated if n does not divide h_kv.
         attend: attention over whole sequences in natural order: `[b, h', s, d]` each, to `[b, s, h', d]`.
+        group: the ranks that hold the shards.
         sinks: `[h]`, attention sinks of the query heads.
 
     Returns:
         `[b, s/n, h, d]`.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    repeats = size // math.gcd(size, key.shape[1])
+    repeats = size // math.gcd(size, key.shape[1])  # the fewest copies that make n divide the key heads
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     whole = [_heads_for_sequence(tensor, size, group) for tensor in (query, key, value)]
@@ -61,6 +62,7 @@ def _heads_for_sequence(tensor: Tensor, size: int, group: Any) -> Tensor:
     """`[b, h, s/n, d]` to `[b, h/n, s, d]` in natural order."""
     b, h, s, d = tensor.shape
     parts = _AllToAll.apply(tensor.view(b, size, h // size, s, d).transpose(0, 1), group)
+    # Each rank sent chunks r and 2n−1−r: first halves are in order, second halves in reverse.
     halves = parts.view(size, b, h // size, 2, s // 2, d)
     chunks = torch.cat([halves[:, :, :, 0], halves[:, :, :, 1].flip(0)])  # [2n, b, h/n, s/2n, d]
     return chunks.permute(1, 2, 0, 3, 4).reshape(b, h // size, size * s, d)

@@ -1,4 +1,4 @@
-"""Gradients of many small parameters over micro-batches: autograd adds them one by one, a kernel each."""
+"""Accumulating the gradients of many small parameters: autograd would launch one kernel for each of them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from torch import nn
 
 @contextmanager
 def accumulate_grads_foreach(parameters: Collection[nn.Parameter]) -> Iterator[None]:
-    """Around a backward: what `grad` held before it is added after it, by a few kernels for all parameters.
+    """A context around one backward. It accumulates into `grad` with a few kernels for all parameters together.
 
-    Holds a second gradient of each of them for as long as the backward runs.
+    The old gradients are set aside and added back afterwards, so while the backward runs each parameter has two.
+
+    Args:
+        parameters: whose gradients to accumulate; some may get no gradient in this backward.
     """
     before = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
     for parameter, _ in before:
         parameter.grad = None
     try:
         yield
-    finally:
+    finally:  # a backward that failed must not lose the old gradients
         new = [(sum_, parameter.grad) for parameter, sum_ in before if parameter.grad is not None]
         for parameter, sum_ in before:
             parameter.grad = sum_

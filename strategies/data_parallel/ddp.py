@@ -1,4 +1,4 @@
-"""DDP: the whole model on every rank, gradients all-reduced in buckets while backward runs."""
+"""DDP: every rank holds the whole model; gradients are all-reduced in buckets while backward runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from automodel_trainer.strategies.base.precision import MeshPrecision
 
 
 class DDPStrategy(MeshStrategy):
-    """Replicate the model, split the data. On one device nothing is wrapped.
+    """Replicate the model and split the data. On one device nothing is wrapped.
 
-    `precision="bf16"` is autocast over fp32 weights, as Lightning has it.
+    `precision="bf16"` means autocast over fp32 weights, as in Lightning.
 
     Args:
-        activation_checkpointing: "full" or "selective", see `FSDP2Strategy`.
-        find_unused_parameters: let parameters that take no part in a step pass (costs a walk over the graph).
+        activation_checkpointing: "full" or "selective"; see `FSDP2Strategy`.
+        find_unused_parameters: allow parameters that a step does not use (costs a walk over the graph).
         bucket_cap_mb: size of a gradient bucket, in MiB.
         compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
 
@@ -48,24 +48,37 @@ class DDPStrategy(MeshStrategy):
         self._wrapped: DistributedDataParallel | None = None
 
     def convert_precision(self, plugin: Precision) -> Precision:
+        """Keep Lightning's plugin (autocast), unless the whole model is held in one dtype ("bf16-true", "64-true").
+
+        Raises:
+            ValueError: the precision is not supported.
+        """
         plugin = super().convert_precision(plugin)
         whole = isinstance(plugin, (HalfPrecision, DoublePrecision))
         return MeshPrecision(str(plugin.precision)) if whole else plugin
 
     @property
     def gradient_scale(self) -> float:
-        return float(self.dp_size)  # DDP averages over ranks
+        """The number of ranks: DDP averages over them, and an objective needs the sum."""
+        return float(self.dp_size)
 
     def parallelize(self, model: nn.Module) -> nn.Module:
+        """Checkpoint and compile the blocks of `model`, in place. `layout` wraps it in DDP later.
+
+        Raises:
+            ValueError: the model has no blocks, or this run cannot compile.
+        """
         if self.activation_checkpointing:
             self.prepared.checkpoint(model, self.activation_checkpointing)
         self.compile_model(model)
         return model  # wrapped in `layout`: DDP needs real parameters
 
     def layout(self, module: pl.LightningModule) -> None:
+        """Move the module to its device and wrap an objective's model, or a user's whole module, in DDP."""
         if not isinstance(module, Objective):
             self.parallelize(module)
         self.model_to_device()
+        # DDP refuses a module that has nothing to train
         if self.dp_size == 1 or not any(p.requires_grad for p in module.parameters()):
             return
         if isinstance(module, Objective):
@@ -78,26 +91,31 @@ class DDPStrategy(MeshStrategy):
         return DistributedDataParallel(module, device_ids=device_ids, **self.ddp_options)
 
     def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        # In evaluation the plain model: DDP's buffers and buckets serve backward only.
+        """See `StepRunner.forward`."""
+        # Evaluation uses the plain model: DDP's buffers and buckets serve backward only.
         wrapped = self._wrapped if self._wrapped is not None and model.training else model
-        if self.ddp_options["find_unused_parameters"]:  # it looks for what the outputs depend on: all must be there
+        # DDP searches the graph of the outputs for unused parameters. Deferred logits would hide the head from it.
+        if self.ddp_options["find_unused_parameters"]:
             return wrapped(**inputs)
         return super().forward(wrapped, inputs)
 
     def gradient_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """See `StepRunner.gradient_sync`."""
         return nullcontext() if last or self._wrapped is None else self._wrapped.no_sync()
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """A user's module with manual optimization calls backward itself: DDP's reducer has to be told."""
+        """Tell DDP's reducer about a backward that a user's module with manual optimization calls itself."""
         module = self.lightning_module
         if isinstance(self.model, DistributedDataParallel) and module is not None and not module.automatic_optimization:
             prepare_for_backward(self.model, closure_loss)
 
     def forget_run(self) -> None:
+        """See `MeshStrategy.forget_run`."""
         super().forget_run()
         self._wrapped = None
 
     def teardown(self) -> None:
+        """Unwrap the module, then tear down as usual."""
         self._wrapped = None
         self.model = self.lightning_module
         super().teardown()

@@ -1,13 +1,13 @@
-"""FSDP2 gathers trained weights in fp8. Every rank casts its own shard, and no rank casts a whole weight.
+"""FSDP2 gathers trained weights in fp8: each rank casts its own shard, and no rank casts a whole weight.
 
-Half as many bytes travel as in bf16, and the matmuls of forward and backward take what arrives. Parameters stay plain
-tensors (sharded, fp32 or bf16), so optimizers and checkpoints see nothing of it: FSDP2 looks for `fsdp_pre_all_gather`
-and `fsdp_post_all_gather` on a shard, and a plain tensor can have these too.
+Half as many bytes are sent as in bf16, and the matmuls of forward and backward use the gathered codes directly.
+Parameters stay plain tensors (sharded, fp32 or bf16), so optimizers and checkpoints do not notice. This works because
+FSDP2 looks for `fsdp_pre_all_gather` and `fsdp_post_all_gather` on a shard, and a plain tensor can have them too.
 
-One scale serves a whole weight, and in compiled blocks all weights that are multiplied together
-(`models/quantization/fp8_shared_input.py`). Before a forward one reduction over the ranks finds the amax of every
-weight. The scale is the one that the whole weight would have. The cast starts from the master weight, not from its
-rounding to bf16.
+Each weight has one scale. In compiled blocks all weights that share an input have one scale together
+(`models/quantization/fp8_shared_input.py`). Before a forward, one reduction over ranks finds the amax of every weight,
+so the scale is the one that the whole weight would have. The cast starts from the master weight, not from its bf16
+rounding.
 
 Source: torchao.float8's `enable_fsdp_float8_all_gather`, which puts a tensor subclass into the parameter.
 """
@@ -38,10 +38,10 @@ class Fp8Gather:
     """Makes FSDP2 gather weights of `model` in fp8.
 
     Args:
-        model: the outermost unit, laid out by `fully_shard`, its parameters perhaps still on meta.
-        layers: torchao's linear layers, scaled by whole tensors.
-        group: the ranks that a weight's shards lie on.
-        backend: of `torch.compile`, to cast by one kernel instead of by several operations; None: do not compile.
+        model: the outermost unit, sharded by `fully_shard`; its parameters may still be on meta.
+        layers: torchao's linear layers with tensorwise scaling.
+        group: the ranks that hold the shards of a weight.
+        backend: the `torch.compile` backend for a cast in one kernel; None: cast by several eager operations.
     """
 
     def __init__(self, model: FSDPModule, layers: list[nn.Module], group: ProcessGroup, backend: str | None) -> None:
@@ -50,8 +50,8 @@ class Fp8Gather:
         self.together = backend is not None
         self.cast = _cast if backend is None else _compiled_cast(backend)
         self.weights: list[_Weight] = []
-        self.alike = torch.empty(0, 0)  # whether two weights are to have one scale
-        self.cache = StepCache()  # scales, for all forwards of an optimizer step
+        self.same_scale = torch.empty(0, 0)  # bool [weights, weights]: whether two weights share a scale
+        self.cache = StepCache()  # the scales serve all forwards of an optimizer step
         assert isinstance(model, nn.Module)
         model.register_forward_pre_hook(self._before_forward, prepend=True)  # before FSDP2's own
 
@@ -59,7 +59,7 @@ class Fp8Gather:
         if not self.cache.is_stale():
             return
         if not self.weights:
-            initialize_sharding(self.model)  # afterwards shards stay where they are
+            initialize_sharding(self.model)  # from here on FSDP2 keeps its shards, so hooks can be attached to them
             self.weights = [
                 _Weight(parameter, self.cast)
                 for parameter in sharded_parameters(self.model)
@@ -67,29 +67,29 @@ class Fp8Gather:
             ]
             if self.weights:
                 device = self.weights[0].parameter.shard.device
-                self.alike = _multiplied_together(self.weights).to(device)
+                self.same_scale = _multiplied_together(self.weights).to(device)
         self._scale()
 
     @torch.no_grad()
     def _scale(self) -> None:
-        """The scales of all weights, from their largest values over the ranks. Collective."""
+        """Set the scales of all weights from their amax over the ranks. Collective."""
         shards = [weight.attached() for weight in self.weights]
         if not shards:
             return
-        # a rank can be left without a row
+        # A rank's shard can be empty. Its amax is 0.
         held = [shard if shard.numel() else shard.new_zeros(1) for shard in shards]
         largest = torch.stack(torch._foreach_norm(held, math.inf)).float()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
         if self.together:
-            largest = torch.where(self.alike, largest, 0.0).amax(1)
+            largest = torch.where(self.same_scale, largest, 0.0).amax(1)
         scales = fp8_scale(largest, self.weights[0].dtype)
-        # one tensor each: compiled code copies inputs that do not begin at a multiple of 16 bytes
+        # A tensor of its own for each scale, not a view: compiled code copies inputs that are not 16-byte aligned.
         for weight, scale in zip(self.weights, torch._foreach_mul(list(scales.unbind()), 1.0)):
             weight.scale = scale
 
 
 class _Weight:
-    """What FSDP2 asks of a shard when it gathers it."""
+    """The FSDP2 extension of one weight: casts its shard before the gather, wraps the codes after it."""
 
     def __init__(self, parameter: ShardedParameter, cast: Callable[..., Tensor]) -> None:
         self.parameter, self.cast = parameter, cast
@@ -98,7 +98,8 @@ class _Weight:
         self.scale: Tensor | None = None
 
     def attached(self) -> Tensor:
-        """The shard, which comes back to this object when it is gathered."""
+        """The weight's shard, with the hooks of this object attached."""
+        # Once per shard: this runs in every step.
         if not hasattr(self.parameter.shard, "fsdp_pre_all_gather"):
             self.parameter.gather_by(self.fsdp_pre_all_gather, self.fsdp_post_all_gather)
         return self.parameter.shard
@@ -106,53 +107,57 @@ class _Weight:
     def fsdp_pre_all_gather(
         self, mesh: DeviceMesh, size: torch.Size, stride: Any, module: nn.Module, policy: MixedPrecisionPolicy
     ) -> tuple[tuple[Tensor, ...], Any]:
-        assert self.scale is not None, "the model's forward begins with its outermost unit"
+        """Cast the shard. FSDP2 gathers the returned codes, `[ceil(rows / ranks), columns]`, equal on all ranks."""
+        assert self.scale is not None, "a forward must start at the outermost unit, which sets the scales"
         shard = self.parameter.shard
         codes = self.cast(shard.reshape(-1), self.scale, self.dtype).view(shard.shape)
         missing = -(-size[0] // mesh.size()) - codes.shape[0]
-        if missing:  # fewer rows than others have
+        if missing:  # this rank has fewer rows than others; fp8 itself cannot be padded
             codes = F.pad(codes.view(torch.uint8), (0, 0, 0, missing)).view(self.dtype)
         return (codes,), self.scale
 
     def fsdp_post_all_gather(
         self, outputs: tuple[Tensor, ...], scale: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
-        if out is not None:  # its codes are `outputs`
+        """Wrap the gathered codes as an fp8 weight, or update `out`, the weight that an earlier gather returned."""
+        if out is not None:  # `outputs` are its codes: FSDP2 gathers into the same memory again
             set_fp8_scale(out, scale)
             return None
         return fp8_weight(outputs[0], scale, param_dtype, self.layer), outputs
 
 
 def _multiplied_together(weights: list[_Weight]) -> Tensor:
-    """Of each two weights, whether they are: `[weights, weights]`."""
+    """Whether each two weights share an input and so a scale: bool `[weights, weights]`."""
     groups = torch.tensor([id(weight.layer.together) for weight in weights])
     return groups[:, None] == groups
 
 
 def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp8 codes of `x` `[n]`; `scale` is 0-dim."""
     limit = torch.finfo(dtype).max
     return (x.float() * scale).clamp(-limit, limit).to(dtype)
 
 
 @cache
 def _compiled_cast(backend: str) -> Callable[..., Tensor]:
+    """`_cast` as one kernel. One per process: shards of all sizes share it (`dynamic`)."""
     return torch.compile(_cast, backend=backend, dynamic=True)
 
 
 def gather_in_fp8(
     model: nn.Module, shard_mesh: DeviceMesh, *, tp: int, cpu_offload: bool, compile_backend: str | None
 ) -> None:
-    """Let FSDP2 gather the weights of `model`'s fp8 layers in fp8, where that can be and was not switched off.
+    """Make FSDP2 gather the weights of `model`'s fp8 layers in fp8, unless the layout or the user rules it out.
 
     Args:
-        model: the outermost unit, laid out by `fully_shard`.
-        shard_mesh: that parameters are sharded over; its last axis is the one that gathers.
+        model: the outermost unit, sharded by `fully_shard`.
+        shard_mesh: the mesh that parameters are sharded over; FSDP2 gathers over its last axis.
         tp: ranks that tensor parallel cuts the weights over.
-        cpu_offload: whether shards wait on the CPU.
-        compile_backend: of `torch.compile`; None: the run does not compile.
+        cpu_offload: whether shards live in CPU memory.
+        compile_backend: the `torch.compile` backend; None: the run does not compile.
 
     Raises:
-        ValueError: it was asked for, and cannot be.
+        ValueError: the user set fp8_all_gather=true and this layout cannot do it.
     """
     layers: list[nn.Module] = []
     group = shard_mesh.get_group(shard_mesh.ndim - 1)
@@ -166,7 +171,7 @@ def gather_in_fp8(
             layers += [module for name, module in owner.named_modules() if name in wanted]
             owner.fp8_layers = replace(found, gathered=True)  # type: ignore[assignment]
         elif found.all_gather is True:
-            raise ValueError(f"kernels fp8_all_gather=true: {obstacle}. Leave it at 'auto', or set it to false.")
+            raise ValueError(f"kernels fp8_all_gather=true: {obstacle}. Set it to 'auto' or false.")
     if not layers:
         return
     assert isinstance(model, FSDPModule)
@@ -174,8 +179,9 @@ def gather_in_fp8(
 
 
 def _obstacle(ranks: int, tp: int, cpu_offload: bool) -> str | None:
+    """Why weights cannot be gathered in fp8, in words; None if they can."""
     if ranks == 1:
         return "on one rank nothing is gathered"
     if tp > 1:
         return f"tp={tp} cuts the weights that FSDP2 would cast"
-    return "cpu_offload=true keeps the weights on the CPU, which would cast them" if cpu_offload else None
+    return "cpu_offload=true keeps the weights on the CPU, which would have to cast them" if cpu_offload else None

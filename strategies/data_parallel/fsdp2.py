@@ -28,29 +28,29 @@ class FSDP2Strategy(InnerParallelStrategy):
     """Fully sharded data parallel training; with `dp_replicate` > 1 hybrid sharded (HSDP).
 
     Every block of the model is one unit: its parameters are gathered before its forward and backward and freed after.
-    On one device nothing needs sharding, and `fully_shard` is applied only for what else it does: mixed precision and
-    CPU offload. Where adapters are all that is trained there, they cast themselves.
+    On one device there is nothing to shard. `fully_shard` is then applied only for mixed precision and CPU offload.
+    If only adapters are trained there, they cast their parameters themselves.
 
     Args:
-        dp_shard: ranks to shard over; -1 takes all that are left.
+        dp_shard: ranks to shard over; -1 takes all remaining ranks.
         dp_replicate: replicas of the sharded model (HSDP: replicate between nodes, shard within).
-        cp: ranks that every sequence is split over; they shard parameters like `dp_shard` does. "auto": all of a node.
-        cp_attention: "ulysses" (all-to-all, any mask and kernel; cp must divide the heads), "ring" (keys and values
-            travel; any cp), or "auto": ulysses where it can.
+        cp: ranks that every sequence is split over; they also shard parameters. "auto": all ranks of a node.
+        cp_attention: "ulysses" (all-to-all; any mask and kernel, but cp must divide the heads), "ring" (keys and values
+            are passed around; any cp), or "auto": ulysses if it fits, else ring.
         tp: ranks that a layer's matrices are split over, by the plan that the model declares. "auto": as many as the
             node and the model's heads allow.
         tp_plan: rules that override the model's own (`model.tp_plan`: same names, same styles).
         sequence_parallel: with tp > 1, norms, dropout and residuals work on parts of the sequence too.
-        async_tp: overlap the collectives of tensor parallel with its matmuls (GPUs, compile, sequence_parallel).
+        async_tp: overlap tensor-parallel collectives with matmuls (needs GPUs, compile and sequence_parallel).
         reshard_after_forward: free a block's gathered parameters between its forward and backward (ZeRO-3). False
             keeps them (ZeRO-2: more memory, fewer gathers).
-        forward_prefetch: blocks whose parameters are gathered ahead of the one that runs, beyond FSDP2's own overlap.
+        forward_prefetch: number of blocks to gather ahead of the one that runs, beyond FSDP2's own overlap.
         backward_prefetch: the same for backward.
-        cpu_offload: keep parameters, gradients and optimizer state in CPU memory; blocks travel as they are needed.
+        cpu_offload: keep parameters, gradients and optimizer state in CPU memory, and copy blocks to the GPU for use.
         activation_checkpointing: "full" recomputes every block in backward; "selective" keeps the outputs of matmuls
             and attention and recomputes the rest.
-        sync_every_micro_batch: reduce gradients after every micro-batch instead of once per optimizer step: more
-            traffic, but unsharded gradients are not held while micro-batches accumulate.
+        sync_every_micro_batch: reduce gradients after every micro-batch instead of once per optimizer step. This costs
+            more traffic, but no unsharded gradients are held while micro-batches accumulate.
         compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
 
     Source: `torch.distributed.fsdp.fully_shard`; ZeRO, arXiv 1910.02054.
@@ -99,6 +99,11 @@ class FSDP2Strategy(InnerParallelStrategy):
     # --- laying out ---------------------------------------------------------------------------------------------------
 
     def parallelize(self, model: nn.Module) -> nn.Module:
+        """Lay `model` out on the mesh, in place. Read top to bottom, this is the order of everything applied.
+
+        Raises:
+            ValueError: this layout does not fit the model.
+        """
         if is_laid_out(model):
             return model
         self.broadcast_from_rank_zero(model)
@@ -113,10 +118,13 @@ class FSDP2Strategy(InnerParallelStrategy):
 
     @final
     def shard(self, model: nn.Module, *, sum_gradients: bool = True) -> None:
-        """Shard `model` over the mesh. Where nothing needs FSDP2, a real model only goes to this rank's device.
+        """Shard `model` over the mesh. If nothing needs FSDP2, only move a real model to this rank's device.
 
         Args:
             sum_gradients: sum gradients over ranks instead of averaging them.
+
+        Raises:
+            ValueError: CPU offload of quantized weights on one rank, or fp8_all_gather=true where it cannot work.
         """
         if not self.needs_shards:
             if not any(parameter.is_meta for parameter in model.parameters()):
@@ -142,7 +150,7 @@ class FSDP2Strategy(InnerParallelStrategy):
     @property
     @final
     def shard_mesh(self) -> DeviceMesh:
-        """The 1-D mesh that parameters are sharded over, or for HSDP the 2-D mesh (replicate, shard)."""
+        """The 1-D mesh that parameters are sharded over; for HSDP the 2-D mesh (replicate, shard)."""
         shard = submesh(self.device_mesh, SHARD_AXES)
         assert shard is not None
         if self.dims.dp_replicate == 1:
@@ -151,27 +159,40 @@ class FSDP2Strategy(InnerParallelStrategy):
         return self.device_mesh[("dp_replicate", *shard.mesh_dim_names)]
 
     def finalize_parameters(self, model: nn.Module) -> None:
+        """With CPU offload, move the shards to the CPU."""
         self.shards.to_host(model, self.root_device)
 
     def convert_precision(self, plugin: Precision) -> Precision:
+        """Replace Lightning's plugin: FSDP2 casts parameters, so nothing is autocast.
+
+        Raises:
+            ValueError: the precision is not supported, or the plugin is the user's own.
+        """
         check_plugin(plugin)
         return MeshPrecision(str(plugin.precision))
 
     def forget_run(self) -> None:
+        """See `MeshStrategy.forget_run`."""
         super().forget_run()
         self.shards.forget()
 
     # --- a user's own LightningModule ---------------------------------------------------------------------------------
 
     def lay_out_user_module(self, module: pl.LightningModule) -> None:
-        """Lay its parts out one by one. It means its loss per rank, so gradients are averaged (FSDP2's default)."""
+        """Lay out the module's parts one by one, in the order of `parallelize`.
+
+        Such a module takes the mean of its loss on each rank, so gradients are averaged over ranks (FSDP2's default).
+
+        Raises:
+            ValueError: cp > 1, or tp > 1 and the module holds no Hugging Face model.
+        """
         if self.dims.cp > 1:
             raise ValueError(
-                f"cp={self.dims.cp} splits the sequence of micro-batches, which it can do for a CausalLMModule (or any "
-                f"module with `model`, `split` and `loss`); {type(module).__name__} calls its model itself. Set cp=1."
+                f"cp={self.dims.cp} can split the sequences of a CausalLMModule (or any module with `model`, `split` "
+                f"and `loss`); {type(module).__name__} calls its model itself. Set cp=1."
             )
         parts = list(parts_of(module))
-        taken = [part for part in parts if is_laid_out(part)]  # by `configure_model`
+        taken = [part for part in parts if is_laid_out(part)]  # `configure_model` did it
         fresh = [part for part in parts if not is_laid_out(part)]
         for part in taken:
             gradient_reduction.average_gradients(part)
@@ -186,11 +207,13 @@ class FSDP2Strategy(InnerParallelStrategy):
         for part in fresh if self.needs_shards else ():
             self.shard(part, sum_gradients=False)
         gradient_reduction.average_unsharded_gradients(module, self.world_size)
+        # Whatever is not sharded (buffers, parameters of the module itself) still has to move to the device.
         module._apply(lambda t: t if isinstance(t, DTensor) else t.to(self.root_device))
 
     def _models_to_cut(
         self, module: pl.LightningModule, taken: list[nn.Module], fresh: list[nn.Module]
     ) -> list[PreTrainedModel]:
+        """The Hugging Face models in the new parts, which tensor parallel cuts."""
         if self.dims.tp == 1:
             return []
         models = [model for part in fresh for model in outermost(part, PreTrainedModel)]
@@ -204,30 +227,35 @@ class FSDP2Strategy(InnerParallelStrategy):
     # --- running a step -----------------------------------------------------------------------------------------------
 
     def gradient_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """See `StepRunner.gradient_sync`."""
         return self.shards.sync(model, last)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Used by Lightning while a user's automatic optimization accumulates."""
+        """A context in which no gradients are reduced. Lightning enters it while automatic optimization accumulates."""
         assert self.lightning_module is not None
         with self.shards.no_sync(self.lightning_module):
             yield
 
     def setup(self, trainer: pl.Trainer) -> None:
-        self.reshard()  # the optimizer must be given the shards
+        """See `MeshStrategy.setup`. Gathered parameters are freed first: the optimizer must get the shards."""
+        self.reshard()
         super().setup(trainer)
 
     @final
     def reshard(self) -> None:
-        """Free gathered parameters, which an evaluation leaves at the root."""
+        """Free gathered parameters. After an evaluation the root unit still holds its own."""
         assert self.lightning_module is not None
         reshard(self.lightning_module)
 
     def on_validation_end(self) -> None:
+        """See `reshard`."""
         self.reshard()
 
     def on_test_end(self) -> None:
+        """See `reshard`."""
         self.reshard()
 
     def on_predict_end(self) -> None:
+        """See `reshard`."""
         self.reshard()

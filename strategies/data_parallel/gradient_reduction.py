@@ -1,4 +1,4 @@
-"""What FSDP2 makes of the ranks' gradients: sums for an objective, averages for a user's own LightningModule."""
+"""How FSDP2 reduces gradients over ranks: sums for an objective, averages for a user's own LightningModule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch.distributed.tensor import DTensor
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Sum over ranks, plainly: gloo has no scaled sum, and NCCL's zeroes in bf16 up to torch 2.13 (pytorch#190747)."""
+    """Make FSDP2 sum gradients over ranks, by a plain sum.
+
+    gloo has no scaled sum, and NCCL's gives zeros in bf16 up to torch 2.13 (pytorch#190747).
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -18,16 +21,21 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """FSDP2's default, for what `sum_gradients` was called on."""
+    """Make FSDP2 average gradients over ranks, which is its default. Undoes `sum_gradients`."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(None)  # type: ignore[arg-type]
 
 
 def average_unsharded_gradients(module: nn.Module, world_size: int) -> None:
-    """Parameters that stand on a user's LightningModule itself belong to no unit: average their gradients in place.
+    """Average the gradients of parameters that belong to no FSDP2 unit, by a hook on each.
 
-    Averaging twice changes nothing, so it is right under gradient accumulation too.
+    Those are parameters of a user's LightningModule itself, not of its parts. They are also made equal on all ranks
+    here. A hook averages the accumulated gradient after every backward. That is right under gradient accumulation too,
+    because averaging the part that is equal on all ranks already does not change it.
+
+    Args:
+        world_size: the number of ranks; with 1 nothing happens.
     """
 
     def average(parameter: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""FSDP2 applied to a model: which modules are a unit, what is left out, and when gradients are reduced."""
+"""FSDP2 applied to a model: which modules are units, which parameters are left out, and when gradients are reduced."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from automodel_trainer.strategies.data_parallel import gradient_reduction
 from automodel_trainer.strategies.data_parallel._fsdp import lay_out_gradients_at_once
 from automodel_trainer.strategies.data_parallel.accumulate_grads_foreach import accumulate_grads_foreach
 
-_SMALL = 2**30  # bytes
+_SMALL = 2**30  # bytes; see `_small`
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,13 @@ class ShardOptions:
 
 
 class Shards:
-    """Shards models with FSDP2, and says for each micro-batch whether gradients are reduced.
+    """Shards models with FSDP2, and controls in which micro-batches gradients are reduced.
 
     Works without a Trainer: `Shards(options).apply(model, mesh, dtypes)` lays a model out, then every micro-batch runs
     inside `sync(model, last=...)`.
+
+    Args:
+        options: see `ShardOptions`.
     """
 
     def __init__(self, options: ShardOptions) -> None:
@@ -54,10 +57,10 @@ class Shards:
         """Make `model` (on meta or real) and each of its blocks a unit of FSDP2, in place.
 
         Args:
-            mesh: 1-D: parameters are sharded over it; 2-D for HSDP: (replicate, shard).
-            dtypes: of parameters and of computation.
+            mesh: the 1-D mesh to shard over; for HSDP a 2-D mesh (replicate, shard).
+            dtypes: dtypes of parameters and computation.
             sum_gradients: sum gradients over ranks, as an objective needs it, instead of averaging them.
-            alone: one device trains this model, and nothing else is in its optimizer.
+            alone: whether one device trains this model and the optimizer holds nothing else.
 
         Raises:
             ValueError: CPU offload of quantized weights on one rank.
@@ -69,7 +72,7 @@ class Shards:
             "shard_placement_fn": _shard_dimension,
             "offload_policy": offload if self.options.cpu_offload else OffloadPolicy(),
         }
-        if mesh.size(mesh.ndim - 1) == 1:
+        if mesh.size(mesh.ndim - 1) == 1:  # nothing to gather: leave out what FSDP2 would only copy
             casting = self._let_cast(model, dtypes.compute) if alone else set()
             options["ignored_params"] = self._left_alone(model, dtypes.compute) | casting
             self._keeps_copies = _small(model, dtypes.compute, options["ignored_params"])
@@ -78,16 +81,18 @@ class Shards:
         reshard = self.options.reshard_after_forward and not self._keeps_copies
         for unit in (*blocks, *untied_input_embedding(model)):
             fully_shard(unit, reshard_after_forward=reshard, **options)
-        # The root holds what is left (final norm, head, tied embedding). It stays gathered between forward and
-        # backward: backward begins where forward ended.
+        # The root unit holds the rest (final norm, head, tied embedding). It stays gathered between forward and
+        # backward, because backward begins where forward ended.
         fully_shard(model, reshard_after_forward=False, **options)
         _prefetch(blocks, self.options.forward_prefetch, self.options.backward_prefetch)
         if sum_gradients and mesh.size() > 1:
             gradient_reduction.sum_gradients(model)
 
     def _let_cast(self, model: nn.Module, compute: torch.dtype) -> set[nn.Parameter]:
-        """Adapters, where one device trains nothing else. FSDP2 would copy hundreds of small parameters one by one, and
-        as many gradients. They cast themselves."""
+        """If only adapters are trained, let them cast their own parameters, and return those for FSDP2 to ignore.
+
+        FSDP2 would copy hundreds of small parameters one by one, and as many gradients.
+        """
         if self.options.cpu_offload:
             return set()
         found = list(adapters(model))
@@ -99,33 +104,38 @@ class Shards:
         return held
 
     def _left_alone(self, model: nn.Module, compute: torch.dtype) -> set[nn.Parameter]:
-        """What FSDP2 need not touch where there is nothing to gather.
+        """The parameters that FSDP2 should ignore when there is nothing to gather.
 
-        Frozen weights in the dtype they compute in: FSDP2 would copy them for nothing before every use. Quantized
-        weights: FSDP2 takes only the first of their inner tensors.
+        These are frozen weights that are held in the compute dtype, which FSDP2 would copy before every use for
+        nothing, and quantized weights, of which FSDP2 keeps only the first inner tensor.
+
+        Raises:
+            ValueError: CPU offload of quantized weights, which FSDP2 would have to move.
         """
         quantized = packed_weights(model)
         if not self.options.cpu_offload:
             return quantized | {p for p in model.parameters() if not p.requires_grad and p.dtype == compute}
         if quantized:
-            raise ValueError("cpu_offload=True with 4-bit weights needs shards: set dp_shard > 1, or no offload.")
+            raise ValueError(
+                "cpu_offload=True with 4-bit weights needs more than one shard. Set dp_shard > 1, or cpu_offload=False."
+            )
         return set()
 
     @contextmanager
     def sync(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Around one micro-batch: gradients are reduced in the `last` one, or in every one if that was asked for."""
+        """A context around one micro-batch. Gradients are reduced in the `last` one, or in all by option."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last or self.options.sync_every_micro_batch)
             model.set_is_last_backward(last)
             model.set_reshard_after_backward(last or not self._keeps_copies)
-        # The adapters' parameters as they are now: those of a model laid out on meta have been replaced since.
+        # Read the adapters' parameters now: those of a model laid out on meta have been replaced since.
         parameters = [parameter for adapter in self._self_casting for parameter in adapter.parameters]
         with accumulate_grads_foreach(parameters):
             yield
 
     @contextmanager
     def no_sync(self, module: nn.Module) -> Iterator[None]:
-        """Around the micro-batches of a user's own module whose gradients only accumulate."""
+        """A context around micro-batches of a user's own module whose gradients only accumulate."""
         if self.options.sync_every_micro_batch:
             yield
             return
@@ -137,7 +147,7 @@ class Shards:
             root.set_requires_gradient_sync(True)
 
     def to_host(self, model: nn.Module, device: torch.device) -> None:
-        """With CPU offload shards wait on the CPU. Buffers do not travel, so they stay on `device`, which computes."""
+        """With CPU offload, move the shards to the CPU. Buffers stay on `device`: FSDP2 does not copy them for use."""
         if self.options.cpu_offload and device.type != "cpu":
             model.cpu()
             for module in model.modules():
@@ -145,33 +155,36 @@ class Shards:
                     module._buffers[name] = buffer.to(device)
 
     def forget(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         self._self_casting = []
 
 
 def is_laid_out(model: nn.Module) -> bool:
-    """Whether some layout has already taken this module in hand."""
+    """Whether some layout has been applied to this module already."""
     return isinstance(model, FSDPModule) or any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def reshard(module: nn.Module) -> None:
-    """Free gathered parameters. Training does so in backward; after an evaluation the root still holds its own."""
+    """Free gathered parameters. Training does so in backward, but after an evaluation the root unit holds its own."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def _small(model: nn.Module, dtype: torch.dtype, ignored: set[nn.Parameter]) -> bool:
-    """Whether FSDP2's copies in the dtype that computes can stay for a whole optimizer step.
+    """Whether FSDP2's copies in the compute dtype may be kept for a whole optimizer step: up to 1 GiB.
 
-    On one device these copies are all that FSDP2 makes. They are small where adapters are trained together with a few
+    On one device these copies are all that FSDP2 makes. They are small if adapters are trained together with a few
     other parameters.
     """
     return sum(p.numel() for p in model.parameters() if p not in ignored) * dtype.itemsize <= _SMALL
 
 
 def _shard_dimension(parameter: nn.Parameter) -> Shard | None:
-    """Dimension 0, unless tensor parallel cuts it in a packed way, which FSDP2 cannot cut once more."""
+    """The dimension that FSDP2 shards: 0 (None), unless tensor parallel has cut that one in the packed way.
+
+    FSDP2 cannot cut a packed dimension (a part of each of its halves) once more.
+    """
     packed = isinstance(parameter, DTensor) and any(
         isinstance(p, StridedShard) and p.dim == 0 for p in parameter.placements
     )
@@ -179,6 +192,7 @@ def _shard_dimension(parameter: nn.Parameter) -> Shard | None:
 
 
 def _prefetch(blocks: list[nn.Module], forward: int, backward: int) -> None:
+    """Tell each block which others to gather ahead: the next ones in forward, the previous ones in backward."""
     for index, block in enumerate(blocks):
         assert isinstance(block, FSDPModule)
         if forward:

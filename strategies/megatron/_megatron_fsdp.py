@@ -1,8 +1,9 @@
-"""Every use of megatron-fsdp (0.6.1), private names included, so that an upgrade has one place to look at.
+"""Every use of megatron-fsdp (0.6.1), including private names, so that an upgrade has one file to check.
 
-What it is: the parameters of a unit lie in one flat buffer, cut over the ranks between rows. The modules hold "raw"
-parameters, views of gathered buffers, while the model runs; the optimizer has "distributed" ones, DTensors over this
-rank's part of the buffer that holds the main weights, and these stand in the modules outside of a step.
+How the package works: the parameters of a unit lie in one flat buffer, which is cut over ranks between rows. While the
+model runs, modules hold "raw" parameters, which are views of gathered buffers. The optimizer holds "distributed"
+parameters, which are DTensors over this rank's part of the buffer of main weights. Outside of a step the modules hold
+these as well.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 
 from automodel_trainer.distributed._dtensor import flatten_mesh
 from automodel_trainer.nn.uneven import mark_uneven
-from automodel_trainer.strategies.megatron.even_shards import over_tp, part_shape, unstage
+from automodel_trainer.strategies.megatron.even_shards import gather_even, over_tp, part_shape
 
 OUTER, SHARD, TP = "dp_outer", "dp_shard_cp", "tp"
 _INSTEAD = "Use strategy='fsdp2', which shards the same way (ZeRO-3) with torch alone."
@@ -31,7 +32,11 @@ Wrapper = Any  # megatron_fsdp.MegatronFSDP
 
 
 def check_available(device: torch.device) -> None:
-    """Raises ValueError without CUDA or without the package."""
+    """Check that Megatron-FSDP can run here.
+
+    Raises:
+        ValueError: the package is not installed, or `device` is not a GPU.
+    """
     if importlib.util.find_spec("megatron_fsdp") is None:
         raise ValueError(
             "strategy='megatron_fsdp' needs the package megatron-fsdp: pip install 'automodel-trainer[megatron]'. "
@@ -42,27 +47,35 @@ def check_available(device: torch.device) -> None:
 
 
 def check_nccl_ub() -> None:
-    """Raises ValueError where nothing can register NCCL user buffers."""
+    """Check that a library that registers NCCL user buffers is installed.
+
+    Raises:
+        ValueError: there is none.
+    """
     for name in ("megatron.core.nccl_allocator", "apex.contrib.nccl_allocator"):
         try:
             if importlib.util.find_spec(name) is not None:
                 return
-        except ImportError:
+        except ImportError:  # `find_spec` imports the parent package, which may be missing
             continue
-    raise ValueError("nccl_ub=True needs megatron-core's or apex's nccl_allocator, and neither is installed.")
+    raise ValueError(
+        "nccl_ub=True needs the nccl_allocator of megatron-core or apex, and neither is installed. Install one, or set "
+        "nccl_ub=False."
+    )
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of the package.
+    """The options of the package.
 
     Args:
-        zero_stage: 1: optimizer state is sharded; 2: gradients too; 3: parameters too; 0: nothing is.
-        outer_zero_stage: 1: optimizer state is sharded over replicas of the model as well.
-        compute_dtype: of the gathered parameters.
-        main_dtype: of the weights that the optimizer updates; None: the parameters themselves are updated.
-        grads_dtype: that gradients are accumulated in; None: that of the parameters.
-        reduce_dtype: that gradients travel in; None: as they are accumulated.
+        zero_stage: what is sharded. 0: nothing; 1: optimizer state; 2: gradients too; 3: parameters too.
+        outer_zero_stage: 1: optimizer state is also sharded over replicas of the model.
+        overlap_grad_reduce, overlap_param_gather, double_buffer, nccl_ub: see `MegatronFSDPStrategy`.
+        compute_dtype: dtype of the gathered parameters.
+        main_dtype: dtype of the weights that the optimizer updates; None: it updates the parameters themselves.
+        grads_dtype: dtype that gradients are accumulated in; None: that of the parameters.
+        reduce_dtype: dtype that gradients are reduced in; None: the one they are accumulated in.
     """
 
     zero_stage: int = 3
@@ -77,7 +90,7 @@ class Options:
     reduce_dtype: torch.dtype | None = None
 
     def arguments(self, mesh: DeviceMesh) -> dict[str, Any]:
-        """Those of `fully_shard_model`, for a mesh `([dp_outer,] dp_shard_cp, tp)`."""
+        """The arguments of `fully_shard_model`, for a mesh `([dp_outer,] dp_shard_cp, tp)`."""
         from megatron_fsdp import MixedPrecisionPolicy
 
         names = mesh.mesh_dim_names or ()
@@ -85,7 +98,7 @@ class Options:
         return {
             "device_mesh": mesh,
             "dp_shard_dim": SHARD,
-            "tp_dim": TP,  # also of size 1: the package asks for it whenever a parameter is no DTensor
+            "tp_dim": TP,  # even if its size is 1: the package needs it whenever a parameter is not a DTensor
             "dp_outer_dim": OUTER if replicated else None,
             "hybrid_fsdp_group": flatten_mesh(mesh[OUTER, SHARD], "hsdp").get_group() if replicated else None,
             "zero_dp_strategy": self.zero_stage,
@@ -93,7 +106,7 @@ class Options:
             "mixed_precision_policy": MixedPrecisionPolicy(
                 main_params_dtype=self.main_dtype,
                 main_grads_dtype=self.grads_dtype,
-                # Over a single rank the package would add what it has cast to what it has cast it from.
+                # On a single rank the package would add the cast gradient to the one that it was cast from.
                 grad_comm_dtype=self.reduce_dtype if mesh[SHARD].size() > 1 else None,
             ),
             "overlap_grad_reduce": self.overlap_grad_reduce,
@@ -101,28 +114,37 @@ class Options:
             "fsdp_double_buffer": self.double_buffer,
             "nccl_ub": self.nccl_ub,
             "sync_model_each_microbatch": False,
-            "calculate_per_token_loss": True,  # gradients are summed over ranks
-            "preproc_state_dict_for_dcp_ckpt": False,  # `uneven` says where shards lie, without asking other ranks
+            "calculate_per_token_loss": True,  # sum gradients over ranks instead of averaging them
+            "preproc_state_dict_for_dcp_ckpt": False,  # `nn/uneven.py` records where shards lie, without a collective
         }
 
 
 def wrapper_of(model: nn.Module) -> Wrapper | None:
-    """What shards `model`, by the attribute that the package stamps on parameters; None before `shard_model`."""
+    """The package's object that shards `model`; None before `shard_model`. The package notes it on each parameter."""
     return getattr(next(model.parameters(), None), "_megatron_fsdp_model", None)
 
 
 def shard_model(
     model: nn.Module, mesh: DeviceMesh, units: list[type[nn.Module]], options: Options, device: torch.device
 ) -> Wrapper:
-    """Move the values of a staged model (see `staging`) into the package's buffers, in place.
+    """Move the values of a model with even shards (see `even_shards.py`) into the package's buffers, in place.
 
-    Parameters first become empty, then the package cuts them, then each gets its values: those of the main weights in
-    their own precision, and never more than one parameter in full.
+    The parameters are replaced by empty ones, the package shards these, and then each gets its values. Main weights get
+    them in their own precision. No more than one parameter is ever held in full.
+
+    Args:
+        mesh: `([dp_outer,] dp_shard_cp, tp)`.
+        units: classes of the modules that are gathered together, the blocks.
+        options: see `Options`.
+        device: this rank's GPU.
+
+    Raises:
+        ValueError: a parameter has no dimension, or tensor parallel cuts it in a way that the package cannot shard.
     """
     from megatron_fsdp import fully_shard_model
 
-    staged = dict(model.named_parameters())
-    shapes = {name: part_shape(value) for name, value in staged.items()}
+    even = dict(model.named_parameters())
+    shapes = {name: part_shape(value) for name, value in even.items()}
     _check_dimensions(shapes)
     for module in model.modules():
         for key, buffer in module._buffers.items():
@@ -137,8 +159,9 @@ def shard_model(
             **options.arguments(mesh),
         )
     for name, parameter in model.named_parameters():
-        _fill(parameter, unstage(staged.pop(name)), mesh)
+        _fill(parameter, gather_even(even.pop(name)), mesh)  # `pop` frees the even shard
     refresh(wrapper)
+    # The package does this only in its own forward, and we call the model's.
     model.register_forward_pre_hook(lambda *_: wrapper._replace_param_with_raw_if_needed(), prepend=True)
     return wrapper
 
@@ -146,16 +169,18 @@ def shard_model(
 def _check_dimensions(shapes: dict[str, torch.Size]) -> None:
     scalars = [name for name, shape in shapes.items() if not shape]
     if scalars:
-        raise ValueError(f"megatron_fsdp cannot shard parameters without a dimension: {scalars[0]}. Use 'fsdp2'.")
+        raise ValueError(f"megatron_fsdp cannot shard the 0-dim parameter {scalars[0]}. Use strategy='fsdp2'.")
 
 
 def _empty_parameters(model: nn.Module, options: Options, device: torch.device) -> None:
-    """Meta parameters in the dtype that is computed in, for the package to make real unit by unit.
+    """Replace parameters by meta ones in the compute dtype, which the package makes real unit by unit.
 
-    Tied ones are made real here: the package would make a second one of each. With tensor parallel a part that is cut
-    becomes a plain tensor marked as Megatron's own layers mark theirs (of a DTensor cut by columns the package gets the
-    local shape wrong). A replica stays a DTensor, by which a forward knows that its gradient may need a sum, and is
-    made real too: the package loses track of DTensors on meta.
+    There are three exceptions:
+    - Tied parameters become real here: the package would make a second copy of each.
+    - Under tensor parallel, a cut parameter becomes a plain tensor, marked the way Megatron's own layers mark theirs.
+      The package gets the local shape of a DTensor cut by columns wrong.
+    - Under tensor parallel, a replicated parameter stays a DTensor, so that a forward can tell that its gradient may
+      need a sum. It becomes real here too: the package loses track of DTensors on meta.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     kept: dict[int, nn.Parameter] = {}
@@ -182,7 +207,10 @@ def _empty_parameters(model: nn.Module, options: Options, device: torch.device) 
 
 @contextmanager
 def _empty_resets(model: nn.Module) -> Iterator[None]:
-    """Making a module real, the package empties its buffers too, and calls `reset_parameters`: few modules have one."""
+    """Protect buffers and stub out `reset_parameters` while the package makes modules real.
+
+    It empties a module's buffers along with its parameters, then calls `reset_parameters`, which few modules have.
+    """
     holders = [module for module in model.modules() if module._parameters]
     buffers = [dict(module._buffers) for module in holders]
     for module in holders:
@@ -201,21 +229,27 @@ def _nothing() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    """Hide the package's warning that it runs without Transformer Engine and Apex."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex.*")
         yield
 
 
 def _fill(parameter: Any, value: Tensor, mesh: DeviceMesh) -> None:
-    """Write this rank's rows of `value` (whole, or the tensor-parallel part) into a distributed parameter."""
+    """Write this rank's rows of `value` (the whole tensor, or its tensor-parallel part) into a distributed parameter.
+
+    Args:
+        value: `[n, …]`.
+        mesh: `([dp_outer,] dp_shard_cp, tp)`.
+    """
     local = parameter._local_tensor
-    cut = getattr(parameter, "megatron_fsdp_slice", slice(0, value.numel()))  # elements, in the flat parameter
-    first = cut.start // math.prod(value.shape[1:]) if local.numel() else 0
+    cut = getattr(parameter, "megatron_fsdp_slice", slice(0, value.numel()))  # in elements of the flattened parameter
+    first = cut.start // math.prod(value.shape[1:]) if local.numel() else 0  # buffers are cut between rows
     with torch.no_grad():
         local.copy_(value[first : first + local.shape[0]])
     offsets = [first] + [0] * (value.ndim - 1)
     for dim, size in enumerate(value.shape):
-        if size != parameter.shape[dim]:  # cut by tensor parallel
+        if size != parameter.shape[dim]:  # tensor parallel cut this dimension
             offsets[dim] += size * mesh.get_local_rank(TP)
     if parameter.device_mesh.size() > 1:
         mark_uneven(parameter, offsets)
@@ -225,43 +259,44 @@ def _fill(parameter: Any, value: Tensor, mesh: DeviceMesh) -> None:
 
 
 def begin_backward(wrapper: Wrapper) -> None:
-    """Between forward and backward. The package's own hook finds no tensor in outputs that are a dataclass."""
+    """Call it between forward and backward. The package's own hook finds no tensors in outputs that are a dataclass."""
     wrapper.pre_backward()
 
 
 def end_backward(wrapper: Wrapper, model: nn.Module) -> None:
-    """After backward: gradients of tied and unused parameters, and every module's state."""
+    """Call it after backward. It handles gradients of tied and unused parameters, and resets every module's state."""
     from megatron_fsdp.megatron_fsdp import TrainingState
 
     wrapper.post_backward()
-    for module in model.modules():  # those outside of units would stay in backward, and gather nothing ahead
+    # The package resets modules inside units only. Others would stay in "backward", and then prefetch nothing.
+    for module in model.modules():
         module.__dict__["_training_state"] = TrainingState.IDLE
 
 
 def finish_gradients(wrapper: Wrapper) -> None:
-    """Wait for reduced gradients and give them to the distributed parameters, which return to their modules."""
+    """Wait for the reduced gradients and attach them to the distributed parameters, which return to their modules."""
     wrapper.finish_grad_sync()
     if not wrapper.ddp_config.overlap_param_gather:
-        wrapper.synchronize_param_gather()  # else updated weights would never be gathered again
+        wrapper.synchronize_param_gather()  # otherwise updated weights would never be gathered again
 
 
 def use_distributed(wrapper: Wrapper) -> None:
-    """Put the distributed parameters in their modules: what optimizers, checkpoints and exports are given."""
+    """Put the distributed parameters into the modules, for optimizers, checkpoints and exports."""
     wrapper._replace_param_with_distributed_if_needed()
 
 
 def refresh(wrapper: Wrapper) -> None:
-    """After the distributed parameters were written to: the model computes with the new values."""
+    """Make the model use new values of the distributed parameters. Call it after writing to them."""
     wrapper.install_optimized_model_weights()
     wrapper.synchronize_param_gather()
 
 
 def shard_optimizer(optimizer: Optimizer) -> None:
-    """Let `optimizer` (over distributed parameters) install what it updated and clear the gradient buffers.
+    """Make `optimizer` (over distributed parameters) install updated weights and clear the gradient buffers.
 
-    The package would take a step of its own here so that there is state: it decays weights and counts as a step. State
-    comes with the first real step, or with a checkpoint. And it would synchronize gradients once more in every step,
-    past the clipping.
+    Two things that the package does are turned off. It would take a step here to create optimizer state, which decays
+    weights and counts as a step; state is created by the first real step or by a checkpoint. It would also reduce
+    gradients again in every step, after they were clipped.
     """
     from megatron_fsdp import fully_shard_optimizer
 
@@ -271,7 +306,7 @@ def shard_optimizer(optimizer: Optimizer) -> None:
     package_step: Any = optimizer.step
 
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        self._opt_called = True  # type: ignore[attr-defined]  # what a learning-rate schedule asks
+        self._opt_called = True  # type: ignore[attr-defined]  # a learning-rate schedule checks it
         return package_step(*args, sync_grad_before_optimizer_step=False, **kwargs)
 
     if scheduled:

@@ -1,7 +1,7 @@
-"""Where weights wait between their files and a layout that cannot be read into: even shards, one part per rank.
+"""Even shards: where the streaming loader puts weights for a layout that it cannot write to directly.
 
-The streaming loader fills DTensors with even shards. A layout that owns its buffers takes them from there, parameter by
-parameter, so that no rank ever holds the whole model.
+The loader fills DTensors with even shards. A layout with its own buffers then takes its values from them, one parameter
+at a time, so that no rank ever holds the whole model.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from automodel_trainer.distributed._dtensor import StridedShard
 from automodel_trainer.nn.parameters import replace_parameters
 
 
-def stage(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Cut every parameter evenly over the ranks of `mesh`, in place; meta stays meta, and tied parameters tied.
+def shard_evenly(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Cut every parameter evenly over the ranks of `mesh`, in place. Meta stays meta, and tied parameters stay tied.
 
     Args:
-        model: its parameters are plain, or DTensors on a tensor-parallel mesh.
-        mesh: `(shard, tp)`; tp of size 1 where parameters are plain.
+        model: its parameters are plain tensors, or DTensors on a tensor-parallel mesh.
+        mesh: `(shard, tp)`; tp has size 1 if parameters are plain.
     """
     replace_parameters(model, lambda parameter: _cut(parameter.detach(), mesh))
 
 
 def _cut(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    """`tensor` as a DTensor on `(shard, tp)`. Every rank has the values already, so nothing is sent."""
     if not isinstance(tensor, DTensor):
         return distribute_tensor(tensor, mesh, [_over_ranks(tensor, None), Replicate()], src_data_rank=None)
     (over_tp,) = tensor.placements
@@ -38,31 +39,31 @@ def _cut(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 def _over_ranks(tensor: Tensor, over_tp: Placement | None) -> Placement:
-    """A dimension that tensor parallel has not cut, if there is one."""
+    """Shard the first dimension that tensor parallel has not cut; replicate if there is none."""
     taken = over_tp.dim if isinstance(over_tp, (Shard, StridedShard)) else None
     free = [dim for dim in range(tensor.ndim) if dim != taken]
     return Shard(free[0]) if free else Replicate()
 
 
 @torch.no_grad()
-def unstage(tensor: Tensor) -> Tensor:
-    """The whole of a staged tensor, or of this rank's tensor-parallel part of it. Collective."""
+def gather_even(tensor: Tensor) -> Tensor:
+    """Gather an evenly sharded tensor: all of it, or this rank's tensor-parallel part. Collective."""
     assert isinstance(tensor, DTensor)
     placements = (Replicate(), *tensor.placements[1:])
     return tensor.redistribute(placements=placements).to_local().detach()
 
 
 def over_tp(tensor: Tensor) -> Placement:
-    """How tensor parallel cuts a staged tensor."""
+    """The placement of an evenly sharded tensor on the tp axis."""
     assert isinstance(tensor, DTensor)
     return tensor.placements[-1]
 
 
 def part_shape(tensor: Tensor) -> torch.Size:
-    """The shape of what `unstage` gives.
+    """The shape of what `gather_even` returns.
 
     Raises:
-        ValueError: tensor parallel cuts it unevenly, in a packed way, or neither by rows nor by columns.
+        ValueError: tensor parallel cuts the tensor unevenly, in the packed way, or along neither dimension 0 nor 1.
     """
     assert isinstance(tensor, DTensor)
     placement, size = over_tp(tensor), tensor.device_mesh.size(-1)

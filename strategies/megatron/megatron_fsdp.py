@@ -23,41 +23,42 @@ from automodel_trainer.strategies.context.attention import CPAttention
 from automodel_trainer.strategies.data_parallel.shard import is_laid_out
 from automodel_trainer.strategies.inner_parallel import InnerParallelStrategy
 from automodel_trainer.strategies.megatron import _megatron_fsdp as mfsdp
-from automodel_trainer.strategies.megatron.even_shards import stage
+from automodel_trainer.strategies.megatron.even_shards import shard_evenly
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Dtype = Literal["auto", "fp32", "bf16"]
 
 
 class MegatronFSDPStrategy(InnerParallelStrategy):
-    """The mesh, tensor, sequence and context parallel of `FSDP2Strategy`, sharded by Megatron-FSDP. NVIDIA GPUs only.
+    """Shard with Megatron-FSDP; mesh, tensor, sequence and context parallel as in `FSDP2Strategy`. NVIDIA GPUs only.
 
-    A block of the model is a unit. Sharding also covers the ranks of context parallel.
+    Every block of the model is one unit. Parameters are also sharded over the ranks of context parallel.
 
-    When to pick which: `fsdp2` is part of torch, runs on any device, offloads to the CPU, trains 4-bit weights and any
-    LightningModule. `megatron_fsdp` has ZeRO-1 and ZeRO-2 (no gathering of parameters before every block, for the
-    price of their memory), shards optimizer state over replicas too (`dp_replicate` > 1), lays parameters in flat
-    buffers that need no copy around a collective, and can register these with NCCL. Checkpoints are the same: train
-    under one, go on under the other.
+    When to use which: `fsdp2` is part of torch, runs on any device, offloads to the CPU, and trains 4-bit weights and
+    any LightningModule. `megatron_fsdp` has ZeRO-1 and ZeRO-2 (parameters are not gathered before every block, but take
+    memory), can shard optimizer state over replicas too (`dp_replicate` > 1), keeps parameters in flat buffers that
+    need no copy around a collective, and can register these buffers with NCCL. Both write the same checkpoints, so a
+    run can switch from one to the other.
 
     Args:
-        zero_stage: what is sharded. 1: optimizer state and main weights; 2: gradients too; 3: parameters too; 0: none.
+        zero_stage: what is sharded. 0: nothing; 1: optimizer state and main weights; 2: gradients too; 3: parameters
+            too.
         dp_shard, dp_replicate, cp, cp_attention, tp, tp_plan, sequence_parallel, async_tp, activation_checkpointing:
             see `FSDP2Strategy`.
-        outer_zero_stage: with `dp_replicate` > 1: 1 shards optimizer state over the replicas as well, 0 does not. None:
-            1 at `zero_stage=3`, which alone offers it.
-        overlap_grad_reduce: reduce gradients while backward runs. False only at stages 0 and 1.
-        overlap_param_gather: gather parameters ahead of their block. False only at stages 1 and 2.
+        outer_zero_stage: with `dp_replicate` > 1, 1 shards optimizer state over the replicas too, 0 does not. None: 1
+            at `zero_stage=3` (the only stage that has it), else 0.
+        overlap_grad_reduce: reduce gradients while backward runs. False is possible only at stages 0 and 1.
+        overlap_param_gather: gather parameters ahead of their block. False is possible only at stages 1 and 2.
         double_buffer: gather into two buffers that are kept, instead of allocating.
         nccl_ub: register buffers with NCCL (needs megatron-core's or apex's allocator; implies `double_buffer`).
-        grad_reduce_dtype: that gradients travel in. auto: fp32.
-        main_params_dtype: of the weights that the optimizer updates. auto: what the Trainer's precision says.
+        grad_reduce_dtype: dtype that gradients are reduced in. "auto": fp32.
+        main_params_dtype: dtype of the weights that the optimizer updates. "auto": follows the Trainer's precision.
         compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
 
     Source: Megatron-LM, megatron/core/distributed/fsdp; ZeRO, arXiv 1910.02054.
 
     Raises:
-        ValueError: options that exclude each other.
+        ValueError: an option has an unknown value, or two options exclude each other.
     """
 
     def __init__(
@@ -128,32 +129,43 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Allowed: auto, {', '.join(_DTYPES)}.")
         if self.outer_zero_stage and (stage != 3 or replicas == 1):
             raise ValueError(
-                "outer_zero_stage=1 shards optimizer state over replicas of a sharded model: it needs zero_stage=3 and "
+                "outer_zero_stage=1 shards optimizer state over replicas of a sharded model. It needs zero_stage=3 and "
                 f"dp_replicate > 1 (given: zero_stage={stage}, dp_replicate={replicas})."
             )
         if stage == 0 and replicas > 1:
-            raise ValueError("zero_stage=0 keeps the whole model on every rank already: leave dp_replicate at 1.")
+            raise ValueError(
+                f"zero_stage=0 keeps the whole model on every rank: leave dp_replicate at 1 (given: {replicas})."
+            )
         if not self.overlap_grad_reduce and (stage > 1 or replicas > 1):
             raise ValueError(
-                "overlap_grad_reduce=False is offered at zero_stage 0 and 1 without dp_replicate: sharded gradients "
-                "are reduced while backward runs."
+                "overlap_grad_reduce=False works only at zero_stage 0 and 1 without dp_replicate, because sharded "
+                f"gradients are reduced while backward runs (given: zero_stage={stage}, dp_replicate={replicas})."
             )
         if not self.overlap_param_gather and stage in (0, 3):
-            raise ValueError("overlap_param_gather=False is offered at zero_stage 1 and 2.")
+            raise ValueError(
+                f"overlap_param_gather=False works only at zero_stage 1 and 2 (given: zero_stage={stage})."
+            )
         if stage < 3 and (self.double_buffer or self.nccl_ub):
-            raise ValueError("double_buffer and nccl_ub are about gathered parameters: they need zero_stage=3.")
+            raise ValueError(
+                f"double_buffer and nccl_ub apply to gathered parameters: they need zero_stage=3 (given: {stage})."
+            )
 
     # --- processes and dtypes -----------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
-        """Raises ValueError without the package or CUDA, before any process waits for another."""
+        """Check that Megatron-FSDP can run, then start the process group and build the mesh.
+
+        Raises:
+            ValueError: the package or CUDA is missing, or the sizes do not fit the number of ranks. It is raised before
+                any process waits for another.
+        """
         mfsdp.check_available(self.root_device)
         if self.nccl_ub:
             mfsdp.check_nccl_ub()
         super().setup_environment()
 
     def build_mesh(self) -> DeviceMesh:
-        """The project's mesh; beside it the package's, of the same ranks in the same order."""
+        """Build the project's mesh, and for the package a second one with the same ranks in the same order."""
         dims = self.dims
         sizes = {mfsdp.OUTER: dims.dp_replicate, mfsdp.SHARD: dims.dp_shard * dims.cp, mfsdp.TP: dims.tp}
         axes = {name: size for name, size in sizes.items() if size > 1 or name != mfsdp.OUTER}
@@ -162,22 +174,27 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
 
     @property
     def buffer_mesh(self) -> DeviceMesh:
-        """`([dp_outer,] dp_shard_cp, tp)`: what the package's buffers are cut over."""
+        """The mesh that the package shards its buffers over: `([dp_outer,] dp_shard_cp, tp)`."""
         assert self._buffer_mesh is not None, "the mesh exists once the processes have started"
         return self._buffer_mesh
 
     def convert_precision(self, plugin: Precision) -> Precision:
+        """Replace Lightning's plugin: the package casts parameters, so nothing is autocast.
+
+        Raises:
+            ValueError: the precision is not supported, or the plugin is the user's own.
+        """
         if str(plugin.precision) == "64-true":
-            raise ValueError("precision='64-true' is not offered by megatron_fsdp. Allowed: fp32, bf16, bf16-true.")
+            raise ValueError("precision='64-true' is not supported by megatron_fsdp. Allowed: fp32, bf16, bf16-true.")
         check_plugin(plugin)
         return MeshPrecision(str(plugin.precision))
 
     @property
     def options(self) -> mfsdp.Options:
-        """What the package is asked for under the Trainer's precision."""
+        """The package's options under the Trainer's precision."""
         dtypes = self.dtypes
         main = _DTYPES.get(self.main_params_dtype, dtypes.parameters)
-        main_dtype = None if main == dtypes.compute else main  # else the optimizer updates the parameters themselves
+        main_dtype = None if main == dtypes.compute else main  # None: the optimizer updates the parameters themselves
         reduce = _DTYPES.get(self.grad_reduce_dtype, torch.float32)
         grads = dtypes.compute if main_dtype is None else torch.promote_types(main, torch.float32)
         return mfsdp.Options(
@@ -194,12 +211,18 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
         )
 
     def forget_run(self) -> None:
+        """See `MeshStrategy.forget_run`."""
         super().forget_run()
         self._buffer_mesh = None
 
     # --- laying out -------------------------------------------------------------------------------------------------
 
     def parallelize(self, model: nn.Module) -> nn.Module:
+        """Lay `model` out in even shards, in place. `finalize_parameters` moves them into the package's buffers.
+
+        Raises:
+            ValueError: this layout does not fit the model.
+        """
         if is_laid_out(model):
             return model
         self.broadcast_from_rank_zero(model)
@@ -213,44 +236,62 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
         return model
 
     def _shard_evenly(self, model: nn.Module) -> None:
-        """Even shards first, which weights can be streamed into. `finalize_parameters` hands them to the package."""
+        """Cut parameters into even shards, which weights can be streamed into."""
         if packed_weights(model):
-            raise ValueError("megatron_fsdp cannot shard 4-bit weights. Use strategy='fsdp2', or no quantize.")
-        stage(model, self.buffer_mesh[mfsdp.SHARD, mfsdp.TP])
+            raise ValueError("megatron_fsdp cannot shard 4-bit weights. Use strategy='fsdp2', or set quantize to null.")
+        shard_evenly(model, self.buffer_mesh[mfsdp.SHARD, mfsdp.TP])
 
     def finalize_parameters(self, model: nn.Module) -> None:
+        """Move the values of the even shards into the package's buffers. A second call is a no-op.
+
+        Raises:
+            ValueError: the model has no blocks, is partly frozen with `overlap_grad_reduce=False`, or has a parameter
+                that the package cannot shard.
+        """
         if mfsdp.wrapper_of(model) is not None:
             return
         frozen = any(not parameter.requires_grad for parameter in model.parameters())
         if frozen and not self.overlap_grad_reduce:
-            raise ValueError("overlap_grad_reduce=False cannot train a partly frozen model (LoRA). Set it to true.")
+            raise ValueError(
+                "overlap_grad_reduce=False cannot train a partly frozen model (LoRA). Set overlap_grad_reduce=True."
+            )
         units = list(dict.fromkeys(type(block) for block in find_blocks(model)))
         if not units:
             raise ValueError(
-                f"{type(model).__name__} has no list of blocks (nn.ModuleList) to make units of. Use strategy='fsdp2'."
+                f"megatron_fsdp shards a model block by block, and {type(model).__name__} has no list of blocks "
+                "(nn.ModuleList). Use strategy='fsdp2'."
             )
         mfsdp.shard_model(model, self.buffer_mesh, units, self.options, self.root_device)
 
     def layout(self, module: pl.LightningModule) -> None:
+        """See `MeshStrategy.layout`. A model that was built with its values is finalized here."""
         super().layout(module)
         self.finalize_parameters(module.model)  # type: ignore[arg-type]
 
     def lay_out_user_module(self, module: pl.LightningModule) -> None:
+        """Always refuse: the package needs hooks between forward and backward, so the strategy must run the step.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(
             f"megatron_fsdp runs CausalLMModule, or any module with `model`, `split` and `loss`; "
             f"{type(module).__name__} calls its model itself. Use strategy='fsdp2'."
         )
 
     def setup(self, trainer: pl.Trainer) -> None:
-        self.reshard()  # the optimizer must be given the shards
+        """See `MeshStrategy.setup`. The modules get their shards back first: the optimizer must hold those."""
+        self.reshard()
         super().setup(trainer)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Create the optimizers and connect them to the package's buffers."""
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             mfsdp.shard_optimizer(optimizer)
 
     def reshard(self) -> None:
+        """Put the sharded parameters back into their modules. An evaluation leaves the gathered ones there."""
         assert self.lightning_module is not None
         model = getattr(self.lightning_module, "model", None)
         wrapper = mfsdp.wrapper_of(model) if isinstance(model, nn.Module) else None
@@ -258,12 +299,15 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
             mfsdp.use_distributed(wrapper)
 
     def on_validation_end(self) -> None:
+        """See `reshard`."""
         self.reshard()
 
     def on_test_end(self) -> None:
+        """See `reshard`."""
         self.reshard()
 
     def on_predict_end(self) -> None:
+        """See `reshard`."""
         self.reshard()
 
     # --- one step ---------------------------------------------------------------------------------------------------
@@ -271,21 +315,24 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
     def forward_backward(
         self, objective: Objective, micro_batches: Sequence[MicroBatch], num_tokens: torch.Tensor
     ) -> torch.Tensor:
-        # The optimizer's `zero_grad` would clear the buffers too, but not through Lightning's wrapper of optimizers.
+        """See `StepRunner.forward_backward`."""
+        # The optimizer's `zero_grad` clears the package's buffers too, but not through Lightning's optimizer wrapper.
         mfsdp.wrapper_of(objective.model).zero_grad_buffer()  # type: ignore[union-attr]
         return super().forward_backward(objective, micro_batches, num_tokens)
 
     def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """See `StepRunner.forward`."""
         outputs = super().forward(model, inputs)
-        if self._in_step:
+        if self._in_step:  # a backward follows
             mfsdp.begin_backward(mfsdp.wrapper_of(model))
         return outputs
 
     @contextmanager
     def gradient_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """See `StepRunner.gradient_sync`."""
         wrapper = mfsdp.wrapper_of(model)
         assert wrapper is not None
-        wrapper.is_last_microbatch = last and self.overlap_grad_reduce  # else `finish_gradients` reduces them
+        wrapper.is_last_microbatch = last and self.overlap_grad_reduce  # without overlap `finish_gradients` reduces
         self._in_step = True
         try:
             yield
@@ -298,10 +345,12 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """See `SavingStrategy.save_checkpoint`. It reads the sharded parameters, not the gathered ones."""
         self.reshard()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """See `SavingStrategy.load_checkpoint`. The model is then told that its weights have changed."""
         self.reshard()
         loaded = super().load_checkpoint(checkpoint_path, weights_only)
         mfsdp.refresh(mfsdp.wrapper_of(self.trained_module))

@@ -1,4 +1,4 @@
-"""Cut low-rank adapters as their base weights are cut."""
+"""Shard low-rank adapters to match their base weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from automodel_trainer.strategies.tensor.plan import TensorPlan
 def cut_adapters(model: nn.Module, plan: TensorPlan) -> None:
     """Add the adapters of `model` to its plan.
 
-    Of B·A, the factor on the side that is cut is cut along with the base, and the other one is replicated: each rank
-    then computes a part of that one's gradient. The base layer's own sum takes the update along.
+    Of an update B·A, one factor is cut along the same side as the base weight. The other is replicated, and each rank
+    computes a part of its gradient. The sum over ranks at the base layer includes the update.
+
+    Args:
+        plan: the model's plan; its `placements` and `summed` grow.
 
     Raises:
-        ValueError: an adapter that cannot be cut.
+        ValueError: an adapter's base weight is packed, or DoRA would need a sum over ranks in every step.
     """
     for adapter in adapters(model):
         weight = adapter.module._parameters[adapter.parameter]
@@ -27,7 +30,7 @@ def cut_adapters(model: nn.Module, plan: TensorPlan) -> None:
             continue
         _refuse(adapter, cut.dim == _outputs(adapter, weight.ndim))  # type: ignore[attr-defined]
         if cut.dim == _outputs(adapter, weight.ndim):  # type: ignore[attr-defined]
-            packed = getattr(cut, "split_factor", None)
+            packed = getattr(cut, "split_factor", None)  # gate and up fused: a part of each half
             side = StridedShard(0, split_factor=packed) if packed else Shard(0)
             plan.placements[id(adapter.b.weight)] = side
             plan.summed.add(id(adapter.a.weight))
@@ -39,11 +42,12 @@ def cut_adapters(model: nn.Module, plan: TensorPlan) -> None:
 
 
 def _outputs(adapter: Adapter, ndim: int) -> int:
-    """The dimension of the base weight that holds its outputs."""
+    """The output dimension of the base weight: of `[out, in]`, `[e, out, in]` or, if transposed, `[e, in, out]`."""
     return ndim - 1 if getattr(adapter.module, "is_transposed", False) and ndim == 3 else ndim - 2
 
 
 def _refuse(adapter: Adapter, columns: bool) -> None:
+    """Refuse adapters that cannot be cut; `columns`: the base weight is cut along its outputs."""
     if packs(adapter.module, adapter.parameter):
         raise ValueError(
             f"The weight of {adapter.target} is held packed (lora quantize, or kernels fp8), and tensor parallel "
@@ -51,6 +55,6 @@ def _refuse(adapter: Adapter, columns: bool) -> None:
         )
     if adapter.magnitude is not None and not columns:
         raise ValueError(
-            f"lora use_dora: the norm of {adapter.target}'s rows would have to be summed over the ranks of tensor "
-            "parallel in every step, which is not offered. Set use_dora=False, exclude this layer, or set tp=1."
+            f"lora use_dora: under tensor parallel the norm of {adapter.target}'s rows would need a sum over ranks in "
+            "every step, which is not supported. Set use_dora=False, exclude this layer, or set tp=1."
         )

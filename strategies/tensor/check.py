@@ -1,4 +1,4 @@
-"""Nets under tensor-parallel plans: numbers that a plan must keep, tried out on the model itself."""
+"""Checks that catch a wrong tensor-parallel plan by running parts of the model itself."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from torch.distributed.tensor import DTensor, Replicate
 from automodel_trainer.models._transformers import expert_gate
 from automodel_trainer.strategies.tensor.plan import TensorPlan
 
-_TOLERANCE = 1e-2  # of a gradient's norm: kernels that add in any order differ by less
-_NOISE = 1e-5  # of the largest gradient's norm
+_TOLERANCE = 1e-2  # relative to a gradient's norm; kernels that sum in a different order differ by less
+_NOISE = 1e-5  # relative to the largest gradient's norm; smaller gradients may differ by rounding alone
 
 
 @torch.no_grad()
 def check_gates(model: nn.Module, plan: TensorPlan, size: int) -> None:
-    """Try whether the gate of fused experts, which are cut over `size` ranks, gives every rank its part of the whole.
+    """Check that the gate of fused experts still computes the right columns when they are cut over `size` ranks.
+
+    It applies the gate to random outputs, whole and in the parts that the plan gives to each rank, and compares.
+
+    Args:
+        size: number of tp ranks.
 
     Raises:
-        ValueError: it mixes columns that the plan gives to different ranks.
+        ValueError: the gate combines columns that the plan gives to different ranks.
     """
     for name, module in model.named_modules():
         fused = expert_gate(module)
@@ -33,26 +38,27 @@ def check_gates(model: nn.Module, plan: TensorPlan, size: int) -> None:
         assert weight is not None
         outputs = torch.randn(4, weight.shape[cut.dim], generator=torch.Generator().manual_seed(0))  # type: ignore
         whole = fused[1](outputs).chunk(size, dim=-1)
+        # A packed cut gives a rank its part of each half; a plain cut one contiguous part.
         groups = outputs.chunk(getattr(cut, "split_factor", 1), dim=-1)
         parts = [torch.cat([group.chunk(size, dim=-1)[rank] for group in groups], dim=-1) for rank in range(size)]
         if not all(torch.allclose(fused[1](part), expected) for part, expected in zip(parts, whole)):
             rule = re.sub(r"\.\d+(?=\.)", ".*", f"{name}.{fused[0]}")
             raise ValueError(
-                f"The tensor-parallel plan of {type(model).__name__} cuts {rule} so that a rank's part of the gate "
-                f"does not meet its part of the values. Give tp_plan={{{rule!r}: 'packed_colwise'}} (or "
-                "'colwise' where the two alternate column by column), or set tp=1."
+                f"The tensor-parallel plan of {type(model).__name__} cuts {rule} so that a rank's gate columns do not "
+                f"match its value columns. Set tp_plan={{{rule!r}: 'packed_colwise'}} (or 'colwise' if gate and value "
+                "alternate column by column), or set tp=1."
             )
 
 
 @torch.no_grad()
 def check_replicas(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Compare the gradients of replicated parameters over the 1-D tp `mesh`. Collective; waits for the device.
+    """Compare the gradients of replicated parameters over the 1-D tp `mesh`. Collective, with a host/device sync.
 
-    A layer between two that are cut sees only its rank's part, and its plan must say so. A plan that does not would
-    train every rank's copy on its own, without a word.
+    A layer between two cut layers sees only its rank's part of the activations, and the plan must say so. Otherwise
+    each rank would silently train its own copy of the layer.
 
     Raises:
-        ValueError: names the parameters whose gradients differ, and the rule that is missing.
+        ValueError: gradients differ. The message names the parameters and the missing rule.
     """
     names: list[str] = []
     norms: list[Tensor] = []
@@ -71,21 +77,24 @@ def check_replicas(model: nn.Module, mesh: DeviceMesh) -> None:
         wrong = sorted({_layer(name) for name, bad in zip(names, differ.tolist()) if bad})
         raise ValueError(
             f"The ranks of tensor parallel compute different gradients of {', '.join(wrong)}: the plan of "
-            f"{_class(model)} replicates it, but every rank sees a part of its input. Where it stands between a layer "
-            "that is cut by columns and one cut by rows, say so: "
-            f"tp_plan={{{wrong[0]!r}: 'replicated_with_grad_allreduce'}}; else set tp=1 (or sequence_parallel=False)."
+            f"{_class(model)} replicates it, but every rank sees only a part of its input. If it sits between a layer "
+            "cut by columns and one cut by rows, set "
+            f"tp_plan={{{wrong[0]!r}: 'replicated_with_grad_allreduce'}}. Otherwise set tp=1 (or "
+            "sequence_parallel=False)."
         )
 
 
 def _is_replica(grad: DTensor, mesh: DeviceMesh) -> bool:
-    """tp is the last axis of a gradient's mesh, or, where a layout leaves out replicas, no axis of it."""
+    """Whether every tp rank holds all of this gradient."""
+    # tp is the last axis of a gradient's mesh. In layouts that drop replicated axes it is no axis at all.
     names = grad.device_mesh.mesh_dim_names or ()
     return isinstance(grad.placements[-1], Replicate) or not set(mesh.mesh_dim_names or ()) & set(names)
 
 
 def _layer(parameter: str) -> str:
+    """The plan's name for a parameter's layer: `model.layers.3.norm.weight` is `model.layers.*.norm`."""
     return re.sub(r"\.\d+(?=\.)", ".*", parameter.rpartition(".")[0])
 
 
 def _class(model: nn.Module) -> str:
-    return type(model).__name__.removeprefix("FSDP")
+    return type(model).__name__.removeprefix("FSDP")  # `fully_shard` adds it

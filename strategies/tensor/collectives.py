@@ -1,8 +1,9 @@
 """Collectives with the gradients that tensor parallel needs.
 
-Between layers that are cut, every rank of a group holds the same activations and computes the same gradients of them
-("full"); inside of one it sees only what its own part contributes ("partial": the gradient is the sum over ranks). Each
-function here says which kind it takes and gives.
+Between cut layers, every rank of a group has the same activations and computes the same gradients of them: these
+gradients are "full". Inside a cut layer a rank computes only its own part's contribution: such a gradient is "partial",
+and the full one is the sum over ranks. Each function here states which kind it takes and returns. Activations are
+`[b, s, h]`.
 
 Source: Megatron-LM, arXiv 1909.08053 (f and g), and with sequence shards arXiv 2205.05198 (g and its conjugate).
 """
@@ -19,44 +20,52 @@ from torch.distributed import ProcessGroup
 
 from automodel_trainer.distributed._dtensor import all_gather_first, all_reduce_sum, reduce_scatter_first
 
-SEQUENCE = 1  # activations are [b, s, h]
+SEQUENCE = 1  # the sequence dimension of [b, s, h]
 
 
 def sum_gradient(x: Tensor, group: ProcessGroup, wide: bool = False) -> Tensor:
-    """`x` itself; its partial gradients are summed (`wide`: in fp32). At the entry of a layer split by columns."""
+    """Return `x` `[…]`; in backward, sum its partial gradients over ranks. Used at the entry of a column-cut layer.
+
+    Args:
+        wide: sum in fp32 or wider.
+    """
     return _SumGradient.apply(x, group, wide) if x.requires_grad and torch.is_grad_enabled() else x
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum of the ranks' `x`; the gradient, full, passes. At the exit of a layer that is split by rows."""
+    """Sum the ranks' `x` `[…]`; the full gradient passes unchanged. Used at the exit of a row-cut layer."""
     return _AllReduce.apply(x, group)
 
 
 def slice_features(x: Tensor, group: ProcessGroup) -> Tensor:
-    """This rank's chunk of the last dimension of a full `x`; the gradient is gathered to a full one."""
+    """This rank's chunk of the last dimension of `x` `[…, h]`; in backward, the ranks' chunks are gathered."""
     return _SliceFeatures.apply(x, group)
 
 
 def gather_features(x: Tensor, group: ProcessGroup, width: int) -> Tensor:
-    """`[..., width]` of the ranks' chunks of the last dimension (as `torch.chunk` makes them); full gradient."""
+    """Gather the ranks' chunks of the last dimension, as `torch.chunk` makes them, into `[…, width]`.
+
+    The gradient is full; this rank takes its chunk of it.
+    """
     return _GatherFeatures.apply(x, group, width)
 
 
 def slice_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
-    """This rank's `[b, ceil(s / ranks), h]` of a full `[b, s, h]`, zeros at the end; the gradient is gathered."""
+    """This rank's `[b, ceil(s / ranks), h]` of `x` `[b, s, h]`, padded with zeros; in backward, parts are gathered."""
     return _SliceSequence.apply(x, group)
 
 
 def gather_sequence(x: Tensor, group: ProcessGroup, length: int, partial: bool = False) -> Tensor:
-    """`[b, length, h]` of the ranks' `[b, ceil(length / ranks), h]`.
+    """Gather the ranks' `[b, ceil(length / ranks), h]` into `[b, length, h]`.
 
-    `partial`: its gradient is partial and is reduce-scattered; otherwise it is full and this rank takes its slice.
+    Args:
+        partial: the gradient is partial and is reduce-scattered; otherwise it is full and this rank takes its slice.
     """
     return _GatherSequence.apply(x, group, length, partial)
 
 
 def reduce_scatter_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
-    """This rank's `[b, ceil(s / ranks), h]` of the sum of the ranks' `[b, s, h]`; the gradient is gathered."""
+    """This rank's `[b, ceil(s / ranks), h]` of the sum of the ranks' `[b, s, h]`; in backward, parts are gathered."""
     return _ReduceScatterSequence.apply(x, group)
 
 
@@ -139,7 +148,7 @@ class _ReduceScatterSequence(Function):
 
 
 def _chunk(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    """This rank's part as `torch.chunk` has it: the last ones may be shorter, or empty."""
+    """This rank's chunk along `dim`, as `torch.chunk` makes it: the last ones may be shorter or empty."""
     size, width = group.size(), x.shape[dim]
     step = -(-width // size)
     start = min(group.rank() * step, width)
@@ -147,32 +156,37 @@ def _chunk(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
 
 
 def _copy(view: Tensor) -> Tensor:
-    """A contiguous copy, also of a view that is contiguous already.
+    """A contiguous copy, even if the view is contiguous already.
 
-    The compiler of torch 2.11 takes a view that a Function returns for something without a gradient, and tells nobody.
+    torch 2.11's compiler silently drops the gradient of a view that an autograd.Function returns.
     """
     return view.clone(memory_format=torch.contiguous_format)
 
 
 def _pad(x: Tensor, dim: int, length: int) -> Tensor:
+    """Pad `x` with zeros at the end of `dim`, to `length`."""
     missing = length - x.shape[dim]
+    # F.pad takes a pair of (before, after) for each dimension, the last dimension first.
     return F.pad(x, [0, 0] * (x.ndim - 1 - dim % x.ndim) + [0, missing]) if missing else x
 
 
 def _padded_chunk(x: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's chunk `[b, ceil(s / ranks), h]` of the sequence, padded with zeros."""
     step = -(-x.shape[SEQUENCE] // group.size())
     return _pad(_chunk(x, group, SEQUENCE), SEQUENCE, step)
 
 
 def _gathered(x: Tensor, group: ProcessGroup, dim: int, length: int) -> Tensor:
-    """The ranks' chunks side by side, without the padding at the end."""
+    """Concatenate the ranks' chunks along `dim` and cut off the padding, to `length`."""
     size = group.size()
-    x = _pad(x, dim, -(-length // size)).contiguous()
+    x = _pad(x, dim, -(-length // size)).contiguous()  # the collective needs equal sizes
+    # The collective stacks along dimension 0: split there, and join along `dim`.
     whole = torch.cat(all_gather_first(x, group).chunk(size), dim)
     return whole if whole.shape[dim] == length else _copy(whole.narrow(dim, 0, length))
 
 
 def _reduce_scattered(x: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's `[b, ceil(s / ranks), h]` of the sum of the ranks' `[b, s, h]`."""
     size = group.size()
     x = _pad(x, SEQUENCE, -(-x.shape[SEQUENCE] // size) * size)
     return reduce_scatter_first(torch.cat(x.chunk(size, SEQUENCE)), group)

@@ -1,4 +1,4 @@
-"""What a layer does when it is cut: one small wrapper around its forward per style of the plan."""
+"""How a cut layer runs: one small wrapper around its forward for each style of the plan."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from automodel_trainer.strategies.tensor.plan import BETWEEN, COLUMNS, GATHERED,
 
 
 def on_hidden_states(change: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of a module with its hidden states changed: the one of that name, or the first."""
+    """Apply `change` to a module's hidden states `[b, s, h]`: the argument of that name, or else the first one."""
     if "hidden_states" in kwargs:
         return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
     return (change(args[0]), *args[1:]), kwargs
 
 
 def on_output(change: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """A module's output with its (first) tensor changed."""
+    """Apply `change` to a module's output tensor: the output itself, or the first item of a tuple."""
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
 def joint_entries(model: nn.Module, plan: TensorPlan) -> set[str]:
-    """Modules all of whose weights take part in one cut: columns first, rows last, as in attention and MLPs.
+    """Names of modules whose weights all take part in one cut, columns first and rows last: attention and MLPs.
 
-    Whatever reads such a module's input computes a partial gradient of it, so one sum at its entry does for all its
-    layers. In any other module (a router, low-rank projections that are not cut) every layer sums its own.
+    Every layer that reads such a module's input computes a partial gradient of it, so one sum at the module's entry
+    serves them all. In other modules (with a router, or with low-rank projections that are not cut) each layer sums its
+    own.
     """
     found = set()
     for name, module in model.named_modules():
@@ -51,7 +52,7 @@ def joint_entries(model: nn.Module, plan: TensorPlan) -> set[str]:
 
 
 def _takes_part(entry: str, key: str, module: nn.Module, plan: TensorPlan) -> bool:
-    """Whether a module inside of `entry` holds nothing, or is (a part of) one of its layers that has a rule."""
+    """Whether a module inside `entry` has no parameters, or belongs to one of its layers that has a rule."""
     own = list(module.parameters(recurse=False))
     if not key:
         return all(id(parameter) in plan.placements for parameter in own)
@@ -59,7 +60,7 @@ def _takes_part(entry: str, key: str, module: nn.Module, plan: TensorPlan) -> bo
 
 
 def wrap_entry(module: nn.Module, group: ProcessGroup) -> None:
-    """Sum the partial gradients of the module's hidden states."""
+    """Make a module sum the partial gradients of its hidden states, once for all its layers."""
 
     def forward(original: Forward, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = on_hidden_states(lambda x: sum_gradient(x, group), args, kwargs)
@@ -71,11 +72,14 @@ def wrap_entry(module: nn.Module, group: ProcessGroup) -> None:
 def wrap_layer(
     model: nn.Module, name: str, style: str, plan: TensorPlan, mesh: DeviceMesh, *, joint: bool, scatter: bool
 ) -> None:
-    """Wrap a module by its style.
+    """Wrap the forward of a module by its style.
 
     Args:
-        joint: the module's parent sums the gradient of its input.
-        scatter: its output is left as parts of the sequence.
+        name: the module's name in `model`.
+        style: the module's style, one of `plan.STYLES`.
+        mesh: the 1-D tp mesh.
+        joint: whether the module's parent sums the gradient of its input.
+        scatter: whether to leave the output as parts of the sequence.
     """
     module, group = model.get_submodule(name), mesh.get_group()
     if name == plan.head:
@@ -90,7 +94,7 @@ def wrap_layer(
         wrap(module, lambda f, *a, **k: gather_features(f(*a, **k), group, module.embedding_dim))  # type: ignore[arg-type]
     elif style == "moe_tp_experts" or (style == "all_reduce" and _holds_cut_weights(module, plan)):
         wrap(module, _experts(group))
-    elif style == "moe_identity_expert":
+    elif style == "moe_identity_expert":  # every rank returns 1/tp of the input; the sum over ranks restores it
         wrap(module, lambda f, x, *a, **k: f(x / mesh.size(), *a, **k))
     elif style == "all_reduce":
         wrap(module, lambda f, *a, **k: on_output(lambda x: all_reduce(x, group), f(*a, **k)))
@@ -103,6 +107,8 @@ def _holds_cut_weights(module: nn.Module, plan: TensorPlan) -> bool:
 
 
 def _columns(module: nn.Module, group: ProcessGroup, joint: bool, gather: bool) -> Forward:
+    """A linear layer cut by columns: `[b, s, h]` to this rank's `[b, s, out / ranks]`, gathered if asked."""
+
     def forward(original: Forward, x: Tensor) -> Tensor:
         y = original(x if joint else sum_gradient(x, group))
         return gather_features(y, group, module.out_features) if gather else y  # type: ignore[arg-type]
@@ -111,13 +117,19 @@ def _columns(module: nn.Module, group: ProcessGroup, joint: bool, gather: bool) 
 
 
 def _rows(module: nn.Module, group: ProcessGroup, split_input: bool, scatter: bool) -> Forward:
+    """A linear layer cut by rows: this rank's `[b, s, in / ranks]` to `[b, s, out]`, summed over ranks.
+
+    Args:
+        split_input: the input is whole; take this rank's part of it.
+        scatter: return this rank's part of the sequence instead of all of it.
+    """
     reduce = reduce_scatter_sequence if scatter else all_reduce
 
     def forward(original: Forward, x: Tensor) -> Tensor:
         bias = module._parameters.get("bias")
         if bias is None:
             return reduce(original(slice_features(x, group) if split_input else x), group)
-        module._parameters["bias"] = None  # once, not once per rank
+        module._parameters["bias"] = None  # add it once, after the sum, not once per rank
         try:
             y = reduce(original(slice_features(x, group) if split_input else x), group)
         finally:
@@ -128,7 +140,10 @@ def _rows(module: nn.Module, group: ProcessGroup, split_input: bool, scatter: bo
 
 
 def _head(module: nn.Module, mesh: DeviceMesh) -> Forward:
-    """Logits as a DTensor sharded over the vocabulary where that is asked for (`sharded_logits`), else gathered."""
+    """The output head: `[b, s, h]` to logits `[b, s, v]`.
+
+    Inside `sharded_logits` they are a DTensor sharded over the vocabulary, otherwise a gathered plain tensor.
+    """
     group = mesh.get_group()
 
     def forward(original: Forward, x: Tensor) -> Tensor:
@@ -137,6 +152,7 @@ def _head(module: nn.Module, mesh: DeviceMesh) -> Forward:
         assert isinstance(width, int)
         if not keeps_logits_sharded():
             return gather_features(y, group, width)
+        # State the shape: `from_local` assumes even shards, and a vocabulary may be uneven.
         shape = torch.Size((*y.shape[:-1], width))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(y, mesh, [Shard(y.ndim - 1)], run_check=False, shape=shape, stride=stride)
@@ -145,7 +161,10 @@ def _head(module: nn.Module, mesh: DeviceMesh) -> Forward:
 
 
 def _embedding_rows(module: nn.Module, group: ProcessGroup) -> Forward:
-    """Every rank looks up the tokens of its part of the vocabulary, and zero for the others."""
+    """An embedding cut over the vocabulary: `[b, s]` to `[b, s, h]`.
+
+    Every rank looks up the tokens of its part and uses zeros for the others; the sum over ranks is the embedding.
+    """
 
     def forward(original: Forward, ids: Tensor) -> Tensor:
         weight = module._parameters["weight"]
@@ -154,7 +173,7 @@ def _embedding_rows(module: nn.Module, group: ProcessGroup) -> Forward:
         start: int = min(-(-module.num_embeddings // group.size()) * group.rank(), module.num_embeddings)  # type: ignore
         local = ids - start
         outside = (local < 0) | (local >= rows)
-        padding = module.padding_idx  # its row gets no gradient: of this part, or of another rank's
+        padding = module.padding_idx  # this row gets no gradient; it may belong to another rank's part
         here = padding is not None and 0 <= padding - start < rows  # type: ignore[operator]
         module.padding_idx = padding - start if here else None  # type: ignore
         try:
@@ -167,7 +186,7 @@ def _embedding_rows(module: nn.Module, group: ProcessGroup) -> Forward:
 
 
 def _experts(group: ProcessGroup) -> Forward:
-    """Every rank has a part of every expert: hidden states and routing weights get partial gradients."""
+    """Experts: every rank holds a part of each one, so hidden states and routing weights get partial gradients."""
 
     def forward(original: Forward, *args: Any, **kwargs: Any) -> Any:
         args = tuple(sum_gradient(a, group) if isinstance(a, Tensor) else a for a in args)
@@ -178,7 +197,11 @@ def _experts(group: ProcessGroup) -> Forward:
 
 
 def _latent(rope_width: int, group: ProcessGroup) -> Forward:
-    """Multi-head latent attention: the rotary part of the keys goes to this rank's heads past any layer that is cut."""
+    """Multi-head latent attention: sum the gradient of the rotary part of the projected keys.
+
+    The latent part passes through a cut layer, which sums its gradient. The rotary part goes straight to this rank's
+    heads, so its gradient is partial.
+    """
 
     def forward(original: Forward, x: Tensor) -> Tensor:
         y = original(x)
@@ -189,6 +212,7 @@ def _latent(rope_width: int, group: ProcessGroup) -> Forward:
 
 
 def _rope_width(model: nn.Module, name: str) -> int:
+    """The width of the rotary part, as the attention layer or the config states it."""
     parent = model.get_submodule(name.rpartition(".")[0])
     width = getattr(parent, "qk_rope_head_dim", None) or parent.config.get_text_config().qk_rope_head_dim  # type: ignore
     assert isinstance(width, int)

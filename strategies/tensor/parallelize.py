@@ -1,9 +1,9 @@
-"""Tensor and sequence parallel: a model's matrices cut over ranks by the plan that the model declares itself.
+"""Tensor and sequence parallel: shard a model's matrices over ranks, by the plan that the model declares.
 
-Parameters become DTensors on the tp mesh, so that FSDP2, checkpoints and clipping know what they are. The modules' own
-code runs on local tensors: while a block's forward runs, its parameters are this rank's parts, and what must travel
-between ranks does so at the edges of the layers that are cut (`collectives`). Between these layers every rank has the
-same activations, or with sequence parallel its part of the sequence.
+Parameters become DTensors on the tp mesh, so that FSDP2, checkpoints and clipping can handle them. The modules' own
+code runs on local tensors: while a block's forward runs, its parameters are this rank's shards. Communication happens
+only at the edges of cut layers (`collectives.py`). Between cut layers every rank has the same activations or, with
+sequence parallel, its part of the sequence.
 
 Source: Megatron-LM, arXiv 1909.08053; sequence parallel, arXiv 2205.05198.
 """
@@ -29,23 +29,26 @@ from automodel_trainer.strategies.tensor.layers import joint_entries, wrap_entry
 from automodel_trainer.strategies.tensor.plan import TensorPlan, expand_plan
 from automodel_trainer.strategies.tensor.sequence import SequenceParallel
 
-_Held = list[tuple[nn.Module, str, bool]]  # module, parameter, whether its gradient is summed over the ranks
+_Held = list[tuple[nn.Module, str, bool]]  # module, parameter name, whether to sum its gradient over ranks
 
 
 def tensor_parallel(
     model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str] | None = None, sequence_parallel: bool = True
 ) -> None:
-    """Cut `model` (on meta, or real and equal on all ranks) over the 1-D `mesh`, in place.
+    """Shard `model` over a tensor-parallel mesh, in place.
 
-    Its inputs and outputs are whole and equal on all ranks, and so are the gradients of parameters that are not cut.
-    Parameter names and types of modules do not change.
+    Its inputs and outputs are whole and equal on all ranks, and so are the gradients of replicated parameters.
+    Parameter names and module types do not change.
 
     Args:
+        model: on meta, or real and equal on all ranks.
+        mesh: the 1-D tp mesh.
         plan: rules that override the model's own `tp_plan`, with the same names and styles.
-        sequence_parallel: between the layers that are cut, each rank works on its part of the sequence only.
+        sequence_parallel: between cut layers, each rank works on its part of the sequence only.
 
     Raises:
-        ValueError: see `expand_plan`.
+        ValueError: the plan does not fit the model or the number of ranks; see `expand_plan`, `check_gates` and
+            `cut_adapters`.
     """
     expanded = expand_plan(model, mesh.size(), plan)
     check_gates(model, expanded, mesh.size())
@@ -54,7 +57,8 @@ def tensor_parallel(
     sequence = SequenceParallel(model, expanded, joint, mesh.get_group()) if sequence_parallel else None
     scattering = sequence.scattering if sequence else set()
     modules = dict(model.named_modules())
-    for name, style in expanded.modules.items():  # innermost wrappers first
+    # Wrappers nest: the layers' come first, inside those of their modules (entries, gathers) and of the blocks.
+    for name, style in expanded.modules.items():
         wrap_layer(
             model, name, style, expanded, mesh, joint=name.rpartition(".")[0] in joint, scatter=name in scattering
         )
@@ -67,7 +71,7 @@ def tensor_parallel(
 
 
 def _distribute(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
-    """Every parameter becomes a DTensor on the mesh; one that is not cut is replicated."""
+    """Make every parameter a DTensor on the mesh. Those without a placement in the plan are replicated."""
 
     def cut(parameter: nn.Parameter) -> DTensor:
         placement = plan.placements.get(id(parameter), Replicate())
@@ -77,7 +81,11 @@ def _distribute(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
 
 
 def _use_local_parameters(model: nn.Module, plan: TensorPlan, group: ProcessGroup) -> None:
-    """Blocks see all their parameters as local tensors, other modules their own (and their adapters')."""
+    """Make modules see their parameters as local tensors while they run.
+
+    A block swaps in all parameters inside it at once. A module outside of blocks swaps in its own, and those of its
+    children, such as adapters, unless it contains a block.
+    """
     blocks = find_blocks(model)
     inside = {id(module) for block in blocks for module in block.modules()}
     holding = {id(module) for module in model.modules() for block in blocks if _holds(module, block)}
@@ -90,6 +98,7 @@ def _use_local_parameters(model: nn.Module, plan: TensorPlan, group: ProcessGrou
 
 
 def _holds(module: nn.Module, block: nn.Module) -> bool:
+    """Whether `block` is somewhere inside `module`."""
     return module is not block and any(block is child for child in module.modules())
 
 
@@ -115,7 +124,7 @@ def _local_parameters(held: _Held, group: ProcessGroup) -> Iterator[None]:
     try:
         for module, key, summed in held:
             parameter = module._parameters[key]
-            if isinstance(parameter, DTensor):  # else a wrapper further out has been here
+            if isinstance(parameter, DTensor):  # otherwise an outer wrapper has swapped it already
                 local = parameter.to_local()
                 local = sum_gradient(local, group, wide=True) if summed else local
                 swapped.append((module, key, parameter))

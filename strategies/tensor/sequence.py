@@ -1,9 +1,9 @@
-"""Sequence parallel: between the layers that are cut, each rank works on its part of the sequence.
+"""Sequence parallel: between cut layers, each rank works on its part of the sequence.
 
-From the first block of a stack to its last, hidden states are `[b, s / tp, h]`. Norms, dropout and residuals work on
-parts; attention, MLPs and whatever else a block holds see the whole sequence: it is gathered at their entry and
-reduce-scattered at their exit, in place of the all-reduces of plain tensor parallel. A length that does not divide is
-padded inside, and the padding is cut off again before anything sees it.
+From the first block of a stack to the last, hidden states are `[b, s / tp, h]`. Norms, dropout and residuals work on
+parts. Attention, MLPs and everything else in a block see the whole sequence: it is gathered at their entry and
+reduce-scattered at their exit, which replaces the all-reduces of plain tensor parallel. If tp does not divide the
+length, it is padded for the collectives, and the padding is removed before any module sees it.
 
 Source: arXiv 2205.05198.
 """
@@ -22,24 +22,26 @@ from automodel_trainer.strategies.tensor.collectives import gather_sequence, sli
 from automodel_trainer.strategies.tensor.layers import on_hidden_states, on_output
 from automodel_trainer.strategies.tensor.plan import ROWS, TensorPlan
 
-_SUMMING = {"moe_tp_experts", "all_reduce"}  # styles whose output is whole
+_SUMMING = {"moe_tp_experts", "all_reduce"}  # styles that sum over ranks themselves, so their output is whole
 
 
 class SequenceParallel:
-    """Plans where a model's sequence is cut (on creation), and wraps its blocks (`install`).
+    """Plans where a model's sequence is split (on creation), and wraps its blocks (`install`).
 
     Args:
-        plan: whose `summed` parameters grow by those that work on parts.
-        joint: modules that sum the gradient of their input by themselves.
+        plan: the model's plan. Its `summed` grows by the parameters that work on parts.
+        joint: names of modules that sum the gradient of their input, see `joint_entries`.
+        group: the tp ranks.
 
     Attributes:
-        gathering: names of modules that gather their input; what of `joint` is in here has its gradient summed by it.
+        gathering: names of modules that gather their input. For those in `joint`, the gather's backward also sums the
+            gradient.
         scattering: names of layers that leave their output as parts of the sequence.
     """
 
     def __init__(self, model: nn.Module, plan: TensorPlan, joint: set[str], group: ProcessGroup) -> None:
         self.group, self.plan, self.joint, self._model = group, plan, joint, model
-        self.length = 0  # of the sequences that are running through the stack
+        self.length = 0  # whole length of the sequences that are running through the stack
         self.gathering: set[str] = set()
         self.scattering: set[str] = set()
         self._modules = dict(model.named_modules())
@@ -51,11 +53,12 @@ class SequenceParallel:
 
     def _plan_block(self, name: str) -> None:
         block = self._modules[name]
-        self.plan.summed |= {id(p) for p in block.parameters(recurse=False)}
+        self.plan.summed |= {id(p) for p in block.parameters(recurse=False)}  # the block itself works on parts
         for key, child in block.named_children():
             self._plan_part(f"{name}.{key}", child)
 
     def _plan_part(self, name: str, part: nn.Module) -> None:
+        """Decide for one child of a block whether it works on parts, or gathers the sequence and how it scatters it."""
         if next(part.parameters(), None) is None:
             return
         if isinstance(part, (nn.ModuleList, nn.ModuleDict)):  # containers have no forward of their own
@@ -69,22 +72,26 @@ class SequenceParallel:
             self._scatters[name] = last is not None
             if last is not None:
                 self.scattering.add(last)
-                bias = getattr(self._modules[last], "bias", None)  # added to parts
+                bias = getattr(self._modules[last], "bias", None)  # it is added to a part of the sequence
                 self.plan.summed |= {id(bias)} if bias is not None else set()
 
     def _only_rows(self, name: str) -> str | None:
-        """The layer that sums what the ranks computed, if a module has one such layer, its own: then it is the last."""
+        """The one row-cut layer of a module, if it is a direct child and nothing else sums over ranks; else None.
+
+        Such a layer is the module's last, so it can reduce-scatter the module's output.
+        """
         styles = {child: style for child, style in self.plan.modules.items() if child.startswith(f"{name}.")}
         rows = [child for child, style in styles.items() if style in ROWS]
         whole = any(style in _SUMMING for style in styles.values())
         return rows[0] if len(rows) == 1 and not whole and rows[0].rpartition(".")[0] == name else None
 
     def install(self) -> None:
+        """Wrap the modules that gather, and the first and last block of every stack."""
         for name in self.gathering:
             wrap(self._modules[name], self._gathering(partial=name in self.joint, scatters=self._scatters[name]))
         for stack in self._stacks:
             blocks = list(self._modules[stack].children())
-            # pipeline stages of one rank enter and leave the stack one by one
+            # With several pipeline stages on a rank, hidden states enter and leave the stack once per stage.
             for layers in own_runs_of_layers(self._model, stack) or [range(len(blocks))]:
                 wrap(blocks[layers[0]], self._first)
                 wrap(blocks[layers[-1]], self._last)
@@ -96,10 +103,11 @@ class SequenceParallel:
         return original(*args, **kwargs)
 
     def _enter(self, x: Tensor) -> Tensor:
+        """This rank's part `[b, ceil(s / tp), h]` of the hidden states `[b, s, h]`."""
         if x.ndim != 3:
             raise ValueError(
-                f"sequence_parallel=True needs hidden states [b, s, h], and this model's are {list(x.shape)}. "
-                "Set sequence_parallel=False."
+                f"sequence_parallel=True needs hidden states [b, s, h], and this model has {list(x.shape)}. Set "
+                "sequence_parallel=False."
             )
         self.length = x.shape[1]
         return slice_sequence(x, self.group)
@@ -119,31 +127,32 @@ class SequenceParallel:
             output = original(*args, **kwargs)
             if scatters:
                 return output
-            # some give tokens back in one row, and leave it to the block to cut it
+            # Some modules (experts) return all tokens as [b·s, h] and let the block restore the shape.
             return on_output(lambda x: slice_sequence(x.reshape(shape), self.group), output)
 
         return forward
 
 
 def _noted(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a block, and add a hint to errors such as shapes that do not match."""
     try:
         return original(*args, **kwargs)
     except RuntimeError as error:
         error.add_note(
             "This block ran on a part of the sequence (sequence_parallel=True). If shapes do not match, the model "
-            "mixes parts with whole sequences between its layers: set sequence_parallel=False."
+            "combines parts and whole sequences between its layers: set sequence_parallel=False."
         )
         raise
 
 
 def works_on_parts(module: nn.Module) -> bool:
-    """Whether a module treats every token by itself: norms over the width. All else is given the whole sequence."""
+    """Whether a module treats every token by itself, as norms over the width do. Others get the whole sequence."""
     name = type(module).__name__.lower()
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "rmsnorm" in name or "layernorm" in name
 
 
 def stacks(model: nn.Module, prefix: str = "") -> Iterator[str]:
-    """Names of the outermost `nn.ModuleList`s that hold parameters: see `find_blocks`."""
+    """Names of the outermost `nn.ModuleList`s that hold parameters, as in `find_blocks`."""
     for key, child in model.named_children():
         if not isinstance(child, nn.ModuleList):
             yield from stacks(child, f"{prefix}{key}.")
