@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from automodel_trainer.modules.loss import next_token_targets, token_losses
 from automodel_trainer.strategies import MeshStrategy, Objective, StrategyRegistry
 from automodel_trainer.strategies.precision import canonical_precision
+from tests.routers import decided
 
 Batch = dict[str, Any]
 
@@ -83,7 +84,8 @@ def reference_step(
 ) -> dict[str, Any]:
     """One optimizer step of plain torch on one device over all rows at once."""
     batch = stack(rows)
-    logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
+    with decided(model):
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)

@@ -55,7 +55,7 @@ class Flips:
 
 def save_choices(calls: Sequence[Choice], step: int, micro_batch: int) -> dict[str, Tensor]:
     """The choices of one forward of the reference, by the names under which they are kept."""
-    kept = {}
+    kept: dict[str, Tensor] = {}
     for order, call in enumerate(calls):
         key = f"choice/{step}/{micro_batch}/{order:05d}/{call.module}"
         kept |= {f"{key}/scores": call.scores, f"{key}/chosen": call.chosen.float()}
