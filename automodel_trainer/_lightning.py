@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +24,7 @@ __all__ = [
     "defaults_from_env_vars",
     "drop_advertisement",
     "install_quiet_epoch_loop",
+    "keep_quiet_about_trees",
     "prepare_for_backward",
     "sync_rank_zero",
 ]
@@ -89,6 +91,13 @@ def drop_advertisement() -> None:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not logger.filters:
         logger.addFilter(lambda record: "litlogger" not in record.getMessage().lower())
+
+
+def keep_quiet_about_trees() -> None:
+    """Lightning 2.6.6 makes a torch `LeafSpec` of every loader, which torch 2.13 wants to be asked for otherwise."""
+    warnings.filterwarnings(
+        "ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning, r"lightning\.pytorch\.utilities\._pytree"
+    )
 
 
 def install_quiet_epoch_loop(trainer: pl.Trainer) -> None:

@@ -16,7 +16,12 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 
-from automodel_trainer._lightning import defaults_from_env_vars, drop_advertisement, install_quiet_epoch_loop
+from automodel_trainer._lightning import (
+    defaults_from_env_vars,
+    drop_advertisement,
+    install_quiet_epoch_loop,
+    keep_quiet_about_trees,
+)
 from automodel_trainer.callbacks.defaults import default_callbacks
 from automodel_trainer.callbacks.preemption import preemption_of
 from automodel_trainer.connect import Model, accumulating, connect
@@ -107,6 +112,7 @@ class Trainer(SavesPretrained):
         self.requested_gradient_clip_val = gradient_clip_val
         self.requested_accumulation = accumulate_grad_batches
         drop_advertisement()
+        keep_quiet_about_trees()
         super().__init__(
             accelerator=accelerator,
             strategy=StrategyRegistry.resolve(strategy),

@@ -31,6 +31,7 @@ from tests.limits import (
     widened,
     with_limits,
 )
+from tests.routers import decided
 
 # Tests have these from here too.
 __all__ = ["check_decided", "check_run", "check_steps", "close", "relative_error", "widened", "with_limits"]
@@ -97,7 +98,8 @@ def reference_step(
 ) -> dict[str, Any]:
     """One optimizer step of plain torch on one device over all rows at once."""
     batch = stack(rows)
-    logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
+    with decided(model):
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)

@@ -40,8 +40,7 @@ class EvaluatedModule(HuggingFaceModule):
         for micro_batch in as_list(batch):
             with self.strategy.split_sequence(*self.split(micro_batch)) as (inputs, targets):
                 logits = self.strategy.forward(self.model, inputs).logits
-            if logits is not None:  # they may be on one rank of a pipeline only: it counts for all
-                self.metrics.update(logits, targets)
+            self.metrics.update(logits, targets)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")

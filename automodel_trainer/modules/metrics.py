@@ -28,8 +28,13 @@ class TokenMetrics(Metric):
         for name in ("loss_sum", "tokens", "correct"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, logits: Logits, targets: Tensor) -> None:
-        """Add one micro-batch: logits of `[b, s, v]`, targets `[b, s]`."""
+    def update(self, logits: Logits | None, targets: Tensor) -> None:
+        """Add one micro-batch: logits of `[b, s, v]`, targets `[b, s]`.
+
+        Logits are None on ranks of a pipeline that have none: those that have them count for all.
+        """
+        if logits is None:
+            return
         losses, predictions = losses_and_predictions(logits, targets)
         targets = targets.flatten()
         trained = targets != IGNORE_INDEX

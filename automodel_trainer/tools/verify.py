@@ -22,15 +22,20 @@ from automodel_trainer.trainer import Trainer
 from automodel_trainer.verification.ranks import Processes
 from automodel_trainer.verification.verify import LENGTH, verify
 
+_EXIT_CODES = (
+    "Exit code: 0 the same numbers as one device; 1 other numbers; 3 undecided: at every attempt rounding decided what "
+    "a router chose. (2 means that an argument is unknown.)"
+)
 _CONFIG_KEYS = ("seed_everything", "model", "data")
 
 
 def main(argv: Sequence[str]) -> None:
-    """`amt verify`: exits with 0 when the numbers are the same, else with 1."""
+    """The command line. The exit code is 0 for the same numbers, 1 for other numbers, 3 if that stays undecided."""
     parser = argparse.ArgumentParser(
         prog="amt verify",
         description="Compare a layout with one device, on your model and your data. A small copy of "
         "the model trains for three steps on one device and on the layout, and everything is compared.",
+        epilog=_EXIT_CODES,
     )
     parser.add_argument(
         "--config", help="a run's YAML: its model and data, and its strategy unless --strategy is given"
@@ -50,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         report.print()
-    raise SystemExit(0 if report.passed else 1)
+    raise SystemExit(report.exit_code)
 
 
 def _from_arguments(args: argparse.Namespace) -> tuple[CausalLMModule, Any, Any]:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from automodel_trainer.verification.steps import Comparison
+from automodel_trainer.verification.flips import by_rounding, describe, first_flips
+from automodel_trainer.verification.steps import Comparison, Reference
 
 TOLERANCES = {"loss": 1e-5, "gradient norm": 1e-4, "gradients": 1e-4, "weights": 1e-4, "outputs": 1e-4}
 """Relative, in fp32: what the order of summation alone changes stays below a tenth of it."""
+
+_VERDICTS = {
+    0: "[green]same numbers as one device[/]",
+    1: "[red]NOT the numbers of one device[/]",
+    3: "[yellow]undecided: rounding decided what a router chose, at every attempt[/]",
+}
 
 
 @dataclass
@@ -48,6 +56,11 @@ class Report:
         quantities: what was compared.
         module: the first module in forward order whose output differs, and by how much; None: none does.
         findings: what the pattern of errors says.
+        margin: the smallest gap of a choice (of experts) on one device, as a part of its scores; None: no choices.
+        choices: that one device made.
+        flipped: those that the layout made otherwise, and not as a consequence of others; of all attempts.
+        undecided: the numbers differ, and rounding may have decided a choice: this says nothing about the layout.
+        attempts: with other random weights each.
     """
 
     layout: str
@@ -57,10 +70,19 @@ class Report:
     findings: list[str] = field(default_factory=list)
     modules_compared: int = 0
     seconds: float = 0.0
+    margin: float | None = None
+    choices: int = 0
+    flipped: int = 0
+    undecided: bool = False
+    attempts: int = 1
 
     @property
     def passed(self) -> bool:
         return all(quantity.passed for quantity in self.quantities)
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.passed else 3 if self.undecided else 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -79,12 +101,16 @@ class Report:
         console.print(table)
         for finding in self.findings:
             console.print(f"• {finding}", highlight=False)
-        verdict = "[green]same numbers as one device[/]" if self.passed else "[red]NOT the numbers of one device[/]"
+        if self.margin is not None:
+            console.print(
+                f"{self.choices} choices (top-k, as of experts), by {self.margin:.1e} of their scores at least"
+            )
+        verdict = _VERDICTS[self.exit_code]
         console.print(f"{verdict} ({self.modules_compared} module outputs compared, {self.seconds:.0f} s)")
 
 
-def compile_report(layout: str, model: str, ranks: list[Comparison]) -> Report:
-    """Merge what the ranks found."""
+def compile_report(layout: str, model: str, ranks: list[Comparison], reference: Reference) -> Report:
+    """Merge what the ranks found, and judge."""
     steps = range(len(ranks[0].loss))
     scalars = [_scalar("loss", s, [r.loss[s] for r in ranks]) for s in steps]
     scalars += [_scalar("gradient norm", s, [r.norm[s] for r in ranks]) for s in steps]
@@ -93,9 +119,42 @@ def compile_report(layout: str, model: str, ranks: list[Comparison]) -> Report:
     report = Report(layout, model, [*scalars, *tensors])
     report.modules_compared = len({name for rank in ranks for name in rank.outputs})
     report.module = _first_different(ranks)
-    if not report.passed:
-        report.findings = _findings(report, ranks)
+    _look_at_choices(report, ranks, reference)
+    if not report.passed and not report.undecided:
+        report.findings += _findings(report, ranks)
+    if report.undecided:
+        report.module = None
     return report
+
+
+def _look_at_choices(report: Report, ranks: list[Comparison], reference: Reference) -> None:
+    """Note margin and flips; a run is undecided if nothing differs before a choice that rounding decided."""
+    margin, limit = reference.margin, reference.limit
+    if not margin.choices:
+        return
+    report.margin, report.choices = margin.smallest if math.isfinite(margin.smallest) else None, margin.choices
+    flips = first_flips([rank.flips for rank in ranks])
+    report.flipped = sum(flip.count for flip in flips)
+    if report.passed:
+        return
+    if flips:
+        report.findings.append(describe(flips, margin.choices, limit))
+    first = min(_moment(q)[0] for q in report.quantities if not q.passed)
+    if flips:
+        report.undecided = by_rounding(flips, limit) and first >= flips[0].step + 1
+    elif margin.smallest <= limit and _unseen(ranks):
+        report.undecided = True
+        report.findings.append(
+            f"A choice in {margin.module} is decided by {margin.smallest:.0e} of its scores, which is less than "
+            f"rounding ({limit:.0e}), and the layout's could not be seen. This says nothing about the layout."
+        )
+
+
+def _unseen(ranks: list[Comparison]) -> bool:
+    """Whether there are choices that no rank could compare."""
+    return not any(rank.flips.compared for rank in ranks) or bool(
+        set.intersection(*(rank.flips.missed for rank in ranks))
+    )
 
 
 def _scalar(name: str, step: int, errors: list[float]) -> Quantity:

@@ -10,6 +10,7 @@ import copy
 import math
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from automodel_trainer.verification.batches import first_steps, renumber
 from automodel_trainer.verification.ranks import Launcher, Processes
 from automodel_trainer.verification.report import Report, compile_report
 from automodel_trainer.verification.shrink import shrink
-from automodel_trainer.verification.steps import Job, layout_run, reference_run
+from automodel_trainer.verification.steps import DRAWS, Job, layout_run, reference_run
 
 STEPS = 3
+ATTEMPTS = 3  # with other random weights each, while rounding decides what a router chooses
 ACCUMULATION = 2  # micro-batches per rank and step
 LENGTH = 64  # tokens of a row: every window, boundary and shard edge occurs in it
 
@@ -77,12 +79,27 @@ def verify(
         device="cuda" if full else "cpu",
         attention=_attention(module.kernels.attention, full),
     )
-    launch = launch or Processes()
-    with tempfile.TemporaryDirectory() as folder:
-        launch(1, reference_run, job, Path(folder))
-        ranks = launch(devices, layout_run, job, Path(folder))
-    report = compile_report(f"{dims.describe()} on {devices} ranks", _describe(small), ranks)
+    report = _attempts(job, launch or Processes(), f"{dims.describe()} on {devices} ranks", _describe(small))
     report.seconds = time.monotonic() - began
+    return report
+
+
+def _attempts(job: Job, launch: Launcher, layout: str, model: str) -> Report:
+    """The report of the first attempt that is decided. An attempt is not, where rounding decided a router's choice."""
+    said: list[str] = []
+    flipped = 0
+    for attempt in range(ATTEMPTS):
+        job = replace(job, strategy=fresh(job.strategy), seed=attempt * DRAWS)
+        with tempfile.TemporaryDirectory() as folder:
+            (reference,) = launch(1, reference_run, job, Path(folder))
+            job.seed = reference.seed
+            ranks = launch(job.world_size, layout_run, job, Path(folder))
+        report = compile_report(layout, model, ranks, reference)
+        said += report.findings
+        flipped += report.flipped
+        if not report.undecided:
+            break
+    report.findings, report.flipped, report.attempts = said, flipped, attempt + 1
     return report
 
 

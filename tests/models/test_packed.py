@@ -19,6 +19,7 @@ from tests.harness import close, make_strategy, relative_error
 from tests.models.test_lora_layouts import train
 from tests.models.test_qlora import with_libraries
 from tests.pool import RankPool
+from tests.routers import separated
 from tests.tiny import tiny_model
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
@@ -30,7 +31,7 @@ LIBRARIES = {"nf4": "torchao", "bnb-nf4": "bitsandbytes"}
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
     tiny_model("llama").save_pretrained(folder / "dense")
-    tiny_model("qwen3_moe", **MOE).save_pretrained(folder / "moe")
+    separated(tiny_model("qwen3_moe", **MOE), seed=9).save_pretrained(folder / "moe")
     tiny_model("gpt_oss", num_local_experts=4).save_pretrained(folder / "transposed")
     return folder
 

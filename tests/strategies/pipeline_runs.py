@@ -8,7 +8,7 @@ import torch
 
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
 from tests.harness import Batch, NextToken, make_strategy, random_rows, reference_steps, train_steps
-from tests.tiny import tiny_model
+from tests.routers import routed_model
 
 STEPS, ROWS, LENGTH, MAX_NORM, LR = 3, 8, 13, 0.5, 1e-2
 MICRO_BATCHES = 4
@@ -27,7 +27,7 @@ def rows_of(step: int) -> list[Batch]:
 
 
 def build(family: str, lora: bool, **overrides: Any) -> Any:
-    model = tiny_model(family, **{"num_hidden_layers": 4, **overrides})
+    model = routed_model(family, **{"num_hidden_layers": 4, **overrides})
     if lora:
         apply_lora(model, LoRAConfig(**LORA))  # type: ignore[arg-type]
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from automodel_trainer import CausalLMModule, Trainer
 from tests.harness import Batch, NextToken, check_steps, close, make_strategy, train_steps, with_limits
 from tests.pool import RankPool
+from tests.routers import decided, routed_model
 from tests.strategies.test_tensor import LATENT, MOE
 from tests.tiny import tiny_model
 
@@ -48,15 +50,16 @@ def _row(form: str, length: int, index: int, generator: torch.Generator) -> Batc
 def train(spec: str, world_size: int, family: str, form: str, overrides: dict[str, Any]) -> Any:
     strategy = make_strategy(spec, world_size)
     attention = overrides.pop("attn_implementation", None)
-    model = tiny_model(family, **overrides)
+    model = routed_model(family, **overrides)
     if attention:
         model.set_attn_implementation(attention)
     strategy.parallelize(model)
     # eps: Adam turns a gradient of 1e-9, which is rounding, into a full step
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-3)
-    result = train_steps(
-        strategy, NextToken(model), optimizer, lambda step: rows_of(form, step), 2, steps=STEPS, max_norm=MAX_NORM
-    )
+    with decided(model) if world_size == 1 else nullcontext():
+        result = train_steps(
+            strategy, NextToken(model), optimizer, lambda step: rows_of(form, step), 2, steps=STEPS, max_norm=MAX_NORM
+        )
     return {**result, "method": strategy._context and strategy._context.method}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tests.harness import (
     with_limits,
 )
 from tests.pool import RankPool
-from tests.tiny import tiny_model
+from tests.routers import decided, routed_model
 
 STEPS, ROWS, MAX_NORM, LR = 3, 4, 0.5, 1e-2
 LENGTH = 13  # divides by no number of ranks
@@ -63,7 +64,7 @@ def train(spec: str, world_size: int, family: str, lora: dict[str, Any] | None =
     """Three optimizer steps of two micro-batches on this rank; full gradients and weights come back."""
     torch.manual_seed(world_size)
     strategy = make_strategy(spec, world_size)
-    model = tiny_model(family, **overrides)
+    model = routed_model(family, **overrides)
     if lora is not None:
         apply_lora(model, LoRAConfig(rank=4, **lora))
     strategy.parallelize(model)
@@ -71,11 +72,12 @@ def train(spec: str, world_size: int, family: str, lora: dict[str, Any] | None =
         finish_lora(model)
     optimizer = adam(model)
     size = ROWS // strategy.dp_size // 2
-    return train_steps(strategy, WithBalance(model), optimizer, rows_of, size, steps=STEPS, max_norm=MAX_NORM)
+    with decided(model) if world_size == 1 else nullcontext():
+        return train_steps(strategy, WithBalance(model), optimizer, rows_of, size, steps=STEPS, max_norm=MAX_NORM)
 
 
 def reference(family: str, **overrides: Any) -> Any:
-    model = tiny_model(family, **overrides)
+    model = routed_model(family, **overrides)
     optimizer = adam(model)
     return reference_steps(model, optimizer, rows_of, steps=STEPS, max_norm=MAX_NORM)
 

@@ -1,0 +1,67 @@
+"""Relative errors of what a layout computed, against what one device wrote to a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+FLOOR = 1e-4  # of all gradients' norm: where a gradient is zero but for rounding, its relative error means nothing
+
+
+class KeptTensors:
+    """Tensors by name, read when they are asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.names: list[str] = sorted(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): self[name] for name in self.names if name.startswith(prefix)}
+
+
+@contextmanager
+def kept_tensors(folder: Path) -> Iterator[KeptTensors]:
+    with safe_open(folder / "reference.safetensors", framework="pt") as file:
+        yield KeptTensors(file)
+
+
+def scalar_error(value: Tensor, reference: Tensor) -> float:
+    return abs(float(value) - float(reference)) / max(abs(float(reference)), 1e-12)
+
+
+def errors_by_name(values: dict[str, Tensor], expected: dict[str, Tensor], total: float = 0.0) -> dict[str, float]:
+    """By name, in the order of the model; infinite for what only one of the two has."""
+    errors = {
+        name: relative_error(value, expected[name], FLOOR * total) if name in expected else math.inf
+        for name, value in values.items()
+    }
+    return errors | {name: math.inf for name in expected if name not in values}
+
+
+def relative_error(value: Tensor, reference: Tensor, floor: float = 0.0) -> float:
+    """‖value − reference‖ / ‖reference‖; infinite where shapes differ or a number is not finite."""
+    if value.shape != reference.shape:
+        return math.inf
+    error = float((value.double() - reference.double()).norm() / max(float(reference.double().norm()), floor, 1e-12))
+    return error if math.isfinite(error) else math.inf
+
+
+def common_scale(values: dict[str, Tensor], expected: dict[str, Tensor]) -> float | None:
+    """The c for which value ≈ c · expected holds for all gradients at once, None if there is none."""
+    if values.keys() != expected.keys() or any(values[n].shape != expected[n].shape for n in values):
+        return None
+    value = torch.cat([v.flatten() for v in values.values()]).double()
+    reference = torch.cat([expected[name].flatten() for name in values]).double()
+    scale = float(value @ reference / (reference @ reference).clamp(min=1e-30))
+    return scale if relative_error(value, scale * reference) < 1e-3 else None
