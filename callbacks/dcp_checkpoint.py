@@ -371,8 +371,8 @@ class DCPCheckpoint(Checkpoint):
     def _report(self, folder: Path, error: CheckpointError) -> None:
         self.failed_saves += 1
         rank_zero_warn(
-            f"The checkpoint of step {step_of(folder)} could not be written: {error}. Training continues. The latest "
-            f"checkpoint: {self.last_model_path or 'none'}."
+            f"The checkpoint of step {step_of(folder)} could not be written: {error}. Training continues; the latest "
+            f"checkpoint is still {self.last_model_path or 'none'}."
         )
 
     def _on_whole(self, folder: Path) -> None:
