@@ -1,8 +1,8 @@
 """Attention over sequence shards as a Hugging Face attention function, by ulysses or ring.
 
 `install_attention` registers a wrapper around the model's attention kernel, next to the kernel. While a micro-batch is
-split (`exchanging`), the wrapper exchanges data between ranks and builds masks for the whole sequence. Otherwise it just
-calls the kernel.
+split (`exchanging`), the wrapper exchanges data between ranks and builds masks for the whole sequence. Otherwise it
+just calls the kernel.
 """
 
 from __future__ import annotations
