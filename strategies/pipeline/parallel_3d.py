@@ -98,7 +98,7 @@ class Parallel3DStrategy(FSDP2Strategy):
             )
         self._pipeline: Pipeline | None = None
         self._stage_costs: list[float] | None = None
-        self._share_logits = True
+        self._share_logits = True  # whether a forward outside of training gives its logits to all ranks
 
     def ineffective_options(self) -> list[str]:
         """See `MeshProcesses.ineffective_options`."""
@@ -210,7 +210,7 @@ class Parallel3DStrategy(FSDP2Strategy):
         _check_trainable(model, parts, counts)
         group = self.device_mesh["pp"].get_group()
         own = stages_of(self.schedule, dist.get_rank(group), self.dims.pp, self.stages_per_rank)
-        keep_training_cost(model)
+        keep_training_cost(model)  # FLOPs are counted for the whole model, so before layers are removed
         split = split_model(model, parts, counts, own)
         stage_model = SplitModel(model, split, self.dtypes.compute, self._whole_forward)
         self._pipeline = Pipeline(
@@ -323,7 +323,7 @@ class Parallel3DStrategy(FSDP2Strategy):
                 mine += theirs
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
-        """See `StepRunner.clip_grad_norm_`. The norm covers all stages."""
+        """See `StepRunner.clip_grad_norm_`. The norm, 0-dim, covers all stages."""
         pipeline = self._pipeline
         if pipeline is None:
             return super().clip_grad_norm_(parameters, max_norm)

@@ -34,7 +34,7 @@ def schedule_facts(
     Raises:
         ValueError: the schedule is unknown, or cannot run this number of micro-batches.
     """
-    order = order_of_work(name, ranks, per_rank, micro_batches)
+    order = order_of_work(name, ranks, per_rank, micro_batches)  # it also checks the arguments
     timed = timeline(unsplit(order) if whole_backward else order, costs)
     return timed, bubble_share(timed)
 

@@ -127,6 +127,7 @@ class Pipeline:
         """torch's schedule over this rank's stages, for hidden states of this shape."""
         check_micro_batches(self.schedule, self.ranks, self.per_rank, micro_batches)
         self._order = order_of_work(self.schedule, self.ranks, self.per_rank, micro_batches)[self.rank]
+        # torch needs only the shapes and dtypes of what stages exchange
         hidden = torch.empty(shape, dtype=self.model.dtype, device="meta", requires_grad=True)
         nothing = torch.empty(0, device="meta")
         loss = torch.empty(1, device="meta", requires_grad=True)
@@ -157,7 +158,10 @@ class Pipeline:
         enter_phase(self.place or "step")
 
     def forward(self, stage: Stage, micro_batch: int, hidden: Tensor | None) -> Tensor:
-        """Run one stage for torch, see `StepRunner.forward`, and return an output that torch can handle."""
+        """Run one stage for torch and return an output that torch can handle: `[b, s, h]`, or the loss `[1]`.
+
+        The arguments are those of `StepRunner.forward`.
+        """
         assert self._runner is not None
         output = self._runner.forward(stage, micro_batch, hidden)
         if stage.last:  # torch keeps the losses until the next step and detaches them in place, which a view forbids

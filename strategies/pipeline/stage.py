@@ -169,7 +169,7 @@ class SplitModel:
         """The modules to swap for a stage, by name, with their stand-ins."""
         parts, stage = self.split.parts, turn.stage
         arriving = _Arriving(turn.hidden)
-        for index in range(self.split.stages[-1].layers.stop):
+        for index in range(self.split.stages[-1].layers.stop):  # all layers of the model
             if index not in stage.layers:
                 yield f"{parts.layers}.{index}", arriving if index < stage.layers.start else leaving
         if not stage.first:
