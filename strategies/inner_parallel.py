@@ -104,6 +104,7 @@ class InnerParallelStrategy(MeshStrategy):
         if self.world_size == 1 or any(parameter.is_meta for parameter in model.parameters()):
             return
         for tensor in (*model.parameters(), *model.buffers()):
+            # one tensor at a time on the device, which NCCL needs; the model may still be on the CPU
             value = tensor.detach().to(self.root_device)
             dist.broadcast(value, src=0)
             tensor.copy_(value)

@@ -17,7 +17,7 @@ _Group = tuple[DeviceMesh | None, tuple[int, ...]]  # a mesh, and those of its a
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; a plain tensor itself."""
+    """This rank's shard of a DTensor `[…]`; a plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -43,7 +43,13 @@ def total_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def clip_grads_(parameters: Iterable[Tensor], max_norm: float, total_norm: Tensor) -> None:
-    """Scale all gradients in place by `max_norm / total_norm` if that is below 1, as `torch.nn.utils` does."""
+    """Scale all gradients in place by `max_norm / total_norm` if that is below 1, as `torch.nn.utils` does.
+
+    Args:
+        parameters: those whose gradients to scale, in any mix of meshes and dtypes.
+        max_norm: the largest norm allowed.
+        total_norm: the norm of all gradients, 0-dim, from `total_grad_norm`.
+    """
     coefficient = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
     # `_foreach_mul_` is fast only for tensors of one device and dtype
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
@@ -71,7 +77,7 @@ def _sum_of_squares(grads: list[Tensor], group: _Group) -> Tensor:
     dtype = torch.promote_types(held[0].dtype, torch.float32)
     norms = torch._foreach_norm(held, dtype=dtype)
     total = torch.stack(norms).square().sum()
-    for axis in axes:
+    for axis in axes:  # one axis after another sums over their product
         assert mesh is not None
         dist.all_reduce(total, group=mesh.get_group(axis))
     return total

@@ -75,7 +75,7 @@ def compile_blocks(
     prefer_recomputing()
     compiled = torch.compile(_run, backend=backend, options=effective_options(backend, options))
     for block in blocks:
-        block.runs_compiled = True  # type: ignore[assignment]
+        block.runs_compiled = True  # type: ignore[assignment]  # LoRA fuses the layers of such blocks
         block.forward = _Compiled(block, own_forward(block), compiled)  # type: ignore[method-assign, assignment]
     return len(blocks)
 

@@ -103,7 +103,7 @@ class MeshProcesses(ParallelStrategy):
 
     @final
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor in place over the ranks that compute different tokens (data and context parallel).
+        """Sum `tensor` `[…]` in place over the ranks that compute different tokens (data and context parallel).
 
         Use it for values that add up over tokens, such as losses.
         """
@@ -111,7 +111,7 @@ class MeshProcesses(ParallelStrategy):
 
     @final
     def sum_over_rows(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor in place over the ranks that see different rows (data parallel).
+        """Sum `tensor` `[…]` in place over the ranks that see different rows (data parallel).
 
         Use it for values that are counted over whole rows.
         """
@@ -193,7 +193,7 @@ class MeshProcesses(ParallelStrategy):
             ValueError: the sizes do not fit the number of ranks.
         """
         super().setup_environment()
-        configure_allocator(self.root_device)
+        configure_allocator(self.root_device)  # before anything is allocated
         reset_seed()
         self.set_world_ranks()
         self.choose_sizes()
@@ -243,6 +243,7 @@ class MeshProcesses(ParallelStrategy):
         """Wait for all ranks. A no-op on one rank."""
         if not dist.is_initialized() or self.world_size == 1:
             return
+        # Without it NCCL guesses the device from the rank, and can guess wrong.
         device_ids = [self.root_device.index] if self.root_device.type == "cuda" else None
         dist.barrier(device_ids=device_ids)
 

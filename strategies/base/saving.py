@@ -31,6 +31,7 @@ class SavingStrategy(MeshProcesses):
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
+        # A plugin would silently do nothing, so refuse it.
         raise ValueError(
             f"{type(io).__name__} was given as a plugin, but {type(self).__name__} writes its own checkpoint folders. "
             "Remove the plugin. DCPCheckpoint can save asynchronously and to object storage."

@@ -76,6 +76,7 @@ class StepRunner:
         Returns:
             the sum of this rank's token losses: 0-dim, detached, on the device.
         """
+        # A global batch without supervised tokens gives gradients of zero, not NaN.
         scale = self.gradient_scale / num_tokens.clamp(min=1)
         total = torch.zeros((), device=self.root_device)
         with unchanged_weights():

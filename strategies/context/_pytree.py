@@ -12,5 +12,8 @@ __all__ = ["map_tensors"]
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], tree: Any, shape: Size | tuple[int, ...]) -> Any:
-    """Apply `change` to all tensors of this `shape` in a nesting of lists, tuples and dicts. The rest is unchanged."""
+    """Apply `change` to all tensors of this `shape`, such as `[b, s]`, in a nesting of lists, tuples and dicts.
+
+    Everything else is returned unchanged.
+    """
     return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) and leaf.shape == shape else leaf, tree)

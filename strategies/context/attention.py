@@ -2,7 +2,7 @@
 
 `install_attention` registers a wrapper around the model's attention kernel, next to the kernel. While a micro-batch is
 split (`exchanging`), the wrapper exchanges data between ranks and builds masks for the whole sequence. Otherwise it
-calls the kernel and does nothing else.
+just calls the kernel.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _mask(inner: str, **arguments: Any) -> Any:
     return _whole_mask(_active, inner, **arguments)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # exchanges between ranks stay out of the graph
 def _attention(
     inner: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -251,6 +251,7 @@ def _whole_mask(sequences: Sequences, inner: str, mask_function: Callable[..., A
     Args:
         arguments: those that transformers gives to the mask function.
     """
+    # transformers gave the arguments for a shard
     arguments |= {"attention_mask": sequences.attention_mask, "q_offset": 0, "kv_offset": 0}
     if sequences.method == "ring" and _plainly_causal(sequences, **arguments):
         return None
@@ -261,7 +262,7 @@ def _whole_mask(sequences: Sequences, inner: str, mask_function: Callable[..., A
         arguments["allow_is_causal_skip"] = False
     if sequences.method == "ring":
         return _rows_of_mask(sequences, mask_function, **arguments)
-    set_documents(sequences.documents)
+    set_documents(sequences.documents)  # the model's own call saw a shard's positions only
     build = ALL_MASK_ATTENTION_FUNCTIONS[inner]
     lengths = {"q_length": sequences.length, "kv_length": sequences.length}
     return build(mask_function=mask_function, **{**arguments, **lengths})

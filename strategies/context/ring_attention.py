@@ -79,7 +79,7 @@ class _Ring(torch.autograd.Function):
         lse = torch.full((b, h, s), float("-inf"), dtype=wide(query.dtype), device=query.device)
         k, v = key.contiguous(), value.contiguous()
         size = dist.get_world_size(group)
-        ctx.random = None
+        ctx.random = None  # without dropout, the state of any block serves the backward of all
         for step in range(size):
             # Start the transfer of the next keys and values, then compute with the current ones.
             arriving = _pass_on([k, v], group) if step < size - 1 else None

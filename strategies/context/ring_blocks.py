@@ -34,7 +34,7 @@ def blocks_of(
         rank: the rank that holds the queries.
         origin: the rank that holds the keys.
         ranks: number of ranks.
-        mask: see `ring_attention`.
+        mask: bool `[b, 1, length, ranks · length]`, see `ring_attention`.
         causal: without a mask, a token attends to itself and earlier tokens; otherwise to all.
         starts: for every causal row, the start indices of its documents, ascending from 0; None: a row is one document.
     """

@@ -49,7 +49,7 @@ class ShardedParameter:
 
     @property
     def shard(self) -> Tensor:
-        """This rank's shard, without padding."""
+        """This rank's shard `[rows, …]`, without padding."""
         shard: Tensor = self._record._sharded_local_tensor
         return shard
 

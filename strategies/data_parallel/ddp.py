@@ -104,7 +104,11 @@ class DDPStrategy(MeshStrategy):
         return nullcontext() if last or self._wrapped is None else self._wrapped.no_sync()
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Tell DDP's reducer about a backward that a user's module with manual optimization calls itself."""
+        """Tell DDP's reducer about a backward that a user's module with manual optimization calls itself.
+
+        Args:
+            closure_loss: the loss, 0-dim.
+        """
         module = self.lightning_module
         if isinstance(self.model, DistributedDataParallel) and module is not None and not module.automatic_optimization:
             prepare_for_backward(self.model, closure_loss)

@@ -169,7 +169,7 @@ def gather_in_fp8(
         if obstacle is None:
             wanted = set(found.gatherable)
             layers += [module for name, module in owner.named_modules() if name in wanted]
-            owner.fp8_layers = replace(found, gathered=True)  # type: ignore[assignment]
+            owner.fp8_layers = replace(found, gathered=True)  # type: ignore[assignment]  # for the check after layout
         elif found.all_gather is True:
             raise ValueError(f"kernels fp8_all_gather=true: {obstacle}. Set it to 'auto' or false.")
     if not layers:

@@ -194,7 +194,7 @@ class FSDP2Strategy(InnerParallelStrategy):
         parts = list(parts_of(module))
         taken = [part for part in parts if is_laid_out(part)]  # `configure_model` did it
         fresh = [part for part in parts if not is_laid_out(part)]
-        for part in taken:
+        for part in taken:  # they were laid out as an objective's model, whose gradients are summed
             gradient_reduction.average_gradients(part)
         for part in fresh:
             self.broadcast_from_rank_zero(part)

@@ -126,7 +126,7 @@ class Shards:
         """A context around one micro-batch. Gradients are reduced in the `last` one, or in all by option."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last or self.options.sync_every_micro_batch)
-            model.set_is_last_backward(last)
+            model.set_is_last_backward(last)  # only then FSDP2 waits for its reductions
             model.set_reshard_after_backward(last or not self._keeps_copies)
         # Read the adapters' parameters now: those of a model laid out on meta have been replaced since.
         parameters = [parameter for adapter in self._self_casting for parameter in adapter.parameters]

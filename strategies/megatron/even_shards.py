@@ -47,7 +47,7 @@ def _over_ranks(tensor: Tensor, over_tp: Placement | None) -> Placement:
 
 @torch.no_grad()
 def gather_even(tensor: Tensor) -> Tensor:
-    """Gather an evenly sharded tensor: all of it, or this rank's tensor-parallel part. Collective."""
+    """Gather an evenly sharded tensor to `[n, …]`: all of it, or this rank's tensor-parallel part. Collective."""
     assert isinstance(tensor, DTensor)
     placements = (Replicate(), *tensor.placements[1:])
     return tensor.redistribute(placements=placements).to_local().detach()

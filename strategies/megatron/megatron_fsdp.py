@@ -196,6 +196,7 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
         main = _DTYPES.get(self.main_params_dtype, dtypes.parameters)
         main_dtype = None if main == dtypes.compute else main  # None: the optimizer updates the parameters themselves
         reduce = _DTYPES.get(self.grad_reduce_dtype, torch.float32)
+        # With main weights, gradients are accumulated in fp32 or wider.
         grads = dtypes.compute if main_dtype is None else torch.promote_types(main, torch.float32)
         return mfsdp.Options(
             zero_stage=self.zero_stage,

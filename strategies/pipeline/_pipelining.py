@@ -1,4 +1,4 @@
-"""Every private torch name about pipelines (torch 2.11-2.13)."""
+"""Every use of a private torch name for pipelines (torch 2.11-2.13)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ __all__ = ["PipelineStage", "unviewed"]
 
 
 class PipelineStage(TorchPipelineStage):
-    """torch's stage, whose first message to its neighbours (torch 2.11) leaves out those on its own rank: gloo cannot
-    send to itself, and neighbours on one rank never send (V-shaped schedules)."""
+    """torch's stage, with a first exchange that skips neighbours on the same rank.
+
+    In torch 2.11 every stage first sends a message to its neighbours. In V-shaped schedules a neighbour can be on the
+    same rank: such stages never send to each other later, and gloo cannot send to itself.
+    """
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
 def unviewed(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy of it where it is a view of another, which cannot be detached in place."""
+    """`tensor` `[…]`, or a copy if it is a view: views cannot be detached in place."""
     return tensor.clone() if tensor._is_view() else tensor

@@ -1,4 +1,4 @@
-"""Micro-batches of one shape: what travels between stages has the same size for all of them."""
+"""Pad micro-batches to one shape, because the tensors sent between stages have a fixed size."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from automodel_trainer.strategies.context._pytree import map_tensors
 from automodel_trainer.strategies.context.split import IGNORE_INDEX, pad_positions
 
 Part = tuple[dict[str, Any], Any]
 
 
 def same_shape(parts: Sequence[Part]) -> list[Part]:
-    """Pad micro-batches at their ends to the most rows and the most tokens that one of them has.
+    """Pad micro-batches at the end to the largest number of rows and of tokens among them.
 
-    Nothing is trained on the padding, and nothing sees it: it comes last, is masked where there is a mask, and is a
-    document of its own where positions restart.
+    Padding is not trained, and no token attends to it: it comes last, is masked if there is a mask, and is a document
+    of its own if positions restart.
 
     Args:
-        parts: inputs of the model's forward (`input_ids` `[b, s]`, with or without `position_ids`, `attention_mask`),
-            and targets, of which tensors `[b, s]` are padded, in any nesting.
+        parts: for each micro-batch the inputs of the model's forward (`input_ids` `[b, s]`, optionally `position_ids`
+            and `attention_mask`) and the targets, whose tensors `[b, s]` are padded in any nesting.
+
+    Returns:
+        the same with `[rows, tokens]` for `[b, s]`.
 
     Raises:
-        ValueError: an input that there is no rule to pad by.
+        ValueError: there is no rule to pad one of the inputs.
     """
     shapes = {tuple(inputs["input_ids"].shape) for inputs, _ in parts}
     rows, length = (max(shape[i] for shape in shapes) for i in (0, 1))
@@ -38,12 +41,11 @@ def _padded(inputs: dict[str, Any], targets: Any, rows: int, length: int) -> Par
     if tuple(shape) == (rows, length):
         return inputs, targets
     padded = {name: _input(name, value, inputs, rows, length) for name, value in inputs.items()}
-    return padded, tree_map(
-        lambda t: _pad(t, rows, length, IGNORE_INDEX) if isinstance(t, Tensor) and t.shape == shape else t, targets
-    )
+    return padded, map_tensors(lambda t: _pad(t, rows, length, IGNORE_INDEX), targets, shape)
 
 
 def _input(name: str, value: Any, inputs: dict[str, Any], rows: int, length: int) -> Any:
+    """One input, padded to `[rows, length]`."""
     if not isinstance(value, Tensor):
         return value
     if name == "position_ids":
@@ -53,13 +55,15 @@ def _input(name: str, value: Any, inputs: dict[str, Any], rows: int, length: int
     if name not in ("input_ids", "attention_mask") or value.shape != inputs["input_ids"].shape:
         raise ValueError(
             f"pp > 1 pads micro-batches of different shapes to one, and there is no rule for the input {name!r} of "
-            f"shape {list(value.shape)}. Give micro-batches of one shape."
+            f"shape {list(value.shape)}. It can pad input_ids, position_ids and attention_mask. Use micro-batches of "
+            "one shape."
         )
     padded = _pad(value, rows, length, 0)
     if name == "attention_mask":
-        padded[len(value) :] = 1  # rows that see nothing at all would come out as NaN
+        padded[len(value) :] = 1  # attention gives NaN for rows in which everything is masked
     return padded
 
 
 def _pad(tensor: Tensor, rows: int, length: int, value: int) -> Tensor:
+    """`[b, s]` to `[rows, length]`."""
     return F.pad(tensor, (0, length - tensor.shape[1], 0, rows - tensor.shape[0]), value=value)

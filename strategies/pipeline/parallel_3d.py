@@ -1,4 +1,4 @@
-"""Parallel3DStrategy: pipeline stages, each laid out by FSDP2, tensor, sequence and context parallel."""
+"""Parallel3DStrategy: pipeline stages, each of them laid out by FSDP2, tensor, sequence and context parallel."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from automodel_trainer.strategies.pipeline.schedule import (
     stages_per_rank,
 )
 from automodel_trainer.strategies.pipeline.split import (
-    Parts,
+    ModelParts,
     Stage,
     balanced_counts,
     even_counts,
@@ -49,23 +49,26 @@ from automodel_trainer.strategies.pipeline.stage import SplitModel, Turn
 
 
 class Parallel3DStrategy(FSDP2Strategy):
-    """Pipeline parallel, with FSDP2/HSDP, tensor, sequence and context parallel inside of every stage.
+    """Pipeline parallel, with FSDP2/HSDP, tensor, sequence and context parallel inside every stage.
 
-    The layers of a decoder are dealt out over `pp` ranks (or groups of ranks); the micro-batches of a global batch run
-    through them one behind the other. A rank builds and reads only what its stages hold, under the model's own names.
+    The layers of a decoder are split over `pp` ranks (or groups of ranks), and the micro-batches of a global batch run
+    through them one after another. A rank builds and reads only what its stages hold, under the model's own names.
 
     Args:
         pp: ranks that the layers are split over.
-        dp_shard, dp_replicate, cp, tp: of every stage; see `FSDP2Strategy`, which also has the other arguments.
-        schedule: in which order stages work: 1f1b, gpipe, interleaved_1f1b, looped_bfs, interleaved_zero_bubble, zbv,
-            dualpipev.
+        dp_shard, dp_replicate, cp, tp: the layout of every stage; see `FSDP2Strategy`, also for the other arguments.
+        schedule: the order in which stages work: 1f1b, gpipe, interleaved_1f1b, looped_bfs, interleaved_zero_bubble,
+            zbv, dualpipev.
         virtual_stages: stages per rank; None: 2 for the schedules that have several, else 1.
-        split: layers of every stage; "auto": such that the dearest stage is as cheap as can be, counted in weights
-            that a token multiplies, the head included; None: as equal as can be.
-        reshard_after_forward: see `FSDP2Strategy`. By default gathered parameters are kept over the micro-batches of a
-            step: with True every one of them gathers them anew.
+        split: the number of layers of every stage. "auto" makes the most expensive stage as cheap as possible; cost is
+            the number of weights that a token is multiplied with, including the head. None: as equal as possible.
+        reshard_after_forward: see `FSDP2Strategy`. False, the default, keeps gathered parameters for all micro-batches
+            of a step; with True each micro-batch gathers them again.
 
-    Source: `torch.distributed.pipelining`; the schedules' papers are named in `pipeline_schedule.SCHEDULES`.
+    Source: `torch.distributed.pipelining`; `schedule.SCHEDULES` names the schedules' papers.
+
+    Raises:
+        ValueError: the schedule, `virtual_stages` or `split` is unknown, or they do not fit each other.
     """
 
     def __init__(
@@ -89,12 +92,16 @@ class Parallel3DStrategy(FSDP2Strategy):
         self.stages_per_rank = stages_per_rank(self.schedule, virtual_stages)
         self.split = split if isinstance(split, str) or split is None else list(split)
         if isinstance(self.split, str) and self.split != "auto":
-            raise ValueError(f"split={split!r}: give the layers of every stage ([8, 9, 9, 6]), 'auto', or None.")
+            raise ValueError(
+                f"split={split!r} is unknown. Allowed: the number of layers of every stage ([8, 9, 9, 6]), 'auto', or "
+                "None."
+            )
         self._pipeline: Pipeline | None = None
         self._stage_costs: list[float] | None = None
-        self._share_logits = True
+        self._share_logits = True  # whether a forward outside of training gives its logits to all ranks
 
     def ineffective_options(self) -> list[str]:
+        """See `MeshProcesses.ineffective_options`."""
         idle = super().ineffective_options()
         if self.requested_dims.pp == 1:
             asked = {
@@ -105,44 +112,55 @@ class Parallel3DStrategy(FSDP2Strategy):
             return idle + [f"{name} with pp=1 (there is one stage)" for name, given in asked.items() if given]
         if self.splits_backward:
             asked = {n: getattr(self, n) for n in ("sync_every_micro_batch", "reshard_after_forward")}
-            why = f"schedule={self.schedule!r} (which keeps parameters and gradients gathered to the end of the step)"
+            why = f"schedule={self.schedule!r} (it keeps parameters and gradients gathered until the end of the step)"
             idle += [f"{name}=True with {why}" for name, given in asked.items() if given]
         return idle
 
     def forget_run(self) -> None:
+        """See `MeshStrategy.forget_run`."""
         super().forget_run()
         self._pipeline = None
 
     @property
     def min_layers(self) -> int:
+        """One layer per stage, or the sum of `split`."""
         return sum(self.split) if isinstance(self.split, list) else self.requested_dims.pp * self.stages_per_rank
 
     @property
     def min_micro_batches(self) -> int:
+        """The smallest number of micro-batches that the schedule runs."""
         return min_micro_batches(self.schedule, self.requested_dims.pp, self.stages_per_rank)
 
     # --- laying out ---------------------------------------------------------------------------------------------------
 
     @property
     def pipeline(self) -> Pipeline | None:
-        """The pipeline, once a model has been laid out on more than one stage."""
+        """This rank's place in the pipeline; None until a model is split into more than one stage."""
         return self._pipeline
 
     @property
     def splits_backward(self) -> bool:
-        """Whether gradients of inputs and of weights are computed at different times. A schedule that would is run with
-        whole backwards where taking one apart costs more than it saves: under activation checkpointing every part would
-        recompute the block anew. A compiled block's backward is one piece."""
+        """Whether gradients of inputs and of weights are computed at different times.
+
+        A schedule that splits backwards runs whole ones if splitting costs more than it saves: under activation
+        checkpointing each half would recompute the block. With `compile=True` the backward of a block is one piece.
+        """
         whole = self.activation_checkpointing is not None or self.compile is True
         return schedule_kind(self.schedule).splits_backward and not whole
 
     @property
     def compiles(self) -> bool:
+        """See `MeshStrategy.compiles`. False if backwards are split, which a compiled block does not allow."""
         return False if self.splits_backward else super().compiles
 
     def describe_pipeline(self, micro_batches: int) -> dict[str, Any] | None:
-        """The schedule of a step as a picture, its layers per stage, and the share of the time that ranks will wait in
-        it: counted from the stages' weights, sending not included."""
+        """Describe the schedule of a step: a picture, the layers per stage, and the share of time that ranks wait.
+
+        The share is computed from the stages' weights and does not include the time to send. None without a pipeline.
+
+        Args:
+            micro_batches: per optimizer step.
+        """
         if self._pipeline is None:
             return None
         whole = not self.splits_backward
@@ -160,10 +178,15 @@ class Parallel3DStrategy(FSDP2Strategy):
         }
 
     def measured_bubble(self) -> float | None:
-        """The share of the last step in which this rank computed no stage. Waits for the device."""
+        """The share of the last step in which this rank waited; None before the first step. A host/device sync."""
         return self._pipeline.clock.bubble() if self._pipeline is not None else None
 
     def parallelize(self, model: nn.Module) -> nn.Module:
+        """Split `model` into stages, then lay this rank's stages out as `FSDP2Strategy` does, in place.
+
+        Raises:
+            ValueError: the model cannot be split this way, or this layout does not fit it.
+        """
         if self.dims.pp == 1 or is_laid_out(model):
             return super().parallelize(model)
         if self._splits(model):
@@ -180,14 +203,14 @@ class Parallel3DStrategy(FSDP2Strategy):
         return model
 
     def _split_layers(self, model: nn.Module) -> None:
-        """Take other ranks' stages out of `model`, in place, and let its forward run the pipeline."""
+        """Remove other ranks' stages from `model`, in place, and make its forward run the pipeline."""
         parts = find_parts(model)
         counts = self._counts(model, parts)
         self._stage_costs = stage_costs(model, parts, counts)
         _check_trainable(model, parts, counts)
         group = self.device_mesh["pp"].get_group()
         own = stages_of(self.schedule, dist.get_rank(group), self.dims.pp, self.stages_per_rank)
-        keep_training_cost(model)
+        keep_training_cost(model)  # FLOPs are counted for the whole model, so before layers are removed
         split = split_model(model, parts, counts, own)
         stage_model = SplitModel(model, split, self.dtypes.compute, self._whole_forward)
         self._pipeline = Pipeline(
@@ -199,21 +222,23 @@ class Parallel3DStrategy(FSDP2Strategy):
             whole_backward=not self.splits_backward,
         )
         mark(model, self._pipeline)
-        if hasattr(model, "generate"):  # a cache of keys and values would belong to one stage's layers
+        if hasattr(model, "generate"):  # a key/value cache would hold the layers of one stage only
             generate: Any = model.generate
             model.generate = partial(generate, use_cache=False)  # type: ignore[assignment]
 
     def _splits(self, model: nn.Module) -> bool:
+        """Whether `model` has been split already."""
         return self._pipeline is not None and self._pipeline.model.model is model
 
-    def _counts(self, model: nn.Module, parts: Parts) -> list[int]:
+    def _counts(self, model: nn.Module, parts: ModelParts) -> list[int]:
+        """The number of layers of every stage."""
         layers = len(model.get_submodule(parts.layers))  # type: ignore[arg-type]
         stages = self.dims.pp * self.stages_per_rank
         if stages > layers:
             one_each = "" if self.stages_per_rank == 1 else f", up to {layers} with schedule='1f1b'"
             raise ValueError(
-                f"{stages} stages (pp={self.dims.pp} × {self.stages_per_rank} per rank) need as many layers, and "
-                f"{type(model).__name__} has {layers}. Allowed: pp up to {layers // self.stages_per_rank} with "
+                f"{stages} stages (pp={self.dims.pp} × {self.stages_per_rank} per rank) need at least {stages} layers, "
+                f"and {type(model).__name__} has {layers}. Allowed: pp up to {layers // self.stages_per_rank} with "
                 f"schedule={self.schedule!r}{one_each}."
             )
         if self.split is None:
@@ -224,22 +249,33 @@ class Parallel3DStrategy(FSDP2Strategy):
         counts = [int(n) for n in self.split]
         if len(counts) != stages or sum(counts) != layers or min(counts) < 1:
             raise ValueError(
-                f"split={counts} must give each of the {stages} stages at least one layer, {layers} in all (for "
-                f"example {even_counts(layers, stages)}), or be 'auto'."
+                f"split={counts} does not fit: it must give each of the {stages} stages at least one layer, {layers} "
+                f"in all. Set split={even_counts(layers, stages)}, for example, or 'auto'."
             )
         return counts
 
     def lay_out_user_module(self, module: pl.LightningModule) -> None:
+        """See `FSDP2Strategy.lay_out_user_module`.
+
+        Raises:
+            ValueError: pp > 1: the strategy must run the step itself.
+        """
         if self.dims.pp > 1:
             raise ValueError(
-                f"pp={self.dims.pp} runs a CausalLMModule (or any module with `model`, `split` and `loss`) stage by "
-                f"stage; {type(module).__name__} calls its model itself. Use fsdp2."
+                f"pp={self.dims.pp} can run a CausalLMModule (or any module with `model`, `split` and `loss`) stage by "
+                f"stage; {type(module).__name__} calls its model itself. Use strategy='fsdp2'."
             )
         super().lay_out_user_module(module)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
     def forward_backward(self, objective: Objective, micro_batches: Sequence[MicroBatch], num_tokens: Tensor) -> Tensor:
+        """See `StepRunner.forward_backward`. Micro-batches run through the pipeline in the order of the schedule.
+
+        Raises:
+            ValueError: the schedule cannot run this number of micro-batches, an input cannot be padded or split, or the
+                tensor-parallel plan is wrong.
+        """
         pipeline = self._pipeline
         if pipeline is None:
             return super().forward_backward(objective, micro_batches, num_tokens)
@@ -252,18 +288,19 @@ class Parallel3DStrategy(FSDP2Strategy):
             pipeline.step(step, len(parts), self._hidden_shape(parts[0]))
         step.finish()
         self._share_tied_gradients(objective.model)
-        dist.all_reduce(step.total, group=pipeline.group)  # the last stage's, known to all
+        dist.all_reduce(step.total, group=pipeline.group)  # only the last stage's rank has the loss; others have 0
         self.check_replicas_once(objective.model)
         return step.total
 
     def _hidden_shape(self, part: Part) -> tuple[int, int, int]:
+        """The shape `[b, s / cp, h]` of the hidden states that are sent between stages."""
         assert self._pipeline is not None
         rows, length = part[0]["input_ids"].shape
         return rows, self.shard_length(length), self._pipeline.model.width
 
     @torch.no_grad()
     def _share_tied_gradients(self, model: nn.Module) -> None:
-        """Both ends of the pipeline hold a weight that they share: both get the sum of their gradients."""
+        """Sum the gradients of weights that the first and the last stage share, on both of their ranks."""
         assert self._pipeline is not None
         split, group = self._pipeline.model.split, self._pipeline.group
         if not split.shared or not (split.holds_first or split.holds_last):
@@ -272,7 +309,7 @@ class Parallel3DStrategy(FSDP2Strategy):
         for parameter in _named(model, split.shared):
             if not parameter.requires_grad:
                 continue
-            if parameter.grad is None:
+            if parameter.grad is None:  # the other end waits for a message anyway
                 parameter.grad = torch.zeros_like(parameter)
             mine = local_tensor(parameter.grad)
             theirs = torch.empty_like(mine)
@@ -286,12 +323,13 @@ class Parallel3DStrategy(FSDP2Strategy):
                 mine += theirs
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+        """See `StepRunner.clip_grad_norm_`. The norm, 0-dim, covers all stages."""
         pipeline = self._pipeline
         if pipeline is None:
             return super().clip_grad_norm_(parameters, max_norm)
         parameters = list(parameters)
         split = pipeline.model.split
-        twice = split.shared if split.holds_last else ()  # the first stage counts what both hold
+        twice = split.shared if split.holds_last else ()  # the first stage counts the shared weights
         left_out = {id(p) for p in _named(pipeline.model.model, twice)}
         square = total_grad_norm(p for p in parameters if id(p) not in left_out).to(self.root_device).square()
         dist.all_reduce(square, group=pipeline.group)
@@ -303,8 +341,10 @@ class Parallel3DStrategy(FSDP2Strategy):
     # --- evaluating ---------------------------------------------------------------------------------------------------
 
     def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """One forward of the model; without gradients of all its stages, and the logits stay with the last one's rank
-        (None elsewhere): see `from_logits`."""
+        """Run one forward of the model. Split models run all stages, without gradients.
+
+        The logits stay on the last stage's rank and are None elsewhere; `from_logits` works with them.
+        """
         self._share_logits = False
         try:
             return super().forward(model, inputs)
@@ -312,20 +352,24 @@ class Parallel3DStrategy(FSDP2Strategy):
             self._share_logits = True
 
     def from_logits(self, compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `StepRunner.from_logits`. The last stage's rank computes, and the others get its result."""
         if self._pipeline is None:
             return super().from_logits(compute, shape, dtype)
         return self._pipeline.from_last(compute, shape, dtype)
 
     def _whole_forward(self, inputs: dict[str, Any]) -> Any:
-        """A forward of the model that is no stage's turn: all stages, one micro-batch."""
+        """Run one micro-batch through all stages. It is called for forwards of the model outside of a training step."""
         assert self._pipeline is not None
         if torch.is_grad_enabled():
             raise ValueError(
-                "A model in pipeline stages is called as a whole only without gradients (torch.no_grad()); train it "
-                "by strategy.forward_backward."
+                "A model in pipeline stages can be called as a whole only without gradients. Use torch.no_grad(), or "
+                "strategy.forward_backward for training."
             )
         if inputs.get("past_key_values") is not None or inputs.get("input_ids") is None:
-            raise ValueError("A model in pipeline stages takes input_ids, and no cache: set use_cache=False.")
+            raise ValueError(
+                "A model in pipeline stages needs input_ids and supports no cache. Pass input_ids, and set "
+                "use_cache=False."
+            )
         model = self._pipeline.model
         inputs = {**inputs, "use_cache": False}
 
@@ -339,7 +383,14 @@ class Parallel3DStrategy(FSDP2Strategy):
 
 @dataclass
 class _Step:
-    """What the pipeline runs in one optimizer step."""
+    """The work that the pipeline runs in one optimizer step (a `pipeline.StepRunner`).
+
+    Args:
+        strategy, objective: see `StepRunner.forward_backward`.
+        parts: inputs and targets of every micro-batch, all of one shape.
+        scale: factor on the loss, 0-dim.
+        total: the sum of token losses, 0-dim; it grows in place.
+    """
 
     strategy: Parallel3DStrategy
     objective: Objective
@@ -348,6 +399,7 @@ class _Step:
     total: Tensor
 
     def forward(self, stage: Stage, micro_batch: int, hidden: Tensor | None) -> Tensor:
+        """See `pipeline.StepRunner.forward`."""
         pipeline, model = self.strategy.pipeline, self.objective.model
         assert pipeline is not None
         with self.strategy.split_sequence(*self.parts[micro_batch]) as (inputs, targets):
@@ -357,30 +409,36 @@ class _Step:
                 return output
             loss = self.objective.loss(output, targets)
         self.total += loss.detach()
-        return (loss * self.scale).float().reshape(1)
+        return (loss * self.scale).float().reshape(1)  # the shape and dtype that `Pipeline` told torch
 
     @contextmanager
     def around_backward(self, stage: Stage, micro_batch: int) -> Iterator[None]:
-        # the sequence is split again for what is recomputed
+        """See `pipeline.StepRunner.around_backward`."""
+        # With several stages per rank, the index does not tell which backward is the last. `finish` then reduces.
         last = micro_batch == len(self.parts) - 1 and not schedule_kind(self.strategy.schedule).looped
         if last:
             self._sync(True)
+        # Attention that is recomputed in backward needs this micro-batch's split again.
         with self.strategy.split_sequence(*self.parts[micro_batch]) if self.strategy.dims.cp > 1 else nullcontext():
             yield
 
     def prepare(self) -> None:
+        """Before the first micro-batch: let FSDP2 find its units, and stop it from reducing gradients."""
         model = self.objective.model
         if isinstance(model, FSDPModule):
             initialize_sharding(model)
             self._sync(False)
 
     def finish(self) -> None:
+        """After the last micro-batch: reduce gradients, unless the last backward did."""
         if isinstance(self.objective.model, FSDPModule) and schedule_kind(self.strategy.schedule).looped:
             reduce_gradients(self.objective.model)
 
     def _sync(self, last: bool) -> None:
+        """Tell FSDP2 whether to reduce gradients and free parameters in the backwards to come."""
         model = self.objective.model
         if isinstance(model, FSDPModule):
+            # A split backward runs the weights' half later, when the parameters must still be gathered.
             split = self.strategy.splits_backward
             keep = split or not self.strategy.reshard_after_forward
             model.set_requires_gradient_sync(last or (self.strategy.sync_every_micro_batch and not split))
@@ -389,11 +447,12 @@ class _Step:
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
+    """The parameters of these names."""
     return [model.get_parameter(name) for name in names]
 
 
-def _check_trainable(model: nn.Module, parts: Parts, counts: Sequence[int]) -> None:
-    """Every rank has an optimizer, so every stage needs something to train."""
+def _check_trainable(model: nn.Module, parts: ModelParts, counts: Sequence[int]) -> None:
+    """Check that every stage has something to train: every rank has an optimizer."""
     start = 0
     for index, count in enumerate(counts):
         names = [f"{parts.layers}.{i}" for i in range(start, start + count)]
@@ -402,5 +461,5 @@ def _check_trainable(model: nn.Module, parts: Parts, counts: Sequence[int]) -> N
         if not any(p.requires_grad for name in names for p in model.get_submodule(name).parameters()):
             raise ValueError(
                 f"Stage {index} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}) has nothing to train. Train "
-                "something in every stage (LoRA in all layers, for example), or choose another split or fewer stages."
+                "something in every stage (for example LoRA in all layers), set another split, or lower pp."
             )

@@ -1,4 +1,4 @@
-"""A pipeline schedule as a picture: a text grid, or a page for the browser."""
+"""A pipeline schedule as a picture: a text grid, or an HTML page."""
 
 from __future__ import annotations
 
@@ -21,22 +21,29 @@ def schedule_facts(
     costs: Sequence[float] | None = None,
     whole_backward: bool = False,
 ) -> tuple[list[Timed], float]:
-    """When a schedule does what, and the share of the time that ranks wait in it. Raises ValueError as the schedule.
+    """The timeline of a schedule, and the share of time that ranks wait in it.
 
     Args:
-        costs: of one forward of every stage; by default all the same.
-        whole_backward: no backward is taken apart, also where the schedule would.
+        name: the schedule's name.
+        ranks: number of pipeline ranks.
+        per_rank: stages per rank.
+        micro_batches: per optimizer step.
+        costs: the cost of one forward of every stage; None: all equal.
+        whole_backward: do not split backwards even if the schedule does.
+
+    Raises:
+        ValueError: the schedule is unknown, or cannot run this number of micro-batches.
     """
-    order = order_of_work(name, ranks, per_rank, micro_batches)
+    order = order_of_work(name, ranks, per_rank, micro_batches)  # it also checks the arguments
     timed = timeline(unsplit(order) if whole_backward else order, costs)
     return timed, bubble_share(timed)
 
 
 def text_picture(timed: Sequence[Timed], columns: int = _COLUMNS) -> list[str]:
-    """One line per rank: `0`, `1`, … the forward of a micro-batch, `a`, `b`, … its backward, `·` waiting.
+    """One line per rank: `0`, `1`, … is the forward of a micro-batch, `a`, `b`, … its backward, `·` waiting.
 
-    A column is a part of the time that a stage's forward takes; what does not fit is cut off with `…`. A second stage
-    of a rank is told from its first by no sign: the page for the browser has it.
+    A column is the duration of the shortest piece of work. Lines longer than `columns` are cut off with `…`. The text
+    does not show which stage of a rank works; the HTML page does.
     """
     unit = min((t.end - t.start for t in timed if t.end > t.start), default=1.0)
     ranks = 1 + max(t.rank for t in timed)
@@ -53,20 +60,21 @@ def text_picture(timed: Sequence[Timed], columns: int = _COLUMNS) -> list[str]:
 
 
 def _sign(work: Work) -> str:
+    """The character for one piece of work: see `legend`."""
     letters = "0123456789" if work.kind == "F" else "abcdefghij"
     sign = letters[work.micro_batch % 10]
     return sign.upper() if work.kind == "W" else sign
 
 
 def legend(timed: Sequence[Timed]) -> str:
-    """What the signs of `text_picture` mean, as far as they occur."""
+    """Explain the characters of `text_picture` that occur."""
     split = any(t.work.kind == "W" for t in timed)
     backward = "a-j backward (inputs), A-J backward (weights)" if split else "a-j backward"
     return f"0-9 forward of micro-batch 0-9, 10-19, …; {backward}; {_IDLE} waiting"
 
 
 def html_picture(timed: Sequence[Timed], title: str) -> str:
-    """A page of its own, without scripts: a row per rank, a box per piece of work."""
+    """A standalone HTML page without scripts: a row per rank, a box per piece of work."""
     scale = 1000 / max(t.end for t in timed)
     rows = []
     for rank in range(1 + max(t.rank for t in timed)):
@@ -85,11 +93,12 @@ def html_picture(timed: Sequence[Timed], title: str) -> str:
         "margin:0 0 8px}i{position:absolute;height:26px;font:11px/26px sans-serif;text-align:center;overflow:hidden;"
         "border:1px solid #fff;box-sizing:border-box}</style>"
         f"<h3>{html.escape(title)}</h3>{''.join(rows)}"
-        "<p>Blue: forward. Green: backward (of inputs, where it is split). Yellow: backward of weights. Darker: a "
-        "later stage of the same rank. Grey: waiting.</p>"
+        "<p>Blue: forward. Green: backward (of inputs, if it is split). Yellow: backward of weights. Darker: a later "
+        "stage of the same rank. Grey: waiting.</p>"
     )
 
 
 def _visit(timed: Sequence[Timed], item: Timed) -> int:
+    """Whether an item belongs to its rank's first stage (0), second stage (1), and so on."""
     stages = sorted({t.work.stage for t in timed if t.rank == item.rank})
     return stages.index(item.work.stage)

@@ -1,4 +1,4 @@
-"""One optimizer step through a pipeline, and one forward without gradients, on `torch.distributed.pipelining`."""
+"""One optimizer step through a pipeline, or one forward without gradients, on `torch.distributed.pipelining`."""
 
 from __future__ import annotations
 
@@ -24,31 +24,39 @@ from automodel_trainer.strategies.pipeline.schedule import (
 from automodel_trainer.strategies.pipeline.split import Stage
 from automodel_trainer.strategies.pipeline.stage import SplitModel
 
-# how a place begins says the watchdog that it is one of a step
+# The watchdog recognises the phases of a step by these first words.
 _WORDS = {"F": "forward", "B": "backward", "I": "backward (inputs)", "W": "backward (weights)"}
 
 
 class StepRunner(Protocol):
-    """What the pipeline asks of whoever trains through it."""
+    """The callbacks of a training step that runs through the pipeline."""
 
     def forward(self, stage: Stage, micro_batch: int, hidden: Tensor | None) -> Tensor:
-        """Hidden states `[b, s, h]` of a stage; of the last one the loss to go backward from, `[1]`."""
+        """Run one stage on one micro-batch.
+
+        Args:
+            stage: the stage to run.
+            micro_batch: index of the micro-batch.
+            hidden: hidden states `[b, s, h]` from the stage before; None for the first stage.
+
+        Returns:
+            hidden states `[b, s, h]`; for the last stage the loss to call backward on, `[1]`.
+        """
 
     def around_backward(self, stage: Stage, micro_batch: int) -> AbstractContextManager[None]:
-        """A context for one backward, or one half of it."""
+        """A context around one backward, or around one half of a split backward."""
 
 
 class Pipeline:
     """This rank's place in a pipeline.
 
     Args:
-        model: this rank's part of it.
+        model: this rank's part of the model.
         group: the ranks of the pipeline, in the order of their stages.
-        device: that hidden states travel between.
-        schedule: its name.
-        per_rank: stages of a rank.
-        whole_backward: gradients of weights are computed along with those of inputs, also where the schedule would do
-            so later.
+        device: this rank's device; hidden states are sent from it.
+        schedule: name of the schedule.
+        per_rank: stages per rank.
+        whole_backward: do not split backwards even if the schedule does.
     """
 
     def __init__(
@@ -65,14 +73,14 @@ class Pipeline:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.clock = Clock(device)
         self._runner: StepRunner | None = None
-        self._built: tuple[Any, Any] | None = None  # the last schedule, and what it was built for
+        self._built: tuple[Any, Any] | None = None  # torch's schedule, and the sizes it was built for
         self._order: list[Work] = []
         self._position = 0
         self._computing = False
 
     @property
     def place(self) -> str:
-        """What this rank is doing at this moment of a step, in words; empty between steps."""
+        """What this rank is doing at the moment, in words; empty between steps."""
         if self._position >= len(self._order):
             return ""
         work = self._order[self._position]
@@ -84,23 +92,29 @@ class Pipeline:
         return f"{what}, waiting for {sent} from stage {before} (pipeline rank {self._owner(before)})"
 
     def step(self, runner: StepRunner, micro_batches: int, shape: tuple[int, int, int]) -> None:
-        """Forward and backward of all micro-batches, whose hidden states have this `shape`.
+        """Run forward and backward of all micro-batches.
+
+        Args:
+            runner: runs the stages.
+            micro_batches: number of micro-batches.
+            shape: shape `[b, s, h]` of the hidden states.
 
         Raises:
             ValueError: the schedule cannot run this number of micro-batches.
         """
         wanted = (micro_batches, shape)
         if self._built is None or self._built[1] != wanted:
-            self._built = None  # its buffers go before new ones come
+            self._built = None  # free the old buffers before new ones are allocated
             self._built = (self._build(micro_batches, shape), wanted)
         self._runner, self._position, self._computing = runner, 0, False
         enter_phase(self.place)
+        # torch splits its inputs into micro-batches. It gets their indices; `runner` holds the data.
         index = torch.arange(micro_batches)
         self.clock.start()
         try:
             self._built[0].step(index=index, target=index, losses=[])
         except Exception as error:
-            # torch wraps what a forward raises
+            # torch wraps the exceptions of a forward. Raise the original, with this rank's place in the step.
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
             cause.add_note(f"Pipeline rank {self.rank} of {self.ranks}: {self.place}.")
             raise cause from None
@@ -110,8 +124,10 @@ class Pipeline:
         self.clock.stop()
 
     def _build(self, micro_batches: int, shape: tuple[int, int, int]) -> Any:
+        """torch's schedule over this rank's stages, for hidden states of this shape."""
         check_micro_batches(self.schedule, self.ranks, self.per_rank, micro_batches)
         self._order = order_of_work(self.schedule, self.ranks, self.per_rank, micro_batches)[self.rank]
+        # torch needs only the shapes and dtypes of what stages exchange
         hidden = torch.empty(shape, dtype=self.model.dtype, device="meta", requires_grad=True)
         nothing = torch.empty(0, device="meta")
         loss = torch.empty(1, device="meta", requires_grad=True)
@@ -132,7 +148,7 @@ class Pipeline:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around everything that a stage computes."""
+        """A context around everything that a stage computes."""
         self._computing = True
         enter_phase(self.place)
         with self.clock.busy():
@@ -142,15 +158,20 @@ class Pipeline:
         enter_phase(self.place or "step")
 
     def forward(self, stage: Stage, micro_batch: int, hidden: Tensor | None) -> Tensor:
+        """Run one stage for torch and return an output that torch can handle: `[b, s, h]`, or the loss `[1]`.
+
+        The arguments are those of `StepRunner.forward`.
+        """
         assert self._runner is not None
         output = self._runner.forward(stage, micro_batch, hidden)
-        if stage.last:  # torch keeps the losses until the next step, and detaches what is no view from its graph
+        if stage.last:  # torch keeps the losses until the next step and detaches them in place, which a view forbids
             return unviewed(output)
-        if not output.requires_grad:  # nothing to train up to here; what is received for it is let go
+        if not output.requires_grad:  # nothing is trained up to here; the gradient that torch receives is dropped
             return output.detach().requires_grad_()
-        return unviewed(output.contiguous())  # the halves of a split backward cannot be told apart through a view
+        return unviewed(output.contiguous())  # torch cannot split the backward of a view into its two halves
 
     def around_backward(self, stage: Stage, micro_batch: int) -> AbstractContextManager[None]:
+        """See `StepRunner.around_backward`."""
         assert self._runner is not None
         return self._runner.around_backward(stage, micro_batch)
 
@@ -160,12 +181,15 @@ class Pipeline:
     def evaluate(
         self, forward: Callable[[Stage, Tensor | None], Any], shape: tuple[int, int, int], shared: bool
     ) -> Any:
-        """One micro-batch through all stages: what the last one gives, on its rank, else None. Collective.
+        """Run one micro-batch through all stages without gradients. Collective.
 
         Args:
-            forward: of one stage.
-            shape: of the hidden states.
-            shared: the last one gives a tensor, which all ranks shall have.
+            forward: runs one stage on hidden states `[b, s, h]`, or on None for the first stage.
+            shape: shape `[b, s, h]` of the hidden states.
+            shared: broadcast the last stage's output, a tensor, to all ranks.
+
+        Returns:
+            the last stage's output; on other ranks None, unless `shared`.
         """
         output: Any = None
         for stage in self.model.split.stages:
@@ -181,10 +205,15 @@ class Pipeline:
             elif receiver != owner and self.rank == receiver:
                 output = torch.empty(shape, dtype=self.model.dtype, device=self.device)
                 dist.recv(output, group=self.group, group_src=owner)
-        raise AssertionError("there is a last stage")
+        raise AssertionError("no stage is the last one")
 
     def from_last(self, compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """What the rank of the last stage computes, of this shape, on every rank. Collective."""
+        """Compute a tensor on the last stage's rank and broadcast it. Collective.
+
+        Args:
+            compute: called on the last stage's rank.
+            shape, dtype: those of the result.
+        """
         owner = self._owner(len(self.model.split.stages) - 1)
         if self.rank == owner:
             value = compute().to(dtype).reshape(shape).contiguous()
@@ -194,9 +223,11 @@ class Pipeline:
         return value
 
     def _owner(self, stage: int) -> int:
+        """The pipeline rank that holds a stage."""
         return next(r for r in range(self.ranks) if stage in stages_of(self.schedule, r, self.ranks, self.per_rank))
 
     def _broadcast(self, logits: Tensor | None, owner: int) -> Tensor:
+        """Broadcast the owner's tensor, whose shape the other ranks do not know."""
         facts: list[Any] = [None if logits is None else (logits.shape, logits.dtype)]
         dist.broadcast_object_list(facts, group=self.group, group_src=owner, device=self.device)
         shape, dtype = facts[0]
@@ -206,21 +237,24 @@ class Pipeline:
 
 
 class Clock:
-    """Measures what share of a step a rank computes, without making the host wait for a GPU."""
+    """Measures the share of a step in which a rank computes, without a host/device sync during the step."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._marks: list[Any] = []
-        self._whole: list[Any] = []
+        self._marks: list[Any] = []  # (start, end) of everything computed
+        self._whole: list[Any] = []  # start and end of the step
 
     def start(self) -> None:
+        """Call it when a step starts."""
         self._marks, self._whole = [], [self._now()]
 
     def stop(self) -> None:
+        """Call it when a step ends."""
         self._whole.append(self._now())
 
     @contextmanager
     def busy(self) -> Iterator[None]:
+        """A context around everything that the rank computes."""
         begun = self._now()
         yield
         self._marks.append((begun, self._now()))
@@ -233,14 +267,16 @@ class Clock:
         return event
 
     def seconds(self) -> tuple[float, float] | None:
-        """Of the last step: how long this rank computed, and how long it took; None before the first. Waits for the
-        device."""
+        """The time that this rank computed in the last step, and the time of the whole step.
+
+        None before the first step. This is a host/device sync.
+        """
         if len(self._whole) < 2:
             return None
         return sum(self._between(*mark) for mark in self._marks), self._between(*self._whole)
 
     def bubble(self) -> float | None:
-        """The share of the last step that this rank did not compute in; None before the first. Waits for the device."""
+        """The share of the last step in which this rank waited; None before the first step. A host/device sync."""
         seconds = self.seconds()
         return None if seconds is None else max(0.0, 1 - seconds[0] / seconds[1])
 
@@ -248,16 +284,16 @@ class Clock:
         if not self._cuda:
             return end - start
         end.synchronize()
-        return start.elapsed_time(end) / 1000
+        return start.elapsed_time(end) / 1000  # CUDA reports milliseconds
 
 
 def _nothing_left() -> Callable[..., None]:
-    """What torch's stage is to do for the gradients of weights after a backward that was whole."""
+    """For torch's stage: there is nothing left to do for the weights' gradients after a whole backward."""
     return lambda: None
 
 
 class _StageModule(nn.Module):
-    """What torch's stage takes for its module. The model itself is no child of it: several stages share one."""
+    """The module of a torch stage. The model is not a child of it, because several stages share one model."""
 
     def __init__(self, stage: Stage, pipeline: Pipeline) -> None:
         super().__init__()
@@ -271,7 +307,7 @@ class _StageModule(nn.Module):
 
 
 class _TorchStage(PipelineStage):
-    """torch's stage, with contexts around what it computes."""
+    """torch's stage, with our contexts around everything that it computes."""
 
     submod: _StageModule
 

@@ -1,7 +1,7 @@
-"""Where a decoder is cut into pipeline stages, and taking away what a rank's stages do not use.
+"""Find where to cut a decoder into pipeline stages, and remove the modules that a rank's stages do not use.
 
-The model stays one Hugging Face model with its own names. What another rank holds is replaced by an empty module, so
-that layer numbers, layer kinds (sliding and full attention) and state-dict keys stay what they were.
+The model stays one Hugging Face model with its own names. Modules that other ranks hold are replaced by empty ones, so
+layer numbers, layer kinds (sliding and full attention) and state-dict keys do not change.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _HIDDEN = ["hidden_states"]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """A decoder's parts by module name.
+class ModelParts:
+    """A decoder's parts, by module name.
 
     Args:
         layers: the `nn.ModuleList` of its layers.
@@ -37,7 +37,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage: a run of layers; the first has the embeddings too, the last the final norm and the head."""
+    """One pipeline stage.
+
+    Args:
+        index: its place in the pipeline.
+        layers: indices of its layers.
+        first: whether it is the first stage, which also has the embeddings.
+        last: whether it is the last stage, which also has the final norm and the head.
+    """
 
     index: int
     layers: range
@@ -50,16 +57,16 @@ class Split:
     """What a rank holds of a split model.
 
     Args:
-        parts: of the whole model.
+        parts: the parts of the whole model.
         stages: all stages, in order.
-        own: those of this rank.
-        names: all tensors of the whole model, in its order.
-        absent: names of the modules that other ranks hold.
-        shared: names of parameters that the first and the last stage use both, where these are on different ranks.
-        tables: names of the modules before the layers that look tokens up.
+        own: this rank's stages.
+        names: names of all tensors of the whole model, in its order.
+        absent: names of the modules that only other ranks hold.
+        shared: names of the parameters that both the first and the last stage use, if these are on different ranks.
+        tables: names of the modules before the layers that contain an embedding table.
     """
 
-    parts: Parts
+    parts: ModelParts
     stages: list[Stage]
     own: list[Stage]
     names: list[str]
@@ -69,15 +76,21 @@ class Split:
 
     @property
     def holds_first(self) -> bool:
+        """Whether this rank holds the first stage."""
         return any(stage.first for stage in self.own)
 
     @property
     def holds_last(self) -> bool:
+        """Whether this rank holds the last stage."""
         return any(stage.last for stage in self.own)
 
 
 class Absent(nn.Module):
-    """Stands where a module was that another rank holds; keeps the parameters that this rank shares with it."""
+    """Replaces a module that another rank holds.
+
+    Args:
+        kept: parameters of the module that this rank uses elsewhere (tied weights), by name.
+    """
 
     def __init__(self, kept: dict[str, nn.Parameter]) -> None:
         super().__init__()
@@ -85,64 +98,70 @@ class Absent(nn.Module):
             self.register_parameter(name, parameter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Never called: stages swap these modules out while they run."""
         raise AssertionError("a module of another pipeline stage was called")
 
 
-def find_parts(model: nn.Module) -> Parts:
-    """The parts of a decoder: by the model's own `pp_plan`, or, if it declares none, by the order in which they run.
+def find_parts(model: nn.Module) -> ModelParts:
+    """Find the parts of a decoder by the model's own `pp_plan`, or else by running it and noting the order.
 
     Raises:
-        ValueError: an encoder-decoder, several stacks of layers, or layers that pass on more than hidden states.
+        ValueError: the model is an encoder-decoder, has several stacks of layers or a router loss, passes more than
+            hidden states between layers, or cannot be run to find its parts.
     """
     kind = type(model).__name__
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"pp > 1 cuts decoders; {kind} has an encoder as well. Use fsdp2, or tp.")
+        raise ValueError(f"pp > 1 splits decoders, and {kind} also has an encoder. Use fsdp2, or tp.")
     if getattr(config, "output_router_logits", False):
         raise ValueError(
-            f"pp > 1: the balancing loss of {kind}'s routers is one number over all layers, which no stage has. Set "
+            f"pp > 1: the balancing loss of {kind}'s routers needs all layers, and no stage has them all. Set "
             "output_router_logits=False in the config (config_overrides), or use fsdp2."
         )
     found = list(stacks(model))
     if len(found) != 1:
         raise ValueError(
-            f"pp > 1 cuts one stack of layers, and {kind} has {len(found)} ({', '.join(found) or 'none'}). Use fsdp2, "
-            "or tp."
+            f"pp > 1 splits one stack of layers, and {kind} has {len(found)} ({', '.join(found) or 'none'}). Use "
+            "fsdp2, or tp."
         )
     return _planned(model, found[0]) or _traced(model, found[0])
 
 
-def _planned(model: nn.Module, layers: str) -> Parts | None:
+def _planned(model: nn.Module, layers: str) -> ModelParts | None:
+    """The parts by the model's `pp_plan`; None if there is no plan or it does not cover all parameters."""
     plan: dict[str, Any] = dict(getattr(model, "pp_plan", None) or {})
     if layers not in plan:
         return None
+    # The plan maps a module to the names of its inputs and of its outputs.
     if list(plan[layers][1]) != _HIDDEN:
         raise ValueError(
-            f"pp > 1 sends hidden states from layer to layer; those of {type(model).__name__} pass on "
+            f"pp > 1 sends only hidden states between stages, and the layers of {type(model).__name__} pass on "
             f"{plan[layers][1]} (its pp_plan). Use fsdp2, or tp."
         )
     inner = [name for name in plan if name.rpartition(".")[0] == layers.rpartition(".")[0]]
-    outer = [name for name in plan if name not in inner]  # the head: transformers lists it first
+    outer = [name for name in plan if name not in inner]  # the head: it runs last, but transformers lists it first
     place = inner.index(layers)
     before, after = inner[:place], [*inner[place + 1 :], *outer]
     modules = dict(model.named_modules())
-    parts = Parts(layers, _with_parameters(modules, before), _with_parameters(modules, after))
+    parts = ModelParts(layers, _with_parameters(modules, before), _with_parameters(modules, after))
     return parts if not _unplaced(model, parts) else None
 
 
 def _with_parameters(modules: dict[str, nn.Module], names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that exist and have parameters."""
     return tuple(n for n in names if n in modules and next(modules[n].parameters(), None) is not None)
 
 
-def _unplaced(model: nn.Module, parts: Parts) -> list[str]:
+def _unplaced(model: nn.Module, parts: ModelParts) -> list[str]:
+    """Names of the parameters that belong to none of the parts."""
     known = tuple(f"{name}." for name in (parts.layers, *parts.before, *parts.after))
     return [name for name, _ in model.named_parameters(remove_duplicate=False) if not name.startswith(known)]
 
 
 @torch.no_grad()
-def _traced(model: nn.Module, layers: str) -> Parts:
-    """Run the model on four tokens, its layers left out, and see what is called before and after them."""
-    # of a model on meta nothing can be asked: no look at documents, or at padding without a mask
+def _traced(model: nn.Module, layers: str) -> ModelParts:
+    """Run the model on four tokens without its layers, and note which modules are called before and after them."""
+    # The model may be on meta, where values cannot be read: do not look for documents, or for padding.
     packing_without_sync(model)  # type: ignore[arg-type]
     config: Any = model.config
     padding, config.pad_token_id = getattr(config, "pad_token_id", None), None
@@ -162,8 +181,8 @@ def _traced(model: nn.Module, layers: str) -> Parts:
         model.eval()(input_ids=torch.zeros(1, 4, dtype=torch.long, device=device), use_cache=False)
     except Exception as error:
         raise ValueError(
-            f"pp > 1: {type(model).__name__} declares no pp_plan that covers its parameters, and could not be run "
-            f"without its layers to find out: {error}. Give the model a `_pp_plan`, or use fsdp2."
+            f"pp > 1: {type(model).__name__} declares no pp_plan that covers its parameters, and running it without "
+            f"its layers to find its parts failed: {error}. Give the model a `_pp_plan`, or use fsdp2."
         ) from error
     finally:
         config.pad_token_id = padding
@@ -172,9 +191,12 @@ def _traced(model: nn.Module, layers: str) -> Parts:
         for handle in handles:
             handle.remove()
     if Marker.NAME not in calls:
-        raise ValueError(f"pp > 1: {type(model).__name__} does not call its {layers} one by one. Use fsdp2, or tp.")
+        raise ValueError(
+            f"pp > 1 needs a model that calls its layers one by one, and {type(model).__name__} does not call its "
+            f"{layers} that way. Use fsdp2, or tp."
+        )
     first, last = calls.index(Marker.NAME), len(calls) - 1 - calls[::-1].index(Marker.NAME)
-    parts = Parts(layers, tuple(dict.fromkeys(calls[:first])), tuple(dict.fromkeys(calls[last + 1 :])))
+    parts = ModelParts(layers, tuple(dict.fromkeys(calls[:first])), tuple(dict.fromkeys(calls[last + 1 :])))
     if missing := _unplaced(model, parts):
         raise ValueError(
             f"pp > 1: {type(model).__name__} runs {missing[0]} neither before nor after its layers. Use fsdp2, or tp."
@@ -183,7 +205,11 @@ def _traced(model: nn.Module, layers: str) -> Parts:
 
 
 class Marker(nn.Module):
-    """A layer that does nothing but note that it was called."""
+    """A layer that returns its input and notes that it was called.
+
+    Args:
+        calls: the list of calls to add `NAME` to.
+    """
 
     NAME = "<layer>"
 
@@ -192,22 +218,23 @@ class Marker(nn.Module):
         self.calls = calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The hidden states `[b, s, h]`, unchanged."""
         self.calls.append(self.NAME)
         return first_argument(args, kwargs)
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The hidden states that a layer was called with."""
+    """The hidden states `[b, s, h]` that a layer was called with."""
     return args[0] if args else kwargs["hidden_states"]
 
 
-def split_model(model: nn.Module, parts: Parts, counts: Sequence[int], own: Sequence[int]) -> Split:
-    """Take away, in place, what the stages `own` of a model do not use.
+def split_model(model: nn.Module, parts: ModelParts, counts: Sequence[int], own: Sequence[int]) -> Split:
+    """Remove, in place, the modules that this rank's stages do not use.
 
     Args:
-        model: whole, on meta or real.
+        model: the whole model, on meta or real.
         parts: see `find_parts`.
-        counts: layers per stage.
+        counts: the number of layers of every stage.
         own: indices of this rank's stages.
     """
     stages, start = [], 0
@@ -222,6 +249,7 @@ def split_model(model: nn.Module, parts: Parts, counts: Sequence[int], own: Sequ
     gone += [] if split.holds_first else [n for n in parts.before if not (split.holds_last and n in parts.after)]
     gone += [] if split.holds_last else [n for n in parts.after if not (split.holds_first and n in parts.before)]
     used = {id(p) for name, p in state.items() if not name.startswith(tuple(f"{n}." for n in gone))}
+    # tied weights, which both ends of the pipeline use
     ends = {id(p) for name in parts.before for p in model.get_submodule(name).parameters()}
     ends &= {id(p) for name in parts.after for p in model.get_submodule(name).parameters()}
     if split.holds_first != split.holds_last:
@@ -233,15 +261,17 @@ def split_model(model: nn.Module, parts: Parts, counts: Sequence[int], own: Sequ
 
 
 def _looks_up(module: nn.Module) -> bool:
+    """Whether a module contains an embedding table."""
     return any(isinstance(inner, nn.Embedding) for inner in module.modules())
 
 
 def _remove(model: nn.Module, name: str, used: set[int], split: Split) -> None:
+    """Replace a module by `Absent`, unless this rank uses all its parameters (by id in `used`) elsewhere."""
     module = model.get_submodule(name)
     parameters = dict(module.named_parameters())
     kept = {key: p for key, p in parameters.items() if id(p) in used}
     if parameters and len(kept) == len(parameters):
-        return  # the other end of a tie: its one weight is this rank's as well
+        return  # the other end of a tie, such as a tied head: this rank has its weight anyway
     model.set_submodule(name, Absent(kept))
     split.absent.append(name)
 
@@ -250,7 +280,7 @@ def _remove(model: nn.Module, name: str, used: set[int], split: Split) -> None:
 
 
 def even_counts(layers: int, stages: int) -> list[int]:
-    """Layers per stage, as equal as can be; what is left over goes to the middle, away from embedding and head."""
+    """Layers per stage, as equal as possible. The rest goes to the middle stages, away from embedding and head."""
     counts = [layers // stages] * stages
     middle = sorted(range(stages), key=lambda i: (abs(2 * i - (stages - 1)), i))
     for index in middle[: layers % stages]:
@@ -259,27 +289,30 @@ def even_counts(layers: int, stages: int) -> list[int]:
 
 
 def balanced_counts(costs: Sequence[float], first: float, last: float, stages: int) -> list[int]:
-    """Layers per stage such that the dearest stage is as cheap as can be.
+    """Layers per stage that make the most expensive stage as cheap as possible.
 
     Args:
-        costs: of every layer.
-        first: of what runs before the layers.
-        last: of what runs after them.
+        costs: the cost of every layer.
+        first: the cost of everything before the layers.
+        last: the cost of everything after the layers.
+        stages: number of stages.
     """
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
 
-    def of_stage(start: int, end: int, stage: int) -> float:
+    def stage_cost(start: int, end: int, stage: int) -> float:
         return sums[end] - sums[start] + (first if stage == 0 else 0) + (last if stage == stages - 1 else 0)
 
-    # best[e]: the smallest dearest stage when the stages so far end before layer e, and where they begin
+    # Dynamic programming over stages. best[e]: if the stages so far end before layer e, the lowest possible cost of
+    # the most expensive one, and the layers per stage that achieve it.
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for stage in range(stages):
         reached: dict[int, tuple[float, list[int]]] = {}
+        # every stage has a layer, so this one ends after `stage` others and leaves one for each that follows
         for end in range(stage + 1, len(costs) - (stages - stage - 1) + 1):
             options = [
-                (max(worst, of_stage(start, end, stage)), [*counts, end - start])
+                (max(worst, stage_cost(start, end, stage)), [*counts, end - start])
                 for start, (worst, counts) in best.items()
                 if start < end
             ]
@@ -288,8 +321,11 @@ def balanced_counts(costs: Sequence[float], first: float, last: float, stages: i
     return best[len(costs)][1]
 
 
-def layer_costs(model: nn.Module, parts: Parts) -> tuple[list[float], float, float]:
-    """Counted cost of every layer, of what runs before them and of what runs after: weights that a token multiplies."""
+def layer_costs(model: nn.Module, parts: ModelParts) -> tuple[list[float], float, float]:
+    """The cost of every layer, of everything before the layers, and of everything after them.
+
+    The cost is the number of weights that a token is multiplied with.
+    """
     active = _active_share(model)
     layers = [_multiplied(layer, active) for layer in find_blocks(model)]
     first, last = (
@@ -299,8 +335,8 @@ def layer_costs(model: nn.Module, parts: Parts) -> tuple[list[float], float, flo
     return layers, first, last
 
 
-def stage_costs(model: nn.Module, parts: Parts, counts: Sequence[int]) -> list[float]:
-    """Counted cost of every stage, relative to their mean."""
+def stage_costs(model: nn.Module, parts: ModelParts, counts: Sequence[int]) -> list[float]:
+    """The cost of every stage, relative to the mean; `counts` are the layers per stage."""
     layers, first, last = layer_costs(model, parts)
     costs, start = [], 0
     for count in counts:
@@ -312,13 +348,14 @@ def stage_costs(model: nn.Module, parts: Parts, counts: Sequence[int]) -> list[f
 
 
 def _multiplied(module: nn.Module, active: float) -> float:
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    """The number of weights of a module that a token is multiplied with; `active` is the share of experts it uses."""
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}  # looked up, not multiplied
     weights: list[Tensor] = [p for p in module.parameters() if p.ndim >= 2 and id(p) not in tables]
     return float(sum(p.numel() * (active if p.ndim == 3 else 1) for p in weights))
 
 
 def _active_share(model: nn.Module) -> float:
-    """Of experts, stacked in weights of three dimensions, a token uses this share."""
+    """The share of the experts that a token uses; 1 for a dense model. Experts are stacked in 3-D weights."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     experts = getattr(text, "num_experts", None) or getattr(text, "n_routed_experts", None)

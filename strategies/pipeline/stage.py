@@ -1,8 +1,8 @@
-"""Running one pipeline stage of a Hugging Face model by the model's own forward.
+"""Run one pipeline stage of a Hugging Face model by the model's own forward.
 
-For a stage's turn the modules that are not its own are exchanged: what stands for the layers before it hands out the
-hidden states that arrived, what stands for the layers after it keeps those that leave. So masks, rotary embeddings and
-the pattern of layer kinds are made by the model's own code, on every stage, from the micro-batch that every stage has.
+While a stage runs, all other modules are swapped for stand-ins. Those for earlier layers return the hidden states that
+arrived; those for later layers store the ones that leave. So every stage lets the model's own code make masks, rotary
+embeddings and the pattern of layer kinds, from the micro-batch, which every stage has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from automodel_trainer.strategies.pipeline.split import Split, Stage, first_argu
 
 
 class _Arriving(nn.Module):
-    """In place of a layer before the stage: its output is what the stage before sent."""
+    """Stands in for a layer before the stage: returns the hidden states `[b, s, h]` that the previous stage sent."""
 
     def __init__(self, hidden: Tensor | None) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class _Arriving(nn.Module):
 
 
 class _Leaving(nn.Module):
-    """In place of a layer after the stage: keeps its input, which is the stage's output."""
+    """Stands in for a layer after the stage: stores its input, which is the stage's output."""
 
     hidden: Any = None
 
@@ -41,7 +41,7 @@ class _Leaving(nn.Module):
 
 
 class _Empty(nn.Module):
-    """In place of an embedding: hidden states that nobody looks at, one number in memory."""
+    """Stands in for an embedding: hidden states `[b, s, h]` that nothing reads, one element in memory."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _Empty(nn.Module):
 
 
 class _Pass(nn.Module):
-    """In place of a norm or head that is not the stage's."""
+    """Stands in for a norm or head of another stage: returns its input."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return first_argument(args, kwargs)
@@ -60,20 +60,26 @@ class _Pass(nn.Module):
 
 @dataclass
 class Turn:
-    """One stage's forward: the hidden states that arrive, `[b, s, h]`; None for the first stage."""
+    """One stage's forward on one micro-batch.
+
+    Args:
+        stage: the stage.
+        hidden: hidden states `[b, s, h]` from the previous stage; None for the first stage.
+    """
 
     stage: Stage
     hidden: Tensor | None = None
 
 
 class SplitModel:
-    """Runs the stages of a model that `split_model` has cut.
+    """Runs the stages of a model that `split_model` has cut. It replaces the model's forward.
 
     Args:
         model: the model.
         split: what this rank holds of it.
-        dtype: that hidden states are computed in.
-        whole: called with the keyword arguments of a forward that is no stage's turn: it runs the whole pipeline.
+        dtype: dtype of the hidden states.
+        whole: runs the whole pipeline. It is called with the keyword arguments of a forward outside of any stage's
+            turn.
     """
 
     def __init__(
@@ -87,7 +93,7 @@ class SplitModel:
         model.forward = self._dispatcher(whole)
 
     def _dispatcher(self, whole: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
-        @wraps(self._original)  # `generate` reads the signature
+        @wraps(self._original)  # `generate` inspects the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._turn is not None:
                 return self._run(self._turn, kwargs)
@@ -96,10 +102,14 @@ class SplitModel:
         return forward
 
     def run(self, turn: Turn, call: Callable[[], Any]) -> Any:
-        """`call`, which calls the model, with the model being one stage.
+        """Run `call` while the model acts as one stage.
+
+        Args:
+            turn: the stage, and the hidden states that arrived.
+            call: calls the model once and returns its output.
 
         Returns:
-            hidden states `[b, s, h]`, or, of the last stage, the model's own output.
+            hidden states `[b, s, h]`, or for the last stage the model's own output.
         """
         self._turn = turn
         try:
@@ -108,7 +118,12 @@ class SplitModel:
             self._turn = None
 
     def run_inside(self, turn: Turn, inputs: dict[str, Any]) -> Any:
-        """The same where the model is being called already (whose hooks have run)."""
+        """Run a stage from inside a call of the model, whose hooks have run already. Returns the same as `run`.
+
+        Args:
+            turn: the stage, and the hidden states that arrived.
+            inputs: keyword arguments of the model's forward.
+        """
         return self._run(turn, inputs)
 
     def _run(self, turn: Turn, inputs: dict[str, Any]) -> Any:
@@ -120,23 +135,24 @@ class SplitModel:
         return self._checked(leaving.hidden)
 
     def _checked(self, hidden: Any) -> Tensor:
-        """What the next stage is prepared to receive; anything else would be received as garbage."""
+        """Check that hidden states have the shape and dtype that the next stage expects: it would receive garbage."""
         kind = type(self.model).__name__
         if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[-1] != self.width:
             what = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise ValueError(
-                f"pp > 1: the layers of {kind} hand on {what}, not one tensor of hidden states [b, s, {self.width}]. "
-                "Use fsdp2, or tp."
+                f"pp > 1 sends one tensor of hidden states [b, s, {self.width}] between stages, and the layers of "
+                f"{kind} pass on {what}. Use fsdp2, or tp."
             )
         if hidden.dtype != self.dtype:
             raise ValueError(
-                f"pp > 1: the layers of {kind} hand on {hidden.dtype} where precision says {self.dtype}. Use "
-                "precision='fp32' or 'bf16-true', or fsdp2."
+                f"pp > 1: the layers of {kind} pass on {hidden.dtype}, and this precision computes in {self.dtype}. "
+                "Set precision='fp32' or 'bf16-true', or use fsdp2."
             )
         return hidden
 
     @contextmanager
     def _exchanged(self, turn: Turn, leaving: _Leaving) -> Iterator[None]:
+        """Swap the modules of other stages for stand-ins, and back."""
         undo: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for path, module in self._replacements(turn, leaving):
@@ -150,14 +166,15 @@ class SplitModel:
                 modules[key] = module
 
     def _replacements(self, turn: Turn, leaving: _Leaving) -> Iterator[tuple[str, nn.Module]]:
+        """The modules to swap for a stage, by name, with their stand-ins."""
         parts, stage = self.split.parts, turn.stage
         arriving = _Arriving(turn.hidden)
-        for index in range(self.split.stages[-1].layers.stop):
+        for index in range(self.split.stages[-1].layers.stop):  # all layers of the model
             if index not in stage.layers:
                 yield f"{parts.layers}.{index}", arriving if index < stage.layers.start else leaving
         if not stage.first:
             for name in parts.before:
-                if not (stage.last and name in parts.after):
+                if not (stage.last and name in parts.after):  # a module can be on both sides of the layers
                     yield name, _Empty(self.width, self.dtype) if name in self.split.tables else _Pass()
         if not stage.last:
             for name in parts.after:
@@ -165,7 +182,7 @@ class SplitModel:
                     yield name, _Pass()
 
     def parameters_of(self, stage: Stage) -> Iterator[nn.Parameter]:
-        """The parameters that a stage uses, as they are at the moment."""
+        """The parameters that a stage uses at the moment, each once. FSDP2 swaps them when it gathers."""
         parts = self.split.parts
         names = [f"{parts.layers}.{i}" for i in stage.layers]
         names += [*(parts.before if stage.first else ()), *(parts.after if stage.last else ())]

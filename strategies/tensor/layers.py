@@ -31,7 +31,7 @@ def on_hidden_states(change: Callable[[Tensor], Tensor], args: Any, kwargs: Any)
 
 
 def on_output(change: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """Apply `change` to a module's output tensor: the output itself, or the first item of a tuple."""
+    """Apply `change` to a module's output `[b, s, h]`, which may be the first item of a tuple."""
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
@@ -170,6 +170,7 @@ def _embedding_rows(module: nn.Module, group: ProcessGroup) -> Forward:
         weight = module._parameters["weight"]
         assert weight is not None
         rows = weight.shape[0]
+        # DTensor shards like `torch.chunk`: ceil(n / ranks) rows each, fewer or none on the last ranks.
         start: int = min(-(-module.num_embeddings // group.size()) * group.rank(), module.num_embeddings)  # type: ignore
         local = ids - start
         outside = (local < 0) | (local >= rows)

@@ -74,6 +74,7 @@ def _distribute(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
     """Make every parameter a DTensor on the mesh. Those without a placement in the plan are replicated."""
 
     def cut(parameter: nn.Parameter) -> DTensor:
+        # Every rank has the same values, so it cuts its own shard: `src_data_rank=None` sends nothing.
         placement = plan.placements.get(id(parameter), Replicate())
         return distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
 

@@ -99,6 +99,7 @@ def _rules(model: nn.Module, overrides: Mapping[str, str]) -> dict[str, str]:
                 f"tp_plan: {name!r} has the unknown style {style!r}. Allowed: {', '.join(sorted(STYLES))}."
             )
     rules = {**own, **overrides}
+    # The model's own rules may match nothing: plans of a family also name modules that only some models have.
     if unknown := {name: style for name, style in rules.items() if style not in STYLES and name in present}:
         raise ValueError(
             f"The tensor-parallel plan of {type(model).__name__} has unsupported styles: {unknown}. Override these "

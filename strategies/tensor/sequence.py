@@ -116,8 +116,10 @@ class SequenceParallel:
         return on_output(lambda x: gather_sequence(x, self.group, self.length), original(*args, **kwargs))
 
     def _gathering(self, partial: bool, scatters: bool) -> Callable[..., Any]:
+        """A wrapper that gathers a module's hidden states, and splits its output unless one of its layers does."""
+
         def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            shape: list[int] = []
+            shape: list[int] = []  # `[b, s, -1]` of the gathered hidden states
 
             def gather(x: Tensor) -> Tensor:
                 shape[:] = [x.shape[0], self.length, -1]
