@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from automodel_trainer.callbacks.console import Row
-from automodel_trainer.models.kernels.attention import TEXTS
+from automodel_trainer.models.kernels.attention import attention_text
 
 Facts = dict[str, Any]
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -28,9 +28,11 @@ def ledger_rows(facts: Facts) -> list[Row]:
     if model["fp8"]:
         rows.append(("fp8", model["fp8"]))
     if model["attention"]:
-        rows.append(("attention", ", ".join(TEXTS.get(name, name) for name in model["attention"])))
+        rows.append(("attention", ", ".join(map(attention_text, model["attention"]))))
     if model["kernels"]:
         rows.append(("kernels", "; ".join(f"{name}: {text}" for name, text in model["kernels"].items())))
+    if model.get("kernel_costs"):
+        rows.append(("kernel costs", "; ".join(f"{name}: {text}" for name, text in model["kernel_costs"].items())))
     rows += [
         ("layout", _layout(run)),
         *_pipeline(run.get("pipeline")),

@@ -1,23 +1,30 @@
-"""Which document of a packed row each token belongs to, for the masks of the forward that runs."""
+"""Which document of a packed row each token belongs to, for the masks of the current forward."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-_documents: Tensor | None = None
+
+@dataclass
+class _Forward:
+    documents: Tensor | None = None
+
+
+_current = _Forward()
 
 
 def set_documents(numbers: Tensor | None) -> None:
-    """The next masks are for rows with these documents.
+    """Masks that are made from now on are for rows with these documents.
 
     Args:
-        numbers: int64 `[b, s]`, which document a token belongs to, never falling within a row. None: each row is one
+        numbers: int64 `[b, s]`, the number of each token's document, ascending within a row. None: every row is one
             document, or it is not known.
     """
-    global _documents
-    _documents = numbers
+    _current.documents = numbers
 
 
 def current_documents() -> Tensor | None:
-    """What `set_documents` was told last."""
-    return _documents
+    """What `set_documents` was given last, `[b, s]`."""
+    return _current.documents

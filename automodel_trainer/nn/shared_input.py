@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from automodel_trainer.nn.blocks import find_blocks
+
 Layer = TypeVar("Layer", bound=nn.Linear)
 
 
@@ -84,8 +86,6 @@ def blocks_of(model: nn.Module) -> dict[int, int]:
     Layers of several blocks are compiled, gathered and run apart, also where they look at the same thing, as
     cross-attention does.
     """
-    from automodel_trainer.nn.blocks import find_blocks  # strategies import models
-
     return {id(module): index for index, block in enumerate(find_blocks(model)) for module in block.modules()}
 
 

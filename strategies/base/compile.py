@@ -15,6 +15,7 @@ from torch import nn
 
 from automodel_trainer.models.lora.fuse import fused_groups
 from automodel_trainer.models.lora.fused import FusedGroup, refresh
+from automodel_trainer.models.record import CompiledBlock, record_of
 from automodel_trainer.nn._torch import (
     FAST_MATH,
     allow_side_effects_in_checkpoints,
@@ -75,7 +76,7 @@ def compile_blocks(
     prefer_recomputing()
     compiled = torch.compile(_run, backend=backend, options=effective_options(backend, options))
     for block in blocks:
-        block.runs_compiled = True  # type: ignore[assignment]
+        record_of(block).keep(CompiledBlock())
         block.forward = _Compiled(block, own_forward(block), compiled)  # type: ignore[method-assign, assignment]
     return len(blocks)
 
@@ -95,12 +96,12 @@ class _Compiled:
 
     def __init__(self, block: nn.Module, forward: Forward, compiled: Callable[..., Any]) -> None:
         self.block, self.forward, self.compiled = block, forward, compiled
-        self.widened: list[FusedGroup] | None = None  # not known before the model's weights are real
+        self.fused: list[FusedGroup] | None = None  # not known before the model's weights are real
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.block.training:
             return self.forward(*args, **kwargs)
-        if self.widened is None:
-            self.widened = fused_groups(self.block)
-        refresh(self.widened)
+        if self.fused is None:
+            self.fused = fused_groups(self.block)
+        refresh(self.fused)
         return self.compiled(self.forward, *args, **kwargs)

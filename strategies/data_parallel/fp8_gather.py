@@ -3,9 +3,9 @@ comes out is what the matmuls of forward and backward take. No rank casts a whol
 
 Parameters stay plain (sharded, fp32 or bf16), so optimizers and checkpoints see nothing of it: FSDP2 looks for
 `fsdp_pre_all_gather` and `fsdp_post_all_gather` on a shard, and a plain tensor can have these too. One scale serves a
-whole weight, and in compiled blocks all weights that are multiplied together (`models/quantization/fp8_shared_input.py`): before a
-forward the largest values of all shards are reduced over the ranks at once. It is the scale that the whole weight would
-have; the cast begins at the master weight, not at its rounding to bf16.
+whole weight, and in compiled blocks all weights that are multiplied together (`fp8_shared_input.py`): before a forward
+the largest values of all shards are reduced over the ranks at once. It is the scale that the whole weight would have;
+the cast begins at the master weight, not at its rounding to bf16.
 
 Source: torchao.float8's `enable_fsdp_float8_all_gather`, which puts a tensor subclass into the parameter.
 """
@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from automodel_trainer.models.quantization._torchao import fp8_dtype, fp8_scale, fp8_weight, set_fp8_scale
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
+from automodel_trainer.models.record import record_of
 from automodel_trainer.nn.step_cache import StepCache
 from automodel_trainer.strategies.data_parallel._fsdp import ShardedParameter, initialize_sharding, sharded_parameters
 
@@ -162,7 +163,7 @@ def gather_in_fp8(
         if obstacle is None:
             wanted = set(found.gatherable)
             layers += [module for name, module in owner.named_modules() if name in wanted]
-            owner.fp8_layers = replace(found, gathered=True)  # type: ignore[assignment]
+            record_of(owner).keep(replace(found, gathered=True))
         elif found.all_gather is True:
             raise ValueError(f"kernels fp8_all_gather=true: {obstacle}. Leave it at 'auto', or set it to false.")
     if not layers:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from automodel_trainer.distributed._dtensor import StridedShard
 from automodel_trainer.distributed.mesh import SHARD_AXES, ParallelDims, submesh
 from automodel_trainer.models.lora.layers import Adapter, adapters, let_adapters_cast
-from automodel_trainer.models.quantization.quantize import packed_weights
+from automodel_trainer.models.quantization.quantize import quantized_weights
 from automodel_trainer.nn.blocks import find_blocks, untied_input_embedding
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy, MicroBatch, Objective, Part
 from automodel_trainer.strategies.base.precision import MeshPrecision, check_plugin, fsdp_policy
@@ -269,7 +269,7 @@ class FSDP2Strategy(MeshStrategy):
     def _left_alone(self, model: nn.Module) -> set[nn.Parameter]:
         """Where there is nothing to gather: what FSDP2 would copy for nothing before every use (frozen weights in the
         dtype they compute in), and packed weights, of which it takes only the first of the inner tensors."""
-        packed = packed_weights(model)
+        packed = quantized_weights(model)
         if not self.cpu_offload:
             frozen = {p for p in model.parameters() if not p.requires_grad and p.dtype == self.dtypes.compute}
             return packed | frozen

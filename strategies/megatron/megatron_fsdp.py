@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import Precision
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from automodel_trainer.models.quantization.quantize import packed_weights
+from automodel_trainer.models.quantization.quantize import quantized_weights
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.strategies.base.mesh_strategy import MicroBatch, Objective
 from automodel_trainer.strategies.context.attention import CPAttention
@@ -202,7 +202,7 @@ class MegatronFSDPStrategy(FSDP2Strategy):
 
     def _shard(self, model: nn.Module, sum_gradients: bool) -> None:
         """Even shards first, which weights can be streamed into; `place` hands them to the package."""
-        if packed_weights(model):
+        if quantized_weights(model):
             raise ValueError("megatron_fsdp cannot shard 4-bit weights. Use strategy='fsdp2', or no quantize.")
         stage(model, self.buffer_mesh[mfsdp.SHARD, mfsdp.TP])
 
