@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_trainer.models.quantization.nf4 import BLOCK, SCALE_BLOCK, Parts
+from automodel_trainer.models.quantization.nf4 import BLOCK, SCALE_BLOCK, QuantizedParts
 
 
 def functional() -> Any:
@@ -23,7 +23,7 @@ def functional() -> Any:
     return bitsandbytes.functional
 
 
-def quantize(weight: Tensor, scale_block: int) -> Parts:
+def quantize(weight: Tensor, scale_block: int) -> QuantizedParts:
     """A dense weight of any shape as parts.
 
     Scales are quantized too if `scale_block` is bitsandbytes' own; it has kernels for no other size on every device.
@@ -34,11 +34,11 @@ def quantize(weight: Tensor, scale_block: int) -> Parts:
     codes = codes.reshape(-1)
     if not nested:
         none = state.absmax.new_empty(0)
-        return Parts(codes, state.absmax, none, state.absmax.new_zeros(()), none)
-    return Parts(codes, state.absmax, state.state2.absmax, state.offset, state.state2.code)
+        return QuantizedParts(codes, state.absmax, none, state.absmax.new_zeros(()), none)
+    return QuantizedParts(codes, state.absmax, state.state2.absmax, state.offset, state.state2.code)
 
 
-def dequantize(parts: Parts, dtype: torch.dtype) -> Tensor:
+def dequantize(parts: QuantizedParts, dtype: torch.dtype) -> Tensor:
     """The elements in row-major order, `[n]`."""
     bnb, scales = functional(), parts.scales
     if parts.factors.numel():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_trainer.models.quantization.nf4 import BLOCK, Parts
+from automodel_trainer.models.quantization.nf4 import BLOCK, QuantizedParts
 
 
 def nf4_tensor() -> Any:
@@ -23,13 +23,15 @@ def nf4_tensor() -> Any:
     return NF4Tensor
 
 
-def quantize(weight: Tensor, scale_block: int) -> Parts:
+def quantize(weight: Tensor, scale_block: int) -> QuantizedParts:
     """A dense weight of any shape as parts."""
     made = nf4_tensor().from_tensor(weight.reshape(-1, BLOCK).contiguous(), BLOCK, scale_block)
-    return Parts(made.quantized_data, made.quantized_scalers, made.quantization_factor, made.scaler_mean, made.nf4)
+    return QuantizedParts(
+        made.quantized_data, made.quantized_scalers, made.quantization_factor, made.scaler_mean, made.nf4
+    )
 
 
-def dequantize(parts: Parts, dtype: torch.dtype) -> Tensor:
+def dequantize(parts: QuantizedParts, dtype: torch.dtype) -> Tensor:
     """The elements in row-major order, `[n]`."""
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import SubclassTensorArgs
 

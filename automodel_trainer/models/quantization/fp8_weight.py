@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_trainer.models.quantization.nf4 import Parts
+from automodel_trainer.models.quantization.nf4 import QuantizedParts
 from automodel_trainer.nn._torch import scaled_matmul
 from automodel_trainer.nn.defer_to_backward import defer_to_backward
 
@@ -25,7 +25,7 @@ SCHEMES = ("fp8-rowwise", "fp8-tensorwise")
 MULTIPLE = 16  # both sides of a weight, and the tokens that its gradient sums over, must be a multiple of it
 
 
-def quantize(weight: Tensor, scheme: str) -> Parts:
+def quantize(weight: Tensor, scheme: str) -> QuantizedParts:
     """A dense weight `[out, in]` as codes (one byte an element) and scales fp32 `[out]`.
 
     A tensorwise scale is a power of two. Weights that must share a scale then take the largest of theirs: that only
@@ -35,15 +35,17 @@ def quantize(weight: Tensor, scheme: str) -> Parts:
     scales = scales if _by_row(scheme) else scales.log2().ceil().exp2()
     codes = cast_with(weight, scales, E4M3)
     none = weight.new_empty(0, dtype=torch.float32)
-    return Parts(codes.view(torch.uint8), scales.expand(weight.shape[0], 1)[:, 0].contiguous(), none, none, none)
+    return QuantizedParts(
+        codes.view(torch.uint8), scales.expand(weight.shape[0], 1)[:, 0].contiguous(), none, none, none
+    )
 
 
-def dequantize(parts: Parts, dtype: torch.dtype) -> Tensor:
+def dequantize(parts: QuantizedParts, dtype: torch.dtype) -> Tensor:
     """The dense weight `[out, in]`."""
     return (parts.codes.view(E4M3).float() * parts.scales[:, None]).to(dtype)
 
 
-def linear(x: Tensor, parts: Parts, scheme: str) -> Tensor:
+def linear(x: Tensor, parts: QuantizedParts, scheme: str) -> Tensor:
     """x `[..., in]` times a weight held in fp8: `[..., out]`, in x's dtype. The weight has no gradient."""
     out: Tensor = _Linear.apply(x, parts.codes, parts.scales, _by_row(scheme))
     return out

@@ -15,7 +15,7 @@ SCHEMES = ("nf4", "bnb-nf4")
 
 
 @dataclass(frozen=True)
-class Parts:
+class QuantizedParts:
     """`n` quantized elements.
 
     Args:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from automodel_trainer.models.quantization import _bitsandbytes, _torchao, fp8_weight
-from automodel_trainer.models.quantization.nf4 import Parts
+from automodel_trainer.models.quantization.nf4 import QuantizedParts
 from automodel_trainer.nn.defer_to_backward import defer_to_backward
 
-_NAMES = [field.name for field in fields(Parts)]
+_NAMES = [field.name for field in fields(QuantizedParts)]
 _CUT = ("codes", "scales", "factors")  # these are cut when the weight is; a shard keeps the others whole
 _LIBRARIES: dict[str, Any] = {
     "nf4": _torchao,
@@ -38,7 +38,7 @@ def quantize(weight: Tensor, scheme: str, scale_block: int) -> QuantizedTensor:
 
 
 class QuantizedTensor(torch.Tensor):
-    """Looks like the dense weight (shape, dtype), and holds `Parts`.
+    """Looks like the dense weight (shape, dtype), and holds `QuantizedParts`.
 
     torchao's NF4Tensor has at most two dimensions, and bitsandbytes' parameter cannot be sharded.
 
@@ -49,11 +49,11 @@ class QuantizedTensor(torch.Tensor):
         dtype: that it dequantizes into.
     """
 
-    parts: Parts
+    parts: QuantizedParts
     scheme: str
 
     @staticmethod
-    def __new__(cls, parts: Parts, scheme: str, shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
+    def __new__(cls, parts: QuantizedParts, scheme: str, shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
         made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=parts.codes.device)
         made.parts, made.scheme = parts, scheme
         for name in _NAMES:  # under the names that `__tensor_flatten__` returns
@@ -69,7 +69,7 @@ class QuantizedTensor(torch.Tensor):
 
     def remade(self, function: Callable[[Tensor], Tensor], shape: Sequence[int] | None = None) -> QuantizedTensor:
         """A copy with `function` applied to every part."""
-        parts = Parts(**{name: function(getattr(self.parts, name)) for name in _NAMES})
+        parts = QuantizedParts(**{name: function(getattr(self.parts, name)) for name in _NAMES})
         return QuantizedTensor(parts, self.scheme, self.shape if shape is None else shape, self.dtype)
 
     def shard(self, index: int, count: int) -> QuantizedTensor:
@@ -111,7 +111,7 @@ class QuantizedTensor(torch.Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> QuantizedTensor:
         scheme, dtype = context
-        return QuantizedTensor(Parts(**{name: inner[f"part_{name}"] for name in _NAMES}), scheme, size, dtype)
+        return QuantizedTensor(QuantizedParts(**{name: inner[f"part_{name}"] for name in _NAMES}), scheme, size, dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
