@@ -44,9 +44,7 @@ from triton.backends.compiler import GPUTarget
 
 from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels
 from automodel_trainer.models.kernels.fp8 import convert_to_fp8
-from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
-from automodel_trainer.models.lora import fused as widened
-from automodel_trainer.models.lora import fused_fp8 as widened_fp8
+from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora, fused, fused_fp8
 from automodel_trainer.models.lora.layers import let_adapters_cast
 from automodel_trainer.models.quantization import _torchao, fp8_weight
 from automodel_trainer.models.quantization import fp8_shared_input as fp8_together
@@ -193,7 +191,7 @@ def generated(fp8: bool, full: bool, gathered: bool) -> list[tuple[bool, str]]:
             let_adapters_cast(model, torch.bfloat16)
         if fp8:
             convert_to_fp8(model, "tensorwise", CPU, emulate=True)
-        apply_kernels(model, KernelsConfig(attention="block_kernels", lora="auto" if full else "widened"), CPU)
+        apply_kernels(model, KernelsConfig(attention="block_kernels", lora="auto" if full else "fused"), CPU)
         finish_lora(model)
         if gathered:
             give_codes(model)
@@ -233,8 +231,8 @@ def main() -> None:
     parser.add_argument("--instructions", action="store_true", help="see machine_code.py; a minute more")
     arguments = parser.parse_args()
     triton.runtime.driver.set_active(Driver())
-    widened.matmul_into = widened_fp8.matmul_into = matmul_into  # type: ignore[attr-defined]
-    for module in (fp8_together, fp8_weight, widened_fp8):
+    fused.matmul_into = fused_fp8.matmul_into = matmul_into  # type: ignore[attr-defined]
+    for module in (fp8_together, fp8_weight, fused_fp8):
         module.scaled_matmul = lambda *args, **_: fp8_matmul(*args[:4])  # type: ignore[attr-defined]
     total = 0.0
     with inductor.patch(fx_graph_cache=False, benchmark_kernel=True, compile_threads=1, **FAST_MATH):

@@ -9,9 +9,9 @@
 * model: two layers through `Trainer`, 5 steps. Losses must match eager fp32 within 1e-2 for bf16 and 3e-2 for fp8;
   otherwise the line says FAR.
 
-What to look at: the fastest of every section is what `FASTEST` in automodel_trainer/models/kernels/choose.py should
-name, if its errors are like its neighbours'. `--parts kernels|model`, `--sections linear norm …`, `--seconds` for all
-together; `--tiny` is for a CPU, where most choices say that they need a GPU.
+What to look at: `FASTEST` in automodel_trainer/models/kernels/config.py should name the fastest of every section, if
+its errors are like its neighbours'. `--parts kernels|model`, `--sections linear norm …`, `--seconds` for all together;
+`--tiny` is for a CPU, where most choices say that they need a GPU.
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ def linear(size: dict[str, int]) -> Section:
 
 
 def norm(size: dict[str, int]) -> Section:
-    from automodel_trainer.models.kernels.libraries import _liger, _transformer_engine
+    from automodel_trainer.models.kernels.libraries._liger import LIGER
+    from automodel_trainer.models.kernels.libraries._transformer_engine import TRANSFORMER_ENGINE
     from automodel_trainer.models.kernels.norm import Norm
 
     rms = Norm(centred=False, eps=1e-5)
@@ -183,8 +184,8 @@ def norm(size: dict[str, int]) -> Section:
     choices = {
         "eager": plain(own),
         "compile": made(lambda: torch.compile(own)),
-        "liger": made(lambda: partial(called(_liger.norm_kernel(rms)), bias=None)),
-        "te": made(lambda: partial(called(_transformer_engine.norm_kernel(rms)), bias=None)),
+        "liger": made(lambda: partial(called(LIGER.norm(rms)), bias=None)),
+        "te": made(lambda: partial(called(TRANSFORMER_ENGINE.norm(rms)), bias=None)),
     }
     return [random(size["rows"], size["length"], size["hidden"]), 1 + 0.1 * random(size["hidden"])], own, choices, 0
 
@@ -197,19 +198,19 @@ def called(kernel: Any) -> Callable[..., Any]:
 
 
 def activation(size: dict[str, int]) -> Section:
-    from automodel_trainer.models.kernels.libraries import _liger
+    from automodel_trainer.models.kernels.libraries._liger import LIGER
     from automodel_trainer.models.kernels.mlp import GatedMLP
 
     def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
 
-    liger = made(lambda: called(_liger.gate_kernel(GatedMLP("silu", "gate", "up", "down"))))
+    liger = made(lambda: called(LIGER.activation(GatedMLP("silu", "gate", "up", "down"))))
     choices = {"eager": plain(swiglu), "compile": made(lambda: torch.compile(swiglu)), "liger": liger}
     return [random(size["rows"], size["length"], size["inner"]) for _ in range(2)], swiglu, choices, 0
 
 
 def rope(size: dict[str, int]) -> Section:
-    from automodel_trainer.models.kernels.libraries._liger import rope_kernel
+    from automodel_trainer.models.kernels.libraries._liger import LIGER
     from automodel_trainer.models.kernels.rope import rotate_half
 
     angles = (torch.rand(size["rows"], size["length"], size["width"] // 2, device=DEVICE) * 6).repeat(1, 1, 2)
@@ -222,7 +223,7 @@ def rope(size: dict[str, int]) -> Section:
     choices = {
         "eager": plain(own),
         "compile": made(lambda: torch.compile(own)),
-        "liger": made(lambda: partial(rotated, rope_kernel())),
+        "liger": made(lambda: partial(rotated, LIGER.rope())),
     }
     shape = size["rows"], size["length"]
     return [random(*shape, size[n], size["width"]) for n in ("heads", "groups")], own, choices, 0
@@ -232,12 +233,16 @@ def attention(size: dict[str, int]) -> Section:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import flex_attention
 
-    from automodel_trainer.models.kernels.attention import _PLAIN, document_block_mask
+    from automodel_trainer.models.kernels.attention import document_block_mask
+    from automodel_trainer.models.kernels.registry import find
 
     layer = SimpleNamespace(num_key_value_groups=size["heads"] // size["groups"], is_causal=True)
 
     def through(name: str) -> Choice:
-        return plain(lambda q, k, v: _PLAIN[name](layer, q, k, v, None, scaling=size["width"] ** -0.5)[0])
+        library = find("attention", name)
+        assert library is not None
+        attend = library.attention()
+        return plain(lambda q, k, v: attend(layer, q, k, v, None, scaling=size["width"] ** -0.5)[0])
 
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
@@ -257,7 +262,7 @@ def attention(size: dict[str, int]) -> Section:
 
 
 def loss(size: dict[str, int]) -> Section:
-    from automodel_trainer.models.kernels.libraries import _liger
+    from automodel_trainer.models.kernels.libraries._liger import LIGER
     from automodel_trainer.modules.linear_cross_entropy import linear_cross_entropy
 
     tokens = size["rows"] * size["length"]
@@ -270,7 +275,7 @@ def loss(size: dict[str, int]) -> Section:
     choices = {
         "whole": plain(whole),
         "chunked": plain(lambda hidden, weight: linear_cross_entropy(hidden, weight, None, targets)),
-        "liger": plain(lambda hidden, weight: _liger.linear_cross_entropy(hidden, weight, None, targets)),
+        "liger": plain(lambda hidden, weight: LIGER.loss()(hidden, weight, None, targets)),
     }
     inputs = [random(tokens, size["hidden"]), random(size["vocab"], size["hidden"]) * size["hidden"] ** -0.5]
     return inputs, whole, choices, 6.0 * tokens * size["hidden"] * size["vocab"]
@@ -333,7 +338,7 @@ def train(size: dict[str, int], options: dict[str, Any]) -> tuple[list[float], f
     from lightning.pytorch.callbacks import Callback
 
     from automodel_trainer import AutoModelForCausalLM, CausalLMModule, KernelsConfig, MockDataModule, Trainer
-    from automodel_trainer.models.kernels.choose import kernels_in_use
+    from automodel_trainer.models.kernels import kernels_in_use
 
     shape = transformers.LlamaConfig(
         hidden_size=size["hidden"], intermediate_size=size["inner"], num_hidden_layers=2, head_dim=size["width"],
@@ -370,7 +375,7 @@ def train(size: dict[str, int], options: dict[str, Any]) -> tuple[list[float], f
     module = Random(meta, kernels=KernelsConfig(**options), lr=1e-4)
     trainer.fit(module, data)
     seconds = (clock.times[-1] - clock.times[1]) / 3
-    used = {name: text for name, text in kernels_in_use(module.model).items() if name in options}
+    used = {name: text for name, text in kernels_in_use(module.model).texts.items() if name in options}
     return clock.losses, size["rows"] * size["length"] / seconds, str(used)
 
 

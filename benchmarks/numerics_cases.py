@@ -163,7 +163,7 @@ def adapt(model: Any, setting: Setting, fp8: bool) -> None:
     apply_lora(model, LoRAConfig(rank=8, alpha=4), dtype=setting.dtype)
     if fp8:
         convert_to_fp8(model, "tensorwise", setting.device, emulate=setting.small)
-    apply_kernels(model, KernelsConfig(attention="sdpa", lora="widened"), setting.device)
+    apply_kernels(model, KernelsConfig(attention="sdpa", lora="fused"), setting.device)
     finish_lora(model)
     for adapter in adapters(model):
         scale = adapter.a.weight.shape[1] ** -0.5  # makes an update about a quarter as large as the weight
@@ -249,10 +249,10 @@ def lora(widened: bool) -> Callable[[Setting], Made]:
 
 def nf4(setting: Setting) -> Made:
     """A quantized weight against the values that it represents."""
-    from automodel_trainer.models.quantization.quantize import packed as pack
+    from automodel_trainer.models.quantization.quantize import quantized
 
     tokens, inputs, outputs = linear_sizes(setting)
-    weight = pack(setting.randn(outputs, inputs, grad=False), "nf4")
+    weight = quantized(setting.randn(outputs, inputs, grad=False), "nf4")
     x = setting.randn(tokens - 1, inputs)
     (wide,) = setting.wide(x)
     plain = weight.get_original_weight().float()  # type: ignore[attr-defined]

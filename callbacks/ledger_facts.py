@@ -20,7 +20,7 @@ from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.callbacks.watchdog import Watchdog
 from automodel_trainer.distributed.stage_names import of_all_stages
 from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
-from automodel_trainer.models.kernels.choose import kernels_in_use
+from automodel_trainer.models.kernels import KernelsInUse, kernels_in_use
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.strategies import MeshStrategy
@@ -63,6 +63,7 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
     sizes = of_all_stages(model, {name: (p.requires_grad, p.numel()) for name, p in model.named_parameters()})
     inner = _transformers_models(model)
     pairs = [(name, source, tied) for m in inner for name, source, tied in tied_pairs(m)]
+    kernels = next((used for m in inner if (used := kernels_in_use(m)).texts), KernelsInUse())
     return {
         "class": _class_name(inner[0] if len(inner) == 1 else model),
         "source": str(getattr(trainer.lightning_module, "source", None) or "") or None,
@@ -72,7 +73,8 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
         "tied": [f"{name} = {source}" for name, source, tied in pairs if tied],
         "untied": [f"{name} ≠ {source}" for name, source, tied in pairs if not tied],
         "attention": sorted({attention_in_use(m) for m in inner}),
-        "kernels": next((used for m in inner if (used := kernels_in_use(m))), {}),
+        "kernels": kernels.texts,
+        "kernel_costs": kernels.costs(compiled_with(trainer.strategy)["compile"] is not None),
         "fp8": next((str(layers) for m in inner if (layers := fp8_layers(m))), None),
         "lora": next((text for m in inner if (text := describe_lora(m))), None),
     }

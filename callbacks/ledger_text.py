@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from automodel_trainer.callbacks.console import Row
-from automodel_trainer.models.kernels.attention import TEXTS
+from automodel_trainer.models.kernels.attention import attention_text
 from automodel_trainer.nn.text import listed
 
 Facts = dict[str, Any]
@@ -33,9 +33,11 @@ def ledger_rows(facts: Facts) -> list[Row]:
     if model["fp8"]:
         rows.append(("fp8", model["fp8"]))
     if model["attention"]:
-        rows.append(("attention", ", ".join(TEXTS.get(name, name) for name in model["attention"])))
+        rows.append(("attention", ", ".join(map(attention_text, model["attention"]))))
     if model["kernels"]:
         rows.append(("kernels", "; ".join(f"{name}: {text}" for name, text in model["kernels"].items())))
+    if model.get("kernel_costs"):
+        rows.append(("kernel costs", "; ".join(f"{name}: {text}" for name, text in model["kernel_costs"].items())))
     rows += [
         ("layout", _layout(run)),
         *_pipeline(run.get("pipeline")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.core_model_loading import _dtensor_from_local_like, revert_wei
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from automodel_trainer.models.record import record_of, recorded
 from automodel_trainer.nn.documents import set_documents
 
 __all__ = [
@@ -160,6 +162,11 @@ def expert_gate(module: torch.nn.Module) -> tuple[str, Callable[[Tensor], Tensor
     return ("gate_up_proj", gate) if gate is not None and getattr(module, "has_gate", False) else None
 
 
+@dataclass(frozen=True)
+class PackingWithoutSync:
+    """In a model's record: `packing_without_sync` is installed."""
+
+
 def packing_without_sync(model: PreTrainedModel) -> None:
     """Let `model` read document boundaries out of `position_ids` without waiting for the device.
 
@@ -167,7 +174,7 @@ def packing_without_sync(model: PreTrainedModel) -> None:
     the model knows: `position_ids` are given where they restart, and left out where they do not. So while `model` runs,
     the documents are told apart unasked in the first case, and in the second there is one.
     """
-    if getattr(model, "_packing_without_sync", False):
+    if recorded(model, PackingWithoutSync):
         return
     original = masking_utils.find_packed_sequence_indices
 
@@ -181,7 +188,7 @@ def packing_without_sync(model: PreTrainedModel) -> None:
 
     model.register_forward_pre_hook(enter, with_kwargs=True)
     model.register_forward_hook(leave, always_call=True)
-    model._packing_without_sync = True  # type: ignore[assignment]
+    record_of(model).keep(PackingWithoutSync())
 
 
 def _one_document(position_ids: Tensor) -> None:

@@ -15,11 +15,11 @@ from automodel_trainer.distributed.stage_names import held_elsewhere
 from automodel_trainer.models._transformers import load_weights, tied_weight_names
 from automodel_trainer.models.files import resolve_folder, weight_files
 from automodel_trainer.models.initialize import initialize_weights
-from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels
+from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.layout import Layout
 from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, finish_lora
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
-from automodel_trainer.models.quantization.quantize import packed_weights
+from automodel_trainer.models.quantization.quantize import quantized_weights
 
 
 class AutoModelForCausalLM:
@@ -144,7 +144,7 @@ def fill_from_folder(
         strategy.parallelize(model)
     check_gathered(model)
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    in_turn = bool(packed_weights(model))
+    in_turn = bool(quantized_weights(model))
     missing, unexpected = load_weights(model, files, _device(strategy, device), adapter_names(model), in_turn)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(requires_grad[name])

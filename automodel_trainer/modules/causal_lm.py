@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from automodel_trainer.models.kernels.choose import KernelsConfig
+from automodel_trainer.models.kernels import KernelsConfig, kernels_in_use
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.evaluation import EvaluatedModule, MicroBatch, as_list
 from automodel_trainer.modules.loss import next_token_targets, summed_loss, supervised_tokens
@@ -25,6 +25,7 @@ from automodel_trainer.modules.optim import (
     build_scheduler,
     parameters_of,
 )
+from automodel_trainer.nn.constants import IGNORE_INDEX
 
 _WINDOW_KEY = "loss_window"
 # What a model's forward is given of a micro-batch. The rest (labels, sample ids) is ours.
@@ -119,10 +120,10 @@ class CausalLMModule(EvaluatedModule):
         return inputs, next_token_targets(micro_batch["labels"])
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        loss = summed_loss(outputs.logits, targets, self.kernels.on(targets.device).loss)
+        loss = summed_loss(outputs.logits, targets, kernels_in_use(self.model).loss)
         balance = getattr(outputs, "aux_loss", None)  # mixture-of-experts models that were asked for it
         if balance is not None:
-            loss = loss + self.model.config.router_aux_loss_coef * balance * (targets != -100).sum()
+            loss = loss + self.model.config.router_aux_loss_coef * balance * (targets != IGNORE_INDEX).sum()
         return loss
 
     # --- training -------------------------------------------------------------------------------------------------

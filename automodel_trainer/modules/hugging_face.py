@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from automodel_trainer.models._transformers import packing_without_sync
 from automodel_trainer.models.auto import AutoModelForCausalLM, add_adapters, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
-from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels, check_compiled
-from automodel_trainer.models.lora import LoRAConfig, choose_lora_kernel, finish_lora, lora_of
+from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
+from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.sidecars import has_tokenizer
 from automodel_trainer.modules.neftune import add_neftune
@@ -151,7 +151,7 @@ class HuggingFaceModule(Objective, pl.LightningModule):
                 )
             apply_kernels(model, self.kernels, self.strategy.root_device)
             self.strategy.parallelize(model)
-            choose_lora_kernel(model)
+            fuse_as_chosen(model)
             return model
         # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
         hold_in(model, dtype)

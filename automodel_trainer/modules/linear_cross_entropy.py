@@ -16,8 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from automodel_trainer.nn._torch import FAST_MATH
-
-IGNORE_INDEX = -100
+from automodel_trainer.nn.constants import IGNORE_INDEX
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from automodel_trainer.models.kernels.libraries import _liger
-from automodel_trainer.modules.linear_cross_entropy import IGNORE_INDEX, chunk_rows, linear_cross_entropy
+from automodel_trainer.models.kernels.library import LossKernel
+from automodel_trainer.modules.linear_cross_entropy import chunk_rows, linear_cross_entropy
+from automodel_trainer.nn.constants import IGNORE_INDEX
 from automodel_trainer.nn.deferred_logits import DeferredLogits
 from automodel_trainer.strategies.tensor.loss_parallel import sharded_argmax, sharded_logits, sharded_token_losses
 
@@ -39,23 +40,25 @@ def supervised_tokens(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
-def summed_loss(logits: Logits, targets: Tensor, kernel: str = "chunked") -> Tensor:
+def summed_loss(logits: Logits, targets: Tensor, kernel: LossKernel | None = None) -> Tensor:
     """The sum of `token_losses`, 0-dim.
 
     Args:
-        kernel: for `DeferredLogits`: "chunked" or "liger".
+        logits: of `[b, s, v]`.
+        targets: `[b, s]`, from `next_token_targets`.
+        kernel: a library's, for `DeferredLogits`; None: `linear_cross_entropy.py`.
 
     Raises:
-        ValueError: "liger", and the head is more than a linear layer of its own.
+        ValueError: a library's kernel, and the head is more than a linear layer of its own.
     """
     if isinstance(logits, DeferredLogits) and (weight := logits.plain_weight) is not None:
         bias: Any = getattr(logits.layer, "bias", None)
-        compute = _liger.linear_cross_entropy if kernel == "liger" else linear_cross_entropy
+        compute = linear_cross_entropy if kernel is None else kernel.function
         return compute(logits.hidden.flatten(0, -2), weight, bias, targets.flatten())
-    if kernel == "liger":
+    if kernel is not None:
         raise ValueError(
-            "kernels loss='liger' is for a head that is a linear layer and nothing more: this one is cut over ranks, "
-            "adapted, or followed by a scale or a cap. Use 'chunked'."
+            f"kernels loss={kernel.name!r} is for a head that is a linear layer and nothing more: this one is cut over "
+            "ranks, adapted, or followed by a scale or a cap. Use 'chunked'."
         )
     return token_losses(logits, targets).sum()
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from automodel_trainer.modules.loss import IGNORE_INDEX, Logits, losses_and_predictions
+from automodel_trainer.modules.loss import Logits, losses_and_predictions
+from automodel_trainer.nn.constants import IGNORE_INDEX
 
 
 class TokenMetrics(Metric):

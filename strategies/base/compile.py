@@ -15,6 +15,7 @@ from torch import nn
 
 from automodel_trainer.models.lora.fuse import fused_groups
 from automodel_trainer.models.lora.fused import FusedGroup, refresh
+from automodel_trainer.models.record import CompiledBlock, record_of
 from automodel_trainer.nn._torch import (
     FAST_MATH,
     allow_side_effects_in_checkpoints,
@@ -75,7 +76,7 @@ def compile_blocks(
     prefer_recomputing()
     compiled = torch.compile(_run, backend=backend, options=effective_options(backend, options))
     for block in blocks:
-        block.runs_compiled = True  # type: ignore[assignment]  # LoRA fuses the layers of such blocks
+        record_of(block).keep(CompiledBlock())  # LoRA fuses the layers of such blocks
         block.forward = _Compiled(block, own_forward(block), compiled)  # type: ignore[method-assign, assignment]
     return len(blocks)
 
@@ -95,12 +96,12 @@ class _Compiled:
 
     def __init__(self, block: nn.Module, forward: Forward, compiled: Callable[..., Any]) -> None:
         self.block, self.forward, self.compiled = block, forward, compiled
-        self.widened: list[FusedGroup] | None = None  # found at the first call, once the weights are real
+        self.fused: list[FusedGroup] | None = None  # found at the first call, once the weights are real
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.block.training:
             return self.forward(*args, **kwargs)
-        if self.widened is None:
-            self.widened = fused_groups(self.block)
-        refresh(self.widened)  # outside of the graph: it copies updated adapters once per optimizer step
+        if self.fused is None:
+            self.fused = fused_groups(self.block)
+        refresh(self.fused)  # outside of the graph: it copies updated adapters once per optimizer step
         return self.compiled(self.forward, *args, **kwargs)

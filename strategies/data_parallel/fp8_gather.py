@@ -30,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from automodel_trainer.models.quantization._torchao import fp8_dtype, fp8_scale, fp8_weight, set_fp8_scale
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
+from automodel_trainer.models.record import record_of
 from automodel_trainer.nn.step_cache import StepCache
 from automodel_trainer.strategies.data_parallel._fsdp import ShardedParameter, initialize_sharding, sharded_parameters
 
@@ -169,7 +170,7 @@ def gather_in_fp8(
         if obstacle is None:
             wanted = set(found.gatherable)
             layers += [module for name, module in owner.named_modules() if name in wanted]
-            owner.fp8_layers = replace(found, gathered=True)  # type: ignore[assignment]  # for the check after layout
+            record_of(owner).keep(replace(found, gathered=True))  # for the check after layout
         elif found.all_gather is True:
             raise ValueError(f"kernels fp8_all_gather=true: {obstacle}. Set it to 'auto' or false.")
     if not layers:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from automodel_trainer.distributed._dtensor import StridedShard
 from automodel_trainer.models.lora.layers import Adapter, adapters, let_adapters_cast
-from automodel_trainer.models.quantization.quantize import packed_weights
+from automodel_trainer.models.quantization.quantize import quantized_weights
 from automodel_trainer.nn.blocks import find_blocks, untied_input_embedding
 from automodel_trainer.strategies.base.precision import Dtypes, fsdp_policy
 from automodel_trainer.strategies.data_parallel import gradient_reduction
@@ -112,7 +112,7 @@ class Shards:
         Raises:
             ValueError: CPU offload of quantized weights, which FSDP2 would have to move.
         """
-        quantized = packed_weights(model)
+        quantized = quantized_weights(model)
         if not self.options.cpu_offload:
             return quantized | {p for p in model.parameters() if not p.requires_grad and p.dtype == compute}
         if quantized:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from automodel_trainer.distributed.mesh import ParallelDims
-from automodel_trainer.models.quantization.quantize import packed_weights
+from automodel_trainer.models.quantization.quantize import quantized_weights
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.strategies.base.mesh_strategy import MicroBatch, Objective
 from automodel_trainer.strategies.base.precision import MeshPrecision, check_plugin
@@ -238,7 +238,7 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
 
     def _shard_evenly(self, model: nn.Module) -> None:
         """Cut parameters into even shards, which weights can be streamed into."""
-        if packed_weights(model):
+        if quantized_weights(model):
             raise ValueError("megatron_fsdp cannot shard 4-bit weights. Use strategy='fsdp2', or set quantize to null.")
         shard_evenly(model, self.buffer_mesh[mfsdp.SHARD, mfsdp.TP])
 

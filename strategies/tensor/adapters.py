@@ -7,7 +7,7 @@ from torch.distributed.tensor import Shard
 
 from automodel_trainer.distributed._dtensor import StridedShard
 from automodel_trainer.models.lora.layers import Adapter, adapters
-from automodel_trainer.models.quantization.quantize import packs
+from automodel_trainer.models.quantization.quantize import is_to_be_quantized
 from automodel_trainer.strategies.tensor.plan import TensorPlan
 
 
@@ -48,9 +48,9 @@ def _outputs(adapter: Adapter, ndim: int) -> int:
 
 def _refuse(adapter: Adapter, columns: bool) -> None:
     """Refuse adapters that cannot be cut; `columns`: the base weight is cut along its outputs."""
-    if packs(adapter.module, adapter.parameter):
+    if is_to_be_quantized(adapter.module, adapter.parameter):
         raise ValueError(
-            f"The weight of {adapter.target} is held packed (lora quantize, or kernels fp8), and tensor parallel "
+            f"The weight of {adapter.target} is held quantized (lora quantize, or kernels fp8), and tensor parallel "
             "cannot cut it. Set tp=1."
         )
     if adapter.magnitude is not None and not columns:

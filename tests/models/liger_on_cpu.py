@@ -28,7 +28,8 @@ import triton.language as tl
 from liger_kernel.ops import geglu, layer_norm, rms_norm
 from triton.runtime import interpreter
 
-from automodel_trainer.models.kernels.libraries import _liger
+from automodel_trainer.models.kernels.libraries._liger import LIGER
+from automodel_trainer.models.kernels.library import LossKernel
 from automodel_trainer.models.kernels.mlp import ACTIVATIONS, GatedMLP, swap_gated_mlps
 from automodel_trainer.models.kernels.norm import Norm, swap_norms
 from automodel_trainer.models.kernels.rope import restore_rope, rotate_half, swap_rope
@@ -77,7 +78,7 @@ def norms(errors: Errors) -> None:
         "layer": Norm(True, 1e-5, wide=True),
     }
     for name, norm in cases.items():
-        kernel: Any = _liger.norm_kernel(norm)
+        kernel: Any = LIGER.norm(norm)
         x, weight, bias = torch.randn(3, 7, 48), torch.randn(48), torch.randn(48)
         errors[f"{name}"] = compare(partial(kernel, bias=None), partial(norm.reference, bias=None), x, weight)
         if norm.centred:
@@ -86,7 +87,7 @@ def norms(errors: Errors) -> None:
 
 def gates(errors: Errors) -> None:
     for name, activation in ACTIVATIONS.items():
-        kernel: Any = _liger.gate_kernel(GatedMLP(name, "gate", "up", "down"))
+        kernel: Any = LIGER.activation(GatedMLP(name, "gate", "up", "down"))
         gate, up = torch.randn(2, 3, 5, 72)
         errors[f"{name}"] = compare(kernel, lambda a, b, f=activation: f(a) * b, gate, up)
 
@@ -95,7 +96,7 @@ def rope(errors: Errors) -> None:
     q, k = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16)
     angles = torch.randn(2, 7, 8).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
-    kernel = _liger.rope_kernel()
+    kernel = LIGER.rope()
     errors["rope"] = compare(lambda q, k: kernel(q, k, cos, sin), lambda q, k: rotate_half(q, k, cos, sin), q, k)
 
 
@@ -105,7 +106,7 @@ def losses(errors: Errors) -> None:
         targets[ignored] = -100
 
         def liger(hidden: Tensor, weight: Tensor, targets: Tensor = targets) -> Tensor:
-            return _liger.linear_cross_entropy(hidden, weight, None, targets)
+            return LIGER.loss()(hidden, weight, None, targets)
 
         def whole(hidden: Tensor, weight: Tensor, targets: Tensor = targets) -> Tensor:
             return F.cross_entropy(F.linear(hidden, weight), targets, ignore_index=-100, reduction="sum")
@@ -125,16 +126,16 @@ def models(errors: Errors) -> None:
             kind = "whole"
             if swapped:
                 counts = [
-                    len(swap_norms(model, _liger.norm_kernel)[0]),
-                    len(swap_gated_mlps(model, _liger.gate_kernel)[0]),
+                    len(swap_norms(model, LIGER.norm)[0]),
+                    len(swap_gated_mlps(model, LIGER.activation)[0]),
                 ]
-                counts.append(len(swap_rope(model, _liger.rope_kernel(), CPU)))
+                counts.append(len(swap_rope(model, LIGER.rope(), CPU)))
                 assert all(counts), counts
                 kind = "liger"
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
             head = model.get_output_embeddings()
             logits: Any = DeferredLogits(hidden, head.forward, head) if kind == "liger" else head(hidden)
-            loss = summed_loss(logits, targets, "liger" if kind == "liger" else "chunked")
+            loss = summed_loss(logits, targets, LossKernel("liger", LIGER.loss()) if kind == "liger" else None)
             loss.backward()
             results.append(
                 [loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])]

@@ -18,9 +18,9 @@ from automodel_trainer.models.kernels.fp8 import RECIPES, convert_to_fp8
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora
 from automodel_trainer.models.quantization import fp8_weight
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
-from automodel_trainer.models.quantization.fp8_weight import E4M3, E5M2, cast_with, scale_of, unpack
-from automodel_trainer.models.quantization.quantize import is_packed
-from automodel_trainer.models.quantization.quantized_tensor import pack
+from automodel_trainer.models.quantization.fp8_weight import E4M3, E5M2, cast_with, dequantize, scale_of
+from automodel_trainer.models.quantization.quantize import is_quantized
+from automodel_trainer.models.quantization.quantized_tensor import quantize
 from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.beside import use
 from tests.harness import full, relative_error
@@ -85,11 +85,11 @@ def test_frozen_weights_are_cast_once(recipe: str) -> None:
     model = adapted(recipe)
     for adapter in adapters(model):
         weight = adapter.module.weight
-        assert is_packed(weight)
+        assert is_quantized(weight)
         assert sum(getattr(weight.parts, part).nbytes for part in ("codes", "scales")) <= 1.2 * weight.numel()
         exact = plain.get_submodule(adapter.target).weight
         assert 1e-3 < relative_error(weight.get_original_weight(), exact) < 0.04
-        assert not is_packed(adapter.a.weight)
+        assert not is_quantized(adapter.a.weight)
     expected, wanted = step(plain)
     loss, gradients = step(model)
     assert loss == pytest.approx(expected.item(), rel=2e-3)
@@ -115,11 +115,11 @@ def test_the_product_of_codes_is_what_dense_arithmetic_says() -> None:
     """Against fp64 products of the numbers that the codes stand for: the matmul and its gradient add no error."""
     generator = torch.Generator().manual_seed(1)
     weight, x = (torch.randn(48, 32, generator=generator), torch.randn(3, 5, 32, generator=generator))
-    packed = pack(weight, "fp8-rowwise", 0)
+    packed = quantize(weight, "fp8-rowwise", 0)
     x.requires_grad_()
     out = F.linear(x, packed, torch.ones(48))
     rows = x.detach().flatten(0, 1)
-    cast = unpack(fp8_weight.pack(rows, "fp8-rowwise"), torch.float64)
+    cast = dequantize(fp8_weight.quantize(rows, "fp8-rowwise"), torch.float64)
     dense = packed.get_original_weight().double()
     assert relative_error(out.flatten(0, 1).double(), cast @ dense.T + 1) < 1e-6
     gradient = torch.randn(3, 5, 48, generator=generator)
@@ -130,10 +130,10 @@ def test_the_product_of_codes_is_what_dense_arithmetic_says() -> None:
 
 def test_compiled_code_is_looked_up_by_layout_and_packing() -> None:
     weight = torch.randn(32, 16)
-    packed = [pack(w, packing, 0) for packing in fp8_weight.PACKINGS for w in (weight, -weight)]
+    packed = [quantize(w, packing, 0) for packing in fp8_weight.SCHEMES for w in (weight, -weight)]
     keys = [tensor._stable_hash_for_caching() for tensor in packed]
     assert keys[0] == keys[1] != keys[2] == keys[3]
-    assert pack(weight.T.contiguous(), fp8_weight.PACKINGS[0], 0)._stable_hash_for_caching() not in keys
+    assert quantize(weight.T.contiguous(), fp8_weight.SCHEMES[0], 0)._stable_hash_for_caching() not in keys
 
 
 def test_streamed_weights_are_cast_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

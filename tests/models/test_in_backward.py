@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from automodel_trainer.models.lora.layers import adapt_linear
 from automodel_trainer.models.quantization import fp8_weight
-from automodel_trainer.models.quantization.quantized_tensor import pack
+from automodel_trainer.models.quantization.quantized_tensor import quantize
 from tests.beside import use
 
 ROWS, SIZE = 48, 256
@@ -42,7 +42,7 @@ def test_a_compiled_forward_keeps_weights_packed(packing: str, monkeypatch: pyte
         kept.extend(node.meta["val"] for node in made if isinstance(node.meta.get("val"), Tensor))
         return make_boxed_func(graph.forward)
 
-    weights = [pack(torch.randn(SIZE, SIZE), packing, 256) for _ in range(3)]
+    weights = [quantize(torch.randn(SIZE, SIZE), packing, 256) for _ in range(3)]
     backend = aot_autograd(
         fw_compiler=forward_graph,
         bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
@@ -59,7 +59,7 @@ def test_a_compiled_forward_keeps_weights_packed(packing: str, monkeypatch: pyte
 def test_dora_with_dropout_keeps_weights_packed() -> None:
     use("torchao")
     layer: Any = nn.Linear(SIZE, SIZE, bias=False)
-    layer.weight = nn.Parameter(pack(torch.randn(SIZE, SIZE), "nf4", 256), requires_grad=False)
+    layer.weight = nn.Parameter(quantize(torch.randn(SIZE, SIZE), "nf4", 256), requires_grad=False)
     adapt_linear(layer, 4, 1.0, dropout=0.5, dora=True, dtype=torch.float32)
     kept: list[int] = []
 

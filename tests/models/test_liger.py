@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.autograd import Function
 
-from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels
-from automodel_trainer.models.kernels.libraries import _liger
+from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
+from automodel_trainer.models.kernels.libraries._liger import LIGER
 from automodel_trainer.models.kernels.mlp import swap_gated_mlps
 from automodel_trainer.models.kernels.norm import swap_norms
 from automodel_trainer.models.kernels.rope import restore_rope, swap_rope
@@ -80,13 +80,13 @@ def test_the_compiler_looks_into_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block with all of them is one graph, and the same one for every layer."""
     ops = SimpleNamespace(LigerRMSNormFunction=Normed, LigerSiLUMulFunction=Gated, LigerRopeFunction=Rotated)
     ops.LigerLayerNormFunction = ops.LigerGELUMulFunction = None
-    monkeypatch.setattr(_liger, "liger", lambda option: ops)
+    monkeypatch.setattr(LIGER, "load", lambda: ops)
     ids, losses = torch.randint(5, 260, (2, 16)), []
     for compiled in (False, True):
         model = tiny_model("qwen3", num_hidden_layers=3).train()
-        swap_norms(model, _liger.norm_kernel)
-        swap_gated_mlps(model, _liger.gate_kernel)
-        swap_rope(model, _liger.rope_kernel(), torch.device("cpu"))
+        swap_norms(model, LIGER.norm)
+        swap_gated_mlps(model, LIGER.activation)
+        swap_rope(model, LIGER.rope(), torch.device("cpu"))
         if compiled:
             torch._dynamo.reset()
             counters.clear()

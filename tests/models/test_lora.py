@@ -189,7 +189,7 @@ def test_from_config_gives_the_base_the_weights_it_has_without_adapters() -> Non
         ({"modules_to_save": ["head"]}, "'head' matches nothing. There are: .*lm_head"),
         ({"modules_to_save_lr": 1e-5}, "modules_to_save names nothing"),
         ({"quantize": "int2"}, "Allowed: nf4"),
-        ({"quantize": "nf4", "init": "pissa"}, "cannot be packed"),
+        ({"quantize": "nf4", "init": "pissa"}, "cannot be quantized"),
     ],
 )
 def test_bad_input(lora: dict[str, Any], message: str) -> None:

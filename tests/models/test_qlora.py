@@ -14,7 +14,7 @@ from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig, adapters
 from automodel_trainer.models.lora.adapter_files import save_adapter
 from automodel_trainer.models.quantization import quantize
-from automodel_trainer.models.quantization.quantize import is_packed
+from automodel_trainer.models.quantization.quantize import is_quantized
 from automodel_trainer.modules.optim import OptimizerConfig, build_optimizer
 from tests.beside import use
 from tests.harness import NextToken, close, make_strategy, random_rows
@@ -48,7 +48,7 @@ def test_base_is_packed_and_near_what_it_was(base: Path) -> None:
     plain = tiny_model("llama")
     for adapter in adapters(model):
         weight = adapter.module.weight
-        assert is_packed(weight)
+        assert is_quantized(weight)
         assert not weight.requires_grad
         exact = plain.get_submodule(adapter.target).weight
         block = exact.reshape(-1, 64).abs().amax(dim=1, keepdim=True)
@@ -56,7 +56,7 @@ def test_base_is_packed_and_near_what_it_was(base: Path) -> None:
         assert error.max() < 0.16  # half of the widest gap between two levels, and the rounding of the scales
         packed = sum(getattr(weight, part).nbytes for part in ("quantized_data", "quantized_scalers"))
         assert packed <= 0.6 * weight.numel()
-    assert not is_packed(model.lm_head.weight)
+    assert not is_quantized(model.lm_head.weight)
     assert (model(IDS).logits - plain(IDS).logits).abs().mean() < 0.05
 
 
@@ -99,14 +99,14 @@ def test_one_weight_at_a_time(base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     original = quantize.packed
 
     def packed(weight: torch.Tensor, packing: str) -> torch.nn.Parameter:
-        events.append(sum(not w.is_meta and not is_packed(w) for w in quantize.packed_weights(models[0])))
+        events.append(sum(not w.is_meta and not is_quantized(w) for w in quantize.quantized_weights(models[0])))
         return original(weight, packing)
 
     models: list[Any] = []
-    prepare = quantize.prepare_packing
+    prepare = quantize.prepare_quantization
     monkeypatch.setattr(quantize, "packed", packed)
     monkeypatch.setattr(
-        "automodel_trainer.models.lora.apply.prepare_packing",
+        "automodel_trainer.models.lora.apply.prepare_quantization",
         lambda model, packing: (models.append(model), prepare(model, packing)),
     )
     AutoModelForCausalLM.from_pretrained(base, lora=LoRAConfig(rank=4, quantize="nf4"))

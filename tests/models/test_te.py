@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from automodel_trainer.models import AutoModelForCausalLM
-from automodel_trainer.models.kernels import attention
-from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels, kernels_in_use
-from automodel_trainer.models.kernels.linear import TELinear, convert_to_te
+from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, attention, kernels_in_use
+from automodel_trainer.models.kernels.libraries import _transformer_engine
+from automodel_trainer.models.kernels.libraries._transformer_engine import TRANSFORMER_ENGINE
+from automodel_trainer.models.kernels.library import Offer
+from automodel_trainer.models.kernels.linear import SwappedLinear, swap_linear_layers
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.strategies.base.activation_checkpointing import apply_activation_checkpointing
@@ -52,6 +54,7 @@ def same(found: Any, wanted: Any, tolerance: float = 1e-5) -> None:
 def test_the_same_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms of every kind, linear layers with and without bias, and attention; loss, gradients and names are kept."""
     monkeypatch.setattr(attention, "_HALF", (torch.float32,))
+    monkeypatch.setitem(TRANSFORMER_ENGINE.offers, "attention", Offer(dtypes=(torch.float32,)))  # type: ignore[arg-type]
     options: dict[str, Any] = {"attn_implementation": "sdpa"}
     plain, model = (tiny_model(family, **options) for _ in range(2))
     for m in (plain, model):  # norms that begin as ones would hide whose weight is used
@@ -61,15 +64,13 @@ def test_the_same_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model.load_state_dict(plain.state_dict())
     names = list(model.state_dict())
     apply_kernels(model, ALL, GPU)
-    used = kernels_in_use(model)
+    used = kernels_in_use(model).texts
     assert "TransformerEngine" in used["norm"]
     assert "TransformerEngine" in used["linear"]
     assert "not " not in used["norm"]
     called: list[str] = []
-    causal = attention._transformer_engine.causal_attention
-    monkeypatch.setattr(
-        attention._transformer_engine, "causal_attention", lambda *a: (called.append("te"), causal(*a))[1]
-    )
+    causal = _transformer_engine.causal_attention
+    monkeypatch.setattr(_transformer_engine, "causal_attention", lambda *a: (called.append("te"), causal(*a))[1])
     same(step(model), step(plain))
     assert list(model.state_dict()) == names
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
@@ -98,7 +99,7 @@ def test_fp8() -> None:
     loss, gradients = step(tiny_model("llama"))
     for recipe in ("delayed", "current"):
         model = tiny_model("llama")
-        convert_to_te(model, recipe)
+        swap_linear_layers(model, TRANSFORMER_ENGINE, recipe)
         stand_in.state.updates = 0
         ours, found = step(model)
         assert ours == pytest.approx(loss.item(), rel=1e-2)
@@ -112,7 +113,7 @@ def test_fp8() -> None:
 
 def test_odd_numbers_of_tokens_are_not_multiplied_in_fp8() -> None:
     model = tiny_model("llama")
-    convert_to_te(model, "current")
+    swap_linear_layers(model, TRANSFORMER_ENGINE, "current")
     with pytest.warns(UserWarning, match="no multiple of 8 is not multiplied in fp8"):
         found = step(model, rows=1, length=13)
     same(found, step(tiny_model("llama"), rows=1, length=13))
@@ -144,12 +145,12 @@ def test_adapters(first: str) -> None:
     finish_lora(plain)
     model = tiny_model("llama")
     if first == "kernels":
-        convert_to_te(model, None)
+        swap_linear_layers(model, TRANSFORMER_ENGINE, None)
     apply_lora(model, LoRAConfig(rank=4))
     finish_lora(model)
     if first == "adapters":
-        assert len(convert_to_te(model, None)[0]) == 14
-    layers = [module for module in model.modules() if isinstance(module, TELinear)]
+        assert len(swap_linear_layers(model, TRANSFORMER_ENGINE, None)[0]) == 14
+    layers = [module for module in model.modules() if isinstance(module, SwappedLinear)]
     assert len(layers) == 14
     assert all(type(layer.lora_A) is nn.Linear for layer in layers)
     same(step(model), step(plain))
@@ -178,27 +179,29 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"fp8='delayed' is a recipe of TransformerEngine: set linear='te'"):
         apply_kernels(tiny_model("llama"), KernelsConfig(fp8="delayed"), GPU)
     with pytest.raises(ValueError, match=r"fp8='block' with linear='te': FP8 block scaled GEMM requires"):
-        convert_to_te(tiny_model("llama"), "block")
+        swap_linear_layers(tiny_model("llama"), TRANSFORMER_ENGINE, "block")
     small = tiny_model("llama", hidden_size=36, head_dim=10, intermediate_size=72)
     with pytest.raises(ValueError, match=r"linear='te' would change nothing: .* multiples of 16 \(model\.layers\.0\."):
-        convert_to_te(small, "current")
+        swap_linear_layers(small, TRANSFORMER_ENGINE, "current")
     model = tiny_model("llama")
-    convert_to_te(model, "delayed")
+    swap_linear_layers(model, TRANSFORMER_ENGINE, "delayed")
     with pytest.raises(ValueError, match="with fp8='delayed' every run changes the"):
         apply_activation_checkpointing(model, "full")
-    with pytest.raises(ValueError, match=r"computes as a .*TELinear, which takes no packed weight"):
+    with pytest.raises(ValueError, match=r"computes as a .*SwappedLinear, which takes no quantized weight"):
         apply_lora(model, LoRAConfig(rank=4, quantize="nf4"))
     packed = apply_lora(tiny_model("llama", hidden_size=64), LoRAConfig(rank=4, quantize="nf4"))
     with pytest.raises(
-        ValueError, match=r"linear='te' would change nothing: .*its weight is held packed \(lora quantize"
+        ValueError, match=r"linear='te' would change nothing: .*its weight is held quantized \(lora quantize"
     ):
-        convert_to_te(packed, None)
+        swap_linear_layers(packed, TRANSFORMER_ENGINE, None)
     packed = apply_lora(
         tiny_model("llama", hidden_size=64), LoRAConfig(rank=4, quantize="nf4", target_modules=["down_proj"])
     )
     apply_kernels(packed, KernelsConfig(attention="eager", linear="te"), GPU)
-    assert kernels_in_use(packed)["linear"].startswith(
-        "TransformerEngine (12 layers); not model.layers.0.mlp.down_proj"
+    assert (
+        kernels_in_use(packed)
+        .texts["linear"]
+        .startswith("TransformerEngine (12 layers); not model.layers.0.mlp.down_proj")
     )
 
 

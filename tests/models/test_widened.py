@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from automodel_trainer.models.auto import AutoModelForCausalLM
-from automodel_trainer.models.kernels.choose import KernelsConfig
+from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig, describe_lora
 from automodel_trainer.models.lora.adapter_files import save_adapter
 from automodel_trainer.models.lora.fuse import fuse_adapters
@@ -28,7 +28,7 @@ from tests.models.test_lora_peft import IDS, base, disturb, peft_model
 from tests.tiny import tiny_model
 
 
-def build(folder: Path, family: str = "llama", choice: str = "widened", **lora: Any) -> PreTrainedModel:
+def build(folder: Path, family: str = "llama", choice: str = "fused", **lora: Any) -> PreTrainedModel:
     kernels, config = KernelsConfig(lora=choice), LoRAConfig(**{"rank": 5, **lora})
     model = AutoModelForCausalLM.from_pretrained(base(folder, family), lora=config, kernels=kernels)
     disturb(model)
@@ -62,8 +62,8 @@ def test_three_steps_are_peft_s(tmp_path: Path, family: str) -> None:
     save_adapter(model, tmp_path / "adapter")
     reference = peft_model(tmp_path / "base", tmp_path / "adapter").train()
     compile_blocks(model, "aot_eager")
-    widened = [m for m in model.modules() if isinstance(m, LoRALinear) and m.widened is not None]
-    groups = len({id(m.widened) for m in widened})
+    widened = [m for m in model.modules() if isinstance(m, LoRALinear) and m.fused is not None]
+    groups = len({id(m.fused) for m in widened})
     assert widened
     assert (groups < len(widened)) == (family != "phi3")  # whose projections are fused
     assert f"{len(widened)} with their weights in {groups} matmuls" in str(describe_lora(model))
@@ -163,7 +163,7 @@ def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, taken: lis
 
 
 def test_the_trainer_says_what_a_step_is(tmp_path: Path, taken: list[int]) -> None:
-    module = CausalLMModule(base(tmp_path), lora=LoRAConfig(rank=5), kernels=KernelsConfig(lora="widened"))
+    module = CausalLMModule(base(tmp_path), lora=LoRAConfig(rank=5), kernels=KernelsConfig(lora="fused"))
     trainer = Trainer(
         accelerator="cpu", devices=1, strategy="fsdp2:compile=true,compile_backend=aot_eager", max_steps=2,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
@@ -207,8 +207,8 @@ def test_layers_that_share_an_input_are_found(family: str, groups: list[list[str
 def test_layers_of_two_blocks_are_never_together(tmp_path: Path) -> None:
     model = build(tmp_path / "base", choice="separate")
     keys = [name for name, m in model.named_modules() if isinstance(m, LoRALinear) and name.endswith("k_proj")]
-    fuse_adapters(model, "widened", [keys])
-    assert len(keys) == len({id(model.get_submodule(name).widened) for name in keys}) == 2
+    fuse_adapters(model, "fused", [keys])
+    assert len(keys) == len({id(model.get_submodule(name).fused) for name in keys}) == 2
 
 
 def test_a_block_that_the_compiler_cannot_take_whole(tmp_path: Path) -> None:
@@ -239,8 +239,8 @@ def test_one_of_a_group_can_be_called_alone(tmp_path: Path) -> None:
     """And the others twice: what was computed for them before is not what they would compute now."""
     model = compiled(tmp_path / "base")
     attention, x = model.model.layers[0].self_attn, torch.randn(2, 3, model.config.hidden_size)
-    group = attention.q_proj.widened
-    for group_ in (group, model.model.layers[0].mlp.gate_proj.widened):
+    group = attention.q_proj.fused
+    for group_ in (group, model.model.layers[0].mlp.gate_proj.fused):
         group_.kept_fresh = True
     refresh([group])
     plain = attention.v_proj(x)
@@ -251,7 +251,7 @@ def test_one_of_a_group_can_be_called_alone(tmp_path: Path) -> None:
 def test_what_cannot_be_widened_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="DoRA needs base and update apart"):
         build(tmp_path / "base", use_dora=True)
-    with pytest.raises(ValueError, match="Allowed: auto, widened, separate"):
+    with pytest.raises(ValueError, match="Allowed: auto, fused, separate"):
         KernelsConfig(lora="merged")
 
 
@@ -259,4 +259,4 @@ def test_auto_on_a_cpu_leaves_layers_alone(tmp_path: Path) -> None:
     model = build(tmp_path / "base", choice="auto")
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and isinstance(m, LoRALinear)]
     assert layers
-    assert all(m.widened is None for m in layers)
+    assert all(m.fused is None for m in layers)

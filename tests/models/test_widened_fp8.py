@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from automodel_trainer.models.kernels import choose as kernels
 from automodel_trainer.models.kernels.choose import KernelsConfig
 from automodel_trainer.models.kernels.fp8 import convert_to_fp8
-from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora
-from automodel_trainer.models.lora import fused_fp8 as widened_fp8
+from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora, fused_fp8
+from automodel_trainer.models.lora.fuse import Fusion
 from automodel_trainer.models.lora.fused import refresh
 from automodel_trainer.models.lora.fused_fp8 import FusedFp8
 from automodel_trainer.models.lora.layers import LoRALinear, adapt_linear
-from automodel_trainer.models.quantization.quantized_tensor import pack
+from automodel_trainer.models.quantization.quantized_tensor import quantize
+from automodel_trainer.models.record import record_of
 from automodel_trainer.nn.shared_input import layers_with_one_input
 from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.harness import relative_error
@@ -36,7 +37,7 @@ def layers(weight_scale: float, b_scale: float = 1.0) -> list[LoRALinear]:
     made = []
     for index, (out, rank) in enumerate(SIZES):
         layer: Any = nn.Linear(INPUTS, out, bias=False)
-        packed = pack(torch.randn(out, INPUTS) * weight_scale * 10**index, "fp8-tensorwise", 0)
+        packed = quantize(torch.randn(out, INPUTS) * weight_scale * 10**index, "fp8-tensorwise", 0)
         layer.weight = nn.Parameter(packed, requires_grad=False)
         adapt_linear(layer, rank, 0.5 + index, dropout=0.0, dora=False, dtype=torch.float32)
         nn.init.normal_(layer.lora_A.weight)
@@ -104,7 +105,7 @@ def test_tokens_of_very_different_size_are_each_as_exact() -> None:
 def test_rows_are_scaled_in_the_matmul_or_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = []
     for limit in (0, 2**26):
-        monkeypatch.setattr(widened_fp8, "_SCALED_BY_CUBLAS", limit)
+        monkeypatch.setattr(fused_fp8, "_SCALED_BY_CUBLAS", limit)
         torch.manual_seed(0)
         members = layers(1.0)
         x = torch.randn(TOKENS, INPUTS, requires_grad=True)
@@ -139,13 +140,13 @@ def test_b_begins_as_zero() -> None:
     assert relative_error(members[0].lora_B.weight.grad, reference) < 1e-5
 
 
-def adapted(fp8: bool = True, dropout: float = 0.0, kernel: str = "widened") -> Any:
+def adapted(fp8: bool = True, dropout: float = 0.0, kernel: str = "fused") -> Any:
     model = tiny_model("llama")
     apply_lora(model, LoRAConfig(rank=4, dropout=dropout))
     if fp8:
         convert_to_fp8(model, "tensorwise", CPU, emulate=True)
         names = [adapter.target for adapter in adapters(model)]
-        model.lora_kernel = kernel, layers_with_one_input(model, names)
+        record_of(model).keep(Fusion(kernel, layers_with_one_input(model, names)))
     finish_lora(model)
     disturb(model)
     for adapter in adapters(model):  # an update as large as the weight would be as far off as the weight is
@@ -157,7 +158,7 @@ def adapted(fp8: bool = True, dropout: float = 0.0, kernel: str = "widened") -> 
 
 def test_a_model_trains_as_its_full_precision_twin_does() -> None:
     exact, model = adapted(fp8=False), adapted()
-    groups = {id(adapter.module.widened) for adapter in adapters(model)}
+    groups = {id(adapter.module.fused) for adapter in adapters(model)}
     assert len(groups) == 8  # of two blocks: q, k, v; o; gate, up; down
     for _ in range(2):  # the factors of the second step are others
         expected, wanted = step(exact)
@@ -185,16 +186,16 @@ def test_dropout_needs_base_and_update_apart() -> None:
 def train_counted(spec: str, world_size: int, base: Path) -> tuple[dict[str, Any], list[int]]:
     """And of how many groups the factors were taken in, each time."""
     counts: list[int] = []
-    border = widened_fp8._border
+    border = fused_fp8._border
 
     def counted(scale: Tensor, *args: Any) -> Any:
         counts.append(len(scale))
         return border(scale, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(widened_fp8, "_border", counted)
+        patch.setattr(fused_fp8, "_border", counted)
         patch.setattr(kernels, "convert_to_fp8", partial(convert_to_fp8, emulate=True))
-        chosen = KernelsConfig(fp8="tensorwise", lora="widened", attention="eager")
+        chosen = KernelsConfig(fp8="tensorwise", lora="fused", attention="eager")
         return train_lora(spec, world_size, "bf16", base, {}, chosen), counts
 
 

@@ -1,8 +1,22 @@
 """What a model computes with: one file for each part of a model, one file for each library.
 
-Start with `choose.py`: the `kernels:` section, and how each choice is applied. Each library is in `libraries/`.
+Start with `config.py` (the `kernels:` section) and `choose.py` (how each choice is applied). `library.py` is what a
+library has to say about itself; `registry.py` finds libraries, those of `libraries/` and other packages'.
 """
 
-from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels
+from automodel_trainer.models.kernels.choose import KernelsInUse, apply_kernels, check_compiled, kernels_in_use
+from automodel_trainer.models.kernels.config import KernelsConfig
+from automodel_trainer.models.kernels.library import Fp8Recipe, KernelLibrary, Offer
+from automodel_trainer.models.kernels.registry import register
 
-__all__ = ["KernelsConfig", "apply_kernels"]
+__all__ = [
+    "Fp8Recipe",
+    "KernelLibrary",
+    "KernelsConfig",
+    "KernelsInUse",
+    "Offer",
+    "apply_kernels",
+    "check_compiled",
+    "kernels_in_use",
+    "register",
+]

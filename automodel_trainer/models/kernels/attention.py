@@ -1,10 +1,9 @@
-"""Attention for packed rows, as a Hugging Face attention function: no mask of `s × s` is ever made.
+"""Attention for packed rows, as a Hugging Face attention function that never makes a mask of `s × s`.
 
-Transformers describes packed rows by a mask `[b, 1, s, s]`, with which attention can use neither its fastest kernels
-nor the fact that most of a row is not looked at. FlexAttention (arXiv 2412.05496) wants to know only which blocks of
-128 tokens look at each other, and that follows from where documents begin: the block mask is made once per forward and
-kind of layer, without waiting for the device. Rows of one document go to `sdpa`, which has faster kernels for them, or
-to one of its kernels, or another library's, by name (`KERNELS`).
+Transformers describes packed rows by a mask `[b, 1, s, s]`. With such a mask attention cannot use its fastest kernels,
+and it cannot skip the parts of a row that no query looks at. FlexAttention (arXiv 2412.05496) only needs to know which
+blocks of 128 tokens look at each other, and that follows from where documents begin. We make this block mask once per
+forward and kind of layer, without waiting for the device. Rows of one document go to the kernel of a library.
 """
 
 from __future__ import annotations
@@ -17,27 +16,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from automodel_trainer.models.kernels.libraries import _transformer_engine
+from automodel_trainer.models.kernels.library import AttentionFunction, KernelLibrary, wrong_dtype
+from automodel_trainer.models.kernels.registry import find, libraries
 from automodel_trainer.nn.documents import current_documents
 
-NAME = "amt_flex"
-# Names that transformers gets to know; it takes any with "flash" in it for the flash-attn package.
-KERNELS = {"flex": NAME, "cudnn": "amt_cudnn", "flash": "amt_fa", "te": "amt_te"}
-TEXTS = {  # for the ledger
-    NAME: "FlexAttention for packed rows, sdpa for others",
-    "amt_cudnn": "FlexAttention for packed rows, cuDNN for others",
-    "amt_fa": "FlexAttention for packed rows, torch's FlashAttention for others",
-    "amt_te": "FlexAttention for packed rows, TransformerEngine for others",
-}
 BLOCK = 128
 _HALF = (torch.bfloat16, torch.float16)
+
+
+def attention_name(kernel: str) -> str:
+    """The name under which transformers knows a library's attention.
+
+    Transformers takes any name with "flash" in it for one of the flash-attn package.
+    """
+    return f"amt_{kernel.replace('flash', 'fa')}"
+
+
+NAME = attention_name("flex")
+
+
+def attention_text(name: str) -> str:
+    """For the ledger: what the attention of this name in transformers is."""
+    titles = {attention_name(lib.name): lib.title for lib in libraries() if "attention" in lib.offers}
+    return f"FlexAttention for packed rows, {titles[name]} for others" if name in titles else name
 
 
 def install_attention_kernel(model: PreTrainedModel, kernel: str = "flex") -> None:
@@ -46,21 +53,24 @@ def install_attention_kernel(model: PreTrainedModel, kernel: str = "flex") -> No
     Rows with a mask of their own (padding, windows) go to `sdpa` as before.
 
     Args:
-        kernel: of `KERNELS`; "flex" lets torch choose one for rows of one document.
+        kernel: name of a library that offers attention. With "flex" torch chooses a kernel for rows of one document.
 
     Raises:
-        ValueError: the model needs something of attention that this does not do.
+        ValueError: there is no such library, or the model needs something of attention that this cannot do.
     """
+    library = find("attention", kernel)
+    if library is None:
+        raise ValueError(f"No kernel library with attention is called {kernel!r}.")
     obstacle = flex_obstacle(model)
     if obstacle:
         raise ValueError(
             f"attention={kernel!r} does not fit {type(model).__name__}: {obstacle}. Use 'sdpa' or 'eager'."
         )
-    if kernel == "te":
-        _transformer_engine.transformer_engine("attention='te'")
-    name = KERNELS[kernel]
-    AttentionInterface.register(name, partial(_attention, _PLAIN[kernel]))
-    AttentionMaskInterface.register(name, partial(_mask, kernel=kernel))
+    plain = library.attention()
+    name = attention_name(kernel)
+    is_sdpa = plain is sdpa_attention_forward
+    AttentionInterface.register(name, partial(_attention, plain if is_sdpa else _in_its_dtype(plain, library)))
+    AttentionMaskInterface.register(name, partial(_mask, kernel=None if is_sdpa else kernel))
     model.set_attn_implementation(name)
 
 
@@ -81,11 +91,11 @@ def flex_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def document_block_mask(numbers: Tensor, window: int | None = None) -> BlockMask:
-    """Causal attention within documents, as FlexAttention wants it.
+    """The block mask of causal attention within documents, for FlexAttention.
 
     Args:
         numbers: int64 `[b, s]`, see `set_documents`.
-        window: tokens that a query sees, itself included; None: all before it.
+        window: how many tokens a query sees, itself included; None: all before it.
     """
     length = numbers.shape[1]
     blocks = -(-length // BLOCK)
@@ -93,12 +103,12 @@ def document_block_mask(numbers: Tensor, window: int | None = None) -> BlockMask
     first, last = padded[:, :, 0], padded.amax(-1)
     row = torch.arange(blocks, device=numbers.device)
     distance = (row[:, None] - row[None, :]) * BLOCK  # of the first tokens of a query and a key block
-    some = (distance >= 0) & (last[:, None, :] >= first[:, :, None])
+    looked_at = (distance >= 0) & (last[:, None, :] >= first[:, :, None])
     one_document = (first == last) & (padded[:, :, -1] >= 0)
     whole = (distance > 0) & (first[:, :, None] == first[:, None, :]) & one_document[:, :, None]
     whole &= one_document[:, None, :]
     if window is not None:
-        some &= distance - (BLOCK - 1) < window
+        looked_at &= distance - (BLOCK - 1) < window
         whole &= distance + BLOCK - 1 < window
 
     def looks_at(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -106,31 +116,39 @@ def document_block_mask(numbers: Tensor, window: int | None = None) -> BlockMask
         return seen if window is None else seen & (query - key < window)
 
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=looks_at, seq_lengths=(length, length)
+        *_listed(looked_at & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=looks_at, seq_lengths=(length, length)
     )
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of bool `[b, q, k]`: how many key blocks a query block has, int32 `[b, 1, q]`, and which, `[b, 1, q, k]`."""
+    """The True entries of bool `[b, q, k]` as FlexAttention wants them.
+
+    Returns:
+        how many key blocks each query block has, int32 `[b, 1, q]`, and which ones, int32 `[b, 1, q, k]`.
+    """
     which = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return blocks.sum(-1, dtype=torch.int32)[:, None], which[:, None]
 
 
 def _mask(
     *,
-    kernel: str,
+    kernel: str | None,
     dtype: torch.dtype = torch.float32,
     local_size: int | None = None,
     use_vmap: bool = False,
     **arguments: Any,
 ) -> Tensor | BlockMask | None:
-    """The block mask of packed rows in half precision, else what `sdpa` would be given."""
-    plain = arguments.get("attention_mask") is None and not use_vmap  # nothing of the model's own on top
+    """The block mask of packed rows in half precision, else the mask that `sdpa` would get.
+
+    Args:
+        kernel: name of the library for rows of one document; None: `sdpa` is that too.
+    """
+    plain = arguments.get("attention_mask") is None and not use_vmap  # the model adds no mask of its own
     documents = current_documents()
     if documents is not None and dtype in _HALF and plain:
         return document_block_mask(documents, local_size)
     mask: Tensor | None = sdpa_mask(dtype=dtype, local_size=local_size, use_vmap=use_vmap, **arguments)
-    if mask is not None and kernel != "flex" and torch.is_grad_enabled():
+    if mask is not None and kernel is not None and torch.is_grad_enabled():
         _warn_of_masks(kernel)
     return mask
 
@@ -145,7 +163,7 @@ def _warn_of_masks(kernel: str) -> None:
 
 
 def _attention(
-    plain: Callable[..., Any],
+    plain: AttentionFunction,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -158,46 +176,22 @@ def _attention(
         attend: Callable[..., Any] = flex_attention_forward
     else:
         causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
-        whole = attention_mask is None and query.shape[2] == key.shape[2] > 1  # neither masked nor from a cache
+        whole = attention_mask is None and query.shape[2] == key.shape[2] > 1  # no mask, and no cache
         attend = plain if whole and causal else sdpa_attention_forward
-        if attend is not sdpa_attention_forward:
-            query, key, value = _in_half_precision(query, key, value)
     return attend(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
 
 
-def _in_half_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As autocast has it; ValueError where they stay in another precision."""
-    kind = tensors[0].device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensors[0].dtype
-    if dtype not in _HALF:
-        raise ValueError(
-            f"kernels attention: this kernel computes in bf16 or fp16, and the run in {dtype}. Set precision='bf16', "
-            "or attention='sdpa'."
-        )
-    return tuple(tensor.to(dtype) for tensor in tensors)
+def _in_its_dtype(plain: AttentionFunction, library: KernelLibrary) -> AttentionFunction:
+    """The library's attention, given tensors in the dtype that autocast would cast to, or refusing that dtype."""
+    allowed = library.offers["attention"].dtypes
 
-
-def _through(backend: SDPBackend) -> Callable[..., Any]:
-    def attend(*args: Any, **kwargs: Any) -> Any:
-        with sdpa_kernel(backend):
-            return sdpa_attention_forward(*args, **kwargs)
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        kind = query.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+        if allowed and dtype not in allowed:
+            raise ValueError(wrong_dtype(dtype, library, "attention"))
+        return plain(module, query.to(dtype), key.to(dtype), value.to(dtype), attention_mask, **kwargs)
 
     return attend
-
-
-def _through_te(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    if any(kwargs.get(name) for name in ("dropout", "softcap")) or any(
-        kwargs.get(name) is not None for name in ("s_aux", "position_bias")
-    ):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    return _transformer_engine.causal_attention(query, key, value, kwargs.get("scaling")), None
-
-
-_PLAIN: dict[str, Callable[..., Any]] = {
-    "flex": sdpa_attention_forward,
-    "cudnn": _through(SDPBackend.CUDNN_ATTENTION),
-    "flash": _through(SDPBackend.FLASH_ATTENTION),
-    "te": _through_te,
-}

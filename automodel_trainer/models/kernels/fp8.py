@@ -1,8 +1,8 @@
-"""Linear layers that multiply in fp8.
+"""Linear layers that multiply in fp8, by torchao.
 
-Trained weights are cast on the fly, as inputs and gradients are (torchao); where FSDP2 shards them, before they are
-gathered (`strategies/data_parallel/fp8_gather.py`). The frozen weights under adapters are cast once, when they are read, and held in
-fp8 (`models/quantization/fp8_weight.py`).
+torchao casts trained weights in every forward, as it casts inputs and gradients. Under FSDP2 they are cast before they
+are gathered (`strategies/data_parallel/fp8_gather.py`). The frozen weights under adapters are cast once, when they are
+read, and held in fp8 (`models/quantization/fp8_weight.py`).
 
 Source: torchao.float8; FP8 formats, arXiv 2209.05433.
 """
@@ -21,7 +21,8 @@ from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.quantization.fp8_layers import TENSORWISE, Fp8Layers
 from automodel_trainer.models.quantization.fp8_shared_input import multiply_together
 from automodel_trainer.models.quantization.fp8_weight import MULTIPLE
-from automodel_trainer.models.quantization.quantize import pack_linear
+from automodel_trainer.models.quantization.quantize import quantize_linear
+from automodel_trainer.models.record import record_of
 from automodel_trainer.nn.shared_input import blocks_of, layers_with_one_input
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -37,19 +38,19 @@ def convert_to_fp8(
 ) -> Fp8Layers:
     """Make the linear layers in the blocks of `model` (on meta or real, not laid out yet) multiply in fp8, in place.
 
-    Names and shapes of parameters stay; head and embeddings are left alone. Of a model that has adapters the frozen
-    weights become fp8: nothing reads them again, for merging goes back to the checkpoint that they came from.
+    Names and shapes of parameters stay; head and embeddings are left alone. In a model with adapters the frozen weights
+    become fp8. Nothing else needs them in full precision: a merge reads the base checkpoint again.
 
     Args:
         recipe: "tensorwise" (fastest), "rowwise" (more exact), "rowwise_with_gw_hp" (gradients of weights in bf16).
         device: that will compute.
-        emulate: compute in fp32 what fp8 would: for a device without it.
-        all_gather: FSDP2 shall gather trained weights in fp8: "auto" where it can, True (else an error), or False.
+        emulate: compute the same in fp32, for a device without fp8.
+        all_gather: whether FSDP2 gathers trained weights in fp8: "auto" (if it can), True (or an error), or False.
 
     Raises:
-        ValueError: an unknown recipe, no torchao, a device without fp8, no layer whose shape suits, adapters whose
-            first values are taken out of the frozen weights, or weights to gather in fp8 that have several scales, or
-            that are frozen.
+        ValueError: an unknown recipe; no torchao; a device without fp8; no layer whose shape suits; adapters that
+            start from the frozen weights (PiSSA); or `all_gather=True` for weights that have several scales or are
+            frozen.
     """
     if recipe not in RECIPES:
         raise ValueError(f"fp8={recipe!r} is unknown. Allowed: {', '.join(RECIPES)}, or null for none.")
@@ -72,12 +73,12 @@ def convert_to_fp8(
     frozen = [name for name in converted if lora is not None and not linear[name].weight.requires_grad]
     trained = [name for name in converted if name not in frozen]
     _cast_on_the_fly(model, recipe, set(trained), emulate)
-    pack_linear(model, frozen, f"fp8-{recipe.partition('_')[0]}")
+    quantize_linear(model, frozen, f"fp8-{recipe.partition('_')[0]}")
     layers = Fp8Layers(recipe, converted, left, frozen=frozen, all_gather=all_gather)
     if all_gather is True and not layers.gatherable:
         why = "these weights are frozen, and held in fp8 anyway" if frozen else "its weights have a scale for every row"
         raise ValueError(f"fp8_all_gather=true with fp8={recipe!r}: {why}. Leave it at 'auto', or use 'tensorwise'.")
-    model.fp8_layers = layers  # type: ignore[assignment]
+    record_of(model).keep(layers)
     if recipe == TENSORWISE:
         _group(model, trained)
     return layers

@@ -1,100 +1,107 @@
-"""Linear layers that multiply through TransformerEngine, in bf16 or fp8; parameters and their names stay.
-
-FP8 formats and delayed scaling, arXiv 2209.05433.
-"""
+"""Linear layers that multiply with a library's kernel, in the dtype of their input or in fp8. Parameters stay."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from automodel_trainer.models.kernels.libraries._transformer_engine import (
-    MULTIPLES,
-    RECIPES,
-    LinearKernel,
-    check_recipe,
-    recipe,
-    scaled,
-    transformer_engine,
-)
+from automodel_trainer.models.kernels.library import Fp8Recipe, KernelLibrary, LinearKernel, within_dtypes
 from automodel_trainer.models.kernels.linear_layers import block_linear_layers
 from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.quantization.fp8_layers import Fp8Layers
+from automodel_trainer.models.quantization.quantize import QuantizedWeights
+from automodel_trainer.models.record import record_of
 from automodel_trainer.nn.mixing import mixed
+from automodel_trainer.nn.wrap import Forward, wrap
 
 
-class TELinear(nn.Linear):
-    """A linear layer that multiplies with `kernel`. Mixed in by `convert_to_te`."""
+class SwappedLinear(nn.Linear):
+    """A linear layer that multiplies with `linear_kernel`. Mixed in by `swap_linear_layers`."""
 
-    kernel: LinearKernel
-    packable = False  # see models/quantization/quantize.py
+    linear_kernel: LinearKernel
+    quantizable = False  # see models/quantization/quantize.py
 
     def forward(self, x: Tensor) -> Tensor:
-        # The bias is added here: layers cut by rows take it away meanwhile, for it is added once and not once per rank.
-        y = self.kernel(x, self.weight)
+        # The bias is added here: layers that are cut by rows remove it, because one rank alone may add it.
+        y = self.linear_kernel(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 
-def convert_to_te(model: PreTrainedModel, fp8: str | None) -> tuple[list[str], dict[str, str]]:
-    """Make the linear layers in the blocks of `model` (on meta or real, not laid out yet) multiply through
-    TransformerEngine, in place. Head and embeddings are left alone.
+def swap_linear_layers(
+    model: PreTrainedModel, library: KernelLibrary, fp8: str | None
+) -> tuple[list[str], dict[str, str]]:
+    """Make the linear layers in the blocks of `model` multiply with a library's kernels, in place.
+
+    Head and embeddings are left alone.
 
     Args:
-        fp8: None multiplies in the inputs' dtype; "delayed" scales by the largest values of steps before (fastest),
-            "current" by those of the tensor itself, "block" by those of blocks of 128.
+        model: on meta or real, not laid out yet.
+        fp8: one of the library's recipes; None multiplies in the dtype of the input.
 
     Returns:
-        names of the layers, and of every other linear layer of the blocks -> why.
+        names of the swapped layers; and of every other linear layer of the blocks, with the reason.
 
     Raises:
-        ValueError: not installed, an unknown recipe, a device that has it not, or no layer that suits.
+        ValueError: an unknown recipe, one that this machine does not have, or no layer that suits.
     """
-    if fp8 is not None and fp8 not in RECIPES:
-        raise ValueError(
-            f"fp8={fp8!r} is not for linear='te'. Allowed: {', '.join(RECIPES)}, or null (torchao's recipes are for "
-            "linear='torch')."
-        )
-    transformer_engine("linear='te'")
-    if fp8 is not None:
-        check_recipe(fp8)
+    recipe = _recipe(library, fp8)
     linear = block_linear_layers(model)
-    left = {name: why for name, module in linear.items() if (why := _unsuitable(module, fp8))}
-    converted = [name for name in linear if name not in left]
-    if not converted:
-        found = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
+    swapped: list[str] = []
+    left: dict[str, str] = {}
+    for name, layer in linear.items():
+        kernel = _unsuitable(layer, recipe) or library.linear(layer, fp8)
+        if isinstance(kernel, str):
+            left[name] = kernel
+            continue
+        layer.__class__ = SwappedLinear if type(layer) is nn.Linear else mixed(LoRALinear, SwappedLinear)  # type: ignore[assignment]
+        layer.linear_kernel = within_dtypes(kernel, library, "linear")  # type: ignore[assignment]
+        swapped.append(name)
+    if not swapped:
+        raise ValueError(_nothing_suits(model, library, recipe, left))
+    if fp8 is not None and recipe is not None:
+        record_of(model).keep(Fp8Layers(f"{library.title}, {fp8}", swapped, left, recipe.has_history))
+        if (context := library.around_forward(fp8)) is not None:
+            wrap(model, partial(_inside, context))
+    return swapped, left
+
+
+def _recipe(library: KernelLibrary, fp8: str | None) -> Fp8Recipe | None:
+    if fp8 is None:
+        return None
+    choice = f"linear={library.name!r}"
+    if fp8 not in library.recipes:
+        allowed = ", ".join([*library.recipes, "null"]) if library.recipes else "null"
         raise ValueError(
-            f"linear='te' would change nothing: {type(model).__name__} has no plain linear layer in its blocks"
-            + (f" with sides that are multiples of {MULTIPLES[fp8]}" if fp8 else "")
-            + (f" ({found})." if found else ".")
-            + " Leave linear at 'torch'."
+            f"fp8={fp8!r} is not for {choice}. Allowed: {allowed} (torchao's recipes are for linear='torch')."
         )
-    for name in converted:
-        module = linear[name]
-        module.__class__ = TELinear if type(module) is nn.Linear else mixed(LoRALinear, TELinear)  # type: ignore[assignment]
-        module.kernel = LinearKernel(fp8)  # type: ignore[assignment]
-    if fp8 is not None:
-        model.fp8_layers = Fp8Layers(f"TransformerEngine, {fp8}", converted, left, fp8 == "delayed")  # type: ignore[assignment]
-    if fp8 == "delayed":
-        _scale_once_per_forward(model, recipe(fp8))
-    return converted, left
+    if (obstacle := library.recipe_obstacle(fp8)) is not None:
+        raise ValueError(f"fp8={fp8!r} with {choice}: {obstacle}. Set fp8 to null.")
+    return library.recipes[fp8]
 
 
-def _scale_once_per_forward(model: PreTrainedModel, scaling: Any) -> None:
-    """Scales change when the outermost forward ends, so that has to be the model's."""
-    from automodel_trainer.nn.wrap import wrap  # strategies import models
-
-    def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
-        with scaled(scaling):
-            return original(*args, **kwargs)
-
-    wrap(model, forward)
+def _unsuitable(layer: nn.Linear, recipe: Fp8Recipe | None) -> str | None:
+    if recipe and (layer.in_features % recipe.multiple or layer.out_features % recipe.multiple):
+        return f"{layer.out_features} × {layer.in_features}"
+    if isinstance(layer, QuantizedWeights):
+        return "its weight is held quantized (lora quantize)"
+    return None if type(layer) in (nn.Linear, LoRALinear) else f"a {type(layer).__name__}"
 
 
-def _unsuitable(module: nn.Linear, fp8: str | None) -> str | None:
-    if fp8 and (module.in_features % MULTIPLES[fp8] or module.out_features % MULTIPLES[fp8]):
-        return f"{module.out_features} × {module.in_features}"
-    if hasattr(module, "packing"):
-        return "its weight is held packed (lora quantize)"
-    return None if type(module) in (nn.Linear, LoRALinear) else f"a {type(module).__name__}"
+def _nothing_suits(
+    model: PreTrainedModel, library: KernelLibrary, recipe: Fp8Recipe | None, left: dict[str, str]
+) -> str:
+    found = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
+    return (
+        f"linear={library.name!r} would change nothing: {type(model).__name__} has no plain linear layer in its blocks"
+        + (f" with sides that are multiples of {recipe.multiple}" if recipe else "")
+        + (f" ({found})." if found else ".")
+        + " Leave linear at 'torch'."
+    )
+
+
+def _inside(context: Any, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    with context():
+        return forward(*args, **kwargs)

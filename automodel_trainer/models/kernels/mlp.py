@@ -1,6 +1,6 @@
-"""Gated MLPs (GLU variants, arXiv 2002.05202) that compute act(gate) · up with another library's kernel.
+"""Gated MLPs (GLU variants, arXiv 2002.05202) that compute act(gate) · up with a library's kernel.
 
-An MLP is recognised by what it computes, not by its name: down(act(gate(x)) · up(x)) of three linear layers.
+An MLP is recognised by what it computes, not by its name: down(act(gate(x)) · up(x)), with three linear layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from automodel_trainer.nn.mixing import mixed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 GateKernel = Callable[[Tensor, Tensor], Tensor]
-_WIDTH, _INNER = 8, 12  # of the small copy that is looked at
+_WIDTH, _INNER = 8, 12  # of the small copy that is tested
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class SwappedMLP(nn.Module):
 
 
 def swap_gated_mlps(model: nn.Module, make: Callable[[GatedMLP], GateKernel | str]) -> tuple[list[str], dict[str, str]]:
-    """Make the gated MLPs of `model` (on meta or real, not laid out yet) compute with other kernels, in place.
+    """Make the gated MLPs of `model` (on meta or real, not laid out yet) compute with a library's kernels, in place.
 
     Args:
-        make: a kernel of gate and up `[..., n]`, or why there is none.
+        make: returns a kernel of gate and up `[..., n]`, or why there is none.
 
     Returns:
-        names of those that were swapped, and of those that look like one and were not -> why.
+        names of the swapped MLPs; and of those that look like one and were not swapped, with the reason.
     """
     swapped: list[str] = []
     left: dict[str, str] = {}
@@ -76,7 +76,7 @@ def swap_gated_mlps(model: nn.Module, make: Callable[[GatedMLP], GateKernel | st
 
 
 def recognise(module: nn.Module) -> GatedMLP | None:
-    """Which layer has which part, found with small random layers in a copy; None: it computes something else."""
+    """Find which layer is which, by a copy with small random layers; None: the module computes something else."""
     sizes = {name: (layer.in_features, layer.out_features) for name, layer in _linear(module).items()}
     if len(sizes) != 3 or any(_matters(child) for child in _others(module)):
         return None
@@ -98,7 +98,7 @@ def _is(module: nn.Module, roles: GatedMLP) -> bool:
     wanted = layers[roles.down](ACTIVATIONS[roles.activation](layers[roles.gate](x)) * layers[roles.up](x))
     try:
         found = probe(x)
-    except Exception:  # whatever it wants, it is not what a gated MLP wants
+    except Exception:  # it wants other arguments than a gated MLP
         return False
     return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-5)
 
@@ -112,7 +112,7 @@ def _small_copy(module: nn.Module, roles: GatedMLP, generator: torch.Generator) 
         for parameter in small.parameters():
             parameter.normal_(generator=generator)
         probe._modules[name] = small
-    probe.training = True  # a dropout of its own shows
+    probe.training = True  # so that a dropout of its own shows
     return probe
 
 
@@ -125,6 +125,6 @@ def _others(module: nn.Module) -> list[nn.Module]:
 
 
 def _matters(module: nn.Module) -> bool:
-    """An activation with parameters of its own, or dropout."""
+    """Whether the module has parameters or dropout, which a kernel would leave out."""
     drops = any(isinstance(part, nn.Dropout) and part.p for part in module.modules())
     return drops or next(module.parameters(), None) is not None

@@ -1,4 +1,4 @@
-"""Norms that compute with another library's kernel. A norm is recognised by what it computes, not by its name.
+"""Norms that compute with a library's kernel. A norm is recognised by what it computes, not by its name.
 
 RMSNorm, arXiv 1910.07467; LayerNorm, arXiv 1607.06450.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from automodel_trainer.nn.mixing import mixed
 
-# Rows at two sizes: in the small ones it shows which number is added to the variance.
+# Rows of two sizes. The results of small rows depend on eps, so they show its value.
 _SCALES = (1.0, 1e-3)
 
 
@@ -24,10 +24,10 @@ class Norm:
     """What a norm computes over the last dimension of x.
 
     Args:
-        centred: the mean is subtracted (LayerNorm), else not (RMSNorm).
-        eps: what is added to the variance.
-        offset: what is added to the weight: 0, or 1 where weights are kept around zero.
-        wide: the product with the weight is taken before the result is cast back, not after.
+        centred: whether the mean is subtracted (LayerNorm) or not (RMSNorm).
+        eps: added to the variance.
+        offset: added to the weight: 0, or 1 for weights that are stored around zero.
+        wide: whether the result is multiplied with the weight before it is cast back, or after.
     """
 
     centred: bool
@@ -62,13 +62,13 @@ class SwappedNorm(nn.Module):
 
 
 def swap_norms(model: nn.Module, make: Callable[[Norm], NormKernel | str]) -> tuple[list[str], dict[str, str]]:
-    """Make the norms of `model` (on meta or real, not laid out yet) compute with other kernels, in place.
+    """Make the norms of `model` (on meta or real, not laid out yet) compute with a library's kernels, in place.
 
     Args:
-        make: a kernel for such norms, or why there is none. A kernel takes x `[..., n]`, weight and bias `[n]`.
+        make: returns a kernel for such norms, or why there is none. A kernel takes x `[..., n]`, weight and bias `[n]`.
 
     Returns:
-        names of those that were swapped, and of those that look like a norm and were not -> why.
+        names of the swapped norms; and of those that look like a norm and were not swapped, with the reason.
     """
     swapped: list[str] = []
     left: dict[str, str] = {}
@@ -91,7 +91,7 @@ def swap_norms(model: nn.Module, make: Callable[[Norm], NormKernel | str]) -> tu
 
 
 def recognise(module: nn.Module) -> Norm | None:
-    """What norm a module is: the one whose results are the same for random weights and inputs."""
+    """Which norm a module computes: the one with the same results for random weights and inputs; None: no norm."""
     try:
         probe = copy.deepcopy(module).to_empty(device="cpu").float()
     except (RuntimeError, NotImplementedError):
@@ -116,7 +116,7 @@ def recognise(module: nn.Module) -> Norm | None:
 
 
 def _is_wide(probe: nn.Module, norm: Norm, inputs: Tensor) -> bool:
-    """Which of the two ways of rounding comes closer to the module's own in half precision."""
+    """Which order of rounding is closer to the module's own results in half precision."""
     half, inputs = probe.bfloat16(), inputs.bfloat16()
     outputs = _outputs(half, inputs)
     if outputs is None:
@@ -134,13 +134,13 @@ def _is_wide(probe: nn.Module, norm: Norm, inputs: Tensor) -> bool:
 def _outputs(probe: nn.Module, inputs: Tensor) -> Tensor | None:
     try:
         outputs = probe(inputs)
-    except Exception:  # whatever it wants, it is not what a norm wants
+    except Exception:  # it wants other arguments than a norm
         return None
     return outputs if isinstance(outputs, Tensor) and outputs.shape == inputs.shape else None
 
 
 def _has_the_shape(module: nn.Module) -> bool:
-    """A module without children whose parameters are a vector `weight` and perhaps a `bias`."""
+    """Whether the module has no children, and no parameters but a vector `weight` and perhaps a `bias`."""
     parameters = dict(module.named_parameters(recurse=False))
     return (
         "weight" in parameters
@@ -152,5 +152,5 @@ def _has_the_shape(module: nn.Module) -> bool:
 
 
 def _floats(module: nn.Module) -> dict[str, float]:
-    """Attributes that might be an epsilon."""
+    """Attributes that might be eps."""
     return {key: value for key, value in vars(module).items() if isinstance(value, float) and 0 <= value < 1e-2}

@@ -1,7 +1,8 @@
-"""Rotary position embedding (arXiv 2104.09864) with another library's kernel.
+"""Rotary position embedding (arXiv 2104.09864) with a library's kernel.
 
-Transformers' models rotate queries and keys with a function of their module, `apply_rotary_pos_emb`. That function is
-exchanged, for all models of the same module in this process, after a look at whether it computes what the kernel does.
+A transformers model rotates queries and keys with `apply_rotary_pos_emb`, a function of the Python module that defines
+the model. We replace this function, so all models of the same Python module in this process are affected. First we
+check, with random numbers, that the function computes what the kernel computes.
 """
 
 from __future__ import annotations
@@ -20,37 +21,46 @@ NAME = "apply_rotary_pos_emb"
 RopeKernel = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def rope_obstacle(model: PreTrainedModel) -> str | None:
+    """Why the models of `model`'s modules cannot rotate with another kernel; None: they can."""
+    homes = _homes(model)
+    if not homes:
+        return f"{type(model).__name__} has no function {NAME}(q, k, cos, sin)"
+    for home in homes:
+        if not _is_rotate_half(_original(home)):
+            return f"{home.__name__}.{NAME} rotates in another way than by halves of a head"
+    return None
+
+
 def swap_rope(model: PreTrainedModel, kernel: RopeKernel, device: torch.device) -> list[str]:
     """Make the models of `model`'s modules rotate with `kernel` on this kind of device.
 
     Args:
+        model: one that `rope_obstacle` has nothing against.
         kernel: of q `[b, h, s, d]`, k `[b, h_kv, s, d]`, cos and sin `[b, s, d]`.
 
     Returns:
         names of the functions that were exchanged.
 
     Raises:
-        ValueError: there is none, or it computes something else.
+        ValueError: there is none, or one computes something else.
     """
+    if (obstacle := rope_obstacle(model)) is not None:
+        raise ValueError(f"This kernel does not fit: {obstacle}.")
     homes = _homes(model)
-    if not homes:
-        raise ValueError(_refusal(f"{type(model).__name__} has no function {NAME}(q, k, cos, sin)"))
     for home in homes:
-        original = _original(home)
-        if not _is_rotate_half(original):
-            raise ValueError(_refusal(f"{home.__name__}.{NAME} rotates in another way than by halves of a head"))
-        setattr(home, NAME, _exchanged(original, kernel, device.type))
+        setattr(home, NAME, _exchanged(_original(home), kernel, device.type))
     return [f"{home.__name__}.{NAME}" for home in homes]
 
 
 def restore_rope(model: PreTrainedModel) -> None:
-    """Let the models of `model`'s modules rotate as they did before `swap_rope`."""
+    """Undo `swap_rope`."""
     for home in _homes(model):
         setattr(home, NAME, _original(home))
 
 
 def rotate_half(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotation that kernels compute; shapes as in `swap_rope`."""
+    """The rotation that kernels compute, in plain torch; shapes as in `swap_rope`."""
 
     def rotated(x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
@@ -59,12 +69,8 @@ def rotate_half(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     return rotated(q), rotated(k)
 
 
-def _refusal(why: str) -> str:
-    return f"rope='liger' does not fit: {why}. Leave it at 'auto'."
-
-
 def _homes(model: PreTrainedModel) -> list[ModuleType]:
-    """The Python modules of `model`'s parts that have such a function."""
+    """The Python modules that define parts of `model` and have such a function."""
     names = dict.fromkeys(type(module).__module__ for module in model.modules())
     found = [sys.modules[name] for name in names if name in sys.modules]
     return [home for home in found if callable(getattr(home, NAME, None))]
@@ -98,7 +104,7 @@ def _is_rotate_half(function: Callable[..., Any]) -> bool:
     cos, sin = angles.cos(), angles.sin()
     try:
         found = function(q, k, cos, sin)
-    except Exception:  # whatever it wants, it is not this
+    except Exception:  # it wants other arguments, so it computes something else
         return False
     wanted = rotate_half(q, k, cos, sin)
     return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted))

@@ -3,7 +3,6 @@
 from automodel_trainer.models.lora.apply import (
     adapter_names,
     apply_lora,
-    choose_lora_kernel,
     describe_lora,
     finish_lora,
     learning_rate_of,
@@ -12,6 +11,7 @@ from automodel_trainer.models.lora.apply import (
     trained_names,
 )
 from automodel_trainer.models.lora.config import LoRAConfig
+from automodel_trainer.models.lora.fuse import fuse_as_chosen
 from automodel_trainer.models.lora.layers import adapters
 
 __all__ = [
@@ -19,9 +19,9 @@ __all__ = [
     "adapter_names",
     "adapters",
     "apply_lora",
-    "choose_lora_kernel",
     "describe_lora",
     "finish_lora",
+    "fuse_as_chosen",
     "learning_rate_of",
     "lora_of",
     "starts_without_gradient",

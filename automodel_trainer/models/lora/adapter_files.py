@@ -22,19 +22,20 @@ from automodel_trainer.models.lora.config import LoRAConfig
 from automodel_trainer.models.lora.initialize import assign, whole
 from automodel_trainer.models.lora.layers import Adapter, adapters
 from automodel_trainer.models.lora.targets import Target, some
+from automodel_trainer.models.record import recorded
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _MAGNITUDE = "lora_magnitude_vector"
 _INITS = {"kaiming": True, "pissa": "pissa", "orthogonal": "orthogonal"}
-# What changes the arithmetic of an adapter in ways that are not built here.
+# Options that change the arithmetic of an adapter in ways that are not implemented here.
 _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out", "kasa_config",
     "layer_replication", "lora_bias", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora",
     "velora_config",
 )  # fmt: skip
-# Linear layers by these names are read by PEFT as parts of fused experts, where a model has such.
+# PEFT takes linear layers by these names for parts of fused experts, if a model has fused experts.
 _EXPERT_LEAVES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
@@ -45,7 +46,7 @@ def read_config(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     """The adapter_config.json of a folder or Hub repository, checked.
 
     Raises:
-        ValueError: it is missing or damaged, or describes something else than a LoRA that can be computed here.
+        ValueError: it is missing or damaged, or describes an adapter that is not implemented here.
     """
     file = resolve_folder(adapter) / CONFIG_NAME
     if not file.is_file():
@@ -87,7 +88,7 @@ def read_tensors(adapter: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def adapter_config(config: LoRAConfig) -> LoRAConfig:
-    """`config` with what its adapter on disk decides."""
+    """`config`, with the values that its adapter on disk decides."""
     assert config.adapter is not None
     saved = read_config(config.adapter)
     inits = {value: key for key, value in _INITS.items()}
@@ -100,7 +101,7 @@ def adapter_config(config: LoRAConfig) -> LoRAConfig:
         dropout=float(saved.get("lora_dropout") or 0.0),
         use_rslora=bool(saved.get("use_rslora")),
         use_dora=bool(saved.get("use_dora")),
-        # Any other first values are overwritten by the adapter's; PiSSA's are part of the base it was trained on.
+        # The adapter's values replace any other initial values. PiSSA also changed the base that it was trained on.
         init=inits.get(saved.get("init_lora_weights"), "kaiming"),  # type: ignore[arg-type]
         modules_to_save=sorted(modules),
     )
@@ -137,7 +138,7 @@ def adapter_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
 def _locate(
     model: nn.Module, path: str, tensors: Mapping[str, Tensor], saved: Mapping[str, Any], adapter: str
 ) -> tuple[str, str]:
-    """The module that PEFT's path means, and the name of the adapted parameter on it."""
+    """The name of the module that PEFT's path stands for, and of the adapted parameter on it."""
     depth = path.count(".base_layer")
     name = path.replace(".base_layer", "")
     try:
@@ -163,7 +164,7 @@ def _is_target(name: str, targets: Any) -> bool:
 
 
 def _pattern_value(patterns: Mapping[str, Any] | None, name: str, default: float) -> float:
-    """PEFT's rank_pattern and alpha_pattern: the first regular expression that the end of the name matches."""
+    """The value of the first regular expression that matches the end of the name, as in PEFT's alpha_pattern."""
     return float(next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", name)), default))
 
 
@@ -205,7 +206,7 @@ def _misfit(key: str, tensor: Tensor, name: str, weight: Tensor, adapter: str) -
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All that an adapter holds, by PEFT's names without their prefix; a tied weight under both of its names."""
+    """All tensors of an adapter, by PEFT's names without their prefix. A tied weight stands under both of its names."""
     tensors: dict[str, nn.Parameter] = {}
     ours: set[int] = set()
     for adapter in adapters(model):
@@ -224,9 +225,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.
     """Write the adapter as PEFT reads it: a few MB, whatever the size of the base. Collective.
 
     Args:
-        model: that has the adapter, laid out in any way.
-        folder: made if need be.
-        dtype: of the tensors; None keeps each as it is trained.
+        model: with the adapter, laid out in any way.
+        folder: created if it does not exist.
+        dtype: of the tensors; None keeps the dtypes that they are trained in.
 
     Raises:
         OSError: on rank 0: a file could not be written.
@@ -237,29 +238,32 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.
         path.mkdir(parents=True, exist_ok=True)
         try:
             save_file(gathered, path / WEIGHTS_NAME, metadata={"format": "pt"})
-        except SafetensorError as error:  # what safetensors makes of a full disk
+        except SafetensorError as error:  # safetensors raises this for a full disk
             raise OSError(str(error)) from error
         (path / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def gather_adapter(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """On rank 0 copies of an adapter's tensors in host memory, by PEFT's names, elsewhere none; and PEFT's
-    configuration. Collective."""
+    """Gather an adapter on rank 0. Collective.
+
+    Returns:
+        copies of its tensors in host memory by PEFT's names (empty on other ranks), and PEFT's configuration.
+    """
     gathered = {}
     first = not dist.is_initialized() or dist.get_rank() == 0
     trained = WholeTensors(model, trained_tensors(model), whole)
     for name in trained.shapes:
         full = trained.get(name)
         if first and full is not None:
-            # Tied weights stand under both names: PEFT holds two copies, and safetensors wants no shared memory.
+            # A copy each, also for tied weights: PEFT holds two, and safetensors refuses shared memory.
             gathered[PREFIX + name] = full.to("cpu", dtype, copy=True).contiguous()
     return gathered, _peft_config(model)
 
 
 def _peft_config(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "lora_config", None)
-    assert isinstance(config, LoRAConfig)
-    # of all stages, where the model is shared out over a pipeline
+    config = recorded(model, LoRAConfig)
+    assert config is not None
+    # of all stages, if the model is split over a pipeline
     found = [
         _AdapterFacts(*facts) for facts in of_all_stages(model, {a.target: _facts(a) for a in adapters(model)}).values()
     ]
@@ -294,7 +298,7 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
 
 @dataclass
 class _AdapterFacts:
-    """What PEFT's configuration says of an adapter."""
+    """What PEFT's configuration says about an adapter."""
 
     target: str
     rank: int
@@ -312,7 +316,7 @@ def _alpha(adapter: _AdapterFacts, config: LoRAConfig) -> float:
 
 
 def _short_names(targets: list[str], every: list[str]) -> list[str]:
-    """Last names (`q_proj`) where they mean the same modules, else full names."""
+    """Last names (`q_proj`) if they match the same modules, else full names."""
     leaves = {name.rpartition(".")[2] for name in targets}
     meant = {name for name in every if name.rpartition(".")[2] in leaves}
     return sorted(leaves) if meant == set(targets) else sorted(targets)

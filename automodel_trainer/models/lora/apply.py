@@ -1,4 +1,4 @@
-"""Put adapters on a model, and fill them."""
+"""Add adapters to a model, and fill them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from automodel_trainer.models._transformers import tied_weight_names
 from automodel_trainer.models.initialize import seed_of
 from automodel_trainer.models.lora.adapter_files import adapter_config, adapter_targets, load_adapter
 from automodel_trainer.models.lora.config import LoRAConfig
-from automodel_trainer.models.lora.fuse import fuse_adapters
+from automodel_trainer.models.lora.fuse import fuse_as_chosen
 from automodel_trainer.models.lora.fused_fp8 import FusedFp8
 from automodel_trainer.models.lora.initialize import initialize_adapter
 from automodel_trainer.models.lora.layers import adapt_linear, adapt_parameter, adapters, quantizable_weights
 from automodel_trainer.models.lora.targets import Target, find_targets, kind, kinds, matches
-from automodel_trainer.models.quantization.quantize import pack_weights, prepare_packing
+from automodel_trainer.models.quantization.quantize import prepare_quantization, quantize_weights
+from automodel_trainer.models.record import record_of, recorded
 
 
 def lora_of(model: nn.Module) -> LoRAConfig | None:
     """The LoRA configuration of a model that has adapters."""
-    config = getattr(model, "lora_config", None)
-    return config if isinstance(config, LoRAConfig) else None
+    return recorded(model, LoRAConfig)
 
 
 def apply_lora(
@@ -59,44 +59,38 @@ def apply_lora(
         else:
             owner, _, name = target.name.rpartition(".")
             adapt_parameter(model.get_submodule(owner), name, target.rank, target.scaling, dtype=dtype)
-    model.lora_config = replace(config, modules_to_save=saved)  # type: ignore[assignment]
+    record_of(model).keep(replace(config, modules_to_save=saved))
     if config.quantize:
-        prepare_packing(model, config.quantize, quantizable_weights(model))
+        prepare_quantization(model, config.quantize, quantizable_weights(model))
     return model
 
 
 @torch.no_grad()
 def finish_lora(model: nn.Module) -> None:
-    """Fill the adapters of a model whose base weights are real now, sharded or not. Collective.
+    """Fill the adapters of a model once its base weights are real, sharded or not. Collective.
 
-    Every adapter draws from a seed made of the config's and its name, so any layout gets the same numbers.
+    The seed of an adapter follows from the config's seed and the adapter's name, so any layout gets the same values.
     """
     config = lora_of(model)
     if config is None:
         return
     for adapter in adapters(model):
         initialize_adapter(adapter, config.init, seed_of(config.seed, adapter.target))
-    pack_weights(model)
+    quantize_weights(model)
     if config.adapter is not None:
         load_adapter(model, config.adapter)
-    choose_lora_kernel(model)
-
-
-def choose_lora_kernel(model: nn.Module) -> None:
-    """Let adapters compute as `KernelsConfig.lora` has it; without one they stay as they are."""
-    choice, groups = getattr(model, "lora_kernel", ("separate", None))
-    fuse_adapters(model, choice, groups)
+    fuse_as_chosen(model)
 
 
 def trained_names(model: nn.Module) -> set[str] | None:
-    """Names of the parameters that a checkpoint of this model holds: the trained ones. None: it has no adapters."""
+    """Names of the trained parameters, which are all that a checkpoint holds; None for a model without adapters."""
     if lora_of(model) is None:
         return None
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def adapter_names(model: nn.Module) -> set[str]:
-    """State-dict names of all adapter weights: those that no base checkpoint holds."""
+    """State-dict names of all adapter weights. No base checkpoint holds them."""
     names = set()
     for adapter in adapters(model):
         names |= {f"{adapter.prefix}lora_A.weight", f"{adapter.prefix}lora_B.weight"}
@@ -126,17 +120,17 @@ def describe_lora(model: nn.Module) -> str | None:
     text = f"rank {ranks} on {len(found)} weights: {', '.join(f'{n} × {k}' for k, n in counts.items())}"
     flags = {"DoRA": config.use_dora, "rsLoRA": config.use_rslora, f"{config.quantize} base": config.quantize}
     text += "".join(f", {flag}" for flag, is_on in flags.items() if is_on)
-    widened = [group for adapter in found if (group := getattr(adapter.module, "widened", None)) is not None]
-    if widened:
-        groups = set(widened)
-        text += f", {len(widened)} with their weights in {len(groups)} matmuls"
+    fused = [group for adapter in found if (group := getattr(adapter.module, "fused", None)) is not None]
+    if fused:
+        groups = set(fused)
+        text += f", {len(fused)} with their weights in {len(groups)} matmuls"
         more = sum(group.transposed.nbytes for group in groups if isinstance(group, FusedFp8))
         text += f" (weights by columns too: {more / 2**20:,.1f} MiB more)" if more else ""
     return text + (f"; trained whole: {', '.join(config.modules_to_save)}" if config.modules_to_save else "")
 
 
 def starts_without_gradient(model: nn.Module, name: str) -> bool:
-    """Whether it is as it should be that a parameter's first gradient is zero: A's, where B begins as zero."""
+    """Whether a parameter's first gradient is expected to be zero: that of A, because B starts as zero."""
     config = lora_of(model)
     if config is None or config.adapter is not None:
         return False
@@ -182,9 +176,9 @@ def _modules_to_save(model: nn.Module, patterns: list[str]) -> list[str]:
 
 
 def _freeze(model: nn.Module, saved: list[str], base_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
-    """Only modules_to_save are trained of the base; what is frozen and what is trained get their dtypes."""
+    """Freeze all of the base but modules_to_save, and cast frozen and trained parameters to their dtypes."""
     trained = {id(p) for name in saved for p in model.get_submodule(name).parameters()}
-    cast: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+    cast: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:

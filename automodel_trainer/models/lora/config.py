@@ -1,4 +1,4 @@
-"""What a user says about LoRA."""
+"""The `lora:` section."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from automodel_trainer.models.quantization.nf4 import PACKINGS
+from automodel_trainer.models.quantization.nf4 import SCHEMES
 
 INITS = ("kaiming", "pissa", "orthogonal")
 
@@ -16,24 +16,24 @@ class LoRAConfig:
     """Low-rank adapters on a frozen base model.
 
     Args:
-        rank: of the update B·A of every adapted weight.
+        rank: of the update B·A, for every adapted weight.
         alpha: the update is scaled by alpha / rank (rsLoRA: alpha / √rank). None: 2 · rank.
         dropout: of an adapter's input; not for fused expert weights.
         target_modules: `all-linear` (every linear layer and every fused expert weight, but not the head), a list of
             names or globs (`q_proj`, `layers.*.mlp.*`), or a regular expression over the full name.
-        exclude: names or globs to leave out again.
+        exclude: names or globs to leave out of these.
         use_rslora: scale by alpha / √rank (arXiv 2312.03732).
-        use_dora: train magnitude and direction apart (DoRA, arXiv 2402.09353).
+        use_dora: train magnitude and direction separately (DoRA, arXiv 2402.09353).
         init: `kaiming` (A random, B zero); `pissa`: the principal singular vectors, taken out of the base weight
             (arXiv 2404.02948); `orthogonal`: A and B random with B·A = 0.
-        modules_to_save: names or globs of modules that are trained whole and saved with the adapter (embeddings, head).
+        modules_to_save: names or globs of modules to train in full and to save with the adapter (embeddings, head).
         lr_ratio: the learning rate of B as a multiple of A's (LoRA+, arXiv 2402.12354).
         modules_to_save_lr: learning rate of modules_to_save; None: that of the adapters.
         quantize: `nf4` holds the adapted base weights (linear layers and fused experts) in 4 bits (QLoRA, arXiv
-            2305.14314) and needs torchao; `bnb-nf4` is bitsandbytes' packing of the same.
-        adapter: folder or Hub id of an adapter in PEFT's format to go on from. It decides rank, alpha, dropout, targets
-            and the kind of adapter; leave these out.
-        seed: of the adapters' first values.
+            2305.14314) and needs torchao; `bnb-nf4` is bitsandbytes' form of the same.
+        adapter: folder or Hub id of an adapter in PEFT's format to continue from. It decides rank, alpha, dropout,
+            targets and the kind of adapter; leave these out.
+        seed: of the adapters' initial values.
 
     Raises:
         ValueError: a value out of range, or settings that exclude each other.
@@ -71,11 +71,11 @@ class LoRAConfig:
             raise ValueError("lora lr_ratio must be positive and modules_to_save_lr not negative.")
         if self.modules_to_save_lr is not None and not self.modules_to_save and not self.adapter:
             raise ValueError("lora modules_to_save_lr is given, but modules_to_save names nothing.")
-        if self.quantize not in (None, *PACKINGS):
-            raise ValueError(f"lora quantize={self.quantize!r} is unknown. Allowed: {', '.join(PACKINGS)}, or none.")
+        if self.quantize not in (None, *SCHEMES):
+            raise ValueError(f"lora quantize={self.quantize!r} is unknown. Allowed: {', '.join(SCHEMES)}, or none.")
         if self.quantize and self.init == "pissa":
             raise ValueError(
-                "lora init='pissa' takes the adapter out of the base weight: that weight cannot be packed."
+                "lora init='pissa' takes the adapter out of the base weight: that weight cannot be quantized."
             )
 
     @property

@@ -1,6 +1,6 @@
-"""Dropout that keeps no mask: what is dropped follows from a seed and from the place, so backward finds it out again.
+"""Dropout without a stored mask: the mask is a hash of a seed and the position, so backward computes it again.
 
-A mask is a byte for every number of every adapted layer's input: 10 GB for a model of 8B at 8,192 tokens.
+A stored mask takes a byte for every element of every adapted layer's input: 10 GB for an 8B model at 8,192 tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Zeros with probability `p`, the rest times 1 / (1 − p). Draws two numbers from torch's generator.
+    """x of any shape, with zeros with probability `p`, and the rest times 1 / (1 − p).
 
-    DTensors get torch's own, which draws for all ranks.
+    Draws two numbers from torch's generator. A DTensor goes to torch's own dropout, which agrees over ranks.
     """
     if isinstance(x, DTensor):
         return F.dropout(x, p)
@@ -45,7 +45,7 @@ def _drop(x: Tensor, seeds: Tensor, p: float) -> Tensor:
 
 
 def _kept(x: Tensor, seeds: Tensor, p: float) -> Tensor:
-    """bool, as x: its place among the last dimension, and among all others, mixed with a seed each."""
+    """The mask, bool in the shape of x: a hash of the index in the last dimension and the index over all others."""
     columns = x.shape[-1]
     row = torch.arange(x.numel() // max(columns, 1), dtype=torch.int32, device=x.device)
     column = torch.arange(columns, dtype=torch.int32, device=x.device)
@@ -54,12 +54,12 @@ def _kept(x: Tensor, seeds: Tensor, p: float) -> Tensor:
 
 
 def _mixed(h: Tensor) -> Tensor:
-    """Every bit of an int32 into every other. Source: Wellons, hash-prospector (16 21f0aaad 15 d35a2d97 15)."""
+    """Hash int32. Source: Wellons, hash-prospector (16 21f0aaad 15 d35a2d97 15)."""
     h = (h ^ _shifted(h, 16)) * 0x21F0AAAD
     h = (h ^ _shifted(h, 15)) * (0xD35A2D97 - 2**32)
     return h ^ _shifted(h, 15)
 
 
 def _shifted(h: Tensor, by: int) -> Tensor:
-    """To the right, zeros following (`>>` has the sign follow)."""
+    """A logical shift to the right (`>>` is arithmetic)."""
     return (h >> by) & ((1 << (32 - by)) - 1)

@@ -1,4 +1,4 @@
-"""The arithmetic of low-rank adapters, in one place: a faster kernel replaces these functions and nothing else."""
+"""The arithmetic of low-rank adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         scaling: alpha / rank.
 
     Returns:
-        scaling · x·Aᵀ·Bᵀ, `[..., out]`, in the dtype of the adapter (autocast: in autocast's).
+        scaling · x·Aᵀ·Bᵀ, `[..., out]`, in the dtype of the adapter (under autocast: in autocast's).
     """
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(a.dtype)
@@ -25,14 +25,14 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def matmul_into(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`; on a GPU a wider one is written without being rounded to theirs first."""
+    """a `[m, k]` @ b `[k, n]` in `dtype`. On a GPU fp32 results of half-precision inputs are not rounded on the way."""
     if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
 
 
 def expert_factors(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """One adapter per expert out of PEFT's stacked ones.
+    """Split PEFT's stacked factors into one adapter per expert.
 
     Args:
         a: `[experts · rank, in]`, expert by expert.
@@ -45,10 +45,10 @@ def expert_factors(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 
 def adapted_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float, transposed: bool = False) -> Tensor:
-    """weight + scaling · B·A for a weight that a module multiplies with by itself.
+    """weight + scaling · B·A, for a module that uses its weight in its own code.
 
-    The weight, and in backward its gradient, are there in full for as long as the layer runs: what the module does with
-    its weight is its own affair, so the update cannot pass it by.
+    The sum, and in backward its gradient, exist in full while the layer runs. There is no way around that, because we
+    do not know what the module does with its weight.
 
     Args:
         weight: `[out, in]`, or fused experts `[experts, out, in]`, or (`transposed`) `[experts, in, out]`.
@@ -64,7 +64,7 @@ def adapted_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float, transpo
 
 
 def direction_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """‖weight + scaling · B·A‖ of every output row, `[out]`: what DoRA divides by. Constant to autograd (§4.3)."""
+    """‖weight + scaling · B·A‖ of every output row, `[out]`, by which DoRA divides. A constant for autograd (§4.3)."""
     with torch.no_grad():
         dtype = torch.promote_types(weight.dtype, a.dtype)
         update = b.to(dtype) @ a.to(dtype)

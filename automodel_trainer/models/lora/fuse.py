@@ -1,8 +1,9 @@
-"""Which adapted layers compute in one matmul with their frozen weights, and which of them together."""
+"""Choose which adapted layers compute in one matmul with their frozen weights, and in which groups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,54 +14,72 @@ from automodel_trainer.models.lora.fused import FusedDense, FusedGroup
 from automodel_trainer.models.lora.fused_fp8 import FusedFp8
 from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor
+from automodel_trainer.models.record import CompiledBlock, recorded
 from automodel_trainer.nn.shared_input import blocks_of
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What `fuse_adapters` is to do once the weights are real. An entry of the model's record.
+
+    Args:
+        choice: of `KernelsConfig.lora`.
+        groups: names of layers that share an input; None: each layer is a group of its own.
+    """
+
+    choice: str
+    groups: list[list[str]] | None
+
+
+def fuse_as_chosen(model: nn.Module) -> None:
+    """Let adapters compute as the model's record says. Without an entry they stay as they are."""
+    if (fusion := recorded(model, Fusion)) is not None:
+        fuse_adapters(model, fusion.choice, fusion.groups)
 
 
 @torch.no_grad()
 def fuse_adapters(model: nn.Module, choice: str, groups: Sequence[Sequence[str]] | None = None) -> None:
-    """Store the frozen weights of adapted linear layers widened, in place; their names, shapes and values stay.
+    """Fuse adapted linear layers with their frozen weights, in place. Names, shapes and values of parameters stay.
 
-    Call it when the weights are real, and where they will stay.
+    Call it when the weights are real and on their final device.
 
     Args:
-        choice: of `KernelsConfig.lora`: "widened", "separate", or "auto" (widened on a GPU in compiled blocks).
-        groups: names of layers that share an input (`layers_with_one_input`); None: none do.
+        choice: of `KernelsConfig.lora`: "fused", "separate", or "auto" (fused on a GPU in compiled blocks).
+        groups: names of layers that share an input (`layers_with_one_input`); None: each layer is a group of its own.
 
     Raises:
-        ValueError: "widened", and there is no layer that could be.
+        ValueError: "fused", and no layer can be fused.
     """
     layers = {} if choice == "separate" else {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
     fit = {name: layer for name, layer in layers.items() if obstacle(layer) is None}
     if choice == "auto":
         compiled = _inside_compiled_blocks(model)
         fit = {n: m for n, m in fit.items() if m.weight.is_cuda and id(m) in compiled}
-    if choice == "widened" and not fit:
+    if choice == "fused" and not fit:
         reasons = sorted({str(obstacle(layer)) for layer in layers.values()}) or ["there is none"]
-        raise ValueError(
-            f"kernels lora='widened' fits no adapted layer here: {'; '.join(reasons)}. Leave it at 'auto'."
-        )
+        raise ValueError(f"kernels lora='fused' fits no adapted layer here: {'; '.join(reasons)}. Leave it at 'auto'.")
     blocks = blocks_of(model)
-    packed_groups: list[FusedFp8] = []
+    fp8_groups: list[FusedFp8] = []
     for names in [[name] for name in fit] if groups is None else groups:
         alike: dict[Any, list[LoRALinear]] = {}
         for layer in (fit[name] for name in names if name in fit):
             weight = layer.weight
             alike.setdefault((blocks.get(id(layer)), type(weight), weight.dtype, weight.device), []).append(layer)
         for members in alike.values():
-            packed = isinstance(members[0].weight, QuantizedTensor)
-            group = FusedFp8(members, packed_groups) if packed else FusedDense(members)
+            in_fp8 = isinstance(members[0].weight, QuantizedTensor)
+            group = FusedFp8(members, fp8_groups) if in_fp8 else FusedDense(members)
             for layer in members:
-                layer.widened = group
+                layer.fused = group
 
 
 def _inside_compiled_blocks(model: nn.Module) -> set[int]:
-    blocks = (block for block in model.modules() if getattr(block, "runs_compiled", False))
+    blocks = (block for block in model.modules() if recorded(block, CompiledBlock))
     return {id(module) for block in blocks for module in block.modules()}
 
 
 def fused_groups(block: nn.Module) -> list[FusedGroup]:
-    """Those of a block that is compiled, for who refreshes each of them before every run of it."""
-    held = (module.widened for module in block.modules() if isinstance(module, LoRALinear))
+    """The groups of a compiled block. The caller must `refresh` them before every run of the block."""
+    held = (module.fused for module in block.modules() if isinstance(module, LoRALinear))
     groups = list(dict.fromkeys(group for group in held if isinstance(group, FusedGroup)))
     for group in groups:
         group.kept_fresh = True
@@ -68,13 +87,13 @@ def fused_groups(block: nn.Module) -> list[FusedGroup]:
 
 
 def obstacle(module: LoRALinear) -> str | None:
-    """Why a layer cannot be widened; None if it can."""
+    """Why a layer cannot be fused; None if it can."""
     weight = module.weight
     if isinstance(weight, DTensor):
         return "its weight is sharded"
     if hasattr(weight, "get_original_weight"):
-        if getattr(weight, "packing", None) != "fp8-tensorwise":
-            return "its weight is packed"
+        if getattr(weight, "scheme", None) != "fp8-tensorwise":
+            return "its weight is quantized"
         if module.lora_dropout:
             return "in fp8, dropout needs base and update apart"
     if weight.is_meta:

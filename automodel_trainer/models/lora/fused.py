@@ -3,11 +3,11 @@
     W·x + s·B·A·x  =  [W, B] · [x, s·A·x]        forward
     Wᵀ·g + s·Aᵀ·Bᵀ·g  =  [Wᵀ, s·Aᵀ] · [g, Bᵀ·g]   backward, the gradient of x
 
-The weights are stored one below the other, with a few more columns, which hold the Bs, and a few more rows, which hold
-the As. So an update costs no pass over the layer's output, and its backward none over the gradient of the input. The
-weights must lie whole on the device, in the dtype that they compute in (`FusedDense`) or in fp8 (`FusedFp8`);
-shards and 4-bit weights compute base and update apart. So does what is not compiled: there each pass costs a kernel of
-its own anyway.
+The weights are stored as one matrix, one below the other. A few more columns hold the Bs, and a few more rows hold the
+As. So an update costs no pass over the layer's output, and its backward costs no pass over the gradient of the input.
+Each weight must lie whole on the device, in the dtype that it computes in (`FusedDense`) or in fp8 (`FusedFp8`). Shards
+and 4-bit weights compute base and update separately. So does code that is not compiled, where every pass costs a kernel
+of its own anyway.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.nn.shared_input import SharedInput
 from automodel_trainer.nn.step_cache import StepCache
 
-# Bytes that a row's length is a multiple of. The compiler pads the rows of its large buffers to as many; what is not
-# laid out so it would copy for `multiply_beside`, and back.
+# The length of a row in bytes is a multiple of this. The compiler pads the rows of its large buffers to the same
+# multiple; it would copy a buffer of another length for `multiply_beside`, and copy it back.
 ALIGNMENT = 128
 
-_SUMMED = 16  # fewer numbers the compiler would add up without a reduction
+_SUMMED = 16  # for fewer elements the compiler would write additions instead of a reduction
 
 
 class FusedGroup(SharedInput[LoRALinear]):
@@ -40,28 +40,28 @@ class FusedGroup(SharedInput[LoRALinear]):
         self.inputs = self.layers[0].in_features
         self.sizes = tuple((layer.out_features, layer.lora_B.in_features) for layer in self.layers)
         self.outputs, self.rank = (sum(part) for part in zip(*self.sizes))
-        # Set by who refreshes before he calls compiled code: the copies must not be part of that.
+        # True if the caller of compiled code calls `refresh` first. The copies must stay outside of compiled code.
         self.kept_fresh = False
         self.cache = StepCache()  # for `refresh`
 
     def refresh_factors(self) -> None:
-        """Take the factors in as they are now, and weights that were moved or replaced."""
+        """Copy the current factors into the matrix, and weights that were moved or replaced."""
         raise NotImplementedError
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the matmul can be done for this input, here and now."""
+        """Whether the group can compute for this input `[..., in]`, here and now."""
         if not torch.compiler.is_compiling() or not self.kept_fresh or torch.is_autocast_enabled(x.device.type):
             return False
         held = {layer.compute_dtype or factor.dtype for layer in self.layers for factor in layer.held_factors()}
         return held == {x.dtype} == {layer.weight.dtype for layer in self.layers}
 
     def factors(self) -> list[Tensor]:
-        """A, B of every layer, as they are held."""
+        """A `[rank, in]` and B `[out, rank]` of every layer, in the dtype that they are held in."""
         return [factor for layer in self.layers for factor in layer.held_factors()]
 
 
 def refresh(groups: Sequence[FusedGroup]) -> None:
-    """Make groups compute with their factors as they are now; for who runs them compiled, before he does.
+    """Let groups compute with their current factors. Call it before compiled code that runs these groups.
 
     Factors change with every optimizer step. Inside `unchanged_weights` only the first call does something.
     """
@@ -71,7 +71,7 @@ def refresh(groups: Sequence[FusedGroup]) -> None:
 
 
 class FusedDense(FusedGroup):
-    """Weights in the dtype that they compute in, as one matrix.
+    """Weights in the dtype that they compute in, as one matrix `[Σ out + columns, in + columns]`:
 
     W₁ B₁ 0
     W₂ 0  B₂
@@ -100,7 +100,7 @@ class FusedDense(FusedGroup):
 
     @torch.no_grad()
     def _hold_weights(self) -> None:
-        """Take the weights' values in, and make them parts of the storage."""
+        """Copy the weights into the storage, and let each be a view of its part."""
         for (rows, _), layer in zip(places(self.sizes), self.layers):
             layer.weight.data = self.storage.data[rows, : self.inputs].copy_(layer.weight.detach())
 
@@ -112,15 +112,15 @@ class FusedDense(FusedGroup):
         return [out.unflatten(0, x.shape[:-1]) for out in outputs]
 
     def _after_dropout(self, x: Tensor) -> Tensor:
-        """s·A·x `[..., columns]`, every layer with a dropout of its own."""
+        """s·A·x `[..., columns]` of x `[..., in]`; every layer has a dropout of its own."""
         parts = [F.linear(layer.after_dropout(x), layer.factors()[0]) * layer.scaling for layer in self.layers]
         return F.pad(torch.cat(parts, -1), (0, self.columns - self.rank))
 
 
 class _Matmul(torch.autograd.Function):
-    """x `[t, in]` -> `[t, out]` of each layer; the storage has no gradient, the factors' are computed here.
+    """x `[t, in]` -> `[t, out]` of each layer. The storage has no gradient; those of the factors are computed here.
 
-    xa: s·A·x `[t, columns]` if it was not computed from x as it is; then A's gradients are its affair.
+    xa: s·A·x `[t, columns]` where x went through dropout first. Its own autograd graph then has the gradients of A.
     """
 
     @staticmethod
@@ -154,10 +154,17 @@ class _Matmul(torch.autograd.Function):
 
 @torch.library.custom_op("automodel_trainer::multiply_beside", mutates_args=("both",))
 def multiply_beside(both: Tensor, factor: Tensor, width: int) -> Tensor:
-    """both[:, width:] = both[:, :width] · factorᵀ, in place; and the product.
+    """both[:, width:] = both[:, :width] · factorᵀ, in place; returns the product.
 
-    An operation of its own, for the compiler would write what it multiplies twice: once for the product, and once more
-    beside it.
+    This is a custom operation because the compiler would write the left part twice: once as an input of the product,
+    and once more beside it.
+
+    Args:
+        both: `[t, width + columns]`.
+        factor: `[columns, width]`.
+
+    Returns:
+        `[t, columns]`.
     """
     product = both[:, :width] @ factor.mT
     both[:, width:] = product
@@ -170,20 +177,22 @@ def _(both: Tensor, factor: Tensor, width: int) -> Tensor:
 
 
 def with_room(parts: Sequence[Tensor], columns: int) -> Tensor:
-    """Parts `[t, …]` side by side, and that many columns more, for `multiply_beside`.
+    """Parts `[t, …]` side by side, followed by `columns` more, which `multiply_beside` fills.
 
-    What lies there is a sum (of anything): a `cat` of elementwise results alone the compiler would make one kernel, in
-    which every column computes all of them, and which is not fused with what they are computed from.
+    The added columns are written as a sum of uninitialised values, so that the compiler sees a reduction. It would make
+    a `cat` of elementwise results alone into one kernel, in which every column computes all of them, and which is not
+    fused with the kernels before it.
     """
     first = parts[0]
     return torch.cat((*parts, first.new_empty(first.shape[0], columns, _SUMMED).sum(-1)), 1)
 
 
 def places(sizes: Sequence[tuple[int, int]]) -> list[tuple[slice, slice]]:
-    """Of each layer: its outputs and its ranks, each counted from the first layer's."""
+    """For each layer: the rows of its outputs and the columns of its rank, counted from the first layer's."""
     ends = [list(accumulate(part)) for part in zip(*sizes)]
     return [(slice(o - out, o), slice(r - rank, r)) for o, r, (out, rank) in zip(*ends, sizes)]
 
 
 def after(start: int, part: slice) -> slice:
+    """`part`, moved on by `start`."""
     return slice(start + part.start, start + part.stop)

@@ -1,19 +1,19 @@
-"""One fp8 matmul for frozen weights that share an input and for their adapters (`widened`); weights have one scale.
+"""One fp8 matmul for frozen weights that share an input and for their adapters. The weights share one scale.
 
-The weights are S·codes, B is b·codes, A is a·codes. One matmul has one scale for the weights, S, and b and a go into
-the other side before that is cast:
+The weights are S·codes, B is b·codes, A is a·codes. The matmul has one scale for the weights, S. So b and a are
+multiplied into the other operand before it is cast:
 
     out = S·r·([x, xa]·[W, B] in codes)        xa = scaling·b/S · A·x
     of x = S·r·([g, ga]·[W; A] in codes)       ga = scaling·a/S · Bᵀ·g
 
-r is a scale for every token: the length of its row of x, or of g, times a factor that is made once per optimizer step.
-No number of a row is larger than the row is long, and no product with a row of A than both lengths' product
-(Cauchy-Schwarz). So r is known while x is made, before xa is, and the pass that makes x casts it. It is a power of two:
-to multiply with it changes nothing but exponents, before a sum or after. With a scale for every row gradients need no
-format of a wider range, and have E4M3 too, whose errors are half as large as E5M2's.
+r is a scale per token: the norm of its row of x, or of g, times a factor that is computed once per optimizer step. No
+element of a row is larger than the row's norm, and no product with a row of A is larger than the product of both norms
+(Cauchy-Schwarz). So r is known before xa is, and the kernel that produces x casts the row. r is a power of two:
+multiplying with it only changes exponents, before a sum or after it. Because every row has its own scale, gradients do
+not need the wider range of E5M2. They use E4M3 too, and its errors are half as large.
 
-The gradients of A and B are computed from numbers that were not cast. An update is as exact as the weight is: to three
-bits of mantissa.
+The gradients of A and B are computed from values that were not cast. An update is as exact as the weight: three bits of
+mantissa.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from automodel_trainer.models.quantization.quantized_tensor import QuantizedTens
 from automodel_trainer.nn._torch import scaled_matmul
 from automodel_trainer.nn.step_cache import weights_are_unchanged
 
-_SMALLEST = 1e-30  # of what a scale is made from: a row of zeros has one too
+_SMALLEST = 1e-30  # a lower bound of scales: a row of zeros needs one too
 _MARGIN = 1.02  # for the rounding of products in 16 bits
-# Numbers of a weight up to which cuBLAS multiplies as fast with a scale for every row as with one for all. What a
-# larger one makes is scaled by what reads it: for gate and up, and for their input's gradient, that is elementwise.
+# Up to this many elements of a weight, cuBLAS is as fast with a scale per row as with one scale. The product with a
+# larger weight is scaled by the code that reads it, which is elementwise for gate and up and their input's gradient.
 _SCALED_BY_CUBLAS = 2**26
 
 
 class FusedFp8(FusedGroup):
-    """Weights held in fp8 ("tensorwise"), one below the other, by rows and by columns.
+    """Weights held in fp8 ("tensorwise"), one below the other, and a second time transposed.
 
-    Units for fp8 take both operands along what is summed: held once, weights would have to be transposed in every
-    backward. Adapters must have no dropout.
+    An fp8 matmul takes both operands along the dimension that is summed. With a single copy, every backward would have
+    to transpose the weights. Adapters must have no dropout.
     """
 
     codes: Tensor  # [W, B], `[out, in + columns]`
@@ -63,7 +63,7 @@ class FusedFp8(FusedGroup):
     ones: Tensor  # `[1, out or in]`, the larger
 
     def __init__(self, layers: Sequence[LoRALinear], groups: list[FusedFp8] | None = None) -> None:
-        """groups: the model's, to which this one is added."""
+        """groups: those of the whole model; this one is appended."""
         super().__init__(layers)
         self.groups = [] if groups is None else groups
         self.groups.append(self)
@@ -71,10 +71,10 @@ class FusedFp8(FusedGroup):
         self._hold_weights()
 
     def refresh_factors(self) -> None:
-        _take_in([self, *self._others_due()])
+        _refresh_factors([self, *self._others_due()])
 
     def _others_due(self) -> Sequence[FusedFp8]:
-        """Groups of other blocks, where their factors can be seen from here: FSDP2 may have to gather them first."""
+        """Groups of other blocks whose factors are whole here. FSDP2 may have to gather those of the rest first."""
         if not weights_are_unchanged() or not self.groups[-1].has_whole_factors():
             return []
         return [g for g in self.groups if g is not self and g.has_whole_factors() and g.cache.is_stale()]
@@ -83,25 +83,25 @@ class FusedFp8(FusedGroup):
         return all(map(_is_whole, self.factors()))
 
     def follow_weights(self) -> None:
-        """Weights that were moved or replaced."""
+        """Take weights in that were moved or replaced."""
         held = [self.codes[rows, : self.inputs].data_ptr() for rows, _ in places(self.sizes)]
-        if any(pointer != _packed(layer).parts.codes.data_ptr() for pointer, layer in zip(held, self.layers)):
+        if any(pointer != _quantized(layer).parts.codes.data_ptr() for pointer, layer in zip(held, self.layers)):
             self._hold_weights()
 
     @torch.no_grad()
     def _hold_weights(self) -> None:
-        """Take the weights in with one scale for all, and make them parts of `codes`."""
+        """Give all weights one scale, copy them into `codes`, and let each be a view of its part."""
         device = self.layers[0].weight.device
         self.codes = torch.empty(self.outputs, self.inputs + self.columns, dtype=torch.uint8, device=device)
         self.transposed = self.codes.new_empty(self.inputs, self.outputs + self.columns)
         self.ones = torch.ones(1, max(self.outputs, self.inputs), device=device)
-        self.scale = torch.stack([_packed(layer).parts.scales[0] for layer in self.layers]).amax().view(1, 1)
+        self.scale = torch.stack([_quantized(layer).parts.scales[0] for layer in self.layers]).amax().view(1, 1)
         for (rows, _), layer in zip(places(self.sizes), self.layers):
-            weight = _packed(layer)
+            weight = _quantized(layer)
             numbers = weight.parts.codes.view(E4M3).float() * weight.parts.scales[0]
             codes = self.codes[rows, : self.inputs].copy_(cast_with(numbers, self.scale, E4M3).view(torch.uint8))
             parts = replace(weight.parts, codes=codes, scales=self.scale[0].expand(len(codes)).clone())
-            held = QuantizedTensor(parts, weight.packing, weight.shape, weight.dtype)
+            held = QuantizedTensor(parts, weight.scheme, weight.shape, weight.dtype)
             layer.weight = nn.Parameter(held, requires_grad=False)
         self.transposed[:, : self.outputs] = self.codes[:, : self.inputs].mT
 
@@ -113,15 +113,15 @@ class FusedFp8(FusedGroup):
         return [out.unflatten(0, x.shape[:-1]) for out in outputs]
 
 
-def _packed(layer: LoRALinear) -> QuantizedTensor:
+def _quantized(layer: LoRALinear) -> QuantizedTensor:
     weight: Any = layer.weight
     assert isinstance(weight, QuantizedTensor)
     return weight
 
 
 @torch.no_grad()
-def _take_in(groups: Sequence[FusedFp8]) -> None:
-    """`refresh_factors` for all groups at once. One call per group would leave the device waiting for the host."""
+def _refresh_factors(groups: Sequence[FusedFp8]) -> None:
+    """`refresh_factors` for all groups at once. One call per group would let the device wait for the host."""
     alike: dict[Any, list[FusedFp8]] = {}
     for group in groups:
         group.follow_weights()
@@ -139,7 +139,7 @@ def _take_in(groups: Sequence[FusedFp8]) -> None:
 
 
 def _is_whole(factor: Tensor) -> bool:
-    """No part of it is with another rank."""
+    """Whether this rank holds all of it."""
     if not isinstance(factor, DTensor):
         return True
     return all(size == 1 or p.is_replicate() for size, p in zip(factor.device_mesh.shape, factor.placements))
@@ -150,17 +150,17 @@ def _local(factor: Tensor) -> Tensor:
 
 
 def _border(scale: Tensor, sizes: Any, scalings: Any, columns: int, *factors: Tensor) -> tuple[Tensor, ...]:
-    """What of groups that are alike changes with their factors.
+    """All tensors of groups of one shape that change with their factors.
 
     Args:
         scale: S of each group, `[groups, 1, 1]`.
         factors: A `[groups, rank, in]` and B `[groups, out, rank]` of every layer.
 
     Returns:
-        of each group: what x `[t, in]` and the gradient `[t, out]` are multiplied with for the codes beside them,
-        `[columns, in]` and `[out, columns]`; what the gradients of As and Bs have to be multiplied with, `[columns]`
-        each; what the lengths of rows of x and of the gradient are multiplied with for their scales, 0-dim; and the
-        codes of As `[in, columns]` and Bs `[out, columns]`.
+        for each group, in this order: `down` `[columns, in]` and `up` `[out, columns]`, which x and the gradient are
+        multiplied with; `of_a` and `of_b` `[columns]`, which the gradients of A and B are multiplied with; `of_x` and
+        `of_gradient`, 0-dim, which turn the norm of a row of x or of the gradient into its scale; and the codes of A
+        `[in, columns]` and B `[out, columns]`.
     """
     as_, bs, ranks = factors[0::2], factors[1::2], [rank for _, rank in sizes]
     scales_a, scales_b = ([scale_of([factor], E4M3) for factor in part] for part in (as_, bs))
@@ -182,10 +182,11 @@ def _border(scale: Tensor, sizes: Any, scalings: Any, columns: int, *factors: Te
 
 
 def _per_length(factors: Tensor, dim: int) -> Tensor:
-    """What of a row's length is the scale at which its numbers, and its products with factors, fit into fp8.
+    """The factor from a row's norm to a scale at which its elements, and its products with factors, fit into fp8.
 
     Args:
-        factors: `[groups, …]`; along `dim` lies what is summed.
+        factors: `[groups, …]`, three dimensions.
+        dim: the dimension that is summed in the product.
 
     Returns:
         `[groups]`.
@@ -195,19 +196,19 @@ def _per_length(factors: Tensor, dim: int) -> Tensor:
 
 
 def _below(parts: Sequence[Tensor], rows: int) -> Tensor:
-    """One below the other, `[groups, rows, n]`."""
+    """Parts `[groups, …, n]` one below the other, padded to `[groups, rows, n]`."""
     return F.pad(torch.cat(list(parts), 1), (0, 0, 0, rows - sum(part.shape[1] for part in parts)))
 
 
 def _diagonal(parts: Sequence[Tensor], columns: int) -> Tensor:
-    """Each below the last and to its right, `[groups, n, columns]`."""
+    """A block diagonal of parts `[groups, …, …]`, padded to `[groups, n, columns]`."""
     ends = list(accumulate(part.shape[2] for part in parts))
     return torch.cat([F.pad(part, (end - part.shape[2], columns - end)) for part, end in zip(parts, ends)], 1)
 
 
 @cache
 def _compiled_border() -> Any:
-    """`_border` in a few kernels, and not in some thirty for every layer."""
+    """`_border` as a few kernels. Uncompiled it takes about thirty for every layer."""
     return torch.compile(_border, dynamic=False)
 
 
@@ -224,7 +225,7 @@ class _Matmul(torch.autograd.Function):
         out = _multiply(_beside([x, xa], rows), codes, rows, scale, ones, x.dtype)
         ctx.sizes, ctx.dtype = sizes, factors[0].dtype
         ctx.save_for_backward(x, (xa * of_b).to(x.dtype), transposed, scale, up, of_a, of_gradient, ones)
-        # slices are views to the compiler's partitioner; of `split` it would keep, and so write, what is scaled already
+        # The compiler's partitioner knows slices as views. For `split` it would save, and so write, the scaled product.
         return tuple(out[:, part] for part, _ in places(sizes))
 
     @staticmethod
@@ -243,13 +244,13 @@ class _Matmul(torch.autograd.Function):
 
 
 def _scales(parts: Sequence[Tensor], per_length: Tensor) -> Tensor:
-    """Of the rows of parts `[t, …]` that lie side by side: powers of two, fp32 `[t, 1]`."""
+    """Scales of the rows of parts `[t, …]` that lie side by side: powers of two, fp32 `[t, 1]`."""
     squares = reduce(torch.add, [part.float().square().sum(-1, keepdim=True) for part in parts])
     return (squares.sqrt() * per_length).clamp(min=_SMALLEST).log2().ceil().exp2()
 
 
 def _multiply(cast: Tensor, codes: Tensor, rows: Tensor, scale: Tensor, ones: Tensor, dtype: torch.dtype) -> Tensor:
-    """cast `[t, n]`, with a scale for each of its rows, times codes `[m, n]`, with one for all: `[t, m]`."""
+    """cast `[t, n]`, with scales `rows` `[t, 1]`, times codes `[m, n]`, with one scale `[1, 1]`: `[t, m]`."""
     second = codes.view(E4M3).mT
     if codes.numel() <= _SCALED_BY_CUBLAS:
         return scaled_matmul(cast, second, rows * scale, ones[:, : codes.shape[0]], dtype)
@@ -257,5 +258,5 @@ def _multiply(cast: Tensor, codes: Tensor, rows: Tensor, scale: Tensor, ones: Te
 
 
 def _beside(parts: Sequence[Tensor], scales: Tensor) -> Tensor:
-    """Codes of parts `[t, …]` side by side, written by one pass over them."""
+    """Codes of parts `[t, …]` side by side. One pass over the parts writes them."""
     return side_by_side([cast_with(part, scales, E4M3) for part in parts])

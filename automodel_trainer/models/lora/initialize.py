@@ -1,4 +1,4 @@
-"""First values of adapters, the same on every layout."""
+"""Initial values of adapters, the same on every layout."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from automodel_trainer.nn.uneven import assign_uneven, gather_uneven, is_uneven
 
 @torch.no_grad()
 def initialize_adapter(adapter: Adapter, init: str, seed: int) -> None:
-    """Fill an adapter.
+    """Fill an adapter. Collective where it is sharded.
 
-    Values are drawn on the CPU, in full: adapters are small, and every device and layout gets the same numbers.
+    Full tensors are drawn on the CPU: adapters are small, and so every device and layout gets the same values.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     a, b = torch.empty(adapter.a.weight.shape, device="cpu"), torch.zeros(adapter.b.weight.shape, device="cpu")
@@ -56,15 +56,15 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, unpacked; of a DTensor, gathered (collective)."""
+    """The full tensor, dequantized; of a DTensor, gathered (collective)."""
     if is_uneven(tensor):
         return gather_uneven(tensor)
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
     local = tensor.to_local()
-    if (unpacked := dense(local)) is not local:
-        tensor = DTensor.from_local(unpacked, tensor.device_mesh, tensor.placements, run_check=False)
+    if (plain := dense(local)) is not local:
+        tensor = DTensor.from_local(plain, tensor.device_mesh, tensor.placements, run_check=False)
     # With CPU offload the shards lie in host memory, where NCCL cannot gather them.
     return tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 

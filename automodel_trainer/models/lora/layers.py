@@ -1,4 +1,4 @@
-"""Adapters on modules that stay what they are: same class (and a bit), same parameter names."""
+"""Adapters on a model's own modules: a mixin is added to their class, and parameter names stay."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from automodel_trainer.nn.mixing import mixed
 
 
 class Fused(Protocol):
-    """Layers that compute together with this one, adapters included (`fused.py`)."""
+    """A group of layers that compute together, adapters included (`fused.py`)."""
 
     def takes(self, x: Tensor) -> bool:
-        """Whether they can for this input, here and now."""
+        """Whether the group can compute for this input `[..., in]`, here and now."""
 
     def output_of(self, layer: Any, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]` of one of the layers."""
@@ -34,12 +34,12 @@ class LoRALinear(nn.Linear):
     lora_magnitude_vector: nn.Parameter | None  # DoRA: [out]
     scaling: float
     lora_dropout: float
-    widened: Fused | None
-    compute_dtype: torch.dtype | None = None  # that its parameters are cast to; None: they compute as they are
+    fused: Fused | None
+    compute_dtype: torch.dtype | None = None  # factors are cast to it; None: they compute in their own dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.widened is not None and self.widened.takes(x):
-            return self.widened.output_of(self, x)
+        if self.fused is not None and self.fused.takes(x):
+            return self.fused.output_of(self, x)
         base = super().forward(x)
         if self.lora_magnitude_vector is not None:
             return self._dora(x, base)
@@ -50,7 +50,7 @@ class LoRALinear(nn.Linear):
         return self.lora_A.weight, self.lora_B.weight
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B as they compute."""
+        """A and B in the dtype that they compute in."""
         a, b = self.held_factors()
         return self._cast(a), self._cast(b)
 
@@ -59,22 +59,22 @@ class LoRALinear(nn.Linear):
 
     @property
     def drops(self) -> bool:
-        """Whether the adapter's input is to be dropped in part, here and now."""
+        """Whether there is dropout on the adapter's input, here and now."""
         return bool(self.lora_dropout) and self.training
 
     def after_dropout(self, x: Tensor) -> Tensor:
-        """The adapter's input."""
+        """The adapter's input, of x `[..., in]`."""
         return dropout(x, self.lora_dropout) if self.drops else x
 
     def _dora(self, x: Tensor, base: Tensor) -> Tensor:
-        """magnitude · (W + s·B·A)·x / ‖W + s·B·A‖, written as a change of the base's output."""
+        """magnitude · (W + s·B·A)·x / ‖W + s·B·A‖, as a change of base `[..., out]`; x is `[..., in]`."""
         assert self.lora_magnitude_vector is not None
         a, b = self.factors()
         weight = dense(self.weight)
         scale = self._cast(self.lora_magnitude_vector) / direction_norm(weight, a, b, self.scaling)
         if self.drops:
             x = self.after_dropout(x)
-            straight = F.linear(x.to(weight.dtype), self.weight)  # backward keeps a packed weight packed
+            straight = F.linear(x.to(weight.dtype), self.weight)  # so that backward saves a quantized weight as it is
         else:
             straight = base if self.bias is None else base - self.bias
         change = (scale - 1) * straight + scale * low_rank(x, a, b, self.scaling)
@@ -82,7 +82,7 @@ class LoRALinear(nn.Linear):
 
 
 class LowRank(nn.Module):
-    """The two factors of one adapted parameter. For fused experts both hold all experts' (see `expert_factors`)."""
+    """The two factors of an adapted parameter. For fused experts each holds the factors of all (`expert_factors`)."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, experts: int, scaling: float, **factory: Any) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class LowRank(nn.Module):
 class LoRAParameters(nn.Module):
     """A module some of whose own parameters have a low-rank update. Mixed in by `adapt_parameter`.
 
-    While its forward runs, the module sees the updated weight under the parameter's name.
+    While its forward runs, the parameter's name stands for the updated weight.
     """
 
     adapted: list[str]
@@ -107,7 +107,7 @@ class LoRAParameters(nn.Module):
         for name in self.adapted:
             factors = self.low_rank_of(name)
             a, b = factors.lora_A.weight, factors.lora_B.weight
-            # Python looks into `__dict__` before it asks `nn.Module.__getattr__` for the parameter.
+            # Python finds this in `__dict__`, and so never asks `nn.Module.__getattr__` for the parameter.
             base = dense(self._parameters[name])  # type: ignore[arg-type]
             self.__dict__[name] = adapted_weight(base, a, b, factors.scaling, transposed)
         try:
@@ -182,9 +182,9 @@ def adapters(model: nn.Module) -> Iterator[Adapter]:
 
 
 def let_adapters_cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let adapters compute in `dtype`, whatever they are held in, for a layout that does not cast them."""
+    """Let adapters compute in `dtype`, whatever dtype they are held in. For layouts that do not cast them."""
     for module in model.modules():
-        if isinstance(module, LoRALinear):  # an adapted parameter computes in its own dtype always
+        if isinstance(module, LoRALinear):  # an adapted parameter always computes in its own dtype
             module.compute_dtype = dtype
 
 
@@ -199,7 +199,7 @@ def adapt_linear(
     module.lora_B = nn.Linear(rank, module.out_features, bias=False, **factory)
     magnitude = nn.Parameter(torch.empty(module.out_features, **factory)) if dora else None
     module.register_parameter("lora_magnitude_vector", magnitude)
-    module.scaling, module.lora_dropout, module.widened = scaling, dropout, None
+    module.scaling, module.lora_dropout, module.fused = scaling, dropout, None
 
 
 def adapt_parameter(module: nn.Module, name: str, rank: int, scaling: float, *, dtype: torch.dtype) -> None:
@@ -221,17 +221,20 @@ def adapt_parameter(module: nn.Module, name: str, rank: int, scaling: float, *, 
 
 
 def dense(weight: Tensor) -> Tensor:
-    """The weight as numbers: a quantized one is unpacked."""
-    if isinstance(weight, QuantizedTensor):  # said so that a compiler can follow it
+    """The weight as a dense tensor of the same shape."""
+    if isinstance(weight, QuantizedTensor):  # dynamo can follow this, and not the `getattr` below
         return weight.get_original_weight()
-    unpack = getattr(weight, "get_original_weight", None)
-    return weight if unpack is None else unpack()
+    dequantize = getattr(weight, "get_original_weight", None)
+    return weight if dequantize is None else dequantize()
 
 
 def quantizable_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Name of a module -> its adapted weights that can be held in few bits: linear layers' and fused experts'.
+    """The adapted weights that can be quantized: of linear layers and of fused experts.
 
-    A single matrix that is not a linear layer's (a router's) is small, and stays as it is.
+    A single matrix outside a linear layer (a router, say) is small and stays as it is.
+
+    Returns:
+        name of a module -> names of its parameters.
     """
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():

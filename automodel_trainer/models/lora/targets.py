@@ -25,10 +25,11 @@ class Target:
 
 
 def candidates(model: nn.Module) -> dict[str, bool]:
-    """Name of every linear module and every fused stack of matrices, or single `weight`, that a module multiplies by.
+    """Everything that can have an adapter: linear modules, fused stacks of matrices, single matrices called `weight`.
 
-    The value says whether `all-linear` means it: linear layers and fused expert weights, but not the head, nor a single
-    matrix such as a router's.
+    Returns:
+        name -> whether `all-linear` includes it. That is linear layers and fused expert weights, without the head and
+        without single matrices such as a router's.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found: dict[str, bool] = {}
@@ -46,8 +47,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
     """The weights that `config` asks for, in the model's order.
 
     Raises:
-        ValueError: a pattern matches nothing, or misses layers of a kind it matches elsewhere; the message lists what
-            would match.
+        ValueError: a pattern matches nothing, or matches a layer in some blocks and misses it in others. The message
+            lists what would match.
     """
     known = candidates(model)
     if not any(known.values()):
@@ -85,7 +86,7 @@ def _match_all(known: Mapping[str, bool], asked: str | list[str]) -> set[str]:
 
 
 def _check_siblings(known: Mapping[str, bool], found: Mapping[str, set[str]], chosen: set[str]) -> None:
-    """Refuse a pattern that reaches only some layers of a kind where its siblings reach all layers of theirs."""
+    """Refuse a pattern that matches a layer in some blocks only, if other patterns match theirs in all blocks."""
     members: dict[str, set[str]] = {}
     for name in known:
         members.setdefault(kind(name), set()).add(name)
@@ -102,7 +103,10 @@ def _check_siblings(known: Mapping[str, bool], found: Mapping[str, set[str]], ch
 
 
 def matches(name: str, pattern: str) -> bool:
-    """A name, the end of a name, or a glob over either. A module's bare matrix is only meant by its own name."""
+    """Whether the pattern is the name, the end of the name, or a glob over either.
+
+    A single matrix called `weight` is matched only by a pattern that ends in `weight`.
+    """
     if name.endswith(".weight") and not pattern.endswith("weight"):
         return False
     return (
@@ -111,7 +115,11 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def matches_regex(name: str, pattern: str) -> bool:
-    """A regular expression over the whole name; a plain word also means every name that ends in it."""
+    """Whether the pattern matches the whole name as a regular expression, or is the end of the name.
+
+    Raises:
+        ValueError: it is not a regular expression.
+    """
     if name.endswith(".weight") and "weight" not in pattern:
         return False
     try:
@@ -123,16 +131,16 @@ def matches_regex(name: str, pattern: str) -> bool:
 
 
 def kind(name: str) -> str:
-    """The name with `*` for layer numbers: what is the same in every layer."""
+    """The name with `*` in place of layer numbers, so that it is the same in every layer."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def kinds(names: Iterable[str]) -> str:
-    """All kinds among the names, for a message."""
+    """The different kinds of these names, for a message."""
     return ", ".join(dict.fromkeys(kind(name) for name in names))
 
 
 def some(names: Iterable[str]) -> str:
-    """A few of the names, and how many more there are."""
+    """The first three names, and how many more there are."""
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

@@ -1,4 +1,4 @@
-"""NF4 as bitsandbytes packs it (bitsandbytes 0.50)."""
+"""NF4 by bitsandbytes (0.50)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_trainer.models.quantization.nf4 import BLOCK, SCALE_BLOCK, Parts
+from automodel_trainer.models.quantization.nf4 import BLOCK, SCALE_BLOCK, QuantizedParts
 
 
 def functional() -> Any:
@@ -23,20 +23,23 @@ def functional() -> Any:
     return bitsandbytes.functional
 
 
-def pack(weight: Tensor, scale_block: int) -> Parts:
-    """A dense weight of any shape as parts; scales are packed where their blocks end with the shards."""
-    nested = scale_block == SCALE_BLOCK  # of other sizes bitsandbytes has no kernel for every device
+def quantize(weight: Tensor, scale_block: int) -> QuantizedParts:
+    """A dense weight of any shape as parts.
+
+    Scales are quantized too if `scale_block` is bitsandbytes' own; it has kernels for no other size on every device.
+    """
+    nested = scale_block == SCALE_BLOCK
     rows = weight.reshape(-1, BLOCK).contiguous()
     codes, state = functional().quantize_4bit(rows, blocksize=BLOCK, compress_statistics=nested, quant_type="nf4")
     codes = codes.reshape(-1)
     if not nested:
         none = state.absmax.new_empty(0)
-        return Parts(codes, state.absmax, none, state.absmax.new_zeros(()), none)
-    return Parts(codes, state.absmax, state.state2.absmax, state.offset, state.state2.code)
+        return QuantizedParts(codes, state.absmax, none, state.absmax.new_zeros(()), none)
+    return QuantizedParts(codes, state.absmax, state.state2.absmax, state.offset, state.state2.code)
 
 
-def unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
-    """The numbers in a row, `[n]`."""
+def dequantize(parts: QuantizedParts, dtype: torch.dtype) -> Tensor:
+    """The elements in row-major order, `[n]`."""
     bnb, scales = functional(), parts.scales
     if parts.factors.numel():
         options = {"absmax": parts.factors, "code": parts.levels, "blocksize": SCALE_BLOCK}

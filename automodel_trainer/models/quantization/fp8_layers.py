@@ -1,27 +1,28 @@
-"""What of a model multiplies in fp8, for those who ask (the ledger, activation checkpointing, FSDP2)."""
+"""Which layers of a model multiply in fp8. The ledger, activation checkpointing and FSDP2 ask."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
+
+from automodel_trainer.models.record import recorded
 
 TENSORWISE = "tensorwise"
 
 
 @dataclass(frozen=True)
 class Fp8Layers:
-    """What `convert_to_fp8` did.
+    """What `convert_to_fp8` or `swap_linear_layers` did. An entry of the model's record.
 
     Args:
         recipe: how scales are chosen.
         converted: names of the layers that multiply in fp8.
-        left: name of every other linear layer of the blocks -> why.
-        has_history: scales come from the forwards before, so that none may be run twice.
+        left: every other linear layer of the blocks -> why it does not.
+        has_history: scales come from earlier forwards, so no forward may run twice in a step.
         frozen: those of `converted` whose weight is held in fp8.
-        all_gather: whether FSDP2 shall gather trained weights in fp8: True, False, or "auto".
-        gathered: whether it does.
+        all_gather: what the user asked of FSDP2: gather trained weights in fp8 (True), not (False), or "auto".
+        gathered: whether FSDP2 gathers them in fp8.
     """
 
     recipe: str
@@ -34,7 +35,7 @@ class Fp8Layers:
 
     @property
     def gatherable(self) -> list[str]:
-        """Layers whose trained weight has one scale, which all its shards can be cast with."""
+        """Layers whose trained weight has a single scale, so that every rank can cast its shard with it."""
         return [name for name in self.converted if name not in self.frozen] if self.recipe == TENSORWISE else []
 
     def __str__(self) -> str:
@@ -45,13 +46,16 @@ class Fp8Layers:
 
 
 def fp8_layers(model: nn.Module) -> Fp8Layers | None:
-    """What of `model` multiplies in fp8."""
-    found: Any = getattr(model, "fp8_layers", None)
-    return found if isinstance(found, Fp8Layers) else None
+    """Which layers of `model` multiply in fp8; None: no layer does."""
+    return recorded(model, Fp8Layers)
 
 
 def check_gathered(model: nn.Module) -> None:
-    """ValueError where it was asked to gather weights in fp8, and this layout gathers none."""
+    """Refuse a layout that gathers no weights in fp8, if the user asked for that.
+
+    Raises:
+        ValueError: says which layout would.
+    """
     layers = fp8_layers(model)
     if layers is not None and layers.all_gather is True and not layers.gathered:
         raise ValueError(

@@ -1,13 +1,14 @@
-"""Trained linear layers in fp8 ("tensorwise"), compiled: those that share an input have one gradient of it.
+"""Trained linear layers in fp8 ("tensorwise"), compiled: layers that share an input compute its gradient together.
 
     out_i = x·W_iᵀ        of x = [g_1, g_2, …]·[W_1; W_2; …]        of W_i = g_iᵀ·x
 
-So that is one matmul, and no sum of several results; narrow layers (keys, values) do not multiply alone, which leaves a
-GPU half idle. For one matmul to have one scale, the weights of a group have one, and the gradients of its outputs have.
-Gradients of weights are apart: together they were slower (where layers are wide) or no faster.
+This is one matmul instead of several and a sum. Narrow layers (keys, values) no longer multiply alone, which would
+leave half of a GPU idle. One matmul needs one scale, so the weights of a group share a scale, and the gradients of its
+outputs share one. Gradients of weights are computed layer by layer: together they were slower (wide layers) or no
+faster.
 
-What is cast, to which format and from which largest value, is as with torchao's layers, which these are where they are
-not compiled: there each operation would be a kernel of its own.
+What is cast, and to which format, is the same as in torchao's layers. Code that is not compiled runs torchao's layers,
+because every operation here would be a kernel of its own.
 
 Source: torchao.float8; FP8 formats, arXiv 2209.05433.
 """
@@ -30,7 +31,7 @@ from automodel_trainer.nn.shared_input import SharedInput
 
 
 class Fp8Linear(nn.Linear):
-    """torchao's layer, which computes with its group where it is compiled. Mixed in by `multiply_together`."""
+    """torchao's layer; in compiled code it computes with its group. Mixed in by `multiply_together`."""
 
     together: Fp8Group
 
@@ -39,7 +40,7 @@ class Fp8Linear(nn.Linear):
 
 
 def multiply_together(layers: Sequence[nn.Module]) -> None:
-    """Make torchao's tensorwise layers, which get one and the same input, a group, in place; names and types stay."""
+    """Make a group of torchao's tensorwise layers that get the same input, in place; names and types stay."""
     for layer in layers:
         layer.__class__ = mixed(Fp8Linear, type(layer))  # type: ignore[arg-type]
     group = Fp8Group(layers)  # type: ignore[arg-type]
@@ -51,7 +52,7 @@ class Fp8Group(SharedInput[Fp8Linear]):
     """Layers that get the same input, in the order in which they run."""
 
     def takes(self, x: Tensor) -> bool:
-        """Whether they can be computed together for this input, here and now."""
+        """Whether the group can compute for this input `[..., in]`, here and now."""
         if not torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             return False
         weights = [layer.weight for layer in self.layers]
@@ -67,25 +68,25 @@ class Fp8Group(SharedInput[Fp8Linear]):
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Numbers that lie on this device."""
+    """A plain tensor, no subclass such as a DTensor."""
     return type(weight) in (Tensor, nn.Parameter)
 
 
 @torch.no_grad()
 def _codes(weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Their scale, `[1, 1]`, and their codes `[out, in]`."""
+    """The scale of all weights `[1, 1]`, and the codes `[out, in]` of each."""
     held = [weight_in_fp8(weight) for weight in weights]
     given = [codes for codes in held if codes is not None]
-    if given:  # gathered in fp8, all of them with the largest's scale
+    if given:  # gathered in fp8, all of them with the same scale
         return given[0][1].reciprocal().view(1, 1), tuple(codes for codes, _ in given)
     largest = torch.cat([weight.abs().amax(1) for weight in weights]).amax()
-    multiplier = fp8_scale(largest, E4M3)  # what gathering in fp8 has too, to the last bit
+    multiplier = fp8_scale(largest, E4M3)  # the same to the last bit as in a gather in fp8
     codes = tuple((weight.float() * multiplier).to(E4M3) for weight in weights)
     return multiplier.reciprocal().view(1, 1), codes
 
 
 class _Matmul(torch.autograd.Function):
-    """x `[t, in]` -> `[t, out]` of each layer. The weights are there to be given their gradients."""
+    """x `[t, in]` -> `[t, out]` of each layer. The weights are arguments only to receive their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, codes: tuple[Tensor, ...], *weights: Tensor) -> Any:
@@ -102,7 +103,8 @@ class _Matmul(torch.autograd.Function):
         turned = [defer_to_backward(part.view(torch.uint8), of_gradient).mT.contiguous() for part in codes]
         columns = side_by_side(turned).view(E4M3)
         of_input = scaled_matmul(side_by_side(parts), columns.mT, of_gradient, scale, x.dtype, exact=True)
-        inputs = cast_with(x, of_x, E4M3).mT.contiguous()  # both along the tokens, which are summed
+        # fp8 matmuls take both operands along the dimension that is summed, here the tokens
+        inputs = cast_with(x, of_x, E4M3).mT.contiguous()
         of_weights = (
             scaled_matmul(part.mT.contiguous(), inputs.mT, of_gradient, of_x, x.dtype, exact=True) for part in parts
         )

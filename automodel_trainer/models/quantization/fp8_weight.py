@@ -1,7 +1,8 @@
-"""A frozen weight held in fp8, cast once, and what multiplies with it.
+"""A frozen weight held in fp8: it is cast once, and the matmuls of forward and backward use the same codes.
 
-Every output row of the weight has a scale of its own ("rowwise"), or all have one ("tensorwise"). Backward multiplies
-with the same codes: what it would need as scales of the other side is moved into the gradient before that is cast.
+Every output row of the weight has its own scale ("rowwise"), or all rows share one ("tensorwise"). In backward a
+rowwise scale belongs to the dimension that is summed, where a matmul takes no scale. So the gradient is multiplied with
+it before it is cast.
 
 Source: FP8 formats, arXiv 2209.05433.
 """
@@ -15,41 +16,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_trainer.models.quantization.nf4 import Parts
+from automodel_trainer.models.quantization.nf4 import QuantizedParts
 from automodel_trainer.nn._torch import scaled_matmul
 from automodel_trainer.nn.defer_to_backward import defer_to_backward
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-PACKINGS = ("fp8-rowwise", "fp8-tensorwise")
-MULTIPLE = 16  # of both sides of a weight, and of the tokens that its gradient sums over: what the matrix units take
+SCHEMES = ("fp8-rowwise", "fp8-tensorwise")
+MULTIPLE = 16  # both sides of a weight, and the tokens that its gradient sums over, must be a multiple of it
 
 
-def pack(weight: Tensor, packing: str) -> Parts:
-    """A dense weight `[out, in]` as codes (one byte a number) and scales fp32 `[out]`.
+def quantize(weight: Tensor, scheme: str) -> QuantizedParts:
+    """A dense weight `[out, in]` as codes (one byte an element) and scales fp32 `[out]`.
 
-    The scale of a whole weight is a power of two, so that weights which are to have one scale can be given the largest:
-    their codes are shifted, not rounded anew.
+    A tensorwise scale is a power of two. Weights that must share a scale then take the largest of theirs: that only
+    changes the exponents of their codes, and rounds nothing again.
     """
-    scales = scale_of([weight], E4M3, _by_row(packing))
-    scales = scales if _by_row(packing) else scales.log2().ceil().exp2()
+    scales = scale_of([weight], E4M3, _by_row(scheme))
+    scales = scales if _by_row(scheme) else scales.log2().ceil().exp2()
     codes = cast_with(weight, scales, E4M3)
     none = weight.new_empty(0, dtype=torch.float32)
-    return Parts(codes.view(torch.uint8), scales.expand(weight.shape[0], 1)[:, 0].contiguous(), none, none, none)
+    return QuantizedParts(
+        codes.view(torch.uint8), scales.expand(weight.shape[0], 1)[:, 0].contiguous(), none, none, none
+    )
 
 
-def unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
-    """The numbers `[out, in]`."""
+def dequantize(parts: QuantizedParts, dtype: torch.dtype) -> Tensor:
+    """The dense weight `[out, in]`."""
     return (parts.codes.view(E4M3).float() * parts.scales[:, None]).to(dtype)
 
 
-def linear(x: Tensor, parts: Parts, packing: str) -> Tensor:
+def linear(x: Tensor, parts: QuantizedParts, scheme: str) -> Tensor:
     """x `[..., in]` times a weight held in fp8: `[..., out]`, in x's dtype. The weight has no gradient."""
-    out: Tensor = _Linear.apply(x, parts.codes, parts.scales, _by_row(packing))
+    out: Tensor = _Linear.apply(x, parts.codes, parts.scales, _by_row(scheme))
     return out
 
 
-def _by_row(packing: str) -> bool:
-    return packing == "fp8-rowwise"
+def _by_row(scheme: str) -> bool:
+    return scheme == "fp8-rowwise"
 
 
 class _Linear(torch.autograd.Function):
@@ -68,7 +71,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         codes, scales = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
-        if ctx.by_row:  # Σ g·s·w over the output: s is neither a row's of the result nor a column's
+        if ctx.by_row:  # Σ g·s·w over the outputs: s belongs to what is summed
             cast, of_gradient = _cast(rows * scales, E4M3, by_row=True)
             of_weight = scales.new_ones(1, codes.shape[1])
         else:
@@ -81,32 +84,36 @@ class _Linear(torch.autograd.Function):
 
 
 def scale_of(parts: Sequence[Tensor], dtype: torch.dtype, by_row: bool = False) -> Tensor:
-    """What the codes in `dtype` of a matrix are to be multiplied with, whose parts `[..., rows, n]` lie side by side.
+    """The scale that turns codes back into values, for a matrix whose parts `[..., rows, n]` lie side by side.
+
+    Args:
+        dtype: of the codes.
+        by_row: every row has its own scale.
 
     Returns:
         fp32 `[..., 1, 1]`, or `[..., rows, 1]`.
     """
-    # row by row, as what a part is computed from is gone through already
+    # first by row: the compiler can do that in the pass that computes the part
     largest = reduce(torch.maximum, [part.abs().amax(dim=-1, keepdim=True) for part in parts])
     largest = largest if by_row else largest.amax(dim=-2, keepdim=True)
     return largest.float().clamp(min=1e-12) / torch.finfo(dtype).max
 
 
 def cast_with(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes of x, whose numbers fit in at this scale.
+    """Codes of x, for a scale at which all of x fits into `dtype`.
 
-    They are not limited for that, and multiplied, not divided: both took a quarter of the instructions of SwiGLU's
-    backward with its cast, which has more of them than its bytes leave time for.
+    There is no clamp, and the code multiplies by the reciprocal. A clamp and a division together were a quarter of the
+    instructions of SwiGLU's backward with its cast, which is compute-bound.
     """
     return (x.float() * scale.reciprocal()).to(dtype)
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    """Codes `[rows, …]` in one matrix."""
+    """Codes `[rows, …]` of several parts as one matrix."""
     return torch.cat([part.view(torch.uint8) for part in parts], 1).view(parts[0].dtype)
 
 
 def _cast(x: Tensor, dtype: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor]:
-    """`[rows, n]` as codes, and scales `[rows, 1]` or `[1, 1]` that multiply them back."""
+    """x `[rows, n]` as codes `[rows, n]` and scales `[rows, 1]` or `[1, 1]`."""
     scale = scale_of([x], dtype, by_row)
     return cast_with(x, scale, dtype), scale

@@ -1,6 +1,6 @@
-"""Numbers in 4 bits (NF4, arXiv 2305.14314) as the parts that they are packed into, by torchao or by bitsandbytes.
+"""NF4 (arXiv 2305.14314): the tensors that torchao or bitsandbytes quantizes a weight into.
 
-Both give every 64 numbers a scale, and the scales of a large weight a second scale each 256.
+Every 64 elements share a scale. In a large weight every 256 scales share a second scale.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-BLOCK = 64  # numbers that share a scale
+BLOCK = 64  # elements that share a scale
 SCALE_BLOCK = 256  # scales that share a second scale
-PACKINGS = ("nf4", "bnb-nf4")
+SCHEMES = ("nf4", "bnb-nf4")
 
 
 @dataclass(frozen=True)
-class Parts:
-    """`n` packed numbers.
+class QuantizedParts:
+    """`n` quantized elements.
 
     Args:
-        codes: uint8 `[n / 2]`, two numbers a byte.
-        scales: of every block, `[n / 64]`: 8 bits, or fp32 where they are not packed themselves.
-        factors: of every `scale_block` scales; empty where scales are fp32.
-        mean: of all scales, 0-dim. It stays the whole weight's in a shard.
-        levels: the table that codes (torchao) or scales (bitsandbytes) index.
+        codes: uint8 `[n / 2]`, two elements a byte. (fp8: uint8 `[out, in]`, one element a byte.)
+        scales: one for each block, `[n / 64]`: 8 bits, or fp32 if they are not quantized. (fp8: fp32 `[out]`.)
+        factors: the second scales, `[n / 64 / scale_block]`; empty if scales are fp32.
+        mean: of all scales, 0-dim. A shard holds the mean of the whole weight.
+        levels: the table that codes (torchao) or scales (bitsandbytes) index into.
     """
 
     codes: Tensor

@@ -1,4 +1,4 @@
-"""Frozen weights held packed: in 4 bits for QLoRA (torchao's NF4 or bitsandbytes'), or in fp8; whole or in shards."""
+"""Frozen weights held in 4 bits for QLoRA (torchao's NF4 or bitsandbytes'), or in fp8; whole or in shards."""
 
 from __future__ import annotations
 
@@ -11,138 +11,149 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from automodel_trainer.models.quantization import _bitsandbytes, _torchao
-from automodel_trainer.models.quantization.fp8_weight import PACKINGS as FP8_PACKINGS
+from automodel_trainer.models.quantization.fp8_weight import SCHEMES as FP8_SCHEMES
 from automodel_trainer.models.quantization.nf4 import BLOCK, SCALE_BLOCK
-from automodel_trainer.models.quantization.quantized_tensor import pack
+from automodel_trainer.models.quantization.quantized_tensor import quantize
 from automodel_trainer.nn.mixing import mixed
 
-_RANKS = 8  # up to this many ranks a weight's shards end between blocks, so any layout gets the same numbers
+_RANKS = 8  # on up to this many ranks, shards end between blocks, so every layout has the same quantized weights
 
 
-class PackedWeights(nn.Module):
-    """A module that packs some of its weights when it gets them. Mixed in by `prepare_packing`.
+class QuantizedWeights(nn.Module):
+    """A module that quantizes some of its weights when they are assigned. Mixed in by `prepare_quantization`.
 
-    While a checkpoint streams in, no more than one weight is there in full.
+    So while a checkpoint streams in, at most one weight is there in full precision.
     """
 
-    packing: str
-    packed_names: tuple[str, ...]
+    scheme: str
+    quantized_names: tuple[str, ...]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name in self.packed_names and param is not None and not param.is_meta and not is_packed(param):
+        if name in self.quantized_names and param is not None and not param.is_meta and not is_quantized(param):
             loaded = getattr(param, "_is_hf_initialized", False)
-            param = packed(param, self.packing)
+            param = quantized(param, self.scheme)
             param._is_hf_initialized = loaded  # type: ignore[attr-defined]
         super().register_parameter(name, param)
 
 
-def prepare_packing(model: nn.Module, packing: str, weights: Mapping[str, tuple[str, ...]]) -> None:
-    """Make `model` (on meta or real) hold these frozen weights packed from now on.
+def prepare_quantization(model: nn.Module, scheme: str, weights: Mapping[str, tuple[str, ...]]) -> None:
+    """Make `model` (on meta or real) hold these frozen weights quantized from now on.
 
     Args:
+        scheme: of `nf4.SCHEMES`.
         weights: name of a module -> names of its parameters.
 
     Raises:
         ValueError: the library is not installed, or a weight's size is no multiple of a block.
     """
-    _bitsandbytes.functional() if packing == "bnb-nf4" else _torchao.nf4_tensor()
+    _bitsandbytes.functional() if scheme == "bnb-nf4" else _torchao.nf4_tensor()
     for name, names in weights.items():
         module = model.get_submodule(name)
-        if not getattr(module, "packable", True):
+        if not getattr(module, "quantizable", True):
             raise ValueError(
-                f"lora quantize={packing!r}: {name} computes as a {type(module).__name__}, which takes no packed "
-                "weight. Leave kernels linear at 'auto'."
+                f"lora quantize={scheme!r}: {name} computes as a {type(module).__name__}, which takes no "
+                "quantized weight. Leave kernels linear at 'auto'."
             )
         for key in names:
             if (elements := module._parameters[key].shape.numel()) % BLOCK:  # type: ignore[union-attr]
                 raise ValueError(
-                    f"lora quantize={packing!r}: the {key} of {name} has {elements} elements, not a multiple of "
+                    f"lora quantize={scheme!r}: the {key} of {name} has {elements} elements, not a multiple of "
                     f"{BLOCK}. Leave it out with exclude."
                 )
-        _hold_packed(module, packing, names)
+        _hold_quantized(module, scheme, names)
     _ignore_in_ddp(model)
 
 
-def pack_linear(model: nn.Module, names: Iterable[str], packing: str) -> None:
-    """Make these frozen linear layers of `model` (on meta or real) hold their weights packed from now on."""
+def quantize_linear(model: nn.Module, names: Iterable[str], scheme: str) -> None:
+    """Make these frozen linear layers of `model` (on meta or real) hold their weights quantized from now on.
+
+    Args:
+        scheme: of `fp8_weight.SCHEMES`.
+    """
     for name in names:
-        _hold_packed(model.get_submodule(name), packing, ("weight",))
+        _hold_quantized(model.get_submodule(name), scheme, ("weight",))
     _ignore_in_ddp(model)
 
 
-def _hold_packed(module: nn.Module, packing: str, names: tuple[str, ...]) -> None:
-    module.__class__ = mixed(PackedWeights, type(module))  # type: ignore[arg-type]
-    assert isinstance(module, PackedWeights)
-    module.packing, module.packed_names = packing, names
+def _hold_quantized(module: nn.Module, scheme: str, names: tuple[str, ...]) -> None:
+    module.__class__ = mixed(QuantizedWeights, type(module))  # type: ignore[arg-type]
+    assert isinstance(module, QuantizedWeights)
+    module.scheme, module.quantized_names = scheme, names
 
 
 def _ignore_in_ddp(model: nn.Module) -> None:
-    """DDP's first broadcast cannot take packed weights, and all ranks read the same file."""
+    """DDP's first broadcast cannot handle quantized weights. It is not needed: all ranks read the same file."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
 
 
-def packs(module: nn.Module, name: str) -> bool:
-    """Whether this parameter of `module` is packed, or will be once it is real."""
-    return isinstance(module, PackedWeights) and name in module.packed_names
+def is_to_be_quantized(module: nn.Module, name: str) -> bool:
+    """Whether this parameter of `module` is quantized, or will be once it is real."""
+    return isinstance(module, QuantizedWeights) and name in module.quantized_names
 
 
-def packed_weights(model: nn.Module) -> set[nn.Parameter]:
-    """The weights that are packed, or will be once they are real."""
+def quantized_weights(model: nn.Module) -> set[nn.Parameter]:
+    """The weights that are quantized, or will be once they are real."""
     return {
         module._parameters[name]  # type: ignore[misc]
         for module in model.modules()
-        if isinstance(module, PackedWeights)
-        for name in module.packed_names
+        if isinstance(module, QuantizedWeights)
+        for name in module.quantized_names
     }
 
 
 @torch.no_grad()
-def pack_weights(model: nn.Module) -> None:
-    """Pack the weights that came before `prepare_packing` could see them. Collective."""
+def quantize_weights(model: nn.Module) -> None:
+    """Quantize the weights that were assigned before `prepare_quantization` was called. Collective."""
     for module in model.modules():
-        for name in module.packed_names if isinstance(module, PackedWeights) else ():
+        for name in module.quantized_names if isinstance(module, QuantizedWeights) else ():
             weight = module._parameters[name]
             assert weight is not None
-            if not is_packed(weight):
+            if not is_quantized(weight):
                 setattr(module, name, nn.Parameter(weight.detach(), requires_grad=False))
 
 
-def is_packed(tensor: Tensor) -> bool:
-    """Whether the tensor, or the shard that this rank holds of it, is packed."""
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether the tensor, or the shard that this rank holds of it, is quantized."""
     return hasattr(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, "get_original_weight")
 
 
 @torch.no_grad()
-def packed(weight: Tensor, packing: str) -> nn.Parameter:
-    """`weight` as NF4, frozen. A DTensor is gathered, packed and sharded again (collective)."""
+def quantized(weight: Tensor, scheme: str) -> nn.Parameter:
+    """`weight` quantized, as a frozen parameter of the same shape.
+
+    A DTensor is gathered, quantized and sharded again (collective).
+
+    Raises:
+        ValueError: a DTensor is not sharded along dimension 0 into equal shards that end between blocks.
+    """
     weight = weight.detach()
     if not isinstance(weight, DTensor):
-        return nn.Parameter(_shard_of(weight, packing, 0, 1), requires_grad=False)
+        return nn.Parameter(_shard_of(weight, scheme, 0, 1), requires_grad=False)
     mesh, shape = weight.device_mesh, weight.shape
     shards = math.prod(mesh.size(axis) for axis, p in enumerate(weight.placements) if isinstance(p, Shard))
     if any(not isinstance(p, Replicate) and p != Shard(0) for p in weight.placements) or shape[0] % shards:
         raise ValueError(
-            f"A weight of shape {list(shape)} cannot be packed as {packing} in {shards} shards: use fewer ranks."
+            f"A weight of shape {list(shape)} cannot be quantized as {scheme} in {shards} shards: use fewer ranks."
         )
     full = weight.to(mesh.device_type).full_tensor()  # type: ignore[attr-defined]
-    local = _shard_of(full, packing, _place(weight), shards).to(weight.to_local().device)
+    local = _shard_of(full, scheme, _place(weight), shards).to(weight.to_local().device)
     spread = DTensor.from_local(local, mesh, weight.placements, run_check=False, shape=shape, stride=weight.stride())
     return nn.Parameter(spread, requires_grad=False)
 
 
-def _shard_of(weight: Tensor, packing: str, index: int, count: int) -> Any:
-    """One of `count` shards of the packed weight; the mean of all scales stays the whole weight's."""
-    scale_block = 0 if packing in FP8_PACKINGS else _scale_block(weight.shape, count)
-    if packing == "nf4" and weight.ndim == 2:
+def _shard_of(weight: Tensor, scheme: str, index: int, count: int) -> Any:
+    """One of `count` shards of the quantized weight. It keeps the mean of all scales of the whole weight."""
+    scale_block = 0 if scheme in FP8_SCHEMES else _scale_block(weight.shape, count)
+    if scheme == "nf4" and weight.ndim == 2:
         whole = _torchao.nf4_tensor().from_tensor(weight, BLOCK, scale_block)
         return whole.split(weight.shape[0] // count)[index] if count > 1 else whole
-    made = pack(weight, packing, scale_block)
+    made = quantize(weight, scheme, scale_block)
     return made.shard(index, count) if count > 1 else made
 
 
 def _place(weight: DTensor) -> int:
-    """This rank's place among the shards."""
+    """The index of this rank's shard."""
     place = 0
     for axis, placement in enumerate(weight.placements):
         if isinstance(placement, Shard):
@@ -151,7 +162,7 @@ def _place(weight: DTensor) -> int:
 
 
 def _scale_block(shape: torch.Size, shards: int = 1) -> int:
-    """The largest second block that ends where a shard does, for 1, 2, 4 and 8 shards alike."""
+    """How many scales share a second scale: the most for which 1, 2, 4 and 8 shards all end between such groups."""
     elements = shape.numel() // math.lcm(shards, math.gcd(shape[0], _RANKS))
     if elements % BLOCK:
         elements = shape.numel() // shards

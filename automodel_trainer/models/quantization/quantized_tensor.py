@@ -1,4 +1,4 @@
-"""A frozen weight that is held as NF4 (of any shape) or fp8 (a matrix), and that FSDP2 shards and gathers packed."""
+"""A frozen weight in NF4 (any shape) or fp8 (a matrix). FSDP2 shards and gathers it in the quantized form."""
 
 from __future__ import annotations
 
@@ -12,66 +12,71 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from automodel_trainer.models.quantization import _bitsandbytes, _torchao, fp8_weight
-from automodel_trainer.models.quantization.nf4 import Parts
+from automodel_trainer.models.quantization.nf4 import QuantizedParts
 from automodel_trainer.nn.defer_to_backward import defer_to_backward
 
-_NAMES = [field.name for field in fields(Parts)]
-_CUT = ("codes", "scales", "factors")  # these lie in the order of the weight; the others are the whole weight's
+_NAMES = [field.name for field in fields(QuantizedParts)]
+_CUT = ("codes", "scales", "factors")  # these are cut when the weight is; a shard keeps the others whole
 _LIBRARIES: dict[str, Any] = {
     "nf4": _torchao,
     "bnb-nf4": _bitsandbytes,
-    **dict.fromkeys(fp8_weight.PACKINGS, fp8_weight),
+    **dict.fromkeys(fp8_weight.SCHEMES, fp8_weight),
 }
 aten = torch.ops.aten
 
 
-def pack(weight: Tensor, packing: str, scale_block: int) -> QuantizedTensor:
-    """Pack a dense weight; of NF4 `scale_block` scales share a second one."""
-    if packing in fp8_weight.PACKINGS:
-        return QuantizedTensor(fp8_weight.pack(weight, packing), packing, weight.shape, weight.dtype)
-    return QuantizedTensor(_LIBRARIES[packing].pack(weight, scale_block), packing, weight.shape, weight.dtype)
+def quantize(weight: Tensor, scheme: str, scale_block: int) -> QuantizedTensor:
+    """Quantize a dense weight of any shape (fp8: `[out, in]`).
+
+    Args:
+        scheme: see `QuantizedTensor`.
+        scale_block: how many scales share a second scale, for NF4.
+    """
+    if scheme in fp8_weight.SCHEMES:
+        return QuantizedTensor(fp8_weight.quantize(weight, scheme), scheme, weight.shape, weight.dtype)
+    return QuantizedTensor(_LIBRARIES[scheme].quantize(weight, scale_block), scheme, weight.shape, weight.dtype)
 
 
 class QuantizedTensor(torch.Tensor):
-    """Looks like the dense weight (shape, dtype), and holds `Parts`.
+    """Looks like the dense weight (shape, dtype), and holds `QuantizedParts`.
 
-    torchao's own NF4Tensor has two dimensions at most, and bitsandbytes' parameter knows nothing of shards.
+    torchao's NF4Tensor has at most two dimensions, and bitsandbytes' parameter cannot be sharded.
 
     Args:
-        parts: what it is packed into; codes in the row-major order of the weight.
-        packing: `nf4` (torchao's), `bnb-nf4` (bitsandbytes'), or one of `fp8_weight.PACKINGS`.
+        parts: the quantized weight; codes in the row-major order of the weight.
+        scheme: `nf4` (torchao's), `bnb-nf4` (bitsandbytes'), or one of `fp8_weight.SCHEMES`.
         shape: of the dense weight.
-        dtype: that it unpacks into.
+        dtype: that it dequantizes into.
     """
 
-    parts: Parts
-    packing: str
+    parts: QuantizedParts
+    scheme: str
 
     @staticmethod
-    def __new__(cls, parts: Parts, packing: str, shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
+    def __new__(cls, parts: QuantizedParts, scheme: str, shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
         made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=parts.codes.device)
-        made.parts, made.packing = parts, packing
-        for name in _NAMES:  # where `__tensor_flatten__` says they are
+        made.parts, made.scheme = parts, scheme
+        for name in _NAMES:  # under the names that `__tensor_flatten__` returns
             setattr(made, f"part_{name}", getattr(parts, name))
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"QuantizedTensor({self.packing}, shape={list(self.shape)}, dtype={self.dtype})"
+        return f"QuantizedTensor({self.scheme}, shape={list(self.shape)}, dtype={self.dtype})"
 
     def get_original_weight(self) -> Tensor:
-        """The dense weight. (The name is NF4Tensor's, so that a caller need not tell them apart.)"""
-        return _LIBRARIES[self.packing].unpack(self.parts, self.dtype).view(self.shape)
+        """The dense weight. (NF4Tensor has the same method, so a caller need not tell them apart.)"""
+        return _LIBRARIES[self.scheme].dequantize(self.parts, self.dtype).view(self.shape)
 
     def remade(self, function: Callable[[Tensor], Tensor], shape: Sequence[int] | None = None) -> QuantizedTensor:
-        """The same with `function` applied to every part."""
-        parts = Parts(**{name: function(getattr(self.parts, name)) for name in _NAMES})
-        return QuantizedTensor(parts, self.packing, self.shape if shape is None else shape, self.dtype)
+        """A copy with `function` applied to every part."""
+        parts = QuantizedParts(**{name: function(getattr(self.parts, name)) for name in _NAMES})
+        return QuantizedTensor(parts, self.scheme, self.shape if shape is None else shape, self.dtype)
 
     def shard(self, index: int, count: int) -> QuantizedTensor:
-        """One of `count` equal shards along dimension 0, copied out."""
+        """One of `count` equal shards along dimension 0, as a copy."""
         cut = {name: getattr(self.parts, name).chunk(count)[index].clone() for name in _CUT if self._has(name)}
         shape = (self.shape[0] // count, *self.shape[1:])
-        return QuantizedTensor(replace(self.parts, **cut), self.packing, shape, self.dtype)
+        return QuantizedTensor(replace(self.parts, **cut), self.scheme, shape, self.dtype)
 
     def _has(self, name: str) -> bool:
         return getattr(self.parts, name).numel() > 0
@@ -86,27 +91,27 @@ class QuantizedTensor(torch.Tensor):
     def fsdp_post_all_gather(
         self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
-        if out is not None:  # its parts are views of `outputs`
+        if out is not None:  # its parts are views of `outputs`, so they have the new values already
             return None
         names, shape, shard = metadata
         parts = replace(shard.parts, **dict(zip(names, outputs)))
-        return QuantizedTensor(parts, shard.packing, shape, shard.dtype), outputs
+        return QuantizedTensor(parts, shard.scheme, shape, shard.dtype), outputs
 
     # --- torch's protocols for subclasses ----------------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return [f"part_{name}" for name in _NAMES], (self.packing, self.dtype)
+        return [f"part_{name}" for name in _NAMES], (self.scheme, self.dtype)
 
     def _stable_hash_for_caching(self) -> str:
-        """What torch (since 2.13) looks compiled code up by."""
+        """The key under which torch (since 2.13) caches compiled code."""
         parts = [getattr(self.parts, name) for name in _NAMES]
         layouts = [(str(p.dtype), tuple(p.shape), p.stride(), p.storage_offset()) for p in parts]
-        return repr((self.packing, str(self.dtype), str(self.device), tuple(self.shape), self.requires_grad, layouts))
+        return repr((self.scheme, str(self.dtype), str(self.device), tuple(self.shape), self.requires_grad, layouts))
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> QuantizedTensor:
-        packing, dtype = context
-        return QuantizedTensor(Parts(**{name: inner[f"part_{name}"] for name in _NAMES}), packing, size, dtype)
+        scheme, dtype = context
+        return QuantizedTensor(QuantizedParts(**{name: inner[f"part_{name}"] for name in _NAMES}), scheme, size, dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,7 +125,7 @@ class QuantizedTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func not in _OPS:
-            raise NotImplementedError(f"A packed weight does not know {func}: unpack it (get_original_weight).")
+            raise NotImplementedError(f"A quantized weight does not support {func}. Call get_original_weight() first.")
         return _OPS[func](func, *args, **(kwargs or {}))
 
 
@@ -129,26 +134,26 @@ def _same(func: Any, tensor: QuantizedTensor, **_: Any) -> QuantizedTensor:
 
 
 def _shaped(func: Any, tensor: QuantizedTensor, shape: Sequence[int], *_: Any) -> QuantizedTensor:
-    """view and as_strided: the same numbers in the same order."""
+    """view and as_strided: the same elements in the same order."""
     shape = [tensor.numel()] if list(shape) == [-1] else shape
-    assert math.prod(shape) == tensor.numel(), "a part of a packed weight cannot be viewed"
+    assert math.prod(shape) == tensor.numel(), "a part of a quantized weight cannot be viewed"
     return tensor.remade(aten.detach.default, shape)
 
 
 def _sliced(
     func: Any, tensor: QuantizedTensor, dim: int = 0, start: int = 0, end: int | None = None
 ) -> QuantizedTensor:
-    assert start in (0, None), "a part of a packed weight cannot be cut out"
-    assert end is None or end >= tensor.shape[dim], "a part of a packed weight cannot be cut out"
+    assert start in (0, None), "a part of a quantized weight cannot be cut out"
+    assert end is None or end >= tensor.shape[dim], "a part of a quantized weight cannot be cut out"
     return tensor.remade(aten.detach.default)
 
 
 def _moved(func: Any, tensor: QuantizedTensor, **options: Any) -> QuantizedTensor:
-    """To another device, or to another dtype to unpack into."""
+    """To another device, or to another dtype to dequantize into."""
     dtype = options.get("dtype") or tensor.dtype
     device, wait = options.get("device"), not options.get("non_blocking", False)
     moved = tensor.remade(lambda part: part.to(device, non_blocking=not wait, copy=True))
-    return QuantizedTensor(moved.parts, tensor.packing, tensor.shape, dtype)
+    return QuantizedTensor(moved.parts, tensor.scheme, tensor.shape, dtype)
 
 
 def _pinned(func: Any, tensor: QuantizedTensor, *args: Any, **kwargs: Any) -> bool:
@@ -170,7 +175,7 @@ _OPS: dict[Any, Callable[..., Any]] = {
 
 
 class _Linear(torch.autograd.Function):
-    """x·Wᵀ that keeps the packed weight for backward, not the dense one."""
+    """x `[..., in]` · Wᵀ; it saves the quantized weight for backward, not the dense one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedTensor) -> Tensor:
@@ -185,8 +190,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
-    if weight.packing in fp8_weight.PACKINGS:
-        out = fp8_weight.linear(x, weight.parts, weight.packing)
+    if weight.scheme in fp8_weight.SCHEMES:
+        out = fp8_weight.linear(x, weight.parts, weight.scheme)
     else:
         out = _Linear.apply(x, weight)
     return out if bias is None else out + bias.to(out.dtype)

@@ -1,1 +1,5 @@
-"""Kernel libraries, one file each. Every call into a library is in its file."""
+"""Kernel libraries, one file each: the file has all calls into the library, and a tuple `LIBRARIES` of its objects.
+
+The registry reads this folder, so a new file is all that a new library needs. No file imports its library before
+somebody chooses it.
+"""
