@@ -29,30 +29,13 @@ from automodel_trainer.nn.step_cache import unchanged_weights
 from automodel_trainer.strategies.base.allocator import configure_allocator
 from automodel_trainer.strategies.base.clip import clip_grads_, total_grad_norm
 from automodel_trainer.strategies.base.compile import wants_compile
+from automodel_trainer.strategies.base.objective import MicroBatch, Objective
 from automodel_trainer.strategies.base.precision import Dtypes, MeshPrecision, dtypes_of
 from automodel_trainer.strategies.base.saving import SavingStrategy
 from automodel_trainer.strategies.base.user_module import PreparedBlocks
 
-MicroBatch = dict[str, Any]
 Part = tuple[dict[str, Any], Any]
 """The inputs of a model's forward, and the targets of the loss."""
-
-
-class Objective:
-    """What is trained: a module that hands a micro-batch to its model and turns the outputs into a summed loss.
-
-    A LightningModule that a strategy runs step by step (`forward_backward`) has this as a base.
-    """
-
-    model: Any
-
-    def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Any]:
-        """The keyword arguments of the model's forward, and the targets of `loss`."""
-        raise NotImplementedError
-
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """The loss summed over the micro-batch's supervised tokens, 0-dim fp32."""
-        raise NotImplementedError
 
 
 class MeshStrategy(SavingStrategy):
