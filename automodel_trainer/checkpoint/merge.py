@@ -95,11 +95,14 @@ def _conversion(model: PreTrainedModel, weights: Weights) -> tuple[list[list[str
 def _merge_adapter(
     adapter: Path, output: Path, base: str | os.PathLike[str] | None, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> Path:
-    named = base or read_config(adapter).get("base_model_name_or_path")
+    config = read_config(adapter)
+    named = base or config.get("base_model_name_or_path")
     if not named:
         raise ValueError(f"The config of adapter {adapter} names no base model: say which it is (--base).")
     source = resolve_folder(named)
-    model = apply_lora(empty_model(source, trust_remote_code), LoRAConfig(adapter=str(adapter)))
+    model = apply_lora(
+        empty_model(source, trust_remote_code, config.get("task_type")), LoRAConfig(adapter=str(adapter))
+    )
     updates = Updates(model, read_tensors(adapter), dtype)
     with new_folder(output) as target:
         files = weight_files(source)
