@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from automodel_trainer.data import MicroBatchDataModule
 from automodel_trainer.data.preview import preview
 from automodel_trainer.lightning_cli import build
-from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.modules import HuggingFaceModule
 
 # Data is looked at on one device: neither GPUs nor the run's own layout are needed for it.
 _ONE_DEVICE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     _, module, data = build([*rest, *_ONE_DEVICE])
     if not isinstance(data, MicroBatchDataModule):
         raise ValueError(f"amt preview shows data modules of automodel_trainer, not {type(data).__name__}.")
-    if data.tokenizer is None and isinstance(module, CausalLMModule):
+    if data.tokenizer is None and isinstance(module, HuggingFaceModule):
         data.tokenizer = module.tokenizer
     batch = data.first_batch()
     preview(batch, data.load_tokenizer(), max_rows=own.rows, html=own.html)

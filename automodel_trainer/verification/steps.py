@@ -22,11 +22,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from automodel_trainer.distributed.stage_names import held_elsewhere
-from automodel_trainer.models.auto import AutoModelForCausalLM
-from automodel_trainer.modules import CausalLMModule
-from automodel_trainer.modules.loss import supervised_tokens
+from automodel_trainer.models.auto import builder
+from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.modules.optim import build_optimizer, trainable
 from automodel_trainer.strategies import MeshStrategy
+from automodel_trainer.strategies.base.objective import count_all
 from automodel_trainer.verification.outputs import OutputRecorder, whole_output
 
 LR = 3e-3  # three steps must move the weights, or nothing would be compared
@@ -48,7 +48,7 @@ class Job:
         attention: the attention kernel; None lets transformers choose.
     """
 
-    module: CausalLMModule
+    module: HuggingFaceModule
     config: PreTrainedConfig
     strategy: MeshStrategy
     world_size: int
@@ -81,7 +81,7 @@ def reference_run(job: Job, folder: Path) -> None:
     recorder = OutputRecorder(model, forwards=len(job.steps[0]))
     kept: dict[str, Tensor] = {}
     for step, micro_batches in enumerate(job.steps):
-        tokens = sum(supervised_tokens(m["labels"]) for m in micro_batches)
+        tokens = count_all(module, micro_batches)
         losses = [_backward(module, model, _to(m, device), tokens) for m in micro_batches]
         kept[f"loss/{step}"] = torch.stack(losses).double().sum() / tokens
         kept |= {f"gradient/{step}/{name}": grad.clone() for name, grad in _gradients(model)}
@@ -106,7 +106,7 @@ def layout_run(job: Job, folder: Path) -> Comparison:
     with _reference(folder) as reference:
         for step, micro_batches in enumerate(job.steps):
             mine = [_to(m, strategy.root_device) for m in micro_batches[strategy.dp_rank :: strategy.dp_size]]
-            tokens = strategy.sum_over_rows(torch.stack([supervised_tokens(m["labels"]) for m in mine]).sum())
+            tokens = strategy.sum_over_rows(count_all(module, mine))
             loss = strategy.forward_backward(module, mine, tokens).double()
             result.loss.append(_scalar(strategy.sum_over_tokens(loss) / tokens, reference[f"loss/{step}"]))
             parameters = trainable(model.parameters())
@@ -133,7 +133,7 @@ def _build(job: Job, strategy: MeshStrategy | None, device: torch.device) -> Pre
     lora = job.module.lora
     if lora is not None:
         lora = replace(lora, dropout=0.0, quantize=None, adapter=None)
-    model = AutoModelForCausalLM.from_config(
+    model = builder(job.module.auto_class).from_config(
         copy.deepcopy(job.config),
         strategy,
         torch.float32,
@@ -142,11 +142,13 @@ def _build(job: Job, strategy: MeshStrategy | None, device: torch.device) -> Pre
         lora=lora,
         device=device,
     )
-    model.train()
-    return model
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0  # a head's own, which no field of the config names
+    return model.train()
 
 
-def _start(strategy: MeshStrategy, module: CausalLMModule, job: Job) -> None:
+def _start(strategy: MeshStrategy, module: HuggingFaceModule, job: Job) -> None:
     """What a Trainer does with its strategy before it builds the model."""
     cuda = job.device == "cuda"
     plugin = Precision()
@@ -163,7 +165,7 @@ def _start(strategy: MeshStrategy, module: CausalLMModule, job: Job) -> None:
     strategy.setup_environment()
 
 
-def _optimizer(module: CausalLMModule, model: nn.Module) -> Optimizer:
+def _optimizer(module: HuggingFaceModule, model: nn.Module) -> Optimizer:
     optimizer = build_optimizer(module.optimizer_config, model, LR)
     for group in optimizer.param_groups:
         if isinstance(group.get("eps"), float):
@@ -174,7 +176,7 @@ def _optimizer(module: CausalLMModule, model: nn.Module) -> Optimizer:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def _backward(module: CausalLMModule, model: nn.Module, micro_batch: dict[str, Any], tokens: Any) -> Tensor:
+def _backward(module: HuggingFaceModule, model: nn.Module, micro_batch: dict[str, Any], tokens: Any) -> Tensor:
     inputs, targets = module.split(micro_batch)
     loss = module.loss(model(**inputs), targets)
     (loss / tokens).backward()
