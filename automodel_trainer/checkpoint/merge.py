@@ -159,7 +159,13 @@ class Updates:
 
     def check(self, on_disk: set[str], base: Path) -> None:
         """Raises ValueError unless the base's files hold everything that is updated."""
-        if missing := self.source_of.keys() - on_disk:
+        missing = self.source_of.keys() - on_disk
+        if new := sorted(name for name in missing if self.source_of[name] not in self.adapters):
+            raise ValueError(
+                f"{base} has no {new[0]}, which the adapter trained as a whole: the adapter brought a head that its "
+                "base never had, and merging keeps the base's files. Load base and adapter with PEFT and save that."
+            )
+        if missing:
             raise ValueError(
                 f"{base} has no {sorted(missing)[0]}, which the adapter updates: it is another base model, or its "
                 "files name their tensors in a way that cannot be traced."

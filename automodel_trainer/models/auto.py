@@ -14,7 +14,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from automodel_trainer.distributed.stage_names import held_elsewhere
 from automodel_trainer.models._transformers import load_weights, tied_weight_names
-from automodel_trainer.models.auto_classes import auto_class_of, auto_class_of_task, auto_classes_of, transformers_class
+from automodel_trainer.models.auto_classes import (
+    PURPOSES,
+    auto_class_of,
+    auto_class_of_task,
+    auto_classes_of,
+    transformers_class,
+)
 from automodel_trainer.models.files import resolve_folder, weight_files
 from automodel_trainer.models.initialize import initialize_missing, initialize_weights
 from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels
@@ -137,7 +143,7 @@ def builder(auto_class: str) -> type[AutoBuilder]:
 def check_purpose(model: PreTrainedModel, auto_class: str) -> None:
     """Raise ValueError if a model is known to be for something else than `auto_class` builds."""
     found = auto_classes_of(model)
-    if found and auto_class not in found:
+    if found and auto_class in PURPOSES and auto_class not in found:
         raise ValueError(
             f"{type(model).__name__} is what {' or '.join(found)} builds, and this objective trains what {auto_class} "
             f"builds. Load the model with {auto_class}, or give the objective its folder or Hub id."
