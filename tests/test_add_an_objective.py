@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,13 +13,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
-from automodel_trainer import LoRAConfig, OptimizerConfig, Trainer
+from automodel_trainer import (
+    LoRAConfig,
+    OptimizerConfig,
+    Trainer,
+)
+from automodel_trainer.checkpoint.merge import merge
 from automodel_trainer.distributed.stage_names import WholeTensors
+from automodel_trainer.verification.verify import verify
 from tests.harness import full, relative_error
 from tests.pool import RankPool
-from tests.processes import call, run_code
+from tests.processes import amt, call, run_code
 from tests.test_trainer import Curve, quiet
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 
@@ -45,8 +53,7 @@ def tags(home: Path) -> Any:
     """The page's module, imported from the file that its reader saves."""
     if str(home) not in sys.path:
         sys.path.insert(0, str(home))
-    sys.modules.pop("tags", None)
-    importlib.invalidate_caches()
+        importlib.invalidate_caches()
     return importlib.import_module("tags")
 
 
@@ -94,7 +101,7 @@ def train(home: Path, root: Path, strategy: str, dp: tuple[int, int] = (0, 1), *
 
 
 def on_rank(home: Path, root: Path, strategy: str, world: int, split: bool, options: dict[str, Any]) -> Any:
-    dp = (int(__import__("os").environ["RANK"]), world) if split else (0, 1)
+    dp = (int(os.environ["RANK"]), world) if split else (0, 1)
     return train(home, root, strategy, dp, devices=world, **options)
 
 
@@ -169,6 +176,7 @@ def test_layouts(
     results = pool.run(world, on_rank, home, tmp_path, strategy, world, split, {})
     for result in results:
         check(result, expected)
+    assert results[0]["weights"].keys() == expected["weights"].keys()
     saved = AutoModelForTokenClassification.from_pretrained(tmp_path / "saved")
     assert relative_error(saved.score.weight, expected["weights"]["score.weight"]) < 1e-4
 
@@ -194,6 +202,12 @@ def test_lora(home: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "saved/adapter_config.json").read_text())
     assert config["task_type"] == "TOKEN_CLS"
     assert config["modules_to_save"] == ["score"]
+    with pytest.raises(ValueError, match=r"has no score\.bias, which the adapter trained as a whole"):
+        merge(tmp_path / "saved", tmp_path / "merged")
+    merge(tmp_path / "saved", tmp_path / "merged", home / "start")
+    trained = load_file(tmp_path / "saved/adapter_model.safetensors")["base_model.model.score.weight"]
+    merged = AutoModelForTokenClassification.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.score.weight, trained)
 
 
 def test_run_blocks(home: Path) -> None:
@@ -203,3 +217,43 @@ def test_run_blocks(home: Path) -> None:
     )
     call(home, run_code, code, home / "run.py")
     assert (home / "tagger/config.json").is_file()
+
+
+def test_from_yaml(home: Path) -> None:
+    """The page's YAML, but for devices; `validate` follows."""
+    device = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    amt("fit", "--config", "tags.yaml", *device, "--trainer.default_root_dir", "run", folder=home, path=[home])
+    saved = (home / "run/config.yaml").read_text()
+    assert "class_path: tags.TokenClassification" in saved
+    table = amt("validate", "--config", "tags.yaml", *device, folder=home, path=[home])
+    assert "val_token_accuracy" in table
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2:tp=2", "fsdp2:cp=2"])
+def test_verify(pool: RankPool, home: Path, strategy: str) -> None:
+    """A head with dropout of its own, labels that are no token ids."""
+    pool.run(2, import_tags, home)
+    model = AutoModelForTokenClassification.from_config(tiny_config("qwen3", num_labels=LABELS), dtype=torch.float32)
+    report = verify(tags(home).TokenClassification(model), micro_batches(home, 0), strategy, launch=pool.run)
+    assert report.passed, [q for q in report.quantities if not q.passed]
+    assert report.modules_compared > 10
+
+
+def import_tags(home: Path) -> None:
+    tags(home)
+
+
+def test_resume(home: Path, tmp_path: Path) -> None:
+    """Two epochs in one run, and in two."""
+    batches = [micro_batches(home, step) for step in range(2)]
+
+    def run(root: Path, epochs: int, checkpoint: Path | None = None) -> tuple[Path | None, dict[str, torch.Tensor]]:
+        trainer = Trainer(**quiet(root, strategy="auto", max_epochs=epochs, precision="fp32"))
+        module = tags(home).TokenClassification(str(home / "start"), lr=LR, scheduler="constant")
+        path = trainer.fit(module, batches, ckpt_path=checkpoint)
+        return path, {name: p.detach().clone() for name, p in module.model.named_parameters()}
+
+    _, expected = run(tmp_path / "one", 2)
+    checkpoint, _ = run(tmp_path / "two", 1)
+    _, found = run(tmp_path / "two", 2, checkpoint)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
