@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from automodel_trainer.models import AutoModelForCausalLM
     from automodel_trainer.models.kernels import KernelsConfig
     from automodel_trainer.models.lora import LoRAConfig
-    from automodel_trainer.modules import CausalLMModule, OptimizerConfig, SchedulerConfig
+    from automodel_trainer.modules import CausalLMModule, HuggingFaceModule, OptimizerConfig, SchedulerConfig
     from automodel_trainer.strategies import (
         DDPStrategy,
         FSDP2Strategy,
@@ -29,6 +29,7 @@ _HOMES = {
     "ChatDataModule": "data",
     "DDPStrategy": "strategies",
     "FSDP2Strategy": "strategies",
+    "HuggingFaceModule": "modules",
     "KernelsConfig": "models.kernels",
     "LoRAConfig": "models.lora",
     "MegatronFSDPStrategy": "strategies",
@@ -47,6 +48,7 @@ __all__ = [
     "ChatDataModule",
     "DDPStrategy",
     "FSDP2Strategy",
+    "HuggingFaceModule",
     "KernelsConfig",
     "LoRAConfig",
     "MegatronFSDPStrategy",

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
-from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.modules import DEFAULT_OBJECTIVE
+from automodel_trainer.strategies import Objective
 
 Model = str | os.PathLike[str] | PreTrainedModel | pl.LightningModule
 
@@ -26,17 +27,27 @@ def connect(
         role: what a data set without splits is used for (`as_datamodule`).
 
     Raises:
-        ValueError: two kinds of data, or one that nothing can be made of.
+        ValueError: two kinds of data, or one that nothing can be made of, or that has no labels for this objective.
     """
     if data is not None and datamodule is not None:
         raise ValueError("Give data or datamodule=, not both.")
-    module = model if isinstance(model, pl.LightningModule) else CausalLMModule(model)
+    module = model if isinstance(model, pl.LightningModule) else DEFAULT_OBJECTIVE(model)
     datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role)
     if isinstance(datamodule, MicroBatchDataModule):
-        if datamodule.tokenizer is None and isinstance(module, CausalLMModule):
-            datamodule.tokenizer = module.tokenizer_or_none
+        if isinstance(module, Objective):
+            _check_labels(module, datamodule)
+            if datamodule.tokenizer is None:
+                datamodule.tokenizer = module.tokenizer_or_none
         datamodule.prepare()
     return module, datamodule, loader
+
+
+def _check_labels(module: Objective, datamodule: MicroBatchDataModule) -> None:
+    if datamodule.labels_are_tokens and not module.labels_are_tokens:
+        raise ValueError(
+            f"{type(datamodule).__name__} labels every token with a token id, and {type(module).__name__} learns other "
+            "labels. Give fit a DataLoader or a LightningDataModule whose micro-batches hold its labels."
+        )
 
 
 def accumulating(count: int, datamodule: pl.LightningDataModule | None, loader: Any) -> Any:

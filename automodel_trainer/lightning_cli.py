@@ -25,7 +25,7 @@ from automodel_trainer.callbacks import (
     Watchdog,
 )
 from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule
-from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.modules import DEFAULT_OBJECTIVE
 from automodel_trainer.trainer import Trainer
 
 CONFIG_NAME = "config.yaml"
@@ -34,7 +34,6 @@ CONFIG_NAME = "config.yaml"
 __all__ = [
     "AmtCLI",
     "BatchPreview",
-    "CausalLMModule",
     "ChatDataModule",
     "DCPCheckpoint",
     "HFExport",
@@ -110,14 +109,14 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class AmtCLI(LightningCLI):
-    """`model:` is a CausalLMModule and `data:` a ChatDataModule unless a `class_path` says otherwise."""
+    """`model:` is the default objective and `data:` a ChatDataModule unless a `class_path` says otherwise."""
 
     trainer: Trainer
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults(
             {
-                "model": {"class_path": "automodel_trainer.CausalLMModule"},
+                "model": {"class_path": f"automodel_trainer.{DEFAULT_OBJECTIVE.__name__}"},
                 "data": {"class_path": "automodel_trainer.ChatDataModule"},
             }
         )

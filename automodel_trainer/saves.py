@@ -10,7 +10,7 @@ import torch
 
 from automodel_trainer.checkpoint.export import export_pretrained
 from automodel_trainer.checkpoint.merge import merge_and_save
-from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.modules import HuggingFaceModule
 
 
 class SavesPretrained(pl.Trainer):
@@ -68,9 +68,9 @@ class SavesPretrained(pl.Trainer):
             trust_remote_code=module.trust_remote_code,
         )
 
-    def _module_to_save(self) -> CausalLMModule:
+    def _module_to_save(self) -> HuggingFaceModule:
         module = self.lightning_module
-        if not isinstance(module, CausalLMModule) or module.model is None:
+        if not isinstance(module, HuggingFaceModule) or module.model is None:
             raise ValueError(
                 "There is no model in this process to save: call fit, validate or test with a Hugging Face model "
                 "first. After training in notebook workers, the weights are in the checkpoint that fit returned."

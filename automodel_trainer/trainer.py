@@ -28,7 +28,7 @@ from automodel_trainer.connect import Model, accumulating, connect
 from automodel_trainer.data.adapt import Steps, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.distributed.launch import launched_sizes
-from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.resume import checkpoint_path, saved_before_restart
 from automodel_trainer.saves import SavesPretrained
 from automodel_trainer.strategies import Objective, StrategyRegistry
@@ -53,7 +53,7 @@ class Trainer(SavesPretrained):
             `global_batch_size`.
         max_time: save and stop so that no more time than this passes from `fit` on (see `Preemption`). A resumed run
             has all of it again.
-        gradient_clip_val: largest global gradient norm; None leaves it to the module (`CausalLMModule`: 1.0).
+        gradient_clip_val: largest global gradient norm; None leaves it to the module (`HuggingFaceModule`: 1.0).
         enable_ledger: print, after the first step, what is trained, in which dtypes, on which mesh; stop on a surprise.
         enable_throughput: log tokens per second, MFU, memory and data wait.
     """
@@ -265,7 +265,7 @@ class Trainer(SavesPretrained):
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Score data; arguments as in `fit`. `CausalLMModule` gives the log-probability of every supervised token."""
+        """Score data; arguments as in `fit`. a `HuggingFaceModule` gives what its `predict` says."""
         arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "predict", ckpt_path)
         return super().predict(**arguments, return_predictions=return_predictions, weights_only=weights_only)
 
@@ -287,8 +287,11 @@ class Trainer(SavesPretrained):
             ValueError: the layout refuses this model, or it is none of this project's.
         """
         module, datamodule, loader = connect(model, data, None)
-        if not isinstance(module, CausalLMModule):
-            raise ValueError(f"verify knows CausalLMModule and its subclasses, not {type(module).__name__}.")
+        if not isinstance(module, HuggingFaceModule):
+            raise ValueError(
+                "verify runs an objective of this project (CausalLMModule, or another subclass of HuggingFaceModule), "
+                f"not {type(module).__name__}."
+            )
         report = verify(module, datamodule or loader, self.strategy, devices, full=full, launch=launch)
         report.print()
         return report

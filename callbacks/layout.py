@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from automodel_trainer.strategies import MeshStrategy
+from automodel_trainer.strategies import MeshStrategy, Objective
 
 
 def trained_model(trainer: pl.Trainer) -> nn.Module:
@@ -34,5 +34,5 @@ def max_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
 
 
 def tokenizer_of(module: pl.LightningModule) -> Any:
-    """The module's tokenizer, or None. (`CausalLMModule.tokenizer` raises if there is none.)"""
-    return getattr(module, "tokenizer_or_none" if hasattr(type(module), "tokenizer_or_none") else "tokenizer", None)
+    """The module's tokenizer, or None."""
+    return module.tokenizer_or_none if isinstance(module, Objective) else getattr(module, "tokenizer", None)

@@ -4,7 +4,8 @@ Each folder holds one parallelism that works without a Trainer; `base/` holds th
 """
 
 from automodel_trainer.distributed.mesh import ParallelDims
-from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy, Objective
+from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy
+from automodel_trainer.strategies.base.objective import Objective
 from automodel_trainer.strategies.data_parallel.ddp import DDPStrategy
 from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy
 from automodel_trainer.strategies.megatron.megatron_fsdp import MegatronFSDPStrategy

@@ -101,11 +101,14 @@ def _conversion(model: PreTrainedModel, weights: Weights) -> tuple[list[list[str
 def _merge_adapter(
     adapter: Path, output: Path, base: str | os.PathLike[str] | None, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> Path:
-    named = base or read_config(adapter).get("base_model_name_or_path")
+    config = read_config(adapter)
+    named = base or config.get("base_model_name_or_path")
     if not named:
         raise ValueError(f"The config of adapter {adapter} names no base model: give the base model (--base).")
     source = resolve_folder(named)
-    model = apply_lora(empty_model(source, trust_remote_code), LoRAConfig(adapter=str(adapter)))
+    model = apply_lora(
+        empty_model(source, trust_remote_code, config.get("task_type")), LoRAConfig(adapter=str(adapter))
+    )
     updates = Updates(model, read_tensors(adapter), dtype)
     with new_folder(output) as target:
         files = weight_files(source)
@@ -174,9 +177,15 @@ class Updates:
             base: the base's folder, for the error message.
 
         Raises:
-            ValueError: a tensor is missing.
+            ValueError: a tensor is missing, or the adapter brought a module that the base never had.
         """
-        if missing := self.source_of.keys() - on_disk:
+        missing = self.source_of.keys() - on_disk
+        if new := sorted(name for name in missing if self.source_of[name] not in self.adapters):
+            raise ValueError(
+                f"{base} has no {new[0]}, which the adapter trained as a whole: the adapter brought a head that its "
+                "base never had, and merging keeps the base's files. Load base and adapter with PEFT and save that."
+            )
+        if missing:
             raise ValueError(
                 f"{base} has no {sorted(missing)[0]}, which the adapter updates: it is another base model, or its "
                 "files use names that we cannot map. Give the base model that the adapter was trained on."

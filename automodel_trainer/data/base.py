@@ -62,6 +62,7 @@ class MicroBatchDataModule(LightningDataModule):
     """
 
     packing: bool = True
+    labels_are_tokens: bool = True  # of the micro-batches: the ids of `input_ids` themselves, as next-token loss has it
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
 """Models: the one builder, weights in, weights out."""
 
-from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer.models.auto import AutoModelForCausalLM, builder
 
-__all__ = ["AutoModelForCausalLM"]
+__all__ = ["AutoModelForCausalLM", "builder"]

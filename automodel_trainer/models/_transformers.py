@@ -25,6 +25,7 @@ from automodel_trainer.nn.documents import set_documents
 __all__ = [
     "attention_in_use",
     "forget_absent_ties",
+    "forget_initialized",
     "initialize_module",
     "load_weights",
     "original_weight_names",
@@ -116,6 +117,12 @@ def initialize_module(model: PreTrainedModel, module: torch.nn.Module) -> None:
     owner = next((m for m in _submodels(model) if any(module is s for s in m.modules())), model)
     module._is_hf_initialized = False  # type: ignore[assignment]
     owner._initialize_weights(module, owner.is_custom_code())
+
+
+def forget_initialized(module: torch.nn.Module) -> None:
+    """Let `initialize_module` fill parameters of `module` that transformers has filled already."""
+    for parameter in module.parameters(recurse=False):
+        parameter._is_hf_initialized = False  # type: ignore[attr-defined]
 
 
 def _submodels(model: PreTrainedModel) -> list[PreTrainedModel]:

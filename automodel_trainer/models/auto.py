@@ -1,11 +1,12 @@
-"""The one builder: a Hugging Face causal language model, laid out on devices, its weights streamed in."""
+"""The one builder: a Hugging Face model of any auto class, laid out on devices, its weights streamed in."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -13,8 +14,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from automodel_trainer.distributed.stage_names import held_elsewhere
 from automodel_trainer.models._transformers import load_weights, tied_weight_names
+from automodel_trainer.models.auto_classes import (
+    PURPOSES,
+    auto_class_of,
+    auto_class_of_task,
+    auto_classes_of,
+    transformers_class,
+)
 from automodel_trainer.models.files import resolve_folder, weight_files
-from automodel_trainer.models.initialize import initialize_weights
+from automodel_trainer.models.initialize import initialize_missing, initialize_weights
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.layout import Layout
 from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, finish_lora
@@ -22,12 +30,15 @@ from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization.quantize import quantized_weights
 
 
-class AutoModelForCausalLM:
-    """Builds what `transformers.AutoModelForCausalLM` builds, and can build it sharded.
+class AutoBuilder:
+    """Builds what transformers' auto class of the same name builds, and can build it sharded.
 
     The result is the transformers model itself: same class, same forward, same state-dict keys, `generate` and all.
     With a strategy (its processes started) it comes laid out on the strategy's mesh, and no rank ever held all of it.
+    A subclass names the auto class; `builder(name)` makes one.
     """
+
+    auto_class: ClassVar[str]
 
     @classmethod
     def from_pretrained(
@@ -39,7 +50,7 @@ class AutoModelForCausalLM:
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
-        allow_missing_weights: bool = False,
+        allow_missing_weights: bool | Collection[str] = False,
         device: torch.device | str = "cpu",
         lora: LoRAConfig | None = None,
         kernels: KernelsConfig | None = None,
@@ -54,7 +65,8 @@ class AutoModelForCausalLM:
             attn_implementation: transformers' name of an attention kernel; None lets transformers choose.
             trust_remote_code: run model code that comes with the checkpoint.
             revision: branch, tag or commit of a Hub repository.
-            allow_missing_weights: initialise weights that the checkpoint lacks instead of refusing.
+            allow_missing_weights: initialise weights that the checkpoint lacks instead of refusing. Names of modules
+                allow it for these, and then they must be trained.
             device: where to build without a strategy.
             lora: adapters to train on the frozen model.
             kernels: what it computes with; None leaves that to transformers.
@@ -68,7 +80,7 @@ class AutoModelForCausalLM:
         files = weight_files(folder)
         config = load_config(folder, trust_remote_code, config_overrides)
         model = _build_on_meta(
-            config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
+            cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
         model.config.name_or_path = str(folder)
         if model.can_generate() and (folder / "generation_config.json").is_file():
@@ -96,7 +108,7 @@ class AutoModelForCausalLM:
     ) -> PreTrainedModel:
         """Build a model with random weights; the same `seed` gives the same weights under every strategy."""
         model = _build_on_meta(
-            config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
+            cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
         if lora is not None:
             add_adapters(model, lora, strategy)
@@ -112,10 +124,41 @@ class AutoModelForCausalLM:
         return model
 
 
-def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder on meta, in the dtype of its checkpoint: names and shapes without values."""
+class AutoModelForCausalLM(AutoBuilder):
+    """Builds what `transformers.AutoModelForCausalLM` builds, and can build it sharded: see `AutoBuilder`."""
+
+    auto_class = "AutoModelForCausalLM"
+
+
+def builder(auto_class: str) -> type[AutoBuilder]:
+    """The builder of a transformers auto class.
+
+    Raises:
+        ValueError: transformers has no such class.
+    """
+    transformers_class(auto_class)
+    return type(auto_class, (AutoBuilder,), {"auto_class": auto_class})
+
+
+def check_purpose(model: PreTrainedModel, auto_class: str) -> None:
+    """Raise ValueError if a model is known to be for something else than `auto_class` builds."""
+    found = auto_classes_of(model)
+    if found and auto_class in PURPOSES and auto_class not in found:
+        raise ValueError(
+            f"{type(model).__name__} is what {' or '.join(found)} builds, and this objective trains what {auto_class} "
+            f"builds. Load the model with {auto_class}, or give the objective its folder or Hub id."
+        )
+
+
+def empty_model(folder: Path, trust_remote_code: bool = False, task: str | None = None) -> PreTrainedModel:
+    """The model of a folder on meta, in the dtype of its checkpoint: names and shapes without values.
+
+    Args:
+        task: PEFT's `task_type` of an adapter that goes on it; None: what the folder's config says.
+    """
     config = load_config(folder, trust_remote_code, {})
-    return _build_on_meta(config, _parameter_dtype("auto", None, config), None, trust_remote_code)
+    auto_class = auto_class_of_task(task) or auto_class_of(config)
+    return _build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
 
 
 def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: Layout | None) -> None:
@@ -136,9 +179,13 @@ def fill_from_folder(
     device: torch.device | str = "cpu",
     *,
     files: list[Path] | None = None,
-    allow_missing_weights: bool = False,
+    allow_missing_weights: bool | Collection[str] = False,
 ) -> None:
-    """Lay a model that is on meta out, and stream the weights of `folder` into it."""
+    """Lay a model that is on meta out, and stream the weights of `folder` into it.
+
+    Raises:
+        ValueError: weights that the model needs are missing, or start random and frozen.
+    """
     files = files or weight_files(folder)
     if strategy is not None:
         strategy.parallelize(model)
@@ -150,11 +197,15 @@ def fill_from_folder(
         parameter.requires_grad_(requires_grad[name])
     missing -= tied_weight_names(model).keys()
     unexpected -= held_elsewhere(model, unexpected)
-    if missing and not allow_missing_weights:
+    new = {name for name in missing if _is_new(name, allow_missing_weights)}
+    if missing - new:
         raise ValueError(
-            f"{folder} lacks weights of {type(model).__name__}: {_some(missing)}. It is not a checkpoint of this model "
-            "(allow_missing_weights=True initialises them randomly)."
+            f"{folder} lacks weights of {type(model).__name__}: {_some(missing - new)}. It is not a checkpoint of this "
+            "model (allow_missing_weights=True initialises them randomly)."
         )
+    if allow_missing_weights is not True:
+        _check_trained(model, new, folder)
+        initialize_missing(model, new, _device(strategy, device))
     if unexpected:
         warnings.warn(
             f"{folder} holds weights that {type(model).__name__} has no place for: {_some(unexpected)}.", stacklevel=2
@@ -162,6 +213,20 @@ def fill_from_folder(
     finish_lora(model)
     if strategy is not None:
         strategy.finalize_parameters(model)
+
+
+def _is_new(name: str, allowed: bool | Collection[str]) -> bool:
+    return allowed if isinstance(allowed, bool) else name.startswith(tuple(f"{module}." for module in allowed))
+
+
+def _check_trained(model: PreTrainedModel, new: set[str], folder: Path) -> None:
+    frozen = {name for name in new if not model.get_parameter(name).requires_grad}
+    if frozen:
+        modules = sorted({name.rpartition(".")[0] for name in frozen})
+        raise ValueError(
+            f"{folder} lacks {_some(frozen)}, which would start from random weights and stay frozen. Train them too: "
+            f"LoRAConfig(modules_to_save={modules})."
+        )
 
 
 def load_config(folder: Path, trust_remote_code: bool, overrides: dict[str, Any]) -> PreTrainedConfig:
@@ -178,11 +243,15 @@ def load_config(folder: Path, trust_remote_code: bool, overrides: dict[str, Any]
 
 
 def _build_on_meta(
-    config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool
+    auto_class: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = transformers_class(auto_class).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code, **options
         )
     model.config.dtype = dtype

@@ -12,6 +12,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from automodel_trainer.models.auto_classes import auto_class_of, auto_classes_of
+
 # Weights in any format, and what may hold code in disguise (pickle).
 _WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".hdf5", ".ot",
@@ -102,10 +104,15 @@ def _save_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
 
 def _merged_config(model: PreTrainedModel, source: Path, dtype: torch.dtype) -> dict[str, Any]:
     original = json.loads((source / "config.json").read_text())
-    before = json.loads(type(model.config).from_pretrained(source).to_json_string(use_diff=False))
+    config = type(model.config).from_pretrained(source)
+    before = json.loads(config.to_json_string(use_diff=False))
     now = json.loads(model.config.to_json_string(use_diff=False))
     now["dtype"] = _name(dtype)
-    return _merge(original, before, now)
+    merged = _merge(original, before, now)
+    purposes = auto_classes_of(model)
+    if purposes and auto_class_of(config) not in purposes:
+        merged["architectures"] = [_class_name(model)]  # another head than the one the weights came with
+    return merged
 
 
 def _merge(original: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -2,122 +2,38 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torchmetrics import Metric
 
-from automodel_trainer.models.kernels import KernelsConfig, kernels_in_use
-from automodel_trainer.models.lora import LoRAConfig
-from automodel_trainer.modules.evaluation import EvaluatedModule, MicroBatch, as_list
-from automodel_trainer.modules.loss import next_token_targets, summed_loss, supervised_tokens
-from automodel_trainer.modules.metrics import FiniteGuard, LossWindow, TokenMetrics
-from automodel_trainer.modules.optim import (
-    OptimizerConfig,
-    SchedulerConfig,
-    build_optimizer,
-    build_scheduler,
-    parameters_of,
-)
+from automodel_trainer.models.kernels import kernels_in_use
+from automodel_trainer.modules.hugging_face import HuggingFaceModule
+from automodel_trainer.modules.loss import next_token_targets, summed_loss, supervised_tokens, token_losses
+from automodel_trainer.modules.metrics import TokenMetrics
 from automodel_trainer.nn.constants import IGNORE_INDEX
-
-_WINDOW_KEY = "loss_window"
-# What a model's forward is given of a micro-batch. The rest (labels, sample ids) is ours.
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+from automodel_trainer.strategies.base.objective import MicroBatch
 
 
-class CausalLMModule(EvaluatedModule):
+class CausalLMModule(HuggingFaceModule):
     """Trains a causal language model on next-token prediction.
 
-    Optimization is manual: a batch is the list of micro-batches of one optimizer step, which the strategy runs. The
-    loss is the sum of token losses over the supervised tokens of the *global* batch, so it does not depend on
-    accumulation, on the number of ranks or on ragged batches. State-dict keys are the Hugging Face keys.
-
-    Args:
-        model: a folder or Hub id, or a `PreTrainedModel` (real, or on meta with its path in `name_or_path`).
-        tokenizer: a tokenizer or its path; by default the model's own.
-        lora: low-rank adapters to train on the frozen model; None trains the whole model.
-        lr: the highest learning rate.
-        optimizer: configuration, class path, or a callable that takes parameter groups.
-        scheduler: configuration or name of the schedule.
-        gradient_clip_val: largest global gradient norm; 0 only measures it. `Trainer(gradient_clip_val=)` goes first.
-        neftune_alpha: strength of NEFTune noise (5 in the paper); 0 is off.
-        kernels: what the model computes with; by default chosen by the hardware.
-        trust_remote_code: run code that comes with the checkpoint.
-        revision: branch, tag or commit of a Hub repository.
-        config_overrides: attributes of the model's config to change.
+    The loss is the sum of token losses over the supervised tokens of the *global* batch. Arguments are those of
+    `HuggingFaceModule`.
     """
 
-    def __init__(
-        self,
-        model: str | os.PathLike[str] | PreTrainedModel,
-        *,
-        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
-        lora: LoRAConfig | None = None,
-        lr: float = 2e-5,
-        optimizer: OptimizerConfig | str | Callable[..., Optimizer] = OptimizerConfig(),  # noqa: B008
-        scheduler: SchedulerConfig | str = SchedulerConfig(),  # noqa: B008
-        gradient_clip_val: float = 1.0,
-        neftune_alpha: float = 0.0,
-        kernels: KernelsConfig = KernelsConfig(),  # noqa: B008
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-        config_overrides: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            lora=lora,
-            neftune_alpha=neftune_alpha,
-            kernels=kernels,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            config_overrides=config_overrides,
-        )
-        self.automatic_optimization = False
-        self.lr = lr
-        self.optimizer_config = optimizer
-        self.scheduler_config = scheduler
-        self.gradient_clip_val = gradient_clip_val
-        self.metrics = TokenMetrics()
-        self._window = LossWindow()
-        self._guard: FiniteGuard | None = None
-        self._grad_norm: Tensor | None = None
-        self._lr: float | Tensor = lr
-        self.save_hyperparameters(
-            {
-                "model": model if isinstance(model, (str, os.PathLike)) else model.name_or_path,
-                "lora": lora and asdict(lora),
-                "lr": lr,
-                "optimizer": _plain(optimizer),
-                "scheduler": _plain(scheduler),
-                "gradient_clip_val": gradient_clip_val,
-                "neftune_alpha": neftune_alpha,
-                "kernels": asdict(kernels),
-            }
-        )
-
-    def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.optimizer_config, self.model, self.lr)
-        planned = getattr(self.trainer, "planned_steps", lambda: None)()
-        scheduler = build_scheduler(self.scheduler_config, optimizer, planned)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    # --- the objective --------------------------------------------------------------------------------------------
+    auto_class = "AutoModelForCausalLM"
+    defers_logits = True
 
     def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
-        inputs = {key: micro_batch[key] for key in _MODEL_INPUTS if micro_batch.get(key) is not None}
+        inputs, labels = super().split(micro_batch)
         if micro_batch.get("packed") is False:
             del inputs["position_ids"]  # 0, 1, 2, …: without them attention needs no mask, only its causal kernel
         # A cache is of no use in training, and with one transformers ignores the document boundaries of packed rows.
         inputs["use_cache"] = False
-        return inputs, next_token_targets(micro_batch["labels"])
+        return inputs, next_token_targets(labels)
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         loss = summed_loss(outputs.logits, targets, kernels_in_use(self.model).loss)
@@ -126,97 +42,13 @@ class CausalLMModule(EvaluatedModule):
             loss = loss + self.model.config.router_aux_loss_coef * balance * (targets != IGNORE_INDEX).sum()
         return loss
 
-    # --- training -------------------------------------------------------------------------------------------------
+    def count(self, micro_batch: MicroBatch) -> Tensor:
+        return supervised_tokens(micro_batch["labels"])
 
-    def training_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> None:
-        micro_batches = as_list(batch)
-        strategy = self.strategy
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        assert not isinstance(optimizer, list)
-        tokens = strategy.sum_over_rows(
-            torch.stack([supervised_tokens(micro_batch["labels"]) for micro_batch in micro_batches]).sum()
-        )
-        loss_sum = strategy.forward_backward(self, micro_batches, tokens)
-        self._grad_norm = strategy.clip_grad_norm_(parameters_of(optimizer), self._clip_value)
-        lr = optimizer.param_groups[0]["lr"]
-        self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # the scheduler fills a tensor in place
-        optimizer.step()
-        scheduler.step()  # type: ignore[union-attr, call-arg]
-        optimizer.zero_grad()
-        self._observe(loss_sum, tokens, micro_batches)
+    def build_metrics(self) -> Metric:
+        return TokenMetrics()
 
-    @property
-    def _clip_value(self) -> float:
-        asked = getattr(self.trainer, "requested_gradient_clip_val", None)
-        return self.gradient_clip_val if asked is None else float(asked)
-
-    def _observe(self, loss_sum: Tensor, tokens: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
-        assert self._grad_norm is not None
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._guard is None:
-            self._guard = FiniteGuard(keep=max(every, 1))
-        ids = [i for micro_batch in micro_batches for i in micro_batch.get("sample_ids", [])]
-        step = self.trainer.global_step
-        self._window.add(loss_sum, tokens)
-        self._guard.add(step, loss_sum, self._grad_norm, ids)
-        log_step = every > 0 and step % every == 0
-        if log_step or self.device.type == "cpu":  # on CPU looking costs nothing
-            self.check_finite()
-        if log_step:
-            self._log_window()
-
-    def _log_window(self) -> None:
-        loss_sum, tokens = self._window.pop()
-        loss = self.strategy.sum_over_tokens(loss_sum) / tokens
-        self.log_dict({"train_loss": loss.float(), "grad_norm": self._grad_norm, "lr": self._lr})  # type: ignore[dict-item]
-
-    def check_finite(self) -> None:
-        """Stop if any step so far had a loss or a gradient that was not finite. Collective; waits for the device.
-
-        Raises:
-            ValueError: names the step and its sample ids. Checkpoints written before that step are intact.
-        """
-        first = self._guard.first_bad() if self._guard is not None else None
-        if first is None:
-            return
-        assert self._guard is not None
-        first = first.clone()
-        if self.strategy.world_size > 1:
-            dist.all_reduce(first, op=dist.ReduceOp.MIN)
-        if first.isinf():
-            return
-        step = int(first.item())
-        ids = self._guard.samples_of(step)
-        if self.strategy.dp_size > 1:
-            gathered: list[Any] = [None] * self.strategy.world_size
-            dist.all_gather_object(gathered, ids)
-            ids = sorted({i for some in gathered if some for i in some})
-        raise ValueError(
-            f"The loss or the gradient of step {step} was not finite (NaN or infinity). Samples of that step: {ids}. "
-            "Training stops here and writes no further checkpoint; the last one is from before. Look at these samples, "
-            "lower lr, or use precision='fp32' or 'bf16'."
-        )
-
-    def on_train_end(self) -> None:
-        self.check_finite()
-
-    # --- state ----------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the next log step will average over, so that a resumed run logs the same numbers. Collective."""
-        if self._window:
-            loss_sum, tokens = self._window.sums()
-            whole = self.strategy.sum_over_tokens(loss_sum.clone())
-            checkpoint[_WINDOW_KEY] = {"loss_sum": float(whole), "tokens": int(tokens)}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._window = LossWindow()
-        if _WINDOW_KEY in checkpoint:
-            saved, device = checkpoint[_WINDOW_KEY], self.strategy.root_device
-            ranks = self.strategy.sum_over_tokens(torch.ones((), dtype=torch.float64, device=device))
-            share = torch.tensor(saved["loss_sum"], dtype=torch.float64, device=device) / ranks
-            self._window.add(share, torch.tensor(saved["tokens"], device=device))
-
-
-def _plain(config: Any) -> Any:
-    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else str(config)
+    def predict(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        """The log-probability of every supervised token, fp32 `[b, s]` aligned with `input_ids` (0 elsewhere)."""
+        losses = self.per_token(micro_batch, token_losses, torch.float32)
+        return {"log_probs": F.pad(-losses[:, :-1], (1, 0))}

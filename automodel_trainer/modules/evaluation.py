@@ -1,24 +1,28 @@
-"""Evaluation of a language model: loss and accuracy over validation data, log-probabilities of any."""
+"""EvaluatedModule: metrics over validation and test data, and predictions per token."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
-from automodel_trainer.modules.hugging_face import HuggingFaceModule
-from automodel_trainer.modules.loss import token_losses
-from automodel_trainer.modules.metrics import TokenMetrics
-
-MicroBatch = dict[str, Any]
+from automodel_trainer.modules.built import BuiltModule
+from automodel_trainer.modules.loss import Logits, predictions
+from automodel_trainer.strategies.base.objective import MicroBatch
 
 
-class EvaluatedModule(HuggingFaceModule):
-    """Validates, tests and predicts."""
+class EvaluatedModule(BuiltModule):
+    """Validates, tests and predicts.
 
-    metrics: TokenMetrics
+    Attributes:
+        metrics: `update(logits, targets)` takes a micro-batch, or this rank's part of it; `compute()` gives numbers by
+            name, equal on all ranks. Ranks of a tp group count the same tokens each: only ratios of sums mean anything.
+    """
+
+    metrics: Metric
 
     def on_validation_epoch_start(self) -> None:
         self._start_evaluation()
@@ -55,23 +59,37 @@ class EvaluatedModule(HuggingFaceModule):
         self.log_dict({f"{prefix}_{name}": value.float() for name, value in values.items()}, sync_dist=True)
 
     def predict_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Score the data: per micro-batch the log-probability of every supervised token, fp32 `[b, s]` aligned with
-        `input_ids` (0 elsewhere), with `labels` and `sample_ids`."""
-        scored = []
-        for micro_batch in as_list(batch):
-            with self.strategy.split_sequence(*self.split(micro_batch)) as (inputs, targets):
-                losses = self._losses(inputs, targets)
-            losses = self.strategy.gather_sequence(losses, micro_batch["labels"].shape[1])
-            named: dict[str, Any] = {key: micro_batch[key] for key in ("labels", "sample_ids") if key in micro_batch}
-            scored.append({"log_probs": torch.nn.functional.pad(-losses[:, :-1], (1, 0)), **named})
-        return scored
+        """What `predict` makes of each micro-batch, with its `labels` and `sample_ids`."""
+        return [
+            self.predict(micro_batch)
+            | {key: micro_batch[key] for key in ("labels", "sample_ids") if key in micro_batch}
+            for micro_batch in as_list(batch)
+        ]
 
-    def _losses(self, inputs: dict[str, Any], targets: Tensor) -> Tensor:
-        """Per token, fp32 `[b, s]`, on every rank."""
-        logits = self.strategy.forward(self.model, inputs).logits
-        return self.strategy.from_logits(
-            lambda: token_losses(logits, targets).view_as(targets), targets.shape, torch.float32
-        )
+    def predict(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        """The predictions for a micro-batch, by name. Collective: an objective computes them by `per_token`.
+
+        By default `predictions`: the most likely class of every token, int64 `[b, s]`.
+        """
+        return {"predictions": self.per_token(micro_batch, lambda logits, targets: predictions(logits), torch.int64)}
+
+    def per_token(
+        self, micro_batch: MicroBatch, compute: Callable[[Logits, Tensor], Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Something about every token of a micro-batch, whatever the layout. Collective.
+
+        Args:
+            compute: makes it of logits `[b, s, v]` and targets `[b, s]` of a part of the sequence; `b·s` numbers.
+            dtype: of these numbers.
+
+        Returns:
+            `[b, s]`, on every rank.
+        """
+        whole = self.split(micro_batch)
+        with self.strategy.split_sequence(*whole) as (inputs, targets):
+            logits = self.strategy.forward(self.model, inputs).logits
+            values = self.strategy.from_logits(lambda: compute(logits, targets).view_as(targets), targets.shape, dtype)
+        return self.strategy.gather_sequence(values, whole[1].shape[1])
 
 
 def as_list(batch: Sequence[MicroBatch] | MicroBatch) -> Sequence[MicroBatch]:

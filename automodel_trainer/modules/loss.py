@@ -111,6 +111,6 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
 
 
-def predictions(logits: Tensor) -> Tensor:
+def predictions(logits: Logits) -> Tensor:
     """The most likely token of every position, int64 `[b, s]`, of logits `[b, s, v]` (a DTensor sharded over v too)."""
     return sharded_argmax(logits) if isinstance(logits, DTensor) else logits.argmax(-1)

@@ -13,8 +13,8 @@ from automodel_trainer.modules.loss import Logits, losses_and_predictions
 from automodel_trainer.nn.constants import IGNORE_INDEX
 
 
-class TokenMetrics(Metric):
-    """Loss, perplexity and accuracy per supervised token, over all batches and ranks.
+class TokenAccuracy(Metric):
+    """Cross-entropy and accuracy per supervised token, over all batches and ranks.
 
     Sums are kept in fp64, so that neither the number of batches nor of ranks shows in the result.
     """
@@ -44,8 +44,15 @@ class TokenMetrics(Metric):
         self.correct += (predictions.eq(targets) & trained).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        loss = self.loss_sum / self.tokens
-        return {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.correct / self.tokens}
+        return {"loss": self.loss_sum / self.tokens, "token_accuracy": self.correct / self.tokens}
+
+
+class TokenMetrics(TokenAccuracy):
+    """The same and perplexity: of a language model."""
+
+    def compute(self) -> dict[str, Tensor]:
+        values = super().compute()
+        return {"loss": values["loss"], "perplexity": values["loss"].exp(), "token_accuracy": values["token_accuracy"]}
 
 
 class LossWindow:

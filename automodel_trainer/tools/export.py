@@ -17,7 +17,8 @@ from torch import Tensor
 
 from automodel_trainer.checkpoint.sources import is_adapter, model_folder
 from automodel_trainer.checkpoint.weight_stream import Weights
-from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer.models.auto import builder
+from automodel_trainer.models.auto_classes import auto_class_of_folder, auto_class_of_task, transformers_class
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.adapter_files import read_config
@@ -37,12 +38,12 @@ LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2e-2}
 
 @dataclass
 class Comparison:
-    """How much the next-token distributions of a source and its export differ.
+    """How much the predictions of a source and its export differ, token by token (the next token, or a class).
 
     Attributes:
         mean: mean Kullback-Leibler divergence of the export from the source, in nats per token.
         largest: the largest divergence of a token, in nats.
-        same_first: share of tokens for which both predict the same most likely token.
+        same_first: share of tokens for which both predict the same most likely class.
         tokens: number of tokens compared.
         limit: maximum of `mean` for the export's dtype.
     """
@@ -86,8 +87,9 @@ def compare(
     loaded = _load_source(source, base, trust_remote_code)
     reference = [_log_probs(loaded, ids) for ids in prompts]
     del loaded
+    auto_class = auto_class_of_folder(exported, trust_remote_code=trust_remote_code)
     options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
-    model = transformers.AutoModelForCausalLM.from_pretrained(exported, **options)
+    model = transformers_class(auto_class).from_pretrained(exported, **options)
     divergences, same = [], []
     for ids, expected in zip(prompts, reference):
         found = _log_probs(model, ids)
@@ -103,18 +105,29 @@ def _load_source(
     source: str | os.PathLike[str], base: str | os.PathLike[str] | None, trust_remote_code: bool
 ) -> transformers.PreTrainedModel:
     folder = model_folder(source)
-    lora = None
+    lora, auto_class = None, None
     if is_adapter(folder):
-        lora = LoRAConfig(adapter=str(folder))
-        folder = resolve_folder(base or read_config(folder)["base_model_name_or_path"])
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, lora=lora, trust_remote_code=trust_remote_code
-    ).eval()
+        lora, config = LoRAConfig(adapter=str(folder)), read_config(folder)
+        auto_class = auto_class_of_task(config.get("task_type"))
+        folder = resolve_folder(base or config["base_model_name_or_path"])
+    auto_class = auto_class or auto_class_of_folder(folder, trust_remote_code=trust_remote_code)
+    return (
+        builder(auto_class)
+        .from_pretrained(folder, dtype=torch.float32, lora=lora, trust_remote_code=trust_remote_code)
+        .eval()
+    )
 
 
 def _log_probs(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:
-    """Log-probabilities of the next token after each token of `ids` `[1, s]`: fp32 `[s, vocabulary]`."""
-    return model.eval()(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    """Log-probabilities of the classes (of the next token, say) at each token of `ids` `[1, s]`: fp32 `[s, classes]`.
+
+    Raises:
+        ValueError: the model predicts one thing for the whole prompt.
+    """
+    logits: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    if logits.ndim != 3:
+        raise ValueError(f"--check compares predictions for each token, and {type(model).__name__} makes none.")
+    return logits[0].float().log_softmax(-1)
 
 
 def _prompts(folder: Path, trust_remote_code: bool) -> list[Tensor]:

@@ -107,13 +107,16 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[Any, PreTra
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
+
+    from automodel_trainer.models.auto_classes import auto_class_of_folder, transformers_class
 
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
+        builder = transformers_class(auto_class_of_folder(model, local_files_only=True))
+        loaded: Any = builder.from_pretrained(model, dtype=dtype, local_files_only=True)
     except (OSError, SafetensorError) as error:
         found = (
             "exists but cannot be loaded"
@@ -121,6 +124,8 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[Any, PreTra
             else "is neither a folder nor a model in the local cache"
         )
         raise ValueError(f"--model {model} {found}. Give a folder written by `save_pretrained`. ({error})") from error
+    if not loaded.can_generate():
+        raise ValueError(f"--model {model} is a {type(loaded).__name__}, which does not generate text.")
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 

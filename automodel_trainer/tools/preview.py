@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from automodel_trainer.data import MicroBatchDataModule
 from automodel_trainer.data.preview import preview
 from automodel_trainer.lightning_cli import build
-from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.modules import HuggingFaceModule
 
 # A preview needs neither GPUs nor the run's own layout.
 _ONE_DEVICE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
             f"amt preview cannot show {type(data).__name__}. Use a data module of automodel_trainer, for example "
             "ChatDataModule."
         )
-    if data.tokenizer is None and isinstance(module, CausalLMModule):
+    if data.tokenizer is None and isinstance(module, HuggingFaceModule):
         data.tokenizer = module.tokenizer
     batch = data.first_batch()
     preview(batch, data.load_tokenizer(), max_rows=own.rows, html=own.html)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from automodel_trainer.tools.errors import explain_errors
 
@@ -110,11 +110,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    quantized = _auto_class().from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = _plain_model(quantized)
     _complete_tokenizer(tokenizer, max_length=model.config.max_position_embeddings)
@@ -125,16 +125,23 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 def _plain_model(quantized: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a plain model, because transformers refuses to save one that was loaded from GGUF."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = quantized.config
     del config.quantization_config
     # GGUF stores this as a 32-bit float, which turns 1e-05 into 9.999999747378752e-06.
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = _auto_class().from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
     return model
+
+
+def _auto_class() -> Any:
+    """transformers' auto class of the model that is to be trained."""
+    from automodel_trainer.models.auto_classes import transformers_class
+    from automodel_trainer.modules import DEFAULT_OBJECTIVE
+
+    return transformers_class(DEFAULT_OBJECTIVE.auto_class)
 
 
 def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

@@ -17,7 +17,7 @@ import yaml
 
 from automodel_trainer.data.adapt import as_datamodule
 from automodel_trainer.lightning_cli import build
-from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.modules import DEFAULT_OBJECTIVE, HuggingFaceModule
 from automodel_trainer.trainer import Trainer
 from automodel_trainer.verification.ranks import Processes
 from automodel_trainer.verification.verify import LENGTH, verify
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     raise SystemExit(report.exit_code)
 
 
-def _from_arguments(args: argparse.Namespace) -> tuple[CausalLMModule, Any, Any]:
+def _from_arguments(args: argparse.Namespace) -> tuple[HuggingFaceModule, Any, Any]:
     if bool(args.config) == bool(args.model):
         raise ValueError("Give amt verify --config run.yaml, or --model and --data.")
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "") if args.full else ""
@@ -68,14 +68,17 @@ def _from_arguments(args: argparse.Namespace) -> tuple[CausalLMModule, Any, Any]
     else:
         if not args.data:
             raise ValueError("amt verify --model also needs --data.")
-        module, (datamodule, loader) = CausalLMModule(args.model), as_datamodule(args.data)
+        module, (datamodule, loader) = DEFAULT_OBJECTIVE(args.model), as_datamodule(args.data)
         data, strategy = datamodule or loader, args.strategy or "fsdp2"
-    if not isinstance(module, CausalLMModule):
-        raise ValueError(f"amt verify knows CausalLMModule and its subclasses, not {type(module).__name__}.")
+    if not isinstance(module, HuggingFaceModule):
+        raise ValueError(
+            "amt verify runs an objective of this project (CausalLMModule, or another subclass of HuggingFaceModule), "
+            f"not {type(module).__name__}."
+        )
     return module, with_tokenizer(data, module), strategy
 
 
-def with_tokenizer(data: Any, module: CausalLMModule) -> Any:
+def with_tokenizer(data: Any, module: HuggingFaceModule) -> Any:
     """A data module without a tokenizer takes the model's, as in `fit`."""
     if getattr(data, "tokenizer", 0) is None:
         data.tokenizer = module.tokenizer

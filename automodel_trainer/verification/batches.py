@@ -11,17 +11,18 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from automodel_trainer.data.base import MicroBatchDataModule
-
-MicroBatch = dict[str, Any]
-_PER_TOKEN = ("input_ids", "labels", "position_ids", "attention_mask")
-_TOKENS = ("input_ids", "labels")
-IGNORE_INDEX = -100
+from automodel_trainer.data.batches import MicroBatch
+from automodel_trainer.nn.constants import IGNORE_INDEX
+from automodel_trainer.strategies import Objective
 
 
-def first_steps(data: Any, steps: int, per_step: int, length: int, rows: int = 2) -> list[list[MicroBatch]]:
+def first_steps(
+    objective: Objective, data: Any, steps: int, per_step: int, length: int, rows: int = 2
+) -> list[list[MicroBatch]]:
     """`steps` lists of `per_step` micro-batches, in the order of the data; few data are gone through again.
 
     Args:
+        objective: says what a micro-batch holds to learn.
         data: a data module, or an iterable of batches (a micro-batch, or a list of them).
         length: rows are cut to the window of so many tokens that has the most labels.
         rows: of a micro-batch, at most.
@@ -35,7 +36,7 @@ def first_steps(data: Any, steps: int, per_step: int, length: int, rows: int = 2
         found.append(_cut(micro_batch, length, rows))
         if len(found) == wanted:
             break
-    if not found or not any((m["labels"][:, 1:] != IGNORE_INDEX).any() for m in found):
+    if not any(objective.count(micro_batch) for micro_batch in found):
         raise ValueError("There is nothing to verify with: the data gave no batch with a trained token.")
     found = [found[i % len(found)] for i in range(wanted)]
     return [found[i : i + per_step] for i in range(0, wanted, per_step)]
@@ -54,29 +55,38 @@ def _stream(data: Any) -> Iterator[MicroBatch]:
 
 
 def _cut(micro_batch: MicroBatch, length: int, rows: int) -> MicroBatch:
-    labels = micro_batch["labels"][:rows]
-    length = min(length, labels.shape[1])
+    """The first rows, and of every tensor `[b, s]` the window with the most labels."""
+    shape = micro_batch["input_ids"].shape
+    length = min(length, shape[1])
+    labels = micro_batch.get("labels")
+    start = _window(labels[:rows], length) if isinstance(labels, Tensor) and labels.shape == shape else 0
+    cut = {key: value for key, value in micro_batch.items() if key != "sample_ids"}
+    for key, value in cut.items():
+        if isinstance(value, Tensor) and value.shape == shape:
+            cut[key] = value[:rows, start : start + length].clone()
+        elif isinstance(value, Tensor) and value.shape[:1] == shape[:1]:
+            cut[key] = value[:rows].clone()
+    return cut
+
+
+def _window(labels: Tensor, length: int) -> int:
+    """Where the `length` columns of labels `[b, s]` begin that hold the most of them."""
     counts = (labels != IGNORE_INDEX).sum(0).cumsum(0)
     counts = torch.cat([counts.new_zeros(1), counts])
-    start = int((counts[length:] - counts[:-length]).argmax())
-    cut = {
-        key: value[:rows, start : start + length] if key in _PER_TOKEN and isinstance(value, Tensor) else value
-        for key, value in micro_batch.items()
-        if key != "sample_ids"
-    }
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in cut.items()}
+    return int((counts[length:] - counts[:-length]).argmax())
 
 
-def renumber(steps: list[list[MicroBatch]], config: PreTrainedConfig) -> int:
+def renumber(objective: Objective, steps: list[list[MicroBatch]], config: PreTrainedConfig) -> int:
     """Number the token ids in use from 0, in place, in batches and config; returns how many there are.
 
     A vocabulary of a hundred thousand would be most of a small model, and most of its time.
     """
+    keys = ("input_ids", "labels") if objective.labels_are_tokens else ("input_ids",)
     batches = [micro_batch for step in steps for micro_batch in step]
-    used = torch.cat([m[key].flatten() for m in batches for key in _TOKENS]).unique()
+    used = torch.cat([m[key].flatten() for m in batches for key in keys]).unique()
     used = used[used != IGNORE_INDEX]
     for micro_batch in {id(m): m for m in batches}.values():  # few data: the same one may come again
-        for key in _TOKENS:
+        for key in keys:
             ids = micro_batch[key]
             micro_batch[key] = torch.where(ids == IGNORE_INDEX, ids, torch.searchsorted(used, ids))
     text = config.get_text_config(decoder=True)

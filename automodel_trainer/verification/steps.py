@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from automodel_trainer.distributed.stage_names import held_elsewhere
-from automodel_trainer.models.auto import AutoModelForCausalLM
-from automodel_trainer.modules import CausalLMModule
-from automodel_trainer.modules.loss import supervised_tokens
+from automodel_trainer.models.auto import builder
+from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.modules.optim import build_optimizer, trainable
 from automodel_trainer.strategies import MeshStrategy
+from automodel_trainer.strategies.base.objective import count_all
 from automodel_trainer.verification.choices import Choice, ChoiceRecorder, Margin, rounding
 from automodel_trainer.verification.errors import (
     KeptTensors,
@@ -56,7 +56,7 @@ class Job:
         seed: of the random weights.
     """
 
-    module: CausalLMModule
+    module: HuggingFaceModule
     config: PreTrainedConfig
     strategy: MeshStrategy
     world_size: int
@@ -125,7 +125,7 @@ def _reference_steps(job: Job) -> tuple[dict[str, Tensor], Margin]:
     choices, margin = ChoiceRecorder(model), Margin()
     kept: dict[str, Tensor] = {}
     for step, micro_batches in enumerate(job.steps):
-        tokens = sum(supervised_tokens(m["labels"]) for m in micro_batches)
+        tokens = count_all(module, micro_batches)
         losses = []
         for index, micro_batch in enumerate(micro_batches):
             losses.append(_backward(module, model, _to(micro_batch, device), tokens))
@@ -161,7 +161,7 @@ def layout_run(job: Job, folder: Path) -> Comparison:
         comparer = Comparer(job.steps, strategy)
         for step, micro_batches in enumerate(job.steps):
             mine = [_to(m, strategy.root_device) for m in micro_batches[strategy.dp_rank :: strategy.dp_size]]
-            tokens = strategy.sum_over_rows(torch.stack([supervised_tokens(m["labels"]) for m in mine]).sum())
+            tokens = strategy.sum_over_rows(count_all(module, mine))
             loss = strategy.forward_backward(module, mine, tokens).double()
             if choices is not None:
                 comparer.compare(step, choices.take(), _choices_of(reference, step, strategy, len(micro_batches)))
@@ -191,7 +191,7 @@ def _build(job: Job, strategy: MeshStrategy | None, device: torch.device) -> Pre
     lora = job.module.lora
     if lora is not None:
         lora = replace(lora, dropout=0.0, quantize=None, adapter=None)
-    model = AutoModelForCausalLM.from_config(
+    model = builder(job.module.auto_class).from_config(
         copy.deepcopy(job.config),
         strategy,
         torch.float32,
@@ -201,11 +201,13 @@ def _build(job: Job, strategy: MeshStrategy | None, device: torch.device) -> Pre
         lora=lora,
         device=device,
     )
-    model.train()
-    return model
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0  # a head's own, which no field of the config names
+    return model.train()
 
 
-def _start(strategy: MeshStrategy, module: CausalLMModule, job: Job) -> None:
+def _start(strategy: MeshStrategy, module: HuggingFaceModule, job: Job) -> None:
     """What a Trainer does with its strategy before it builds the model."""
     cuda = job.device == "cuda"
     plugin = Precision()
@@ -222,7 +224,7 @@ def _start(strategy: MeshStrategy, module: CausalLMModule, job: Job) -> None:
     strategy.setup_environment()
 
 
-def _optimizer(module: CausalLMModule, model: nn.Module) -> Optimizer:
+def _optimizer(module: HuggingFaceModule, model: nn.Module) -> Optimizer:
     optimizer = build_optimizer(module.optimizer_config, model, LR)
     for group in optimizer.param_groups:
         if isinstance(group.get("eps"), float):
@@ -233,7 +235,7 @@ def _optimizer(module: CausalLMModule, model: nn.Module) -> Optimizer:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def _backward(module: CausalLMModule, model: nn.Module, micro_batch: dict[str, Any], tokens: Any) -> Tensor:
+def _backward(module: HuggingFaceModule, model: nn.Module, micro_batch: dict[str, Any], tokens: Any) -> Tensor:
     inputs, targets = module.split(micro_batch)
     loss = module.loss(model(**inputs), targets)
     (loss / tokens).backward()

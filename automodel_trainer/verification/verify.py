@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.strategies import MeshStrategy, StrategyRegistry
 from automodel_trainer.verification.batches import first_steps, renumber
 from automodel_trainer.verification.ranks import Launcher, Processes
@@ -32,7 +32,7 @@ LENGTH = 64  # tokens of a row: every window, boundary and shard edge occurs in 
 
 
 def verify(
-    module: CausalLMModule,
+    module: HuggingFaceModule,
     data: Any,
     strategy: Any = "fsdp2",
     devices: int | None = None,
@@ -67,11 +67,11 @@ def verify(
             "verify with processes on the CPU."
         )
     accumulation = max(ACCUMULATION, strategy.min_micro_batches)
-    steps = first_steps(data, STEPS, accumulation * dims.dp_replicate * dims.dp_shard, length)
-    config = copy.deepcopy(config_of(module))
-    small = shrink(config, dims.cp * dims.tp, length, renumber(steps, config), strategy.min_layers)
+    steps = first_steps(module, data, STEPS, accumulation * dims.dp_replicate * dims.dp_shard, length)
+    config = copy.deepcopy(module.model_config)
+    small = shrink(config, dims.cp * dims.tp, length, renumber(module, steps, config), strategy.min_layers)
     job = Job(
-        module=_without_model(module),
+        module=module.without_model(),
         config=small,
         strategy=fresh(strategy),
         world_size=devices,
@@ -116,32 +116,10 @@ def fresh(strategy: Any) -> MeshStrategy:
     return strategy
 
 
-def config_of(module: CausalLMModule) -> PreTrainedConfig:
-    """The config of the model that a module trains, its overrides applied."""
-    (reference,) = module._reference
-    if isinstance(reference, PreTrainedModel):
-        return reference.config
-    config = AutoConfig.from_pretrained(module.source or reference, trust_remote_code=module.trust_remote_code)
-    for name, value in module.config_overrides.items():
-        setattr(config, name, value)
-    return config
-
-
 def _fewest_devices(strategy: MeshStrategy) -> int:
     dims = strategy.requested_dims
     fixed = math.prod(size for name, size in vars(dims).items() if name != "dp_shard")
     return fixed * dims.dp_shard if dims.dp_shard != -1 else max(2, fixed)
-
-
-def _without_model(module: CausalLMModule) -> CausalLMModule:
-    """The objective alone, light enough to send to other processes."""
-    light = copy.copy(module)
-    light._modules = {**module._modules, "model": None}
-    light._reference = ("",)
-    light._tokenizer = None
-    light._trainer = None
-    light.__dict__.pop("tokenizer", None)
-    return light
 
 
 def _attention(name: str | None, full: bool) -> str | None:

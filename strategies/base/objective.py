@@ -1,32 +1,112 @@
-"""The training objective, as a strategy sees it."""
+"""Objective: the contract between what is learned and everything that runs, checks or shows it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
+
+from automodel_trainer.nn.constants import IGNORE_INDEX
 
 MicroBatch = dict[str, Any]
 """A batch as the data module yields it: `input_ids` `[b, s]`, `labels` `[b, s]`, … (ARCHITECTURE.md lists the keys)."""
 Part = tuple[dict[str, Any], Any]
 """The inputs of a model's forward, and the targets of the loss."""
+DEFAULT_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class Objective:
-    """A training objective: it splits a micro-batch into inputs and targets, and turns the outputs into a summed loss.
+    """What is trained: a module that hands a micro-batch to its model and turns the outputs into a summed loss.
 
-    A LightningModule that a strategy runs step by step (`forward_backward`) derives from it.
+    A strategy runs an objective step by step (`forward_backward`). An objective brings `model` and `loss`. All other
+    members have a default. `modules.HuggingFaceModule` is the base of an objective over a Hugging Face model: it
+    builds the model and has the loop. `docs/add_an_objective.md` writes one out.
+
+    Attributes:
+        model: the Hugging Face model; None until it is built.
+        auto_class: name of the transformers auto class that builds the model.
+        model_inputs: keys of a micro-batch that the model's forward takes, where they are present.
+        new_modules: names of the model's modules that a base checkpoint may lack (a classification head). They start
+            from random weights, which are the same under every layout.
+        targets_per_token: targets are `[b, s]`, one for each token. Then a rank may be given a part of the sequence,
+            and the sum of the parts' losses must be the loss of the whole. False refuses context parallel.
+        defers_logits: the loss takes `DeferredLogits` (`nn/deferred_logits.py`), which it computes a chunk of tokens at
+            a time as `kernels.loss` says. False: the loss gets what the model returned.
+        labels_are_tokens: `labels` are token ids, as this project's data modules make them.
     """
 
     model: Any
+    auto_class: ClassVar[str]
+    model_inputs: ClassVar[tuple[str, ...]] = DEFAULT_INPUTS
+    new_modules: ClassVar[tuple[str, ...]] = ()
+    targets_per_token: ClassVar[bool] = True
+    defers_logits: ClassVar[bool] = False
+    labels_are_tokens: ClassVar[bool] = True
+
+    # --- what a strategy asks in every step -----------------------------------------------------------------------
 
     def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Any]:
-        """The keyword arguments of the model's forward, and the targets of `loss`: tensors `[b, s]`, in any nesting."""
-        raise NotImplementedError
+        """The keyword arguments of the model's forward, and the targets of `loss`.
+
+        By default the keys in `model_inputs`, and `labels` `[b, s]` as they are. Targets are aligned with the model's
+        logits: a shift happens here, before the sequence is split over ranks. Under context parallel every target of
+        shape `[b, s]` is split and padded with −100.
+        """
+        inputs = {key: micro_batch[key] for key in self.model_inputs if micro_batch.get(key) is not None}
+        return inputs, micro_batch["labels"]
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """The loss summed over the micro-batch's supervised tokens, 0-dim fp32.
+        """The loss summed over the targets that are not −100, 0-dim, fp32 or wider.
 
-        The losses of two parts of a sequence must add up to the loss of the whole: context parallel computes parts.
+        It must add up: the losses of two parts (rows, or halves of a sequence) sum to the loss of both. It is a sum and
+        never a mean, and a part without any target gives 0. `forward_backward` divides by the sum of `count`.
+
+        Args:
+            outputs: what the model's forward returned.
+            targets: from `split`, or this rank's part of them.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no loss(outputs, targets).")
+
+    def count(self, micro_batch: MicroBatch) -> Tensor:
+        """What a micro-batch adds to the number that the global loss is divided by: 0-dim int64, on its device.
+
+        By default the labels that are not −100. Of whole rows: ranks that share a sequence count it once.
+        """
+        count: Tensor = (micro_batch["labels"] != IGNORE_INDEX).sum()
+        return count
+
+    # --- what tools and callbacks ask -----------------------------------------------------------------------------
+
+    @property
+    def tokenizer_or_none(self) -> Any:
+        """The tokenizer for data modules, preview, export and sample generations; None where there is none."""
+        return None
+
+    @property
+    def source(self) -> Path | None:
+        """The folder that weights and tokenizer come from; None for a model that was made in memory."""
+        return None
+
+    @property
+    def model_config(self) -> Any:
+        """The model's config, also before the model is built; None where it cannot be told."""
+        return getattr(self.model, "config", None)
+
+    def without_model(self) -> Self:
+        """A light copy to send to other processes: loss and settings, without model, data and Trainer.
+
+        Raises:
+            ValueError: this objective cannot be copied.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot be copied without its model, as verify needs it. Make it a subclass of "
+            "HuggingFaceModule, or give it a without_model()."
+        )
+
+
+def count_all(objective: Objective, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """The sum of `count` over micro-batches, 0-dim int64."""
+    return torch.stack([objective.count(micro_batch) for micro_batch in micro_batches]).sum()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from automodel_trainer.distributed.stage_names import WholeTensors, names_of_all_stages, of_all_stages
+from automodel_trainer.models.auto_classes import peft_task
 from automodel_trainer.models.files import check_safetensors, resolve_folder
 from automodel_trainer.models.lora.config import LoRAConfig
 from automodel_trainer.models.lora.initialize import assign, whole
@@ -276,7 +277,7 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
     source = getattr(getattr(model, "config", None), "name_or_path", None)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": peft_task(model),
         "base_model_name_or_path": source or None,
         "inference_mode": True,
         "bias": "none",

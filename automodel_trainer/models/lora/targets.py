@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -47,17 +47,22 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
     """The weights that `config` asks for, in the model's order.
 
     Raises:
-        ValueError: a pattern matches nothing, or matches a layer in some blocks and misses it in others. The message
-            lists what would match.
+        ValueError: a pattern matches nothing, matches a layer in some blocks and misses it in others, or means a module
+            that `modules_to_save` trains whole. The message lists what would match.
     """
     known = candidates(model)
     if not any(known.values()):
         raise ValueError(f"{type(model).__name__} has no linear layers outside its head: LoRA has nothing to adapt.")
     asked = config.target_modules
     if isinstance(asked, str) and asked.lower() == ALL_LINEAR:
-        chosen = {name for name, meant in known.items() if meant}
+        chosen = {name for name, meant in known.items() if meant and not _within(name, config.modules_to_save)}
     else:
         chosen = _match_all(known, asked)
+        if twice := [name for name in known if name in chosen and _within(name, config.modules_to_save)]:
+            raise ValueError(
+                f"lora target_modules: {kinds(twice)} is trained whole by modules_to_save={config.modules_to_save}, "
+                "which leaves an adapter nothing to do. Leave it out of one of the two."
+            )
     for pattern in config.exclude:
         out = {name for name in known if matches(name, pattern)}
         if not out & chosen:
@@ -66,6 +71,13 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
     if not chosen:
         raise ValueError(f"lora target_modules minus exclude leaves nothing. There are: {kinds(known)}.")
     return [Target(name, config.rank, config.scaling(config.rank)) for name in known if name in chosen]
+
+
+def _within(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a module, or one that it is a part of, is meant by one of the patterns."""
+    parts = name.split(".")
+    modules = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(matches(module, pattern) for module in modules for pattern in patterns)
 
 
 def _match_all(known: Mapping[str, bool], asked: str | list[str]) -> set[str]:

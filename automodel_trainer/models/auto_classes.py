@@ -1,0 +1,90 @@
+"""What a model is for: transformers' auto classes, and PEFT's word for each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto as names
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """Of one auto class.
+
+    Args:
+        models: the model class of each model type; several where transformers lists several.
+        peft_task: PEFT's `task_type`.
+    """
+
+    models: Mapping[str, Any]
+    peft_task: str
+
+    def holds(self, class_name: str) -> bool:
+        """Whether a model class of this name is built by the auto class."""
+        return any(class_name in ([listed] if isinstance(listed, str) else listed) for listed in self.models.values())
+
+
+# The first one is assumed where a folder does not say what its model is for.
+PURPOSES = {
+    "AutoModelForCausalLM": Purpose(names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "CAUSAL_LM"),
+    "AutoModelForTokenClassification": Purpose(names.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "TOKEN_CLS"),
+    "AutoModelForSequenceClassification": Purpose(names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "SEQ_CLS"),
+    "AutoModelForQuestionAnswering": Purpose(names.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, "QUESTION_ANS"),
+    "AutoModelForSeq2SeqLM": Purpose(names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "SEQ_2_SEQ_LM"),
+}
+ASSUMED = next(iter(PURPOSES))
+
+
+def transformers_class(auto_class: str) -> Any:
+    """transformers' own auto class of this name.
+
+    Raises:
+        ValueError: transformers has none.
+    """
+    found = getattr(transformers, auto_class, None) if auto_class.startswith("AutoModel") else None
+    if found is None:
+        raise ValueError(
+            f"auto_class={auto_class!r} is not an auto class of transformers. Give the name of one, for example "
+            f"{', '.join(PURPOSES)}."
+        )
+    return found
+
+
+def auto_classes_of(model: nn.Module) -> list[str]:
+    """The auto classes that build models of this kind; empty for a class that transformers does not list."""
+    return _named(base.__name__ for base in type(model).__mro__)  # sharding puts classes of its own before the model's
+
+
+def auto_class_of(config: PreTrainedConfig) -> str:
+    """The auto class that a saved config was written by."""
+    custom = [name for name in getattr(config, "auto_map", None) or {} if name in PURPOSES]
+    return next(iter([*_named(getattr(config, "architectures", None) or ()), *custom]), ASSUMED)
+
+
+def auto_class_of_folder(folder: str | os.PathLike[str], **options: Any) -> str:
+    """The same of a model's folder or Hub id; `options` are those of `AutoConfig.from_pretrained`."""
+    return auto_class_of(AutoConfig.from_pretrained(folder, **options))
+
+
+def peft_task(model: nn.Module) -> str | None:
+    """PEFT's `task_type` of a model; None, which PEFT allows, for one that nobody knows the purpose of."""
+    found = auto_classes_of(model)
+    if not found and isinstance(model, PreTrainedModel) and model.can_generate():
+        found = [ASSUMED]
+    return PURPOSES[found[0]].peft_task if found else None
+
+
+def auto_class_of_task(task: str | None) -> str | None:
+    """The auto class that PEFT's `task_type` stands for."""
+    return next((name for name, purpose in PURPOSES.items() if purpose.peft_task == task), None)
+
+
+def _named(class_names: Iterable[str]) -> list[str]:
+    wanted = list(class_names)
+    return [auto for auto, purpose in PURPOSES.items() if any(purpose.holds(name) for name in wanted)]

@@ -1,0 +1,236 @@
+"""BuiltModule: a LightningModule around a Hugging Face model, which it builds on the strategy's mesh."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from automodel_trainer.models._transformers import packing_without_sync
+from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
+from automodel_trainer.models.files import resolve_folder
+from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
+from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
+from automodel_trainer.models.quantization.fp8_layers import check_gathered
+from automodel_trainer.models.sidecars import has_tokenizer
+from automodel_trainer.modules.neftune import add_neftune
+from automodel_trainer.nn.deferred_logits import defer_logits
+from automodel_trainer.strategies import MeshStrategy, Objective
+from automodel_trainer.strategies.base.precision import hold_in
+
+
+class BuiltModule(Objective, pl.LightningModule):
+    """Where an objective's model comes from, how it is built, and its state.
+
+    Args:
+        model: a folder or Hub id, or a `PreTrainedModel`.
+        tokenizer, lora, neftune_alpha, kernels, trust_remote_code, revision, config_overrides: see `HuggingFaceModule`.
+
+    Raises:
+        ValueError: no `auto_class`; or what is for a model that is still to be loaded was given for an object.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None,
+        lora: LoRAConfig | None,
+        neftune_alpha: float,
+        kernels: KernelsConfig,
+        trust_remote_code: bool,
+        revision: str | None,
+        config_overrides: dict[str, Any] | None,
+    ) -> None:
+        super().__init__()
+        if not hasattr(type(self), "auto_class"):
+            raise ValueError(
+                f"{type(self).__name__} is no objective yet: it names no auto_class, the transformers auto class that "
+                'builds its model (for example "AutoModelForTokenClassification").'
+            )
+        if isinstance(model, PreTrainedModel) and (revision is not None or config_overrides):
+            raise ValueError(
+                "revision and config_overrides are for a model that is still to be loaded, and this one is an object. "
+                "Change its config before you make it, or give its folder or Hub id."
+            )
+        self._reference = (model,)  # in a tuple: the model to train is `self.model`, and no second submodule
+        self._tokenizer = tokenizer
+        self.lora = lora
+        self.neftune_alpha = neftune_alpha
+        self.kernels = kernels
+        self.trust_remote_code = trust_remote_code
+        self.revision = revision
+        self.config_overrides = config_overrides or {}
+        self.model: Any = None
+
+    @cached_property
+    def source(self) -> Path | None:
+        """The folder that weights and tokenizer come from; None for a model that was made in memory."""
+        (reference,) = self._reference
+        if isinstance(reference, (str, os.PathLike)):
+            return resolve_folder(reference, self.revision)
+        name = reference.name_or_path
+        return Path(name) if name and os.path.isdir(name) else None
+
+    @property
+    def model_config(self) -> PreTrainedConfig:
+        """The model's config, also before the model is built."""
+        (reference,) = self._reference
+        if isinstance(reference, PreTrainedModel):
+            return reference.config
+        assert self.source is not None
+        return load_config(self.source, self.trust_remote_code, self.config_overrides)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when it is first asked for.
+
+        Raises:
+            ValueError: the model is an object without a folder, or its folder has none, and no tokenizer was given.
+        """
+        if isinstance(self._tokenizer, PreTrainedTokenizerBase):
+            return self._tokenizer
+        folder = resolve_folder(self._tokenizer) if self._tokenizer is not None else self.source
+        if folder is None:
+            raise ValueError(
+                "This model was made in memory and names no folder with a tokenizer: give "
+                f"{type(self).__name__}(tokenizer=…)."
+            )
+        if not has_tokenizer(folder):
+            raise ValueError(
+                f"{folder} holds no tokenizer: give {type(self).__name__}(tokenizer=…), a folder or Hub id."
+            )
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer if there is one to be had; one that was given and cannot be had is an error."""
+        had = self._tokenizer is not None or (self.source is not None and has_tokenizer(self.source))
+        return self.tokenizer if had else None
+
+    def configure_model(self) -> None:
+        """Build the model on the strategy's mesh. Called by the Trainer once the processes have started."""
+        if self.model is not None:
+            return
+        self._check_options()
+        check_compiled(self.kernels, self.strategy.compiles)
+        # Lightning calls this with the GPU as the default device; the builder says for itself what lies where.
+        with torch.device("cpu"):
+            self.model = self._build()
+        check_gathered(self.model)
+        packing_without_sync(self.model)
+        if self.defers_logits and self.kernels.on(self.strategy.root_device).loss != "whole":
+            defer_logits(self.model)
+        if self.neftune_alpha:
+            add_neftune(self.model.get_input_embeddings(), self.neftune_alpha)
+        self.model.train()
+
+    def _check_options(self) -> None:
+        cp = self.strategy.dims.cp
+        if cp > 1 and not self.targets_per_token:
+            raise ValueError(
+                f"cp={cp} splits sequences over ranks, and the targets of {type(self).__name__} are not one for each "
+                "token (targets_per_token=False): the losses of parts would not add up to that of the whole. Set cp=1."
+            )
+        if self.kernels.loss != "auto" and not self.defers_logits:
+            raise ValueError(
+                f"kernels loss={self.kernels.loss!r} chooses how logits become a next-token loss, and "
+                f"{type(self).__name__} has a loss of its own (defers_logits=False). Leave it at 'auto'."
+            )
+
+    def _build(self) -> PreTrainedModel:
+        (reference,) = self._reference
+        if isinstance(reference, PreTrainedModel):
+            return self._adopt(reference)
+        return builder(self.auto_class).from_pretrained(
+            self.source or reference,
+            self.strategy,
+            allow_missing_weights=self.new_modules,
+            trust_remote_code=self.trust_remote_code,
+            lora=self.lora,
+            kernels=self.kernels,
+            **self.config_overrides,
+        )
+
+    def _adopt(self, model: PreTrainedModel) -> PreTrainedModel:
+        check_purpose(model, self.auto_class)
+        dtype = self.strategy.dtypes.parameters
+        if lora_of(model) is not None:  # built with adapters, perhaps trained ones, and in the dtypes it wants
+            if self.lora is not None:
+                raise ValueError(
+                    f"The model has adapters already: leave out {type(self).__name__}(lora=…) to go on with them."
+                )
+            if self.kernels.fp8 is not None:
+                raise ValueError(
+                    f"fp8={self.kernels.fp8!r} casts frozen weights as they are read, and this model holds its "
+                    f"already. Build it with builder({self.auto_class!r}).from_pretrained(lora=…, kernels="
+                    "KernelsConfig(fp8=…)) of automodel_trainer.models instead."
+                )
+            apply_kernels(model, self.kernels, self.strategy.root_device)
+            self.strategy.parallelize(model)
+            fuse_as_chosen(model)
+            return model
+        # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
+        hold_in(model, dtype)
+        if self.lora is not None:
+            add_adapters(model, self.lora, self.strategy)
+        apply_kernels(model, self.kernels, self.strategy.root_device)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            self.strategy.parallelize(model)
+            finish_lora(model)
+            return model
+        if self.source is None:
+            raise ValueError(
+                f"The model is on meta, and its name_or_path {model.name_or_path!r} is no folder to read weights from."
+            )
+        fill_from_folder(model, self.source, self.strategy, allow_missing_weights=self.new_modules)
+        return model
+
+    def without_model(self) -> Self:
+        """A light copy to send to other processes: loss and settings, without model, tokenizer and Trainer."""
+        light = copy.copy(self)
+        light._modules = {**self._modules, "model": None}
+        light._reference = ("",)
+        light._tokenizer = None
+        light._trainer = None
+        light.__dict__.pop("tokenizer", None)
+        return light
+
+    @property
+    def strategy(self) -> MeshStrategy:
+        """The Trainer's strategy.
+
+        Raises:
+            ValueError: it is not one that can run this module.
+        """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, MeshStrategy):
+            raise ValueError(
+                f"{type(self).__name__} runs on automodel_trainer's strategies, not on {type(strategy).__name__}. "
+                "Use automodel_trainer.Trainer(strategy='auto' | 'ddp' | 'fsdp2' | 'hsdp' | …)."
+            )
+        return strategy
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's own forward."""
+        return self.model(**inputs)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """`transformers`' generate on the laid-out model. Collective: every rank calls it with the same arguments."""
+        return self.model.generate(input_ids, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The model's: keys are the Hugging Face keys."""
+        return self.model.state_dict(*args, **kwargs) if self.model is not None else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
