@@ -23,10 +23,12 @@ __all__ = [
     "SubprocessLauncher",
     "defaults_from_env_vars",
     "drop_advertisement",
+    "forget_optimizers",
     "install_quiet_epoch_loop",
     "keep_quiet_about_trees",
     "prepare_for_backward",
     "sync_rank_zero",
+    "synchronize_layers",
 ]
 
 defaults_from_env_vars = _defaults_from_env_vars
@@ -104,3 +106,14 @@ def install_quiet_epoch_loop(trainer: pl.Trainer) -> None:
     """Replace the Trainer's training epoch loop. Call it before the first run."""
     old = trainer.fit_loop.epoch_loop
     trainer.fit_loop.epoch_loop = _QuietEpochLoop(trainer, min_steps=old.min_steps, max_steps=old.max_steps)
+
+
+def forget_optimizers(strategy: pl.strategies.Strategy) -> None:
+    """Drop the optimizers and schedulers of an earlier run from `strategy`."""
+    strategy._reset_optimizers_and_schedulers()
+
+
+def synchronize_layers(strategy: pl.strategies.ParallelStrategy, module: pl.LightningModule) -> None:
+    """Make batch norms of `module` synchronize over ranks, if the Trainer was asked for it (`sync_batchnorm=True`)."""
+    if strategy._layer_sync is not None:
+        strategy._layer_sync.apply(module)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from automodel_trainer._jsonargparse import all_actions
 from automodel_trainer.callbacks import (
     BatchPreview,
     DCPCheckpoint,
@@ -63,15 +64,10 @@ class AmtParser(LightningArgumentParser):
         if found is None:
             self.exit(2, f"amt: {message}\n")
         unknown, owners = found.group(1), _CLASS.findall(message[: found.start()])
-        known = _arguments_of(owners[-1]) if owners else [action.dest for action in self._all_actions()]
+        known = _arguments_of(owners[-1]) if owners else [action.dest for action in all_actions(self)]
         where = f" of {owners[-1].rpartition('.')[2]}" if owners else ""
         self.exit(2, f"amt: {unknown!r} is not an option{where}.{_nearest(unknown, known)}\n")
         raise AssertionError("exit() exits")
-
-    def _all_actions(self) -> list[Any]:
-        """Of the subcommand's parser too: an error can surface in either."""
-        nested = [parser for action in self._actions for parser in getattr(action, "_name_parser_map", {}).values()]
-        return [action for parser in (self, *nested) for action in parser._actions]
 
 
 def _arguments_of(class_path: str) -> list[str]:

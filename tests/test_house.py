@@ -23,74 +23,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "automodel_trainer"
 
-# What is known to break a rule and waits for its turn. Nothing is added here: a new violation is mended at once.
-KNOWN_PRIVATE = {
-    ("callbacks/counts.py", "torch.utils._pytree"),
-    ("checkpoint/packed.py", "_local_tensor"),
-    ("lightning_cli.py", "_actions"),
-    ("lightning_cli.py", "_name_parser_map"),
-    ("models/kernels/attention.py", "_attn_implementation"),
-    ("models/kernels/attention.py", "_supports_flex_attn"),
-    ("models/quantization/quantize.py", "_is_hf_initialized"),
-    ("models/quantization/quantize.py", "_local_tensor"),
-    ("models/quantization/quantized_tensor.py", "_pin_memory"),
-    ("models/quantization/quantized_tensor.py", "_to_copy"),
-    ("models/quantization/quantized_tensor.py", "_unsafe_view"),
-    ("models/quantization/quantized_tensor.py", "torch.Tensor._make_wrapper_subclass"),
-    ("models/quantization/quantized_tensor.py", "torch._C"),
-    ("nn/deferred_logits.py", "torch.utils._pytree"),
-    ("nn/shared_input.py", "torch._subclasses"),
-    ("nn/uneven.py", "_local_tensor"),
-    ("strategies/base/activation_checkpointing.py", "torch.ops._c10d_functional"),
-    ("strategies/base/activation_checkpointing.py", "torch.ops.aten._scaled_dot_product_cudnn_attention"),
-    ("strategies/base/activation_checkpointing.py", "torch.ops.aten._scaled_dot_product_efficient_attention"),
-    ("strategies/base/activation_checkpointing.py", "torch.ops.aten._scaled_dot_product_flash_attention"),
-    ("strategies/base/activation_checkpointing.py", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"),
-    ("strategies/base/activation_checkpointing.py", "torch.ops.aten._scaled_mm"),
-    ("strategies/base/clip.py", "torch._foreach_mul_"),
-    ("strategies/base/clip.py", "torch._foreach_norm"),
-    ("strategies/base/mesh_strategy.py", "_layer_sync"),
-    ("strategies/base/mesh_strategy.py", "_reset_optimizers_and_schedulers"),
-    ("strategies/base/precision.py", "_non_persistent_buffers_set"),
-    ("strategies/context/split.py", "torch.utils._pytree"),
-    ("strategies/data_parallel/accumulate_grads_foreach.py", "torch._foreach_add_"),
-    ("strategies/data_parallel/fp8_gather.py", "torch._foreach_mul"),
-    ("strategies/data_parallel/fp8_gather.py", "torch._foreach_norm"),
-    ("strategies/data_parallel/fsdp2.py", "_apply"),
-    ("strategies/pipeline/batches.py", "torch.utils._pytree"),
-}
-KNOWN_UNDOCUMENTED = {
-    "callbacks.dcp_checkpoint.DCPCheckpoint.best_model_path",
-    "callbacks.dcp_checkpoint.DCPCheckpoint.best_model_score", "callbacks.progress.ProgressLine.is_enabled",
-    "checkpoint.host_copies.HostBuffers.clear", "checkpoint.record.RecordedFile.close",
-    "checkpoint.record.RecordedFile.entry", "checkpoint.record.RecordedFile.write", "checkpoint.record.to_json",
-    "checkpoint.runs.step_of", "data.base.TrainLoader.load_state_dict", "data.base.TrainLoader.state_dict",
-    "data.preview_rows.Document.is_padding", "data.preview_rows.Document.trained",
-    "data.preview_rows.PreviewCounts.describe", "data.preview_rows.PreviewCounts.padding_share",
-    "data.preview_rows.Row.tokens", "data.rows.RandomRows.fetch", "data.rows.RowStats.describe",
-    "data.rows.SampleRows.fetch", "data.rows.StreamRows.fetch", "distributed.stage_names.Stages.model",
-    "models.layout.HeldDtypes.compute", "models.layout.HeldDtypes.parameters", "models.lora.fused.after",
-    "models.lora.fused_fp8.FusedFp8.has_whole_factors", "models.lora.layers.Adapter.experts",
-    "models.lora.layers.Adapter.is_linear", "models.lora.layers.Adapter.magnitude",
-    "models.lora.layers.Adapter.parameters", "models.lora.layers.Adapter.rank",
-    "models.lora.layers.LoRAParameters.low_rank_of",
-    "models.quantization.quantized_tensor.QuantizedTensor.fsdp_post_all_gather",
-    "models.quantization.quantized_tensor.QuantizedTensor.fsdp_pre_all_gather",
-    "nn.deferred_logits.DeferredLogits.float", "nn.uneven.is_uneven", "nn.uneven.local_part",
-    "strategies.base.mesh_strategy.MeshStrategy.build_mesh",
-    "strategies.base.mesh_strategy.MeshStrategy.device_mesh",
-    "strategies.base.mesh_strategy.MeshStrategy.num_processes",
-    "strategies.base.mesh_strategy.MeshStrategy.set_world_ranks", "strategies.base.precision.Dtypes.mixed",
-    "strategies.context.attention.Sequences.length", "strategies.pipeline.pipeline.Clock.busy",
-    "strategies.pipeline.pipeline.Clock.start", "strategies.pipeline.pipeline.Clock.stop",
-    "strategies.pipeline.pipeline.Pipeline.around_backward", "strategies.pipeline.pipeline.Pipeline.forward",
-    "strategies.pipeline.split.Split.holds_first", "strategies.pipeline.split.Split.holds_last",
-    "strategies.tensor.sequence.SequenceParallel.install", "verification.report.Quantity.passed",
-    "verification.report.Report.passed",
-}  # fmt: skip
-KNOWN_WITHOUT_MODULE_DOCSTRING = {"tools/__init__.py"}
-KNOWN_MISSING_FILES = {"docs/add_a_strategy.md", "docs/add_an_objective.md"}
-
 MAX_LINES = 500
 
 
@@ -226,8 +158,7 @@ def test_private_names_of_dependencies_stay_in_their_files() -> None:
         name = Path(file).name
         if not name.startswith("_") or name in ("__init__.py", "__main__.py"):
             found |= {(file, private) for private in private_names(text, own)}
-    unknown = found - KNOWN_PRIVATE
-    assert not unknown, f"Move these into a `_*.py` file of their package: {sorted(unknown)}"
+    assert not found, f"Move these into a `_*.py` file of their package: {sorted(found)}"
 
 
 def test_the_search_for_private_names_finds_them() -> None:
@@ -271,7 +202,7 @@ def test_files_are_short() -> None:
 
 def test_every_file_has_a_docstring() -> None:
     without = {file for file, text in SOURCES.items() if not ast.get_docstring(ast.parse(text))}
-    assert without <= KNOWN_WITHOUT_MODULE_DOCSTRING
+    assert not without
 
 
 def undocumented(module: ModuleType) -> Iterator[str]:
@@ -304,7 +235,7 @@ def test_public_names_have_docstrings() -> None:
         if file != "__main__.py":
             name = "automodel_trainer." + file.removesuffix(".py").replace("/", ".")
             found |= set(undocumented(importlib.import_module(name.removesuffix(".__init__"))))
-    assert not {name.removeprefix("automodel_trainer.") for name in found} - KNOWN_UNDOCUMENTED
+    assert not found
 
 
 # --- the pages --------------------------------------------------------------------------------------------------------
@@ -331,4 +262,4 @@ def named_files(page: str) -> Iterator[Path]:
 def test_files_named_in_pages_exist(page: str) -> None:
     files = {path.resolve() for path in named_files(page)}
     missing = {path.relative_to(ROOT).as_posix() for path in files if not path.exists()}
-    assert not missing - KNOWN_MISSING_FILES
+    assert not missing

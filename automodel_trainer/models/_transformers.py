@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import _dtensor_from_local_like, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
@@ -158,8 +158,13 @@ def converts_weights(model: PreTrainedModel) -> bool:
 
 
 def attention_in_use(model: PreTrainedModel) -> str:
-    """Name of the attention kernel that the language model inside runs, as `attn_implementation` takes it."""
-    return str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "eager")
+    """The name of the attention kernel of the language model inside, as `attn_implementation` takes it."""
+    return attention_of(model.config.get_text_config())
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """The name of the attention kernel that a config asks for."""
+    return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
 def expert_gate(module: torch.nn.Module) -> tuple[str, Callable[[Tensor], Tensor]] | None:
@@ -208,3 +213,18 @@ def _document_indices(position_ids: Tensor) -> Tensor:
     numbers = starts.cumsum(-1)
     set_documents(numbers)
     return numbers
+
+
+def offers_flex_attention(model: PreTrainedModel) -> bool:
+    """Whether transformers offers FlexAttention for `model`."""
+    return bool(getattr(model, "_supports_flex_attn", False))
+
+
+def is_loaded(parameter: Tensor) -> bool:
+    """Whether a checkpoint has given `parameter` its values, so that nothing initializes it again."""
+    return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def mark_loaded(parameter: Tensor, loaded: bool) -> None:
+    """Say whether a checkpoint has given `parameter` its values."""
+    parameter._is_hf_initialized = loaded  # type: ignore[attr-defined]

@@ -9,13 +9,15 @@ from torch import nn
 
 
 class HeldDtypes(Protocol):
-    """`parameters`: the dtype that weights are trained in. `compute`: the dtype that they compute in."""
+    """The dtypes of a run."""
 
     @property
-    def parameters(self) -> torch.dtype: ...
+    def parameters(self) -> torch.dtype:
+        """The dtype that weights are trained in."""
 
     @property
-    def compute(self) -> torch.dtype: ...
+    def compute(self) -> torch.dtype:
+        """The dtype that weights compute in."""
 
 
 class Layout(Protocol):

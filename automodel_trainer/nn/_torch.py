@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -92,3 +93,42 @@ def without_graph_cache() -> AbstractContextManager[None]:
     4-bit state of the same shape, which then fails.
     """
     return torch._functorch.config.patch(enable_autograd_cache=False)
+
+
+# Operations on lists of tensors, by a few kernels for all of them.
+foreach_add_ = torch._foreach_add_
+foreach_mul = torch._foreach_mul
+foreach_mul_ = torch._foreach_mul_
+foreach_norm = torch._foreach_norm
+
+# What a subclass of Tensor is made of.
+wrapper_subclass = torch.Tensor._make_wrapper_subclass
+without_torch_function = torch._C.DisableTorchFunctionSubclass
+PIN_MEMORY = torch.ops.aten._pin_memory.default
+TO_COPY = torch.ops.aten._to_copy.default
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+
+# Operations that take longer to recompute than their outputs take to keep: matmuls, attention and, in compiled blocks,
+# reductions over ranks.
+EXPENSIVE_OPERATIONS = {
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def is_persistent(module: torch.nn.Module, name: str) -> bool:
+    """Whether the buffer called `name` of `module` is part of its state dict."""
+    return name not in module._non_persistent_buffers_set
+
+
+def apply_to_tensors(module: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace every parameter, gradient and buffer of `module` by what `change` makes of it, as `module.to` does."""
+    module._apply(change)

@@ -78,6 +78,7 @@ class ChoiceRecorder:
         return calls
 
     def stop(self) -> None:
+        """Stop watching."""
         self._close()
         for handle in self._handles:
             handle.remove()
@@ -162,6 +163,7 @@ class Margin:
     module: str = ""
 
     def add(self, calls: Iterable[Choice]) -> None:
+        """Take the gaps of these calls into account."""
         for call in calls:
             gaps = call.gaps()
             self.choices += gaps.numel()

@@ -27,16 +27,19 @@ class KeptTensors:
         return tensor
 
     def below(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with `prefix`, under the rest of their names."""
         return {name.removeprefix(prefix): self[name] for name in self.names if name.startswith(prefix)}
 
 
 @contextmanager
 def kept_tensors(folder: Path) -> Iterator[KeptTensors]:
+    """The tensors that the run on one device has written to `folder`."""
     with safe_open(folder / "reference.safetensors", framework="pt") as file:
         yield KeptTensors(file)
 
 
 def scalar_error(value: Tensor, reference: Tensor) -> float:
+    """The relative error of a 0-dim tensor."""
     return abs(float(value) - float(reference)) / max(abs(float(reference)), 1e-12)
 
 

@@ -43,6 +43,7 @@ class Quantity:
 
     @property
     def passed(self) -> bool:
+        """Whether the error is within the limit."""
         return self.error <= self.tolerance
 
 
@@ -78,10 +79,12 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """Whether every quantity is within its limit."""
         return all(quantity.passed for quantity in self.quantities)
 
     @property
     def exit_code(self) -> int:
+        """0: the same numbers; 1: other numbers; 3: undecided."""
         return 0 if self.passed else 3 if self.undecided else 1
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,23 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
+from automodel_trainer.nn._torch import EXPENSIVE_OPERATIONS
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.wrap import wrap
-
-# "selective" keeps the outputs of operations that are expensive to recompute: matmuls, attention and, in compiled
-# blocks, reductions over ranks. Everything else is recomputed.
-_KEEP = {
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    torch.ops._c10d_functional.all_reduce.default,
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_mm.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
 
 
 def apply_activation_checkpointing(
@@ -73,4 +59,4 @@ def _checkpointed(
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEEP else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE

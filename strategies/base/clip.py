@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from automodel_trainer.nn._torch import foreach_mul_, foreach_norm
 from automodel_trainer.nn.uneven import holds_nothing
 
 _Group = tuple[DeviceMesh | None, tuple[int, ...]]  # a mesh, and those of its axes that shard
@@ -58,7 +59,7 @@ def clip_grads_(parameters: Iterable[Tensor], max_norm: float, total_norm: Tenso
             grad = local_tensor(parameter.grad)
             by_kind[grad.device, grad.dtype].append(grad)
     for (device, _), grads in by_kind.items():
-        torch._foreach_mul_(grads, coefficient.to(device))
+        foreach_mul_(grads, coefficient.to(device))
 
 
 def _sharding(grad: Tensor) -> _Group:
@@ -75,7 +76,7 @@ def _sum_of_squares(grads: list[Tensor], group: _Group) -> Tensor:
     mesh, axes = group
     held = [grad for grad in grads if grad.numel()] or [grads[0].new_zeros(1)]  # all of a rank's shards can be empty
     dtype = torch.promote_types(held[0].dtype, torch.float32)
-    norms = torch._foreach_norm(held, dtype=dtype)
+    norms = foreach_norm(held, dtype=dtype)
     total = torch.stack(norms).square().sum()
     for axis in axes:  # one axis after another sums over their product
         assert mesh is not None

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from automodel_trainer._lightning import forget_optimizers, synchronize_layers
 from automodel_trainer.distributed.mesh import ParallelDims
 from automodel_trainer.strategies.base.compile import wants_compile
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part
@@ -134,14 +135,14 @@ class MeshStrategy(StepRunner, SavingStrategy):
         self._convert(self.lightning_module, training=trainer.state.fn == TrainerFn.FITTING)
         self.layout(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._reset_optimizers_and_schedulers()
+            forget_optimizers(self)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
     def _convert(self, module: pl.LightningModule, training: bool) -> None:
         """Apply the Trainer's options to a user's own module: its dtype, and synchronised batch norms."""
-        if training and self._layer_sync is not None and self.world_size > 1:
-            self._layer_sync.apply(module)
+        if training and self.world_size > 1:
+            synchronize_layers(self, module)
         if isinstance(self.precision_plugin, MeshPrecision) and not isinstance(module, Objective):
             self.precision_plugin.convert_own(module)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
+from automodel_trainer.nn._torch import is_persistent
 from automodel_trainer.strategies.base.clip import clip_grads_, total_grad_norm
 
 _ALIASES = {
@@ -93,7 +94,7 @@ def hold_in(module: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
-            if buffer.is_floating_point() and name not in child._non_persistent_buffers_set:
+            if buffer.is_floating_point() and is_persistent(child, name):
                 child._buffers[name] = buffer.to(dtype)
 
 

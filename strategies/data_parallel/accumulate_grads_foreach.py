@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
+
+from automodel_trainer.nn._torch import foreach_add_
 
 
 @contextmanager
@@ -28,4 +29,4 @@ def accumulate_grads_foreach(parameters: Collection[nn.Parameter]) -> Iterator[N
         for parameter, sum_ in before:
             parameter.grad = sum_
         if new:
-            torch._foreach_add_(*map(list, zip(*new)))
+            foreach_add_(*map(list, zip(*new)))

@@ -31,6 +31,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from automodel_trainer.models.quantization._torchao import fp8_dtype, fp8_scale, fp8_weight, set_fp8_scale
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.models.record import record_of
+from automodel_trainer.nn._torch import foreach_mul, foreach_norm
 from automodel_trainer.nn.step_cache import StepCache
 from automodel_trainer.strategies.data_parallel._fsdp import ShardedParameter, initialize_sharding, sharded_parameters
 
@@ -79,13 +80,13 @@ class Fp8Gather:
             return
         # A rank's shard can be empty. Its amax is 0.
         held = [shard if shard.numel() else shard.new_zeros(1) for shard in shards]
-        largest = torch.stack(torch._foreach_norm(held, math.inf)).float()
+        largest = torch.stack(foreach_norm(held, math.inf)).float()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
         if self.together:
             largest = torch.where(self.same_scale, largest, 0.0).amax(1)
         scales = fp8_scale(largest, self.weights[0].dtype)
         # A tensor of its own for each scale, not a view: compiled code copies inputs that are not 16-byte aligned.
-        for weight, scale in zip(self.weights, torch._foreach_mul(list(scales.unbind()), 1.0)):
+        for weight, scale in zip(self.weights, foreach_mul(list(scales.unbind()), 1.0)):
             weight.scale = scale
 
 

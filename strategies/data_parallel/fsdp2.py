@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from automodel_trainer.distributed.mesh import SHARD_AXES, ParallelDims, submesh
+from automodel_trainer.nn._torch import apply_to_tensors
 from automodel_trainer.strategies.base.objective import Objective
 from automodel_trainer.strategies.base.precision import MeshPrecision, check_plugin
 from automodel_trainer.strategies.base.user_module import outermost, parts_of
@@ -208,7 +209,7 @@ class FSDP2Strategy(InnerParallelStrategy):
             self.shard(part, sum_gradients=False)
         gradient_reduction.average_unsharded_gradients(module, self.world_size)
         # Whatever is not sharded (buffers, parameters of the module itself) still has to move to the device.
-        module._apply(lambda t: t if isinstance(t, DTensor) else t.to(self.root_device))
+        apply_to_tensors(module, lambda t: t if isinstance(t, DTensor) else t.to(self.root_device))
 
     def _models_to_cut(
         self, module: pl.LightningModule, taken: list[nn.Module], fresh: list[nn.Module]

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from automodel_trainer import CausalLMModule, Trainer, cli
-from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy
+from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, inner_parallel
 from automodel_trainer.strategies.context.split import ContextParallel
-from automodel_trainer.strategies.data_parallel import fsdp2, gradient_reduction
+from automodel_trainer.strategies.data_parallel import gradient_reduction
 from automodel_trainer.strategies.tensor import parallelize as tensor
 from automodel_trainer.verification.report import Report
 from automodel_trainer.verification.shrink import alike, shrink
@@ -110,7 +110,7 @@ def untied_head(patch: pytest.MonkeyPatch) -> None:
 def norm_not_synchronised(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tensor, "sum_gradient", lambda local, group, **kwargs: local)
     # The strategy's own look at replicated gradients sees this one too, before there is anything to compare.
-    patch.setattr(fsdp2, "check_replicas", lambda model, mesh: None)
+    patch.setattr(inner_parallel, "check_replicas", lambda model, mesh: None)
 
 
 def norm_not_synchronised_with_the_look(patch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from automodel_trainer.models._transformers import attention_of, offers_flex_attention
 from automodel_trainer.models.kernels.library import AttentionFunction, KernelLibrary, wrong_dtype
 from automodel_trainer.models.kernels.registry import find, libraries
 from automodel_trainer.nn.documents import current_documents
@@ -77,10 +78,10 @@ def install_attention_kernel(model: PreTrainedModel, kernel: str = "flex") -> No
 def flex_obstacle(model: PreTrainedModel) -> str | None:
     """Why `model` cannot attend through FlexAttention; None if it can."""
     config = model.config.get_text_config(decoder=True)
-    kernel = str(getattr(config, "_attn_implementation", None) or "eager")
+    kernel = attention_of(config)
     if kernel != "sdpa":
         return f"it attends with {kernel!r}, by its own choice or yours"
-    if not getattr(model, "_supports_flex_attn", False):
+    if not offers_flex_attention(model):
         return "transformers does not offer it for this model"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:

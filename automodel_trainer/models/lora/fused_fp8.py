@@ -80,6 +80,7 @@ class FusedFp8(FusedGroup):
         return [g for g in self.groups if g is not self and g.has_whole_factors() and g.cache.is_stale()]
 
     def has_whole_factors(self) -> bool:
+        """Whether no factor of the group is sharded at this moment."""
         return all(map(_is_whole, self.factors()))
 
     def follow_weights(self) -> None:

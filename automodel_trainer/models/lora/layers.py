@@ -100,6 +100,7 @@ class LoRAParameters(nn.Module):
     adapted: list[str]
 
     def low_rank_of(self, name: str) -> LowRank:
+        """The factors of the parameter called `name`."""
         return getattr(self, f"lora_{name}")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,25 +143,30 @@ class Adapter:
 
     @property
     def is_linear(self) -> bool:
+        """Whether the adapted weight belongs to a linear layer."""
         return isinstance(self.module, LoRALinear)
 
     @property
     def magnitude(self) -> nn.Parameter | None:
+        """The magnitude vector `[out]` of DoRA; None without DoRA."""
         return getattr(self.module, "lora_magnitude_vector", None) if self.is_linear else None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
+        """All trained parameters of the adapter."""
         found = (self.a.weight, self.b.weight, self.magnitude)
         return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
 
     @property
     def experts(self) -> int:
+        """The number of experts that the factors hold; 1 for a plain weight."""
         weight = self.module._parameters[self.parameter]
         assert weight is not None
         return weight.shape[0] if weight.ndim == 3 else 1
 
     @property
     def rank(self) -> int:
+        """The rank of the update, for one expert."""
         return self.b.weight.shape[1] // self.experts
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from automodel_trainer.distributed._dtensor import local_tensor
+from automodel_trainer.models._transformers import is_loaded, mark_loaded
 from automodel_trainer.models.quantization import _bitsandbytes, _torchao
 from automodel_trainer.models.quantization.fp8_weight import SCHEMES as FP8_SCHEMES
 from automodel_trainer.models.quantization.nf4 import BLOCK, SCALE_BLOCK
@@ -30,9 +32,9 @@ class QuantizedWeights(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name in self.quantized_names and param is not None and not param.is_meta and not is_quantized(param):
-            loaded = getattr(param, "_is_hf_initialized", False)
+            loaded = is_loaded(param)
             param = quantized(param, self.scheme)
-            param._is_hf_initialized = loaded  # type: ignore[attr-defined]
+            mark_loaded(param, loaded)
         super().register_parameter(name, param)
 
 
@@ -115,7 +117,7 @@ def quantize_weights(model: nn.Module) -> None:
 
 def is_quantized(tensor: Tensor) -> bool:
     """Whether the tensor, or the shard that this rank holds of it, is quantized."""
-    return hasattr(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, "get_original_weight")
+    return hasattr(local_tensor(tensor), "get_original_weight")
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from automodel_trainer.models.quantization import _bitsandbytes, _torchao, fp8_weight
 from automodel_trainer.models.quantization.nf4 import QuantizedParts
+from automodel_trainer.nn._torch import PIN_MEMORY, TO_COPY, UNSAFE_VIEW, without_torch_function, wrapper_subclass
 from automodel_trainer.nn.defer_to_backward import defer_to_backward
 
 _NAMES = [field.name for field in fields(QuantizedParts)]
@@ -54,7 +55,7 @@ class QuantizedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, parts: QuantizedParts, scheme: str, shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
-        made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=parts.codes.device)
+        made = wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=parts.codes.device)
         made.parts, made.scheme = parts, scheme
         for name in _NAMES:  # under the names that `__tensor_flatten__` returns
             setattr(made, f"part_{name}", getattr(parts, name))
@@ -84,6 +85,7 @@ class QuantizedTensor(torch.Tensor):
     # --- FSDP2's extension for tensors that are gathered as several --------------------------------------------------
 
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """Called by FSDP2 before it gathers: the inner tensors of this shard, and what rebuilds the whole from them."""
         names = [name for name in _CUT if self._has(name)]
         shape = (self.shape[0] * mesh.size(), *self.shape[1:])
         return tuple(getattr(self.parts, name) for name in names), (names, shape, self)
@@ -91,6 +93,7 @@ class QuantizedTensor(torch.Tensor):
     def fsdp_post_all_gather(
         self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
+        """The whole quantized weight. FSDP2 calls it with the gathered inner tensors."""
         if out is not None:  # its parts are views of `outputs`, so they have the new values already
             return None
         names, shape, shard = metadata
@@ -117,7 +120,7 @@ class QuantizedTensor(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             return _linear(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -164,13 +167,13 @@ _OPS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _same,
     aten.alias.default: _same,
     aten.clone.default: _same,
-    aten._pin_memory.default: _same,
+    PIN_MEMORY: _same,
     aten.is_pinned.default: _pinned,
     aten.view.default: _shaped,
-    aten._unsafe_view.default: _shaped,
+    UNSAFE_VIEW: _shaped,
     aten.as_strided.default: _shaped,
     aten.slice.Tensor: _sliced,
-    aten._to_copy.default: _moved,
+    TO_COPY: _moved,
 }
 
 
