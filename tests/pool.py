@@ -49,7 +49,7 @@ CONTEXT.set_forkserver_preload(
         "peft",
     ]
 )
-_TIMEOUT = 600  # seconds that a job may take before the pool is declared stuck
+_TIMEOUT = 1800  # seconds that a job may take before the pool is declared stuck: a busy machine takes its time
 
 
 class RankPool:

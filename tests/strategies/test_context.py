@@ -55,7 +55,7 @@ def train(spec: str, world_size: int, family: str, form: str, overrides: dict[st
         model.set_attn_implementation(attention)
     strategy.parallelize(model)
     # eps: Adam turns a gradient of 1e-9, which is rounding, into a full step
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-2)
     with decided(model) if world_size == 1 else nullcontext():
         result = train_steps(
             strategy, NextToken(model), optimizer, lambda step: rows_of(form, step), 2, steps=STEPS, max_norm=MAX_NORM

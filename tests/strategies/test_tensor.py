@@ -35,7 +35,7 @@ LATENT = {
 
 def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
     """With an eps far above the rounding of a gradient: some biases have gradients that are zero but for that."""
-    return torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-3)
+    return torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-2)
 
 
 def rows_of(step: int) -> list[Batch]:

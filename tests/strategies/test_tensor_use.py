@@ -56,12 +56,12 @@ def fit(spec: Any, root: str, folder: str, precision: str = "32-true") -> dict[s
     trainer = Trainer(**quiet(root, **options))
     with widened(precision):
         trainer.fit(ours, data)
+        parameters = list(ours.model.parameters())  # as fit leaves them: an evaluation leaves them gathered
+        held = sum(local_tensor(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
         validation = trainer.validate(ours, data, verbose=False)[0]
         tokens = ours.generate(PROMPT, max_new_tokens=4, do_sample=False)
         logits = ours.model(tokens[:, :-1]).logits[0, PROMPT.shape[1] - 1 :].detach() if devices == 1 else None
     weights = {name: full(p).detach().clone() for name, p in ours.model.named_parameters()}
-    parameters = list(ours.model.parameters())
-    held = sum(local_tensor(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
     out = trainer.save_pretrained(Path(root) / "out")
     return {
         "losses": {i: row["train_loss"] for i, row in enumerate(curve.rows)}, "validation": validation,
