@@ -188,6 +188,7 @@ def test_from_config_gives_the_base_the_weights_it_has_without_adapters() -> Non
         ({"target_modules": ["q_proj"], "exclude": ["q_proj"]}, "leaves nothing"),
         ({"modules_to_save": ["head"]}, "'head' matches nothing. There are: .*lm_head"),
         ({"modules_to_save_lr": 1e-5}, "modules_to_save names nothing"),
+        ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}, "lm_head is trained whole by"),
         ({"quantize": "int2"}, "Allowed: nf4"),
         ({"quantize": "nf4", "init": "pissa"}, "cannot be quantized"),
     ],
