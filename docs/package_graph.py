@@ -33,6 +33,7 @@ HOLDS = {
     "models": "the builder, LoRA, quantization, kernels",
     "nn": "building blocks of torch",
     "distributed": "processes and the mesh they form",
+    "_jsonargparse": "private names of jsonargparse",
     "_lightning": "private names of Lightning",
 }
 
