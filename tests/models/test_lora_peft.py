@@ -19,7 +19,8 @@ from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig, adapters
 from automodel_trainer.models.lora.adapter_files import load_adapter, save_adapter, trained_tensors
 from automodel_trainer.models.lora.initialize import initialize_adapter
-from tests.harness import NextToken, close, make_strategy, random_rows, reference_step, relative_error, stack
+from tests.harness import NextToken, close, make_strategy, random_rows, reference_step, stack
+from tests.limits import SAFETY, SMALL, check_within, roundoff
 from tests.tiny import tiny_model
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
@@ -144,8 +145,9 @@ def test_ten_steps_are_peft_s(family: str, config: dict[str, Any], lora: dict[st
     theirs = peft_model(folder, tmp_path / "adapter").train()
     names = {f"base_model.model.{name}": parameter for name, parameter in trained_tensors(model).items()}
     counterpart = _peft_parameters(theirs, names)
-    ours_optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2)
+    ours_optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3)
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, eps=1e-3)
+    limit, because = 2 * SAFETY * roundoff(4 * 24), f"two runs, each off by {SAFETY:g} times the roundoff of its sums"
     assert len(counterpart) == sum(p.requires_grad for p in theirs.parameters())
     for step in range(10):
         rows = random_rows(4, 24, seed=step)
@@ -153,12 +155,13 @@ def test_ten_steps_are_peft_s(family: str, config: dict[str, Any], lora: dict[st
         tokens = torch.stack([(row["labels"][:, 1:] != -100).sum() for row in rows]).sum()
         loss = strategy.forward_backward(NextToken(model), [stack(rows)], tokens) / tokens
         norm = strategy.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
-        assert norm.item() == pytest.approx(expected["norm"], rel=1e-5)
+        for what, got in (("loss", loss), ("norm", norm)):
+            check_within(what, abs(got.item() / expected[what] - 1), limit, because)
         for name, parameter in names.items():
             assert parameter.grad is not None
             wanted = expected["gradients"][counterpart[name]]
-            assert relative_error(parameter.grad, wanted) < 1e-5 or wanted.norm() < 1e-8, (step, name)
+            size = max(float(wanted.norm()), SMALL * min(expected["norm"], 1.0))
+            check_within(f"{name} in step {step}", float((parameter.grad - wanted).norm()) / size, limit, because)
         ours_optimizer.step()
         ours_optimizer.zero_grad()
 

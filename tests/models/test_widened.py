@@ -23,7 +23,8 @@ from automodel_trainer.nn.shared_input import layers_with_one_input
 from automodel_trainer.nn.step_cache import unchanged_weights
 from automodel_trainer.strategies.base.compile import compile_blocks
 from automodel_trainer.trainer import Trainer
-from tests.harness import relative_error
+from tests.harness import close, relative_error
+from tests.limits import CHAIN
 from tests.models.test_lora_peft import IDS, base, disturb, peft_model
 from tests.tiny import tiny_model
 
@@ -111,9 +112,10 @@ def test_two_forwards_before_their_backwards(tmp_path: Path) -> None:
     """As in preference losses: the second forward must not spoil what the first one's backward needs."""
     model, plain = compiled(tmp_path / "a"), build(tmp_path / "b", choice="separate")
     for m in (model, plain):
-        (m(IDS).logits.square().mean() - m(IDS.flip(1)).logits.square().mean()).backward()
-    pairs = zip(model.parameters(), plain.parameters(), strict=True)
-    assert max(relative_error(a.grad, b.grad) for a, b in pairs if a.grad is not None) < 1e-5
+        (m(IDS).logits.square().mean() - 0.5 * m(IDS.flip(1)).logits.square().mean()).backward()
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if a.grad is not None:
+            close(a.grad, b.grad, 4 * CHAIN * IDS.numel(), name)  # two sums in each of two runs
 
 
 def test_compiled_as_a_whole_by_the_user_it_follows_the_optimizer(tmp_path: Path) -> None:
@@ -174,6 +176,7 @@ def test_the_trainer_says_what_a_step_is(tmp_path: Path, taken: list[int]) -> No
 
 
 def test_dropout_is_on_the_update_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)  # one of so many numbers might be kept, and would count a million times
     model = compiled(tmp_path / "base", dropout=0.999999)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert relative_error(model(IDS).logits, plain(IDS).logits) < 1e-5
