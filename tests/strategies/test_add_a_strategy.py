@@ -47,7 +47,7 @@ def train(spec: str, world_size: int, package: Path) -> Any:
         strategy = make_strategy(spec, world_size)
         assert type(strategy).__name__ == "FlatDDPStrategy"
         model = strategy.parallelize(tiny_model())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-2)
         return train_steps(strategy, NextToken(model), optimizer, rows_of, 2)
     finally:
         sys.path.remove(str(package))
@@ -59,7 +59,7 @@ def train(spec: str, world_size: int, package: Path) -> Any:
 @pytest.mark.parametrize("spec", ["flat_ddp", "flat_ddp:buffer_mb=0,compile=false"])
 def test_same_as_one_device(pool: RankPool, package: Path, spec: str) -> None:
     model = tiny_model()
-    expected = reference_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), rows_of)
+    expected = reference_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-2), rows_of)
     for result in pool.run(2, train, spec, 2, package):
         check_steps(result, expected)
 

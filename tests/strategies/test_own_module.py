@@ -224,7 +224,11 @@ class Data(pl.LightningDataModule):
     ("options", "data", "says"),
     [
         ({"gradient_clip_algorithm": "value", "gradient_clip_val": 1.0}, mock, "clips the global norm"),
-        ({"accumulate_grad_batches": 4}, lambda: mock(global_batch_size=2), "4 rows a step .* global_batch_size is 2"),
+        (
+            {"accumulate_grad_batches": 4},
+            lambda: mock(global_batch_size=2),
+            "4 rows per step .* batch_size is 2",
+        ),
         ({"accumulate_grad_batches": 2}, lambda: steps_of(8), "this is a Steps"),
         ({"accumulate_grad_batches": 2}, Data, "this is a Data"),
         ({"plugins": [AsyncCheckpointIO()]}, mock, "AsyncCheckpointIO was given as a plugin"),
