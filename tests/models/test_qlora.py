@@ -94,20 +94,20 @@ def test_ranks(pool: RankPool, base: Path, precision: str, dora: bool) -> None:
 
 
 def test_one_weight_at_a_time(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a weight is packed, all before it are packed already and none after it has been read."""
+    """When a weight is quantized, all before it are quantized already and none after it has been read."""
     events: list[int] = []
-    original = quantize.packed
+    original = quantize.quantized
 
-    def packed(weight: torch.Tensor, packing: str) -> torch.nn.Parameter:
+    def quantized(weight: torch.Tensor, scheme: str) -> torch.nn.Parameter:
         events.append(sum(not w.is_meta and not is_quantized(w) for w in quantize.quantized_weights(models[0])))
-        return original(weight, packing)
+        return original(weight, scheme)
 
     models: list[Any] = []
     prepare = quantize.prepare_quantization
-    monkeypatch.setattr(quantize, "packed", packed)
+    monkeypatch.setattr(quantize, "quantized", quantized)
     monkeypatch.setattr(
         "automodel_trainer.models.lora.apply.prepare_quantization",
-        lambda model, packing: (models.append(model), prepare(model, packing)),
+        lambda model, *args: (models.append(model), prepare(model, *args)),
     )
     AutoModelForCausalLM.from_pretrained(base, lora=LoRAConfig(rank=4, quantize="nf4"))
     assert events == [0] * 14
