@@ -21,7 +21,7 @@ from automodel_trainer.models.lora.adapter_files import load_adapter, save_adapt
 from automodel_trainer.models.lora.initialize import initialize_adapter
 from tests.harness import NextToken, close, make_strategy, random_rows, reference_step, stack
 from tests.limits import SAFETY, SMALL, check_within, roundoff
-from tests.routers import routed_model
+from tests.routers import separated
 from tests.tiny import tiny_model
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
@@ -29,7 +29,7 @@ IDS = torch.arange(6, 70).view(2, 32)
 
 
 def base(folder: Path, family: str = "llama", **config: Any) -> Path:
-    routed_model(family, **config).save_pretrained(folder)
+    separated(tiny_model(family, **config), seed=8).save_pretrained(folder)
     return folder
 
 

@@ -227,7 +227,7 @@ class Data(pl.LightningDataModule):
         (
             {"accumulate_grad_batches": 4},
             lambda: mock(global_batch_size=2),
-            "4 rows per step .* batch_size is 2",
+            "4 rows per step .*batch_size is 2",
         ),
         ({"accumulate_grad_batches": 2}, lambda: steps_of(8), "this is a Steps"),
         ({"accumulate_grad_batches": 2}, Data, "this is a Data"),
