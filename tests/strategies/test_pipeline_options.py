@@ -18,6 +18,7 @@ from automodel_trainer.strategies import Parallel3DStrategy
 from tests.harness import NextToken, check_steps, make_strategy, random_rows, stack
 from tests.limits import Limits
 from tests.pool import RankPool
+from tests.strategies import pipeline_runs
 from tests.strategies.pipeline_runs import (
     LENGTH,
     MAX_NORM,
@@ -30,6 +31,7 @@ from tests.strategies.pipeline_runs import (
     train,
 )
 from tests.strategies.test_compile import COMPILED, Counted
+from tests.tiny import tiny_model
 
 OTHERS = ("gradient norm", "gradients", "weights")
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
@@ -150,6 +152,7 @@ def train_in_chunks(spec: str, **options: Any) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, MostLogits() as most:
         for module in (loss_module, linear_cross_entropy):
             patch.setattr(module, "chunk_rows", lambda *_: 5)
+        patch.setattr(pipeline_runs, "routed_model", tiny_model)  # which runs the model to look for routers
         result = train(spec, 2, "llama", objective_class=ChunkedLoss, **options)
     return {**result, "most": most.tokens}
 

@@ -41,6 +41,6 @@ def test_an_attempt_reads_nothing_of_the_one_before() -> None:
 def test_a_rank_of_an_attempt_that_died_is_not_taken_for_one_of_the_next() -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     server.set("hello/2", "left by the dead")
-    with pytest.raises(TimeoutError, match=r"Rank\(s\) \[1, 2\] did not come"):
+    with pytest.raises(TimeoutError, match=r"Rank\(s\) \[1, 2\] did not join"):
         fresh_store(server, 0, 3, timedelta(seconds=0.2))
     assert attempt(server.port, (1, 2, 0)) == [b"attempt (1, 2, 0)"] * 3
