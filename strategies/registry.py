@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -12,6 +11,7 @@ import yaml
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies import StrategyRegistry as LightningStrategies
 
+from automodel_trainer.nn.text import did_you_mean
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy
 from automodel_trainer.strategies.data_parallel.ddp import DDPStrategy
 from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy
@@ -76,8 +76,9 @@ class StrategyRegistry:
         _load_entry_points()
         if name not in _FACTORIES:
             raise ValueError(
-                f"strategy={spec!r} is unknown.{_nearest(name, _FACTORIES)} Allowed: {', '.join(sorted(_FACTORIES))}, "
-                "each with optional sizes (fsdp2:dp_shard=2), or a Strategy object."
+                f"strategy={spec!r} is unknown.{did_you_mean(name, _FACTORIES)} "
+                f"Allowed: {', '.join(sorted(_FACTORIES))}, each with optional sizes (fsdp2:dp_shard=2), "
+                "or a Strategy object."
             )
         factory = _FACTORIES[name]
         accepted = _accepted(factory)
@@ -123,7 +124,8 @@ def _parse_options(spec: str, text: str, accepted: list[str] | None) -> dict[str
             raise ValueError(f"strategy={spec!r}: option {item!r} has no value. Write {item}=<value>.")
         if accepted is not None and key not in accepted:
             raise ValueError(
-                f"strategy={spec!r}: {key!r} is not an option.{_nearest(key, accepted)} Allowed: {', '.join(accepted)}."
+                f"strategy={spec!r}: {key!r} is not an option.{did_you_mean(key, accepted)} "
+                f"Allowed: {', '.join(accepted)}."
             )
         options[key] = yaml.safe_load(value)
     return options
@@ -155,9 +157,3 @@ def _returned(factory: Callable[..., Any]) -> type[MeshStrategy] | None:
     except (NameError, TypeError):  # an annotation that cannot be resolved counts as missing
         return None
     return made if isinstance(made, type) and issubclass(made, MeshStrategy) else None
-
-
-def _nearest(name: str, known: Any) -> str:
-    """A " Did you mean …?" for an error message, or nothing if no known name is close."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {match[0]!r}?" if match else ""

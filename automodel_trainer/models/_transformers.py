@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import _dtensor_from_local_like, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
 from automodel_trainer.models.record import record_of, recorded
 from automodel_trainer.nn.documents import set_documents
@@ -95,21 +93,6 @@ def _materialize(model: PreTrainedModel, names: Set[str], device: torch.device) 
         parameter = torch.nn.Parameter(value, requires_grad=meta.requires_grad)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         setattr(module, key, parameter)
-
-
-@contextmanager
-def _one_voice() -> Iterator[None]:
-    """One progress bar for all ranks, and no report: the caller says what is missing or left over."""
-    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if dist.is_initialized() and dist.get_rank() > 0:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def initialize_module(model: PreTrainedModel, module: torch.nn.Module) -> None:

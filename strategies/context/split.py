@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.masking_utils import find_packed_sequence_indices
 
+from automodel_trainer.nn.constants import IGNORE_INDEX
 from automodel_trainer.strategies.context._pytree import map_tensors
 from automodel_trainer.strategies.context.attention import Sequences, exchanging
-
-IGNORE_INDEX = -100
 
 
 class ContextParallel:

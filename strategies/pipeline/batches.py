@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from automodel_trainer.nn.constants import IGNORE_INDEX
 from automodel_trainer.strategies.context._pytree import map_tensors
-from automodel_trainer.strategies.context.split import IGNORE_INDEX, pad_positions
+from automodel_trainer.strategies.context.split import pad_positions
 
 Part = tuple[dict[str, Any], Any]
 
