@@ -210,8 +210,9 @@ def _schedule(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
 
 
 def _mesh(strategy: MeshStrategy) -> dict[str, int]:
-    mesh = strategy.device_mesh
-    return dict(zip(mesh.mesh_dim_names or (), mesh.shape))
+    mesh, ep = strategy.device_mesh, strategy.expert_ranks
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape))
+    return {**sizes, "of these ep": ep} if isinstance(ep, int) and ep > 1 else sizes
 
 
 def _device_name(device: torch.device) -> str:

@@ -157,6 +157,12 @@ def expert_gate(module: torch.nn.Module) -> tuple[str, Callable[[Tensor], Tensor
     return ("gate_up_proj", gate) if gate is not None and getattr(module, "has_gate", False) else None
 
 
+def hold_part_of_experts(module: torch.nn.Module, count: int) -> None:
+    """Tell a module of experts that it holds `count` of them, and that tokens may name one more, which it skips."""
+    module.num_experts = count  # type: ignore[assignment]
+    module._is_expert_parallel = True  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
 class PackingWithoutSync:
     """In a model's record: `packing_without_sync` is installed."""
