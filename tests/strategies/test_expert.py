@@ -160,9 +160,8 @@ def sizes(spec: str, world_size: int, family: str, **overrides: Any) -> Any:
     ],
 )
 def test_sizes_that_do_not_fit(pool: RankPool, spec: str, world_size: int, family: str, said: str) -> None:
-    pattern = re.escape(said).replace(r"\.\*", ".*")
     for message in pool.run(world_size, sizes, spec, world_size, family, **FAMILIES.get(family, {})):
-        assert re.search(pattern, message), message
+        assert said in message
 
 
 def test_auto_takes_what_node_and_experts_allow(pool: RankPool) -> None:
