@@ -163,6 +163,16 @@ def hold_part_of_experts(module: torch.nn.Module, count: int) -> None:
     module._is_expert_parallel = True  # type: ignore[assignment]
 
 
+def numbers_for(module: torch.nn.Module, experts: Tensor) -> Tensor:
+    """The numbers of chosen experts `[m, k]`, as the experts' code takes them that `hold_part_of_experts` changed.
+
+    A choice of an expert that is held elsewhere has the weight 0 and the number that follows the last. Some families'
+    eager code has no room for that number, so there it is the last expert's.
+    """
+    eager = getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager"
+    return experts.clamp(max=module.num_experts - 1) if eager else experts  # type: ignore[operator]
+
+
 @dataclass(frozen=True)
 class PackingWithoutSync:
     """In a model's record: `packing_without_sync` is installed."""

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from automodel_trainer.distributed._dtensor import StridedShard
-from automodel_trainer.models._transformers import hold_part_of_experts
+from automodel_trainer.models._transformers import hold_part_of_experts, numbers_for
 from automodel_trainer.models.lora.layers import adapters
 from automodel_trainer.nn.wrap import Forward, wrap
 from automodel_trainer.strategies.expert.dispatch import AllToAll, Dispatcher
@@ -49,7 +49,7 @@ def expert_parallel(
         held = _distribute(experts.module, mesh, placements)
         hold_part_of_experts(experts.module, local)
         carrier = dispatcher(mesh.get_group(), local)
-        wrap(experts.module, _dispatched(carrier, held, mesh.get_group(), tp))
+        wrap(experts.module, _dispatched(experts.module, carrier, held, mesh.get_group(), tp))
 
 
 def _placements(experts: Experts) -> dict[int, Placement]:
@@ -81,7 +81,9 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placements: dict[int, Place
     return held
 
 
-def _dispatched(carrier: Dispatcher, held: Held, ep: ProcessGroup, tp: ProcessGroup | None) -> Forward:
+def _dispatched(
+    module: nn.Module, carrier: Dispatcher, held: Held, ep: ProcessGroup, tp: ProcessGroup | None
+) -> Forward:
     """The forward of a layer's experts: send tokens, run this rank's experts, bring the results back."""
 
     @torch.compiler.disable  # the number of rows that arrive is read on the host
@@ -92,7 +94,7 @@ def _dispatched(carrier: Dispatcher, held: Held, ep: ProcessGroup, tp: ProcessGr
             top_k_index = slice_rows(top_k_index, tp)
         arrived = carrier.dispatch(hidden_states, top_k_index, top_k_weights)
         with local_parameters(held, ep):
-            output = _run(original, arrived.hidden, arrived.experts, arrived.weights)
+            output = _run(original, arrived.hidden, numbers_for(module, arrived.experts), arrived.weights)
         output = carrier.combine(output.to(hidden_states.dtype), arrived.route)
         return output if tp is None else gather_rows(output, tp, count)
 
@@ -111,11 +113,13 @@ def _run(experts: Forward, hidden: Tensor, numbers: Tensor, weights: Tensor) -> 
     return experts(row, numbers.new_zeros(1, numbers.shape[1]), weights.sum(0, keepdim=True))[:0]
 
 
-def place_expert(parameter: nn.Parameter, ranks: int) -> Shard | None:
+def place_expert(parameter: nn.Parameter, ranks: int) -> Shard:
     """The dimension of an expert parameter that FSDP2 shards over `ranks` ranks, for `fully_shard`.
 
-    FSDP2 needs equal parts in any dimension but the first, and its parts of a dimension that `ep` has split already must
-    be equal too. None means the first dimension.
+    FSDP2 needs equal parts in any dimension but the first, and in one that `ep` has split already.
+
+    Raises:
+        ValueError: no dimension divides.
     """
     placement: Any = parameter.placements[0]  # type: ignore[attr-defined]
     local = parameter.to_local().shape  # type: ignore[attr-defined]
@@ -126,6 +130,6 @@ def place_expert(parameter: nn.Parameter, ranks: int) -> Shard | None:
         if free or again:
             return Shard(dim)
     raise ValueError(
-        f"An expert parameter {list(parameter.shape)} cannot be sharded over {ranks} more ranks: none of its dimensions "
-        "divides. Choose a larger ep, or a smaller dp_shard with dp_replicate."
+        f"An expert parameter {list(parameter.shape)} cannot be sharded over {ranks} more ranks: no dimension divides. "
+        "Choose a larger ep, or a smaller dp_shard with dp_replicate."
     )
