@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
+from tests.beside import use
 from tests.harness import (
     Batch,
     NextToken,
@@ -171,11 +172,13 @@ def test_auto_takes_what_node_and_experts_allow(pool: RankPool) -> None:
 
 
 def test_quantized_experts_are_refused(pool: RankPool) -> None:
+    use("torchao")
     said = pool.run(2, quantized, "fsdp2:ep=2", 2)
     assert all("are held quantized" in message and "Set ep=1" in message for message in said), said
 
 
 def quantized(spec: str, world_size: int) -> str:
+    use("torchao")
     strategy = make_strategy(spec, world_size)
     model = tiny_model("qwen3_moe", **MOE)
     apply_lora(model, LoRAConfig(rank=4, quantize="nf4"))
