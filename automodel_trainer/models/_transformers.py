@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import _dtensor_from_local_like, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
-
-from automodel_trainer.models.record import record_of, recorded
-from automodel_trainer.nn.documents import set_documents
 
 __all__ = [
     "attention_in_use",
@@ -150,52 +145,26 @@ def attention_of(config: PreTrainedConfig) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
+def experts_in_use(model: PreTrainedModel) -> str | None:
+    """The name of the implementation of transformers that computes the experts; None for a model without any."""
+    named = any(hasattr(module, "_apply_gate") for module in model.modules())
+    return str(getattr(model.config.get_text_config(), "_experts_implementation", None) or "eager") if named else None
+
+
+def unused_balancing_loss(model: PreTrainedModel) -> str | None:
+    """The configured coefficient of a routers' balancing loss that the model does not compute; None if it does."""
+    config = model.config.get_text_config()
+    named = {k: v for k, v in config.to_dict().items() if "aux_loss" in k and isinstance(v, int | float) and v}
+    if not named or getattr(config, "output_router_logits", False):
+        return None
+    return ", ".join(f"{name}={value:g}" for name, value in named.items() if not isinstance(value, bool)) or None
+
+
 def expert_gate(module: torch.nn.Module) -> tuple[str, Callable[[Tensor], Tensor]] | None:
     """Of a module of gated experts: the name of its fused gate and up projections, and what makes `[n, w]` of their
     output `[n, 2·w]`."""
     gate = getattr(module, "_apply_gate", None)
     return ("gate_up_proj", gate) if gate is not None and getattr(module, "has_gate", False) else None
-
-
-@dataclass(frozen=True)
-class PackingWithoutSync:
-    """In a model's record: `packing_without_sync` is installed."""
-
-
-def packing_without_sync(model: PreTrainedModel) -> None:
-    """Let `model` read document boundaries out of `position_ids` without waiting for the device.
-
-    In every forward transformers looks whether positions restart anywhere, and so waits for the device. Whoever calls
-    the model knows: `position_ids` are given where they restart, and left out where they do not. So while `model` runs,
-    the documents are told apart unasked in the first case, and in the second there is one.
-    """
-    if recorded(model, PackingWithoutSync):
-        return
-    original = masking_utils.find_packed_sequence_indices
-
-    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        known = _document_indices if kwargs.get("position_ids") is not None else _one_document
-        masking_utils.find_packed_sequence_indices = known
-
-    def leave(*_: object) -> None:
-        masking_utils.find_packed_sequence_indices = original
-        set_documents(None)
-
-    model.register_forward_pre_hook(enter, with_kwargs=True)
-    model.register_forward_hook(leave, always_call=True)
-    record_of(model).keep(PackingWithoutSync())
-
-
-def _one_document(position_ids: Tensor) -> None:
-    set_documents(None)
-
-
-def _document_indices(position_ids: Tensor) -> Tensor:
-    """Which document a token belongs to, counted from 0: int64 `[b, s]` of positions that restart at each document."""
-    starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
-    numbers = starts.cumsum(-1)
-    set_documents(numbers)
-    return numbers
 
 
 def offers_flex_attention(model: PreTrainedModel) -> bool:
