@@ -72,7 +72,7 @@ class LoRAConfig:
         if self.modules_to_save_lr is not None and not self.modules_to_save and not self.adapter:
             raise ValueError("lora modules_to_save_lr is given, but modules_to_save names nothing.")
         if self.quantize not in (None, *SCHEMES):
-            raise ValueError(f"lora quantize={self.quantize!r} is unknown. Allowed: {', '.join(SCHEMES)}, or null for none.")
+            raise ValueError(f"lora quantize={self.quantize!r} is unknown. Allowed: {', '.join(SCHEMES)}, or null.")
         if self.quantize and self.init == "pissa":
             raise ValueError(
                 "lora init='pissa' takes the adapter out of the base weight: that weight cannot be quantized."
