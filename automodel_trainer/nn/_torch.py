@@ -59,8 +59,8 @@ def scaled_matmul(
     return out if out.dtype == dtype else out.to(dtype)
 
 
-# Whether the compiler overlooks the inside of an autograd.Function in a checkpoint without a policy (torch 2.11). It does
-# not mark these operations to be recomputed, and keeps their results for the backward.
+# Whether the compiler overlooks the inside of an autograd.Function in a checkpoint without a policy (torch 2.11). It
+# does not mark these operations to be recomputed, and keeps their results for the backward.
 CHECKPOINT_MISSES_FUNCTIONS = not hasattr(torch._higher_order_ops.wrap, "_always_prefer_recompute")
 
 
