@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""Finds the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from automodel_trainer.distributed.restarts import begin_fit
 
 
 def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) -> str | None:
-    """The folder that `path` means: "last", "best", "last-whole", "auto" (that if there is one), a folder, or a URL.
+    """The checkpoint folder that `ckpt_path` means. A URL is downloaded first.
+
+    Args:
+        trainer: its `default_root_dir` holds the runs.
+        path: a folder, a URL, "last", "best", "last-whole" (the newest undamaged), or "auto" (the same, or None if
+            there is none).
 
     Raises:
-        ValueError: there is no checkpoint.
+        ValueError: `path` is "last", "best" or "last-whole", and there is no such checkpoint.
     """
     callback = trainer.checkpoint_callback
     if is_remote(path):
@@ -41,7 +46,7 @@ def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) ->
     if found is None and path != "auto":
         raise ValueError(
             f"ckpt_path={path!r}: there is no checkpoint under {trainer.default_root_dir}. Leave ckpt_path out to "
-            "start anew (or give 'auto'), or give default_root_dir or the checkpoint's folder."
+            "start from the beginning (or give 'auto'), or give default_root_dir or the checkpoint's folder."
         )
     return None if found is None else str(found)
 
@@ -80,9 +85,9 @@ def check_folder(path: str, resume: str) -> None:
 
 
 def saved_before_restart() -> str | None:
-    """After a restart by torchrun: the newest whole checkpoint in the folder of the run that was restarted.
+    """After a restart by torchrun, the newest undamaged checkpoint of the run that was restarted; else None.
 
-    To be called once, as `fit` begins.
+    Call it once per `fit`, at its beginning: it also notes that this process has begun a run.
     """
     run = begin_fit()
     if run is None:
@@ -91,8 +96,8 @@ def saved_before_restart() -> str | None:
         try:
             check_checkpoint(checkpoint)
         except ValueError as error:
-            rank_zero_warn(f"Passing over a damaged checkpoint: {error}")
+            rank_zero_warn(f"Skipping a damaged checkpoint: {error}")
         else:
-            rank_zero_info(f"torchrun has started this run again: it goes on from {checkpoint}.")
+            rank_zero_info(f"torchrun has restarted this run: it resumes from {checkpoint}.")
             return str(checkpoint)
     return None

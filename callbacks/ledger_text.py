@@ -52,6 +52,10 @@ def ledger_rows(facts: Facts) -> list[Row]:
         rows += _resumed(run["resumed"])
     if run.get("allocator"):  # only on a GPU
         rows.append(("memory", _allocation(run)))
+    if run.get("bytes_per_block") is not None:
+        mode = run["activation_checkpointing"]
+        how = f" with activation checkpointing {mode}" if mode else ""
+        rows.append(("activations", f"a block keeps {memory_text(run['bytes_per_block'])} until its backward{how}"))
     if run.get("watchdog"):
         rows.append(("watchdog", f"ends the run if a rank hangs for {run['watchdog']:g} s or disappears"))
     return rows

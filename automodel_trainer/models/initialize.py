@@ -15,13 +15,13 @@ from automodel_trainer.models._transformers import forget_initialized, initializ
 
 @torch.no_grad()
 def initialize_weights(model: PreTrainedModel, device: torch.device, seed: int) -> None:
-    """Give a model on meta real weights on `device`, drawn by the model's own rules.
+    """Give a model on meta random weights on `device`, by the model's own rules.
 
-    Every module draws from its own seed, made of `seed` and its name, and a sharded module draws its full parameters
-    and keeps its shards: any layout gets the same numbers, and no rank holds more than one module's full parameters.
+    Every module draws with a seed made of `seed` and its name. A sharded module draws its full parameters and keeps its
+    shards. So every layout gets the same values, and no rank holds more than one module's full parameters.
     """
     model.to_empty(device=device)
-    drawn: set[int] = set()  # a tied weight is drawn once, where it is met first
+    drawn: set[int] = set()  # a tied weight is drawn once, by the first module that holds it
     for name, module in model.named_modules():
         own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in drawn}
         drawn |= {id(p) for p in own.values()}
@@ -32,10 +32,13 @@ def initialize_weights(model: PreTrainedModel, device: torch.device, seed: int) 
 
 @torch.no_grad()
 def initialize_missing(model: PreTrainedModel, names: Collection[str], device: torch.device, seed: int = 0) -> None:
-    """Draw parameters that a checkpoint lacks as `initialize_weights` draws them: the same under any layout.
+    """Draw parameters that a checkpoint lacks, as `initialize_weights` draws them: the same under any layout.
 
     Args:
-        names: of parameters that are real already; those of one module are all in it, or the module is left alone.
+        model: laid out, with real parameters.
+        names: of the parameters to draw. A module is skipped unless all of its own parameters are in it.
+        device: of the parameters.
+        seed: of the random weights.
     """
     for name in sorted({name.rpartition(".")[0] for name in names}):
         module = model.get_submodule(name)
@@ -48,7 +51,7 @@ def initialize_missing(model: PreTrainedModel, names: Collection[str], device: t
 def _draw(
     model: PreTrainedModel, module: nn.Module, own: dict[str, nn.Parameter], device: torch.device, seed: int
 ) -> None:
-    """Fill a module's `own` parameters; of a sharded one the whole is drawn, and this rank's shard kept."""
+    """Fill a module's `own` parameters. A sharded one is drawn whole, and this rank keeps its shard."""
     sharded = {key: p for key, p in own.items() if isinstance(p, DTensor)}
     for key, parameter in sharded.items():
         module._parameters[key] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
@@ -64,5 +67,5 @@ def _draw(
 
 
 def seed_of(seed: int, name: str) -> int:
-    """The seed of what is called `name`, in a run with this seed."""
+    """The seed for the module or adapter `name`, in a run with this seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")

@@ -189,7 +189,7 @@ def test_a_new_run_does_not_touch_an_older_one(tmp_path: Path) -> None:
     newest = DCPCheckpoint().find_last(tmp_path)
     assert newest == tmp_path / "checkpoints-v2" / "step-00000002"
     os.truncate(newest / "trainer.json", 10)
-    with pytest.warns(UserWarning, match="Passing over a damaged checkpoint: .*trainer.json"):
+    with pytest.warns(UserWarning, match="Skipping a damaged checkpoint: .*trainer.json"):
         assert DCPCheckpoint().find_last(tmp_path, whole=True) == tmp_path / "checkpoints-v1" / "step-00000002"
     assert DCPCheckpoint().find_last(tmp_path) == newest
     train(tmp_path, max_steps=3, max_epochs=None, ckpt_path=tmp_path / "checkpoints" / "latest")

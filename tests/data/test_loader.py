@@ -139,7 +139,8 @@ def test_another_global_batch_size_within_an_epoch_and_after_it() -> None:
     next(iterator)
     other = loader(global_batch_size=4, seed=99)
     other.load_state_dict(steps.state_dict())
-    assert other.batches_yielded == 2 and len(other) == 11
+    assert other.batches_yielded == 2
+    assert len(other) == 11
     rest = [i for step in iterator for i in ids(step)]
     assert [i for step in other for i in ids(step)] == rest
     assert sorted(i for step in other for i in ids(step)) == list(range(43)), "the next epoch is whole"
