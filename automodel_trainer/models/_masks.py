@@ -34,17 +34,17 @@ _REMAPPED = "remap_positions_for_packed_sequence.<locals>.inner_mask"
 
 @dataclass(frozen=True)
 class PackingWithoutSync:
-    """In a model's record: `packing_without_sync` is installed."""
+    """An entry of a model's record: `packing_without_sync` is installed."""
 
 
 def packing_without_sync(model: PreTrainedModel) -> None:
-    """Let `model` read document boundaries out of `position_ids` without waiting for the device.
+    """Let `model` read document boundaries from `position_ids` without waiting for the device.
 
-    In every forward transformers looks whether positions restart anywhere, and so waits for the device. Whoever calls
-    the model knows: `position_ids` are given where they restart, and left out where they do not. So while `model` runs,
-    the documents are told apart unasked in the first case, and in the second there is one.
+    In every forward transformers checks whether positions restart, and the answer comes from the device. Our callers
+    know it: they pass `position_ids` only if positions restart. So while `model` runs, given positions always delimit
+    documents, and without positions a row is one document.
 
-    Some models take `position_ids` and do not hand them on when they make their masks. They get them here.
+    Some models take `position_ids` and do not pass them on when they build their masks. They get them here.
     """
     if recorded(model, PackingWithoutSync):
         return
@@ -90,7 +90,7 @@ def _one_document(position_ids: Tensor) -> None:
 
 
 def _document_indices(position_ids: Tensor) -> Tensor:
-    """Which document a token belongs to, counted from 0: int64 `[b, s]` of positions that restart at each document."""
+    """The index of every token's document, int64 `[b, s]`, from positions `[b, s]` that restart at each document."""
     starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
     numbers = starts.cumsum(-1)
     set_documents(numbers)

@@ -1,4 +1,4 @@
-"""Every use of a private transformers name (transformers 5.23.0), so that an upgrade has one place to look at."""
+"""Every use of a private name of transformers (5.23.0), so that an upgrade has one file to check."""
 
 from __future__ import annotations
 
@@ -34,14 +34,23 @@ def load_weights(
     added: Set[str] = frozenset(),
     in_turn: bool = False,
 ) -> tuple[set[str], set[str]]:
-    """Stream safetensors files into a model whose parameters lie on meta, plain or DTensor.
+    """Stream safetensors files into a model whose parameters are on meta, plain tensors or DTensors.
 
-    Every parameter becomes real on `device` (a DTensor: its local shard only, sliced out of the file); buffers that no
-    checkpoint holds are computed, and tied weights tied. Parameters in `added` (adapters) are not looked for: they come
-    out real and empty. `in_turn` reads a weight only once the one before has its place, for modules that pack theirs.
+    Every parameter becomes real on `device`. For a DTensor only the local shard is read from the file. Buffers that no
+    checkpoint holds are computed, and tied weights are tied.
+
+    Args:
+        model: laid out, or not.
+        files: the safetensors files of the checkpoint.
+        device: where parameters go.
+        added: names of parameters that no checkpoint holds (adapters). They become real and stay uninitialized.
+        in_turn: read one weight at a time, for modules that quantize theirs: only one is then held in full precision.
 
     Returns:
-        names the files lack, and names the model has no place for.
+        names that the files lack, and names in the files that the model does not have.
+
+    Raises:
+        ValueError: a weight does not have the model's shape.
     """
     dtype = next(model.parameters()).dtype
     mapping = get_model_conversion_mapping(model)
@@ -65,7 +74,7 @@ def load_weights(
 
 @contextmanager
 def _environment(name: str, value: str | None) -> Iterator[None]:
-    """The environment variable has this value meanwhile (None: the one it has)."""
+    """A context in which an environment variable has this value. None leaves it as it is."""
     before = os.environ.get(name)
     if value is not None:
         os.environ[name] = value
@@ -98,13 +107,13 @@ def initialize_module(model: PreTrainedModel, module: torch.nn.Module) -> None:
 
 
 def forget_initialized(module: torch.nn.Module) -> None:
-    """Let `initialize_module` fill parameters of `module` that transformers has filled already."""
+    """Let `initialize_module` fill parameters of `module` that transformers has already filled."""
     for parameter in module.parameters(recurse=False):
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]
 
 
 def _submodels(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """Innermost first: a composite's part initialises itself by its own rules."""
+    """The models inside a model, innermost first. Each part of a composite model is initialised by its own rules."""
     return [m for m in model.modules() if isinstance(m, PreTrainedModel)][::-1]
 
 
@@ -114,24 +123,24 @@ def tied_weight_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def forget_absent_ties(model: PreTrainedModel) -> None:
-    """Of the ties that the config asks for, keep those of parameters that the model has (left)."""
+    """Drop the ties of parameters that the model does not have, or no longer has."""
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if ties := tied_weight_names(model):
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in held and b in held}
 
 
 def tie_weights(model: PreTrainedModel) -> None:
-    """Tie what `tied_weight_names` says."""
+    """Tie the parameters that `tied_weight_names` lists."""
     model.tie_weights(recompute_mapping=False)
 
 
 def original_weight_names(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under the names and in the shapes that the model's checkpoints on disk have."""
+    """The state dict with the names and shapes of the model's checkpoints on disk."""
     return revert_weight_conversion(model, state_dict)
 
 
 def converts_weights(model: PreTrainedModel) -> bool:
-    """Whether checkpoints on disk name or shape weights otherwise than the model in memory."""
+    """Whether checkpoints on disk have other names or shapes than the model in memory."""
     return bool(getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False))
 
 
@@ -161,8 +170,8 @@ def unused_balancing_loss(model: PreTrainedModel) -> str | None:
 
 
 def expert_gate(module: torch.nn.Module) -> tuple[str, Callable[[Tensor], Tensor]] | None:
-    """Of a module of gated experts: the name of its fused gate and up projections, and what makes `[n, w]` of their
-    output `[n, 2·w]`."""
+    """For a module of gated experts: the name of its fused gate and up projections, and the function that turns their
+    output `[n, 2·w]` into `[n, w]`."""
     gate = getattr(module, "_apply_gate", None)
     return ("gate_up_proj", gate) if gate is not None and getattr(module, "has_gate", False) else None
 
@@ -173,10 +182,10 @@ def offers_flex_attention(model: PreTrainedModel) -> bool:
 
 
 def is_loaded(parameter: Tensor) -> bool:
-    """Whether a checkpoint has given `parameter` its values, so that nothing initializes it again."""
+    """Whether `parameter` has its values from a checkpoint, so that transformers does not initialize it."""
     return bool(getattr(parameter, "_is_hf_initialized", False))
 
 
 def mark_loaded(parameter: Tensor, loaded: bool) -> None:
-    """Say whether a checkpoint has given `parameter` its values."""
+    """Mark whether `parameter` has its values from a checkpoint."""
     parameter._is_hf_initialized = loaded  # type: ignore[attr-defined]

@@ -24,10 +24,10 @@ from automodel_trainer.nn.text import listed
 def initialize_weights(
     model: PreTrainedModel, device: torch.device, seed: int, added: Collection[str] = frozenset(), strict: bool = True
 ) -> None:
-    """Give a model on meta real weights on `device`, drawn by the model's own rules.
+    """Give a model on meta random weights on `device`, by the model's own rules.
 
-    Every module draws from its own seed, made of `seed` and its name, and a sharded module draws its full parameters
-    and keeps its shards: any layout gets the same numbers, and no rank holds more than one module's full parameters.
+    Every module draws with a seed made of `seed` and its name. A sharded module draws its full parameters and keeps its
+    shards. So every layout gets the same values, and no rank holds more than one module's full parameters.
 
     Args:
         added: names of parameters that are not the model's own (adapters), for which it needs no rule.
@@ -37,7 +37,7 @@ def initialize_weights(
         ValueError: the model has no rule for some of its parameters.
     """
     model.to_empty(device=device)
-    drawn: set[int] = set()  # a tied weight is drawn once, where it is met first
+    drawn: set[int] = set()  # a tied weight is drawn once, by the first module that holds it
     left: list[str] = []
     for name, module in model.named_modules():
         own = {_joined(name, k): p for k, p in module.named_parameters(recurse=False) if id(p) not in drawn}
@@ -54,10 +54,13 @@ def initialize_weights(
 
 @torch.no_grad()
 def initialize_missing(model: PreTrainedModel, names: Collection[str], device: torch.device, seed: int = 0) -> None:
-    """Draw parameters that a checkpoint lacks as `initialize_weights` draws them: the same under any layout.
+    """Draw parameters that a checkpoint lacks, as `initialize_weights` draws them: the same under any layout.
 
     Args:
-        names: of parameters that are real already; those of one module are all in it, or the module is left alone.
+        model: laid out, with real parameters.
+        names: of the parameters to draw. A module is skipped unless all of its own parameters are in it.
+        device: of the parameters.
+        seed: of the random weights.
 
     Raises:
         ValueError: the model has no rule for some of them.
@@ -145,5 +148,5 @@ def _joined(name: str, key: str) -> str:
 
 
 def seed_of(seed: int, name: str) -> int:
-    """The seed of what is called `name`, in a run with this seed."""
+    """The seed for the module or adapter `name`, in a run with this seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")

@@ -1,4 +1,4 @@
-"""A user's model, made small: same architecture, one layer of each kind, narrow, and dividing as the original does."""
+"""A small version of a user's model: same architecture, one layer of each kind, narrow, with the same divisibility."""
 
 from __future__ import annotations
 
@@ -41,14 +41,15 @@ def shrink(
 ) -> PreTrainedConfig:
     """A small copy of `config`.
 
-    What divides by `ranks` (heads, key heads, widths, experts) still does, and what does not still does not, so a
-    layout that refuses the original refuses the copy. Windows are narrowed until they bind within `length` tokens.
+    Sizes that divide by `ranks` (heads, key heads, widths, experts) still do, and the others still do not. So a layout
+    that refuses the original refuses the copy. Attention windows are made shorter than `length`, so that they matter.
 
     Args:
-        ranks: the largest number of ranks that anything is divided by.
+        config: of the user's model; it is not changed.
+        ranks: the largest number of ranks that cuts a dimension.
         length: tokens of a row.
-        vocab_size: at least as many token ids as the batches use.
-        layers: at least so many, if the original has them.
+        vocab_size: how many token ids the batches use.
+        layers: the least number of layers, if the original has so many.
         depth: False keeps the number of layers.
         width: False keeps the sizes of layers.
     """
@@ -108,7 +109,7 @@ def _one_size_of_layers(config: PreTrainedConfig, kept: list[int]) -> Iterator[N
 
 
 def alike(value: int, least: int, modulus: int) -> int:
-    """The smallest number from `least` on, no larger than `value`, with the same remainder by `modulus`."""
+    """The smallest number ≥ `least` with the same remainder by `modulus` as `value`, but never more than `value`."""
     return min(value, least + (value - least) % modulus)
 
 
@@ -134,7 +135,7 @@ def _shrink_depth(config: PreTrainedConfig, layers: int) -> list[int]:
 
 
 def _kinds(config: PreTrainedConfig, depth: int) -> list[Any]:
-    """What tells the layers of a model apart, per layer."""
+    """The kind of each layer. Layers of equal kind have the same architecture."""
     types = getattr(config, "layer_types", None) or [None] * depth
     mlps = getattr(config, "mlp_layer_types", None) or [None] * depth
     dense = getattr(config, "first_k_dense_replace", None) or 0
@@ -173,7 +174,7 @@ def _shrink_heads(config: PreTrainedConfig, ranks: int) -> None:
 
 
 def _heads(heads: int, key_heads: int, ranks: int) -> tuple[int, int]:
-    """Key heads and query heads per key head: few, dividing by `ranks` and its divisors as the original numbers do."""
+    """Numbers of key heads and of query heads per key head: small, and with the original's divisors among `ranks`'."""
     sizes = [n for n in range(1, ranks + 1) if ranks % n == 0]
 
     def same(small: int, large: int) -> bool:
@@ -224,7 +225,7 @@ def _first(config: PreTrainedConfig, names: Iterable[str]) -> Any:
 
 
 def _shrink_rope(config: PreTrainedConfig, old: int, new: int) -> None:
-    """Frequency factors that a checkpoint lists one by one."""
+    """Shorten the lists of frequency factors, one for each rotary dimension, that some configs have."""
     for name in ("rope_parameters", "rope_scaling"):
         rope = getattr(config, name, None)
         for parameters in [rope, *rope.values()] if isinstance(rope, dict) else []:
@@ -247,7 +248,7 @@ def _shrink_experts(config: PreTrainedConfig, ranks: int) -> None:
 
 
 def _silence_noise(config: PreTrainedConfig) -> None:
-    """Dropout and router noise are drawn anew in every process: without them runs can be compared."""
+    """Turn off dropout and router noise: every process draws its own, so runs could not be compared."""
     for name, value in config.to_dict().items():
         if isinstance(value, float) and any(word in name for word in _NOISE):
             setattr(config, name, 0.0)

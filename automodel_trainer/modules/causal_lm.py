@@ -22,8 +22,8 @@ from automodel_trainer.strategies.base.objective import MicroBatch
 class CausalLMModule(HuggingFaceModule):
     """Trains a causal language model on next-token prediction.
 
-    The loss is the sum of token losses over the supervised tokens of the *global* batch. Arguments are those of
-    `HuggingFaceModule`.
+    The loss is the sum of token losses divided by the supervised tokens of the *global* batch. It takes the arguments
+    of `HuggingFaceModule`.
     """
 
     auto_class = "AutoModelForCausalLM"
@@ -34,8 +34,9 @@ class CausalLMModule(HuggingFaceModule):
     def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
         inputs, labels = super().split(micro_batch)
         if micro_batch.get("packed") is False:
-            inputs.pop("position_ids", None)  # 0, 1, 2, …: without them attention needs no mask, only its causal kernel
-        # A cache is of no use in training, and with one transformers ignores the document boundaries of packed rows.
+            # They are 0, 1, 2, … here. Without them transformers builds no mask and runs the plain causal kernel.
+            inputs.pop("position_ids", None)
+        # Training needs no cache, and with a cache transformers ignores the document boundaries of packed rows.
         inputs["use_cache"] = False
         targets = next_token_targets(labels)
         if self.gives_document_lengths and packs(micro_batch):
@@ -45,8 +46,9 @@ class CausalLMModule(HuggingFaceModule):
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         loss = summed_loss(outputs.logits, targets, kernels_in_use(self.model).loss)
-        balance = getattr(outputs, "aux_loss", None)  # mixture-of-experts models that were asked for it
+        balance = getattr(outputs, "aux_loss", None)  # mixture-of-experts models with output_router_logits=True
         if balance is not None:
+            # The sum is later divided by the tokens of the global batch, so this averages over tokens.
             loss = loss + self.model.config.router_aux_loss_coef * balance * (targets != IGNORE_INDEX).sum()
         return loss
 
@@ -57,6 +59,6 @@ class CausalLMModule(HuggingFaceModule):
         return TokenMetrics()
 
     def predict(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        """The log-probability of every supervised token, fp32 `[b, s]` aligned with `input_ids` (0 elsewhere)."""
+        """The log-probability of every supervised token: fp32 `[b, s]`, aligned with `input_ids`, 0 elsewhere."""
         losses = self.per_token(micro_batch, token_losses, torch.float32).view_as(micro_batch["labels"])
         return {"log_probs": F.pad(-losses[:, :-1], (1, 0))}

@@ -239,7 +239,7 @@ def test_alike() -> None:
 def test_refusals_reach_the_user(pool: RankPool) -> None:
     with pytest.raises(ValueError, match="GPUs, and this machine has"):
         verify(module_of(), batches(), "fsdp2:dp_shard=64", full=True)
-    with pytest.raises(ValueError, match="no batch with a trained token"):
+    with pytest.raises(ValueError, match="no batch of the data has a supervised token"):
         verify(module_of(), [], "fsdp2", launch=Planted(pool))
 
 

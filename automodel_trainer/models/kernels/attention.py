@@ -45,7 +45,7 @@ NAME = attention_name("flex")
 
 
 def attention_text(name: str) -> str:
-    """For the ledger: what the attention of this name in transformers is."""
+    """The ledger's text for the attention of this name in transformers."""
     titles = {attention_name(lib.name): lib.title for lib in libraries() if "attention" in lib.offers}
     return f"FlexAttention for packed rows, {titles[name]} for others" if name in titles else name
 
@@ -82,7 +82,7 @@ def flex_obstacle(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config(decoder=True)
     kernel = attention_of(config)
     if kernel != "sdpa":
-        return f"it attends with {kernel!r}, by its own choice or yours"
+        return f"its attention is already set to {kernel!r}"
     if not offers_flex_attention(model):
         return "transformers does not offer it for this model"
     kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
@@ -188,7 +188,7 @@ def _attention(
 
 
 def _in_its_dtype(plain: AttentionFunction, library: KernelLibrary) -> AttentionFunction:
-    """The library's attention, given tensors in the dtype that autocast would cast to, or refusing that dtype."""
+    """The library's attention, with tensors cast to autocast's dtype. It refuses dtypes that the library lacks."""
     allowed = library.offers["attention"].dtypes
 
     def attend(
