@@ -29,9 +29,11 @@ from tests.models.test_lora_peft import IDS, base, disturb, peft_model
 from tests.tiny import tiny_model
 
 
-def build(folder: Path, family: str = "llama", choice: str = "fused", **lora: Any) -> PreTrainedModel:
+def build(folder: Path, family: str = "llama", choice: str = "fused", layers: int = 1, **lora: Any) -> PreTrainedModel:
+    """Of one block, unless a test is about several: each takes the compiler some ten seconds."""
     kernels, config = KernelsConfig(lora=choice), LoRAConfig(**{"rank": 5, **lora})
-    model = AutoModelForCausalLM.from_pretrained(base(folder, family), lora=config, kernels=kernels)
+    folder = base(folder, family, num_hidden_layers=layers)
+    model = AutoModelForCausalLM.from_pretrained(folder, lora=config, kernels=kernels)
     disturb(model)
     return model.train()
 
@@ -59,7 +61,7 @@ def three_steps(model: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 def test_three_steps_are_peft_s(tmp_path: Path, family: str) -> None:
-    model = build(tmp_path / "base", family)
+    model = build(tmp_path / "base", family, layers=2 if family == "llama" else 1)
     save_adapter(model, tmp_path / "adapter")
     reference = peft_model(tmp_path / "base", tmp_path / "adapter").train()
     compile_blocks(model, "aot_eager")
@@ -144,7 +146,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, taken: list[int]) -> None:
     """And in every forward of whoever does not say what a step is."""
-    model = compiled(tmp_path / "base")
+    model = compiled(tmp_path / "base", layers=2)
     layers = len(model.model.layers)
 
     def forwards(count: int) -> list[float]:
@@ -165,7 +167,9 @@ def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, taken: lis
 
 
 def test_the_trainer_says_what_a_step_is(tmp_path: Path, taken: list[int]) -> None:
-    module = CausalLMModule(base(tmp_path), lora=LoRAConfig(rank=5), kernels=KernelsConfig(lora="fused"))
+    module = CausalLMModule(
+        base(tmp_path, num_hidden_layers=1), lora=LoRAConfig(rank=5), kernels=KernelsConfig(lora="fused")
+    )
     trainer = Trainer(
         accelerator="cpu", devices=1, strategy="fsdp2:compile=true,compile_backend=aot_eager", max_steps=2,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
@@ -208,7 +212,7 @@ def test_layers_that_share_an_input_are_found(family: str, groups: list[list[str
 
 
 def test_layers_of_two_blocks_are_never_together(tmp_path: Path) -> None:
-    model = build(tmp_path / "base", choice="separate")
+    model = build(tmp_path / "base", choice="separate", layers=2)
     keys = [name for name, m in model.named_modules() if isinstance(m, LoRALinear) and name.endswith("k_proj")]
     fuse_adapters(model, "fused", [keys])
     assert len(keys) == len({id(model.get_submodule(name).fused) for name in keys}) == 2
