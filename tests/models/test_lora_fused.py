@@ -39,7 +39,7 @@ def build(folder: Path, family: str = "llama", choice: str = "fused", layers: in
 
 
 def compiled(folder: Path, **options: Any) -> PreTrainedModel:
-    """With `build`'s model: what is widened is computed with in compiled blocks alone."""
+    """With `build`'s model: fused layers compute together in compiled blocks alone."""
     model = build(folder, **options)
     compile_blocks(model, "aot_eager")
     return model
@@ -65,11 +65,11 @@ def test_three_steps_are_peft_s(tmp_path: Path, family: str) -> None:
     save_adapter(model, tmp_path / "adapter")
     reference = peft_model(tmp_path / "base", tmp_path / "adapter").train()
     compile_blocks(model, "aot_eager")
-    widened = [m for m in model.modules() if isinstance(m, LoRALinear) and m.fused is not None]
-    groups = len({id(m.fused) for m in widened})
-    assert widened
-    assert (groups < len(widened)) == (family != "phi3")  # whose projections are fused
-    assert f"{len(widened)} with their weights in {groups} matmuls" in str(describe_lora(model))
+    fused = [m for m in model.modules() if isinstance(m, LoRALinear) and m.fused is not None]
+    groups = len({id(m.fused) for m in fused})
+    assert fused
+    assert (groups < len(fused)) == (family != "phi3")  # whose projections are fused
+    assert f"{len(fused)} with their weights in {groups} matmuls" in str(describe_lora(model))
 
     losses, trained = three_steps(model)
     their_losses, theirs = three_steps(reference)
@@ -255,7 +255,7 @@ def test_one_of_a_group_can_be_called_alone(tmp_path: Path) -> None:
     assert all(relative_error(out, plain) < 1e-5 for out in run(x))
 
 
-def test_what_cannot_be_widened_is_named(tmp_path: Path) -> None:
+def test_what_cannot_be_fused_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="DoRA needs base and update apart"):
         build(tmp_path / "base", use_dora=True)
     with pytest.raises(ValueError, match="Allowed: auto, fused, separate"):
