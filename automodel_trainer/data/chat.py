@@ -30,8 +30,8 @@ class ChatDataModule(MicroBatchDataModule):
     Samples are packed into rows of `seq_len` tokens without attending to each other, or padded (`packing=False`).
 
     Args:
-        train: a jsonl, json, parquet, csv, tsv or arrow file, also compressed (gz, zst, bz2, xz); a folder or pattern of
-            them, a URL of object storage, a folder written by `save_to_disk`, a Hub id, a `datasets.Dataset` or
+        train: a jsonl, json, parquet, csv, tsv or arrow file, also compressed (gz, zst, bz2, xz); a folder or pattern
+            of them, a URL of object storage, a folder written by `save_to_disk`, a Hub id, a `datasets.Dataset` or
             `DatasetDict`, or a list of dicts (docs/data.md).
         validation: the same, for validation. None: the validation split that comes with `train`, if any.
         tokenizer: a tokenizer or the path of one. None: the model's, set by the Trainer.
