@@ -12,10 +12,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from automodel_trainer.data.base import MicroBatchDataModule, check_packing
 from automodel_trainer.data.chat_template import Encoded, encode
 from automodel_trainer.data.checks import check_samples
-from automodel_trainer.data.formats import detect_format
+from automodel_trainer.data.formats import format_of
+from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.packing import pack
 from automodel_trainer.data.rows import Rows, RowStats, SampleRows, TokenStore, digest
-from automodel_trainer.data.sources import load_rows, load_validation_rows
+from automodel_trainer.data.sources import describe_place, load_rows, load_validation_rows, places_of
 from automodel_trainer.data.tokens import check_share, split_ids, tokenize
 
 CHECKED = 200
@@ -30,8 +31,9 @@ class ChatDataModule(MicroBatchDataModule):
     padded.
 
     Args:
-        train: a jsonl, json or parquet file or a folder of them, a folder written by `save_to_disk`, a Hub id, a
-            `datasets.Dataset` or `DatasetDict`, or a list of dicts.
+        train: a jsonl, json, parquet, csv, tsv or arrow file, also compressed (gz, zst, bz2, xz); a folder or pattern
+            of them, a URL of object storage, a folder written by `save_to_disk`, a Hub id, a `datasets.Dataset` or
+            `DatasetDict`, or a list of dicts (docs/data.md).
         validation: the same, for validation. None: the validation split that comes with `train`, if any.
         tokenizer: a tokenizer or the path of one. None: the model's, set by the Trainer.
         seq_len: tokens per row.
@@ -129,7 +131,7 @@ class ChatDataModule(MicroBatchDataModule):
             rows = load_rows(self.train, "train")
             if self.val_split:
                 rows = rows.select(split_ids(len(rows), self.val_split, self.seed))
-        form = detect_format(rows.column_names, self.columns)
+        form = format_of(rows, self.columns)
         conversations = (form.to_messages(rows[index], index).messages for index in range(len(rows)))
         questions = (first_user_turn(messages) for messages in conversations)
         return list(islice(filter(None, questions), count))
@@ -146,16 +148,19 @@ class ChatDataModule(MicroBatchDataModule):
     def _samples(self, rows: Dataset) -> tuple[TokenStore, str]:
         """All rows as tokens, and their fingerprint."""
         tokenizer, loss_on = self.load_tokenizer(), self.loss_on
-        form = detect_format(rows.column_names, self.columns)
+        form = format_of(rows, self.columns)
+        places = places_of(rows)
 
         def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-            samples: dict[str, list[Any]] = {"input_ids": [], "trained": [], "sample_id": indices}
+            samples: dict[str, list[Any]] = {"input_ids": [], "trained": [], "sample_id": indices, "empty_turns": []}
             for position, index in enumerate(indices):
                 row = {name: values[position] for name, values in batch.items()}
                 try:
-                    encoded = encode(tokenizer, form.to_messages(row), loss_on)
+                    conversation = form.to_messages(row)
+                    encoded = encode(tokenizer, conversation, loss_on)
                 except ValueError as error:
-                    raise ValueError(f"row {index} of the data: {error}") from error
+                    raise ValueError(f"{describe_place(places, index)}: {error}") from error
+                samples["empty_turns"].append(sum(map(is_empty_turn, conversation.messages)))
                 samples["input_ids"].append(encoded.input_ids)
                 samples["trained"].append(encoded.trained)
             return samples
@@ -165,6 +170,13 @@ class ChatDataModule(MicroBatchDataModule):
             rows, encode_batch, tokenizer=tokenizer, settings=settings, masked=True, cache=self.cache
         )
         store = TokenStore(samples)
+        if len(empty := np.flatnonzero(store.empty_turns)):
+            shown = [describe_place(places, int(i)) for i in store.sample_ids[empty[:3]]]
+            rank_zero_warn(
+                f"{len(empty):,} conversations have an assistant turn without content or calls: {', '.join(shown)}"
+                f"{', …' if len(empty) > 3 else ''}. The model learns to say nothing there. Remove these turns, or set "
+                '"weight": 0 in them.'
+            )
         self._check(store)
         return store, key
 

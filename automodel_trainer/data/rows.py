@@ -83,6 +83,7 @@ class TokenStore:
         lengths: tokens per sample, int64 `[n]`.
         sample_ids: the row that each sample comes from, int64 `[n]`.
         supervised: trained tokens per sample, without its first token, int64 `[n]`.
+        empty_turns: assistant turns per sample that have no content and no calls, int64 `[n]`.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -91,6 +92,11 @@ class TokenStore:
         columns = [name for name in ("input_ids", "trained") if name in dataset.column_names]
         self._all_trained = "trained" not in columns
         self.supervised = self.lengths - 1 if self._all_trained else _integers(dataset, "supervised")
+        self.empty_turns = (
+            _integers(dataset, "empty_turns")
+            if "empty_turns" in dataset.column_names
+            else np.zeros(len(dataset), np.int64)
+        )
         # Arrow tables instead of Python lists: a batch has thousands of tokens, and each would become an object.
         self._rows = dataset.select_columns(columns).with_format("arrow")
 

@@ -35,8 +35,9 @@ class TextDataModule(MicroBatchDataModule):
     together train, tokenize in advance (`streaming=False`).
 
     Args:
-        train: a txt, jsonl, json or parquet file or a folder of them (a txt file is one document), a folder written by
-            `save_to_disk`, a Hub id, a `datasets.Dataset` or `DatasetDict`, or a list of dicts. If streaming, also a
+        train: a txt (one document), jsonl, json, parquet, csv, tsv or arrow file, also compressed (gz, zst, bz2, xz); a
+            folder or pattern of them, a URL of object storage, a folder written by `save_to_disk`, a Hub id, a
+            `datasets.Dataset` or `DatasetDict`, or a list of dicts (docs/data.md). If streaming, also a
             `datasets.IterableDataset`.
         validation: the same, for validation; never streamed. None: the validation split that comes with `train`, if
             any (not if streaming).
