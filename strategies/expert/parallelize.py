@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from automodel_trainer.distributed._dtensor import StridedShard
-from automodel_trainer.models._transformers import hold_part_of_experts, numbers_for
+from automodel_trainer.models._experts import hold_part_of_experts, numbers_for
 from automodel_trainer.models.lora.layers import adapters
 from automodel_trainer.nn.wrap import Forward, wrap
 from automodel_trainer.strategies.expert.dispatch import AllToAll, Dispatcher

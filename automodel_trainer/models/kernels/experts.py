@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from automodel_trainer.models._transformers import ExpertsLayout, experts_layout, grouped_mm, holds_part_of_experts
+from automodel_trainer.models._experts import ExpertsLayout, experts_layout, grouped_mm, holds_part_of_experts
 from automodel_trainer.models.lora.layers import LoRAParameters, dense
 from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor
 from automodel_trainer.nn.mixing import mixed
