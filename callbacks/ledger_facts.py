@@ -278,7 +278,8 @@ def _experts(model: PreTrainedModel) -> str | None:
     unused = unused_balancing_loss(model)
     if (name := experts_in_use(model)) is None:
         return None
-    return f"{name} (transformers' experts_implementation)" + (
+    grouped = "experts" in kernels_in_use(model).texts
+    return ("grouped" if grouped else f"{name} (transformers' experts_implementation)") + (
         f"; {unused} is not used: output_router_logits is off" if unused else ""
     )
 

@@ -65,6 +65,8 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Args:
         ends: int32 `[experts]`, the end of each expert's rows, which are sorted. What follows the last is not written.
     """
+    if x.dtype == torch.float64:  # torch's kernel does not have it
+        return torch.ops.transformers.grouped_mm_fallback(x, weight, offs=ends)  # type: ignore[no-any-return]
     return moe._grouped_mm(x, weight, ends)
 
 

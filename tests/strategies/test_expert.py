@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from automodel_trainer.models.kernels.experts import swap_experts
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
 from tests.beside import use
 from tests.harness import (
@@ -56,7 +57,13 @@ def rows_of(step: int) -> list[Batch]:
 
 
 def train(
-    spec: str, world_size: int, family: str, lora: dict[str, Any] | None = None, skewed: bool = False, **overrides: Any
+    spec: str,
+    world_size: int,
+    family: str,
+    lora: dict[str, Any] | None = None,
+    skewed: bool = False,
+    grouped: bool = False,
+    **overrides: Any,
 ) -> Any:
     """Three optimizer steps of two micro-batches on this rank; full gradients and weights come back."""
     torch.manual_seed(world_size)
@@ -64,6 +71,8 @@ def train(
     model = build(family, skewed, **overrides)
     if lora is not None:
         apply_lora(model, LoRAConfig(rank=4, **lora))
+    if grouped and world_size > 1:
+        assert swap_experts(model)[0]
     strategy.parallelize(model)
     if lora is not None:
         finish_lora(model)
@@ -123,6 +132,10 @@ def test_parity(pool: RankPool, spec: str, world_size: int, family: str) -> None
         ("fsdp2:ep=2,activation_checkpointing=full", 2, "deepseek_v3", {"skewed": True}),
         ("fsdp2:ep=2", 2, "gpt_oss", {"skewed": True, "lora": {"target_modules": ["gate_up_proj", "down_proj"]}}),
         ("fsdp2:ep=4", 4, "gpt_oss", {"skewed": True, "experts_implementation": "eager"}),
+        ("fsdp2:ep=2", 4, "gpt_oss", {"skewed": True, "grouped": True}),
+        ("fsdp2:ep=2,activation_checkpointing=full", 4, "qwen3_moe", {"lora": {}, "grouped": True}),
+        ("fsdp2:tp=2", 4, "qwen3_moe", {"lora": {}, "grouped": True}),
+        ("fsdp2:compile=true,compile_backend=aot_eager", 2, "mixtral", {"grouped": True}),
         ("fsdp2:ep=2,compile=true,compile_backend=aot_eager", 2, "deepseek_v3", {}),
         ("fsdp2:ep=2,activation_checkpointing=selective", 2, "qwen3_moe", {"lora": {}}),
     ],
