@@ -1,24 +1,40 @@
-"""One block of experts of Qwen3-30B-A3B's width, forward and backward in bf16, on one GPU: transformers and ours.
+"""A mixture of experts of Qwen3-30B-A3B's shape on one GPU, in bf16, with random weights.
 
-python benchmarks/moe.py block              # hidden 2048, 128 experts of 768, top 8, 16,384 tokens
+python benchmarks/moe.py block              # one block of experts, forward and backward: transformers and ours
 python benchmarks/moe.py block --profile    # and the kernels of ours, by time
+python benchmarks/moe.py model --layers 6 --rows 4               # the Trainer, all parameters
+python benchmarks/moe.py model --layers 48 --rows 2 --lora       # the Trainer, LoRA r=16 on all-linear
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from automodel_trainer import (
+    AutoModelForCausalLM,
+    CausalLMModule,
+    KernelsConfig,
+    LoRAConfig,
+    MockDataModule,
+    Trainer,
+)
+from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.kernels.experts import swap_experts
 from automodel_trainer.models.lora.layers import adapt_parameter
+from automodel_trainer.nn.deferred_logits import defer_logits
 
-HIDDEN, WIDTH, EXPERTS, TOP = 2048, 768, 128, 8
+HIDDEN, WIDTH, EXPERTS, TOP, LENGTH = 2048, 768, 128, 8, 4096
 STACKED = ("gate_up_proj", "down_proj")
 
 
@@ -145,13 +161,77 @@ def show(step: Callable[[], None]) -> None:
             print(f"  {row.self_device_time_total / 3000:7.3f} ms  {row.count / 3:5.1f} x  {row.key[:110]}")
 
 
+def train(args: argparse.Namespace) -> None:
+    """Steps of the Trainer on rows of 4,096 random tokens: tokens/s of the median step, and the peak of memory."""
+    shape = Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=HIDDEN, intermediate_size=6144, num_hidden_layers=args.layers, head_dim=128,
+        num_attention_heads=32, num_key_value_heads=4, moe_intermediate_size=WIDTH, num_experts=EXPERTS,
+        num_experts_per_tok=TOP, norm_topk_prob=True, max_position_embeddings=LENGTH,
+    )  # fmt: skip
+
+    class RandomModel(CausalLMModule):
+        def configure_model(self) -> None:
+            if self.model is None:
+                options: dict[str, Any] = {"seed": 1, "kernels": self.kernels, "lora": self.lora}
+                self.model = AutoModelForCausalLM.from_config(shape, self.strategy, **options)
+                packing_without_sync(self.model)
+                defer_logits(self.model)
+                self.model.train()
+
+    class Clock(Callback):
+        ends: list[float] = []
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
+            print(f"step {len(self.ends)}, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
+
+    trainer = Trainer(
+        strategy=args.strategy,
+        devices=1,
+        precision="bf16",
+        max_steps=args.steps,
+        log_every_n_steps=args.steps,
+        default_root_dir=tempfile.mkdtemp(),
+        callbacks=[Clock()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        logger=False,
+    )
+    data = MockDataModule(
+        vocab_size=shape.vocab_size, seq_len=LENGTH, micro_batch_size=args.rows, global_batch_size=args.rows,
+        num_samples=args.rows * args.steps,
+    )  # fmt: skip
+    with torch.device("meta"):
+        meta = transformers.AutoModelForCausalLM.from_config(shape)
+    lora = LoRAConfig(rank=16, alpha=32) if args.lora else None
+    kernels = KernelsConfig(experts=args.experts)
+    trainer.fit(RandomModel(meta, lora=lora, kernels=kernels, lr=1e-5), data)
+    taken = sorted(b - a for a, b in zip(Clock.ends[2:], Clock.ends[3:]))
+    rate = args.rows * LENGTH / taken[len(taken) // 2]
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    what = "LoRA" if args.lora else "all parameters"
+    print(
+        f"{what}, {args.layers} layers, {args.rows} x {LENGTH}, experts {args.experts}: {rate:.0f} tok/s, {peak:.1f} GiB"
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["block"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["block", "model"])
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--experts", default="auto")
+    parser.add_argument("--strategy", default="fsdp2")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__)
+    if args.what == "model":
+        train(args)
+        return
     for lora in (False, True):
         compare(lora)
     measure(args.tokens, args.profile)

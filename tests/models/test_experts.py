@@ -68,7 +68,8 @@ def test_in_a_compiled_model() -> None:
 
 def test_weights_in_four_bits() -> None:
     use("torchao")
-    sizes = {"hidden_size": 64, "moe_intermediate_size": 64}  # 4 bits come in blocks of 16,384 numbers
+    # 4 bits come in blocks of 16,384 numbers
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 256}
     model = eager("qwen3_moe", lora=True, sizes=sizes, quantize="nf4")
     grouped = copy.deepcopy(model)
     assert swap_experts(grouped)[0]
