@@ -19,7 +19,9 @@ from automodel_trainer.models.auto import add_adapters, builder, check_purpose, 
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
+from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
+from automodel_trainer.models.quantization_config import forget_quantization
 from automodel_trainer.models.sidecars import has_tokenizer
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.nn.deferred_logits import defer_logits
@@ -50,6 +52,7 @@ class BuiltModule(Objective, pl.LightningModule):
         trust_remote_code: bool,
         revision: str | None,
         config_overrides: dict[str, Any] | None,
+        allow_unused_weights: bool,
     ) -> None:
         super().__init__()
         if not hasattr(type(self), "auto_class"):
@@ -71,6 +74,7 @@ class BuiltModule(Objective, pl.LightningModule):
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.config_overrides = config_overrides or {}
+        self.allow_unused_weights = allow_unused_weights
         self.model: Any = None
 
     @cached_property
@@ -164,6 +168,7 @@ class BuiltModule(Objective, pl.LightningModule):
             self.source or reference,
             self.strategy,
             allow_missing_weights=self.new_modules,
+            allow_unused_weights=self.allow_unused_weights,
             trust_remote_code=self.trust_remote_code,
             lora=self.lora,
             kernels=self.kernels,
@@ -188,6 +193,8 @@ class BuiltModule(Objective, pl.LightningModule):
             self.strategy.parallelize(model)
             fuse_as_chosen(model)
             return model
+        check_dense(model)
+        forget_quantization(model.config)  # transformers leaves it there when it has dequantized the weights
         # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
         hold_in(model, dtype)
         if self.lora is not None:
@@ -201,7 +208,14 @@ class BuiltModule(Objective, pl.LightningModule):
             raise ValueError(
                 f"The model is on meta, and its name_or_path {model.name_or_path!r} is not a folder with weights."
             )
-        fill_from_folder(model, self.source, self.strategy, allow_missing_weights=self.new_modules)
+        fill_from_folder(
+            model,
+            self.source,
+            self.strategy,
+            allow_missing_weights=self.new_modules,
+            allow_unused_weights=self.allow_unused_weights,
+            trust_remote_code=self.trust_remote_code,
+        )
         return model
 
     def without_model(self) -> Self:

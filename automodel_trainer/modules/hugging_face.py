@@ -56,6 +56,8 @@ class HuggingFaceModule(EvaluatedModule):
 
     Raises:
         ValueError: as `BuiltModule`.
+        allow_unused_weights: train a part of what the checkpoint holds (the text model without its vision tower, say).
+            The rest is missing in what is saved.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class HuggingFaceModule(EvaluatedModule):
         trust_remote_code: bool = False,
         revision: str | None = None,
         config_overrides: dict[str, Any] | None = None,
+        allow_unused_weights: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -83,6 +86,7 @@ class HuggingFaceModule(EvaluatedModule):
             trust_remote_code=trust_remote_code,
             revision=revision,
             config_overrides=config_overrides,
+            allow_unused_weights=allow_unused_weights,
         )
         self.automatic_optimization = False
         self.lr = lr
