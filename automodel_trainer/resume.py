@@ -12,6 +12,7 @@ from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.remote import fetch, is_remote
 from automodel_trainer.checkpoint.runs import saved_in
+from automodel_trainer.checkpoint.settings import RESUME
 from automodel_trainer.distributed.restarts import begin_fit
 
 
@@ -29,8 +30,17 @@ def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) ->
     callback = trainer.checkpoint_callback
     if is_remote(path):
         return str(fetch(str(path), Path(trainer.default_root_dir) / "downloads"))
-    if path not in ("last", "last-whole", "best", "auto") or not isinstance(callback, DCPCheckpoint):
+    if path not in ("last", "last-whole", "best", "auto"):
         return None if path is None else str(path)
+    if callback is None:  # this run saves nothing; an earlier one may have
+        callback = DCPCheckpoint()
+    if not isinstance(callback, DCPCheckpoint):
+        if path in ("last-whole", "auto"):
+            raise ValueError(
+                f"ckpt_path={path!r} is for checkpoints of DCPCheckpoint, and this run has a "
+                f"{type(callback).__name__}. Give 'last', 'best' or a path, or use DCPCheckpoint."
+            )
+        return str(path)
     root = Path(trainer.default_root_dir)
     found = callback.find_best(root) if path == "best" else callback.find_last(root, whole=path != "last")
     if found is None and path != "auto":
@@ -39,6 +49,39 @@ def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) ->
             "start from the beginning (or give 'auto'), or give default_root_dir or the checkpoint's folder."
         )
     return None if found is None else str(found)
+
+
+def check_resume(path: str | os.PathLike[str] | None, resume: str) -> None:
+    """Check the argument `resume` of `fit`.
+
+    Raises:
+        ValueError: it is unknown, or does not go together with `ckpt_path`.
+    """
+    if resume not in RESUME:
+        raise ValueError(f"resume={resume!r} is unknown. Allowed: {', '.join(map(repr, RESUME))}.")
+    if resume != "all" and path is None:
+        raise ValueError(
+            f"resume={resume!r} says what to take from a checkpoint, and there is none: give ckpt_path (a folder, "
+            "'last' or 'best')."
+        )
+    if resume == "weights" and path == "auto":
+        raise ValueError(
+            "ckpt_path='auto' goes on after an interruption, and resume='weights' would lose the optimizer each time. "
+            "Name the checkpoint's folder, or leave resume out."
+        )
+
+
+def check_folder(path: str, resume: str) -> None:
+    """Check that `resume` can be asked of a checkpoint.
+
+    Raises:
+        ValueError: it is no checkpoint folder of this project.
+    """
+    if not (Path(path) / "trainer.json").is_file():
+        raise ValueError(
+            f"resume={resume!r} needs a checkpoint folder of this project, such as checkpoints/step-00000100, and "
+            f"{path} is none. For the weights of a Hugging Face folder give it as the model."
+        )
 
 
 def saved_before_restart() -> str | None:

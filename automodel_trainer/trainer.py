@@ -29,7 +29,7 @@ from automodel_trainer.data.adapt import Steps, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.distributed.launch import launched_sizes
 from automodel_trainer.modules import HuggingFaceModule
-from automodel_trainer.resume import checkpoint_path, saved_before_restart
+from automodel_trainer.resume import check_folder, check_resume, checkpoint_path, saved_before_restart
 from automodel_trainer.saves import SavesPretrained
 from automodel_trainer.strategies import Objective, StrategyRegistry
 from automodel_trainer.strategies.base.precision import canonical_precision
@@ -110,11 +110,16 @@ class Trainer(SavesPretrained):
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         if max_epochs is None and max_steps == -1:
             max_epochs = DEFAULT_EPOCHS if max_time is None else -1
         devices, num_nodes = launched_sizes(devices, num_nodes)
         self.requested_gradient_clip_val = gradient_clip_val
         self.requested_accumulation = accumulate_grad_batches
+        self.arguments = arguments
+        self.resume: str = "all"
+        self.resumed_path: str | None = None  # the checkpoint that the run goes on from, or takes its weights of
+        self.extra_steps = 0  # beyond epochs × steps per epoch: of epochs with another batch size, or other data
         drop_advertisement()
         keep_quiet_about_trees()
         super().__init__(
@@ -184,6 +189,7 @@ class Trainer(SavesPretrained):
         datamodule: pl.LightningDataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
+        resume: Literal["all", "data", "weights"] = "all",
     ) -> Path | None:
         """Train a model on data.
 
@@ -196,12 +202,17 @@ class Trainer(SavesPretrained):
                 that is not damaged; `"last"` raises if the newest is damaged and names the file), or `"auto"` (the
                 same, or none if there is none). After a restart by torchrun, the run's own last checkpoint is used.
             weights_only: as Lightning has it.
+            resume: what to take from the checkpoint of `ckpt_path`. "all" goes on where it was. "data" keeps weights,
+                optimizer and step, and begins with the first row and epoch of other data. "weights" starts a new run
+                from its weights. Settings that differ from the checkpoint's are taken over or refused
+                (docs/resume.md has the list); the ledger prints them.
 
         Returns:
             the newest checkpoint of the run, or None if it wrote none.
 
         Raises:
-            ValueError: model, data and trainer do not fit together; the message says how to change them.
+            ValueError: model, data and trainer do not fit together, or the checkpoint cannot go on so; the message
+                says what to change.
         """
         data = one_of("data", data, "train_dataloaders", train_dataloaders)
         module, datamodule, loader = connect(model, data, datamodule)
@@ -223,11 +234,23 @@ class Trainer(SavesPretrained):
             train_dataloaders=loader,
             val_dataloaders=Steps(val_dataloaders) if isinstance(val_dataloaders, list) else val_dataloaders,
             datamodule=datamodule,
-            ckpt_path=saved_before_restart() or checkpoint_path(self, ckpt_path),
+            ckpt_path=self._resumed_path(ckpt_path, resume),
             weights_only=weights_only,
         )
         last = getattr(self.checkpoint_callback, "last_model_path", None)
         return Path(last) if last else None
+
+    def _resumed_path(self, ckpt_path: str | os.PathLike[str] | None, resume: str) -> str | None:
+        """The checkpoint that Lightning restores; of one that only gives its weights it is not told."""
+        check_resume(ckpt_path, resume)
+        self.resume, self.extra_steps = "all", 0
+        self.resumed_path = saved_before_restart()
+        if self.resumed_path is None:
+            self.resumed_path = checkpoint_path(self, ckpt_path)
+            if self.resumed_path is not None and resume != "all":
+                check_folder(self.resumed_path, resume)
+                self.resume = resume
+        return None if self.resume == "weights" else self.resumed_path
 
     def validate(  # type: ignore[override]
         self,
@@ -316,7 +339,7 @@ class Trainer(SavesPretrained):
         """The optimizer steps of this run, or None if they are not known before it starts."""
         steps = self._steps_per_epoch()
         epochs = self.max_epochs
-        by_epochs = None if steps is None or epochs is None or epochs < 0 else steps * epochs
+        by_epochs = None if steps is None or epochs is None or epochs < 0 else steps * epochs + self.extra_steps
         by_steps = None if self.max_steps in (-1, None) else self.max_steps
         return min((n for n in (by_epochs, by_steps) if n is not None), default=None)
 

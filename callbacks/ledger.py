@@ -51,6 +51,8 @@ class Ledger(Callback):
         ValueError: `allow` has an unknown name; after the first step, a surprise that is not allowed.
     """
 
+    tells_changes = True  # of a resumed run; see `ContinueRun`
+
     def __init__(self, allow: Sequence[str] = ()) -> None:
         unknown = [name for name in allow if name not in SURPRISES]
         if unknown or isinstance(allow, str):

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from automodel_trainer.callbacks.continue_run import ContinueRun, changed_rows
 from automodel_trainer.callbacks.counts import Counts, micro_batches
 from automodel_trainer.callbacks.garbage_collection import GarbageCollection
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
@@ -105,7 +106,7 @@ def optimizer_facts(trainer: pl.Trainer, module: pl.LightningModule, model: nn.M
     return {
         "class": ", ".join(type(optimizer).__name__ for optimizer in optimizers),
         "fused": bool(first.get("fused")),
-        "lr": float(getattr(module, "lr", None) or first.get("initial_lr", first.get("lr", 0.0))),
+        "lr": float(first.get("initial_lr", first.get("lr", 0.0))),
         "weight_decay": float(max((group.get("weight_decay") or 0.0 for group in groups), default=0)),
         "bytes": bytes_by_dtype(states),
         "left_out": [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in given],
@@ -147,6 +148,21 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
             0,
         ),
         "checkpoints": str(folder) if folder else None,
+        "resumed": resumed_facts(trainer),
+    }
+
+
+def resumed_facts(trainer: pl.Trainer) -> Facts | None:
+    """The checkpoint that the run goes on from, its step and what has changed; None for a new run."""
+    run = next((callback for callback in trainer.callbacks if isinstance(callback, ContinueRun)), None)  # type: ignore[attr-defined]
+    if run is None or run.checkpoint is None:
+        return None
+    return {
+        "checkpoint": str(run.checkpoint),
+        "step": run.step,
+        "takes": run.resume,
+        "changes": {change.name: [change.then, change.now] for change in run.changes},
+        "rows": changed_rows(run.changes),
     }
 
 

@@ -48,6 +48,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
         ("data", run["data"]),
         ("checkpoints", run["checkpoints"] or "off"),
     ]
+    if run.get("resumed"):
+        rows += _resumed(run["resumed"])
     if run.get("allocator"):  # only on a GPU
         rows.append(("memory", _allocation(run)))
     if run.get("bytes_per_block") is not None:
@@ -57,6 +59,15 @@ def ledger_rows(facts: Facts) -> list[Row]:
     if run.get("watchdog"):
         rows.append(("watchdog", f"ends the run if a rank hangs for {run['watchdog']:g} s or disappears"))
     return rows
+
+
+_TAKES = {"all": "goes on from", "data": "goes on, with new data, from", "weights": "begins with the weights of"}
+
+
+def _resumed(resumed: Facts) -> list[Row]:
+    rows = [("resume", f"{_TAKES[resumed['takes']]} {resumed['checkpoint']} (step {resumed['step']:,})")]
+    changed = resumed["rows"] or ["nothing"]
+    return [*rows, ("changed", changed[0]), *(("", text) for text in changed[1:])]
 
 
 def _allocation(run: Facts) -> str:

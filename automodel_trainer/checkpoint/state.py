@@ -35,6 +35,7 @@ from automodel_trainer.models.sidecars import copy_sidecars
 
 RNG_KEY = "automodel_trainer.rng"  # key in the loaded dict: the state of this rank's random generators
 CONFIG_KEY = "automodel_trainer.config"  # key in the dict to save: the text of the run's config.yaml
+RUN_KEY = "automodel_trainer.run"  # key in both: the run's settings, and what optimizers and schedules were given
 _IN_TENSOR_FILES = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY)
 
 
@@ -184,7 +185,8 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizers: Sequence[Optimi
     lightning_state, ranks = on_all_ranks(lambda: _read_trainer(folder / "trainer.json"), folder)
     on_all_ranks(partial(load_weights, module, folder / "model"), folder)
     if optimizers:
-        on_all_ranks(partial(load_optimizers, module, optimizers, folder / "optimizer"), folder)
+        given = lightning_state.get(RUN_KEY, {}).get("optimizers")
+        on_all_ranks(partial(load_optimizers, module, optimizers, folder / "optimizer", given), folder)
     checkpoint: dict[str, Any] = {**lightning_state, "state_dict": {}, "optimizer_states": []}
     same_ranks = ranks == world_size()
     own = on_all_ranks(lambda: _read_rank(folder / _rank_file(rank() if same_ranks else 0), checkpoint), folder)
@@ -197,6 +199,15 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizers: Sequence[Optimi
         )
     checkpoint[RNG_KEY] = own
     return checkpoint
+
+
+def read_lightning_state(folder: Path) -> dict[str, Any]:
+    """Lightning's state in a checkpoint (loops, callbacks, data module) and the run's record (`RUN_KEY`), alone.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return _read_trainer(folder / "trainer.json")[0]
 
 
 def _read_trainer(file: Path) -> tuple[dict[str, Any], int]:

@@ -201,6 +201,12 @@ class MicroBatchDataModule(LightningDataModule):
         else:
             self._train_state = state
 
+    def forget_position(self) -> None:
+        """Begin with the first row again, whatever position was restored."""
+        self._train_state = None
+        if self._train_loader is not None:
+            self._train_loader = None
+
     def build_train_loader(self) -> TrainLoader:
         """A loader that starts at the beginning of the Trainer's current epoch."""
         trainer = self.trainer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,13 @@ from automodel_trainer.strategies.base.processes import MeshProcesses
 
 
 class SavingStrategy(MeshProcesses):
-    """Saves and loads checkpoints as folders of safetensors and JSON. Lightning makes no files or copies of its own."""
+    """Saves and loads checkpoints as folders of safetensors and JSON. Lightning makes no files or copies of its own.
+
+    Attributes:
+        on_read: called with what was read of a checkpoint; it may change it before Lightning restores it.
+    """
+
+    on_read: Callable[[dict[str, Any]], None] | None = None
 
     @property
     @abstractmethod
@@ -78,7 +84,10 @@ class SavingStrategy(MeshProcesses):
             ValueError: the checkpoint is damaged, or does not fit the model or its optimizers.
         """
         with during_phase("load"):
-            return load_checkpoint(Path(checkpoint_path), self.trained_module, self.optimizers)
+            checkpoint = load_checkpoint(Path(checkpoint_path), self.trained_module, self.optimizers)
+        if self.on_read is not None:
+            self.on_read(checkpoint)
+        return checkpoint
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a checkpoint folder. Rank 0 does it."""
