@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.models.limits import is_rotary, position_limit, vocabulary_size
 from automodel_trainer.modules import DEFAULT_OBJECTIVE
 from automodel_trainer.strategies import Objective
 
@@ -43,7 +44,21 @@ def connect(
             if datamodule.tokenizer is None:
                 datamodule.tokenizer = module.tokenizer_or_none
         datamodule.prepare()
+        if isinstance(module, Objective):
+            check_sizes(module, datamodule)
     return module, datamodule, loader
+
+
+def check_sizes(module: Objective, datamodule: MicroBatchDataModule) -> None:
+    """Compare prepared data with the sizes of the model that is to be trained on it.
+
+    Raises:
+        ValueError: the data has a token or a position that the model lacks.
+    """
+    config = module.model_config
+    if config is not None:
+        vocabulary = vocabulary_size(config, getattr(module, "given_model", None))
+        datamodule.check_sizes(vocabulary, position_limit(config), is_rotary(config))
 
 
 def _check_labels(module: Objective, datamodule: MicroBatchDataModule) -> None:

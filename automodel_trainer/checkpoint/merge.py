@@ -206,7 +206,9 @@ class Updates:
             parts = original_weight_names(self.model, {source: self.tensors[source]})
             return parts[name].to(dtype)
         if source in self.whole and adapter.is_linear:
-            return merged_weight(adapter, self._factors(adapter), tensor.float(), self.config.init).to(dtype)
+            weight = tensor.float().mT if adapter.is_transposed else tensor.float()
+            merged = merged_weight(adapter, self._factors(adapter), weight, self.config.init)
+            return (merged.mT.contiguous() if adapter.is_transposed else merged).to(dtype)
         if adapter.magnitude is not None or self.config.init == "pissa":
             raise ValueError(
                 f"{source} is stored in several parts, and DoRA and PiSSA adapters cannot be merged into parts. Use "

@@ -36,13 +36,14 @@ Row = Sequence[Document]
 """The documents of one row. An empty row is a filler: it has no labels, so it has no weight in the loss."""
 
 
-def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
+def collate_packed(rows: Sequence[Row], width: int, pad_id: int, positions: int | None = None) -> MicroBatch:
     """Lay the documents of each row end to end. `position_ids` restart at each document and at the padding.
 
     Args:
         rows: the documents of each row, together at most `width` tokens.
         width: tokens per row.
         pad_id: token id for padding.
+        positions: how many positions the model has. Those of padding restart before that.
 
     Returns:
         `input_ids`, `labels` and `position_ids` (int64 `[len(rows), width]`), `sample_ids` and `packed`. There is no
@@ -56,23 +57,24 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
             assert end <= width, "the documents of a row are longer than the row"
             _place(batch, index, start, document)
             batch["position_ids"][index, start:end] = np.arange(end - start)
-        batch["position_ids"][index, end:] = np.arange(width - end)
+        batch["position_ids"][index, end:] = np.arange(width - end) % (positions or width)
     return {**_tensors(batch, rows), "packed": bool((batch["position_ids"] != np.arange(width)).any())}
 
 
-def collate_padded(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
+def collate_padded(rows: Sequence[Row], width: int, pad_id: int, positions: int | None = None) -> MicroBatch:
     """Put one document into each row. Pad its end to `width` and mask the padding.
 
     Args:
         rows: at most one document for each row, of at most `width` tokens.
         width: tokens per row.
         pad_id: token id for padding.
+        positions: how many positions the model has. Those of padding restart before that.
 
     Returns:
         The tensors of `collate_packed` (without `packed`), and `attention_mask` (int64 `[len(rows), width]`).
     """
     batch = _empty(rows, width, pad_id)
-    batch["position_ids"][:] = np.arange(width)
+    batch["position_ids"][:] = np.arange(width) % (positions or width)
     batch["attention_mask"] = np.zeros((len(rows), width), dtype=np.int64)
     for index, row in enumerate(rows):
         assert len(row) <= 1, "a padded row holds one document"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from automodel_trainer.distributed.stage_names import held_elsewhere
-from automodel_trainer.models._transformers import load_weights, tied_weight_names
+from automodel_trainer.models._transformers import load_weights, places_of, tied_weight_names
 from automodel_trainer.models.auto_classes import (
     PURPOSES,
     auto_class_of,
@@ -21,11 +21,11 @@ from automodel_trainer.models.auto_classes import (
     auto_classes_of,
     transformers_class,
 )
-from automodel_trainer.models.files import resolve_folder, slices_of, weight_files
+from automodel_trainer.models.files import TensorSlice, resolve_folder, slices_of, weight_files
 from automodel_trainer.models.initialize import initialize_missing, initialize_weights
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.layout import Layout
-from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, finish_lora
+from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, embeddings_of_adapter, finish_lora
 from automodel_trainer.models.quantization.checkpoint import check_leftovers, dense_weights, quantization_of
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization.quantize import quantized_weights
@@ -222,14 +222,22 @@ def fill_from_folder(
     """
     files = files or weight_files(folder)
     quantization = quantization_of(folder)
-    tensors = None if quantization is None else dense_weights(slices_of(files), quantization, folder)
+    tensors: Mapping[str, TensorSlice] | None = None
+    if quantization is not None:
+        tensors = dense_weights(slices_of(files), quantization, folder)
     forget_quantization(model.config)
+    from_adapter = embeddings_of_adapter(model)
+    if from_adapter:  # the adapter holds them, perhaps in another size
+        found: Mapping[str, TensorSlice] = slices_of(files) if tensors is None else tensors
+        places = places_of(model, found)
+        tensors = {name: part for name, part in found.items() if places.get(name) not in from_adapter}
     if strategy is not None:
         strategy.parallelize(model)
     check_gathered(model)
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     in_turn = bool(quantized_weights(model))
-    loaded = load_weights(model, files, _device(strategy, device), adapter_names(model), in_turn, tensors)
+    added = adapter_names(model) | (from_adapter - tied_weight_names(model).keys())
+    loaded = load_weights(model, files, _device(strategy, device), added, in_turn, tensors)
     missing, unexpected = set(loaded.missing), set(loaded.unexpected)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(requires_grad[name])

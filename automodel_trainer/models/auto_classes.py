@@ -39,6 +39,7 @@ PURPOSES = {
     "AutoModelForSeq2SeqLM": Purpose(names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "SEQ_2_SEQ_LM"),
 }
 ASSUMED = next(iter(PURPOSES))
+CLASSIFIERS = ("AutoModelForTokenClassification", "AutoModelForSequenceClassification")  # integer labels are classes
 # Of auto classes that no objective here uses, for messages.
 _OTHERS = {
     "AutoModelForImageTextToText": names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,

@@ -17,8 +17,10 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from automodel_trainer.models._transformers import packing_without_sync
 from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
+from automodel_trainer.models.generation import check_generation_config
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
+from automodel_trainer.models.lora.from_peft import GivenPeftModel, is_peft_model, take_peft_model
 from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
@@ -60,6 +62,12 @@ class BuiltModule(Objective, pl.LightningModule):
                 f"{type(self).__name__} is not an objective yet: set auto_class to the transformers auto class that "
                 'builds its model (for example "AutoModelForTokenClassification").'
             )
+        self._given_peft: GivenPeftModel | None = None
+        if is_peft_model(model):
+            if lora is not None:
+                raise ValueError("The PeftModel has an adapter already: leave out lora, or give its base model.")
+            self._given_peft = take_peft_model(model)
+            model, lora = self._given_peft.base, self._given_peft.lora
         if isinstance(model, PreTrainedModel) and (revision is not None or config_overrides):
             raise ValueError(
                 "revision and config_overrides apply to a model that is still to be loaded, and this one is an object. "
@@ -85,6 +93,12 @@ class BuiltModule(Objective, pl.LightningModule):
             return resolve_folder(reference, self.revision)
         name = reference.name_or_path
         return Path(name) if name and os.path.isdir(name) else None
+
+    @property
+    def given_model(self) -> PreTrainedModel | None:
+        """The model object that was given; None for a folder or Hub id."""
+        (reference,) = self._reference
+        return reference if isinstance(reference, PreTrainedModel) else None
 
     @property
     def model_config(self) -> PreTrainedConfig:
@@ -140,6 +154,8 @@ class BuiltModule(Objective, pl.LightningModule):
         with torch.device("cpu"):
             self.model = self._build()
         check_gathered(self.model)
+        if lora_of(self.model) is None:
+            check_generation_config(self.model, self.source)
         packing_without_sync(self.model)
         if self.defers_logits and self.kernels.on(self.strategy.root_device).loss != "whole":
             defer_logits(self.model)
@@ -218,12 +234,18 @@ class BuiltModule(Objective, pl.LightningModule):
         )
         return model
 
+    def on_fit_end(self) -> None:
+        """Write the trained adapter into the `PeftModel` that was given, if one was. Collective."""
+        if self._given_peft is not None:
+            self._given_peft.give_back(self.model)
+
     def without_model(self) -> Self:
         """A light copy to send to other processes. It has the loss and settings, but no model, tokenizer or Trainer."""
         light = copy.copy(self)
         light._modules = {**self._modules, "model": None}
         light._reference = ("",)
         light._tokenizer = None
+        light._given_peft = None
         light._trainer = None
         light.__dict__.pop("tokenizer", None)
         return light
