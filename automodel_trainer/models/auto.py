@@ -244,7 +244,8 @@ def fill_from_folder(
     missing -= tied_weight_names(model).keys()
     unused = loaded.unused - held_elsewhere(model, loaded.unused)
     unexpected &= unused
-    check_leftovers(unused, folder)
+    if unused:
+        check_leftovers(unused, slices_of(files), folder)
     if not (allow_unused_weights or allow_missing_weights):
         check_unused(model, unused, folder, trust_remote_code)
     new = {name for name in missing if _is_new(name, allow_missing_weights)}

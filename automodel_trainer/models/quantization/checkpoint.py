@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ _SCALES = (("", "_scale_inv"), ("", "_scale"), (".weight", ".scale"), (".weight"
 _CODES = ("F8_E4M3", "F8_E5M2", "I8")
 # Scales of activations and of caches. Training computes both in the dtype of the run.
 _UNUSED = re.compile(r"(^|[._])(activation_scale|input_scale|input_scale_ub|qscale_act|output_scale|[kqv]_scale)$")
-_LEFTOVER = re.compile(
-    r"(scale_inv|_scale|\.scale|scales|_blocks|zero_point|zeros|qweight|g_idx|absmax|quant_map|nested_absmax|SCB"
-    r"|weight_packed|weight_shape|quant_state\.\w+|codebooks?|qscale_\w+|scale_2)$"
+_PACKED = re.compile(
+    r"(_blocks|qweight|qzeros|g_idx|absmax|quant_map|weight_packed|zero_point|quant_state\.\w+|\.SCB)$"
 )
 
 
@@ -131,19 +130,25 @@ def check_dense(model: nn.Module) -> None:
             )
 
 
-def check_leftovers(unexpected: set[str], folder: Path) -> None:
-    """Refuse scales and codes that no weight of the model took.
+def check_leftovers(unused: Collection[str], names: Collection[str], folder: Path) -> None:
+    """Refuse codes, and scales beside a weight, that no weight of the model took.
 
     Args:
-        unexpected: names in the files that the model has no place for.
+        unused: names in the files that the model has no place for.
+        names: all names in the files.
         folder: for the error message.
 
     Raises:
         ValueError: there are such tensors, so the weights beside them are not what their values say.
     """
-    if left := sorted(name for name in unexpected if _LEFTOVER.search(name)):
+    if left := sorted(name for name in unused if _PACKED.search(name) or _is_scale(name, names)):
         raise ValueError(
             f"{folder} holds {listed(left)}, which nothing has read: these belong to quantized weights, and its "
             f"config.json does not say how they are quantized. Read are: {', '.join(READ)} (quantization_config). Give "
             "the unquantized checkpoint otherwise."
         )
+
+
+def _is_scale(name: str, names: Collection[str]) -> bool:
+    """Whether there is a weight that this tensor would be the scale of."""
+    return any(name.endswith(scale) and name.removesuffix(scale) + end in names for end, scale in _SCALES)
