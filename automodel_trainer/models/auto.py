@@ -29,7 +29,8 @@ from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora,
 from automodel_trainer.models.quantization.checkpoint import check_leftovers, dense_weights, quantization_of
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization.quantize import quantized_weights
-from automodel_trainer.models.quantization_config import forget_quantization, quantization_in
+from automodel_trainer.models.quantization_config import ReadDense, forget_quantization, quantization_in
+from automodel_trainer.models.record import record_of
 from automodel_trainer.models.unused_weights import check_unused
 
 
@@ -225,6 +226,7 @@ def fill_from_folder(
     tensors: Mapping[str, TensorSlice] | None = None
     if quantization is not None:
         tensors = dense_weights(slices_of(files), quantization, folder)
+        record_of(model).keep(ReadDense(str(quantization.get("quant_method"))))
     forget_quantization(model.config)
     from_adapter = embeddings_of_adapter(model)
     if from_adapter:  # the adapter holds them, perhaps in another size

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 CONFIG_KEYS = ("quantization_config", "compression_config")  # the second is an older name
+
+
+@dataclass(frozen=True)
+class ReadDense:
+    """In a model's record: its weights were codes and scales in the files, and are dense now.
+
+    Args:
+        method: how they were quantized, as the config of the checkpoint calls it.
+    """
+
+    method: str
 
 
 def quantization_in(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -22,6 +22,8 @@ from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.adapter_files import save_adapter
 from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.dense import Fp8Weight, Mxfp4Weight
+from automodel_trainer.models.quantization_config import ReadDense
+from automodel_trainer.models.record import recorded
 from tests.harness import make_strategy
 from tests.models.test_lora_peft import disturb
 from tests.pool import RankPool
@@ -88,6 +90,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, method: str) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
+    assert recorded(model, ReadDense) == ReadDense(method)
     export_pretrained(model, tmp_path / "exported", source=folder)
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert "quantization_config" not in config
