@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.models.limits import is_rotary, position_limit, vocabulary_size
-from automodel_trainer.modules import DEFAULT_OBJECTIVE
+from automodel_trainer.modules import DEFAULT_OBJECTIVE, HuggingFaceModule
 from automodel_trainer.strategies import Objective
 
 Model = str | os.PathLike[str] | PreTrainedModel | pl.LightningModule
@@ -38,11 +38,15 @@ def connect(
         raise ValueError("Give data or datamodule=, not both.")
     module = model if isinstance(model, pl.LightningModule) else DEFAULT_OBJECTIVE(model)
     datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role)
+    if isinstance(module, HuggingFaceModule) and role == "train":
+        check_causal(module)
     if isinstance(datamodule, MicroBatchDataModule):
         if isinstance(module, Objective):
             _check_labels(module, datamodule)
             if datamodule.tokenizer is None:
                 datamodule.tokenizer = module.tokenizer_or_none
+        if isinstance(module, HuggingFaceModule):
+            choose_rows(module, datamodule)
         datamodule.prepare()
         if isinstance(module, Objective):
             check_sizes(module, datamodule)
@@ -59,6 +63,28 @@ def check_sizes(module: Objective, datamodule: MicroBatchDataModule) -> None:
     if config is not None:
         vocabulary = vocabulary_size(config, getattr(module, "given_model", None))
         datamodule.check_sizes(vocabulary, position_limit(config), is_rotary(config))
+
+
+def check_causal(module: HuggingFaceModule) -> None:
+    """Raise ValueError if the model sees the token that it is to predict."""
+    obstacle = module.isolation.causal_obstacle if module.predicts_next_token else None
+    if obstacle is not None:
+        raise ValueError(
+            f"{type(module).__name__} trains a model to predict the next token, and this one sees it: {obstacle}. If "
+            "the family can be a decoder, say so in its config (config_overrides={'is_decoder': True})."
+        )
+
+
+def choose_rows(module: HuggingFaceModule, datamodule: MicroBatchDataModule) -> None:
+    """Let `datamodule` pack documents or pad them, as is proved of the model.
+
+    Raises:
+        ValueError: it is to do what the model cannot take.
+    """
+    found = module.isolation
+    datamodule.choose_packing(None if found.packed is not None else found.packed_obstacle)
+    if not datamodule.packs and datamodule.rows_hold_documents and found.padded_obstacle is not None:
+        raise ValueError(f"This model cannot be trained on padded rows: {found.padded_obstacle}. Packing: {found}.")
 
 
 def _check_labels(module: Objective, datamodule: MicroBatchDataModule) -> None:

@@ -36,6 +36,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
         rows.append(("fp8", model["fp8"]))
     if model["attention"]:
         rows.append(("attention", ", ".join(map(attention_text, model["attention"]))))
+    if model.get("experts"):
+        rows.append(("experts", model["experts"]))
     if model["kernels"]:
         rows.append(("kernels", "; ".join(f"{name}: {text}" for name, text in model["kernels"].items())))
     if model.get("kernel_costs"):
@@ -48,6 +50,7 @@ def ledger_rows(facts: Facts) -> list[Row]:
         *_left_out(facts["optimizer"]["left_out"]),
         ("steps", _steps(run)),
         ("data", run["data"]),
+        *([("rows", run["rows"])] if run.get("rows") else []),
         ("checkpoints", run["checkpoints"] or "off"),
     ]
     if run.get("resumed"):

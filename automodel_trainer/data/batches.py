@@ -46,10 +46,12 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int, positions: int 
         positions: how many positions the model has. Those of padding restart before that.
 
     Returns:
-        `input_ids`, `labels` and `position_ids` (int64 `[len(rows), width]`), `sample_ids` and `packed`. There is no
-        attention mask: documents begin where the positions restart.
+        `input_ids`, `labels` and `position_ids` (int64 `[len(rows), width]`), `sample_ids`, `packed` and
+        `document_lengths` (of each row, its padding the last). There is no attention mask: documents begin where the
+        positions restart.
     """
     batch = _empty(rows, width, pad_id)
+    lengths: list[list[int]] = []
     for index, row in enumerate(rows):
         end = 0
         for document in row:
@@ -57,8 +59,13 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int, positions: int 
             assert end <= width, "the documents of a row are longer than the row"
             _place(batch, index, start, document)
             batch["position_ids"][index, start:end] = np.arange(end - start)
-        batch["position_ids"][index, end:] = np.arange(width - end) % (positions or width)
-    return {**_tensors(batch, rows), "packed": bool((batch["position_ids"] != np.arange(width)).any())}
+        limit = positions or width
+        padding = width - end
+        batch["position_ids"][index, end:] = np.arange(padding) % limit
+        pieces = [limit] * (padding // limit) + ([rest] if (rest := padding % limit) else [])
+        lengths.append([len(document.input_ids) for document in row] + pieces)
+    packed = bool((batch["position_ids"] != np.arange(width)).any())
+    return {**_tensors(batch, rows), "packed": packed, "document_lengths": lengths}
 
 
 def collate_padded(rows: Sequence[Row], width: int, pad_id: int, positions: int | None = None) -> MicroBatch:
@@ -71,7 +78,7 @@ def collate_padded(rows: Sequence[Row], width: int, pad_id: int, positions: int 
         positions: how many positions the model has. Those of padding restart before that.
 
     Returns:
-        The tensors of `collate_packed` (without `packed`), and `attention_mask` (int64 `[len(rows), width]`).
+        What `collate_packed` has without lengths, and `attention_mask` (int64 `[len(rows), width]`).
     """
     batch = _empty(rows, width, pad_id)
     batch["position_ids"][:] = np.arange(width) % (positions or width)
@@ -84,7 +91,7 @@ def collate_padded(rows: Sequence[Row], width: int, pad_id: int, positions: int 
             batch["attention_mask"][index, : len(document.input_ids)] = 1
         if not row:
             batch["attention_mask"][index, 0] = 1  # a softmax over no keys at all would be NaN
-    return _tensors(batch, rows)
+    return {**_tensors(batch, rows), "packed": False}
 
 
 def padded_width(longest: int, limit: int) -> int:

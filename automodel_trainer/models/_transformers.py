@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -25,8 +24,6 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from automodel_trainer.models.files import TensorSlice
-from automodel_trainer.models.record import record_of, recorded
-from automodel_trainer.nn.documents import set_documents
 
 __all__ = [
     "attention_in_use",
@@ -203,52 +200,26 @@ def attention_of(config: PreTrainedConfig) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
+def experts_in_use(model: PreTrainedModel) -> str | None:
+    """The name of the implementation of transformers that computes the experts; None for a model without any."""
+    named = any(hasattr(module, "_apply_gate") for module in model.modules())
+    return str(getattr(model.config.get_text_config(), "_experts_implementation", None) or "eager") if named else None
+
+
+def unused_balancing_loss(model: PreTrainedModel) -> str | None:
+    """The configured coefficient of a routers' balancing loss that the model does not compute; None if it does."""
+    config = model.config.get_text_config()
+    named = {k: v for k, v in config.to_dict().items() if "aux_loss" in k and isinstance(v, int | float) and v}
+    if not named or getattr(config, "output_router_logits", False):
+        return None
+    return ", ".join(f"{name}={value:g}" for name, value in named.items() if not isinstance(value, bool)) or None
+
+
 def expert_gate(module: torch.nn.Module) -> tuple[str, Callable[[Tensor], Tensor]] | None:
     """For a module of gated experts: the name of its fused gate and up projections, and the function that turns their
     output `[n, 2·w]` into `[n, w]`."""
     gate = getattr(module, "_apply_gate", None)
     return ("gate_up_proj", gate) if gate is not None and getattr(module, "has_gate", False) else None
-
-
-@dataclass(frozen=True)
-class PackingWithoutSync:
-    """An entry of a model's record: `packing_without_sync` is installed."""
-
-
-def packing_without_sync(model: PreTrainedModel) -> None:
-    """Let `model` read document boundaries from `position_ids` without waiting for the device.
-
-    In every forward transformers checks whether positions restart, and the answer comes from the device. Our callers
-    know it: they pass `position_ids` only if positions restart. So while `model` runs, given positions always delimit
-    documents, and without positions a row is one document.
-    """
-    if recorded(model, PackingWithoutSync):
-        return
-    original = masking_utils.find_packed_sequence_indices
-
-    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        known = _document_indices if kwargs.get("position_ids") is not None else _one_document
-        masking_utils.find_packed_sequence_indices = known
-
-    def leave(*_: object) -> None:
-        masking_utils.find_packed_sequence_indices = original
-        set_documents(None)
-
-    model.register_forward_pre_hook(enter, with_kwargs=True)
-    model.register_forward_hook(leave, always_call=True)
-    record_of(model).keep(PackingWithoutSync())
-
-
-def _one_document(position_ids: Tensor) -> None:
-    set_documents(None)
-
-
-def _document_indices(position_ids: Tensor) -> Tensor:
-    """The index of every token's document, int64 `[b, s]`, from positions `[b, s]` that restart at each document."""
-    starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
-    numbers = starts.cumsum(-1)
-    set_documents(numbers)
-    return numbers
 
 
 def offers_flex_attention(model: PreTrainedModel) -> bool:

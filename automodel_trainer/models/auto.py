@@ -87,7 +87,7 @@ class AutoBuilder:
         folder = resolve_folder(pretrained_model_name_or_path, revision)
         files = weight_files(folder)
         config = load_config(folder, trust_remote_code, config_overrides)
-        model = _build_on_meta(
+        model = build_on_meta(
             cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
         model.config.name_or_path = str(folder)
@@ -126,7 +126,7 @@ class AutoBuilder:
         Raises:
             ValueError: this device, model or layout does not have a kernel that was asked for.
         """
-        model = _build_on_meta(
+        model = build_on_meta(
             cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
         if lora is not None:
@@ -136,7 +136,7 @@ class AutoBuilder:
         if strategy is not None:
             strategy.parallelize(model)
         check_gathered(model)
-        initialize_weights(model, _device(strategy, device), seed)
+        initialize_weights(model, _device(strategy, device), seed, adapter_names(model))
         finish_lora(model)
         if strategy is not None:
             strategy.finalize_parameters(model)
@@ -183,7 +183,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False, task: str | None 
     """
     config = load_config(folder, trust_remote_code, {})
     auto_class = auto_class_of_task(task) or auto_class_of(config)
-    return _build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
+    return build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
 
 
 def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: Layout | None) -> None:
@@ -306,13 +306,14 @@ def load_config(folder: Path, trust_remote_code: bool, overrides: dict[str, Any]
     return config
 
 
-def _build_on_meta(
+def build_on_meta(
     auto_class: str,
     config: PreTrainedConfig,
     dtype: torch.dtype,
     attn_implementation: str | None,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
+    """The model of a config on meta: no parameter has values."""
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
         model: PreTrainedModel = transformers_class(auto_class).from_config(

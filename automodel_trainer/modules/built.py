@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from automodel_trainer.models._transformers import packing_without_sync
+from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.generation import check_generation_config
+from automodel_trainer.models.isolation import Isolation
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
 from automodel_trainer.models.lora.from_peft import GivenPeftModel, is_peft_model, take_peft_model
@@ -25,6 +26,7 @@ from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
 from automodel_trainer.models.sidecars import has_tokenizer
+from automodel_trainer.modules.isolation import isolation_of
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.nn.deferred_logits import defer_logits
 from automodel_trainer.strategies import MeshStrategy, Objective
@@ -139,6 +141,13 @@ class BuiltModule(Objective, pl.LightningModule):
         """
         had = self._tokenizer is not None or (self.source is not None and has_tokenizer(self.source))
         return self.tokenizer if had else None
+
+    @cached_property
+    def isolation(self) -> Isolation:
+        """What is proved of the model: whether packed documents and padding leave each other alone."""
+        found = isolation_of(self, self.model_config, self.kernels.attention, self.trust_remote_code)
+        self.gives_document_lengths = found.packed == "lengths"
+        return found
 
     def configure_model(self) -> None:
         """Build the model on the strategy's mesh. The Trainer calls this after the processes have started.
