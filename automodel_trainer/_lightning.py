@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.core import saving
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.overrides.distributed import prepare_for_backward
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
@@ -27,6 +29,7 @@ __all__ = [
     "install_quiet_epoch_loop",
     "keep_quiet_about_trees",
     "prepare_for_backward",
+    "read_more_in_load_from_checkpoint",
     "sync_rank_zero",
     "synchronize_layers",
 ]
@@ -106,6 +109,23 @@ def install_quiet_epoch_loop(trainer: pl.Trainer) -> None:
     """Replace the Trainer's training epoch loop. Call it before the first run."""
     old = trainer.fit_loop.epoch_loop
     trainer.fit_loop.epoch_loop = _QuietEpochLoop(trainer, min_steps=old.min_steps, max_steps=old.max_steps)
+
+
+def read_more_in_load_from_checkpoint(reads: Callable[[Any], bool], read: Callable[[Any, Any], dict[str, Any]]) -> None:
+    """Let `load_from_checkpoint` of every LightningModule and data module read another kind of checkpoint.
+
+    Args:
+        reads: whether a path is of that kind. For all others nothing changes.
+        read: reads a checkpoint; it gets the path and `map_location`.
+    """
+    theirs = saving.pl_load
+
+    def load(path_or_url: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        if reads(path_or_url):
+            return read(path_or_url, map_location)
+        return theirs(path_or_url, map_location=map_location, weights_only=weights_only)
+
+    saving.pl_load = load
 
 
 def forget_optimizers(strategy: pl.strategies.Strategy) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -27,19 +30,54 @@ def connect(
         role: what a data set without splits is used for (`as_datamodule`).
 
     Raises:
+        TypeError: the model is none of these.
         ValueError: two kinds of data, or one that nothing can be made of, or that has no labels for this objective.
     """
     if data is not None and datamodule is not None:
         raise ValueError("Give data or datamodule=, not both.")
-    module = model if isinstance(model, pl.LightningModule) else DEFAULT_OBJECTIVE(model)
+    module = model if isinstance(uncompiled(model), pl.LightningModule) else _objective_for(model)
     datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role)
     if isinstance(datamodule, MicroBatchDataModule):
-        if isinstance(module, Objective):
+        if isinstance(uncompiled(module), Objective):
             _check_labels(module, datamodule)
             if datamodule.tokenizer is None:
                 datamodule.tokenizer = module.tokenizer_or_none
         datamodule.prepare()
     return module, datamodule, loader
+
+
+def uncompiled(model: Any) -> Any:
+    """The LightningModule inside what `torch.compile` made of one; anything else as it is."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, pl.LightningModule) else model
+
+
+def _objective_for(model: Any) -> pl.LightningModule:
+    named = isinstance(model, (str, os.PathLike))
+    if named or (isinstance(model, nn.Module) and hasattr(model, "config")):
+        return DEFAULT_OBJECTIVE(model)
+    raise TypeError(
+        f"model is a {type(model).__name__}. It must be a `LightningModule`, a transformers `PreTrainedModel`, or a Hub "
+        "id or folder. Write a LightningModule around a plain torch module: it says what the loss is."
+    )
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def with_alias(name: str) -> Callable[[_Method], _Method]:
+    """Leave the keyword `name` out of the method's signature: it is a second name of another argument.
+
+    LightningCLI makes an option of every argument that it sees, and `--data` is its data module.
+    """
+
+    def hide(method: _Method) -> _Method:
+        signature = inspect.signature(method)
+        seen = [parameter for parameter in signature.parameters.values() if parameter.name != name]
+        method.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
+        return method
+
+    return hide
 
 
 def _check_labels(module: Objective, datamodule: MicroBatchDataModule) -> None:

@@ -16,22 +16,24 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 
+import automodel_trainer.load_from_checkpoint  # noqa: F401  Lightning's loader learns of checkpoint folders
 from automodel_trainer._lightning import (
     defaults_from_env_vars,
     drop_advertisement,
     install_quiet_epoch_loop,
     keep_quiet_about_trees,
 )
+from automodel_trainer.accelerators import resolve_devices
 from automodel_trainer.callbacks.defaults import default_callbacks
 from automodel_trainer.callbacks.preemption import preemption_of
-from automodel_trainer.connect import Model, accumulating, connect
-from automodel_trainer.data.adapt import Steps, len_or_none, one_of
+from automodel_trainer.connect import Model, accumulating, connect, uncompiled, with_alias
+from automodel_trainer.data.adapt import as_loaders, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.distributed.launch import launched_sizes
 from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.resume import checkpoint_path, saved_before_restart
 from automodel_trainer.saves import SavesPretrained
-from automodel_trainer.strategies import Objective, StrategyRegistry
+from automodel_trainer.strategies import MeshStrategy, Objective
 from automodel_trainer.strategies.base.precision import canonical_precision
 from automodel_trainer.verification.ranks import Launcher
 from automodel_trainer.verification.report import Report
@@ -106,16 +108,16 @@ class Trainer(SavesPretrained):
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
     ) -> None:
-        if max_epochs is None and max_steps == -1:
-            max_epochs = DEFAULT_EPOCHS if max_time is None else -1
+        max_epochs = _upper_limit(max_epochs, max_steps, min_epochs, min_steps, max_time)
         devices, num_nodes = launched_sizes(devices, num_nodes)
+        accelerator, strategy = resolve_devices(accelerator, strategy)
         self.requested_gradient_clip_val = gradient_clip_val
         self.requested_accumulation = accumulate_grad_batches
         drop_advertisement()
         keep_quiet_about_trees()
         super().__init__(
             accelerator=accelerator,
-            strategy=StrategyRegistry.resolve(strategy),
+            strategy=strategy,
             devices=devices,
             num_nodes=num_nodes,
             precision=canonical_precision(precision),  # type: ignore[arg-type]
@@ -129,6 +131,7 @@ class Trainer(SavesPretrained):
                 watchdog=not barebones,
                 garbage_collection=not barebones,
                 max_time=max_time,
+                folders=isinstance(strategy, MeshStrategy),
             ),
             fast_dev_run=fast_dev_run,
             max_epochs=max_epochs,
@@ -169,28 +172,31 @@ class Trainer(SavesPretrained):
 
     # --- entry points ---------------------------------------------------------------------------------------------
 
+    @with_alias("data")
     def fit(  # type: ignore[override]
         self,
         model: Model,
-        data: Any = None,
-        val_dataloaders: Any = None,
-        *,
         train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
         datamodule: pl.LightningDataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
+        *,
+        data: Any = None,
     ) -> Path | None:
         """Train.
 
         Args:
             model: a Hub id or folder, a `PreTrainedModel` (real, or on meta with its path), or a LightningModule.
-            data: a path or Hub id of a chat or instruction set (jsonl, json, parquet), a `Dataset` or `DatasetDict`, a
-                DataLoader, or a LightningDataModule.
-            val_dataloaders, train_dataloaders, datamodule: as Lightning has them.
+            train_dataloaders: the data: a path or Hub id of a chat or instruction set (jsonl, json, parquet), a
+                `Dataset` or `DatasetDict`, a list of rows or batches, a DataLoader or several (as Lightning has them),
+                or a LightningDataModule.
+            val_dataloaders, datamodule: as Lightning has them; `val_dataloaders` may be a list of batches.
             ckpt_path: a checkpoint folder (or URL) to go on from, `"last"`, `"best"`, `"last-whole"`: the newest not
                 damaged (with `"last"` a damaged one is an error that names the file), or `"auto"`: that if there is
                 one. Where torchrun has started the run again after a failure, its own last checkpoint goes first.
             weights_only: as Lightning has it.
+            data: another name of `train_dataloaders`.
 
         Returns:
             the newest checkpoint of the run, if it wrote one.
@@ -200,7 +206,7 @@ class Trainer(SavesPretrained):
         """
         data = one_of("data", data, "train_dataloaders", train_dataloaders)
         module, datamodule, loader = connect(model, data, datamodule)
-        if isinstance(module, Objective):
+        if isinstance(uncompiled(module), Objective):
             # Manual optimization: the module and the data module carry out what Lightning would refuse here.
             self.accumulate_grad_batches, self.gradient_clip_val = 1, None
             loader = accumulating(self.requested_accumulation, datamodule, loader)
@@ -216,7 +222,7 @@ class Trainer(SavesPretrained):
         super().fit(
             module,
             train_dataloaders=loader,
-            val_dataloaders=Steps(val_dataloaders) if isinstance(val_dataloaders, list) else val_dataloaders,
+            val_dataloaders=as_loaders(val_dataloaders),
             datamodule=datamodule,
             ckpt_path=saved_before_restart() or checkpoint_path(self, ckpt_path),
             weights_only=weights_only,
@@ -224,48 +230,57 @@ class Trainer(SavesPretrained):
         last = getattr(self.checkpoint_callback, "last_model_path", None)
         return Path(last) if last else None
 
+    @with_alias("data")
     def validate(  # type: ignore[override]
         self,
         model: Model | None = None,
-        data: Any = None,
-        *,
         dataloaders: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
         datamodule: pl.LightningDataModule | None = None,
         weights_only: bool | None = None,
+        *,
+        data: Any = None,
     ) -> Any:
-        """Evaluate on the validation data; arguments as in `fit`. Returns Lightning's list of metrics."""
+        """Evaluate on the validation data; arguments as in `fit`. Returns Lightning's list of metrics.
+
+        After `fit`, without a model and a `ckpt_path`, the best checkpoint is evaluated, as Lightning does.
+        """
         arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "validation", ckpt_path)
         return super().validate(**arguments, verbose=verbose, weights_only=weights_only)
 
+    @with_alias("data")
     def test(  # type: ignore[override]
         self,
         model: Model | None = None,
-        data: Any = None,
-        *,
         dataloaders: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
         datamodule: pl.LightningDataModule | None = None,
         weights_only: bool | None = None,
+        *,
+        data: Any = None,
     ) -> Any:
-        """Evaluate on the test data; arguments as in `fit`. Returns Lightning's list of metrics."""
+        """Evaluate on the test data; arguments as in `fit`. Returns Lightning's list of metrics.
+
+        After `fit`, without a model and a `ckpt_path`, the best checkpoint is evaluated, as Lightning does.
+        """
         arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "test", ckpt_path)
         return super().test(**arguments, verbose=verbose, weights_only=weights_only)
 
+    @with_alias("data")
     def predict(  # type: ignore[override]
         self,
         model: Model | None = None,
-        data: Any = None,
-        *,
         dataloaders: Any = None,
         datamodule: pl.LightningDataModule | None = None,
         return_predictions: bool | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
+        *,
+        data: Any = None,
     ) -> Any:
-        """Score data; arguments as in `fit`. a `HuggingFaceModule` gives what its `predict` says."""
+        """Score data; arguments as in `fit`. A `HuggingFaceModule` gives what its `predict` says."""
         arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "predict", ckpt_path)
         return super().predict(**arguments, return_predictions=return_predictions, weights_only=weights_only)
 
@@ -347,6 +362,31 @@ class Trainer(SavesPretrained):
                 raise ValueError("Give a model: this Trainer has not run any yet.")
             if data is None and datamodule is None:  # Lightning goes on with what the last run was given
                 return {"model": None, "dataloaders": None, "datamodule": None, "ckpt_path": path}
-            model = self.lightning_module
+            _, datamodule, loader = connect(self.lightning_module, data, datamodule, role)
+            # No model: Lightning then chooses the best checkpoint of the run.
+            return {"model": None, "dataloaders": loader, "datamodule": datamodule, "ckpt_path": path}
         module, datamodule, loader = connect(model, data, datamodule, role)
         return {"model": module, "dataloaders": loader, "datamodule": datamodule, "ckpt_path": path}
+
+
+def _upper_limit(
+    max_epochs: int | None, max_steps: int, min_epochs: int | None, min_steps: int | None, max_time: Any
+) -> int | None:
+    """`max_epochs`, or the default where neither epochs, steps nor time are limited.
+
+    Raises:
+        ValueError: the lower limits lie above the upper ones.
+    """
+    for unit, low, high in (("epochs", min_epochs, max_epochs), ("steps", min_steps, max_steps)):
+        if low is not None and high is not None and -1 < high < low:
+            raise ValueError(f"min_{unit}={low} is more than max_{unit}={high}. Raise max_{unit} or lower min_{unit}.")
+    if max_epochs is not None or max_steps != -1:
+        return max_epochs
+    if max_time is not None:
+        return -1
+    if min_steps is not None:
+        raise ValueError(
+            f"min_steps={min_steps} needs an upper limit too: give max_steps, max_epochs (-1: none) or max_time. The "
+            f"default of {DEFAULT_EPOCHS} epochs may have fewer steps."
+        )
+    return max(DEFAULT_EPOCHS, min_epochs or 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from automodel_trainer.modules.optim import (
     build_scheduler,
     parameters_of,
 )
+from automodel_trainer.nn.configs import as_config
 from automodel_trainer.strategies.base.objective import MicroBatch, count_all
 
 _WINDOW_KEY = "loss_window"
@@ -52,6 +53,8 @@ class HuggingFaceModule(EvaluatedModule):
         trust_remote_code: run code that comes with the checkpoint.
         revision: branch, tag or commit of a Hub repository.
         config_overrides: attributes of the model's config to change.
+
+    `lora`, `optimizer`, `scheduler` and `kernels` may be dicts of the options of their classes, as in YAML.
     """
 
     def __init__(
@@ -59,17 +62,23 @@ class HuggingFaceModule(EvaluatedModule):
         model: str | os.PathLike[str] | PreTrainedModel,
         *,
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
-        lora: LoRAConfig | None = None,
+        lora: LoRAConfig | dict[str, Any] | None = None,
         lr: float = 2e-5,
-        optimizer: OptimizerConfig | str | Callable[..., Optimizer] = OptimizerConfig(),  # noqa: B008
-        scheduler: SchedulerConfig | str = SchedulerConfig(),  # noqa: B008
+        optimizer: OptimizerConfig | dict[str, Any] | str | Callable[..., Optimizer] = OptimizerConfig(),  # noqa: B008
+        scheduler: SchedulerConfig | dict[str, Any] | str = SchedulerConfig(),  # noqa: B008
         gradient_clip_val: float = 1.0,
         neftune_alpha: float = 0.0,
-        kernels: KernelsConfig = KernelsConfig(),  # noqa: B008
+        kernels: KernelsConfig | dict[str, Any] = KernelsConfig(),  # noqa: B008
         trust_remote_code: bool = False,
         revision: str | None = None,
         config_overrides: dict[str, Any] | None = None,
     ) -> None:
+        lora = None if lora is None else as_config(LoRAConfig, lora, "lora")
+        kernels = as_config(KernelsConfig, kernels, "kernels")
+        if isinstance(optimizer, Mapping):
+            optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
+        if isinstance(scheduler, Mapping):
+            scheduler = as_config(SchedulerConfig, scheduler, "scheduler")
         super().__init__(
             model,
             tokenizer=tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 from typing import Any, Literal, final
 
@@ -126,8 +127,8 @@ class MeshProcesses(ParallelStrategy):
     @property
     @final
     def is_distributed(self) -> bool:
-        """Always True. Lightning reads it on strategies it does not know, to set up samplers and metric reduction."""
-        return True
+        """Whether there are several ranks. Lightning then adds samplers and reduces metrics over ranks."""
+        return self.world_size > 1
 
     @property
     def root_device(self) -> torch.device:
@@ -216,6 +217,8 @@ class MeshProcesses(ParallelStrategy):
             "device_id": self.root_device if cuda else None,
         }
         if environment.world_size() == 1:  # one rank needs no port
+            # Lightning takes the process group for several ranks.
+            warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
             dist.init_process_group(store=dist.HashStore(), **options)
             return
         os.environ.update(MASTER_ADDR=environment.main_address, MASTER_PORT=str(environment.main_port))

@@ -337,5 +337,5 @@ def test_weights_only_saves_no_optimizer_state(tmp_path: Path) -> None:
     assert state["whole"]
     assert not state["weights"]
     assert list((tmp_path / "weights" / "model").glob("*.safetensors"))
-    with pytest.raises(ValueError, match=r"holds the state of 0 optimizer\(s\), but the run has 1"):
+    with pytest.raises(ValueError, match=r"the checkpoint contains only the model"):
         train(tmp_path / "again", ckpt_path=tmp_path / "weights", max_steps=2)
