@@ -34,7 +34,7 @@ def resolve_devices(accelerator: Any, strategy: str | Strategy) -> tuple[Any, st
             "MPS, or use accelerator='cpu'."
         )
     rank_zero_warn(
-        "The CPU is used, not MPS: the strategies that train Hugging Face models do not run on MPS. Give accelerator='cpu' "
-        "to say so yourself, or accelerator='mps' to train a LightningModule of your own."
+        "The CPU is used, not MPS: the strategies that train Hugging Face models do not run on MPS. Give "
+        "accelerator='cpu' to say so yourself, or accelerator='mps' to train a LightningModule of your own."
     )
     return "cpu", resolved

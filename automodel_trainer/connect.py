@@ -35,7 +35,7 @@ def connect(
     """
     if data is not None and datamodule is not None:
         raise ValueError("Give data or datamodule=, not both.")
-    module = model if isinstance(uncompiled(model), pl.LightningModule) else _objective_for(model)
+    module: Any = model if isinstance(uncompiled(model), pl.LightningModule) else _objective_for(model)
     datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role)
     if isinstance(datamodule, MicroBatchDataModule):
         if isinstance(uncompiled(module), Objective):
@@ -57,8 +57,8 @@ def _objective_for(model: Any) -> pl.LightningModule:
     if named or (isinstance(model, nn.Module) and hasattr(model, "config")):
         return DEFAULT_OBJECTIVE(model)
     raise TypeError(
-        f"model is a {type(model).__name__}. It must be a `LightningModule`, a transformers `PreTrainedModel`, or a Hub "
-        "id or folder. Write a LightningModule around a plain torch module: it says what the loss is."
+        f"model is a {type(model).__name__}. It must be a `LightningModule`, a transformers `PreTrainedModel`, or a "
+        "Hub id or folder. Write a LightningModule around a plain torch module: it says what the loss is."
     )
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import automodel_trainer.load_from_checkpoint  # noqa: F401  Lightning's loader learns of checkpoint folders
 from automodel_trainer._lightning import (
@@ -24,8 +25,10 @@ from automodel_trainer._lightning import (
     keep_quiet_about_trees,
 )
 from automodel_trainer.accelerators import resolve_devices
+from automodel_trainer.callbacks._loggers import upload_folders
 from automodel_trainer.callbacks.defaults import default_callbacks
 from automodel_trainer.callbacks.preemption import preemption_of
+from automodel_trainer.checkpoint.remote import is_remote, local_root
 from automodel_trainer.connect import Model, accumulating, connect, uncompiled, with_alias
 from automodel_trainer.data.adapt import as_loaders, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
@@ -169,6 +172,11 @@ class Trainer(SavesPretrained):
             model_registry=model_registry,
         )
         install_quiet_epoch_loop(self)
+        if is_remote(self.default_root_dir):
+            rank_zero_info(
+                f"Checkpoints and Lightning's logs go to {self.default_root_dir}; the ledger, the configuration and "
+                f"reports go to {local_root(self.default_root_dir)}."
+            )
 
     # --- entry points ---------------------------------------------------------------------------------------------
 
@@ -219,6 +227,7 @@ class Trainer(SavesPretrained):
             self.accumulate_grad_batches = self.requested_accumulation
             self.gradient_clip_val = self.requested_gradient_clip_val
         self._training_data = datamodule or loader
+        upload_folders(self.loggers)
         super().fit(
             module,
             train_dataloaders=loader,

@@ -109,7 +109,10 @@ class StrategyRegistry:
         own = _lightnings_ddp(strategy.lower())
         if own is not None:
             return own
-        if strategy.partition(":")[0].lower() not in ours and strategy.lower() in LightningStrategies.available_strategies():
+        if (
+            strategy.partition(":")[0].lower() not in ours
+            and strategy.lower() in LightningStrategies.available_strategies()
+        ):
             return strategy.lower()
         return StrategyRegistry.get(strategy)
 

@@ -15,8 +15,6 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from automodel_trainer.checkpoint.saved_weights import like
 from automodel_trainer.nn.text import listed
 
-_READ_BY_LIGHTNING = "Lightning's Trainer, and torch.load(weights_only=False), would run what it names: trust its author first"
-
 
 def read_lightning_file(file: Path) -> dict[str, Any]:
     """The content of a `.ckpt`: tensors, numbers, strings, lists and dicts. Tensors are on the CPU.
@@ -45,9 +43,9 @@ def _refusal(file: Path) -> str:
         names = []
     held = f"it holds {listed(names)}" if names else "it holds more than tensors, numbers and text"
     return (
-        f"{file} is a Lightning checkpoint that is not read: {held}. {_READ_BY_LIGHTNING}. To take its weights, load it where "
-        "it was made, and save only ckpt['state_dict'] with torch.save({'state_dict': …}). Then `amt convert` makes a "
-        "safetensors folder of it."
+        f"{file} is a Lightning checkpoint that is not read: {held}. Reading those would run code "
+        "that the file names. To take its weights, load it where it was made, and save only its state_dict with "
+        "torch.save({'state_dict': ckpt['state_dict']}, FILE). `amt convert FILE` then makes a folder of it."
     )
 
 

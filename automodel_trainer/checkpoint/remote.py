@@ -46,6 +46,17 @@ def local_root(path: str | os.PathLike[str]) -> Path:
     return scratch(str(path)) if is_remote(path) else Path(path)
 
 
+def local_only(path: str | os.PathLike[str], what: str) -> Path:
+    """A path that must be local.
+
+    Raises:
+        ValueError: it is a URL.
+    """
+    if is_remote(path):
+        raise ValueError(f"{what} writes to a local folder, not to {path}. Give a local folder and copy it there.")
+    return Path(path)
+
+
 def _os_error(method: Callable[P, T]) -> Callable[P, T]:
     """Turn the errors that are specific to a store into OSErrors, which callers report or retry."""
 
@@ -195,7 +206,7 @@ class RemoteRuns:
 
     def _steps(self, run: str) -> list[str]:
         names = [path.rstrip("/").rpartition("/")[2] for path in self._list(self._path(run))]
-        return sorted(name for name in names if _STEP.fullmatch(name))
+        return sorted(n for n in names if _STEP.fullmatch(n) or self._fs.exists(self._path(run, n, MANIFEST)))
 
     def _whole(self, run: str) -> list[str]:
         return [name for name in self._steps(run) if self._fs.exists(self._path(run, name, MANIFEST))]

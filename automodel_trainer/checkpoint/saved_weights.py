@@ -85,8 +85,8 @@ def load_state(module: nn.Module, state: Mapping[str, Any], strict: bool, whole:
         return
     if lora_of(module) is not None:
         raise ValueError(
-            "on_load_checkpoint changed the weights of a checkpoint of adapters, or the file is none of this project's. "
-            "Adapters are loaded as they were saved: leave checkpoint['state_dict'] as it is."
+            "on_load_checkpoint changed the weights of a checkpoint of adapters, or the file is no folder of this "
+            "project. Adapters are loaded as they were saved: leave checkpoint['state_dict'] as it is."
         )
     target: Mapping[str, Any] = module.state_dict()
     values = {name: like(value, target.get(name)) for name, value in _with_aliases(module, dict(state)).items()}

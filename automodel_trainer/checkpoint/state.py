@@ -27,6 +27,7 @@ from automodel_trainer.checkpoint.extra import FOLDER as EXTRA
 from automodel_trainer.checkpoint.extra import put_back, take_out
 from automodel_trainer.checkpoint.folder import abandon, prepare, publish, temporary
 from automodel_trainer.checkpoint.host_copies import Copy, keep
+from automodel_trainer.checkpoint.hyperparameters import savable_state
 from automodel_trainer.checkpoint.manifest import check_checkpoint, damage_named, read_json
 from automodel_trainer.checkpoint.optimizer import OptimizerSnapshot, load_optimizers, snapshot_optimizers
 from automodel_trainer.checkpoint.record import Entry, to_json, write_text
@@ -137,7 +138,8 @@ def take_snapshot(
     Raises:
         CheckpointError, ValueError: as in `save_checkpoint`.
     """
-    state, tensors = take_out({key: value for key, value in lightning_checkpoint.items() if key not in _NOT_IN_JSON})
+    state = savable_state({key: value for key, value in lightning_checkpoint.items() if key not in _NOT_IN_JSON})
+    state, tensors = take_out(state)
     weights_only = "optimizer_states" not in lightning_checkpoint and not optimizers
     files = on_all_ranks(partial(_texts, lightning_checkpoint, state, module, weights_only), folder)
     edited = lightning_checkpoint.get("state_dict") or None
@@ -264,9 +266,7 @@ def _read_rank(file: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return generators
 
 
-def _texts(
-    checkpoint: dict[str, Any], state: dict[str, Any], module: nn.Module, weights_only: bool
-) -> dict[str, str]:
+def _texts(checkpoint: dict[str, Any], state: dict[str, Any], module: nn.Module, weights_only: bool) -> dict[str, str]:
     """The text files that this rank writes: its own, and on rank 0 the shared ones."""
     shared = {
         "world_size": world_size(),

@@ -199,6 +199,8 @@ class MeshProcesses(ParallelStrategy):
         self.set_world_ranks()
         self.choose_sizes()
         self.dims  # noqa: B018  raises for sizes that do not fit, before any process waits for another
+        if self.world_size == 1:  # Lightning takes a process group for several ranks
+            warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
         for option in self.ineffective_options():
             rank_zero_warn(f"{option} has no effect.")
         if not dist.is_initialized():
@@ -217,8 +219,6 @@ class MeshProcesses(ParallelStrategy):
             "device_id": self.root_device if cuda else None,
         }
         if environment.world_size() == 1:  # one rank needs no port
-            # Lightning takes the process group for several ranks.
-            warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
             dist.init_process_group(store=dist.HashStore(), **options)
             return
         os.environ.update(MASTER_ADDR=environment.main_address, MASTER_PORT=str(environment.main_port))
