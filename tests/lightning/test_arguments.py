@@ -174,10 +174,10 @@ def test_strategies_by_lightnings_names(tmp_path: Path) -> None:
 def test_a_mac_falls_back_to_the_cpu(tmp_path: Path) -> None:
     place = "lightning.pytorch.accelerators.mps.MPSAccelerator"
     with (
-        mock.patch(f"{place}.is_available", lambda *a: True),
-        mock.patch(f"{place}.auto_device_count", lambda *a: 1),
-        mock.patch(f"{place}.get_parallel_devices", lambda *a: [torch.device("mps", 0)]),
-        mock.patch("lightning.fabric.accelerators.mps._get_all_available_mps_gpus", lambda: [0]),
+        mock.patch(f"{place}.is_available", return_value=True),
+        mock.patch(f"{place}.auto_device_count", return_value=1),
+        mock.patch(f"{place}.get_parallel_devices", return_value=[torch.device("mps", 0)]),
+        mock.patch("lightning.fabric.accelerators.mps._get_all_available_mps_gpus", return_value=[0]),
     ):
         with pytest.warns(UserWarning, match=r"The CPU is used, not MPS"):
             trainer = make(tmp_path, accelerator="auto")
