@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from automodel_trainer._lightning import uncompiled
 from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.modules import DEFAULT_OBJECTIVE
@@ -44,12 +45,6 @@ def connect(
                 datamodule.tokenizer = module.tokenizer_or_none
         datamodule.prepare()
     return module, datamodule, loader
-
-
-def uncompiled(model: Any) -> Any:
-    """The LightningModule inside what `torch.compile` made of one; anything else as it is."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, pl.LightningModule) else model
 
 
 def _objective_for(model: Any) -> pl.LightningModule:

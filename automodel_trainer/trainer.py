@@ -23,13 +23,14 @@ from automodel_trainer._lightning import (
     drop_advertisement,
     install_quiet_epoch_loop,
     keep_quiet_about_trees,
+    uncompiled,
 )
 from automodel_trainer.accelerators import resolve_devices
 from automodel_trainer.callbacks._loggers import upload_folders
 from automodel_trainer.callbacks.defaults import default_callbacks
 from automodel_trainer.callbacks.preemption import preemption_of
 from automodel_trainer.checkpoint.remote import is_remote, local_root
-from automodel_trainer.connect import Model, accumulating, connect, uncompiled, with_alias
+from automodel_trainer.connect import Model, accumulating, connect, with_alias
 from automodel_trainer.data.adapt import as_loaders, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.distributed.launch import launched_sizes

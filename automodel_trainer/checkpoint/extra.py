@@ -73,16 +73,21 @@ def put_back(state: Any, folder: Path) -> Any:
             tensors |= load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged: {error}") from error
-    return _filled(state, tensors, folder)
+    return filled(state, tensors, folder)
 
 
-def _filled(state: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
+def filled(state: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
+    """Nested state with the tensors in place of every `Stored`.
+
+    Raises:
+        ValueError: a tensor is missing; the message names `folder`.
+    """
     if isinstance(state, Stored):
         if state.name not in tensors:
             raise ValueError(f"{folder} is damaged: it lacks {state.name}.")
         return tensors[state.name]
     if isinstance(state, dict):
-        return {key: _filled(value, tensors, folder) for key, value in state.items()}
+        return {key: filled(value, tensors, folder) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(_filled(value, tensors, folder) for value in state)
+        return type(state)(filled(value, tensors, folder) for value in state)
     return state

@@ -11,13 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.evaluation import EvaluatedModule, as_list
-from automodel_trainer.modules.metrics import FiniteGuard, LossWindow, TokenAccuracy
+from automodel_trainer.modules.metrics import FiniteGuard, LossWindow
 from automodel_trainer.modules.optim import (
     OptimizerConfig,
     SchedulerConfig,
@@ -117,10 +116,6 @@ class HuggingFaceModule(EvaluatedModule):
         planned = getattr(self.trainer, "planned_steps", lambda: None)()
         scheduler = build_scheduler(self.scheduler_config, optimizer, planned)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def build_metrics(self) -> Metric:
-        """What evaluation measures (`EvaluatedModule.metrics`): loss and accuracy per token."""
-        return TokenAccuracy()
 
     # --- training -------------------------------------------------------------------------------------------------
 

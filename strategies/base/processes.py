@@ -203,6 +203,8 @@ class MeshProcesses(ParallelStrategy):
             warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
         for option in self.ineffective_options():
             rank_zero_warn(f"{option} has no effect.")
+        if dist.is_initialized() and dist.get_world_size() != self.world_size:
+            dist.destroy_process_group()  # a forked worker inherits that of an earlier run on one device
         if not dist.is_initialized():
             self._init_process_group()
         self._device_mesh = self.build_mesh()

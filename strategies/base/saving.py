@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import safetensors.torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -172,6 +173,15 @@ class SavingStrategy(MeshProcesses):
             place = Path(folder) / "optimizer"
             on_all_ranks(lambda: load_optimizers(self.trained_module, self.optimizers, place), folder)
             set_rng_state(checkpoint[RNG_KEY])  # hooks may have drawn random numbers since the checkpoint was opened
+
+    def whole_weights(self) -> bytes | None:
+        """The weights of a user's module in the safetensors format; None if they are sharded, or an objective's."""
+        module = self.lightning_module
+        assert module is not None
+        state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+        if isinstance(module, Objective) or any(isinstance(value, DTensor) for value in state.values()):
+            return None
+        return safetensors.torch.save({name: value.detach().cpu().clone() for name, value in state.items()})
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a checkpoint folder, local or in object storage. Rank 0 does it."""
