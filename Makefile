@@ -45,8 +45,9 @@ test-processors: venv
 	$(BIN)/python -m tests.processors --jobs $(JOBS)
 
 # `make test` runs a covering subset; this runs every case: a hundred kills, every layout resumed on every other, every
-# pipeline against one device. It writes the tables in docs/resume.md and docs/pipeline.md.
+# pipeline against one device, and the cases that tests/matrix.py leaves out. It writes the tables in docs/resume.md and docs/pipeline.md.
 test-matrix: venv
+	AMT_TEST_MATRIX=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m matrix
 	AMT_KILLS=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/checkpoint/test_crashes.py
 	$(BIN)/python docs/resume_matrix.py
 	$(BIN)/python docs/pipeline_matrix.py

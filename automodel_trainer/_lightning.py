@@ -1,4 +1,4 @@
-"""Every private Lightning name (lightning 2.6.6): the one file to check after an upgrade."""
+"""Every private name of Lightning that the project uses (lightning 2.6.6). Check this file after an upgrade."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class NotebookLauncher(_MultiProcessingLauncher):
 
     @property
     def is_interactive_compatible(self) -> bool:
-        """Whether a notebook can use it: only with forked workers."""
+        """Whether a notebook can use this launcher: only with forked workers."""
         return self._start_method == "fork"
 
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
@@ -65,7 +65,7 @@ class NotebookLauncher(_MultiProcessingLauncher):
             return None
         extra = self.get_extra_results(trainer)
         callback = trainer.checkpoint_callback
-        extra["weights"] = self._strategy.whole_weights()
+        extra["weights"] = getattr(self._strategy, "whole_weights", lambda: None)()
         extra["checkpoint"] = {name: getattr(callback, name) for name in _CHECKPOINT_STATE if _settable(callback, name)}
         return _WorkerOutput(None, None, trainer.state, results, extra)
 
@@ -79,7 +79,7 @@ class NotebookLauncher(_MultiProcessingLauncher):
             setattr(trainer.checkpoint_callback, name, value)
 
 
-# Where a checkpoint callback, ours or Lightning's, keeps what it has written.
+# Attributes in which a checkpoint callback, ours or Lightning's, remembers the checkpoints that it wrote.
 _CHECKPOINT_STATE = ("run_folder", "scores", "last_model_path", "best_model_path", "best_model_score")
 
 
@@ -99,21 +99,21 @@ class _TrainingEpochLoop(EpochLoop):
 
 
 def drop_advertisement() -> None:
-    """Filter out the product hint that Lightning logs whenever a Trainer is created."""
+    """Drop the product hint that Lightning logs whenever a Trainer is created."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not logger.filters:
         logger.addFilter(lambda record: "litlogger" not in record.getMessage().lower())
 
 
 def keep_quiet_about_trees() -> None:
-    """Lightning 2.6.6 makes a torch `LeafSpec` of every loader, which torch 2.13 wants to be asked for otherwise."""
+    """Ignore torch 2.13's warning about how Lightning 2.6.6 tests for a `LeafSpec`: users can do nothing about it."""
     warnings.filterwarnings(
         "ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning, r"lightning\.pytorch\.utilities\._pytree"
     )
 
 
 def install_quiet_epoch_loop(trainer: pl.Trainer) -> None:
-    """Replace the Trainer's training epoch loop. Call it before the first run."""
+    """Replace the Trainer's training epoch loop by `_QuietEpochLoop`. Call it before the first run."""
     old = trainer.fit_loop.epoch_loop
     trainer.fit_loop.epoch_loop = _TrainingEpochLoop(trainer, min_steps=old.min_steps, max_steps=old.max_steps)
 

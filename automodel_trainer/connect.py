@@ -1,4 +1,4 @@
-"""What `Trainer.fit(model, data)` is given, made into a module and a data module or loader."""
+"""Turns the arguments of `Trainer.fit(model, data)` into a module and a data module or loader."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from automodel_trainer._lightning import uncompiled
 from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
-from automodel_trainer.modules import DEFAULT_OBJECTIVE
+from automodel_trainer.modules import DEFAULT_OBJECTIVE, HuggingFaceModule
 from automodel_trainer.strategies import Objective
 
 Model = str | os.PathLike[str] | PreTrainedModel | pl.LightningModule
@@ -24,27 +24,57 @@ Model = str | os.PathLike[str] | PreTrainedModel | pl.LightningModule
 def connect(
     model: Model, data: Any, datamodule: pl.LightningDataModule | None, role: str = "train"
 ) -> tuple[pl.LightningModule, pl.LightningDataModule | None, Any]:
-    """The module, and a data module or loaders; tokens are prepared before any process waits for another.
+    """The module, and a data module or loaders. Data modules prepare their tokens here, before any rank can wait.
 
     Args:
-        model, data, datamodule: as `Trainer.fit` has them.
+        model, data, datamodule: as in `Trainer.fit`.
         role: what a data set without splits is used for (`as_datamodule`).
+
+    Returns:
+        module, data module and loader; the data module or the loader is None.
 
     Raises:
         TypeError: the model is none of these.
-        ValueError: two kinds of data, or one that nothing can be made of, or that has no labels for this objective.
+        ValueError: both data and datamodule were given, the data is of an unknown kind, or its labels are not what this
+            objective learns.
     """
     if data is not None and datamodule is not None:
         raise ValueError("Give data or datamodule=, not both.")
     module: Any = model if isinstance(uncompiled(model), pl.LightningModule) else _objective_for(model)
     datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role)
+    if isinstance(module, HuggingFaceModule) and role == "train":
+        check_causal(module)
     if isinstance(datamodule, MicroBatchDataModule):
         if isinstance(uncompiled(module), Objective):
             _check_labels(module, datamodule)
             if datamodule.tokenizer is None:
                 datamodule.tokenizer = module.tokenizer_or_none
+        if isinstance(module, HuggingFaceModule):
+            choose_rows(module, datamodule)
         datamodule.prepare()
     return module, datamodule, loader
+
+
+def check_causal(module: HuggingFaceModule) -> None:
+    """Raise ValueError if the model sees the token that it is to predict."""
+    obstacle = module.isolation.causal_obstacle if module.predicts_next_token else None
+    if obstacle is not None:
+        raise ValueError(
+            f"{type(module).__name__} trains a model to predict the next token, and this one sees it: {obstacle}. If "
+            "the family can be a decoder, say so in its config (config_overrides={'is_decoder': True})."
+        )
+
+
+def choose_rows(module: HuggingFaceModule, datamodule: MicroBatchDataModule) -> None:
+    """Let `datamodule` pack documents or pad them, as is proved of the model.
+
+    Raises:
+        ValueError: it is to do what the model cannot take.
+    """
+    found = module.isolation
+    datamodule.choose_packing(None if found.packed is not None else found.packed_obstacle)
+    if not datamodule.packs and datamodule.rows_hold_documents and found.padded_obstacle is not None:
+        raise ValueError(f"This model cannot be trained on padded rows: {found.padded_obstacle}. Packing: {found}.")
 
 
 def _objective_for(model: Any) -> pl.LightningModule:
@@ -60,15 +90,15 @@ def _objective_for(model: Any) -> pl.LightningModule:
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def with_alias(name: str) -> Callable[[_Method], _Method]:
-    """Leave the keyword `name` out of the method's signature: it is a second name of another argument.
+def without(*names: str) -> Callable[[_Method], _Method]:
+    """Leave keywords out of the method's signature, which is then Lightning's.
 
     LightningCLI makes an option of every argument that it sees, and `--data` is its data module.
     """
 
     def hide(method: _Method) -> _Method:
         signature = inspect.signature(method)
-        seen = [parameter for parameter in signature.parameters.values() if parameter.name != name]
+        seen = [parameter for parameter in signature.parameters.values() if parameter.name not in names]
         method.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
         return method
 
@@ -78,16 +108,20 @@ def with_alias(name: str) -> Callable[[_Method], _Method]:
 def _check_labels(module: Objective, datamodule: MicroBatchDataModule) -> None:
     if datamodule.labels_are_tokens and not module.labels_are_tokens:
         raise ValueError(
-            f"{type(datamodule).__name__} labels every token with a token id, and {type(module).__name__} learns other "
-            "labels. Give fit a DataLoader or a LightningDataModule whose micro-batches hold its labels."
+            f"{type(datamodule).__name__} labels every token with a token id, but {type(module).__name__} learns other "
+            "labels. Give fit a DataLoader or a LightningDataModule whose micro-batches hold them."
         )
 
 
 def accumulating(count: int, datamodule: pl.LightningDataModule | None, loader: Any) -> Any:
-    """`loader`, made to give the `count` micro-batches of an optimizer step at a time.
+    """A loader that yields the `count` micro-batches of an optimizer step at a time.
+
+    Args:
+        count: micro-batches per optimizer step and rank.
+        datamodule, loader: as `connect` returns them. This project's data modules group their batches themselves.
 
     Raises:
-        ValueError: nobody knows how to group these batches.
+        ValueError: `count` is not 1, and the data is neither a DataLoader nor one of this project's data modules.
     """
     if count == 1 or isinstance(datamodule, MicroBatchDataModule):
         return loader
@@ -96,5 +130,5 @@ def accumulating(count: int, datamodule: pl.LightningDataModule | None, loader: 
     raise ValueError(
         f"accumulate_grad_batches={count} groups the batches of a DataLoader, or of this "
         f"project's data modules; this is a {type(datamodule or loader).__name__}. Give fit its DataLoader, or "
-        "yield lists of micro-batches, one list for an optimizer step, and leave accumulate_grad_batches out."
+        "yield lists of micro-batches, one list per optimizer step, and leave accumulate_grad_batches out."
     )

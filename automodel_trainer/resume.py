@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""Finds the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -12,20 +12,35 @@ from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.remote import fetch, is_remote, local_root
 from automodel_trainer.checkpoint.runs import saved_in
+from automodel_trainer.checkpoint.settings import RESUME
 from automodel_trainer.distributed.restarts import begin_fit
 
 
 def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) -> str | None:
-    """The folder that `path` means: "last", "best", "last-whole", "auto" (that if there is one), a folder, or a URL.
+    """The checkpoint folder that `ckpt_path` means. A URL is downloaded first.
+
+    Args:
+        trainer: its `default_root_dir` holds the runs.
+        path: a folder, a URL, "last", "best", "last-whole" (the newest undamaged), or "auto" (the same, or None if
+            there is none).
 
     Raises:
-        ValueError: there is no checkpoint.
+        ValueError: `path` is "last", "best" or "last-whole", and there is no such checkpoint.
     """
     callback = trainer.checkpoint_callback
     if is_remote(path):
         return str(fetch(str(path), local_root(trainer.default_root_dir) / "downloads"))
-    if path not in ("last", "last-whole", "best", "auto") or not isinstance(callback, DCPCheckpoint):
+    if path not in ("last", "last-whole", "best", "auto"):
         return None if path is None else str(path)
+    if callback is None:  # this run saves nothing; an earlier one may have
+        callback = DCPCheckpoint()
+    if not isinstance(callback, DCPCheckpoint):
+        if path in ("last-whole", "auto"):
+            raise ValueError(
+                f"ckpt_path={path!r} is for checkpoints of DCPCheckpoint, and this run has a "
+                f"{type(callback).__name__}. Give 'last', 'best' or a path, or use DCPCheckpoint."
+            )
+        return str(path)
     root = trainer.default_root_dir
     if path == "best":
         # This run's; in a new process what is on disk. Without a monitor the newest is the best, as in Lightning.
@@ -38,15 +53,48 @@ def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) ->
     if found is None and path != "auto":
         raise ValueError(
             f"ckpt_path={path!r}: there is no checkpoint under {trainer.default_root_dir}. Leave ckpt_path out to "
-            "start anew (or give 'auto'), or give default_root_dir or the checkpoint's folder."
+            "start from the beginning (or give 'auto'), or give default_root_dir or the checkpoint's folder."
         )
     return None if found is None else str(found)
 
 
-def saved_before_restart() -> str | None:
-    """After a restart by torchrun: the newest whole checkpoint in the folder of the run that was restarted.
+def check_resume(path: str | os.PathLike[str] | None, resume: str) -> None:
+    """Check the argument `resume` of `fit`.
 
-    To be called once, as `fit` begins.
+    Raises:
+        ValueError: it is unknown, or does not go together with `ckpt_path`.
+    """
+    if resume not in RESUME:
+        raise ValueError(f"resume={resume!r} is unknown. Allowed: {', '.join(map(repr, RESUME))}.")
+    if resume != "all" and path is None:
+        raise ValueError(
+            f"resume={resume!r} says what to take from a checkpoint, and there is none: give ckpt_path (a folder, "
+            "'last' or 'best')."
+        )
+    if resume == "weights" and path == "auto":
+        raise ValueError(
+            "ckpt_path='auto' goes on after an interruption, and resume='weights' would lose the optimizer each time. "
+            "Name the checkpoint's folder, or leave resume out."
+        )
+
+
+def check_folder(path: str, resume: str) -> None:
+    """Check that `resume` can be asked of a checkpoint.
+
+    Raises:
+        ValueError: it is no checkpoint folder of this project.
+    """
+    if not (Path(path) / "trainer.json").is_file():
+        raise ValueError(
+            f"resume={resume!r} needs a checkpoint folder of this project, such as checkpoints/step-00000100, and "
+            f"{path} is none. For the weights of a Hugging Face folder give it as the model."
+        )
+
+
+def saved_before_restart() -> str | None:
+    """After a restart by torchrun, the newest undamaged checkpoint of the run that was restarted; else None.
+
+    Call it once per `fit`, at its beginning: it also notes that this process has begun a run.
     """
     run = begin_fit()
     if run is None:
@@ -55,8 +103,8 @@ def saved_before_restart() -> str | None:
         try:
             check_checkpoint(checkpoint)
         except ValueError as error:
-            rank_zero_warn(f"Passing over a damaged checkpoint: {error}")
+            rank_zero_warn(f"Skipping a damaged checkpoint: {error}")
         else:
-            rank_zero_info(f"torchrun has started this run again: it goes on from {checkpoint}.")
+            rank_zero_info(f"torchrun has restarted this run: it resumes from {checkpoint}.")
             return str(checkpoint)
     return None

@@ -15,7 +15,7 @@ from automodel_trainer.modules import HuggingFaceModule
 
 
 class SavesPretrained(pl.Trainer):
-    """A Trainer that can."""
+    """A Trainer that writes its model as a Hugging Face folder. `automodel_trainer.Trainer` extends it."""
 
     def save_pretrained(
         self,
@@ -25,15 +25,18 @@ class SavesPretrained(pl.Trainer):
     ) -> Path:
         """Write the model as a Hugging Face folder: config, generation config, tokenizer, safetensors. Collective.
 
-        Of a model with LoRA the adapter is written, in PEFT's format (`merge_and_save` writes the whole model).
+        For a model with LoRA this writes the adapter, in PEFT's format. `merge_and_save` writes the whole model.
 
         Args:
-            save_directory: the folder; its parent is made if need be.
+            save_directory: the folder; missing parents are created.
             dtype: of the weights on disk; None keeps the trained dtype.
-            max_shard_size: largest weight file.
+            max_shard_size: the largest weight file, in bytes or as "5GB".
+
+        Returns:
+            the folder.
 
         Raises:
-            ValueError: there is no model to save in this process.
+            ValueError: this process has no model to save.
         """
         module = self._module_to_save()
         folder = local_only(save_directory, "save_pretrained")
@@ -48,16 +51,19 @@ class SavesPretrained(pl.Trainer):
         return folder
 
     def merge_and_save(self, save_directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
-        """Merge the LoRA adapter into its base model and write that as a Hugging Face folder. Collective.
+        """Merge the LoRA adapter into its base model and write the result as a Hugging Face folder. Collective.
 
-        The base is read from where it came from and written tensor by tensor: no process holds all of it.
+        The base weights are read from their folder again and written tensor by tensor: no process holds all of them.
 
         Args:
             save_directory: the folder, which must not exist.
-            dtype: of the weights on disk; None keeps the base's.
+            dtype: of the weights on disk; None keeps the base's dtype.
+
+        Returns:
+            the folder.
 
         Raises:
-            ValueError: there is no model with an adapter in this process, or its base is no folder.
+            ValueError: this process has no model with an adapter, or the base model did not come from a folder.
         """
         module = self._module_to_save()
         return merge_and_save(

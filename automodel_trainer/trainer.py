@@ -30,12 +30,12 @@ from automodel_trainer.callbacks._loggers import upload_folders
 from automodel_trainer.callbacks.defaults import default_callbacks
 from automodel_trainer.callbacks.preemption import preemption_of
 from automodel_trainer.checkpoint.remote import is_remote, local_root
-from automodel_trainer.connect import Model, accumulating, connect, with_alias
+from automodel_trainer.connect import Model, accumulating, connect, without
 from automodel_trainer.data.adapt import as_loaders, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.distributed.launch import launched_sizes
 from automodel_trainer.modules import HuggingFaceModule
-from automodel_trainer.resume import checkpoint_path, saved_before_restart
+from automodel_trainer.resume import check_folder, check_resume, checkpoint_path, saved_before_restart
 from automodel_trainer.saves import SavesPretrained
 from automodel_trainer.strategies import MeshStrategy, Objective
 from automodel_trainer.strategies.base.precision import canonical_precision
@@ -43,25 +43,29 @@ from automodel_trainer.verification.ranks import Launcher
 from automodel_trainer.verification.report import Report
 from automodel_trainer.verification.verify import verify
 
-DEFAULT_EPOCHS = 3  # where neither epochs, steps nor time are given, as Hugging Face's trainer has it
+DEFAULT_EPOCHS = 3  # if neither epochs, steps nor time are given; Hugging Face's Trainer has the same default
 
 
 class Trainer(SavesPretrained):
     """`lightning.pytorch.Trainer` for Hugging Face models on any layout of devices.
 
-    Every argument of Lightning's Trainer is here and means the same, with these additions:
+    It takes every argument of Lightning's Trainer with the same meaning. These are new or mean more:
 
     Args:
         strategy: a name (`auto`, `ddp`, `fsdp2`, `hsdp`, …), a name with sizes (`"fsdp2:dp_shard=2"`), or an object.
         precision: `fp32`, `bf16` (fp32 master weights, bf16 compute), `bf16-true`, or one of Lightning's names.
-        log_every_n_steps: optimizer steps between two looks at the device's numbers; nothing waits for it in between.
-        accumulate_grad_batches: micro-batches per optimizer step and rank, where the data module has no
+        log_every_n_steps: optimizer steps between two log steps. Only log steps wait for the device.
+        accumulate_grad_batches: micro-batches per optimizer step and rank, if the data module has no
             `global_batch_size`.
-        max_time: save and stop so that no more time than this passes from `fit` on (see `Preemption`). A resumed run
-            has all of it again.
+        max_time: save and stop before this much time has passed since `fit` began (see `Preemption`). A resumed run
+            gets the full time again.
         gradient_clip_val: largest global gradient norm; None leaves it to the module (`HuggingFaceModule`: 1.0).
-        enable_ledger: print, after the first step, what is trained, in which dtypes, on which mesh; stop on a surprise.
+        enable_ledger: print after the first step what is trained, in which dtypes and on which mesh; stop on a
+            surprise.
         enable_throughput: log tokens per second, MFU, memory and data wait.
+
+    Raises:
+        ValueError: an argument is unknown or not allowed; the message says what is.
     """
 
     @defaults_from_env_vars
@@ -112,11 +116,16 @@ class Trainer(SavesPretrained):
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         max_epochs = _upper_limit(max_epochs, max_steps, min_epochs, min_steps, max_time)
         devices, num_nodes = launched_sizes(devices, num_nodes)
         accelerator, strategy = resolve_devices(accelerator, strategy)
         self.requested_gradient_clip_val = gradient_clip_val
         self.requested_accumulation = accumulate_grad_batches
+        self.arguments = arguments
+        self.resume: str = "all"
+        self.resumed_path: str | None = None  # the checkpoint that the run goes on from, or takes its weights of
+        self.extra_steps = 0  # beyond epochs × steps per epoch: of epochs with another batch size, or other data
         drop_advertisement()
         keep_quiet_about_trees()
         super().__init__(
@@ -142,7 +151,8 @@ class Trainer(SavesPretrained):
             min_epochs=min_epochs,
             max_steps=max_steps,
             min_steps=min_steps,
-            max_time=None,  # Preemption's: Lightning's timer leaves no room to save, and all ranks wait for rank 0
+            # `Preemption` has it: Lightning's timer leaves no time to save, and every step waits for rank 0.
+            max_time=None,
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
             limit_test_batches=limit_test_batches,
@@ -181,7 +191,7 @@ class Trainer(SavesPretrained):
 
     # --- entry points ---------------------------------------------------------------------------------------------
 
-    @with_alias("data")
+    @without("data")
     def fit(  # type: ignore[override]
         self,
         model: Model,
@@ -191,9 +201,10 @@ class Trainer(SavesPretrained):
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
         *,
+        resume: Literal["all", "data", "weights"] = "all",
         data: Any = None,
     ) -> Path | None:
-        """Train.
+        """Train a model on data.
 
         Args:
             model: a Hub id or folder, a `PreTrainedModel` (real, or on meta with its path), or a LightningModule.
@@ -201,27 +212,32 @@ class Trainer(SavesPretrained):
                 `Dataset` or `DatasetDict`, a list of rows or batches, a DataLoader or several (as Lightning has them),
                 or a LightningDataModule.
             val_dataloaders, datamodule: as Lightning has them; `val_dataloaders` may be a list of batches.
-            ckpt_path: a checkpoint folder (or URL) to go on from, `"last"`, `"best"`, `"last-whole"`: the newest not
-                damaged (with `"last"` a damaged one is an error that names the file), or `"auto"`: that if there is
-                one. Where torchrun has started the run again after a failure, its own last checkpoint goes first.
+            ckpt_path: the checkpoint to resume from: a folder, a URL, `"last"`, `"best"`, `"last-whole"` (the newest
+                that is not damaged; `"last"` raises if the newest is damaged and names the file), or `"auto"` (the
+                same, or none if there is none). After a restart by torchrun, the run's own last checkpoint is used.
             weights_only: as Lightning has it.
+            resume: what to take from the checkpoint of `ckpt_path`. "all" goes on where it was. "data" keeps weights,
+                optimizer and step, and begins with the first row and epoch of other data. "weights" starts a new run
+                from its weights. Settings that differ from the checkpoint's are taken over or refused
+                (docs/resume.md has the list); the ledger prints them.
             data: another name of `train_dataloaders`.
 
         Returns:
-            the newest checkpoint of the run, if it wrote one.
+            the newest checkpoint of the run, or None if it wrote none.
 
         Raises:
-            ValueError: model, data and trainer do not fit together; the message says how they would.
+            ValueError: model, data and trainer do not fit together, or the checkpoint cannot go on so; the message
+                says what to change.
         """
         data = one_of("data", data, "train_dataloaders", train_dataloaders)
         module, datamodule, loader = connect(model, data, datamodule)
         if isinstance(uncompiled(module), Objective):
-            # Manual optimization: the module and the data module carry out what Lightning would refuse here.
+            # Lightning refuses both under manual optimization. The module clips, and the data module accumulates.
             self.accumulate_grad_batches, self.gradient_clip_val = 1, None
             loader = accumulating(self.requested_accumulation, datamodule, loader)
             if self.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
                 raise ValueError(
-                    f"gradient_clip_algorithm='value' is not offered for {type(module).__name__}, which clips the "
+                    f"gradient_clip_algorithm='value' does not work with {type(module).__name__}, which clips the "
                     "global norm. Leave it out, or clip by value in a LightningModule of your own."
                 )
         else:
@@ -234,13 +250,25 @@ class Trainer(SavesPretrained):
             train_dataloaders=loader,
             val_dataloaders=as_loaders(val_dataloaders),
             datamodule=datamodule,
-            ckpt_path=saved_before_restart() or checkpoint_path(self, ckpt_path),
+            ckpt_path=self._resumed_path(ckpt_path, resume),
             weights_only=weights_only,
         )
         last = getattr(self.checkpoint_callback, "last_model_path", None)
         return Path(last) if last else None
 
-    @with_alias("data")
+    def _resumed_path(self, ckpt_path: str | os.PathLike[str] | None, resume: str) -> str | None:
+        """The checkpoint that Lightning restores; of one that only gives its weights it is not told."""
+        check_resume(ckpt_path, resume)
+        self.resume, self.extra_steps = "all", 0
+        self.resumed_path = saved_before_restart()
+        if self.resumed_path is None:
+            self.resumed_path = checkpoint_path(self, ckpt_path)
+            if self.resumed_path is not None and resume != "all":
+                check_folder(self.resumed_path, resume)
+                self.resume = resume
+        return None if self.resume == "weights" else self.resumed_path
+
+    @without("data")
     def validate(  # type: ignore[override]
         self,
         model: Model | None = None,
@@ -259,7 +287,7 @@ class Trainer(SavesPretrained):
         arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "validation", ckpt_path)
         return super().validate(**arguments, verbose=verbose, weights_only=weights_only)
 
-    @with_alias("data")
+    @without("data")
     def test(  # type: ignore[override]
         self,
         model: Model | None = None,
@@ -278,7 +306,7 @@ class Trainer(SavesPretrained):
         arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "test", ckpt_path)
         return super().test(**arguments, verbose=verbose, weights_only=weights_only)
 
-    @with_alias("data")
+    @without("data")
     def predict(  # type: ignore[override]
         self,
         model: Model | None = None,
@@ -290,26 +318,30 @@ class Trainer(SavesPretrained):
         *,
         data: Any = None,
     ) -> Any:
-        """Score data; arguments as in `fit`. A `HuggingFaceModule` gives what its `predict` says."""
+        """Predict on data; arguments as in `fit`.
+
+        Returns Lightning's list of predictions. Those of a `HuggingFaceModule` come from its `predict`.
+        """
         arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "predict", ckpt_path)
         return super().predict(**arguments, return_predictions=return_predictions, weights_only=weights_only)
 
     def verify(
         self, model: Model, data: Any, *, devices: int | None = None, full: bool = False, launch: Launcher | None = None
     ) -> Report:
-        """Prove that this Trainer's strategy computes for a model and data what one device computes; prints a table.
+        """Check that this Trainer's strategy computes the same as one device, for a model and data. Prints a table.
 
         A small copy of the model (same architecture, random weights) takes three optimizer steps on one device and on
-        the layout; loss, gradients and weights are compared. Ranks are processes on this machine's CPU.
+        the layout. Loss, module outputs, gradients and weights are compared. Ranks are processes on this machine's CPU.
 
         Args:
-            model, data: as in `fit`; of the data the first batches are used.
-            devices: ranks of the layout; None: as few as its sizes allow.
-            full: use this machine's GPUs.
-            launch: starts the ranks in some other way.
+            model, data: as in `fit`; only the first batches of the data are used.
+            devices: the number of ranks; None takes as few as the layout's sizes allow.
+            full: run on this machine's GPUs.
+            launch: starts the ranks; None starts processes on this machine.
 
         Raises:
-            ValueError: the layout refuses this model, or it is none of this project's.
+            ValueError: the layout refuses this model, the module is not a `HuggingFaceModule`, or the data has no
+                labels.
         """
         module, datamodule, loader = connect(model, data, None)
         if not isinstance(module, HuggingFaceModule):
@@ -329,10 +361,10 @@ class Trainer(SavesPretrained):
         return self.requested_accumulation
 
     def planned_steps(self) -> int | None:
-        """Optimizer steps this run will take, if that is known before it starts."""
+        """The optimizer steps of this run, or None if they are not known before it starts."""
         steps = self._steps_per_epoch()
         epochs = self.max_epochs
-        by_epochs = None if steps is None or epochs is None or epochs < 0 else steps * epochs
+        by_epochs = None if steps is None or epochs is None or epochs < 0 else steps * epochs + self.extra_steps
         by_steps = None if self.max_steps in (-1, None) else self.max_steps
         return min((n for n in (by_epochs, by_steps) if n is not None), default=None)
 
@@ -347,15 +379,15 @@ class Trainer(SavesPretrained):
 
     @property
     def stopped_by(self) -> str | None:
-        """The signal that ended the last run before its time, or "max_time"; None if nothing did."""
+        """The signal that stopped the last run early, or "max_time"; None if it ran to its end."""
         preemption = preemption_of(self)
         return None if preemption is None else preemption.stopped_by
 
     @property
     def exit_code(self) -> int:
-        """What the process should end with: 0, 75 if the run is to be started again, 130 after Ctrl-C (`Preemption`).
+        """The exit code for this process: 0, 75 if the run should be started again, 130 after Ctrl-C (`Preemption`).
 
-        On ranks other than the first always 0: what started them takes anything else for a failure.
+        Ranks other than the first always get 0: a launcher takes any other code as a failure.
         """
         preemption = preemption_of(self)
         return 0 if preemption is None or not self.is_global_zero else preemption.exit_code
@@ -369,8 +401,8 @@ class Trainer(SavesPretrained):
         data = one_of("data", data, "dataloaders", dataloaders)
         if model is None:
             if self.lightning_module is None:
-                raise ValueError("Give a model: this Trainer has not run any yet.")
-            if data is None and datamodule is None:  # Lightning goes on with what the last run was given
+                raise ValueError("Give a model: this Trainer has not run one yet.")
+            if data is None and datamodule is None:  # Lightning uses the data of the last run
                 return {"model": None, "dataloaders": None, "datamodule": None, "ckpt_path": path}
             _, datamodule, loader = connect(self.lightning_module, data, datamodule, role)
             # No model: Lightning then chooses the best checkpoint of the run.

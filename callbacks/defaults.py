@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 
+from automodel_trainer.callbacks.continue_run import ContinueRun
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.callbacks.garbage_collection import GarbageCollection
 from automodel_trainer.callbacks.ledger import Ledger
@@ -28,6 +29,8 @@ def default_callbacks(
 ) -> list[Callback]:
     """The user's callbacks, with the default ones added unless the user gave one of that kind.
 
+    A `ContinueRun` is always among them: without it a resumed run could go on with another run's settings.
+
     Args:
         given: the user's callbacks.
         checkpointing: add a DCPCheckpoint and a Preemption.
@@ -48,6 +51,8 @@ def default_callbacks(
     def missing(kind: type[Callback]) -> bool:
         return not any(isinstance(callback, kind) for callback in callbacks)
 
+    if missing(ContinueRun):
+        callbacks.insert(0, ContinueRun())
     if throughput and missing(Throughput):
         callbacks.insert(0, Throughput())
     if ledger and missing(Ledger):

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
+from automodel_trainer.callbacks.block_memory import BlockMemory
 from automodel_trainer.callbacks.console import block, show
 from automodel_trainer.callbacks.layout import max_over_ranks, trained_model
 from automodel_trainer.callbacks.ledger_facts import (
@@ -50,6 +51,8 @@ class Ledger(Callback):
         ValueError: `allow` has an unknown name; after the first step, a surprise that is not allowed.
     """
 
+    tells_changes = True  # of a resumed run; see `ContinueRun`
+
     def __init__(self, allow: Sequence[str] = ()) -> None:
         unknown = [name for name in allow if name not in SURPRISES]
         if unknown or isinstance(allow, str):
@@ -57,10 +60,17 @@ class Ledger(Callback):
         self.allow = tuple(allow)
         self.facts: Facts = {}
         self._gradients: Facts | None = None
+        self._memory: BlockMemory | None = None
+        self._bytes_per_block: int | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the facts of an earlier run."""
-        self.facts, self._gradients = {}, None
+        self.facts, self._gradients, self._memory = {}, None, None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        """Watch the first forward."""
+        if self._memory is None:
+            self._memory = BlockMemory(trained_model(trainer), trainer.strategy.root_device)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -68,6 +78,7 @@ class Ledger(Callback):
         """Look at the gradients of the first step: later the optimizer clears them."""
         if self._gradients is None:
             self._gradients = gradient_facts(trainer, trained_model(trainer))
+            self._bytes_per_block = self._memory.stop() if self._memory else None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -84,7 +95,7 @@ class Ledger(Callback):
             "model": model_facts(trainer, model),
             "gradients": self._gradients,
             "optimizer": optimizer_facts(trainer, pl_module, model),
-            "run": run_facts(trainer, batch),
+            "run": {**run_facts(trainer, batch), "bytes_per_block": self._bytes_per_block},
         }
         surprises = self._surprises(trainer, pl_module)
         show(trainer, block("ledger", ledger_rows(self.facts)))

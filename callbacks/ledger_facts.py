@@ -14,12 +14,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from automodel_trainer.callbacks.continue_run import ContinueRun, changed_rows
 from automodel_trainer.callbacks.counts import Counts, micro_batches
 from automodel_trainer.callbacks.garbage_collection import GarbageCollection
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.callbacks.watchdog import Watchdog
+from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.distributed.stage_names import of_all_stages
-from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
+from automodel_trainer.models._transformers import (
+    attention_in_use,
+    experts_in_use,
+    tied_weight_names,
+    unused_balancing_loss,
+)
 from automodel_trainer.models.kernels import KernelsInUse, kernels_in_use
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
@@ -75,6 +82,7 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
         "attention": sorted({attention_in_use(m) for m in inner}),
         "kernels": kernels.texts,
         "kernel_costs": kernels.costs(compiled_with(trainer.strategy)["compile"] is not None),
+        "experts": next((text for m in inner if (text := _experts(m))), None),
         "fp8": next((str(layers) for m in inner if (layers := fp8_layers(m))), None),
         "lora": next((text for m in inner if (text := describe_lora(m))), None),
     }
@@ -105,7 +113,7 @@ def optimizer_facts(trainer: pl.Trainer, module: pl.LightningModule, model: nn.M
     return {
         "class": ", ".join(type(optimizer).__name__ for optimizer in optimizers),
         "fused": bool(first.get("fused")),
-        "lr": float(getattr(module, "lr", None) or first.get("initial_lr", first.get("lr", 0.0))),
+        "lr": float(first.get("initial_lr", first.get("lr", 0.0))),
         "weight_decay": float(max((group.get("weight_decay") or 0.0 for group in groups), default=0)),
         "bytes": bytes_by_dtype(states),
         "left_out": [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in given],
@@ -140,6 +148,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "steps_per_epoch": _steps_per_epoch(trainer),
         "max_epochs": trainer.max_epochs,
         "data": _data(trainer),
+        "rows": _rows(trainer),
         "watchdog": next((c.silence for c in trainer.callbacks if isinstance(c, Watchdog) and c.active), None),  # type: ignore[attr-defined]
         "allocator": allocator_of(strategy.root_device) if isinstance(strategy, MeshStrategy) else None,
         "garbage_collection": next(
@@ -147,6 +156,21 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
             0,
         ),
         "checkpoints": str(folder) if folder else None,
+        "resumed": resumed_facts(trainer),
+    }
+
+
+def resumed_facts(trainer: pl.Trainer) -> Facts | None:
+    """The checkpoint that the run goes on from, its step and what has changed; None for a new run."""
+    run = next((callback for callback in trainer.callbacks if isinstance(callback, ContinueRun)), None)  # type: ignore[attr-defined]
+    if run is None or run.checkpoint is None:
+        return None
+    return {
+        "checkpoint": str(run.checkpoint),
+        "step": run.step,
+        "takes": run.resume,
+        "changes": {change.name: [change.then, change.now] for change in run.changes},
+        "rows": changed_rows(run.changes),
     }
 
 
@@ -233,6 +257,29 @@ def _data(trainer: pl.Trainer) -> str:
     except TypeError:  # a stream
         size = ""
     return type(source).__name__ + size
+
+
+def _rows(trainer: pl.Trainer) -> str | None:
+    """How documents lie in rows, and what is proved of that; None where nobody knows."""
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    proof = getattr(trainer.lightning_module, "__dict__", {}).get("isolation")  # only if it was asked for
+    if not isinstance(datamodule, MicroBatchDataModule) or not datamodule.rows_hold_documents:
+        return None if proof is None else str(proof)
+    if datamodule.packs:
+        return "packed; " + ("not checked: the module is no objective" if proof is None else str(proof))
+    why = datamodule.packing_obstacle
+    checked = "; checked: a row with padding is as the row alone" if proof is not None and proof.checked else ""
+    return f"padded, by length{checked}" + (f"; not packed, because {why}" if why else "")
+
+
+def _experts(model: PreTrainedModel) -> str | None:
+    """What computes the experts, and a balancing loss that is configured and not used."""
+    unused = unused_balancing_loss(model)
+    if (name := experts_in_use(model)) is None:
+        return None
+    return f"{name} (transformers' experts_implementation)" + (
+        f"; {unused} is not used: output_router_logits is off" if unused else ""
+    )
 
 
 def _transformers_models(model: nn.Module) -> list[PreTrainedModel]:

@@ -34,6 +34,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
         rows.append(("fp8", model["fp8"]))
     if model["attention"]:
         rows.append(("attention", ", ".join(map(attention_text, model["attention"]))))
+    if model.get("experts"):
+        rows.append(("experts", model["experts"]))
     if model["kernels"]:
         rows.append(("kernels", "; ".join(f"{name}: {text}" for name, text in model["kernels"].items())))
     if model.get("kernel_costs"):
@@ -46,13 +48,29 @@ def ledger_rows(facts: Facts) -> list[Row]:
         *_left_out(facts["optimizer"]["left_out"]),
         ("steps", _steps(run)),
         ("data", run["data"]),
+        *([("rows", run["rows"])] if run.get("rows") else []),
         ("checkpoints", run["checkpoints"] or "off"),
     ]
+    if run.get("resumed"):
+        rows += _resumed(run["resumed"])
     if run.get("allocator"):  # only on a GPU
         rows.append(("memory", _allocation(run)))
+    if run.get("bytes_per_block") is not None:
+        mode = run["activation_checkpointing"]
+        how = f" with activation checkpointing {mode}" if mode else ""
+        rows.append(("activations", f"a block keeps {memory_text(run['bytes_per_block'])} until its backward{how}"))
     if run.get("watchdog"):
         rows.append(("watchdog", f"ends the run if a rank hangs for {run['watchdog']:g} s or disappears"))
     return rows
+
+
+_TAKES = {"all": "goes on from", "data": "goes on, with new data, from", "weights": "begins with the weights of"}
+
+
+def _resumed(resumed: Facts) -> list[Row]:
+    rows = [("resume", f"{_TAKES[resumed['takes']]} {resumed['checkpoint']} (step {resumed['step']:,})")]
+    changed = resumed["rows"] or ["nothing"]
+    return [*rows, ("changed", changed[0]), *(("", text) for text in changed[1:])]
 
 
 def _allocation(run: Facts) -> str:

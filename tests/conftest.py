@@ -13,7 +13,7 @@ os.environ.setdefault("RES_OPTIONS", "attempts:0")
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import rounding
+from tests import matrix, rounding
 from tests.pool import RankPool
 
 rounding.install()
@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    matrix.leave_out(config, items)
     seed = config.getoption("random_order")
     if seed is not None:
         items[:] = shuffled(items, random.Random(seed))

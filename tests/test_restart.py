@@ -66,7 +66,7 @@ def test_torchrun_restarts_go_on(pool: RankPool, tmp_path: Path) -> None:
     expected = {entry[1]: entry[3] for entry in whole}
     assert [loss for _, loss, _ in entries] == [expected[step] for step, *_ in entries]
     saved = tmp_path / "checkpoints-v1" / "step-00000006"
-    assert f"torchrun has started this run again: it goes on from {saved}" in job.log()
+    assert f"torchrun has restarted this run: it resumes from {saved}" in job.log()
 
 
 def test_a_script_that_fits_twice_is_restarted_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

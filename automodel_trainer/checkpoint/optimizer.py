@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from automodel_trainer.checkpoint import quantized_state
 from automodel_trainer.checkpoint.codec import decode, encode
 from automodel_trainer.checkpoint.extra import filled, take_out
+from automodel_trainer.checkpoint.given import Options, given_options, kept_options
 from automodel_trainer.checkpoint.host_copies import Copy, keep
 from automodel_trainer.checkpoint.manifest import OTHER, damage_named, read_json
 from automodel_trainer.checkpoint.record import Entry, write_json, write_safetensors
@@ -156,13 +157,19 @@ def _united(ranks: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return united
 
 
-def load_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], folder: Path) -> None:
+def load_optimizers(
+    module: nn.Module, optimizers: Sequence[Optimizer], folder: Path, given: Sequence[Sequence[Options]] | None = None
+) -> None:
     """Read the state into the optimizers, sharded like their parameters. Collective.
+
+    An option of a parameter group (`lr`, `betas`, …) that this run was given another value of than the run that wrote
+    the checkpoint keeps its new value. Every other one goes on with its value in the checkpoint.
 
     Args:
         module: the owner of the parameters.
         optimizers: the optimizers to fill; their state is replaced.
         folder: the optimizer folder of a checkpoint.
+        given: what the groups of each optimizer were given in the run that wrote the checkpoint; None if not known.
 
     Raises:
         ValueError: the folder is damaged, or the run has other optimizers, parameter groups or parameters.
@@ -180,7 +187,7 @@ def load_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], folder: 
     parameters = {}
     here = _united(gather([_groups(module, optimizer) for optimizer in optimizers]))
     for index, (optimizer, now, group) in enumerate(zip(optimizers, here, groups)):
-        _load_groups(optimizer, now, group, folder)
+        _load_groups(optimizer, now, group, folder, given[index] if given else None)
         parameters.update({f"{index}.{n}": (optimizer, p) for n, p in _named_parameters(module, optimizer).items()})
         optimizer.state.clear()
     trained = {f"{i}.{name}" for i, now in enumerate(here) for group in now["groups"] for name in group["parameters"]}
@@ -304,24 +311,33 @@ def read_shapes(reader: HuggingFaceStorageReader, folder: Path) -> Mapping[str, 
     return saved
 
 
-def _load_groups(optimizer: Optimizer, now: Mapping[str, Any], saved: Mapping[str, Any], folder: Path) -> None:
+def _load_groups(
+    optimizer: Optimizer,
+    now: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    folder: Path,
+    given_then: Sequence[Options] | None,
+) -> None:
     if now["optimizer"] != saved["optimizer"]:
         raise ValueError(
             f"{folder} holds state of {saved['optimizer']}, but the run uses {now['optimizer']}. Resume with "
-            f"{saved['optimizer']}."
+            f"{saved['optimizer']}, or start a new run from the checkpoint's weights (fit(resume='weights'))."
         )
     if len(now["groups"]) != len(saved["groups"]):
         raise ValueError(
             f"{folder} holds {len(saved['groups'])} parameter groups, but the run has {len(now['groups'])}. Resume "
             "with the same groups."
         )
-    for group, own, other in zip(optimizer.param_groups, now["groups"], saved["groups"]):
+    given = given_options(optimizer)
+    for i, (group, own, other) in enumerate(zip(optimizer.param_groups, now["groups"], saved["groups"])):
         if difference := set(own["parameters"]) ^ other["parameters"]:
             raise ValueError(
                 f"{folder}: {listed(sorted(difference))} was trained, or grouped, differently than in this run. Resume "
                 "with the same modules frozen and the same weight-decay groups."
             )
-        group.update(other["options"])
+        then = None if given_then is None else given_then[i]
+        now_given = None if given is None else given[i]
+        group.update(kept_options(other["options"], then, now_given))
 
 
 def _stored(name: str, value: Any, parameter: Tensor) -> dict[str, Tensor]:

@@ -276,7 +276,7 @@ def download_last(remote: RemoteRuns, base: Path, local: Path | None, whole: boo
         except ValueError as error:
             if not whole:
                 raise
-            rank_zero_warn(f"Passing over a damaged checkpoint: {remote}{run}/{name}: {error}")
+            rank_zero_warn(f"Skipping a damaged checkpoint: {remote}{run}/{name}: {error}")
             continue
         return local if local is not None and created(local) > created(folder) else folder
     return local

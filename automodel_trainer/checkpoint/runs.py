@@ -76,7 +76,7 @@ def find_last(base: Path, whole: bool = False) -> Path | None:
             if whole:
                 check_checkpoint(checkpoint)
         except ValueError as error:
-            rank_zero_warn(f"Passing over a damaged checkpoint: {error}")
+            rank_zero_warn(f"Skipping a damaged checkpoint: {error}")
         else:
             return checkpoint
     return None

@@ -41,6 +41,7 @@ RNG_KEY = "automodel_trainer.rng"  # key in the loaded dict: the state of this r
 CONFIG_KEY = "automodel_trainer.config"  # key in the dict to save: the text of the run's config.yaml
 FOLDER_KEY = "automodel_trainer.folder"  # key in the loaded dict: where it was read from
 _NOT_IN_JSON = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY, FOLDER_KEY)
+RUN_KEY = "automodel_trainer.run"  # key in both: the run's settings, and what optimizers and schedules were given
 
 
 @dataclass
@@ -200,7 +201,8 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizers: Sequence[Optimi
     checkpoint = open_checkpoint(folder)
     on_all_ranks(partial(load_weights, module, folder / "model"), folder)
     if optimizers:
-        on_all_ranks(partial(load_optimizers, module, optimizers, folder / "optimizer"), folder)
+        given = checkpoint.get(RUN_KEY, {}).get("optimizers")
+        on_all_ranks(partial(load_optimizers, module, optimizers, folder / "optimizer", given), folder)
     return {**checkpoint, "state_dict": {}, "optimizer_states": []}
 
 
@@ -242,6 +244,15 @@ def read_whole(folder: Path) -> dict[str, Any]:
     """
     check_checkpoint(folder)
     return {**_read_trainer(folder)[0], "state_dict": SavedWeights(folder / "model").copy()}
+
+
+def read_lightning_state(folder: Path) -> dict[str, Any]:
+    """Lightning's state in a checkpoint (loops, callbacks, data module) and the run's record (`RUN_KEY`), alone.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return _read_trainer(folder)[0]
 
 
 def _read_trainer(folder: Path) -> tuple[dict[str, Any], int]:

@@ -45,8 +45,9 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
         pad_id: token id for padding.
 
     Returns:
-        `input_ids`, `labels` and `position_ids` (int64 `[len(rows), width]`), `sample_ids` and `packed`. There is no
-        attention mask: documents begin where the positions restart.
+        `input_ids`, `labels` and `position_ids` (int64 `[len(rows), width]`), `sample_ids`, `packed` and
+        `document_lengths` (of each row, its padding the last). There is no attention mask: documents begin where the
+        positions restart.
     """
     batch = _empty(rows, width, pad_id)
     for index, row in enumerate(rows):
@@ -57,7 +58,10 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
             _place(batch, index, start, document)
             batch["position_ids"][index, start:end] = np.arange(end - start)
         batch["position_ids"][index, end:] = np.arange(width - end)
-    return {**_tensors(batch, rows), "packed": bool((batch["position_ids"] != np.arange(width)).any())}
+    lengths = [[len(document.input_ids) for document in row] for row in rows]
+    lengths = [[*of_row, rest] if (rest := width - sum(of_row)) else of_row for of_row in lengths]
+    packed = bool((batch["position_ids"] != np.arange(width)).any())
+    return {**_tensors(batch, rows), "packed": packed, "document_lengths": lengths}
 
 
 def collate_padded(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
@@ -69,7 +73,7 @@ def collate_padded(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
         pad_id: token id for padding.
 
     Returns:
-        The tensors of `collate_packed` (without `packed`), and `attention_mask` (int64 `[len(rows), width]`).
+        What `collate_packed` has without lengths, and `attention_mask` (int64 `[len(rows), width]`).
     """
     batch = _empty(rows, width, pad_id)
     batch["position_ids"][:] = np.arange(width)
@@ -82,7 +86,7 @@ def collate_padded(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
             batch["attention_mask"][index, : len(document.input_ids)] = 1
         if not row:
             batch["attention_mask"][index, 0] = 1  # a softmax over no keys at all would be NaN
-    return _tensors(batch, rows)
+    return {**_tensors(batch, rows), "packed": False}
 
 
 def padded_width(longest: int, limit: int) -> int:

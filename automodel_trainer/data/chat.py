@@ -9,13 +9,14 @@ import numpy as np
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.data.base import MicroBatchDataModule, check_packing
 from automodel_trainer.data.chat_template import Encoded, encode
 from automodel_trainer.data.checks import check_samples
-from automodel_trainer.data.formats import detect_format
+from automodel_trainer.data.formats import format_of
+from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.packing import pack
 from automodel_trainer.data.rows import Rows, RowStats, SampleRows, TokenStore, digest
-from automodel_trainer.data.sources import load_rows, load_validation_rows
+from automodel_trainer.data.sources import describe_place, load_rows, load_validation_rows, places_of
 from automodel_trainer.data.tokens import check_share, split_ids, tokenize
 
 CHECKED = 200
@@ -26,19 +27,22 @@ class ChatDataModule(MicroBatchDataModule):
     """Conversations for supervised fine-tuning: messages, ShareGPT, prompt/completion or instruction columns.
 
     The tokenizer's chat template turns every row into a sample. Only the tokens that `loss_on` selects are trained.
-    Samples are packed into rows of `seq_len` tokens without attending to each other, or padded (`packing=False`).
+    Samples are packed into rows of `seq_len` tokens without seeing each other. Where the model cannot do that, they are
+    padded.
 
     Args:
-        train: a jsonl, json or parquet file or a folder of them, a folder written by `save_to_disk`, a Hub id, a
-            `datasets.Dataset` or `DatasetDict`, or a list of dicts.
+        train: a jsonl, json, parquet, csv, tsv or arrow file, also compressed (gz, zst, bz2, xz); a folder or pattern
+            of them, a URL of object storage, a folder written by `save_to_disk`, a Hub id, a `datasets.Dataset` or
+            `DatasetDict`, or a list of dicts (docs/data.md).
         validation: the same, for validation. None: the validation split that comes with `train`, if any.
         tokenizer: a tokenizer or the path of one. None: the model's, set by the Trainer.
         seq_len: tokens per row.
         micro_batch_size: rows per forward pass on one rank.
         global_batch_size: rows per optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
             times the Trainer's accumulation.
-        packing: put several samples into a row; they do not attend to each other. False: one padded sample per row,
-            with rows of similar length in the same batch.
+        packing: put several samples into a row; they do not see each other. False: one padded sample per row, with
+            rows of similar length in the same batch. "auto": True where the model keeps samples apart, which is proved
+            before training; the ledger says why not.
         loss_on: "assistant" trains every assistant turn, "last_turn" the last one, "all" every token.
         val_split: share of `train` to hold out for validation if `validation` is None.
         seed: determines the order of the rows in each epoch, and the rows that `val_split` takes.
@@ -65,7 +69,7 @@ class ChatDataModule(MicroBatchDataModule):
         seq_len: int = 2048,
         micro_batch_size: int = 1,
         global_batch_size: int | None = None,
-        packing: bool = True,
+        packing: bool | Literal["auto"] = "auto",
         loss_on: Literal["assistant", "last_turn", "all"] = "assistant",
         val_split: float = 0.0,
         seed: int = 0,
@@ -85,6 +89,7 @@ class ChatDataModule(MicroBatchDataModule):
             num_workers=num_workers,
             drop_last=drop_last,
         )
+        check_packing(packing)
         _check_choice("loss_on", loss_on, ("assistant", "last_turn", "all"))
         _check_choice("overlong", overlong, ("drop", "truncate", "error"))
         check_share(val_split)
@@ -126,7 +131,7 @@ class ChatDataModule(MicroBatchDataModule):
             rows = load_rows(self.train, "train")
             if self.val_split:
                 rows = rows.select(split_ids(len(rows), self.val_split, self.seed))
-        form = detect_format(rows.column_names, self.columns)
+        form = format_of(rows, self.columns)
         conversations = (form.to_messages(rows[index], index).messages for index in range(len(rows)))
         questions = (first_user_turn(messages) for messages in conversations)
         return list(islice(filter(None, questions), count))
@@ -143,16 +148,19 @@ class ChatDataModule(MicroBatchDataModule):
     def _samples(self, rows: Dataset) -> tuple[TokenStore, str]:
         """All rows as tokens, and their fingerprint."""
         tokenizer, loss_on = self.load_tokenizer(), self.loss_on
-        form = detect_format(rows.column_names, self.columns)
+        form = format_of(rows, self.columns)
+        places = places_of(rows)
 
         def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-            samples: dict[str, list[Any]] = {"input_ids": [], "trained": [], "sample_id": indices}
+            samples: dict[str, list[Any]] = {"input_ids": [], "trained": [], "sample_id": indices, "empty_turns": []}
             for position, index in enumerate(indices):
                 row = {name: values[position] for name, values in batch.items()}
                 try:
-                    encoded = encode(tokenizer, form.to_messages(row), loss_on)
+                    conversation = form.to_messages(row)
+                    encoded = encode(tokenizer, conversation, loss_on)
                 except ValueError as error:
-                    raise ValueError(f"row {index} of the data: {error}") from error
+                    raise ValueError(f"{describe_place(places, index)}: {error}") from error
+                samples["empty_turns"].append(sum(map(is_empty_turn, conversation.messages)))
                 samples["input_ids"].append(encoded.input_ids)
                 samples["trained"].append(encoded.trained)
             return samples
@@ -162,6 +170,13 @@ class ChatDataModule(MicroBatchDataModule):
             rows, encode_batch, tokenizer=tokenizer, settings=settings, masked=True, cache=self.cache
         )
         store = TokenStore(samples)
+        if len(empty := np.flatnonzero(store.empty_turns)):
+            shown = [describe_place(places, int(i)) for i in store.sample_ids[empty[:3]]]
+            rank_zero_warn(
+                f"{len(empty):,} conversations have an assistant turn without content or calls: {', '.join(shown)}"
+                f"{', …' if len(empty) > 3 else ''}. The model learns to say nothing there. Remove these turns, or set "
+                '"weight": 0 in them.'
+            )
         self._check(store)
         return store, key
 
@@ -187,7 +202,7 @@ class ChatDataModule(MicroBatchDataModule):
         if without:
             rank_zero_warn(f"{split}: left out {without:,} samples without a supervised token.")
         lengths = np.minimum(store.lengths[kept], self.seq_len)
-        packed = pack(lengths, self.seq_len) if self.packing else range(len(kept))
+        packed = pack(lengths, self.seq_len) if self.packs else range(len(kept))
         groups = [kept[group].reshape(-1) for group in packed]
         tokens = int(lengths.sum())
         stats = RowStats(
@@ -195,7 +210,7 @@ class ChatDataModule(MicroBatchDataModule):
             rows=len(groups),
             tokens=tokens,
             supervised=int(supervised.sum()),
-            capacity=len(groups) * self.seq_len if self.packing else tokens,  # the width of padded rows varies
+            capacity=len(groups) * self.seq_len if self.packs else tokens,  # the width of padded rows varies
             overlong=int(overlong.sum()),
             overlong_action="truncated" if self.overlong == "truncate" else "dropped",
             unsupervised=without,
@@ -204,7 +219,7 @@ class ChatDataModule(MicroBatchDataModule):
             key,
             split,
             self.seq_len,
-            self.packing,
+            self.packs,
             self.overlong,
             self.val_split and (self.val_split, self.seed),  # without a split, the rows do not depend on the seed
         )

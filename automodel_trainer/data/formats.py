@@ -13,9 +13,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from datasets import Dataset
+
+from automodel_trainer.data.arrow_rows import has_exact_values
 from automodel_trainer.data.messages import Message, parse_messages, parse_tools
 
 
@@ -45,12 +48,14 @@ class Format:
         required: columns that it needs.
         optional: columns that it may have.
         columns: maps these names to the data set's column names, if they differ.
+        exact: columns of the data set whose nested values are as the user wrote them (`null` included).
     """
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
+    exact: frozenset[str] = frozenset()
 
     def to_messages(self, row: Mapping[str, Any], index: int | None = None) -> Conversation:
         """Convert one row to a conversation.
@@ -71,10 +76,10 @@ class Format:
             raise ValueError(f"row {index}: {error}") from error
 
     def _conversation(self, values: dict[str, Any]) -> Conversation:
-        tools = parse_tools(values.get("tools"))
+        tools = parse_tools(values.get("tools"), self._is_exact("tools"))
         first = self.required[0]
         if len(self.required) == 1:
-            messages = parse_messages(values[first], self.columns.get(first, first))
+            messages = parse_messages(values[first], self.columns.get(first, first), self._is_exact(first))
             return Conversation([*_system(values), *messages], tools)
         prompt, answer = (values[name] for name in self.required)
         if self.name == "prompt/completion":
@@ -83,6 +88,9 @@ class Format:
             prompt = f"{prompt}\n\n{more}"
         pair = [*_turn("user", prompt, first), *_turn("assistant", answer, self.required[1])]
         return Conversation([*_system(values), *pair], tools)
+
+    def _is_exact(self, name: str) -> bool:
+        return self.columns.get(name, name) in self.exact
 
 
 FORMATS = (
@@ -93,6 +101,12 @@ FORMATS = (
     Format("question/answer", ("question", "answer"), ("system",)),
     Format("prompt/response", ("prompt", "response"), ("system",)),
 )
+
+
+def format_of(rows: Dataset, columns: Mapping[str, str] | None = None) -> Format:
+    """The format of a data set; see `detect_format`."""
+    exact = frozenset(name for name in rows.column_names if has_exact_values(rows.features, name))
+    return replace(detect_format(rows.column_names, columns), exact=exact)
 
 
 def detect_format(column_names: Iterable[str], columns: Mapping[str, str] | None = None) -> Format:

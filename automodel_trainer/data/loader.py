@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,6 +33,9 @@ class MicroBatchLoader:
     which continues with the next batch. The state counts the batches that were yielded. It does not count those that
     workers have already prefetched.
 
+    The batch size and the seed may change within an epoch: the rows that are left are handed out in the order that the
+    epoch began with, so each row of the epoch is seen once. Later epochs are ordered by the new seed.
+
     Args:
         rows: the rows, the same on every rank.
         micro_batch_size: rows per micro-batch.
@@ -51,7 +53,8 @@ class MicroBatchLoader:
 
     Attributes:
         epoch: the current epoch, from 0.
-        batches_yielded: global batches yielded so far in this epoch.
+        batches_yielded: global batches yielded so far in this epoch. After a change of the batch size it is counted
+            back from the end of the epoch, so that an epoch always ends at `len(self)`.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class MicroBatchLoader:
         self.batches_yielded = 0
         self._limit = limit
         self._resumed = False
+        self._begin_epoch()
         self._loader = step_loader(
             _Steps(rows, micro_batch_size, packed, pad_id), sampler=_Epoch(self), num_workers=num_workers
         )
@@ -91,12 +95,28 @@ class MicroBatchLoader:
         return full + (1 if rest and not self.drop_last else 0)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        end = len(self) if self._limit is None else min(len(self), self._limit)
         # A new epoch begins after a complete one, and after an iteration that was abandoned.
-        if self.batches_yielded >= end or (self.batches_yielded and not self._resumed):
+        if self.batches_yielded >= self.end or (self.batches_yielded and not self._resumed):
             self.epoch += 1
             self.batches_yielded = 0
+            self._begin_epoch()
         return self._hand_out()
+
+    def _begin_epoch(self) -> None:
+        """Order the epoch by this run's settings, and begin with its first row."""
+        self._order = (self.seed, self.global_batch_size)
+        self._begun = (0, 0)  # batches and rows of this epoch that earlier runs have handed out
+
+    @property
+    def end(self) -> int:
+        """Global batches that an epoch of this run hands out."""
+        return len(self) if self._limit is None else min(len(self), self._limit)
+
+    @property
+    def rows_done(self) -> int:
+        """Rows of this epoch that have been handed out."""
+        batches, rows = self._begun
+        return min(len(self.rows), rows + (self.batches_yielded - batches) * self.global_batch_size)
 
     @property
     def _iterator(self) -> Any:
@@ -118,16 +138,26 @@ class MicroBatchLoader:
 
     def steps(self) -> Iterator[Step]:
         """This rank's rows of each global batch that is left in this epoch."""
-        left = self.global_batches(self.epoch)[self.batches_yielded :]
+        left = self._batches(self.epoch, *self._order)
         return _shares(left, self.rows, self.packed, self.dp_rank, self.dp_size)
 
     def global_batches(self, epoch: int) -> np.ndarray:
         """Row numbers of all global batches of an epoch: int64 `[len(self), global_batch_size]`; -1 is a filler."""
-        size = self.global_batch_size
-        order = epoch_order(
-            self.rows.lengths, size, seed=self.seed, epoch=epoch, shuffle=self.shuffle, grouped=not self.packed
+        return self._cut(self._epoch_order(epoch, self.seed, self.global_batch_size), len(self))
+
+    def _batches(self, epoch: int, seed: int, order_size: int) -> np.ndarray:
+        order = self._epoch_order(epoch, seed, order_size)[self.rows_done :]
+        return self._cut(order, len(self) - self.batches_yielded)
+
+    def _epoch_order(self, epoch: int, seed: int, size: int) -> np.ndarray:
+        return epoch_order(
+            self.rows.lengths, size, seed=seed, epoch=epoch, shuffle=self.shuffle, grouped=not self.packed
         )
-        batches = np.full(len(self) * size, -1, dtype=np.int64)
+
+    def _cut(self, order: np.ndarray, count: int) -> np.ndarray:
+        """`order` as `count` global batches; the last one is filled up with -1."""
+        size = self.global_batch_size
+        batches = np.full(count * size, -1, dtype=np.int64)
         batches[: len(order)] = order[: len(batches)]
         return batches.reshape(-1, size)
 
@@ -136,7 +166,9 @@ class MicroBatchLoader:
         return {
             "epoch": self.epoch,
             "batches_yielded": self.batches_yielded,
-            "seed": self.seed,
+            "rows_done": self.rows_done,
+            "seed": self._order[0],
+            "order_size": self._order[1],
             "global_batch_size": self.global_batch_size,
             "fingerprint": self.rows.fingerprint,
         }
@@ -144,33 +176,48 @@ class MicroBatchLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last batch that was yielded when the state was saved, on any number of ranks.
 
+        The batch size, the seed, `drop_last` and the limit may be others than those of the state.
+
         Raises:
-            ValueError: the data or its tokenization changed, or the global batch size changed within an epoch.
+            ValueError: the data or its tokenization changed.
         """
         if state["fingerprint"] != self.rows.fingerprint:
-            raise ValueError(
-                "the data changed since the checkpoint was written: the rows, the tokenizer, its chat template, or a "
-                "setting that determines the rows (seq_len, packing, loss_on, val_split, ...) is different. The "
-                "position in the epoch is therefore not valid. Restore them, or start a new run from the checkpoint's "
-                "weights."
-            )
-        size, batches = int(state["global_batch_size"]), int(state["batches_yielded"])
-        # Computed with the saved batch size: it may change between epochs.
-        finished = batches * size >= len(self.rows) - (size - 1 if self.drop_last else 0)
-        if size != self.global_batch_size and batches and not finished:
-            raise ValueError(
-                f"the checkpoint is {batches} batches of global_batch_size={size} into its epoch, but "
-                f"global_batch_size is now {self.global_batch_size}. Set global_batch_size={size} to go on, or resume "
-                f"from a checkpoint written at the end of an epoch."
-            )
-        if int(state["seed"]) != self.seed:
-            warnings.warn(
-                f"the data order keeps the checkpoint's seed {state['seed']}; seed={self.seed} is ignored", stacklevel=2
-            )
-        self.seed = int(state["seed"])
+            raise ValueError(other_data_message())
+        saved_size, batches = int(state["global_batch_size"]), int(state["batches_yielded"])
+        done = int(state.get("rows_done", min(len(self.rows), batches * saved_size)))
+        left = self._left(done)
+        # Computed with the saved batch size too: what that left out of its epoch is not handed out now.
+        finished = left <= 0 or (self.drop_last and len(self.rows) - done < saved_size)
         self.epoch = int(state["epoch"]) + (1 if finished else 0)
-        self.batches_yielded = 0 if finished else batches
+        self._begin_epoch()
+        self.batches_yielded = 0
+        if not finished:
+            self._order = (int(state["seed"]), int(state.get("order_size", saved_size)))
+            self.batches_yielded = self.end - left
+            self._begun = (self.batches_yielded, done)
         self._resumed = True
+
+    def _left(self, done: int) -> int:
+        """Global batches that are left of an epoch after `done` rows."""
+        if self._limit is not None and self._limit < len(self):
+            return -(-(self._limit * self.global_batch_size - done) // self.global_batch_size)
+        full, rest = divmod(len(self.rows) - done, self.global_batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+
+def other_data_message(changed: str = "") -> str:
+    """What to tell a user whose data is not the checkpoint's.
+
+    Args:
+        changed: the settings that are known to have changed.
+    """
+    known = f" Changed: {changed}." if changed else ""
+    return (
+        "the data changed since the checkpoint was written: the rows, the tokenizer, its chat template, or a setting "
+        "that determines the rows (seq_len, packing, loss_on, val_split, ...) is different. The position in the epoch "
+        f"is therefore not valid.{known} Restore them; or keep the optimizer and begin with this data "
+        "(fit(resume='data'), --resume data); or start a new run from the checkpoint's weights (resume='weights')."
+    )
 
 
 def _shares(batches: np.ndarray, rows: Rows, packed: bool, dp_rank: int, dp_size: int) -> Iterator[Step]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from automodel_trainer.data.arrow_rows import without_none
+
 Message = dict[str, Any]
 
 ROLES = {
@@ -31,37 +33,55 @@ CALLS = ("function_call", "tool_call")
 """ShareGPT roles whose value is a function call in JSON."""
 
 
-def parse_messages(value: Any, column: str) -> list[Message]:
+def parse_messages(value: Any, column: str, exact: bool = False) -> list[Message]:
     """Parse a list of messages (role/content or from/value), which may be a JSON string.
 
-    Keys with the value None are dropped at every depth: Arrow adds them, because all structs of a column have the same
-    keys.
+    Keys with the value None are dropped, from a message and its calls always. In the arguments of calls they are
+    dropped only if Arrow may have added them: it gives all structs of a column the same keys.
 
     Args:
         value: the list of messages.
         column: name of the column, for error messages.
+        exact: the values are as the user wrote them, as those of a JSON string are.
 
     Raises:
         ValueError: `value` is not a list or is empty, a role is unknown, or content is not text.
     """
+    exact = exact or isinstance(value, str)
     value = _from_json(value)
     if not isinstance(value, list):
         raise ValueError(f"{column!r} must be a list of messages, found {type(value).__name__}: {str(value)[:200]!r}")
     if not value:
         raise ValueError(f"{column!r} is an empty list of messages.")
-    return [_parse_message(message, i) for i, message in enumerate(value)]
+    return [_parse_message(message, i, exact) for i, message in enumerate(value)]
 
 
-def parse_tools(value: Any) -> list[dict[str, Any]] | None:
+def is_empty_turn(message: Message) -> bool:
+    """Whether a message is an assistant's turn that says nothing and calls nothing."""
+    return (
+        message["role"] == "assistant"
+        and not str(message.get("content") or "").strip()
+        and not message.get("tool_calls")
+    )
+
+
+def parse_tools(value: Any, exact: bool = False) -> list[dict[str, Any]] | None:
     """Parse a list of JSON schemas; the list or each schema may be a JSON string. None if there are no tools.
+
+    Args:
+        value: the schemas.
+        exact: they are as the user wrote them, so `"default": null` stays. Otherwise None may be Arrow's, and is
+            dropped.
 
     Raises:
         ValueError: `value` is anything else.
     """
+    exact = exact or isinstance(value, str)
     value = _from_json(value)
     if not value:
         return None
-    tools = [_without_none(_from_json(tool)) for tool in (value if isinstance(value, list) else [value])]
+    given = value if isinstance(value, list) else [value]
+    tools = [_from_json(tool) if exact or isinstance(tool, str) else without_none(tool) for tool in given]
     for tool in tools:
         if not isinstance(tool, dict):
             raise ValueError(
@@ -73,10 +93,10 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
     return tools
 
 
-def _parse_message(message: Any, i: int) -> Message:
+def _parse_message(message: Any, i: int, exact: bool) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"message {i} must be a dict with a role and content, found {str(message)[:200]!r}")
-    parsed = _without_none(message)
+    parsed = _without_keys_of_none(message) if exact else without_none(message)
     name = str(parsed.pop("role", None) or parsed.pop("from", None))
     if name not in ROLES:
         raise ValueError(f"message {i} has the unknown role {name!r}. Allowed: {', '.join(ROLES)}.")
@@ -94,11 +114,15 @@ def _text(content: Any, role: str, i: int) -> str:
     """Content as text: text parts are joined, and the structured result of a tool becomes JSON."""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        return "".join(part.get("text", "") for part in content)
+    if isinstance(content, list) and all(map(_is_text, content)):
+        return "".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
     if role == "tool":
         return json.dumps(content, ensure_ascii=False)
     raise ValueError(f"message {i} ({role}) has content that is not text: {str(content)[:200]!r}")
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, str) or (isinstance(part, dict) and part.get("type", "text") == "text" and "text" in part)
 
 
 def _parse_calls(message: Message, name: str, content: Any) -> list[dict[str, Any]]:
@@ -121,15 +145,11 @@ def _parse_call(call: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"a tool call needs a function name (a string), found {str(call)[:200]!r}")
     function["arguments"] = _from_json(function.get("arguments")) or {}
     rest = {key: value for key, value in call.items() if (nested or key in ("id", "type")) and key != "function"}
-    return {"type": "function", **rest, "function": function}
+    return {"type": "function", **_without_keys_of_none(rest), "function": _without_keys_of_none(function)}
 
 
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_none(item) for item in value]
-    return value
+def _without_keys_of_none(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if item is not None}
 
 
 def _from_json(value: Any) -> Any:

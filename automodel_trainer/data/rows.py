@@ -83,6 +83,7 @@ class TokenStore:
         lengths: tokens per sample, int64 `[n]`.
         sample_ids: the row that each sample comes from, int64 `[n]`.
         supervised: trained tokens per sample, without its first token, int64 `[n]`.
+        empty_turns: assistant turns per sample that have no content and no calls, int64 `[n]`.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -91,6 +92,11 @@ class TokenStore:
         columns = [name for name in ("input_ids", "trained") if name in dataset.column_names]
         self._all_trained = "trained" not in columns
         self.supervised = self.lengths - 1 if self._all_trained else _integers(dataset, "supervised")
+        self.empty_turns = (
+            _integers(dataset, "empty_turns")
+            if "empty_turns" in dataset.column_names
+            else np.zeros(len(dataset), np.int64)
+        )
         # Arrow tables instead of Python lists: a batch has thousands of tokens, and each would become an object.
         self._rows = dataset.select_columns(columns).with_format("arrow")
 
@@ -166,30 +172,43 @@ class SampleRows:
 
 
 class StreamRows:
-    """Rows cut evenly from documents that are laid end to end. The last row may be shorter.
+    """Rows cut from documents that are laid end to end: evenly, or each document by itself.
 
-    If a document continues in the next row, it starts anew there: positions restart, and its first token is not
-    trained.
+    Cut evenly, only the last row may be shorter. Otherwise the last row of each document may be, and a row of one token
+    is left out: it has nothing to predict. If a document continues in the next row, it starts anew there: positions
+    restart, and its first token is not trained.
 
     Args:
         store: pieces of documents, in order. Neighbors with the same sample id belong to the same document.
         pieces: indices of the pieces to use, ascending, int64 `[n]`.
         width: tokens per row.
         fingerprint: hash of the content and the settings.
+        packed: False: no row holds tokens of two documents.
     """
 
-    def __init__(self, store: TokenStore, pieces: np.ndarray, width: int, fingerprint: str) -> None:
+    def __init__(
+        self, store: TokenStore, pieces: np.ndarray, width: int, fingerprint: str, packed: bool = True
+    ) -> None:
         self.store, self.width, self.fingerprint = store, width, fingerprint
         self._pieces = pieces
         self._ends = np.cumsum(store.lengths[pieces])
-        total = int(self._ends[-1])
-        count = -(-total // width)  # rounded up
-        self.lengths = np.full(count, width, dtype=np.int64)
-        self.lengths[-1] = total - (count - 1) * width
         starts = np.flatnonzero(np.diff(store.sample_ids[pieces], prepend=-1))  # the first piece of each document
         begins = np.concatenate([[0], self._ends[:-1]])[starts]
-        untrained = len(np.union1d(begins, np.arange(count) * width))  # the first token of every document and row
-        self.stats = RowStats(len(starts), count, total, total - untrained, count * width)
+        total = int(self._ends[-1])
+        if packed:
+            self._starts = np.arange(0, total, width, dtype=np.int64)
+            self.lengths = np.minimum(width, total - self._starts)
+            first_tokens = np.union1d(begins, self._starts)  # of every document and row: not trained
+        else:
+            ends = np.append(begins[1:], total)
+            self._starts = np.concatenate([np.arange(b, e, width, dtype=np.int64) for b, e in zip(begins, ends)])
+            after = ends[np.searchsorted(ends, self._starts, side="right")]  # where the row's document ends
+            self.lengths = np.minimum(width, after - self._starts)
+            self._starts, self.lengths = (a[self.lengths > 1] for a in (self._starts, self.lengths))
+            first_tokens = self._starts
+        tokens, count = int(self.lengths.sum()), len(self.lengths)
+        capacity = count * width if packed else tokens  # the width of padded rows varies
+        self.stats = RowStats(len(starts), count, tokens, tokens - len(first_tokens), capacity)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -199,7 +218,8 @@ class StreamRows:
         return [[] if row < 0 else self._fetch_row(row) for row in rows]
 
     def _fetch_row(self, row: int) -> list[Document]:
-        start, end = row * self.width, row * self.width + int(self.lengths[row])
+        start = int(self._starts[row])
+        end = start + int(self.lengths[row])
         first, last = np.searchsorted(self._ends, [start, end - 1], side="right")
         pieces = self.store.fetch(self._pieces[first : last + 1].tolist())
         offset = int(self._ends[first]) - len(pieces[0].input_ids)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyarrow as pa
 from datasets import (
@@ -21,13 +21,13 @@ from datasets import (
     load_from_disk,
 )
 from datasets.utils import are_progress_bars_disabled
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-ALLOWED = (
-    "a .jsonl, .json, .parquet or .txt file, a folder of them, a folder written by `save_to_disk`, the id of a data "
-    "set on the Hugging Face Hub (`owner/name` or `owner/name:config`), a datasets.Dataset or DatasetDict, or a list "
-    "of dicts"
-)
+from automodel_trainer.data.arrow_rows import dataset_of_files, dataset_of_rows
+from automodel_trainer.data.files import ALLOWED, DataFile, Found, by_split, find_files, names_of
+from automodel_trainer.data.readers import Row, read_rows
+
+_PLACES: WeakKeyDictionary[Dataset, list[tuple[int, str]]] = WeakKeyDictionary()
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 """Split names that mean validation. A test split is never used for validation."""
 
@@ -46,7 +46,7 @@ def load_rows(data: Any, split: str = "train") -> Dataset:
         ValueError: a file is missing or unreadable, the split does not exist, there are no rows, or `data` is of an
             unsupported type.
     """
-    splits = _open(data)
+    splits = _open(data, split)
     if isinstance(splits, Dataset):
         rows = splits
     else:
@@ -68,9 +68,28 @@ def load_validation_rows(data: Any) -> Dataset | None:
     Raises:
         ValueError: as `load_rows`.
     """
-    splits = _open(data)
+    found = _files(data)
+    if found is not None:
+        files = by_split(found.files)[0].get("validation")
+        return _read(files) if files else None
+    splits = _open(data, "validation")
     name = None if isinstance(splits, Dataset) else _split_name(splits, "validation", alone=False)
     return None if name is None else load_rows(splits[name])
+
+
+def places_of(rows: Dataset) -> list[tuple[int, str]] | None:
+    """Where each file begins in rows that were read from files: (row, path). None for other rows."""
+    return _PLACES.get(rows)
+
+
+def describe_place(places: Sequence[tuple[int, str]] | None, index: int) -> str:
+    """Where a row came from, for messages; `places` is what `places_of` returned. Rows count from 0."""
+    if not places:
+        return f"row {index} of the data"
+    start, path = next((start, path) for start, path in reversed(places) if start <= index)
+    if len(places) == 1:
+        return f"row {index} of the data ({path})"
+    return f"row {index} of the data (row {index - start} of {path})"
 
 
 def open_stream(data: Any, split: str = "train") -> IterableDataset:
@@ -89,6 +108,9 @@ def open_stream(data: Any, split: str = "train") -> IterableDataset:
         if split not in data:
             raise ValueError(f"the streamed data set has no {split!r} split; it has {sorted(data)}.")
         return data[split]
+    if (found := _files(data)) is not None:
+        files = _of_split(data, found, split)
+        return IterableDataset.from_generator(_rows_of, gen_kwargs={"files": files})
     if isinstance(data, str | os.PathLike) and not _is_saved(Path(data).expanduser()):
         stream = _load(data, streaming=True)
         return stream if isinstance(stream, IterableDataset) else open_stream(stream, split)
@@ -107,7 +129,13 @@ def fingerprint(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _open(data: Any) -> Dataset | DatasetDict:
+def _rows_of(files: list[DataFile]) -> Iterator[Row]:
+    for file in files:
+        for rows in read_rows(file):
+            yield from rows
+
+
+def _open(data: Any, split: str) -> Dataset | DatasetDict:
     if isinstance(data, Dataset | DatasetDict):
         return data
     if isinstance(data, IterableDataset | IterableDatasetDict):
@@ -118,79 +146,85 @@ def _open(data: Any) -> Dataset | DatasetDict:
     if isinstance(data, list) and all(isinstance(row, dict) for row in data):
         if not data:
             raise ValueError(f"the list of rows is empty. Allowed: {ALLOWED}, with at least one row.")
-        return Dataset.from_list(data)
+        return dataset_of_rows(data)
     if isinstance(data, str | os.PathLike):
+        if (found := _files(data)) is not None:
+            return _read(_of_split(data, found, split))
         path = Path(data).expanduser()
         return load_from_disk(str(path)) if _is_saved(path) else _load(data)
     raise ValueError(f"cannot read data from {type(data).__name__}: {str(data)[:80]!r}. Allowed: {ALLOWED}.")
 
 
-def _load(data: str | os.PathLike[str], streaming: bool = False) -> Any:
-    """Open a path or Hub id with `load_dataset`. Every failure becomes a ValueError that names the cause."""
+def _files(data: Any) -> Found | None:
+    """The files that `data` names; None if it names none, or a folder that `datasets` itself describes."""
+    if not isinstance(data, str | os.PathLike):
+        return None
     path = Path(data).expanduser()
-    if path.exists():
-        files = _data_files(path)
-        arguments = _file_arguments(path, files)
-    elif path.suffix in BUILDERS or str(data).startswith(("/", "./", "../", "~")):
-        raise ValueError(f"no such file or folder: {data}. Allowed: {ALLOWED}.")
-    else:
-        files = []
-        name, _, config = str(data).partition(":")
-        arguments = {"path": name, "name": config or None}
+    return None if _is_saved(path) or _is_described(path) else find_files(data)
+
+
+def _of_split(data: object, found: Found, split: str) -> list[DataFile]:
+    """The files of one split. What is left out is said."""
+    splits, unnamed = by_split(found.files)
+    if split not in splits and len(splits) == 1:  # a single split stands for any
+        split = next(iter(splits))
+    if split not in splits:
+        raise ValueError(
+            f"{data} has no {split!r} split; its files are of {sorted(splits)}. Give the file or folder of that split."
+        )
+    if unnamed:
+        rank_zero_warn(
+            f"{data}: {names_of(unnamed)} left out: other files are named for a split (train, validation, test), and "
+            "these are not. Name them, or give a pattern that matches all."
+        )
+    rest = [file for name, files in splits.items() for file in files if name not in (split, "validation")]
+    said = [text for text in (names_of(rest), names_of(found.others)) if text]
+    if said and split == "train":
+        rank_zero_info(f"{data}: training does not read {', '.join(said)}.")
+    return splits[split]
+
+
+def _read(files: Sequence[DataFile]) -> Dataset:
+    rows, places = dataset_of_files(files)
+    _PLACES[rows] = places
+    return rows
+
+
+def _load(data: str | os.PathLike[str], streaming: bool = False) -> Any:
+    """Open a folder that `datasets` describes, or a Hub id. Every failure becomes a ValueError that names the cause."""
+    local = Path(data).expanduser().exists()
+    name, _, config = (str(data), "", "") if local else str(data).partition(":")
     with quiet():
         try:
-            return load_dataset(**arguments, streaming=streaming)
+            return load_dataset(path=name, name=config or None, streaming=streaming)
         except Exception as error:  # datasets raises many types here, including Hub and network errors
-            raise ValueError(_explain(data, files, error)) from error
+            raise ValueError(_explain(data, local, error)) from error
 
 
-def _data_files(path: Path) -> list[Path]:
-    """The data files of a file or folder. Raises a ValueError if there is none, or if one is empty."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in BUILDERS and p.is_file())
-    if not files or files[0].suffix not in BUILDERS:
-        raise ValueError(f"{path} is not data that can be read. Allowed: {ALLOWED}.")
-    for file in files:
-        if file.stat().st_size == 0:
-            raise ValueError(f"{file} is empty. Allowed: {ALLOWED}, with at least one row.")
-    return files
-
-
-def _file_arguments(path: Path, files: list[Path]) -> dict[str, Any]:
-    builder = BUILDERS[files[0].suffix]
-    # A text file is one document, not one document per line.
-    extra = {"sample_by": "document"} if builder == "text" else {}
-    if path.is_file():
-        return {"path": builder, "data_files": {"train": [str(path)]}, "split": "train", **extra}
-    # For a folder, `load_dataset` finds the splits by the names of files and folders (train*, validation*, ...).
-    return {"path": str(path), **extra}
-
-
-def _explain(data: object, files: list[Path], error: Exception) -> str:
-    for file in files:
-        if fault := _json_fault(file):
-            return f"{fault}. Allowed: {ALLOWED}."
+def _explain(data: object, local: bool, error: Exception) -> str:
     cause = error.__cause__ or error
-    where = "cannot be read" if files else "is neither a local path nor a data set that can be loaded from the Hub"
-    return f"{data} {where}: {type(cause).__name__}: {cause}. Allowed: {ALLOWED}."
+    if local:
+        return f"{data} cannot be read: {type(cause).__name__}: {cause}. Allowed: {ALLOWED}."
+    offline = " HF_HUB_OFFLINE is set, so only what was loaded before is there." if _is_offline() else ""
+    return (
+        f"{data} is neither a local path nor a data set that can be loaded from the Hub: {type(cause).__name__}: "
+        f"{cause}.{offline} Allowed: {ALLOWED}."
+    )
 
 
-def _json_fault(file: Path) -> str | None:
-    """A description of the first error in a JSON file; None if it is valid, or not a JSON file."""
-    if BUILDERS[file.suffix] != "json":
-        return None
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        return f"{file} is not UTF-8 text ({error.reason} at byte {error.start})"
-    chunks: Iterator[tuple[int, str]]
-    chunks = enumerate(text.split("\n"), start=1) if file.suffix == ".jsonl" else iter([(1, text)])
-    for line, chunk in chunks:
-        try:
-            if chunk.strip():
-                json.loads(chunk)
-        except json.JSONDecodeError as error:
-            return f"{file} line {line + error.lineno - 1} is not valid JSON: {error.msg} at column {error.colno}"
-    return None
+def _is_offline() -> bool:
+    from huggingface_hub.constants import is_offline_mode
+
+    return bool(is_offline_mode())
+
+
+def _is_described(path: Path) -> bool:
+    """Whether a folder's README says which files are what, as repositories of data sets on the Hub do."""
+    card = path / "README.md"
+    if not card.is_file():
+        return False
+    head, _, _ = card.read_text(encoding="utf-8", errors="replace").removeprefix("---").partition("\n---")
+    return "\nconfigs:" in head
 
 
 def _split_name(splits: DatasetDict, split: str, alone: bool = True) -> str | None:

@@ -182,8 +182,9 @@ class StreamLoader:
         if state["fingerprint"] != self.stream.fingerprint:
             raise ValueError(
                 "the tokenizer or a setting of the stream (seq_len, text_column, seed, shuffle_buffer) changed since "
-                "the checkpoint was written, so its position in the stream is not valid. Restore them, or start a new "
-                "run from the checkpoint's weights."
+                "the checkpoint was written, so its position in the stream is not valid. Restore them; or keep the "
+                "optimizer and begin with this data (fit(resume='data'), --resume data); or start a new run from the "
+                "checkpoint's weights (resume='weights')."
             )
         self.batches_yielded = int(state["batches_yielded"])
         self.position = copy.deepcopy(state["position"])

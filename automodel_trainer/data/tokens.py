@@ -114,7 +114,7 @@ def _with_counts(samples: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 def _features(masked: bool) -> Features:
     features = {"input_ids": List(Value("int32")), "sample_id": Value("int64"), "length": Value("int32")}
-    mask = {"trained": List(Value("bool")), "supervised": Value("int32")}
+    mask = {"trained": List(Value("bool")), "supervised": Value("int32"), "empty_turns": Value("int32")}
     return Features({**features, **mask} if masked else features)
 
 

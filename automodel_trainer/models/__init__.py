@@ -1,4 +1,4 @@
-"""Models: the one builder, weights in, weights out."""
+"""Models: one builder for all of them, reading weights, writing weights. Start with `auto.py`."""
 
 from automodel_trainer.models.auto import AutoModelForCausalLM, builder
 

@@ -1,24 +1,19 @@
-"""Every use of a private transformers name (transformers 5.23.0), so that an upgrade has one place to look at."""
+"""Every use of a private name of transformers (5.23.0), so that an upgrade has one file to check."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import _dtensor_from_local_like, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
-
-from automodel_trainer.models.record import record_of, recorded
-from automodel_trainer.nn.documents import set_documents
 
 __all__ = [
     "attention_in_use",
@@ -39,14 +34,23 @@ def load_weights(
     added: Set[str] = frozenset(),
     in_turn: bool = False,
 ) -> tuple[set[str], set[str]]:
-    """Stream safetensors files into a model whose parameters lie on meta, plain or DTensor.
+    """Stream safetensors files into a model whose parameters are on meta, plain tensors or DTensors.
 
-    Every parameter becomes real on `device` (a DTensor: its local shard only, sliced out of the file); buffers that no
-    checkpoint holds are computed, and tied weights tied. Parameters in `added` (adapters) are not looked for: they come
-    out real and empty. `in_turn` reads a weight only once the one before has its place, for modules that pack theirs.
+    Every parameter becomes real on `device`. For a DTensor only the local shard is read from the file. Buffers that no
+    checkpoint holds are computed, and tied weights are tied.
+
+    Args:
+        model: laid out, or not.
+        files: the safetensors files of the checkpoint.
+        device: where parameters go.
+        added: names of parameters that no checkpoint holds (adapters). They become real and stay uninitialized.
+        in_turn: read one weight at a time, for modules that quantize theirs: only one is then held in full precision.
 
     Returns:
-        names the files lack, and names the model has no place for.
+        names that the files lack, and names in the files that the model does not have.
+
+    Raises:
+        ValueError: a weight does not have the model's shape.
     """
     dtype = next(model.parameters()).dtype
     mapping = get_model_conversion_mapping(model)
@@ -70,7 +74,7 @@ def load_weights(
 
 @contextmanager
 def _environment(name: str, value: str | None) -> Iterator[None]:
-    """The environment variable has this value meanwhile (None: the one it has)."""
+    """A context in which an environment variable has this value. None leaves it as it is."""
     before = os.environ.get(name)
     if value is not None:
         os.environ[name] = value
@@ -103,13 +107,13 @@ def initialize_module(model: PreTrainedModel, module: torch.nn.Module) -> None:
 
 
 def forget_initialized(module: torch.nn.Module) -> None:
-    """Let `initialize_module` fill parameters of `module` that transformers has filled already."""
+    """Let `initialize_module` fill parameters of `module` that transformers has already filled."""
     for parameter in module.parameters(recurse=False):
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]
 
 
 def _submodels(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """Innermost first: a composite's part initialises itself by its own rules."""
+    """The models inside a model, innermost first. Each part of a composite model is initialised by its own rules."""
     return [m for m in model.modules() if isinstance(m, PreTrainedModel)][::-1]
 
 
@@ -119,24 +123,24 @@ def tied_weight_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def forget_absent_ties(model: PreTrainedModel) -> None:
-    """Of the ties that the config asks for, keep those of parameters that the model has (left)."""
+    """Drop the ties of parameters that the model does not have, or no longer has."""
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if ties := tied_weight_names(model):
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in held and b in held}
 
 
 def tie_weights(model: PreTrainedModel) -> None:
-    """Tie what `tied_weight_names` says."""
+    """Tie the parameters that `tied_weight_names` lists."""
     model.tie_weights(recompute_mapping=False)
 
 
 def original_weight_names(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under the names and in the shapes that the model's checkpoints on disk have."""
+    """The state dict with the names and shapes of the model's checkpoints on disk."""
     return revert_weight_conversion(model, state_dict)
 
 
 def converts_weights(model: PreTrainedModel) -> bool:
-    """Whether checkpoints on disk name or shape weights otherwise than the model in memory."""
+    """Whether checkpoints on disk have other names or shapes than the model in memory."""
     return bool(getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False))
 
 
@@ -150,52 +154,26 @@ def attention_of(config: PreTrainedConfig) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
+def experts_in_use(model: PreTrainedModel) -> str | None:
+    """The name of the implementation of transformers that computes the experts; None for a model without any."""
+    named = any(hasattr(module, "_apply_gate") for module in model.modules())
+    return str(getattr(model.config.get_text_config(), "_experts_implementation", None) or "eager") if named else None
+
+
+def unused_balancing_loss(model: PreTrainedModel) -> str | None:
+    """The configured coefficient of a routers' balancing loss that the model does not compute; None if it does."""
+    config = model.config.get_text_config()
+    named = {k: v for k, v in config.to_dict().items() if "aux_loss" in k and isinstance(v, int | float) and v}
+    if not named or getattr(config, "output_router_logits", False):
+        return None
+    return ", ".join(f"{name}={value:g}" for name, value in named.items() if not isinstance(value, bool)) or None
+
+
 def expert_gate(module: torch.nn.Module) -> tuple[str, Callable[[Tensor], Tensor]] | None:
-    """Of a module of gated experts: the name of its fused gate and up projections, and what makes `[n, w]` of their
-    output `[n, 2·w]`."""
+    """For a module of gated experts: the name of its fused gate and up projections, and the function that turns their
+    output `[n, 2·w]` into `[n, w]`."""
     gate = getattr(module, "_apply_gate", None)
     return ("gate_up_proj", gate) if gate is not None and getattr(module, "has_gate", False) else None
-
-
-@dataclass(frozen=True)
-class PackingWithoutSync:
-    """In a model's record: `packing_without_sync` is installed."""
-
-
-def packing_without_sync(model: PreTrainedModel) -> None:
-    """Let `model` read document boundaries out of `position_ids` without waiting for the device.
-
-    In every forward transformers looks whether positions restart anywhere, and so waits for the device. Whoever calls
-    the model knows: `position_ids` are given where they restart, and left out where they do not. So while `model` runs,
-    the documents are told apart unasked in the first case, and in the second there is one.
-    """
-    if recorded(model, PackingWithoutSync):
-        return
-    original = masking_utils.find_packed_sequence_indices
-
-    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        known = _document_indices if kwargs.get("position_ids") is not None else _one_document
-        masking_utils.find_packed_sequence_indices = known
-
-    def leave(*_: object) -> None:
-        masking_utils.find_packed_sequence_indices = original
-        set_documents(None)
-
-    model.register_forward_pre_hook(enter, with_kwargs=True)
-    model.register_forward_hook(leave, always_call=True)
-    record_of(model).keep(PackingWithoutSync())
-
-
-def _one_document(position_ids: Tensor) -> None:
-    set_documents(None)
-
-
-def _document_indices(position_ids: Tensor) -> Tensor:
-    """Which document a token belongs to, counted from 0: int64 `[b, s]` of positions that restart at each document."""
-    starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
-    numbers = starts.cumsum(-1)
-    set_documents(numbers)
-    return numbers
 
 
 def offers_flex_attention(model: PreTrainedModel) -> bool:
@@ -204,10 +182,10 @@ def offers_flex_attention(model: PreTrainedModel) -> bool:
 
 
 def is_loaded(parameter: Tensor) -> bool:
-    """Whether a checkpoint has given `parameter` its values, so that nothing initializes it again."""
+    """Whether `parameter` has its values from a checkpoint, so that transformers does not initialize it."""
     return bool(getattr(parameter, "_is_hf_initialized", False))
 
 
 def mark_loaded(parameter: Tensor, loaded: bool) -> None:
-    """Say whether a checkpoint has given `parameter` its values."""
+    """Mark whether `parameter` has its values from a checkpoint."""
     parameter._is_hf_initialized = loaded  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The one builder: a Hugging Face model of any auto class, laid out on devices, its weights streamed in."""
+"""Builds a Hugging Face model of any auto class, lays it out on devices and streams its weights in."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from automodel_trainer.models.quantization.quantize import quantized_weights
 
 
 class AutoBuilder:
-    """Builds what transformers' auto class of the same name builds, and can build it sharded.
+    """Builds the model that transformers' auto class of the same name builds, sharded if asked.
 
-    The result is the transformers model itself: same class, same forward, same state-dict keys, `generate` and all.
-    With a strategy (its processes started) it comes laid out on the strategy's mesh, and no rank ever held all of it.
-    A subclass names the auto class; `builder(name)` makes one.
+    The result is the transformers model itself: the same class, forward, state-dict keys and `generate`. With a
+    strategy (whose processes have started) the model is laid out on its mesh, and no rank ever holds all of it. A
+    subclass names the auto class; `builder(name)` makes one.
     """
 
     auto_class: ClassVar[str]
@@ -61,25 +61,26 @@ class AutoBuilder:
         Args:
             pretrained_model_name_or_path: a folder with config.json and safetensors, or a Hub id.
             strategy: the layout; None builds the plain model on `device`.
-            dtype: of the parameters. None: what the strategy's precision says, or the checkpoint's own without one.
+            dtype: of the parameters. None takes the dtype of the strategy's precision; without a strategy, that of the
+                checkpoint.
             attn_implementation: transformers' name of an attention kernel; None lets transformers choose.
             trust_remote_code: run model code that comes with the checkpoint.
             revision: branch, tag or commit of a Hub repository.
-            allow_missing_weights: initialise weights that the checkpoint lacks instead of refusing. Names of modules
-                allow it for these, and then they must be trained.
+            allow_missing_weights: True initialises weights that the checkpoint lacks, instead of raising. Names of
+                modules allow it for these only, and they must then be trained.
             device: where to build without a strategy.
             lora: adapters to train on the frozen model.
-            kernels: what it computes with; None leaves that to transformers.
+            kernels: the kernels to compute with; None leaves the choice to transformers.
             config_overrides: attributes of the model's config to change.
 
         Raises:
-            ValueError: no such folder or repository, no or damaged weights, weights missing, unknown config attribute,
-                kernels that this device, model or layout does not have.
+            ValueError: the folder or repository does not exist, weights are missing or damaged, a config attribute is
+                unknown, or this device, model or layout does not have a kernel that was asked for.
         """
         folder = resolve_folder(pretrained_model_name_or_path, revision)
         files = weight_files(folder)
         config = load_config(folder, trust_remote_code, config_overrides)
-        model = _build_on_meta(
+        model = build_on_meta(
             cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
         model.config.name_or_path = str(folder)
@@ -106,8 +107,17 @@ class AutoBuilder:
         lora: LoRAConfig | None = None,
         kernels: KernelsConfig | None = None,
     ) -> PreTrainedModel:
-        """Build a model with random weights; the same `seed` gives the same weights under every strategy."""
-        model = _build_on_meta(
+        """Build a model with random weights. The same `seed` gives the same weights under every strategy.
+
+        Args:
+            config: of the model.
+            seed: of the random weights.
+            strategy, dtype, attn_implementation, trust_remote_code, device, lora, kernels: see `from_pretrained`.
+
+        Raises:
+            ValueError: this device, model or layout does not have a kernel that was asked for.
+        """
+        model = build_on_meta(
             cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
         if lora is not None:
@@ -117,7 +127,7 @@ class AutoBuilder:
         if strategy is not None:
             strategy.parallelize(model)
         check_gathered(model)
-        initialize_weights(model, _device(strategy, device), seed)
+        initialize_weights(model, _device(strategy, device), seed, adapter_names(model))
         finish_lora(model)
         if strategy is not None:
             strategy.finalize_parameters(model)
@@ -125,7 +135,7 @@ class AutoBuilder:
 
 
 class AutoModelForCausalLM(AutoBuilder):
-    """Builds what `transformers.AutoModelForCausalLM` builds, and can build it sharded: see `AutoBuilder`."""
+    """Builds the model that `transformers.AutoModelForCausalLM` builds, sharded if asked: see `AutoBuilder`."""
 
     auto_class = "AutoModelForCausalLM"
 
@@ -141,11 +151,15 @@ def builder(auto_class: str) -> type[AutoBuilder]:
 
 
 def check_purpose(model: PreTrainedModel, auto_class: str) -> None:
-    """Raise ValueError if a model is known to be for something else than `auto_class` builds."""
+    """Check that `auto_class` builds models of this kind. A class that transformers does not list passes.
+
+    Raises:
+        ValueError: other auto classes build it.
+    """
     found = auto_classes_of(model)
     if found and auto_class in PURPOSES and auto_class not in found:
         raise ValueError(
-            f"{type(model).__name__} is what {' or '.join(found)} builds, and this objective trains what {auto_class} "
+            f"{' or '.join(found)} builds a {type(model).__name__}, but this objective trains models that {auto_class} "
             f"builds. Load the model with {auto_class}, or give the objective its folder or Hub id."
         )
 
@@ -154,17 +168,19 @@ def empty_model(folder: Path, trust_remote_code: bool = False, task: str | None 
     """The model of a folder on meta, in the dtype of its checkpoint: names and shapes without values.
 
     Args:
-        task: PEFT's `task_type` of an adapter that goes on it; None: what the folder's config says.
+        folder: of the model.
+        trust_remote_code: run model code that comes with it.
+        task: PEFT's `task_type` of an adapter for the model; None takes the auto class from the folder's config.
     """
     config = load_config(folder, trust_remote_code, {})
     auto_class = auto_class_of_task(task) or auto_class_of(config)
-    return _build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
+    return build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
 
 
 def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: Layout | None) -> None:
-    """Freeze a model that is not laid out yet and add adapters.
+    """Freeze a model that is not laid out yet, and add adapters.
 
-    Nothing updates the frozen weights, so they need no master copy: they are held in the dtype they compute in.
+    Frozen weights need no master copy, because nothing updates them. They are held in the dtype that they compute in.
     """
     if strategy is None:
         apply_lora(model, lora)
@@ -181,10 +197,18 @@ def fill_from_folder(
     files: list[Path] | None = None,
     allow_missing_weights: bool | Collection[str] = False,
 ) -> None:
-    """Lay a model that is on meta out, and stream the weights of `folder` into it.
+    """Lay out a model that is on meta, and stream the weights of `folder` into it. Collective.
+
+    Args:
+        model: on meta, perhaps with adapters.
+        folder: with safetensors.
+        strategy: the layout; None leaves the model whole on `device`.
+        device: where to put it without a strategy.
+        files: the weight files, if they have been checked already.
+        allow_missing_weights: see `AutoBuilder.from_pretrained`.
 
     Raises:
-        ValueError: weights that the model needs are missing, or start random and frozen.
+        ValueError: the folder lacks weights that the model needs, or random weights would stay frozen.
     """
     files = files or weight_files(folder)
     if strategy is not None:
@@ -208,7 +232,7 @@ def fill_from_folder(
         initialize_missing(model, new, _device(strategy, device))
     if unexpected:
         warnings.warn(
-            f"{folder} holds weights that {type(model).__name__} has no place for: {_some(unexpected)}.", stacklevel=2
+            f"{folder} holds weights that {type(model).__name__} does not have: {_some(unexpected)}.", stacklevel=2
         )
     finish_lora(model)
     if strategy is not None:
@@ -230,25 +254,37 @@ def _check_trained(model: PreTrainedModel, new: set[str], folder: Path) -> None:
 
 
 def load_config(folder: Path, trust_remote_code: bool, overrides: dict[str, Any]) -> PreTrainedConfig:
-    """The config of a model's folder, some attributes changed; ValueError for one that it does not have."""
+    """The config of a model's folder, with some attributes changed.
+
+    Args:
+        folder: with config.json.
+        trust_remote_code: run configuration code that comes with it.
+        overrides: attributes to change.
+
+    Raises:
+        ValueError: there is no config.json, or the config does not have an attribute.
+    """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     unknown = [key for key in overrides if not hasattr(config, key)]
     if unknown:
-        raise ValueError(f"{type(config).__name__} has no attribute {unknown}: not an option of this model's config.")
+        raise ValueError(
+            f"{type(config).__name__} has no attribute {unknown}. Give attributes that this model's config has."
+        )
     for key, value in overrides.items():
         setattr(config, key, value)
     return config
 
 
-def _build_on_meta(
+def build_on_meta(
     auto_class: str,
     config: PreTrainedConfig,
     dtype: torch.dtype,
     attn_implementation: str | None,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
+    """The model of a config on meta: no parameter has values."""
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
         model: PreTrainedModel = transformers_class(auto_class).from_config(

@@ -1,4 +1,4 @@
-"""What a model is for: transformers' auto classes, and PEFT's word for each."""
+"""The purposes of models: transformers' auto classes, and PEFT's name for each."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from transformers.models.auto import modeling_auto as names
 
 @dataclass(frozen=True)
 class Purpose:
-    """Of one auto class.
+    """The purpose of one auto class.
 
     Args:
-        models: the model class of each model type; several where transformers lists several.
+        models: the model class for each model type, or several if transformers lists several.
         peft_task: PEFT's `task_type`.
     """
 
@@ -26,11 +26,11 @@ class Purpose:
     peft_task: str
 
     def holds(self, class_name: str) -> bool:
-        """Whether a model class of this name is built by the auto class."""
+        """Whether the auto class builds a model class of this name."""
         return any(class_name in ([listed] if isinstance(listed, str) else listed) for listed in self.models.values())
 
 
-# The first one is assumed where a folder does not say what its model is for.
+# The first one is assumed if a folder does not say what its model is for.
 PURPOSES = {
     "AutoModelForCausalLM": Purpose(names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "CAUSAL_LM"),
     "AutoModelForTokenClassification": Purpose(names.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "TOKEN_CLS"),
@@ -57,23 +57,23 @@ def transformers_class(auto_class: str) -> Any:
 
 
 def auto_classes_of(model: nn.Module) -> list[str]:
-    """The auto classes that build models of this kind; empty for a class that transformers does not list."""
-    return _named(base.__name__ for base in type(model).__mro__)  # sharding puts classes of its own before the model's
+    """The auto classes that build models of this kind. Empty for a class that transformers does not list."""
+    return _named(base.__name__ for base in type(model).__mro__)  # sharding subclasses the model's class
 
 
 def auto_class_of(config: PreTrainedConfig) -> str:
-    """The auto class that a saved config was written by."""
+    """The auto class that builds the model of a saved config, by its `architectures` and `auto_map`."""
     custom = [name for name in getattr(config, "auto_map", None) or {} if name in PURPOSES]
     return next(iter([*_named(getattr(config, "architectures", None) or ()), *custom]), ASSUMED)
 
 
 def auto_class_of_folder(folder: str | os.PathLike[str], **options: Any) -> str:
-    """The same of a model's folder or Hub id; `options` are those of `AutoConfig.from_pretrained`."""
+    """The auto class for a model's folder or Hub id. `options` are those of `AutoConfig.from_pretrained`."""
     return auto_class_of(AutoConfig.from_pretrained(folder, **options))
 
 
 def peft_task(model: nn.Module) -> str | None:
-    """PEFT's `task_type` of a model; None, which PEFT allows, for one that nobody knows the purpose of."""
+    """PEFT's `task_type` of a model. None, which PEFT allows, if its purpose is unknown."""
     found = auto_classes_of(model)
     if not found and isinstance(model, PreTrainedModel) and model.can_generate():
         found = [ASSUMED]
@@ -81,7 +81,7 @@ def peft_task(model: nn.Module) -> str | None:
 
 
 def auto_class_of_task(task: str | None) -> str | None:
-    """The auto class that PEFT's `task_type` stands for."""
+    """The auto class for PEFT's `task_type`; None if there is none."""
     return next((name for name, purpose in PURPOSES.items() if purpose.peft_task == task), None)
 
 

@@ -1,7 +1,8 @@
-"""A model's folder: find it, and check its weight files before a byte of them is trusted."""
+"""Finds a model's folder, and checks its weight files before any of them is read."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -30,7 +31,7 @@ def resolve_folder(path_or_id: str | os.PathLike[str], revision: str | None = No
     """The local folder of a model: the path itself, or the Hub repository `path_or_id`, downloaded.
 
     Raises:
-        ValueError: neither a folder nor a repository that can be reached.
+        ValueError: there is no such folder, and no such repository can be reached.
     """
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
@@ -48,7 +49,8 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, each checked to be whole.
 
     Raises:
-        ValueError: no safetensors, an index that names a missing file or leaves the folder, or a damaged file (named).
+        ValueError: there are no safetensors files, the index names a file that is missing or outside the folder, or a
+            file is damaged. The message names it.
     """
     index = folder / INDEX_NAME
     if index.is_file():
@@ -74,7 +76,7 @@ def check_safetensors(file: Path) -> None:
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
         if size < 8 or header_size > min(size - 8, _HEADER_LIMIT):
-            raise ValueError(_damaged(file, "its header is cut off"))
+            raise ValueError(_damaged(file, "its header is truncated"))
         try:
             header = json.loads(stream.read(header_size))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
@@ -84,12 +86,31 @@ def check_safetensors(file: Path) -> None:
             raise ValueError(_damaged(file, "its header cannot be read"))
     expected = 8 + header_size + max(ends, default=0)
     if size != expected:
-        raise ValueError(_damaged(file, f"it has {size:,} bytes where its header promises {expected:,}"))
+        raise ValueError(_damaged(file, f"it has {size:,} bytes, and by its header it should have {expected:,}"))
     try:
-        with safe_open(file, framework="pt"):  # shapes, dtypes and offsets agree; nothing is read but the header
+        with safe_open(file, framework="pt"):  # checks that shapes, dtypes and offsets agree; reads only the header
             pass
     except SafetensorError as error:
         raise ValueError(_damaged(file, str(error))) from error
+
+
+def weight_fingerprint(folder: Path) -> str | None:
+    """A hash that tells the weights in a folder from others; None if it has none.
+
+    It is made of the size of every weight file and of samples of its bytes, so it costs no time on large models.
+    """
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{size}".encode())
+        with file.open("rb") as stream:
+            for place in range(8):
+                stream.seek(size * place // 8)
+                digest.update(stream.read(1 << 16))
+    return digest.hexdigest()[:12]
 
 
 def _files_of_index(index: Path) -> list[Path]:
@@ -99,7 +120,7 @@ def _files_of_index(index: Path) -> list[Path]:
         raise ValueError(f"{index} is not a safetensors index: {error}. Download or copy it again.") from error
     outside = [name for name in names if Path(name).name != name or "\0" in name]
     if outside:
-        raise ValueError(f"{index} names files outside its folder: {outside}. It is not to be trusted.")
+        raise ValueError(f"{index} names files outside its folder: {outside}. Do not trust this checkpoint.")
     return [index.parent / name for name in names]
 
 

@@ -1,4 +1,4 @@
-"""What building a model asks of a layout. Every `MeshStrategy` answers it."""
+"""What building a model needs from a layout. Every `MeshStrategy` has it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HeldDtypes(Protocol):
 
 
 class Layout(Protocol):
-    """Where and how a model is to lie on devices."""
+    """How a model lies on devices."""
 
     @property
     def root_device(self) -> torch.device:

@@ -12,7 +12,7 @@ An entry is found by its type, and the package that makes an entry owns the type
 | `lora.fuse.Fusion` | `apply_kernels` | which adapted layers are to compute in one matmul with their frozen weights |
 | `kernels.KernelsInUse` | `apply_kernels` | what each part computes with |
 | `quantization.fp8_layers.Fp8Layers` | `convert_to_fp8`, `swap_linear_layers` | which layers multiply in fp8 |
-| `_transformers.PackingWithoutSync` | `packing_without_sync` | documents of packed rows are found without a wait |
+| `_masks.PackingWithoutSync` | `packing_without_sync` | documents of packed rows are found without a wait |
 | `CompiledBlock`, on a block | `compile_blocks` | the training forward of this block is compiled |
 """
 

@@ -1,4 +1,4 @@
-"""The files of a model folder beside its weights: config, generation config, tokenizer, whatever else came with it."""
+"""The files of a model folder other than weights: config, generation config, tokenizer, model card, license, …"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.models.auto_classes import auto_class_of, auto_classes_of
 
-# Weights in any format, and what may hold code in disguise (pickle).
+# Weights in any format, and files that may run code when they are read (pickle).
 _WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".hdf5", ".ot",
     ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".nemo", ".engine", ".index", ".meta",
@@ -24,7 +24,7 @@ _UNCHANGED = ("architectures", "transformers_version", "_name_or_path")  # confi
 
 
 def source_folder(model: PreTrainedModel) -> Path | None:
-    """The local folder a model came from, if it is (still) there; a Hub id is looked up in the local cache only."""
+    """The local folder that a model came from, or None if it is gone. A Hub id is looked up in the local cache only."""
     name = getattr(model.config, "name_or_path", "") or getattr(model, "name_or_path", "")
     if not name:
         return None
@@ -38,7 +38,7 @@ def source_folder(model: PreTrainedModel) -> Path | None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model's folder holds a tokenizer too."""
+    """Whether a model's folder holds a tokenizer."""
     return any((folder / name).is_file() for name in _TOKENIZER)
 
 
@@ -50,17 +50,18 @@ def copy_sidecars(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Put everything but the weights into `folder`: on one rank, without touching a parameter's values.
+    """Write everything but the weights into `folder`. Call it on one rank; it reads no parameter's values.
 
-    Files of the folder the model came from are copied byte by byte (model card, license, tokenizer, chat template,
-    code, generation config); its config.json keeps every field, known or not, that training did not change.
+    Files of the folder that the model came from are copied unchanged (model card, license, tokenizer, chat template,
+    code, generation config). config.json keeps every field that training did not change, known to transformers or not.
 
     Args:
         model: the trained model.
         folder: an existing folder.
-        source: where the model came from; by default what its config says. Without one the files are made anew.
-        tokenizer: written in place of the source's where it differs from that.
-        dtype: of the weights beside; by default the model's.
+        source: the folder that the model came from; by default the one that its config names. Without one, transformers
+            writes the files.
+        tokenizer: replaces the source's tokenizer if it differs.
+        dtype: of the weights in `folder`; by default the model's.
     """
     source = source or source_folder(model)
     dtype = dtype or model.dtype
@@ -80,12 +81,12 @@ def copy_sidecars(
 
 
 def is_weight_file(file: Path) -> bool:
-    """Whether a file of a model folder holds weights, or says where they are."""
+    """Whether a file of a model folder holds weights or is their index."""
     return file.suffix.lower() in _WEIGHTS or file.name.endswith(".index.json")
 
 
 def _sidecars_of(source: Path, folder: Path) -> list[Path]:
-    """Files to copy: not weights, nothing hidden (caches, version control), nothing that lies in `folder` itself."""
+    """The files to copy: no weights, no hidden files (caches, version control), and nothing inside `folder` itself."""
     files = []
     for file in sorted(source.rglob("*")):
         parts = file.relative_to(source).parts
@@ -116,7 +117,7 @@ def _merged_config(model: PreTrainedModel, source: Path, dtype: torch.dtype) -> 
 
 
 def _merge(original: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """`original` with the values in which `now` differs from `before`."""
+    """`original`, updated by the values that differ between `before` and `now`."""
     merged = dict(original)
     for key, value in now.items():
         if key in _UNCHANGED or (key in before and value == before[key]):
@@ -140,7 +141,7 @@ def _same_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path) -> bool:
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """What a tokenizer does, whatever padding and truncation it was last called with."""
+    """What a tokenizer computes, to compare it with another. Padding and truncation of the last call do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}

@@ -15,15 +15,17 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint import check_checkpoint
-from automodel_trainer.models._transformers import packing_without_sync
+from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
+from automodel_trainer.models.isolation import Isolation
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
 from automodel_trainer.models.lora.adapter_files import CONFIG_NAME as ADAPTER_CONFIG
 from automodel_trainer.models.lora.adapter_files import read_config
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.sidecars import has_tokenizer
+from automodel_trainer.modules.isolation import isolation_of
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.nn.deferred_logits import defer_logits
 from automodel_trainer.strategies import MeshStrategy, Objective
@@ -38,7 +40,8 @@ class BuiltModule(Objective, pl.LightningModule):
         tokenizer, lora, neftune_alpha, kernels, trust_remote_code, revision, config_overrides: see `HuggingFaceModule`.
 
     Raises:
-        ValueError: no `auto_class`; or what is for a model that is still to be loaded was given for an object.
+        ValueError: the subclass sets no `auto_class`; or `revision` or `config_overrides` was given for a model that is
+            already loaded.
     """
 
     def __init__(
@@ -56,15 +59,16 @@ class BuiltModule(Objective, pl.LightningModule):
         super().__init__()
         if not hasattr(type(self), "auto_class"):
             raise ValueError(
-                f"{type(self).__name__} is no objective yet: it names no auto_class, the transformers auto class that "
+                f"{type(self).__name__} is not an objective yet: set auto_class to the transformers auto class that "
                 'builds its model (for example "AutoModelForTokenClassification").'
             )
         if isinstance(model, PreTrainedModel) and (revision is not None or config_overrides):
             raise ValueError(
-                "revision and config_overrides are for a model that is still to be loaded, and this one is an object. "
-                "Change its config before you make it, or give its folder or Hub id."
+                "revision and config_overrides apply to a model that is still to be loaded, and this one is an object. "
+                "Change its config before you build it, or give its folder or Hub id."
             )
-        self._reference = (model,)  # in a tuple: the model to train is `self.model`, and no second submodule
+        # In a tuple, so that torch does not register it as a second submodule next to `self.model`.
+        self._reference = (model,)
         self._tokenizer = tokenizer
         self.lora = lora
         self.neftune_alpha = neftune_alpha
@@ -76,7 +80,7 @@ class BuiltModule(Objective, pl.LightningModule):
 
     @cached_property
     def source(self) -> Path | None:
-        """The folder that weights and tokenizer come from; None for a model that was made in memory."""
+        """The folder that weights and tokenizer come from; None for a model that was built in memory."""
         (reference,) = self._reference
         if isinstance(reference, (str, os.PathLike)):
             return resolve_folder(reference, self.revision)
@@ -85,7 +89,7 @@ class BuiltModule(Objective, pl.LightningModule):
 
     @property
     def model_config(self) -> PreTrainedConfig:
-        """The model's config, also before the model is built."""
+        """The model's config. It is available before the model is built."""
         (reference,) = self._reference
         if isinstance(reference, PreTrainedModel):
             return reference.config
@@ -94,17 +98,17 @@ class BuiltModule(Objective, pl.LightningModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded when it is first asked for.
+        """The tokenizer, loaded on first use.
 
         Raises:
-            ValueError: the model is an object without a folder, or its folder has none, and no tokenizer was given.
+            ValueError: no tokenizer was given, and the model has no folder or its folder holds no tokenizer.
         """
         if isinstance(self._tokenizer, PreTrainedTokenizerBase):
             return self._tokenizer
         folder = resolve_folder(self._tokenizer) if self._tokenizer is not None else self.source
         if folder is None:
             raise ValueError(
-                "This model was made in memory and names no folder with a tokenizer: give "
+                "This model was built in memory and names no folder with a tokenizer: give "
                 f"{type(self).__name__}(tokenizer=…)."
             )
         if not has_tokenizer(folder):
@@ -115,17 +119,32 @@ class BuiltModule(Objective, pl.LightningModule):
 
     @property
     def tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer if there is one to be had; one that was given and cannot be had is an error."""
+        """The tokenizer, or None if none was given and the model's folder holds none.
+
+        Raises:
+            ValueError: a tokenizer was given and its folder holds none.
+        """
         had = self._tokenizer is not None or (self.source is not None and has_tokenizer(self.source))
         return self.tokenizer if had else None
 
+    @cached_property
+    def isolation(self) -> Isolation:
+        """What is proved of the model: whether packed documents and padding leave each other alone."""
+        found = isolation_of(self, self.model_config, self.kernels.attention, self.trust_remote_code)
+        self.gives_document_lengths = found.packed == "lengths"
+        return found
+
     def configure_model(self) -> None:
-        """Build the model on the strategy's mesh. Called by the Trainer once the processes have started."""
+        """Build the model on the strategy's mesh. The Trainer calls this after the processes have started.
+
+        Raises:
+            ValueError: the module's options do not work with each other or with the strategy.
+        """
         if self.model is not None:
             return
         self._check_options()
         check_compiled(self.kernels, self.strategy.compiles)
-        # Lightning calls this with the GPU as the default device; the builder says for itself what lies where.
+        # Lightning calls this with the GPU as the default device, and the builder chooses every tensor's device itself.
         with torch.device("cpu"):
             self.model = self._build()
         check_gathered(self.model)
@@ -140,12 +159,12 @@ class BuiltModule(Objective, pl.LightningModule):
         cp = self.strategy.dims.cp
         if cp > 1 and not self.targets_per_token:
             raise ValueError(
-                f"cp={cp} splits sequences over ranks, and the targets of {type(self).__name__} are not one for each "
-                "token (targets_per_token=False): the losses of parts would not add up to that of the whole. Set cp=1."
+                f"cp={cp} splits sequences over ranks, and {type(self).__name__} does not have one target per token "
+                "(targets_per_token=False): the losses of the parts would not add up to the loss of the row. Set cp=1."
             )
         if self.kernels.loss != "auto" and not self.defers_logits:
             raise ValueError(
-                f"kernels loss={self.kernels.loss!r} chooses how logits become a next-token loss, and "
+                f"kernels loss={self.kernels.loss!r} chooses how the next-token loss is computed, and "
                 f"{type(self).__name__} has a loss of its own (defers_logits=False). Leave it at 'auto'."
             )
 
@@ -166,15 +185,15 @@ class BuiltModule(Objective, pl.LightningModule):
     def _adopt(self, model: PreTrainedModel) -> PreTrainedModel:
         check_purpose(model, self.auto_class)
         dtype = self.strategy.dtypes.parameters
-        if lora_of(model) is not None:  # built with adapters, perhaps trained ones, and in the dtypes it wants
+        if lora_of(model) is not None:  # it was built with adapters, perhaps trained ones: keep them and its dtypes
             if self.lora is not None:
                 raise ValueError(
-                    f"The model has adapters already: leave out {type(self).__name__}(lora=…) to go on with them."
+                    f"The model already has adapters: leave out {type(self).__name__}(lora=…) to train them."
                 )
             if self.kernels.fp8 is not None:
                 raise ValueError(
-                    f"fp8={self.kernels.fp8!r} casts frozen weights as they are read, and this model holds its "
-                    f"already. Build it with builder({self.auto_class!r}).from_pretrained(lora=…, kernels="
+                    f"fp8={self.kernels.fp8!r} casts frozen weights while they are read, and this model is already "
+                    f"loaded. Build it with builder({self.auto_class!r}).from_pretrained(lora=…, kernels="
                     "KernelsConfig(fp8=…)) of automodel_trainer.models instead."
                 )
             apply_kernels(model, self.kernels, self.strategy.root_device)
@@ -192,7 +211,7 @@ class BuiltModule(Objective, pl.LightningModule):
             return model
         if self.source is None:
             raise ValueError(
-                f"The model is on meta, and its name_or_path {model.name_or_path!r} is no folder to read weights from."
+                f"The model is on meta, and its name_or_path {model.name_or_path!r} is not a folder with weights."
             )
         fill_from_folder(model, self.source, self.strategy, allow_missing_weights=self.new_modules)
         return model
@@ -233,7 +252,7 @@ class BuiltModule(Objective, pl.LightningModule):
         return cls(**{"model": base, "lora": LoRAConfig(adapter=str(folder)), **kwargs})
 
     def without_model(self) -> Self:
-        """A light copy to send to other processes: loss and settings, without model, tokenizer and Trainer."""
+        """A light copy to send to other processes. It has the loss and settings, but no model, tokenizer or Trainer."""
         light = copy.copy(self)
         light._modules = {**self._modules, "model": None}
         light._reference = ("",)
@@ -247,7 +266,7 @@ class BuiltModule(Objective, pl.LightningModule):
         """The Trainer's strategy.
 
         Raises:
-            ValueError: it is not one that can run this module.
+            ValueError: the strategy is not a `MeshStrategy`.
         """
         strategy = self.trainer.strategy
         if not isinstance(strategy, MeshStrategy):
@@ -258,17 +277,26 @@ class BuiltModule(Objective, pl.LightningModule):
         return strategy
 
     def forward(self, **inputs: Any) -> Any:
-        """The model's own forward."""
+        """Call the model's own forward."""
         return self.model(**inputs)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """`transformers`' generate on the laid-out model. Collective: every rank calls it with the same arguments."""
+        """Run transformers' `generate` on the laid-out model.
+
+        Args:
+            input_ids: int64 `[b, s]`.
+            kwargs: as transformers has them.
+
+        Returns:
+            int64 `[b, s + new tokens]`. Collective: every rank calls this with the same arguments.
+        """
         return self.model.generate(input_ids, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The model's: keys are the Hugging Face keys."""
+        """The model's state dict: its keys are the Hugging Face keys."""
         return self.model.state_dict(*args, **kwargs) if self.model is not None else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict with Hugging Face keys into the model; see `torch.nn.Module.load_state_dict`."""
         return self.model.load_state_dict(state_dict, strict=strict, assign=assign)

@@ -1,4 +1,4 @@
-"""EvaluatedModule: metrics over validation and test data, and predictions per token."""
+"""EvaluatedModule: metrics over validation and test data, and predictions for every token."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class EvaluatedModule(BuiltModule):
     """Validates, tests and predicts.
 
     Attributes:
-        metrics: `update(logits, targets)` takes a micro-batch, or this rank's part of it; `compute()` gives numbers by
-            name, equal on all ranks. Ranks of a tp group count the same tokens each: only ratios of sums mean anything.
+        metrics: `update(logits, targets)` takes a micro-batch, or this rank's part of one. `compute()` returns numbers
+            by name, equal on all ranks. Every rank of a tp group counts the same tokens, so report ratios of sums only.
     """
 
     metrics: Metric
@@ -94,23 +94,23 @@ class EvaluatedModule(BuiltModule):
         ]
 
     def predict(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        """The predictions for a micro-batch, by name. Collective: an objective computes them by `per_token`.
+        """The predictions for a micro-batch, by name. Collective: a subclass computes them with `per_token`.
 
-        By default `predictions`: the most likely class of every token, int64 `[b, s]`.
+        The default is `predictions`, the most likely class of every token, int64 `[b, s]`.
         """
         return {"predictions": self.per_token(micro_batch, lambda logits, targets: predictions(logits), torch.int64)}
 
     def per_token(
         self, micro_batch: MicroBatch, compute: Callable[[Logits, Tensor], Tensor], dtype: torch.dtype
     ) -> Tensor:
-        """Something about every token of a micro-batch, whatever the layout. Collective.
+        """One value for every token of a micro-batch, on any layout. Collective.
 
         Args:
-            compute: makes it of logits `[b, s, v]` and targets `[b, s]` of a part of the sequence; `b·s` numbers.
-            dtype: of these numbers.
+            compute: takes logits `[b, s, v]` and targets `[b, s]` of a part of the sequence, and returns `b·s` values.
+            dtype: of the values.
 
         Returns:
-            `[b, s]`, on every rank.
+            `[b, s]`, the whole sequence on every rank.
         """
         whole = self.split(micro_batch)
         with self.strategy.split_sequence(*whole) as (inputs, targets):
@@ -120,5 +120,5 @@ class EvaluatedModule(BuiltModule):
 
 
 def as_list(batch: Sequence[MicroBatch] | MicroBatch) -> Sequence[MicroBatch]:
-    """A loader of plain batches (a user's own DataLoader) yields one micro-batch per step."""
+    """The micro-batches of a batch. A user's own DataLoader yields one micro-batch, which becomes a list of one."""
     return [dict(batch)] if isinstance(batch, Mapping) else batch

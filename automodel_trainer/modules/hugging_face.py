@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.evaluation import EvaluatedModule, as_list
+from automodel_trainer.modules.isolation import packs
 from automodel_trainer.modules.metrics import FiniteGuard, LossWindow
 from automodel_trainer.modules.optim import (
     OptimizerConfig,
@@ -31,29 +32,32 @@ _WINDOW_KEY = "loss_window"
 
 
 class HuggingFaceModule(EvaluatedModule):
-    """Builds a Hugging Face model, trains, evaluates and saves it; a subclass says what is learned.
+    """Builds a Hugging Face model, trains, evaluates and saves it. A subclass defines what is learned.
 
-    A subclass sets `auto_class` and has `loss`; the rest of the contract (`Objective`) has defaults.
+    A subclass sets `auto_class` and implements `loss`. The rest of the contract (`Objective`) has defaults.
 
-    Optimization is manual: a batch is the list of micro-batches of one optimizer step, which the strategy runs. The
-    loss is the sum over the targets of the *global* batch divided by their number, so it does not depend on
-    accumulation, on the number of ranks or on ragged batches. State-dict keys are the Hugging Face keys.
+    Optimization is manual: a batch is the list of micro-batches of one optimizer step, and the strategy runs them. The
+    loss is summed over the targets of the *global* batch and divided by their number. So it does not depend on
+    accumulation, the number of ranks or ragged batches. State-dict keys are the Hugging Face keys.
 
     Args:
         model: a folder or Hub id, or a `PreTrainedModel` (real, or on meta with its path in `name_or_path`).
         tokenizer: a tokenizer or its path; by default the model's own.
         lora: low-rank adapters to train on the frozen model; None trains the whole model.
-        lr: the highest learning rate.
+        lr: the peak learning rate.
         optimizer: configuration, class path, or a callable that takes parameter groups.
         scheduler: configuration or name of the schedule.
-        gradient_clip_val: largest global gradient norm; 0 only measures it. `Trainer(gradient_clip_val=)` goes first.
+        gradient_clip_val: largest global gradient norm; 0 measures it without clipping. `Trainer(gradient_clip_val=)`
+            takes precedence.
         neftune_alpha: strength of NEFTune noise (5 in the paper); 0 is off.
-        kernels: what the model computes with; by default chosen by the hardware.
+        kernels: the kernels to compute with; by default the hardware decides.
         trust_remote_code: run code that comes with the checkpoint.
         revision: branch, tag or commit of a Hub repository.
         config_overrides: attributes of the model's config to change.
 
     `lora`, `optimizer`, `scheduler` and `kernels` may be dicts of the options of their classes, as in YAML.
+    Raises:
+        ValueError: as `BuiltModule`.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class HuggingFaceModule(EvaluatedModule):
         self.scheduler_config = scheduler
         self.gradient_clip_val = gradient_clip_val
         self.metrics = self.build_metrics()
+        self._rows_are_safe = False  # not known yet
         self._window = LossWindow()
         self._guard: FiniteGuard | None = None
         self._grad_norm: Tensor | None = None
@@ -117,10 +122,35 @@ class HuggingFaceModule(EvaluatedModule):
         scheduler = build_scheduler(self.scheduler_config, optimizer, planned)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    # --- rows ------------------------------------------------------------------------------------------------------
+
+    def check_rows(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Refuse packed rows of a model whose documents would see each other.
+
+        A data module asks before training. This is for everyone else's loader.
+
+        Raises:
+            ValueError: documents share a row, and this model does not keep them apart.
+        """
+        if self._rows_are_safe:
+            return
+        maybe = [m for m in micro_batches if m.get("packed") is not False and m.get("attention_mask") is None]
+        if not any(isinstance(m.get("position_ids"), Tensor) for m in maybe):
+            return
+        found = self.isolation
+        self._rows_are_safe = found.packed is not None
+        if not self._rows_are_safe and any(packs(m) for m in maybe):
+            raise ValueError(
+                f"The position_ids of these rows restart, so they hold several documents, and {found}. Give one "
+                "document a row, padded, with an attention_mask."
+            )
+
     # --- training -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> None:
+        """One optimizer step: forward and backward of every micro-batch, clip, optimizer, schedule. Collective."""
         micro_batches = as_list(batch)
+        self.check_rows(micro_batches)
         strategy = self.strategy
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
@@ -128,7 +158,7 @@ class HuggingFaceModule(EvaluatedModule):
         loss_sum = strategy.forward_backward(self, micro_batches, tokens)
         self._grad_norm = strategy.clip_grad_norm_(parameters_of(optimizer), self._clip_value)
         lr = optimizer.param_groups[0]["lr"]
-        self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # the scheduler fills a tensor in place
+        self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # the scheduler overwrites a tensor in place
         optimizer.step()
         scheduler.step()  # type: ignore[union-attr, call-arg]
         optimizer.zero_grad()
@@ -149,7 +179,7 @@ class HuggingFaceModule(EvaluatedModule):
         self._window.add(loss_sum, tokens)
         self._guard.add(step, loss_sum, self._grad_norm, ids)
         log_step = every > 0 and step % every == 0
-        if log_step or self.device.type == "cpu":  # on CPU looking costs nothing
+        if log_step or self.device.type == "cpu":  # on a GPU the check waits for the device; on a CPU it is free
             self.check_finite()
         if log_step:
             self._log_window()
@@ -160,7 +190,7 @@ class HuggingFaceModule(EvaluatedModule):
         self.log_dict({"train_loss": loss.float(), "grad_norm": self._grad_norm, "lr": self._lr})  # type: ignore[dict-item]
 
     def check_finite(self) -> None:
-        """Stop if any step so far had a loss or a gradient that was not finite. Collective; waits for the device.
+        """Raise if any step so far had a loss or gradient norm that was not finite. Collective; waits for the device.
 
         Raises:
             ValueError: names the step and its sample ids. Checkpoints written before that step are intact.
@@ -169,7 +199,7 @@ class HuggingFaceModule(EvaluatedModule):
         if first is None:
             return
         assert self._guard is not None
-        first = first.clone()
+        first = first.clone()  # the reduction writes in place, and the guard keeps its own
         if self.strategy.world_size > 1:
             dist.all_reduce(first, op=dist.ReduceOp.MIN)
         if first.isinf():
@@ -182,8 +212,8 @@ class HuggingFaceModule(EvaluatedModule):
             ids = sorted({i for some in gathered if some for i in some})
         raise ValueError(
             f"The loss or the gradient of step {step} was not finite (NaN or infinity). Samples of that step: {ids}. "
-            "Training stops here and writes no further checkpoint; the last one is from before. Look at these samples, "
-            "lower lr, or use precision='fp32' or 'bf16'."
+            "Training stops here and writes no more checkpoints; the last one is from an earlier step. Look at these "
+            "samples, lower lr, or use precision='fp32' or 'bf16'."
         )
 
     def on_train_end(self) -> None:
@@ -192,7 +222,7 @@ class HuggingFaceModule(EvaluatedModule):
     # --- state ----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the next log step will average over, so that a resumed run logs the same numbers. Collective."""
+        """Save the sums that the next log step averages, so that a resumed run logs the same numbers. Collective."""
         if self._window:
             loss_sum, tokens = self._window.sums()
             whole = self.strategy.sum_over_tokens(loss_sum.clone())
@@ -202,6 +232,8 @@ class HuggingFaceModule(EvaluatedModule):
         self._window = LossWindow()
         if _WINDOW_KEY in checkpoint:
             saved, device = checkpoint[_WINDOW_KEY], self.strategy.root_device
+            # The checkpoint holds the sum over all ranks. The run may resume on another number of ranks, so each rank
+            # takes an equal share: the next log step adds them up again.
             ranks = self.strategy.sum_over_tokens(torch.ones((), dtype=torch.float64, device=device))
             share = torch.tensor(saved["loss_sum"], dtype=torch.float64, device=device) / ranks
             self._window.add(share, torch.tensor(saved["tokens"], device=device))

@@ -1,6 +1,6 @@
-"""Cross-entropy of a linear head without its logits: a chunk of them exists at a time.
+"""Cross-entropy of a linear head that never holds all logits: it computes them one chunk of tokens at a time.
 
-The gradient is computed together with the loss, so backward needs no logits either. Source of the idea: Cut
+The forward computes the gradient together with the loss, so backward needs no logits either. The idea comes from Cut
 Cross-Entropy (arXiv 2411.09009) and Liger Kernel (arXiv 2410.10989).
 """
 
@@ -20,7 +20,7 @@ from automodel_trainer.nn.constants import IGNORE_INDEX
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """The cross-entropy of hidden states · weightᵀ + bias, summed over the targets that are not −100.
+    """The cross-entropy of the logits `hidden · weightᵀ + bias`, summed over the targets that are not −100.
 
     Args:
         hidden: `[n, h]`.
@@ -29,13 +29,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
         targets: int64 `[n]`.
 
     Returns:
-        0-dim, fp32 or wider. Differentiable once, by hidden states, weight and bias.
+        0-dim, fp32 or wider. It can be differentiated once, with respect to hidden, weight and bias.
     """
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
-    if kind == "cpu":  # where looking costs nothing, tokens that are not trained are left out
+    if kind == "cpu":  # drop tokens without a label; on a GPU `nonzero` would wait for the device
         rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
         hidden, targets = hidden[rows], targets[rows]
     total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets)
@@ -43,7 +43,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Tokens whose logits exist at a time: 1 GiB of them in bf16 on an accelerator, 256 MiB in fp32 on a CPU."""
+    """Tokens per chunk, so that its logits take 1 GiB in bf16 on an accelerator or 256 MiB in fp32 on a CPU.
+
+    It is a multiple of 256 and at least 256.
+    """
     elements = 2**26 if device.type == "cpu" else 2**29
     return max(256, elements // vocabulary // 256 * 256)
 
@@ -80,16 +83,16 @@ class _LinearCrossEntropy(Function):
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits `[n, v]`: the losses `[n]` in fp32 or wider, and their gradients `[n, v]` in the logits' dtype."""
+    """From logits `[n, v]`: the losses `[n]` in fp32 or wider, and their gradients `[n, v]` in the logits' dtype."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # Not `logsumexp`: this the compiler finds both sums of in one pass ("online softmax", arXiv 1805.02867).
+    # Not `logsumexp`: the compiler turns this form into one pass over the logits ("online softmax", arXiv 1805.02867).
     largest = wide.amax(-1, keepdim=True)
     log_sum = largest + (wide - largest).exp().sum(-1, keepdim=True).log()
     trained = (targets != IGNORE_INDEX)[:, None]
     index = targets.clamp(min=0)[:, None]
     losses = log_sum - wide.gather(1, index)
     gradient = torch.where(trained, (wide - log_sum).exp(), 0).to(logits.dtype)
-    # p − 1 in full precision: a p close to 1 would lose it in bf16
+    # The gradient at the target is p − 1. In bf16 it would round to 0 for p close to 1, so compute it from the loss.
     at_target = torch.where(trained, torch.expm1(-losses), 0).to(logits.dtype)
     return torch.where(trained, losses, 0)[:, 0], gradient.scatter(1, index, at_target)
 

@@ -1,6 +1,6 @@
-"""Next-token loss: the one place where logits become a number.
+"""The next-token loss, the only place that turns logits into a loss.
 
-Logits come as a tensor `[b, s, v]`, as a DTensor sharded over v, or as `DeferredLogits`, gone through in chunks.
+Logits are a tensor `[b, s, v]`, a DTensor sharded over v, or `DeferredLogits`, which are computed chunk by chunk.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def next_token_targets(labels: Tensor) -> Tensor:
 
 
 def supervised_tokens(labels: Tensor) -> Tensor:
-    """How many tokens of `labels` `[b, s]` are predicted, 0-dim int64: one in column 0 has nothing before it."""
+    """The number of supervised tokens in `labels` `[b, s]`, 0-dim int64. Nothing predicts column 0."""
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
@@ -46,10 +46,10 @@ def summed_loss(logits: Logits, targets: Tensor, kernel: LossKernel | None = Non
     Args:
         logits: of `[b, s, v]`.
         targets: `[b, s]`, from `next_token_targets`.
-        kernel: a library's, for `DeferredLogits`; None: `linear_cross_entropy.py`.
+        kernel: a kernel library's loss, for `DeferredLogits`; None uses `linear_cross_entropy.py`.
 
     Raises:
-        ValueError: a library's kernel, and the head is more than a linear layer of its own.
+        ValueError: a kernel library's loss was asked for, and the head is more than a plain linear layer.
     """
     if isinstance(logits, DeferredLogits) and (weight := logits.plain_weight) is not None:
         bias: Any = getattr(logits.layer, "bias", None)
@@ -57,14 +57,14 @@ def summed_loss(logits: Logits, targets: Tensor, kernel: LossKernel | None = Non
         return compute(logits.hidden.flatten(0, -2), weight, bias, targets.flatten())
     if kernel is not None:
         raise ValueError(
-            f"kernels loss={kernel.name!r} is for a head that is a linear layer and nothing more: this one is cut over "
-            "ranks, adapted, or followed by a scale or a cap. Use 'chunked'."
+            f"kernels loss={kernel.name!r} needs a head that is a plain linear layer. This one is cut over ranks, "
+            "adapted, or followed by a scale or a cap. Use 'chunked'."
         )
     return token_losses(logits, targets).sum()
 
 
 def token_losses(logits: Logits, targets: Tensor) -> Tensor:
-    """Cross-entropy per token, 0 where not trained, in fp32 or wider.
+    """Cross-entropy per token, in fp32 or wider. Tokens without a label have 0.
 
     Args:
         logits: of `[b, s, v]`.
@@ -79,7 +79,7 @@ def token_losses(logits: Logits, targets: Tensor) -> Tensor:
 
 
 def losses_and_predictions(logits: Logits, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`token_losses` and the most likely token of every position, int64 `[b·s]`. Without gradients."""
+    """`token_losses` `[b·s]` and the most likely token of every position, int64 `[b·s]`. Without gradients."""
 
     def both(logits: Tensor, targets: Tensor) -> Tensor:
         return torch.stack([_token_losses(logits, targets).double(), predictions(logits).flatten().double()])
@@ -91,8 +91,8 @@ def losses_and_predictions(logits: Logits, targets: Tensor) -> tuple[Tensor, Ten
 
 
 def _by_chunks(logits: DeferredLogits, targets: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
-    """`of` the logits and targets of a chunk of tokens at a time; backward makes them anew."""
-    hidden = logits.hidden.flatten(0, -2)[None]  # a head that is cut over ranks wants [b, s, h]
+    """Apply `of` to the logits and targets of one chunk of tokens after another. Backward recomputes the logits."""
+    hidden = logits.hidden.flatten(0, -2)[None]  # a head that is cut over ranks takes [b, s, h]
     rows = chunk_rows(logits.vocabulary, hidden.device)
 
     def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
@@ -112,5 +112,5 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def predictions(logits: Logits) -> Tensor:
-    """The most likely token of every position, int64 `[b, s]`, of logits `[b, s, v]` (a DTensor sharded over v too)."""
+    """The most likely token of every position, int64 `[b, s]`. Logits are `[b, s, v]`, perhaps sharded over v."""
     return sharded_argmax(logits) if isinstance(logits, DTensor) else logits.argmax(-1)

@@ -1,4 +1,4 @@
-"""What is measured: training losses between two log steps, and token metrics over an evaluation."""
+"""Metrics: the training loss between two log steps, and loss and accuracy per token over an evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from automodel_trainer.nn.constants import IGNORE_INDEX
 class TokenAccuracy(Metric):
     """Cross-entropy and accuracy per supervised token, over all batches and ranks.
 
-    Sums are kept in fp64, so that neither the number of batches nor of ranks shows in the result.
+    The sums are fp64, so that the result does not depend on the number of batches or ranks.
     """
 
     full_state_update = False
@@ -30,9 +30,9 @@ class TokenAccuracy(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, logits: Logits | None, targets: Tensor) -> None:
-        """Add one micro-batch: logits of `[b, s, v]`, targets `[b, s]`.
+        """Add one micro-batch: logits `[b, s, v]`, targets `[b, s]`.
 
-        Logits are None on ranks of a pipeline that have none: those that have them count for all.
+        Pipeline ranks without the last stage pass None and count nothing. The last stage's ranks count for all.
         """
         if logits is None:
             return
@@ -44,11 +44,12 @@ class TokenAccuracy(Metric):
         self.correct += (predictions.eq(targets) & trained).sum()
 
     def compute(self) -> dict[str, Tensor]:
+        """`loss` in nats and `token_accuracy` between 0 and 1, both per supervised token, 0-dim fp64."""
         return {"loss": self.loss_sum / self.tokens, "token_accuracy": self.correct / self.tokens}
 
 
 class TokenMetrics(TokenAccuracy):
-    """The same and perplexity: of a language model."""
+    """`TokenAccuracy` with perplexity, for language models."""
 
     def compute(self) -> dict[str, Tensor]:
         values = super().compute()
@@ -56,7 +57,7 @@ class TokenMetrics(TokenAccuracy):
 
 
 class LossWindow:
-    """Sums of loss and tokens since the last log step, kept on the device: nothing here waits for it."""
+    """Sums of loss and tokens since the last log step. They stay on the device, and nothing here waits for it."""
 
     def __init__(self) -> None:
         self.loss_sum: Tensor | None = None
@@ -69,13 +70,13 @@ class LossWindow:
         self.tokens = tokens if self.tokens is None else self.tokens + tokens
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """This rank's loss sum and the global token count since the last `pop`."""
+        """This rank's loss sum (fp64) and the global token count since the last `pop`, both 0-dim."""
         assert self.loss_sum is not None
         assert self.tokens is not None
         return self.loss_sum, self.tokens
 
     def pop(self) -> tuple[Tensor, Tensor]:
-        """The same, and begin anew."""
+        """Return `sums` and reset them."""
         sums = self.sums()
         self.loss_sum = self.tokens = None
         return sums
@@ -85,9 +86,12 @@ class LossWindow:
 
 
 class FiniteGuard:
-    """Remembers, on the device, the first step whose loss or gradient norm was not finite, and the samples it saw.
+    """Remembers the first step whose loss or gradient norm was not finite, and the samples of recent steps.
 
-    `add` costs no host sync; `check` costs one.
+    The first bad step stays on the device, so `add` does not wait for it. Whoever reads `first_bad` does.
+
+    Args:
+        keep: for how many steps sample ids are remembered.
     """
 
     def __init__(self, keep: int) -> None:
@@ -95,14 +99,14 @@ class FiniteGuard:
         self._samples: deque[tuple[int, list[int]]] = deque(maxlen=keep)
 
     def add(self, step: int, loss_sum: Tensor, grad_norm: Tensor, sample_ids: list[int]) -> None:
-        """Note one optimizer step, counted from 1."""
+        """Note one optimizer step, counted from 1. Loss and norm are 0-dim."""
         bad = ~(torch.isfinite(loss_sum) & torch.isfinite(grad_norm.to(loss_sum.device)))
         mark = torch.where(bad, float(step), float("inf"))
         self._first_bad = mark if self._first_bad is None else torch.minimum(self._first_bad, mark)
         self._samples.append((step, sample_ids))
 
     def first_bad(self) -> Tensor | None:
-        """The first bad step, 0-dim, inf if there was none; None before any step."""
+        """The first bad step, 0-dim; infinity if there was none, None before any step."""
         return self._first_bad
 
     def samples_of(self, step: int) -> list[int] | None:

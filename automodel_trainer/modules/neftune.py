@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 
 def add_neftune(embedding: nn.Module, alpha: float) -> None:
-    """Add noise of `alpha / sqrt(tokens · width)` to what `embedding` returns while it is in training mode."""
+    """Make `embedding` add uniform noise of up to ±`alpha / sqrt(tokens · width)` to its output in training mode.
+
+    Args:
+        embedding: returns `[b, s, h]`; `tokens` is s and `width` is h.
+        alpha: strength of the noise (5 in the paper).
+    """
 
     def noisy(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if not module.training:

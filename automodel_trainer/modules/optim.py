@@ -1,4 +1,4 @@
-"""Optimizer and schedule as configuration: what to build is said before the parameters are sharded."""
+"""Optimizer and schedule as configuration: a run chooses them before its parameters exist and are sharded."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class OptimizerConfig:
 
     Args:
         name: a `torch.optim` class (`AdamW`) or any class path (`torch.optim.SGD`, `my_package.Lion`).
-        weight_decay: applied to matrices and embeddings; norms and biases (fewer than 2 dimensions) have none.
-        args: further arguments of the class (betas, eps, momentum, fused, …).
+        weight_decay: applies to matrices and embeddings, not to norms and biases (fewer than 2 dimensions).
+        args: other arguments of the class (betas, eps, momentum, fused, …).
     """
 
     name: str = "torch.optim.AdamW"
@@ -43,9 +43,9 @@ class SchedulerConfig:
     Args:
         name: `cosine`, `linear` (to `min_lr_ratio`), `constant`, or `wsd` (warm-up, stable, linear decay at the end).
         warmup_steps: steps of linear warm-up from 0.
-        warmup_ratio: the same as a share of all steps; give one of the two.
-        min_lr_ratio: the last learning rate as a share of the highest.
-        decay_ratio: share of all steps that `wsd` decays over.
+        warmup_ratio: warm-up as a share of all steps; give one of the two.
+        min_lr_ratio: the final learning rate as a share of the peak.
+        decay_ratio: the share of steps after warm-up over which `wsd` decays.
     """
 
     name: str = "cosine"
@@ -60,8 +60,13 @@ def build_optimizer(
 ) -> Optimizer:
     """The optimizer over the trainable parameters of `model`.
 
+    Args:
+        config: a configuration, a class path, or a callable that takes parameter groups.
+        model: laid out; the optimizer updates this rank's shards.
+        lr: the peak learning rate.
+
     Raises:
-        ValueError: nothing to train, or the name is no optimizer, or it does not take an argument.
+        ValueError: nothing is trainable, the optimizer cannot be imported, or it does not take an argument.
     """
     if callable(config):
         return compiled_apart(config(parameter_groups(model, None, lr)))
@@ -84,7 +89,11 @@ def build_optimizer(
 
 
 def compiled_apart(optimizer: Optimizer) -> Optimizer:
-    """Let torchao's optimizers, which compile their step, do so on shards without torch's cache of graphs."""
+    """Turn off torch's graph cache during a step of torchao's optimizers on sharded parameters.
+
+    These optimizers compile their step, and the cache mixes up the graphs of sharded 8-bit and 4-bit state
+    (`without_graph_cache`).
+    """
     sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
     if sharded and type(optimizer).__module__.startswith("torchao."):
         scope = ExitStack()
@@ -94,9 +103,17 @@ def compiled_apart(optimizer: Optimizer) -> Optimizer:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float | None, lr: float) -> list[dict[str, Any]]:
-    """Groups with and without weight decay, and by learning rate where LoRA asks for several.
+    """Parameter groups: with and without weight decay, one for each learning rate that LoRA asks for.
 
-    DTensors and plain tensors stand apart, since fused kernels take one kind.
+    DTensors and plain tensors get separate groups, because a fused optimizer kernel takes only one kind.
+
+    Args:
+        model: its trainable parameters are grouped.
+        weight_decay: of parameters with 2 or more dimensions; None leaves it out of the groups.
+        lr: the peak learning rate, from which LoRA's are derived.
+
+    Raises:
+        ValueError: no parameter is trainable.
     """
     groups: dict[tuple[bool, bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -104,7 +121,7 @@ def parameter_groups(model: nn.Module, weight_decay: float | None, lr: float) ->
             key = (parameter.ndim >= 2, isinstance(parameter, DTensor), learning_rate_of(model, name, lr))
             groups.setdefault(key, []).append(parameter)
     if not groups:
-        raise ValueError("No parameter of the model is trainable: nothing to optimize. Unfreeze some (requires_grad).")
+        raise ValueError("No parameter of the model is trainable: nothing to optimize. Set requires_grad on some.")
     built: list[dict[str, Any]] = []
     for (decays, _, own_lr), params in groups.items():
         group: dict[str, Any] = {"params": params}
@@ -117,10 +134,16 @@ def parameter_groups(model: nn.Module, weight_decay: float | None, lr: float) ->
 
 
 def build_scheduler(config: SchedulerConfig | str, optimizer: Optimizer, total_steps: int | None) -> LambdaLR:
-    """The schedule over `total_steps` optimizer steps (None: not known, as for a stream without max_steps).
+    """The learning-rate schedule over `total_steps` optimizer steps.
+
+    Args:
+        config: a configuration, or the name of a schedule.
+        optimizer: whose learning rates it sets.
+        total_steps: of the run; None if unknown, as for a stream without max_steps.
 
     Raises:
-        ValueError: an unknown name, two warm-ups, a warm-up longer than the run, or `total_steps` missing.
+        ValueError: the name is unknown, two warm-ups are given, the warm-up is not shorter than the run, or the
+            schedule needs `total_steps` and it is None.
     """
     if isinstance(config, str):
         config = SchedulerConfig(name=config)
@@ -130,7 +153,7 @@ def build_scheduler(config: SchedulerConfig | str, optimizer: Optimizer, total_s
 
     def factor(step: int) -> float:
         if step < warmup:
-            return (step + 1) / warmup
+            return (step + 1) / warmup  # the first step is not 0, so that it trains
         if total_steps is None:
             return 1.0
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
@@ -169,14 +192,16 @@ def _check(config: SchedulerConfig, total_steps: int | None) -> None:
     if config.warmup_steps and config.warmup_ratio:
         raise ValueError("Give warmup_steps or warmup_ratio, not both.")
     if not 0 <= config.warmup_ratio < 1 or config.warmup_steps < 0:
-        raise ValueError(f"{config} has no sound warm-up: give warmup_steps ≥ 0 or a warmup_ratio in [0, 1).")
+        raise ValueError(f"{config} has an invalid warm-up: give warmup_steps ≥ 0 or a warmup_ratio in [0, 1).")
     if total_steps is None and (config.name != "constant" or config.warmup_ratio):
         raise ValueError(
-            f"scheduler {config.name!r} needs to know how many steps there will be. Set Trainer(max_steps=…), or use "
+            f"scheduler {config.name!r} needs the number of steps of the run. Set Trainer(max_steps=…), or use "
             "'constant' with warmup_steps."
         )
     if total_steps is not None and config.warmup_steps >= total_steps:
-        raise ValueError(f"warmup_steps={config.warmup_steps} leaves nothing of the run's {total_steps} step(s).")
+        raise ValueError(
+            f"warmup_steps={config.warmup_steps} must be less than the run's {total_steps} step(s): give fewer."
+        )
 
 
 def _import_optimizer(name: str) -> type[Optimizer]:
@@ -194,10 +219,10 @@ def _import_optimizer(name: str) -> type[Optimizer]:
 
 
 def parameters_of(optimizer: Any) -> list[Tensor]:
-    """What it updates. To walk through the modules of a model instead costs every step a part of a millisecond."""
+    """The trainable parameters of an optimizer. Walking the model's modules instead would cost time in every step."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
 
 
 def trainable(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Those that want a gradient."""
+    """The parameters that require a gradient."""
     return [parameter for parameter in parameters if parameter.requires_grad]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch._higher_order_ops.wrap
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -56,6 +57,11 @@ def scaled_matmul(
     # Avoid a no-op `out.to(dtype)`: torch 2.11's compiler silently drops the gradient of an autograd.Function that
     # returns its result.
     return out if out.dtype == dtype else out.to(dtype)
+
+
+# Whether the compiler overlooks the inside of an autograd.Function in a checkpoint without a policy (torch 2.11). It
+# does not mark these operations to be recomputed, and keeps their results for the backward.
+CHECKPOINT_MISSES_FUNCTIONS = not hasattr(torch._higher_order_ops.wrap, "_always_prefer_recompute")
 
 
 def raise_recompile_limit() -> None:
@@ -121,6 +127,14 @@ EXPENSIVE_OPERATIONS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+# Matrix products -> the place of their second factor `[…, k, n]` among the arguments.
+MATMULS = {
+    torch.ops.aten.mm.default: 1,
+    torch.ops.aten.addmm.default: 2,
+    torch.ops.aten.bmm.default: 1,
+    torch.ops.aten._scaled_mm.default: 1,
 }
 
 

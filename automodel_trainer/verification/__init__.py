@@ -1,4 +1,4 @@
-"""Does a layout compute for this model and this data what one device computes?
+"""Checks that a layout computes the same as one device, for a given model and data.
 
-Start with `verify.py`: it makes the model small, runs both, and compares. `amt verify` is its command line.
+Start with `verify.py`: it makes the model small, trains it on both, and compares. `amt verify` is its command line.
 """

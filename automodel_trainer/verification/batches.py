@@ -1,4 +1,4 @@
-"""The first micro-batches of a user's data, cut short, with the token ids they use renumbered from 0."""
+"""The first micro-batches of a user's data, cut short, with their token ids renumbered from 0."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from automodel_trainer.strategies import Objective
 def first_steps(
     objective: Objective, data: Any, steps: int, per_step: int, length: int, rows: int = 2
 ) -> list[list[MicroBatch]]:
-    """`steps` lists of `per_step` micro-batches, in the order of the data; few data are gone through again.
+    """`steps` lists of `per_step` micro-batches, in the order of the data. Short data repeats.
 
     Args:
-        objective: says what a micro-batch holds to learn.
+        objective: counts the targets of a micro-batch.
         data: a data module, or an iterable of batches (a micro-batch, or a list of them).
-        length: rows are cut to the window of so many tokens that has the most labels.
+        length: tokens of a row; a longer row is cut to the window with the most labels.
         rows: of a micro-batch, at most.
 
     Raises:
-        ValueError: there is no data, or no label in all of it.
+        ValueError: there is no data, or it has no labels.
     """
     wanted = steps * per_step
     found: list[MicroBatch] = []
@@ -37,7 +37,7 @@ def first_steps(
         if len(found) == wanted:
             break
     if not any(objective.count(micro_batch) for micro_batch in found):
-        raise ValueError("There is nothing to verify with: the data gave no batch with a trained token.")
+        raise ValueError("There is nothing to verify with: no batch of the data has a supervised token.")
     found = [found[i % len(found)] for i in range(wanted)]
     return [found[i : i + per_step] for i in range(0, wanted, per_step)]
 
@@ -55,12 +55,12 @@ def _stream(data: Any) -> Iterator[MicroBatch]:
 
 
 def _cut(micro_batch: MicroBatch, length: int, rows: int) -> MicroBatch:
-    """The first rows, and of every tensor `[b, s]` the window with the most labels."""
+    """The first rows. Tensors `[b, s]` are also cut to the window of columns with the most labels."""
     shape = micro_batch["input_ids"].shape
     length = min(length, shape[1])
     labels = micro_batch.get("labels")
     start = _window(labels[:rows], length) if isinstance(labels, Tensor) and labels.shape == shape else 0
-    cut = {key: value for key, value in micro_batch.items() if key != "sample_ids"}
+    cut = {key: value for key, value in micro_batch.items() if key not in ("sample_ids", "document_lengths")}
     for key, value in cut.items():
         if isinstance(value, Tensor) and value.shape == shape:
             cut[key] = value[:rows, start : start + length].clone()
@@ -70,22 +70,22 @@ def _cut(micro_batch: MicroBatch, length: int, rows: int) -> MicroBatch:
 
 
 def _window(labels: Tensor, length: int) -> int:
-    """Where the `length` columns of labels `[b, s]` begin that hold the most of them."""
+    """The first column of the window of `length` columns with the most labels, in labels `[b, s]`."""
     counts = (labels != IGNORE_INDEX).sum(0).cumsum(0)
     counts = torch.cat([counts.new_zeros(1), counts])
     return int((counts[length:] - counts[:-length]).argmax())
 
 
 def renumber(objective: Objective, steps: list[list[MicroBatch]], config: PreTrainedConfig) -> int:
-    """Number the token ids in use from 0, in place, in batches and config; returns how many there are.
+    """Renumber the token ids in use from 0, in place, in batches and config. Returns how many ids are in use.
 
-    A vocabulary of a hundred thousand would be most of a small model, and most of its time.
+    A vocabulary of a hundred thousand would make up most of a small model, and most of its time.
     """
     keys = ("input_ids", "labels") if objective.labels_are_tokens else ("input_ids",)
     batches = [micro_batch for step in steps for micro_batch in step]
     used = torch.cat([m[key].flatten() for m in batches for key in keys]).unique()
     used = used[used != IGNORE_INDEX]
-    for micro_batch in {id(m): m for m in batches}.values():  # few data: the same one may come again
+    for micro_batch in {id(m): m for m in batches}.values():  # each once: short data repeats its micro-batches
         for key in keys:
             ids = micro_batch[key]
             micro_batch[key] = torch.where(ids == IGNORE_INDEX, ids, torch.searchsorted(used, ids))

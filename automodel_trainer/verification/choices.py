@@ -1,7 +1,8 @@
-"""The choices that a model makes of its scores, as of experts: what is taken, and by what margin.
+"""Records a model's discrete choices, such as a router's choice of experts, and by what margin each was made.
 
-A choice is a `topk` or an `argmax` along a dimension of floating-point scores, made in the forward of one of a model's
-modules. What the model's own forward chooses outside of them is left out: a balancing loss does, of the same scores.
+A choice is a `topk` or an `argmax` along a dimension of floating-point scores, in the forward of one of the model's
+modules. Calls outside of these modules do not count: the balancing loss in the model's own forward makes some, on the
+same scores.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-_MASKED = -1e8  # whoever is not to be chosen has a score of −inf, or the smallest of its dtype
+_MASKED = -1e8  # models mask scores with −inf or the smallest number of the dtype: below this a score is masked
 
 
 @dataclass
 class Choice:
-    """One call.
+    """The choices that one call of `topk` or `argmax` makes.
 
     Args:
-        module: whose forward makes it.
+        module: the name of the module whose forward makes the call.
         scores: `[…, n]`, fp32; the largest are chosen.
-        chosen: `[…, n]`, what of it is.
+        chosen: bool `[…, n]`: which are chosen.
     """
 
     module: str
@@ -34,9 +35,9 @@ class Choice:
     chosen: Tensor
 
     def gaps(self) -> Tensor:
-        """By how much the last score chosen is above the first that is not, as a part of the row's largest. `[…]`
+        """The gap between the lowest score chosen and the highest not chosen, as a part of the row's `scale`. `[…]`
 
-        Infinite where nothing is decided: one of the two is masked, by −inf or (both) by zero.
+        It is infinite where the row decides nothing: one of the two scores is masked by −inf, or both by zero.
         """
         last = self.scores.where(self.chosen, math.inf).amin(-1)
         first = self.scores.where(~self.chosen, -math.inf).amax(-1)
@@ -44,21 +45,21 @@ class Choice:
         return ((last - first) / self.scale()).where(decided, math.inf)
 
     def taken(self) -> Tensor:
-        """What is chosen, without masked scores, which may be taken to fill up."""
+        """What is chosen, bool `[…, n]`, without masked scores: `topk` takes those only to fill up its k."""
         decided = self.gaps()[..., None].isfinite() | (self.scores != 0)
         return self.chosen & (self.scores > _MASKED) & decided
 
     def scale(self) -> Tensor:
-        """The largest score of each row, masked ones left out."""
+        """The largest absolute score of each row, without masked ones. `[…]`"""
         return self.scores.abs().where(self.scores > _MASKED, 0).amax(-1).clamp(min=1e-30)
 
 
 class ChoiceRecorder:
-    """Keeps the choices of a model's forward passes; what a backward pass computes again is not kept again.
+    """Keeps the choices of a model's forward passes. Recomputation in a backward pass is not recorded again.
 
     Args:
-        model: whole or in stages; its modules' forwards are watched.
-        names: modules to watch; None: all.
+        model: whole or in stages.
+        names: the modules to watch; None watches all.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
@@ -73,18 +74,18 @@ class ChoiceRecorder:
         self._handles.append(model.register_forward_hook(lambda *_: self._close()))
 
     def take(self) -> list[Choice]:
-        """The choices since this was last asked for."""
+        """Return the choices since the last `take`, and forget them."""
         calls, self.calls = self.calls, []
         return calls
 
     def stop(self) -> None:
-        """Stop watching."""
+        """Stop watching, for good."""
         self._close()
         for handle in self._handles:
             handle.remove()
 
     def _open(self) -> None:
-        self._close()  # of a forward that an exception ended
+        self._close()  # an exception may have ended the last forward before its hook ran
         self._inside = []
         self._mode = _Watch(self)
         self._mode.__enter__()
@@ -95,7 +96,7 @@ class ChoiceRecorder:
             self._mode = None
 
     def _enter(self, name: str) -> None:
-        if self._mode is not None:  # not in backward, which runs outside of the model's forward
+        if self._mode is not None:  # None in backward, where checkpointed modules run their forward again
             self._inside.append(name)
 
     def _leave(self) -> None:
@@ -103,7 +104,7 @@ class ChoiceRecorder:
             self._inside.pop()
 
     def seen(self, call: Any, result: Any, args: Any, kwargs: Any) -> None:
-        """Note a call, if it is a choice."""
+        """Record a call of `topk` or `argmax`, if it is a choice."""
         if self._inside and (choice := call(self._inside[-1], result, *args, **kwargs)) is not None:
             self.calls.append(choice)
 
@@ -141,7 +142,7 @@ def _choice(module: str, scores: Tensor, indices: Tensor, dim: int, largest: boo
         indices = indices.full_tensor()
     if not scores.is_floating_point() or scores.is_meta or scores.ndim < 2:
         return None
-    if indices.shape[dim] >= scores.shape[dim] or not scores.numel():  # all are taken, or there is nothing
+    if indices.shape[dim] >= scores.shape[dim] or not scores.numel():  # all are taken, or there is nothing to take
         return None
     scores = scores.detach().movedim(dim, -1).float().clone()
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices.movedim(dim, -1), True)
@@ -153,9 +154,9 @@ class Margin:
     """How close a run's choices were.
 
     Args:
-        smallest: the smallest gap of all; infinite if none was decided.
-        choices: how many were made.
-        module: where the smallest gap is.
+        smallest: the smallest gap of all choices; infinite if none was decided.
+        choices: the number of choices.
+        module: the module with the smallest gap.
     """
 
     smallest: float = math.inf
@@ -163,7 +164,7 @@ class Margin:
     module: str = ""
 
     def add(self, calls: Iterable[Choice]) -> None:
-        """Take the gaps of these calls into account."""
+        """Include the gaps of these calls."""
         for call in calls:
             gaps = call.gaps()
             self.choices += gaps.numel()
@@ -172,8 +173,12 @@ class Margin:
 
 
 def rounding(terms: int) -> float:
-    """What scores may be off by, as a part of the largest, in fp32: eight units of roundoff for sums of `terms`.
+    """The error that rounding may cause in fp32 scores, as a part of the largest: 8 · ε · √terms.
 
-    Errors of sums in another order grow as the root of their number. Measured, they stay below a tenth of this.
+    Summing in another order gives errors that grow as the root of the number of terms. Measured errors stay below a
+    tenth of this.
+
+    Args:
+        terms: how many products a score sums.
     """
     return 8 * torch.finfo(torch.float32).eps * math.sqrt(terms)

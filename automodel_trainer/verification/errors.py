@@ -1,4 +1,4 @@
-"""Relative errors of what a layout computed, against what one device wrote to a file."""
+"""Relative errors of a layout's tensors, against those that one device wrote to a file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-FLOOR = 1e-4  # of all gradients' norm: where a gradient is zero but for rounding, its relative error means nothing
+# As a part of the norm of all gradients. A gradient that is zero but for rounding has a meaningless relative error, so
+# no gradient is divided by less than this.
+FLOOR = 1e-4
 
 
 class KeptTensors:
-    """Tensors by name, read when they are asked for."""
+    """Tensors by name. Each is read from the file when it is asked for.
+
+    Args:
+        file: an open safetensors file.
+    """
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -27,13 +33,13 @@ class KeptTensors:
         return tensor
 
     def below(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with `prefix`, under the rest of their names."""
+        """The tensors whose names begin with `prefix`, by their names without it."""
         return {name.removeprefix(prefix): self[name] for name in self.names if name.startswith(prefix)}
 
 
 @contextmanager
 def kept_tensors(folder: Path) -> Iterator[KeptTensors]:
-    """The tensors that the run on one device has written to `folder`."""
+    """The tensors that the run on one device wrote to `folder`."""
     with safe_open(folder / "reference.safetensors", framework="pt") as file:
         yield KeptTensors(file)
 
@@ -44,7 +50,13 @@ def scalar_error(value: Tensor, reference: Tensor) -> float:
 
 
 def errors_by_name(values: dict[str, Tensor], expected: dict[str, Tensor], total: float = 0.0) -> dict[str, float]:
-    """By name, in the order of the model; infinite for what only one of the two has."""
+    """The relative error of every tensor, in the order of the model. It is infinite where only one of the two has it.
+
+    Args:
+        values: of the layout, by name.
+        expected: of one device, by name.
+        total: the norm of all of `expected`; see `FLOOR`. 0 sets no floor.
+    """
     errors = {
         name: relative_error(value, expected[name], FLOOR * total) if name in expected else math.inf
         for name, value in values.items()
@@ -53,7 +65,12 @@ def errors_by_name(values: dict[str, Tensor], expected: dict[str, Tensor], total
 
 
 def relative_error(value: Tensor, reference: Tensor, floor: float = 0.0) -> float:
-    """‖value − reference‖ / ‖reference‖; infinite where shapes differ or a number is not finite."""
+    """‖value − reference‖ / ‖reference‖, in fp64. It is infinite if shapes differ or a number is not finite.
+
+    Args:
+        value, reference: of any shape.
+        floor: the smallest number to divide by.
+    """
     if value.shape != reference.shape:
         return math.inf
     error = float((value.double() - reference.double()).norm() / max(float(reference.double().norm()), floor, 1e-12))
@@ -61,7 +78,7 @@ def relative_error(value: Tensor, reference: Tensor, floor: float = 0.0) -> floa
 
 
 def common_scale(values: dict[str, Tensor], expected: dict[str, Tensor]) -> float | None:
-    """The c for which value ≈ c · expected holds for all gradients at once, None if there is none."""
+    """The factor c with value ≈ c · expected (to 1e-3) for all tensors at once. None if there is no such c."""
     if values.keys() != expected.keys() or any(values[n].shape != expected[n].shape for n in values):
         return None
     value = torch.cat([v.flatten() for v in values.values()]).double()

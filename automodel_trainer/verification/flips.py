@@ -1,4 +1,4 @@
-"""Choices of a layout held against those of one device: was one decided otherwise, and did rounding decide it?"""
+"""Compares a layout's choices with those of one device: which ones flipped, and could rounding have flipped them?"""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from automodel_trainer.verification.outputs import whole_output
 
 @dataclass
 class Flip:
-    """Choices of one call that fell the other way.
+    """The choices of one call that the layout made differently.
 
     Args:
-        step, micro_batch: of the run, from 0.
-        order: of the call in the forward of one device.
-        module: whose forward makes it.
-        count: how many.
-        gap: the largest gap of one of them on one device, as a part of its row's largest score.
-        error: the largest difference between scores of this call, flipped or not, likewise.
+        step, micro_batch: counted from 0.
+        order: the position of the call in the forward of one device.
+        module: the module whose forward makes the call.
+        count: how many choices flipped.
+        gap: the largest gap of a flipped choice on one device, as a part of its row's largest score.
+        error: the largest difference between the scores of this call, flipped or not, as a part of the row's largest.
     """
 
     step: int
@@ -40,12 +40,12 @@ class Flip:
 
 @dataclass
 class Flips:
-    """What one rank found.
+    """The flips that one rank found.
 
     Args:
-        flips: in the first call of every micro-batch of this rank that has any.
-        compared: choices that could be held against each other.
-        missed: modules of which some could not.
+        flips: the first call with flips in each of this rank's micro-batches.
+        compared: how many choices were compared.
+        missed: modules with choices that could not be compared.
     """
 
     flips: list[Flip] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Flips:
 
 
 def save_choices(calls: Sequence[Choice], step: int, micro_batch: int) -> dict[str, Tensor]:
-    """The choices of one forward of the reference, by the names under which they are kept."""
+    """The choices of one forward on one device, as tensors by the names under which the file keeps them."""
     kept: dict[str, Tensor] = {}
     for order, call in enumerate(calls):
         key = f"choice/{step}/{micro_batch}/{order:05d}/{call.module}"
@@ -63,17 +63,20 @@ def save_choices(calls: Sequence[Choice], step: int, micro_batch: int) -> dict[s
 
 
 def load_choices(kept: Mapping[str, Tensor]) -> list[Choice]:
-    """The same again, of names without what comes before the order."""
+    """The choices that `save_choices` saved, in order. The names lack everything before the order of the call."""
     keys = sorted({name.rpartition("/")[0] for name in kept})
     return [Choice(k.partition("/")[2], kept[f"{k}/scores"], kept[f"{k}/chosen"].bool()) for k in keys]
 
 
 class Comparer:
-    """Matches a rank's choices with the reference's, module by module and call by call. Collective.
+    """Matches a rank's choices with those of one device, module by module and call by call. Collective.
 
     Args:
-        steps: micro-batches of every step.
+        steps: the micro-batches of every step.
         strategy: the layout.
+
+    Attributes:
+        found: the flips so far.
     """
 
     def __init__(self, steps: Sequence[Sequence[Mapping[str, Any]]], strategy: MeshStrategy) -> None:
@@ -81,17 +84,19 @@ class Comparer:
         self.found = Flips()
 
     def compare(self, step: int, calls: Sequence[Choice], reference: Mapping[int, Sequence[Choice]]) -> None:
-        """Hold this rank's choices of a step against those of its micro-batches on one device.
+        """Compare this rank's choices in a step with those that one device made for the same micro-batches.
 
         Args:
-            reference: by number of the micro-batch.
+            step: counted from 0.
+            calls: of this rank, in the order in which they ran.
+            reference: of one device, by the number of the micro-batch.
         """
         mine: dict[str, list[Choice]] = {}
         for call in calls:
             mine.setdefault(call.module, []).append(call)
-        begun: Counter[str] = (
-            Counter()
-        )  # a pipeline runs forwards in an order of its own, a module's in that of batches
+        # Count calls per module: a pipeline interleaves the forwards of its stages, but each module sees the
+        # micro-batches in order.
+        begun: Counter[str] = Counter()
         for number in sorted(reference):
             flipped = False
             for order, wanted in enumerate(reference[number]):
@@ -103,18 +108,18 @@ class Comparer:
                     continue
                 self.found.compared += wanted.chosen[..., 0].numel()
                 flip = _flip(got, wanted, step, number, order)
-                if flip is not None and not flipped:  # what comes after may be its consequence
+                if flip is not None and not flipped:  # later flips may be its consequence
                     flipped = True
                     self.found.flips.append(flip)
 
     def _whole(self, local: Choice, wanted: Choice, step: int, number: int) -> Choice | None:
-        """This rank's part of a call, put together with the others'; None where it cannot be told how."""
+        """This rank's part of a call, joined with the other ranks' parts. None if the parts cannot be joined."""
         shape, batches = wanted.scores.shape, self._steps[step]
         if local.scores.shape == shape:
             return Choice(local.module, local.scores.cpu(), local.chosen.cpu())
         rows, length = batches[number]["input_ids"].shape
         most = rows, length
-        if self._strategy.dims.pp > 1:  # which pads micro-batches to one shape
+        if self._strategy.dims.pp > 1:  # pipelines pad micro-batches to one shape
             most = tuple(max(m["input_ids"].shape[axis] for m in batches) for axis in (0, 1))
         n = shape[-1]
         known = local.scores.ndim <= 3 and shape.numel() == rows * length * n
@@ -134,13 +139,13 @@ def _flip(got: Choice, wanted: Choice, step: int, number: int, order: int) -> Fl
         return None
     gap = float(wanted.gaps()[flipped].max())
     difference = (got.scores - wanted.scores).abs().nan_to_num(math.inf, math.inf)
-    difference = difference.where(got.scores != wanted.scores, 0.0)  # −inf − −inf: masked in both
+    difference = difference.where(got.scores != wanted.scores, 0.0)  # −inf − −inf is NaN: masked in both, no error
     error = float((difference.amax(-1) / wanted.scale()).max())
     return Flip(step, number, order, wanted.module, int(flipped.sum()), gap, error)
 
 
 def first_flips(ranks: Sequence[Flips]) -> list[Flip]:
-    """Those that are no consequence of others: in the earliest step, the first call of every micro-batch."""
+    """The flips that are not consequences of others: in the earliest step, the first call of every micro-batch."""
     flips = [flip for rank in ranks for flip in rank.flips]
     step = min((flip.step for flip in flips), default=0)
     first: dict[int, Flip] = {}
@@ -152,12 +157,18 @@ def first_flips(ranks: Sequence[Flips]) -> list[Flip]:
 
 
 def by_rounding(flips: Sequence[Flip], limit: float) -> bool:
-    """Whether scores that differ by no more than `limit` decided all of them."""
+    """Whether there are flips, and scores within `limit` of each other decided all of them (`rounding`)."""
     return bool(flips) and all(flip.gap <= limit and flip.error <= limit for flip in flips)
 
 
 def describe(flips: Sequence[Flip], choices: int, limit: float) -> str:
-    """What is to be said of them."""
+    """The finding about these flips, in words.
+
+    Args:
+        flips: at least one.
+        choices: how many choices one device made.
+        limit: the largest error that rounding explains.
+    """
     count, gap, error = sum(f.count for f in flips), max(f.gap for f in flips), max(f.error for f in flips)
     where = ", ".join(dict.fromkeys(f.module for f in flips))
     said = f"{count} of {choices} choices (top-k, as of experts) fell the other way, first in {where}, "

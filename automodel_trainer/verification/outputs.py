@@ -1,4 +1,4 @@
-"""What every module of a model puts out, in forward order, whatever layout it is computed on."""
+"""Records the output of every module of a model in forward order, on any layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from automodel_trainer.strategies import MeshStrategy
 class OutputRecorder:
     """Keeps the first tensor of every module's output during the model's next `forwards` forward passes.
 
-    Of a model in pipeline stages a forward is that of the rank's first stage, and only what runs inside of it counts.
+    In a pipeline, a forward means the forward of the rank's first stage, and only modules inside of it are recorded.
+
+    Attributes:
+        outputs: for each forward, the tensors by module name, in the order in which the modules finished.
     """
 
     def __init__(self, model: nn.Module, forwards: int = 1) -> None:
@@ -44,7 +47,7 @@ class OutputRecorder:
         if self._left:
             self.outputs.append({})
             return
-        for handle in self._handles:  # also: what backward recomputes is not recorded once more
+        for handle in self._handles:  # now, before backward: recomputed modules would be recorded again
             handle.remove()
 
 
@@ -59,10 +62,16 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 
 def whole_output(local: Tensor, shape: torch.Size, strategy: MeshStrategy) -> Tensor | None:
-    """The tensor of `shape` that a rank's output is a part of: sequence parts are gathered, in their order.
+    """The whole output of which a rank holds a part: sequence shards are gathered in order. Collective.
 
-    None where it cannot be told, as for the inner features of a layer that tensor parallel cut: the output of the
-    module around it tells as much. Collective.
+    Args:
+        local: this rank's output, `[b, s/n, h]` if it is a part.
+        shape: of the output on one device.
+        strategy: the layout.
+
+    Returns:
+        a tensor of `shape`; None if the parts cannot be joined, as for the inner features of a layer that tensor
+        parallel cuts. The output of the module around it shows the same errors.
     """
     if isinstance(local, DTensor):
         local = local.full_tensor()

@@ -1,4 +1,4 @@
-"""Starts the processes of a run on this machine and collects what each returns."""
+"""Starts the ranks of a run as processes on this machine and collects their results."""
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ Outcome = tuple[int, Any, str | None, str]
 
 
 class Launcher(Protocol):
-    """Calls a function on `world_size` ranks, with torchrun's environment set; returns their results in order."""
+    """Calls a function on `world_size` ranks with torchrun's environment variables. Returns their results by rank."""
 
     def __call__(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]: ...
 
 
 class Processes:
-    """Ranks as processes of their own.
+    """A `Launcher` that starts every rank as a process.
 
     Args:
-        start_method: "spawn", or "fork", which starts at once but must not follow a backward pass or CUDA.
-        timeout: seconds that ranks may be silent.
+        start_method: "spawn", or "fork". Fork starts faster, but not after this process ran a backward pass or used
+            CUDA: the children would hang or fail.
+        timeout: seconds to wait for all results.
+
+    Raises:
+        ValueError: a rank raised one; with its message.
+        RuntimeError: a rank raised another error, died, or did not answer in time.
     """
 
     def __init__(self, start_method: str = "spawn", timeout: float = 600) -> None:
@@ -80,7 +85,7 @@ class Processes:
 
 def _rank(outcomes: Any, rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # of torch about shapes and views, once per rank: the table says what matters
+    warnings.simplefilter("ignore")  # torch warns about shapes and views on every rank; the table shows what matters
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     names: dict[str, Any] = {
         "RANK": rank,

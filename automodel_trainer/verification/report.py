@@ -1,4 +1,4 @@
-"""What a verification found: errors against tolerances, the verdict, and where a difference begins."""
+"""The report of a verification: errors and tolerances, the verdict, and where a difference begins."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from automodel_trainer.verification.flips import by_rounding, describe, first_fl
 from automodel_trainer.verification.steps import Comparison, Reference
 
 TOLERANCES = {"loss": 1e-5, "gradient norm": 1e-4, "gradients": 1e-4, "weights": 1e-4, "outputs": 1e-4}
-"""Relative, in fp32: what the order of summation alone changes stays below a tenth of it."""
+"""Relative errors allowed in fp32. The order of summation alone causes less than a tenth of them."""
 
 _VERDICTS = {
     0: "[green]same numbers as one device[/]",
     1: "[red]NOT the numbers of one device[/]",
-    3: "[yellow]undecided: rounding decided what a router chose, at every attempt[/]",
+    3: "[yellow]undecided: rounding decided a router's choice in every attempt[/]",
 }
 
 
@@ -27,10 +27,13 @@ class Quantity:
     """The largest relative error of one quantity over all ranks.
 
     Args:
-        step: of the optimizer, from 1; None: at the end.
+        name: of the quantity, a key of `TOLERANCES`.
+        step: the optimizer step, from 1; None means after the last.
+        error: the largest relative error.
+        tolerance: the largest error allowed.
         where: the parameter with the largest error.
-        ranks: those that are off.
-        count: parameters that are off, of how many.
+        ranks: the ranks with an error above the tolerance.
+        count: how many parameters have an error above the tolerance, and how many there are.
     """
 
     name: str
@@ -43,25 +46,29 @@ class Quantity:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the limit."""
+        """Whether the error is within the tolerance."""
         return self.error <= self.tolerance
 
 
 @dataclass
 class Report:
-    """Of one layout.
+    """The result of verifying one layout.
 
     Args:
-        layout: in words.
-        model: in words.
+        layout: the layout, in words.
+        model: the small model, in words.
         quantities: what was compared.
-        module: the first module in forward order whose output differs, and by how much; None: none does.
-        findings: what the pattern of errors says.
-        margin: the smallest gap of a choice (of experts) on one device, as a part of its scores; None: no choices.
-        choices: that one device made.
-        flipped: those that the layout made otherwise, and not as a consequence of others; of all attempts.
-        undecided: the numbers differ, and rounding may have decided a choice: this says nothing about the layout.
-        attempts: with other random weights each.
+        module: the first module in forward order whose output differs, and its error; None if no output differs.
+        findings: what the pattern of errors shows, one sentence or more each.
+        modules_compared: how many modules had their output compared.
+        seconds: the time of all attempts.
+        margin: the smallest gap of a choice (of experts) on one device, as a part of its scores; None if the model
+            made no choice with a gap.
+        choices: how many choices one device made.
+        flipped: how many of them the layout made differently, in all attempts. Consequences of other flips do not
+            count.
+        undecided: the numbers differ, and rounding may have decided a choice, so the report does not judge the layout.
+        attempts: how many were made, each with other random weights.
     """
 
     layout: str
@@ -79,21 +86,21 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every quantity is within its limit."""
+        """Whether every quantity is within its tolerance."""
         return all(quantity.passed for quantity in self.quantities)
 
     @property
     def exit_code(self) -> int:
-        """0: the same numbers; 1: other numbers; 3: undecided."""
+        """0 if the numbers are the same, 1 if they differ, 3 if undecided."""
         return 0 if self.passed else 3 if self.undecided else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The report as plain values, for JSON."""
         quantities = [{**asdict(q), "passed": q.passed} for q in self.quantities]
         return {**asdict(self), "quantities": quantities, "passed": self.passed}
 
     def print(self, console: Console | None = None) -> None:
-        """The table and the verdict."""
+        """Print the table, the findings and the verdict."""
         console = console or Console()
         table = Table(title=f"{self.model}\n{self.layout}, against one device", title_justify="left")
         for column in ("quantity", "step", "relative error", "allowed", ""):
@@ -106,14 +113,21 @@ class Report:
             console.print(f"• {finding}", highlight=False)
         if self.margin is not None:
             console.print(
-                f"{self.choices} choices (top-k, as of experts), by {self.margin:.1e} of their scores at least"
+                f"{self.choices} choices (top-k, as of experts), each with a gap of at least {self.margin:.1e} of its "
+                "scores"
             )
         verdict = _VERDICTS[self.exit_code]
         console.print(f"{verdict} ({self.modules_compared} module outputs compared, {self.seconds:.0f} s)")
 
 
 def compile_report(layout: str, model: str, ranks: list[Comparison], reference: Reference) -> Report:
-    """Merge what the ranks found, and judge."""
+    """The report on a layout, from the comparisons of all its ranks.
+
+    Args:
+        layout, model: in words.
+        ranks: the comparison of every rank.
+        reference: the run on one device.
+    """
     steps = range(len(ranks[0].loss))
     scalars = [_scalar("loss", s, [r.loss[s] for r in ranks]) for s in steps]
     scalars += [_scalar("gradient norm", s, [r.norm[s] for r in ranks]) for s in steps]
@@ -131,7 +145,7 @@ def compile_report(layout: str, model: str, ranks: list[Comparison], reference: 
 
 
 def _look_at_choices(report: Report, ranks: list[Comparison], reference: Reference) -> None:
-    """Note margin and flips; a run is undecided if nothing differs before a choice that rounding decided."""
+    """Add margin and flips. The report is undecided if nothing differs before a choice that rounding decided."""
     margin, limit = reference.margin, reference.limit
     if not margin.choices:
         return
@@ -148,13 +162,13 @@ def _look_at_choices(report: Report, ranks: list[Comparison], reference: Referen
     elif margin.smallest <= limit and _unseen(ranks):
         report.undecided = True
         report.findings.append(
-            f"A choice in {margin.module} is decided by {margin.smallest:.0e} of its scores, which is less than "
-            f"rounding ({limit:.0e}), and the layout's could not be seen. This says nothing about the layout."
+            f"A choice in {margin.module} has a gap of {margin.smallest:.0e} of its scores, which is less than "
+            f"rounding ({limit:.0e}), and the layout's choice could not be seen. This says nothing about the layout."
         )
 
 
 def _unseen(ranks: list[Comparison]) -> bool:
-    """Whether there are choices that no rank could compare."""
+    """Whether there are choices that no rank compared."""
     return not any(rank.flips.compared for rank in ranks) or bool(
         set.intersection(*(rank.flips.missed for rank in ranks))
     )
@@ -167,7 +181,7 @@ def _scalar(name: str, step: int, errors: list[float]) -> Quantity:
 
 def _tensors(name: str, step: int | None, ranks: list[dict[str, float]]) -> Quantity:
     tolerance = TOLERANCES[name]
-    # ranks of a pipeline have different ones
+    # ranks of a pipeline have different parameters
     names = dict.fromkeys(key for rank in ranks for key in rank)
     worst = {key: max(rank.get(key, 0.0) for rank in ranks) for key in names}
     where = max(worst, key=worst.__getitem__)
@@ -197,19 +211,19 @@ def _findings(report: Report, ranks: list[Comparison]) -> list[str]:
         found.append(f"The first module in forward order whose output differs is {name} (by {error:.1e}).")
     elif first.name == "loss":
         found.append(
-            f"Every module's output is the same, and the loss of step {first.step} is not: look at targets (a label "
-            "lost where the sequence is split?) and at the number of tokens that the loss is divided by."
+            f"Every module's output is the same, but the loss of step {first.step} differs: look at the targets (is a "
+            "label lost where the sequence is split?) and at the number of tokens that divides the loss."
         )
     else:
-        found.append("Forward is the same in every module: the difference is made in backward or in the reductions.")
+        found.append("Every module's output is the same: the difference arises in backward or in the reductions.")
     found += _about_gradients(gradients, ranks)
     if first.ranks and len(first.ranks) < len(ranks):
-        found.append(f"Only rank(s) {first.ranks} of {len(ranks)} are off: ranks disagree on what they should share.")
+        found.append(f"Only rank(s) {first.ranks} of {len(ranks)} differ: ranks disagree on what they should share.")
     return found
 
 
 def _moment(quantity: Quantity) -> tuple[float, int]:
-    """When in a run a quantity is computed."""
+    """When a run computes a quantity, to sort by."""
     return quantity.step or float("inf"), ("loss", "gradients", "gradient norm", "weights").index(quantity.name)
 
 
@@ -220,7 +234,7 @@ def _about_gradients(gradients: Quantity, ranks: list[Comparison]) -> list[str]:
     scales = [rank.scale for rank in ranks]
     if all(scale is not None and abs(scale - 1) > 1e-3 for scale in scales):
         factors = sorted({f"{scale:.3g}" for scale in scales})
-        return [f"All gradients are {' or '.join(factors)} times those of one device: summed too often, or not enough."]
+        return [f"All gradients are {' or '.join(factors)} times those of one device: a sum or division is wrong."]
     tolerance = gradients.tolerance
     names_of_all = dict.fromkeys(name for rank in ranks for name in rank.gradients[0])
     off = [n for n in names_of_all if any(rank.gradients[0].get(n, 0.0) > tolerance for rank in ranks)]

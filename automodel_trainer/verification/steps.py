@@ -1,4 +1,4 @@
-"""Three optimizer steps on one device and on a layout, and how far they are from each other."""
+"""Runs the same optimizer steps on one device and on a layout, and measures how far apart they are."""
 
 from __future__ import annotations
 
@@ -36,21 +36,23 @@ from automodel_trainer.verification.errors import (
 from automodel_trainer.verification.flips import Comparer, Flips, load_choices, save_choices
 from automodel_trainer.verification.outputs import OutputRecorder, whole_output
 
-LR = 3e-3  # three steps must move the weights, or nothing would be compared
-EPS = 1e-3  # else Adam turns small gradients, whose rounding is large, into full steps, and rounding is all one sees
-DRAWS = 4  # of random weights, until no choice of theirs is so close that rounding could decide it
+LR = 3e-3  # large enough that a few steps move the weights; otherwise comparing them would show nothing
+# Adam's smallest ε here. With a smaller one, Adam turns gradients that are mostly rounding into full steps.
+EPS = 1e-3
+# How often new weights are drawn, until every choice has a margin that rounding cannot bridge.
+DRAWS = 4
 
 
 @dataclass
 class Job:
-    """What both runs do.
+    """What both runs are given.
 
     Args:
         module: the objective, without a model.
         config: of the small model.
-        strategy: the layout, as it was before any process started.
-        world_size: ranks of the layout.
-        steps: micro-batches of every optimizer step.
+        strategy: the layout, before any process started.
+        world_size: the number of ranks of the layout.
+        steps: the micro-batches of every optimizer step, of all ranks.
         device: "cpu" or "cuda".
         attention: the attention kernel; None lets transformers choose.
         seed: of the random weights.
@@ -68,12 +70,12 @@ class Job:
 
 @dataclass
 class Reference:
-    """What is to be known of the run on one device.
+    """What the layout's run needs to know of the run on one device.
 
     Args:
-        seed: of the weights that it was left at.
+        seed: of the weights that it used.
         margin: of its choices.
-        limit: the smallest gap that rounding does not decide.
+        limit: rounding may decide a choice with a gap up to this.
     """
 
     seed: int
@@ -83,7 +85,16 @@ class Reference:
 
 @dataclass
 class Comparison:
-    """One rank's relative errors: of scalars by step, of tensors by step and name, of outputs in forward order."""
+    """One rank's relative errors.
+
+    Args:
+        loss, norm: of every step.
+        gradients: of every step, by parameter name.
+        weights: after the last step, by parameter name.
+        outputs: of the first micro-batch, by module name, in forward order.
+        scale: c, if all gradients of the first step are c times those of one device; else None.
+        flips: choices that one device made differently.
+    """
 
     loss: list[float] = field(default_factory=list)
     norm: list[float] = field(default_factory=list)
@@ -96,10 +107,10 @@ class Comparison:
 
 
 def reference_run(job: Job, folder: Path) -> Reference:
-    """Plain torch on one device; writes what it computed to `folder/reference.safetensors`.
+    """Train on one device with plain torch. Writes the results to `folder/reference.safetensors`.
 
-    Where a choice (of experts) is a near tie, other weights are drawn, of the seeds after the job's. The draw with the
-    widest margin is kept.
+    If a choice (of experts) is so close that rounding may decide it, the run is repeated with the weights of the next
+    seed, at most `DRAWS` times in all. The run with the widest margin is kept.
     """
     limit = rounding(job.config.get_text_config(decoder=True).hidden_size)
     best: Reference | None = None
@@ -133,7 +144,7 @@ def _reference_steps(job: Job) -> tuple[dict[str, Tensor], Margin]:
             margin.add(calls)
             kept |= save_choices(calls, step, index)
             if not margin.choices:
-                choices.stop()  # a dense model pays no more
+                choices.stop()  # a dense model makes no choices: stop watching it
         kept[f"loss/{step}"] = torch.stack(losses).double().sum() / tokens
         kept |= {f"gradient/{step}/{name}": grad.clone() for name, grad in _gradients(model)}
         kept[f"norm/{step}"] = nn.utils.clip_grad_norm_(trainable(model.parameters()), module.gradient_clip_val or 1e9)
@@ -146,7 +157,7 @@ def _reference_steps(job: Job) -> tuple[dict[str, Tensor], Margin]:
 
 
 def layout_run(job: Job, folder: Path) -> Comparison:
-    """The same on this rank of the layout, held against the reference. Collective."""
+    """Train on the layout, and compare this rank's results with the reference in `folder`. Collective."""
     module, strategy = copy.copy(job.module), job.strategy
     _start(strategy, module, job)
     model = module.model = _build(job, strategy, strategy.root_device)
@@ -156,7 +167,7 @@ def layout_run(job: Job, folder: Path) -> Comparison:
     result = Comparison()
     with kept_tensors(folder) as reference:
         choosing = {name.split("/")[4] for name in reference.names if name.startswith("choice/")}
-        # compiled blocks are run as they are trained, with nothing else in their graphs: their choices are not seen
+        # Watching would put breaks into the graphs of compiled blocks, and those must run as they do in training.
         choices = ChoiceRecorder(model, choosing) if choosing and not strategy.compiles else None
         comparer = Comparer(job.steps, strategy)
         for step, micro_batches in enumerate(job.steps):
@@ -203,12 +214,12 @@ def _build(job: Job, strategy: MeshStrategy | None, device: torch.device) -> Pre
     )
     for part in model.modules():
         if isinstance(part, nn.Dropout):
-            part.p = 0.0  # a head's own, which no field of the config names
+            part.p = 0.0  # a head may have dropout that no field of the config names
     return model.train()
 
 
 def _start(strategy: MeshStrategy, module: HuggingFaceModule, job: Job) -> None:
-    """What a Trainer does with its strategy before it builds the model."""
+    """Set the strategy up as a Trainer does before it builds the model."""
     cuda = job.device == "cuda"
     plugin = Precision()
     plugin.precision = "32-true"
@@ -243,7 +254,7 @@ def _backward(module: HuggingFaceModule, model: nn.Module, micro_batch: dict[str
 
 
 def _held(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those that this rank is to have: a pipeline shares a model out."""
+    """The tensors of this rank's parameters. In a pipeline, the other stages hold the others."""
     elsewhere = held_elsewhere(model, tensors)
     return {name: tensor for name, tensor in tensors.items() if name not in elsewhere}
 
@@ -264,13 +275,13 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _choices_of(reference: KeptTensors, step: int, strategy: MeshStrategy, count: int) -> dict[int, list[Choice]]:
-    """The reference's choices in this rank's micro-batches of a step."""
+    """One device's choices for this rank's micro-batches of a step, by the number of the micro-batch."""
     mine = range(strategy.dp_rank, count, strategy.dp_size)
     return {number: load_choices(reference.below(f"choice/{step}/{number}/")) for number in mine}
 
 
 def _compare_outputs(outputs: dict[str, Tensor], reference: KeptTensors, strategy: MeshStrategy) -> dict[str, float]:
-    """Errors of this rank's first micro-batch, in forward order, of the modules whose output can be put together."""
+    """Errors of module outputs in this rank's first micro-batch, in forward order, where parts can be joined."""
     errors = {}
     for key, expected in reference.below(f"output/{strategy.dp_rank}/").items():
         name = key.partition("/")[2]

@@ -1,7 +1,8 @@
-"""Does a layout compute for *this* model and *this* data what one device computes?
+"""Checks that a layout computes the same as one device, for *this* model and *this* data.
 
-The model is made small (same architecture, random weights of one seed), fed the first batches of the user's own data,
-and trained for three optimizer steps: by plain torch on one device, and by the layout. Everything is compared.
+A small model (same architecture, random weights of one seed) trains for three optimizer steps on the first batches of
+the user's own data, with plain torch on one device and on the layout. Losses, module outputs, gradients and weights are
+compared.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from automodel_trainer.models.shrink import shrink
 from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.strategies import MeshStrategy, StrategyRegistry
 from automodel_trainer.verification.batches import first_steps, renumber
 from automodel_trainer.verification.ranks import Launcher, Processes
 from automodel_trainer.verification.report import Report, compile_report
-from automodel_trainer.verification.shrink import shrink
 from automodel_trainer.verification.steps import DRAWS, Job, layout_run, reference_run
 
 STEPS = 3
-ATTEMPTS = 3  # with other random weights each, while rounding decides what a router chooses
+ATTEMPTS = 3  # each with other random weights, as long as rounding decides a router's choice
 ACCUMULATION = 2  # micro-batches per rank and step
-LENGTH = 64  # tokens of a row: every window, boundary and shard edge occurs in it
+LENGTH = 64  # tokens of a row: enough for attention windows, document boundaries and shard edges to occur
 
 
 def verify(
@@ -44,15 +45,16 @@ def verify(
     """Train a small copy of the model on one device and on a layout, and compare.
 
     Args:
-        module: what is trained: its model's config, loss, optimizer and adapters.
-        data: a data module or an iterable of batches; the first of them are used, cut to `length` tokens.
+        module: the objective; its model's config, loss, optimizer and adapters are used.
+        data: a data module or an iterable of batches; the first batches are used.
         strategy: the layout, by name or as an object.
-        devices: ranks; None: as few as the layout's sizes allow.
-        full: on this machine's GPUs instead of processes on the CPU.
-        launch: starts the ranks; None: processes on this machine.
+        devices: the number of ranks; None takes as few as the layout's sizes allow.
+        full: run on this machine's GPUs instead of processes on the CPU.
+        length: rows are cut to this many tokens.
+        launch: starts the ranks; None starts processes on this machine.
 
     Raises:
-        ValueError: the layout refuses this model, or there is nothing to verify.
+        ValueError: the layout refuses this model, the data has no labels, or `full` needs more GPUs than there are.
     """
     began = time.monotonic()
     strategy = fresh(strategy)
@@ -85,7 +87,7 @@ def verify(
 
 
 def _attempts(job: Job, launch: Launcher, layout: str, model: str) -> Report:
-    """The report of the first attempt that is decided. An attempt is not, where rounding decided a router's choice."""
+    """The report of the first decided attempt. An attempt is undecided if rounding decided a router's choice."""
     said: list[str] = []
     flipped = 0
     for attempt in range(ATTEMPTS):
@@ -104,14 +106,20 @@ def _attempts(job: Job, launch: Launcher, layout: str, model: str) -> Report:
 
 
 def fresh(strategy: Any) -> MeshStrategy:
-    """A strategy as it was before a Trainer took it in hand.
+    """A copy of a strategy in the state before any Trainer used it.
+
+    Args:
+        strategy: a name or an object.
 
     Raises:
-        ValueError: not one of this project's.
+        ValueError: it is not a `MeshStrategy`.
     """
     strategy = StrategyRegistry.get(strategy) if isinstance(strategy, str) else copy.copy(strategy)
     if not isinstance(strategy, MeshStrategy):
-        raise ValueError(f"{type(strategy).__name__} is none of automodel_trainer's strategies: it has no layout.")
+        raise ValueError(
+            f"{type(strategy).__name__} is not one of automodel_trainer's strategies, so it has no layout to verify. "
+            "Give a name such as 'fsdp2', or a MeshStrategy."
+        )
     strategy.forget_run()
     return strategy
 
@@ -123,7 +131,7 @@ def _fewest_devices(strategy: MeshStrategy) -> int:
 
 
 def _attention(name: str | None, full: bool) -> str | None:
-    """A kernel that the CPU does not have is stood in for by one that computes the same."""
+    """The attention kernel to verify with. For one that the CPU does not have, `sdpa` computes the same."""
     if name in ("auto", "flex"):
         return None
     return name if full or name in ("eager", "sdpa") else "sdpa"

@@ -11,9 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
-from automodel_trainer.nn._torch import EXPENSIVE_OPERATIONS
+from automodel_trainer.nn._torch import CHECKPOINT_MISSES_FUNCTIONS, EXPENSIVE_OPERATIONS, MATMULS
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.wrap import wrap
+
+CHEAP = 8  # a matmul whose result is this many times as wide as the dimension it sums over is computed again
 
 
 def apply_activation_checkpointing(
@@ -24,7 +26,7 @@ def apply_activation_checkpointing(
     Wrappers put around a block's forward before this call are recomputed with it; later ones are not.
 
     Args:
-        mode: "full" recomputes a whole block; "selective" keeps the outputs of matmuls and attention.
+        mode: "full" recomputes a whole block; "selective" keeps the outputs of attention and of all but cheap matmuls.
         blocks: the blocks to checkpoint; None: all of the model's.
 
     Raises:
@@ -43,20 +45,38 @@ def apply_activation_checkpointing(
             f"activation_checkpointing={mode!r} runs blocks again in backward, and with fp8='delayed' every run "
             "changes the scales. Set fp8='current', or activation_checkpointing to null."
         )
+    for block in blocks:
+        wrap(block, partial(_checkpointed, block, mode))
+
+
+def _checkpointed(block: nn.Module, mode: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    for block in blocks:
-        wrap(block, partial(_checkpointed, block, options))
-
-
-def _checkpointed(
-    block: nn.Module, options: dict[str, Any], forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    if not (block.training and torch.is_grad_enabled()):
-        return forward(*args, **kwargs)
+    elif CHECKPOINT_MISSES_FUNCTIONS and torch.compiler.is_compiling():
+        # Without a policy, this compiler keeps what an autograd.Function computes: with fused adapters, a whole block.
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _recompute)
     return checkpoint(forward, *args, **options, **kwargs)
 
 
+def _recompute(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
+    keep = op in EXPENSIVE_OPERATIONS and not _is_cheap_matmul(op, args)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_cheap_matmul(op: Any, args: Sequence[Any]) -> bool:
+    """Whether a matmul sums so few products that its result is cheap to compute again and large to keep.
+
+    The second matmul of an adapter is one: its result is as large as that of the frozen weight beside it.
+    """
+    if op not in MATMULS:
+        return False
+    second = args[MATMULS[op]]
+    inner, width = second.shape[-2:]
+    return bool(inner * CHEAP <= width)

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from automodel_trainer._lightning import forget_optimizers, synchronize_layers
+from automodel_trainer.checkpoint.given import note_given
 from automodel_trainer.distributed.mesh import ParallelDims
 from automodel_trainer.strategies.base.compile import wants_compile
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part
@@ -137,6 +138,7 @@ class MeshStrategy(StepRunner, SavingStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             forget_optimizers(self)
             self.setup_optimizers(trainer)
+            note_given(self.optimizers, [config.scheduler for config in self.lr_scheduler_configs])
         self.setup_precision_plugin()
 
     def _convert(self, module: pl.LightningModule, training: bool) -> None:

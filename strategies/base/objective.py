@@ -1,4 +1,4 @@
-"""Objective: the contract between what is learned and everything that runs, checks or shows it."""
+"""Objective: the contract between a training objective and the strategies and tools that run it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ class Objective:
         defers_logits: the loss takes `DeferredLogits` (`nn/deferred_logits.py`), which it computes a chunk of tokens at
             a time as `kernels.loss` says. False: the loss gets what the model returned.
         labels_are_tokens: `labels` are token ids, as this project's data modules make them.
+        takes_document_lengths: `split` can give the lengths of packed documents to models whose layers want them.
+        gives_document_lengths: it does, because this model's layers want them.
+        predicts_next_token: a token's target is the next one, so that a model that sees it has nothing to learn.
     """
 
     model: Any
@@ -45,15 +48,18 @@ class Objective:
     targets_per_token: ClassVar[bool] = True
     defers_logits: ClassVar[bool] = False
     labels_are_tokens: ClassVar[bool] = True
+    takes_document_lengths: ClassVar[bool] = False
+    gives_document_lengths: bool = False
+    predicts_next_token: ClassVar[bool] = False
 
     # --- what a strategy asks in every step -----------------------------------------------------------------------
 
     def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Any]:
         """The keyword arguments of the model's forward, and the targets of `loss`.
 
-        By default the keys in `model_inputs`, and `labels` `[b, s]` as they are. Targets are aligned with the model's
-        logits: a shift happens here, before the sequence is split over ranks. Under context parallel every target of
-        shape `[b, s]` is split and padded with −100.
+        The default returns the keys in `model_inputs`, and `labels` `[b, s]` unchanged. Targets must be aligned with
+        the model's logits: shift them here, before the sequence is split over ranks. Context parallel splits every
+        target of shape `[b, s]` and pads it with −100.
         """
         inputs = {key: micro_batch[key] for key in self.model_inputs if micro_batch.get(key) is not None}
         return inputs, micro_batch["labels"]
@@ -61,8 +67,8 @@ class Objective:
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The loss summed over the targets that are not −100, 0-dim, fp32 or wider.
 
-        It must add up: the losses of two parts (rows, or halves of a sequence) sum to the loss of both. It is a sum and
-        never a mean, and a part without any target gives 0. `forward_backward` divides by the sum of `count`.
+        It must be a sum, never a mean: the losses of two parts (rows, or halves of a sequence) add up to the loss of
+        both, and a part without any target gives 0. `forward_backward` divides by the sum of `count`.
 
         Args:
             outputs: what the model's forward returned.
@@ -71,9 +77,10 @@ class Objective:
         raise NotImplementedError(f"{type(self).__name__} has no loss(outputs, targets).")
 
     def count(self, micro_batch: MicroBatch) -> Tensor:
-        """What a micro-batch adds to the number that the global loss is divided by: 0-dim int64, on its device.
+        """The micro-batch's share of the number that divides the global loss: 0-dim int64, on its device.
 
-        By default the labels that are not −100. Of whole rows: ranks that share a sequence count it once.
+        The default counts the labels that are not −100. It counts whole rows: ranks that share a sequence count it
+        once.
         """
         count: Tensor = (micro_batch["labels"] != IGNORE_INDEX).sum()
         return count
@@ -82,21 +89,21 @@ class Objective:
 
     @property
     def tokenizer_or_none(self) -> Any:
-        """The tokenizer for data modules, preview, export and sample generations; None where there is none."""
+        """The tokenizer for data modules, preview, export and sample generations; None if there is none."""
         return None
 
     @property
     def source(self) -> Path | None:
-        """The folder that weights and tokenizer come from; None for a model that was made in memory."""
+        """The folder that weights and tokenizer come from; None for a model that was built in memory."""
         return None
 
     @property
     def model_config(self) -> Any:
-        """The model's config, also before the model is built; None where it cannot be told."""
+        """The model's config, available before the model is built; None if it is unknown."""
         return getattr(self.model, "config", None)
 
     def without_model(self) -> Self:
-        """A light copy to send to other processes: loss and settings, without model, data and Trainer.
+        """A light copy to send to other processes. It has the loss and settings, but no model, data or Trainer.
 
         Raises:
             ValueError: this objective cannot be copied.

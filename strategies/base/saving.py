@@ -22,7 +22,7 @@ from automodel_trainer.checkpoint.optimizer import load_optimizers
 from automodel_trainer.checkpoint.remote import RemoteRuns, fetch, is_remote, mirror, scratch
 from automodel_trainer.checkpoint.rng import set_rng_state
 from automodel_trainer.checkpoint.saved_weights import load_state
-from automodel_trainer.checkpoint.state import FOLDER_KEY, RNG_KEY, open_checkpoint
+from automodel_trainer.checkpoint.state import FOLDER_KEY, RNG_KEY, RUN_KEY, open_checkpoint
 from automodel_trainer.distributed.agreement import on_all_ranks
 from automodel_trainer.distributed.phase import during_phase
 from automodel_trainer.strategies.base.objective import Objective
@@ -30,7 +30,15 @@ from automodel_trainer.strategies.base.processes import MeshProcesses
 
 
 class SavingStrategy(MeshProcesses):
-    """Saves and loads checkpoints as folders of safetensors and JSON. Lightning makes no files or copies of its own."""
+    """Saves and loads checkpoints as folders of safetensors and JSON. Lightning makes no files or copies of its own.
+
+    Attributes:
+        on_read: called with what was read of a checkpoint; it may change it before Lightning restores it.
+        on_optimizers_read: called again once the optimizers exist and have their state; it may change the schedules'.
+    """
+
+    on_read: Callable[[dict[str, Any]], None] | None = None
+    on_optimizers_read: Callable[[dict[str, Any]], None] | None = None
 
     _restores_late: bool | None = None
     _handed: Mapping[str, Any] | None = None
@@ -144,6 +152,8 @@ class SavingStrategy(MeshProcesses):
                 f"{path} was saved with weights_only=True: the checkpoint contains only the model, and training cannot "
                 "go on from it. Give it as the model (its model/ folder) to start a new run from these weights."
             )
+        if self.on_read is not None:
+            self.on_read(checkpoint)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -170,9 +180,13 @@ class SavingStrategy(MeshProcesses):
             if folder is None:
                 load_optimizer_states(self.optimizers, checkpoint["optimizer_states"])
                 return
-            place = Path(folder) / "optimizer"
-            on_all_ranks(lambda: load_optimizers(self.trained_module, self.optimizers, place), folder)
+            place, given = Path(folder) / "optimizer", checkpoint.get(RUN_KEY, {}).get("optimizers")
+            if self.optimizers:
+                on_all_ranks(lambda: load_optimizers(self.trained_module, self.optimizers, place, given), folder)
             set_rng_state(checkpoint[RNG_KEY])  # hooks may have drawn random numbers since the checkpoint was opened
+        if self.on_optimizers_read is not None:
+            assert isinstance(checkpoint, dict)
+            self.on_optimizers_read(checkpoint)
 
     def whole_weights(self) -> bytes | None:
         """The weights of a user's module in the safetensors format; None if they are sharded, or an objective's."""

@@ -89,7 +89,7 @@ def test_a_hundred_mutations_are_refused_by_name(run: Path, tmp_path: Path) -> N
         with pytest.raises(ValueError, match=name):
             load_checkpoint(newest, model, [optimizer])
         assert find_last(tmp_path / "checkpoints") == newest, f"{number}: the newest is not passed over in silence"
-        with pytest.warns(UserWarning, match=f"Passing over a damaged checkpoint: .*{name}"):
+        with pytest.warns(UserWarning, match=f"Skipping a damaged checkpoint: .*{name}"):
             assert find_last(tmp_path / "checkpoints", whole=True) == older
     assert len(files) >= 8
     assert not optimizer.state
@@ -106,7 +106,7 @@ def test_a_damaged_last_checkpoint_stops_a_run_and_last_whole_goes_back_to_the_o
     flip(shard, random.Random(0), shard)
     with pytest.raises(ValueError, match=rf"step-00000004/optimizer/{shard.name} is damaged.*last-whole"):
         train(tmp_path, max_steps=6, ckpt_path="last", **options)
-    with pytest.warns(UserWarning, match=f"Passing over a damaged checkpoint.*{shard.name}"):
+    with pytest.warns(UserWarning, match=f"Skipping a damaged checkpoint.*{shard.name}"):
         again = train(tmp_path, max_steps=4, ckpt_path="last-whole", **options)
     assert again["journal"] == whole["journal"][2:]
     check_checkpoint(tmp_path / "checkpoints" / "latest")

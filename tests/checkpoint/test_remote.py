@@ -114,7 +114,7 @@ def test_damage_is_refused_and_last_whole_goes_back(tmp_path: Path, bucket: str)
     fs.pipe_file(f"{root}/step-00000004/trainer.json", b"{}")
     with pytest.raises(ValueError, match=r"trainer.json is damaged"):
         train(tmp_path / "b", [saver(f"{bucket}/run")], max_steps=6, ckpt_path="last", **SHORT)
-    with pytest.warns(UserWarning, match=r"Passing over a damaged checkpoint: s3://.*step-00000004.*trainer.json"):
+    with pytest.warns(UserWarning, match=r"Skipping a damaged checkpoint: s3://.*step-00000004.*trainer.json"):
         found = saver(f"{bucket}/run").find_last(tmp_path / "c", whole=True)
     assert found == tmp_path / "c" / "checkpoints" / "step-00000002"
 

@@ -83,7 +83,7 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
 
 def test_surplus_weights_are_told(tmp_path: Path) -> None:
     save("llama", tmp_path, num_hidden_layers=2)
-    with pytest.warns(UserWarning, match=r"has no place for: model.layers.1"):
+    with pytest.warns(UserWarning, match=r"does not have: model.layers.1"):
         AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,18 @@ from automodel_trainer.models.lora.adapter_files import trained_tensors
 from automodel_trainer.models.lora.initialize import whole
 from automodel_trainer.strategies.base.clip import local_tensor
 from tests.beside import use
-from tests.harness import NextToken, Stop, check_run, close, make_strategy, random_rows, relative_error, stack
+from tests.harness import (
+    NextToken,
+    Stop,
+    adamw,
+    check_run,
+    close,
+    make_strategy,
+    once,
+    random_rows,
+    relative_error,
+    stack,
+)
 from tests.limits import computing, exactly
 from tests.pool import RankPool
 from tests.routers import decided, separated
@@ -41,6 +53,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases")
     tiny_model("llama").save_pretrained(folder / "dense")
     tiny_tokenizer().save_pretrained(folder / "dense")
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(folder / "block")
     separated(tiny_model("qwen3_moe", **MOE), seed=0).save_pretrained(folder / "moe")
     return folder
 
@@ -62,7 +75,7 @@ def train(
     if spec == "ddp" and world_size > 1:
         strategy._wrapped = strategy._wrap(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, eps=1e-3)
+    optimizer = adamw(parameters, 1e-2, eps=1e-3)
     losses, norms = [], []
     seen: list[torch.Tensor | None] = []  # what each backward writes a gradient to
     parameters[0].register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))
@@ -94,6 +107,18 @@ def in_fp64(*args: Any) -> dict[str, Any]:
         return train(*args)
 
 
+@pytest.fixture(scope="module")
+def alone(pool: RankPool, bases: Path) -> Callable[[str], dict[str, Any]]:
+    """The fp32 run of a kind on one device."""
+
+    @once
+    def run(kind: str) -> dict[str, Any]:
+        family, lora, _ = (KINDS | OTHER_KINDS)[kind]
+        return pool.run(1, train, "ddp", 1, "fp32", bases / family, lora)[0]
+
+    return run
+
+
 TOKENS = 8 * 24  # of a step
 LAYOUTS = [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp:dp_replicate=2", 4), ("fsdp2:cp=2", 2)]
 KINDS: dict[str, tuple[str, dict[str, Any], list[tuple[str, int]]]] = {
@@ -105,9 +130,9 @@ KINDS: dict[str, tuple[str, dict[str, Any], list[tuple[str, int]]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks(pool: RankPool, bases: Path, kind: str) -> None:
+def test_ranks(pool: RankPool, bases: Path, alone: Callable[[str], dict[str, Any]], kind: str) -> None:
     family, lora, layouts = KINDS[kind]
-    (near,) = pool.run(1, train, "ddp", 1, "fp32", bases / family, lora)
+    near = alone(kind)
     (exact,) = pool.run(1, in_fp64, "ddp", 1, "fp32", bases / family, lora)
     for spec, world_size in layouts:
         for result in pool.run(world_size, train, spec, world_size, "fp32", bases / family, lora):
@@ -120,7 +145,8 @@ def test_ranks(pool: RankPool, bases: Path, kind: str) -> None:
 
 OTHER_KINDS: dict[str, Any] = {
     "dora": ("dense", {"use_dora": True}, []),
-    "head": ("dense", {"modules_to_save": ["lm_head"]}, []),
+    "block": ("block", {}, []),  # one, where a second takes the compiler as long again
+    "block-head": ("block", {"modules_to_save": ["lm_head"]}, []),
 }
 COMPILED = "fsdp2:compile=true,compile_backend=aot_eager"
 
@@ -133,23 +159,28 @@ COMPILED = "fsdp2:compile=true,compile_backend=aot_eager"
         ("fsdp2", 1, "separate", "dora"),
         ("fsdp2", 1, "separate", "dora-head"),
         ("fsdp2", 2, "separate", "plain"),
-        (COMPILED, 1, "widened", "plain"),
-        (COMPILED, 1, "widened", "head"),
-        (f"{COMPILED},activation_checkpointing=full", 1, "widened", "plain"),
+        (COMPILED, 1, "widened", "block"),
+        (COMPILED, 1, "widened", "block-head"),
+        (f"{COMPILED},activation_checkpointing=full", 1, "widened", "block"),
     ],
 )
 def test_bf16_holds_the_base_in_bf16_and_adapters_in_fp32(
-    pool: RankPool, bases: Path, spec: str, world_size: int, kernel: str, kind: str
+    pool: RankPool,
+    bases: Path,
+    alone: Callable[[str], dict[str, Any]],
+    spec: str,
+    world_size: int,
+    kernel: str,
+    kind: str,
 ) -> None:
     """On one device nobody but the adapters themselves casts them. Unless other parameters are trained too: then copies
     in bf16 live for an optimizer step, and the next step's must be others."""
     family, lora, _ = (KINDS | OTHER_KINDS)[kind]
-    (exact,) = pool.run(1, train, "ddp", 1, "fp32", bases / family, lora)
-    kernels = KernelsConfig(lora=kernel)
+    exact, kernels = alone(kind), KernelsConfig(lora=kernel)
     result = pool.run(world_size, train, spec, world_size, "bf16", bases / family, lora, kernels)[0]
-    alone = world_size == 1 and "modules_to_save" not in lora
-    assert result["sharded"] is not alone
-    assert result["accumulate_grads_foreach"] or not alone
+    unsharded = world_size == 1 and "modules_to_save" not in lora
+    assert result["sharded"] is not unsharded
+    assert result["accumulate_grads_foreach"] or not unsharded
     assert result["dtypes"] == {(True, "torch.float32"), (False, "torch.bfloat16")}
     assert result["losses"] == pytest.approx(exact["losses"], rel=5e-3)
     together = [torch.cat([t.flatten() for t in run["trained"].values()]) for run in (result, exact)]
@@ -303,7 +334,7 @@ def test_a_model_object_gets_adapters_and_one_that_has_them_keeps_them(bases: Pa
     trainer.fit(CausalLMModule(plain, lora=LoRAConfig(rank=2)), data)
     values = {name: p.clone() for name, p in trained_tensors(plain).items()}
     assert any((v != 0).any() for name, v in values.items() if "lora_B" in name)
-    with pytest.raises(ValueError, match="has adapters already"):
+    with pytest.raises(ValueError, match="already has adapters"):
         trainer.validate(CausalLMModule(plain, lora=LoRAConfig(rank=2)), data)
     trainer.validate(CausalLMModule(plain), MockDataModule(vocab_size=264, seq_len=32, num_samples=4, val_samples=4))
     assert all(torch.equal(values[name], p) for name, p in trained_tensors(plain).items())

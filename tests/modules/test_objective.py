@@ -38,7 +38,7 @@ def test_a_loss_kernel_without_effect_is_refused(home: Path, tmp_path: Path) -> 
 
 
 def test_an_objective_without_an_auto_class() -> None:
-    with pytest.raises(ValueError, match="names no auto_class"):
+    with pytest.raises(ValueError, match="set auto_class"):
         HuggingFaceModule("anything")
 
 

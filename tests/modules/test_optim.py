@@ -86,8 +86,8 @@ def test_shapes() -> None:
     [
         ("cosin", 10, "Allowed: cosine"),
         (SchedulerConfig(warmup_steps=2, warmup_ratio=0.1), 10, "not both"),
-        (SchedulerConfig(warmup_steps=10), 10, "leaves nothing"),
-        (SchedulerConfig(warmup_ratio=1.5), 10, "no sound warm-up"),
+        (SchedulerConfig(warmup_steps=10), 10, "must be less than"),
+        (SchedulerConfig(warmup_ratio=1.5), 10, "invalid warm-up"),
         ("cosine", None, "max_steps"),
     ],
 )

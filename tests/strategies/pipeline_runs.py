@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
-from tests.harness import Batch, NextToken, make_strategy, random_rows, reference_steps, train_steps
+from tests.harness import Batch, NextToken, adamw, make_strategy, once, random_rows, reference_steps, train_steps
 from tests.routers import routed_model
 
 STEPS, ROWS, LENGTH, MAX_NORM, LR = 3, 8, 13, 0.5, 1e-2
@@ -19,7 +19,7 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, 
 def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
     """With an eps far above the rounding of a gradient: some biases have gradients that are zero but for that."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=LR, eps=1e-2)
+    return adamw(trained, LR, eps=1e-2)
 
 
 def rows_of(step: int) -> list[Batch]:
@@ -52,6 +52,7 @@ def train(
     return train_steps(strategy, objective_class(model), optimizer, rows_of, size, steps=STEPS, max_norm=MAX_NORM)
 
 
+@once
 def reference(family: str, lora: bool = False, **overrides: Any) -> Any:
     """The same by plain torch on one device, over all rows at once."""
     model = build(family, lora, **overrides)

@@ -8,11 +8,21 @@ import pytest
 import torch
 
 from automodel_trainer.strategies.base.clip import local_tensor
-from tests.harness import Batch, NextToken, check_steps, make_strategy, random_rows, reference_steps, train_steps
+from tests.harness import (
+    Batch,
+    NextToken,
+    adamw,
+    check_steps,
+    make_strategy,
+    once,
+    random_rows,
+    reference_steps,
+    train_steps,
+)
 from tests.pool import RankPool
 from tests.tiny import tiny_model
 
-STEPS, ROWS, LENGTH, MAX_NORM, LR = 3, 8, 24, 0.5, 1e-2
+STEPS, ROWS, LENGTH, MAX_NORM, LR = 2, 8, 24, 0.5, 1e-2
 EPS = 1e-2  # far above the rounding of a gradient: with less, Adam makes whole steps of it
 
 
@@ -21,22 +31,23 @@ def rows_of(step: int) -> list[Batch]:
 
 
 def train(spec: str, world_size: int, micro: int, family: str, tied: bool) -> Any:
-    """Three optimizer steps on this rank; full gradients and weights come back."""
+    """Two optimizer steps on this rank; full gradients and weights come back."""
     torch.manual_seed(world_size)  # nothing may depend on it
     strategy = make_strategy(spec, world_size)
     model = strategy.parallelize(tiny_model(family, tie_word_embeddings=tied))
     objective = NextToken(model)
     if spec == "ddp" and world_size > 1:
         strategy._wrapped = strategy._wrap(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=EPS)
+    optimizer = adamw(model.parameters(), LR, EPS)
     result = train_steps(strategy, objective, optimizer, rows_of, micro, steps=STEPS, max_norm=MAX_NORM)
     held = sum(local_tensor(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
     return {**result, "held": held}
 
 
+@once
 def reference(family: str, tied: bool) -> Any:
     model = tiny_model(family, tie_word_embeddings=tied)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=EPS)
+    optimizer = adamw(model.parameters(), LR, EPS)
     return reference_steps(model, optimizer, rows_of, steps=STEPS, max_norm=MAX_NORM)
 
 

@@ -117,7 +117,7 @@ def fit(
         lora=LoRAConfig(rank=4, init="orthogonal") if lora else None,
     )  # fmt: skip
     with warnings.catch_warnings(), widened(precision):
-        warnings.filterwarnings("error", message=".*has no place for.*")
+        warnings.filterwarnings("error", message=".*does not have.*")
         checkpoint = trainer.fit(module, data, ckpt_path=resume)
     export = trainer.save_pretrained(root / "export")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -12,13 +12,16 @@ from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
 from tests.harness import (
     Batch,
     NextToken,
+    adamw,
     check_steps,
     make_strategy,
+    once,
     random_rows,
     reference_steps,
     train_steps,
     with_limits,
 )
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.routers import decided, routed_model
 
@@ -35,7 +38,7 @@ LATENT = {
 
 def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
     """With an eps far above the rounding of a gradient: some biases have gradients that are zero but for that."""
-    return torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-2)
+    return adamw(model.parameters(), LR, eps=1e-2)
 
 
 def rows_of(step: int) -> list[Batch]:
@@ -76,6 +79,7 @@ def train(spec: str, world_size: int, family: str, lora: dict[str, Any] | None =
         return train_steps(strategy, WithBalance(model), optimizer, rows_of, size, steps=STEPS, max_norm=MAX_NORM)
 
 
+@once
 def reference(family: str, **overrides: Any) -> Any:
     model = routed_model(family, **overrides)
     optimizer = adam(model)
@@ -86,7 +90,7 @@ def reference(family: str, **overrides: Any) -> Any:
     ("spec", "world_size", "family", "overrides"),
     [
         ("fsdp2:tp=2", 2, "llama", {"tie_word_embeddings": True}),
-        ("fsdp2:tp=2,sequence_parallel=false", 2, "llama", {"tie_word_embeddings": False}),
+        more("fsdp2:tp=2,sequence_parallel=false", 2, "llama", {"tie_word_embeddings": False}),
         ("fsdp2:tp=2", 2, "llama", {"attention_bias": True, "mlp_bias": True, "vocab_size": 265}),
         ("fsdp2:tp=2,sequence_parallel=false", 2, "llama", {"attention_bias": True, "mlp_bias": True}),
         ("fsdp2:tp=4", 4, "llama", {**WIDE, "vocab_size": 266, "tie_word_embeddings": True}),
@@ -95,7 +99,7 @@ def reference(family: str, **overrides: Any) -> Any:
         ("fsdp2:tp=2,dp_replicate=2", 4, "qwen3", {}),
         ("fsdp2:tp=2", 2, "gemma3_text", {"tie_word_embeddings": True}),
         ("fsdp2:tp=2", 2, "phi3", {}),
-        ("fsdp2:tp=4", 4, "gpt_neox", {"attention_bias": True}),
+        more("fsdp2:tp=4", 4, "gpt_neox", {"attention_bias": True}),
         ("fsdp2:tp=2", 2, "gpt_neox", {"tie_word_embeddings": True}),
         ("fsdp2:tp=2", 2, "starcoder2", {"residual_dropout": 0.0}),
         ("fsdp2:tp=2", 2, "apertus", {}),  # an activation function with parameters
@@ -103,7 +107,7 @@ def reference(family: str, **overrides: Any) -> Any:
         ("fsdp2:tp=2,sequence_parallel=false", 2, "qwen3_moe", MOE),
         ("fsdp2:tp=2", 2, "qwen2_moe", {**MOE, "shared_expert_intermediate_size": 32}),
         ("fsdp2:tp=2", 4, "deepseek_v3", LATENT),
-        ("fsdp2:tp=2", 2, "deepseek_v2", {**LATENT, "topk_method": "greedy"}),
+        more("fsdp2:tp=2", 2, "deepseek_v2", {**LATENT, "topk_method": "greedy"}),
     ],
 )
 def test_parity(pool: RankPool, spec: str, world_size: int, family: str, overrides: dict[str, Any]) -> None:

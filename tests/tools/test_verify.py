@@ -14,12 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from automodel_trainer import CausalLMModule, Trainer, cli
+from automodel_trainer.models.shrink import alike, shrink
 from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, inner_parallel
 from automodel_trainer.strategies.context.split import ContextParallel
 from automodel_trainer.strategies.data_parallel import gradient_reduction
 from automodel_trainer.strategies.tensor import parallelize as tensor
 from automodel_trainer.verification.report import Report
-from automodel_trainer.verification.shrink import alike, shrink
 from automodel_trainer.verification.steps import layout_run
 from automodel_trainer.verification.verify import verify
 from tests.harness import Batch
@@ -239,7 +239,7 @@ def test_alike() -> None:
 def test_refusals_reach_the_user(pool: RankPool) -> None:
     with pytest.raises(ValueError, match="GPUs, and this machine has"):
         verify(module_of(), batches(), "fsdp2:dp_shard=64", full=True)
-    with pytest.raises(ValueError, match="no batch with a trained token"):
+    with pytest.raises(ValueError, match="no batch of the data has a supervised token"):
         verify(module_of(), [], "fsdp2", launch=Planted(pool))
 
 

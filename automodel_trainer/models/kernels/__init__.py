@@ -1,7 +1,7 @@
-"""What a model computes with: one file for each part of a model, one file for each library.
+"""The kernels that a model computes with: one file for each part of a model, one file for each library.
 
-Start with `config.py` (the `kernels:` section) and `choose.py` (how each choice is applied). `library.py` is what a
-library has to say about itself; `registry.py` finds libraries, those of `libraries/` and other packages'.
+Start with `config.py` (the `kernels:` section) and `choose.py` (how each choice is applied). `library.py` is the
+contract of a kernel library; `registry.py` finds libraries, in `libraries/` and in other packages.
 """
 
 from automodel_trainer.models.kernels.choose import KernelsInUse, apply_kernels, check_compiled, kernels_in_use

@@ -22,12 +22,14 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from automodel_trainer.models._masks import is_plain
 from automodel_trainer.models._transformers import attention_of, offers_flex_attention
 from automodel_trainer.models.kernels.library import AttentionFunction, KernelLibrary, wrong_dtype
 from automodel_trainer.models.kernels.registry import find, libraries
 from automodel_trainer.nn.documents import current_documents
 
 BLOCK = 128
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -43,7 +45,7 @@ NAME = attention_name("flex")
 
 
 def attention_text(name: str) -> str:
-    """For the ledger: what the attention of this name in transformers is."""
+    """The ledger's text for the attention of this name in transformers."""
     titles = {attention_name(lib.name): lib.title for lib in libraries() if "attention" in lib.offers}
     return f"FlexAttention for packed rows, {titles[name]} for others" if name in titles else name
 
@@ -80,10 +82,10 @@ def flex_obstacle(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config(decoder=True)
     kernel = attention_of(config)
     if kernel != "sdpa":
-        return f"it attends with {kernel!r}, by its own choice or yours"
+        return f"its attention is already set to {kernel!r}"
     if not offers_flex_attention(model):
         return "transformers does not offer it for this model"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if kinds:
         return f"it has layers of kind {', '.join(sorted(kinds))}"
     if getattr(config, "attention_dropout", 0):
@@ -141,12 +143,15 @@ def _mask(
 ) -> Tensor | BlockMask | None:
     """The block mask of packed rows in half precision, else the mask that `sdpa` would get.
 
+    A mask that is more than causal within documents and windows (chunks, spans that see each other both ways, functions
+    that a model adds) is made as `sdpa` has it.
+
     Args:
         kernel: name of the library for rows of one document; None: `sdpa` is that too.
     """
-    plain = arguments.get("attention_mask") is None and not use_vmap  # the model adds no mask of its own
     documents = current_documents()
-    if documents is not None and dtype in _HALF and plain:
+    unmasked = arguments.get("attention_mask") is None and not use_vmap
+    if documents is not None and dtype in _HALF and unmasked and is_plain(arguments["mask_function"]):
         return document_block_mask(documents, local_size)
     mask: Tensor | None = sdpa_mask(dtype=dtype, local_size=local_size, use_vmap=use_vmap, **arguments)
     if mask is not None and kernel is not None and torch.is_grad_enabled():
@@ -183,7 +188,7 @@ def _attention(
 
 
 def _in_its_dtype(plain: AttentionFunction, library: KernelLibrary) -> AttentionFunction:
-    """The library's attention, given tensors in the dtype that autocast would cast to, or refusing that dtype."""
+    """The library's attention, with tensors cast to autocast's dtype. It refuses dtypes that the library lacks."""
     allowed = library.offers["attention"].dtypes
 
     def attend(

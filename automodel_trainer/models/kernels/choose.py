@@ -1,4 +1,4 @@
-"""Apply the `kernels:` section to a model: every choice is resolved once, and the model's record says how."""
+"""Applies the `kernels:` section to a model. Every choice is resolved once and noted in the model's record."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _COMPILED = ("norm", "activation", "rope")  # parts that the compiler fuses, unl
 
 @dataclass(frozen=True)
 class KernelsInUse:
-    """What a model computes with. `apply_kernels` keeps it in the model's record.
+    """The kernels that a model computes with. `apply_kernels` keeps them in the model's record.
 
     Args:
-        chosen: part -> the choice as YAML has it. "auto" stands for attention alone, where transformers chooses.
+        chosen: part -> the choice, as in YAML. Only attention can be "auto": transformers then chooses.
         texts: part -> what computes it, for the ledger. Attention and fp8 have lines of their own there.
-        loss: a library's loss; None: the one of `modules/loss.py`.
+        loss: a library's loss; None means the one in `modules/loss.py`.
     """
 
     chosen: dict[str, str] = field(default_factory=dict)
@@ -43,7 +43,11 @@ class KernelsInUse:
     loss: LossKernel | None = None
 
     def costs(self, compiled: bool) -> dict[str, str]:
-        """Part -> what its library costs a run whose blocks are `compiled` or not; parts without a cost left out."""
+        """Part -> what its library costs, in words. Parts without a cost are left out.
+
+        Args:
+            compiled: whether the run compiles its blocks.
+        """
         costs: dict[str, str] = {}
         for part, name in self.chosen.items():
             if (library := find(part, name)) is not None:
@@ -55,11 +59,11 @@ class KernelsInUse:
 
 @dataclass(frozen=True)
 class Choice:
-    """One part's choice, looked up.
+    """The resolved choice for one part.
 
     Args:
-        library: None: a built-in choice, or one of transformers' names for attention.
-        is_auto: the user left it at "auto", so it may be given up.
+        library: the kernel library; None for a built-in choice and for transformers' names for attention.
+        is_auto: the user left it at "auto", so another choice may replace it if it does not fit.
     """
 
     part: str
@@ -94,12 +98,20 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
 
 
 def kernels_in_use(model: nn.Module) -> KernelsInUse:
-    """What `model` computes with; of a model that `apply_kernels` did not see, an empty answer."""
+    """The kernels that `model` computes with. The answer is empty if `apply_kernels` was not called on it."""
     return recorded(model, KernelsInUse) or KernelsInUse()
 
 
 def check_compiled(kernels: KernelsConfig, compiles: bool) -> None:
-    """ValueError for a choice that needs compiled blocks, in a run that does not compile its blocks."""
+    """Check that a run which does not compile its blocks chooses nothing that needs compiled blocks.
+
+    Args:
+        kernels: the `kernels:` section.
+        compiles: whether the run compiles blocks.
+
+    Raises:
+        ValueError: a choice needs compiled blocks.
+    """
     asked = [part for part in _COMPILED if getattr(kernels, part) == "compile"]
     asked += ["lora"] if kernels.lora == "fused" else []
     if asked and not compiles:
@@ -110,7 +122,7 @@ def check_compiled(kernels: KernelsConfig, compiles: bool) -> None:
 
 
 def _choices(kernels: KernelsConfig, device: torch.device) -> dict[str, Choice]:
-    """Look up every part before the model is touched, and check that the libraries can run here."""
+    """Resolve every part's choice before the model is changed, and check that the libraries can run here."""
     on_device = kernels.on(device)
     found = {}
     for part in PARTS:
@@ -177,7 +189,7 @@ _SWAPS: dict[str, Callable[[PreTrainedModel, Choice, KernelLibrary, torch.device
 
 
 def _checked(library: KernelLibrary, part: str) -> Callable[[Any], Any]:
-    """What makes a library's kernels of a part: each takes the library's dtypes only."""
+    """The library's method for a part, whose kernels then refuse dtypes that the library does not take."""
     return partial(_make, getattr(library, part), library, part)
 
 
@@ -202,7 +214,7 @@ def _choose_linear(model: PreTrainedModel, choice: Choice, kernels: KernelsConfi
 
 
 def _described(model: PreTrainedModel, choice: Choice, kind: str, swapped: list[str], left: dict[str, str]) -> str:
-    """For the ledger; ValueError where nothing was swapped."""
+    """The ledger's text for a swapped part; raises ValueError if nothing was swapped and the user asked for it."""
     shown = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:3])
     shown += f" and {len(left) - 3} more" if len(left) > 3 else ""
     if not swapped:
@@ -217,7 +229,7 @@ def _title(choice: Choice) -> str:
 
 
 def _lora_groups(model: PreTrainedModel, lora: str, device: torch.device) -> list[list[str]] | None:
-    """Names of adapted layers that share an input; None where no layer will be fused."""
+    """Names of the adapted layers that share an input; None if no layer will be fused."""
     if lora == "separate" or (lora == "auto" and device.type != "cuda"):
         return None
     return layers_with_one_input(model, (adapter.target for adapter in adapters(model) if adapter.is_linear))

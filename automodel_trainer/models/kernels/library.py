@@ -1,4 +1,4 @@
-"""What a kernel library says about itself: its parts, where they run, and what they cost.
+"""The contract of a kernel library: which parts it offers, where they run, and what they cost.
 
 A library is one object of a subclass of `KernelLibrary`. Those of this project are in `libraries/`, one file each;
 `registry.py` finds them. Another package hands its object to `register`, or names it as an entry point of the group
@@ -127,7 +127,7 @@ class KernelLibrary:
         raise NotImplementedError
 
     def loss(self) -> LossFunction:
-        """See `LossKernel`."""
+        """The loss of a linear head without all of its logits at once; see `LossKernel`."""
         raise NotImplementedError
 
     def norm(self, norm: Norm) -> NormKernel | str:
@@ -151,7 +151,7 @@ class KernelLibrary:
         raise NotImplementedError
 
     def around_forward(self, recipe: str) -> Callable[[], AbstractContextManager[Any]] | None:
-        """Makes what the whole model's forward has to run inside of, where a recipe needs that."""
+        """A function that makes the context in which the whole model's forward must run, if the recipe needs one."""
         return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelLibrary:
@@ -159,7 +159,7 @@ class KernelLibrary:
 
 
 def within_dtypes(kernel: Callable[..., Any], library: KernelLibrary, part: str) -> Callable[..., Any]:
-    """The kernel; where the library takes certain dtypes only, one that refuses others with a ValueError."""
+    """The kernel, wrapped to raise ValueError for dtypes that the library does not offer for this part."""
     allowed = library.offers[part].dtypes
     if not allowed:
         return kernel

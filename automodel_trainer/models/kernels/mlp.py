@@ -65,7 +65,7 @@ def swap_gated_mlps(model: nn.Module, make: Callable[[GatedMLP], GateKernel | st
         if len(_linear(module)) != 3 or isinstance(module, SwappedMLP):
             continue
         roles = recognise(module)
-        kernel = "not a gated MLP that is known here" if roles is None else make(roles)
+        kernel = "not a gated MLP of a known form" if roles is None else make(roles)
         if isinstance(kernel, str):
             left[name] = kernel
             continue
@@ -76,7 +76,7 @@ def swap_gated_mlps(model: nn.Module, make: Callable[[GatedMLP], GateKernel | st
 
 
 def recognise(module: nn.Module) -> GatedMLP | None:
-    """Find which layer is which, by a copy with small random layers; None: the module computes something else."""
+    """Find which layer is which, by running a copy with small random layers. None if it computes something else."""
     sizes = {name: (layer.in_features, layer.out_features) for name, layer in _linear(module).items()}
     if len(sizes) != 3 or any(_matters(child) for child in _others(module)):
         return None

@@ -80,7 +80,7 @@ def swap_norms(model: nn.Module, make: Callable[[Norm], NormKernel | str]) -> tu
         if key not in known:
             known[key] = recognise(module)
         norm = known[key]
-        kernel = "not a norm that is known here" if norm is None else make(norm)
+        kernel = "not a norm of a known form" if norm is None else make(norm)
         if isinstance(kernel, str):
             left[name] = kernel
             continue
@@ -91,7 +91,7 @@ def swap_norms(model: nn.Module, make: Callable[[Norm], NormKernel | str]) -> tu
 
 
 def recognise(module: nn.Module) -> Norm | None:
-    """Which norm a module computes: the one with the same results for random weights and inputs; None: no norm."""
+    """The norm that a module computes: the one with the same results on random weights and inputs. None if none has."""
     try:
         probe = copy.deepcopy(module).to_empty(device="cpu").float()
     except (RuntimeError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""Which kernel libraries there are: the files of `libraries/`, and what other packages register."""
+"""Finds kernel libraries: those in `libraries/`, and those that other packages register."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def register(library: KernelLibrary) -> None:
 
 
 def find(part: str, name: str) -> KernelLibrary | None:
-    """The library of this name that offers this part; None: the name is a built-in choice, or unknown."""
+    """The library of this name if it offers this part. None if the name is a built-in choice or unknown."""
     if name == "auto" or name in BUILT_IN[part]:
         return None  # nothing needs to be loaded for the usual choices
     library = _all().get(name)
@@ -44,7 +44,7 @@ def find(part: str, name: str) -> KernelLibrary | None:
 
 
 def choices(part: str) -> tuple[str, ...]:
-    """All that a part can be set to (transformers' names for attention aside)."""
+    """Everything that a part can be set to, except for transformers' names for attention."""
     return ("auto", *BUILT_IN[part], *(library.name for library in libraries() if part in library.offers))
 
 

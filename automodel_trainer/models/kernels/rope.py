@@ -36,14 +36,14 @@ def swap_rope(model: PreTrainedModel, kernel: RopeKernel, device: torch.device) 
     """Make the models of `model`'s modules rotate with `kernel` on this kind of device.
 
     Args:
-        model: one that `rope_obstacle` has nothing against.
+        model: `rope_obstacle(model)` must be None.
         kernel: of q `[b, h, s, d]`, k `[b, h_kv, s, d]`, cos and sin `[b, s, d]`.
 
     Returns:
-        names of the functions that were exchanged.
+        names of the functions that were replaced.
 
     Raises:
-        ValueError: there is none, or one computes something else.
+        ValueError: `rope_obstacle` finds an obstacle.
     """
     if (obstacle := rope_obstacle(model)) is not None:
         raise ValueError(f"This kernel does not fit: {obstacle}.")

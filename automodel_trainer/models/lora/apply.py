@@ -1,4 +1,4 @@
-"""Add adapters to a model, and fill them."""
+"""Adds adapters to a model and gives them their initial values."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def finish_lora(model: nn.Module) -> None:
 
 
 def trained_names(model: nn.Module) -> set[str] | None:
-    """Names of the trained parameters, which are all that a checkpoint holds; None for a model without adapters."""
+    """Names of the trained parameters, the only ones that a checkpoint holds. None for a model without adapters."""
     if lora_of(model) is None:
         return None
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -60,7 +60,7 @@ class LoRAConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora dropout={self.dropout} is not a probability in [0, 1).")
         if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"lora alpha={self.alpha} would switch the adapters off: give a positive number, or none.")
+            raise ValueError(f"lora alpha={self.alpha} would switch the adapters off: give a positive number, or null.")
         if self.init not in INITS:
             raise ValueError(f"lora init={self.init!r} is unknown. Allowed: {', '.join(INITS)}.")
         if self.init == "orthogonal" and self.rank % 2:
@@ -72,7 +72,7 @@ class LoRAConfig:
         if self.modules_to_save_lr is not None and not self.modules_to_save and not self.adapter:
             raise ValueError("lora modules_to_save_lr is given, but modules_to_save names nothing.")
         if self.quantize not in (None, *SCHEMES):
-            raise ValueError(f"lora quantize={self.quantize!r} is unknown. Allowed: {', '.join(SCHEMES)}, or none.")
+            raise ValueError(f"lora quantize={self.quantize!r} is unknown. Allowed: {', '.join(SCHEMES)}, or null.")
         if self.quantize and self.init == "pissa":
             raise ValueError(
                 "lora init='pissa' takes the adapter out of the base weight: that weight cannot be quantized."

@@ -1,4 +1,4 @@
-"""Which weights of a model get an adapter."""
+"""Decides which weights of a model get an adapter."""
 
 from __future__ import annotations
 

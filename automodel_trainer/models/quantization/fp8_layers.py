@@ -1,4 +1,4 @@
-"""Which layers of a model multiply in fp8. The ledger, activation checkpointing and FSDP2 ask."""
+"""Records which layers of a model multiply in fp8, for the ledger, activation checkpointing and FSDP2."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def fp8_layers(model: nn.Module) -> Fp8Layers | None:
 
 
 def check_gathered(model: nn.Module) -> None:
-    """Refuse a layout that gathers no weights in fp8, if the user asked for that.
+    """Check that the layout gathers weights in fp8, if the user asked for that.
 
     Raises:
-        ValueError: says which layout would.
+        ValueError: it does not; the message says which layout would.
     """
     layers = fp8_layers(model)
     if layers is not None and layers.all_gather is True and not layers.gathered:

@@ -29,15 +29,17 @@ from tests.models.test_lora_peft import IDS, base, disturb, peft_model
 from tests.tiny import tiny_model
 
 
-def build(folder: Path, family: str = "llama", choice: str = "fused", **lora: Any) -> PreTrainedModel:
+def build(folder: Path, family: str = "llama", choice: str = "fused", layers: int = 1, **lora: Any) -> PreTrainedModel:
+    """Of one block, unless a test is about several: each takes the compiler some ten seconds."""
     kernels, config = KernelsConfig(lora=choice), LoRAConfig(**{"rank": 5, **lora})
-    model = AutoModelForCausalLM.from_pretrained(base(folder, family), lora=config, kernels=kernels)
+    folder = base(folder, family, num_hidden_layers=layers)
+    model = AutoModelForCausalLM.from_pretrained(folder, lora=config, kernels=kernels)
     disturb(model)
     return model.train()
 
 
 def compiled(folder: Path, **options: Any) -> PreTrainedModel:
-    """With `build`'s model: what is widened is computed with in compiled blocks alone."""
+    """With `build`'s model: fused layers compute together in compiled blocks alone."""
     model = build(folder, **options)
     compile_blocks(model, "aot_eager")
     return model
@@ -59,15 +61,15 @@ def three_steps(model: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 def test_three_steps_are_peft_s(tmp_path: Path, family: str) -> None:
-    model = build(tmp_path / "base", family)
+    model = build(tmp_path / "base", family, layers=2 if family == "llama" else 1)
     save_adapter(model, tmp_path / "adapter")
     reference = peft_model(tmp_path / "base", tmp_path / "adapter").train()
     compile_blocks(model, "aot_eager")
-    widened = [m for m in model.modules() if isinstance(m, LoRALinear) and m.fused is not None]
-    groups = len({id(m.fused) for m in widened})
-    assert widened
-    assert (groups < len(widened)) == (family != "phi3")  # whose projections are fused
-    assert f"{len(widened)} with their weights in {groups} matmuls" in str(describe_lora(model))
+    fused = [m for m in model.modules() if isinstance(m, LoRALinear) and m.fused is not None]
+    groups = len({id(m.fused) for m in fused})
+    assert fused
+    assert (groups < len(fused)) == (family != "phi3")  # whose projections are fused
+    assert f"{len(fused)} with their weights in {groups} matmuls" in str(describe_lora(model))
 
     losses, trained = three_steps(model)
     their_losses, theirs = three_steps(reference)
@@ -144,7 +146,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, taken: list[int]) -> None:
     """And in every forward of whoever does not say what a step is."""
-    model = compiled(tmp_path / "base")
+    model = compiled(tmp_path / "base", layers=2)
     layers = len(model.model.layers)
 
     def forwards(count: int) -> list[float]:
@@ -165,7 +167,9 @@ def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, taken: lis
 
 
 def test_the_trainer_says_what_a_step_is(tmp_path: Path, taken: list[int]) -> None:
-    module = CausalLMModule(base(tmp_path), lora=LoRAConfig(rank=5), kernels=KernelsConfig(lora="fused"))
+    module = CausalLMModule(
+        base(tmp_path, num_hidden_layers=1), lora=LoRAConfig(rank=5), kernels=KernelsConfig(lora="fused")
+    )
     trainer = Trainer(
         accelerator="cpu", devices=1, strategy="fsdp2:compile=true,compile_backend=aot_eager", max_steps=2,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
@@ -208,7 +212,7 @@ def test_layers_that_share_an_input_are_found(family: str, groups: list[list[str
 
 
 def test_layers_of_two_blocks_are_never_together(tmp_path: Path) -> None:
-    model = build(tmp_path / "base", choice="separate")
+    model = build(tmp_path / "base", choice="separate", layers=2)
     keys = [name for name, m in model.named_modules() if isinstance(m, LoRALinear) and name.endswith("k_proj")]
     fuse_adapters(model, "fused", [keys])
     assert len(keys) == len({id(model.get_submodule(name).fused) for name in keys}) == 2
@@ -251,7 +255,7 @@ def test_one_of_a_group_can_be_called_alone(tmp_path: Path) -> None:
     assert all(relative_error(out, plain) < 1e-5 for out in run(x))
 
 
-def test_what_cannot_be_widened_is_named(tmp_path: Path) -> None:
+def test_what_cannot_be_fused_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="DoRA needs base and update apart"):
         build(tmp_path / "base", use_dora=True)
     with pytest.raises(ValueError, match="Allowed: auto, fused, separate"):

@@ -256,7 +256,7 @@ def test_options_for_a_model_that_is_there_already(tmp_path: Path) -> None:
     adapted = tiny_model()
     apply_lora(adapted, LoRAConfig(rank=2))
     ours = module(adapted, kernels=KernelsConfig(fp8="tensorwise"))
-    with pytest.raises(ValueError, match="casts frozen weights as they are read"):
+    with pytest.raises(ValueError, match="casts frozen weights while they are read"):
         Trainer(**quiet(tmp_path, max_steps=1)).fit(ours, steps_of(8))
     ours = module(adapted, kernels=KernelsConfig(attention="eager"))
     Trainer(**quiet(tmp_path, max_steps=1)).fit(ours, steps_of(8))

@@ -1,0 +1,202 @@
+"""The settings of a run, and what each means where it differs from the checkpoint that the run goes on from.
+
+`SETTINGS` is the whole list. A name is the key in YAML, such as `model.lora.rank`. Settings that a user's own module or
+data module adds are taken over: their code has used the new value by the time the checkpoint is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import Any
+
+from automodel_trainer.checkpoint.given import same
+
+RESUME = ("all", "data", "weights")
+"""What a run takes from a checkpoint: everything; all but its place in the data; or its weights alone."""
+
+
+class Meaning(StrEnum):
+    """What it means that a setting of a run differs from the checkpoint's."""
+
+    TAKEN_OVER = "taken over"  # the run's value counts from its first step on
+    REFUSED = "refused"  # the checkpoint cannot go on so; the reason says why
+    NEW_DATA = "asked for by resume='data'"  # refused, unless the user asks for other data
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the list.
+
+    Attributes:
+        name: the setting, or a glob over settings.
+        meaning: what a difference means.
+        reason: why it is refused; for one that is taken over, how, if that is not plain.
+    """
+
+    name: str
+    meaning: Meaning
+    reason: str = ""
+
+
+_TAKEN, _REFUSED, _DATA = Meaning.TAKEN_OVER, Meaning.REFUSED, Meaning.NEW_DATA
+_OTHER_ADAPTER = "the adapters in the checkpoint mean something else under it"
+_BEGUN = "the adapters have their initial values already, so it would be ignored"
+_ROWS = "it decides what the rows of the data are, so the place in the data is lost"
+_OTHER_FUNCTION = "the model would compute something else with the same weights"
+
+
+def _all(meaning: Meaning, reason: str, prefix: str, names: str) -> tuple[Setting, ...]:
+    return tuple(Setting(f"{prefix}{name}", meaning, reason) for name in names.split())
+
+
+SETTINGS: tuple[Setting, ...] = (
+    # --- optimization
+    Setting("model.lr", _TAKEN, "with the schedule, from the first step on; the optimizer's moments stay"),
+    Setting("model.optimizer.name", _REFUSED, "the optimizer's state means nothing to another optimizer"),
+    *_all(_TAKEN, "", "model.optimizer.", "weight_decay args args.*"),
+    Setting("model.optimizer", _TAKEN),
+    *_all(
+        _TAKEN,
+        "the step keeps its number; its learning rate is the new schedule's",
+        "model.",
+        "scheduler scheduler.name scheduler.warmup_steps scheduler.warmup_ratio scheduler.min_lr_ratio "
+        "scheduler.decay_ratio",
+    ),
+    *_all(_TAKEN, "", "model.", "gradient_clip_val neftune_alpha"),
+    # --- the model
+    Setting("model.model", _TAKEN, "weights come from the checkpoint; those of a frozen base must be the same"),
+    Setting("model.base_weights", _REFUSED, "the adapters were trained on other base weights"),
+    *_all(_TAKEN, "", "model.", "revision trust_remote_code kernels.*"),
+    *_all(
+        _TAKEN,
+        "",
+        "model.config.",
+        "*drop* *loss* *coef* *_token_id use_cache output_* initializer_* return_dict *_implementation dtype",
+    ),
+    Setting("model.config.*", _REFUSED, _OTHER_FUNCTION),
+    Setting("model.tokenizer", _REFUSED, "the model has learned other tokens: the embeddings would be mixed up"),
+    Setting("model.lora", _REFUSED, "adapters and the whole model are trained by different weights"),
+    *_all(_REFUSED, _OTHER_ADAPTER, "model.lora.", "rank alpha target_modules exclude use_rslora use_dora"),
+    *_all(_REFUSED, "other weights are trained", "model.lora.", "modules_to_save"),
+    *_all(_REFUSED, _BEGUN, "model.lora.", "init adapter seed"),
+    *_all(_TAKEN, "", "model.lora.", "dropout lr_ratio modules_to_save_lr quantize"),
+    # --- the data
+    *_all(
+        _TAKEN,
+        "each row of an epoch is seen once, and the schedule spans the steps that are left",
+        "data.",
+        "micro_batch_size global_batch_size drop_last",
+    ),
+    Setting("data.seed", _TAKEN, "the epoch under way keeps its order; later ones have the new one"),
+    *_all(_TAKEN, "", "data.", "num_workers cache validation test"),
+    Setting("data.rows", _DATA, "the training rows are others"),
+    *_all(_DATA, _ROWS, "data.", "seq_len packing loss_on val_split columns overlong text_column shuffle_buffer"),
+    *_all(_DATA, _ROWS, "data.", "streaming vocab_size num_samples chat_template class"),
+    Setting("data.train", _TAKEN, "if the rows are the same; a stream is told by its name"),
+    Setting("data.stream", _DATA, "a stream's place is that in its source"),
+    Setting("data.val_samples", _TAKEN),
+    Setting("data.rows_per_batch", _TAKEN, "in a loader of your own only between epochs"),
+    # --- the run
+    *_all(
+        _TAKEN,
+        "the schedule spans the new length, from the first step on",
+        "trainer.",
+        "max_steps max_epochs limit_train_batches overfit_batches",
+    ),
+    Setting("trainer.accumulate_grad_batches", _TAKEN, "as a batch size"),
+    *_all(_TAKEN, "", "trainer.", "max_time min_epochs min_steps gradient_clip_val gradient_clip_algorithm"),
+    *_all(
+        _TAKEN,
+        "weights and optimizer state are read into the new layout",
+        "trainer.",
+        "strategy accelerator devices num_nodes layout precision sync_batchnorm plugins",
+    ),
+    *_all(
+        _TAKEN,
+        "",
+        "trainer.",
+        "logger callbacks fast_dev_run limit_val_batches limit_test_batches limit_predict_batches val_check_interval "
+        "check_val_every_n_epoch num_sanity_val_steps log_every_n_steps enable_checkpointing enable_progress_bar "
+        "enable_model_summary enable_ledger enable_throughput deterministic benchmark inference_mode "
+        "use_distributed_sampler profiler detect_anomaly barebones reload_dataloaders_every_n_epochs "
+        "default_root_dir enable_autolog_hparams model_registry",
+    ),
+)
+BASE = "model.base_weights"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs from the checkpoint's.
+
+    Attributes:
+        name: the setting.
+        then: its value in the run that wrote the checkpoint.
+        now: its value in this run.
+        setting: its line of the list.
+    """
+
+    name: str
+    then: Any
+    now: Any
+    setting: Setting
+
+    def __str__(self) -> str:
+        return f"{self.name} {text_of(self.then)} → {text_of(self.now)}"
+
+
+def setting_of(name: str) -> Setting:
+    """The line of the list for a setting: one of that very name, or else the first glob that matches."""
+    exact = next((setting for setting in SETTINGS if setting.name == name), None)
+    found = exact or next((setting for setting in SETTINGS if fnmatchcase(name, setting.name)), None)
+    return found or Setting(name, Meaning.TAKEN_OVER)
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """What differs between two runs, in the order of the second. A setting that only one of them has is left out."""
+    return [
+        Change(name, then[name], now[name], setting_of(name))
+        for name in now
+        if name in then and not same(then[name], now[name])
+    ]
+
+
+def refuse(changed: Iterable[Change], resume: str, checkpoint: object) -> None:
+    """Refuse what a checkpoint cannot go on with.
+
+    Args:
+        changed: what differs from the checkpoint.
+        resume: one of `RESUME`.
+        checkpoint: named in the message.
+
+    Raises:
+        ValueError: names each setting with both values, the reason, and what to do.
+    """
+    kinds = {"all": (Meaning.REFUSED, Meaning.NEW_DATA), "data": (Meaning.REFUSED,), "weights": ()}[resume]
+    refused = [change for change in changed if change.setting.meaning in kinds]
+    if resume == "weights":
+        refused = [change for change in changed if change.name.startswith("model.lora") or change.name == BASE]
+        refused = [change for change in refused if change.setting.meaning is Meaning.REFUSED]
+    if not refused:
+        return
+    lines = [f"  {change}: {change.setting.reason}" for change in refused]
+    if resume == "weights":
+        way = "Give these settings their old values, or start from the exported model or LoRAConfig(adapter=…/model)."
+    else:
+        ways = ["give these settings their old values"]
+        if any(change.setting.meaning is Meaning.NEW_DATA for change in refused):
+            ways.append("keep the optimizer and begin with this data: fit(resume='data'), --resume data")
+        ways.append("start a new run from the checkpoint's weights: fit(resume='weights'), --resume weights")
+        way = "Either " + "; or ".join(ways) + "."
+    raise ValueError(f"{checkpoint} cannot go on with what has changed:\n" + "\n".join(lines) + f"\n{way}")
+
+
+def text_of(value: Any) -> str:
+    """A value of a setting as text: numbers short, and anything long cut."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = re.sub(r"\s+", " ", text)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,249 @@
+"""Read the rows of a data file, batch by batch. Every error names the file and the row."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.csv as pc
+import pyarrow.parquet as pq
+
+from automodel_trainer.data.files import DataFile
+
+Row = dict[str, Any]
+ROWS = 1000  # rows of a batch
+
+TYPED = ("parquet", "arrow")  # these formats say the types of their columns
+
+
+def read_rows(file: DataFile) -> Iterator[list[Row]]:
+    """The rows of a file as Python values, in batches.
+
+    Values are exactly those of a JSON file. Those of csv and tsv are texts: `007` keeps its zeros. A text file is one
+    row with the column `text`.
+
+    Raises:
+        ValueError: names the file, and the row where one is at fault.
+    """
+    if file.format in TYPED:
+        for table in read_tables(file):
+            yield table.to_pylist()
+        return
+    reader: Callable[[BinaryIO, str], Iterator[list[Row]]] = _READERS[file.format]
+    with _Named(file), opened(file) as stream:
+        yield from reader(stream, file.path)
+
+
+def read_tables(file: DataFile) -> Iterator[pa.Table]:
+    """The rows of a parquet or arrow file as tables.
+
+    Raises:
+        ValueError: names the file.
+    """
+    with _Named(file), opened(file) as stream:
+        source = stream if file.compression is None else pa.BufferReader(stream.read())
+        if file.format == "parquet":
+            for batch in pq.ParquetFile(source).iter_batches(ROWS):
+                yield pa.Table.from_batches([batch])
+        else:
+            yield from map(pa.Table.from_batches, ([batch] for batch in _ipc_batches(source)))
+
+
+def schema_of(file: DataFile) -> pa.Schema:
+    """The schema of a parquet or arrow file.
+
+    Raises:
+        ValueError: names the file.
+    """
+    with _Named(file), opened(file) as stream:
+        source = stream if file.compression is None else pa.BufferReader(stream.read())
+        if file.format == "parquet":
+            return pq.ParquetFile(source).schema_arrow
+        return _ipc(source).schema
+
+
+def opened(file: DataFile) -> BinaryIO:
+    """The file's bytes, decompressed."""
+    raw = fsspec.open(file.path, "rb").open()
+    if file.compression == "gzip":
+        return gzip.open(raw)  # type: ignore[return-value]
+    if file.compression == "bz2":
+        return bz2.open(raw)  # type: ignore[return-value]
+    if file.compression == "xz":
+        return lzma.open(raw)  # type: ignore[return-value]
+    if file.compression == "zstd":
+        return io.BufferedReader(_Readable(pa.CompressedInputStream(raw, "zstd")))  # type: ignore[arg-type]
+    return raw  # type: ignore[no-any-return]
+
+
+class _Readable(io.RawIOBase):
+    """Arrow's stream as Python's, which knows lines."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _Named:
+    """Turns what readers raise into a ValueError that names the file."""
+
+    def __init__(self, file: DataFile) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, _Fault):
+            raise ValueError(str(error)) from None
+        if isinstance(error, (OSError, EOFError, ValueError, lzma.LZMAError, pa.ArrowException)):
+            if isinstance(error, OSError) and error.errno is not None:
+                return  # the disk's own: permission, no space
+            raise ValueError(f"{self.file.path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+class _Fault(ValueError):
+    """A message that names the file already."""
+
+
+def _ipc(source: Any) -> Any:
+    try:
+        return pa.ipc.open_stream(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        return pa.ipc.open_file(source)
+
+
+def _ipc_batches(source: Any) -> Iterator[pa.RecordBatch]:
+    reader = _ipc(source)
+    if isinstance(reader, pa.RecordBatchFileReader):
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        yield from reader
+
+
+def _jsonl(stream: BinaryIO, path: str) -> Iterator[list[Row]]:
+    rows: list[Row] = []
+    first = stream.read(64)
+    start = first.lstrip(b"\xef\xbb\xbf").lstrip()
+    lines = _lines(stream, first)
+    if start.startswith(b"["):  # a JSON array under the name of lines
+        yield from _json(io.BytesIO(b"".join(lines)), path)
+        return
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        rows.append(_row(_parsed(line, path, number), f"{path} line {number}"))
+        if len(rows) == ROWS:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def _lines(stream: BinaryIO, first: bytes) -> Iterator[bytes]:
+    *whole, rest = first.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    yield from (line + b"\n" for line in whole)
+    yield rest + stream.readline()
+    yield from stream
+
+
+def _parsed(line: bytes, path: str, number: int) -> Any:
+    try:
+        return json.loads(line.rstrip())
+    except UnicodeDecodeError as error:
+        raise _Fault(f"{path} line {number} is not UTF-8 text ({error.reason} at byte {error.start} of it).") from None
+    except json.JSONDecodeError as error:
+        raise _Fault(
+            f"{path} line {number + error.lineno - 1} is not valid JSON: {error.msg} at column {error.colno}."
+        ) from None
+
+
+def _row(value: Any, place: str) -> Row:
+    if not isinstance(value, dict):
+        raise _Fault(f"{place} holds a {type(value).__name__}, and a row is an object with columns: {str(value)[:80]}")
+    return value
+
+
+def _json(stream: BinaryIO, path: str) -> Iterator[list[Row]]:
+    """A list of rows, one row, or columns; a file of lines that is called .json is read as such."""
+    text = stream.read().removeprefix(b"\xef\xbb\xbf")
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        if text.lstrip().startswith(b"{") and b"\n" in text.strip():
+            yield from _jsonl(io.BytesIO(text), path)
+            return
+        value = _parsed(text, path, 1)
+    if isinstance(value, dict):
+        lists = [
+            name for name, items in value.items() if isinstance(items, list) and items and isinstance(items[0], dict)
+        ]
+        if len(value) == 1 and lists and lists[0] not in ("messages", "conversations"):
+            value = value[lists[0]]  # {"data": [rows]}
+        else:
+            value = [value]
+    if not isinstance(value, list):
+        raise _Fault(f"{path} holds a {type(value).__name__}. A .json file is a list of rows.")
+    rows = [_row(item, f"{path} row {number}") for number, item in enumerate(value, start=1)]
+    yield from (rows[start : start + ROWS] for start in range(0, len(rows), ROWS))
+
+
+def _csv(stream: BinaryIO, path: str, delimiter: str = ",") -> Iterator[list[Row]]:
+    head = stream.read(1 << 16)
+    names = pc.read_csv(io.BytesIO(head.splitlines()[0] + b"\n"), parse_options=pc.ParseOptions(delimiter=delimiter))
+    if len(set(names.column_names)) < len(names.column_names):
+        raise _Fault(f"{path} has two columns of one name: {names.column_names}.")
+    reader = pc.open_csv(
+        _Joined(head, stream),
+        parse_options=pc.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pc.ConvertOptions(column_types=dict.fromkeys(names.column_names, pa.string())),
+    )
+    for batch in reader:
+        rows = batch.to_pylist()
+        yield from (rows[start : start + ROWS] for start in range(0, len(rows), ROWS))
+
+
+class _Joined(io.RawIOBase):
+    """What was read of a stream already, and the rest of it."""
+
+    def __init__(self, head: bytes, rest: BinaryIO) -> None:
+        self.head, self.rest = head, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            data, self.head = self.head + self.rest.read(), b""
+            return data
+        data, self.head = self.head[:size], self.head[size:]
+        return data if len(data) == size else data + self.rest.read(size - len(data))
+
+
+def _tsv(stream: BinaryIO, path: str) -> Iterator[list[Row]]:
+    return _csv(stream, path, "\t")
+
+
+def _text(stream: BinaryIO, path: str) -> Iterator[list[Row]]:
+    try:
+        yield [{"text": stream.read().decode("utf-8-sig")}]
+    except UnicodeDecodeError as error:
+        raise _Fault(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+
+
+_READERS: dict[str, Any] = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _tsv, "text": _text}

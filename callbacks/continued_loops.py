@@ -1,0 +1,60 @@
+"""Change the saved state of Lightning's loops where a resumed run has other batches or other data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from automodel_trainer.data.loader import MicroBatchLoader
+
+# What counts optimizer steps. The rest of the loops' state is a place in the data.
+_STEPS = ("scheduler_progress", "optimization", "epoch_loop.state_dict")
+
+
+def new_data(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a run begin its first epoch, with the first row; steps, optimizer and schedule go on.
+
+    Args:
+        trainer: the Trainer, which has not restored its loops yet.
+        checkpoint: what it is about to restore, changed in place.
+    """
+    saved = checkpoint["loops"]["fit_loop"]
+    fresh = {key: value for key, value in trainer.fit_loop.state_dict().items() if key != "state_dict"}
+    steps = {key: value for key, value in saved.items() if any(part in key for part in _STEPS)}
+    checkpoint["loops"]["fit_loop"] = {**saved, **fresh, **steps, "state_dict": {}}
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if datamodule is not None:
+        checkpoint.pop(type(datamodule).__qualname__, None)
+
+
+def place_in_epoch(checkpoint: dict[str, Any], loader: MicroBatchLoader, saved: int) -> None:
+    """Count the batches of the epoch under way in this run's batch size, so that Lightning ends it with its last row.
+
+    Args:
+        checkpoint: what the Trainer is about to restore, changed in place.
+        loader: a loader of this run at the checkpoint's position.
+        saved: the batches of the epoch that the checkpoint counts.
+    """
+    counted = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    finished = loader.batches_yielded == 0  # it stands at the next epoch; Lightning has yet to end this one
+    shift = (loader.end if finished else loader.batches_yielded) - saved
+    if not saved or counted["ready"] != saved or not shift:
+        return
+    for name in ("ready", "started", "processed", "completed"):
+        counted[name] += shift
+
+
+def refuse_other_batches(checkpoint: dict[str, Any], folder: object) -> None:
+    """Refuse another batch size of a user's own loader in the middle of an epoch: its rows cannot be told apart.
+
+    Raises:
+        ValueError: the checkpoint is in the middle of an epoch.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if progress["current"]["ready"] and not progress["is_last_batch"]:
+        raise ValueError(
+            f"{folder} is in the middle of an epoch, and the batches of this run's loader have another size: which of "
+            "its rows were trained cannot be told. Set the old batch size and accumulation, go on from a checkpoint at "
+            "the end of an epoch, or begin the data anew with fit(resume='data')."
+        )

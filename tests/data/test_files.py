@@ -1,0 +1,274 @@
+"""Data as people have it: formats, compressions, folders, patterns, odd names, late and mixed types, broken files."""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import gzip
+import json
+import logging
+import lzma
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from automodel_trainer import ChatDataModule
+from automodel_trainer.data.arrow_rows import dataset_of_rows
+from automodel_trainer.data.files import split_of
+from automodel_trainer.data.formats import format_of
+from automodel_trainer.data.sources import load_rows, load_validation_rows, open_stream
+from tests.tiny import tiny_tokenizer
+
+ROWS = [{"prompt": f"p{i}\n,'\"ü", "completion": f"0{i}"} for i in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+COMPRESS: dict[str, Any] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
+
+
+def quoted(values: list[str], delimiter: str) -> str:
+    return delimiter.join('"' + value.replace('"', '""') + '"' for value in values) + "\n"
+
+
+def arrow(rows: list[dict[str, Any]], file: bool) -> bytes:
+    table, sink = pa.Table.from_pylist(rows), pa.BufferOutputStream()
+    new: Any = pa.ipc.new_file if file else pa.ipc.new_stream
+    with new(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def content(form: str, rows: list[dict[str, Any]] = ROWS) -> bytes:
+    delimiter = "\t" if form == ".tsv" else ","
+    lines = [list(rows[0]), *([str(v) for v in row.values()] for row in rows)]
+    texts = {
+        ".jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        ".json": json.dumps(rows, indent=1),
+        ".csv": "".join(quoted(line, delimiter) for line in lines),
+        ".tsv": "".join(quoted(line, delimiter) for line in lines),
+    }
+    if form in texts:
+        return texts[form].encode()
+    return parquet(rows) if form == ".parquet" else arrow(rows, form == ".arrow")
+
+
+def write(path: Path, form: str = ".jsonl", rows: list[dict[str, Any]] = ROWS, ending: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(COMPRESS[ending](content(form, rows)))
+    return path
+
+
+def test_every_format_in_every_compression(tmp_path: Path) -> None:
+    """Whole and streamed, in both forms of Arrow files; numbers in csv stay the texts that they are."""
+    for form, ending in product((".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow"), COMPRESS):
+        path = write(tmp_path / f"rows{form}{ending}", form, ending=ending)
+        assert load_rows(path).to_list() == ROWS, path.name
+        assert list(open_stream(path)) == ROWS, path.name
+    (tmp_path / "stream.arrow").write_bytes(arrow(ROWS, file=False))
+    assert load_rows(tmp_path / "stream.arrow").to_list() == ROWS
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + content(".jsonl"))
+    (tmp_path / "lines.json").write_bytes(content(".jsonl"))
+    (tmp_path / "array.jsonl").write_bytes(content(".json"))
+    (tmp_path / "wrapped.json").write_text(json.dumps({"data": ROWS}))
+    for name in ("bom.jsonl", "lines.json", "array.jsonl", "wrapped.json"):
+        assert load_rows(tmp_path / name).to_list() == ROWS, name
+
+
+def test_a_folder_of_several_formats_is_read_whole(tmp_path: Path) -> None:
+    for number, form in enumerate((".jsonl", ".csv", ".parquet", ".arrow")):
+        write(tmp_path / "mix" / "deep" / f"part{number}{form}", form, ROWS[number : number + 1])
+    assert load_rows(tmp_path / "mix").to_list() == ROWS[:4]
+    assert load_rows(f"{tmp_path}/mix/**/*.csv").to_list() == ROWS[1:2]
+    assert load_rows(f"file://{tmp_path}/mix/deep/part1.csv").to_list() == ROWS[1:2]
+    with pytest.raises(ValueError, match=r"no file matches the pattern .*\*\.tsv"):
+        load_rows(f"{tmp_path}/mix/*.tsv")
+
+
+def test_brackets_are_names(tmp_path: Path) -> None:
+    write(tmp_path / "chats1.jsonl", rows=ROWS[:1])
+    for name in ("run[1]/chats.jsonl", "chats[1].jsonl", "what?.jsonl", "all*.jsonl"):
+        path = write(tmp_path / name)
+        assert load_rows(path).to_list() == load_rows(str(path)).to_list() == ROWS, name
+    assert load_rows(tmp_path / "run[1]").to_list() == ROWS
+    (tmp_path / "chats[1].jsonl").unlink()
+    assert load_rows(f"{tmp_path}/chats[1].jsonl").to_list() == ROWS[:1], "now it is a pattern"
+
+
+def test_split_names_count_as_whole_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, split in {
+        "train.jsonl": "train",
+        "train-00000-of-00005.parquet": "train",
+        "wiki_val.jsonl.gz": "validation",
+        "my.validation.csv": None,
+        "dev/part1.csv": "validation",
+        "test/train.jsonl": "train",
+        "contest.jsonl": None,
+        "latest.jsonl": None,
+        "training_day.jsonl": "train",
+        "trainer.jsonl": None,
+        "best_tests.jsonl": None,
+        "Validation2.jsonl": "validation",
+        "the_test_of_time.jsonl": None,
+    }.items():
+        assert split_of(name) == split, name
+    with pytest.raises(ValueError, match=r"two splits \(test and train\)"):
+        split_of("test_of_train.jsonl")
+    folder = tmp_path / "data"
+    for number, name in enumerate(("contest.jsonl", "latest.csv", "val.jsonl", "test.jsonl")):
+        write(folder / name, "." + name.split(".")[1], ROWS[number : number + 1])
+    (folder / "README.md").write_text("no data")
+    with caplog.at_level(logging.INFO):
+        assert load_rows(folder).to_list() == ROWS[:2]
+    assert "training does not read test.jsonl, README.md" in caplog.text
+    validation = load_validation_rows(folder)
+    assert validation is not None
+    assert validation.to_list() == ROWS[2:3]
+    assert load_rows(folder, "test").to_list() == ROWS[3:4]
+    write(folder / "train.jsonl", rows=ROWS[4:])
+    with pytest.warns(UserWarning, match=r"contest\.jsonl, latest\.csv left out"):
+        assert load_rows(folder).to_list() == ROWS[4:]
+
+
+def test_late_and_mixed_types_are_read_as_written(tmp_path: Path) -> None:
+    """Null or [] for the first rows, values later; a new column; text or parts; a number of two kinds."""
+    tool = {"function": {"name": "f", "parameters": {"properties": {"a": {"default": None}}}}}
+    parts = [{"type": "text", "text": "hi"}]
+    early: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "tools": [], "system": None, "n": 1}
+    late: dict[str, Any] = {"messages": [{"role": "user", "content": parts}], "tools": [tool], "system": "s", "n": 1.5}
+    rows = [early] * 2500 + [{**late, "more": True}]
+    read = load_rows(write(tmp_path / "late.jsonl", rows=rows))
+    assert read.column_names == ["messages", "tools", "system", "n", "more"]
+    assert read[0] == {**early, "more": None}
+    assert read[2500] == rows[-1]
+    assert dataset_of_rows(rows)[2500] == rows[-1]
+    mixed = [{"prompt": "a", "completion": [1]}, {"prompt": [{"role": "user", "content": "b"}], "completion": "c"}]
+    assert load_rows(write(tmp_path / "mixed.jsonl", rows=mixed)).to_list() == mixed
+    # Beside a typed file, what Arrow adds is dropped, and what JSON says is kept.
+    write(tmp_path / "both" / "a.parquet", ".parquet", [{"tools": [{"a": 1}]}, {"tools": [{"b": 2}]}])
+    write(tmp_path / "both" / "b.jsonl", rows=[{"tools": [{"c": None}]}])
+    assert [row["tools"] for row in load_rows(tmp_path / "both")] == [[{"a": 1}], [{"b": 2}], [{"c": None}]]
+
+
+def test_nulls_that_the_user_wrote_reach_the_template(tmp_path: Path) -> None:
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"default": None}}}}}
+    call = {"type": "function", "id": None, "function": {"name": "f", "arguments": {"n": None}}}
+    row = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, "b"], "name": None},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ],
+        "tools": [schema],
+    }
+    path = write(tmp_path / "calls.jsonl", rows=[row])
+    as_text = {"messages": json.dumps(row["messages"]), "tools": [json.dumps(schema)]}
+    for rows in (load_rows(path), load_rows([row]), load_rows([as_text]), Dataset.from_list([as_text])):
+        conversation = format_of(rows).to_messages(rows[0])
+        assert conversation.tools == [schema]
+        assert conversation.messages[0] == {"role": "user", "content": "ab"}
+        assert conversation.messages[1]["tool_calls"] == [
+            {"type": "function", "function": {"name": "f", "arguments": {"n": None}}}
+        ]
+
+
+def test_turns_that_say_nothing_are_reported(tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    empty = [*turn, {"role": "user", "content": "q"}, {"role": "assistant", "content": None}]
+    path = write(tmp_path / "empty.jsonl", rows=[{"messages": turn}, {"messages": empty}])
+    data = ChatDataModule(path, tokenizer=tiny_tokenizer(), seq_len=256)
+    with pytest.warns(
+        UserWarning, match=r"1 conversations have an assistant turn without content.*row 1 of the data \("
+    ):
+        data.prepare()
+    again = ChatDataModule(path, tokenizer=tiny_tokenizer(), seq_len=256)
+    with pytest.warns(UserWarning, match="1 conversations"):  # also where the tokens come from the cache
+        again.prepare()
+
+
+def test_broken_files_are_named_with_the_row(tmp_path: Path) -> None:
+    good = content(".jsonl")
+    broken: dict[str, tuple[bytes, str]] = {
+        "a.jsonl": (good + b'{"prompt": \n', r"a\.jsonl line 6 is not valid JSON"),
+        "b.jsonl": (good + b"[1]\n", r"b\.jsonl line 6 holds a list"),
+        "c.jsonl": (good + b'{"a": "\xff"}\n', r"c\.jsonl line 6 is not UTF-8"),
+        "d.json": (b'[{"a": 1}, 2]', r"d\.json row 2 holds a int"),
+        "e.csv": (b"a,b\n1,2\n1,2,3\n", r"e\.csv cannot be read.*Row #3"),
+        "f.csv": (b"a,a\n1,2\n", r"f\.csv has two columns of one name"),
+        "g.jsonl.gz": (gzip.compress(good)[:-20], r"g\.jsonl\.gz cannot be read"),
+        "h.jsonl.xz": (good, r"h\.jsonl\.xz cannot be read"),
+        "i.parquet": (b"nothing", r"i\.parquet cannot be read"),
+        "j.arrow": (b"nothing of arrow", r"j\.arrow cannot be read"),
+        "k.jsonl.zst": (good, r"k\.jsonl\.zst cannot be read"),
+        "l.txt": (b"\xff\xfe", r"l\.txt is not UTF-8"),
+    }
+    for name, (data, message) in broken.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            load_rows(tmp_path / name)
+    write(tmp_path / "two" / "a.jsonl", rows=[{"messages": [{"role": "user", "content": "q"}]}] * 3)
+    write(tmp_path / "two" / "b.jsonl", rows=[{"messages": [{"role": "king", "content": "q"}]}])
+    with pytest.raises(ValueError, match=r"row 3 of the data \(row 0 of .*b\.jsonl\).*unknown role 'king'"):
+        ChatDataModule(tmp_path / "two", tokenizer=tiny_tokenizer(), seq_len=256).prepare()
+
+
+def test_a_changed_file_is_read_again_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "rows.jsonl")
+    load_rows(path)
+    write(path, rows=ROWS[:2] * 3)
+    with caplog.at_level(logging.INFO):
+        assert load_rows(path).to_list() == ROWS[:2] * 3
+    assert "rows.jsonl changed since it was read last: it is read again" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")
+    path = write(tmp_path / "rows.jsonl")
+    with pytest.warns(UserWarning, match="The cache of datasets cannot be written"):
+        assert load_rows(path).to_list() == ROWS
+    monkeypatch.setenv("AMT_CACHE", str(tmp_path / "file"))
+    data = ChatDataModule(path, tokenizer=tiny_tokenizer(), seq_len=256)
+    with pytest.warns(UserWarning, match=r"The token cache .* cannot be written"):
+        data.prepare()
+    assert len(data.rows["train"]) > 0
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write(tmp_path / "rows.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr("automodel_trainer.data.arrow_rows._write_rows", full)
+        with pytest.raises(ValueError, match=r"no space to write rows\.jsonl to .* set HF_HOME"):
+            load_rows(path)
+    monkeypatch.setattr("datasets.Dataset.save_to_disk", full)
+    with pytest.raises(ValueError, match=r"no space to write tokens to .* set AMT_CACHE"):
+        ChatDataModule(path, tokenizer=tiny_tokenizer(), seq_len=256).prepare()
