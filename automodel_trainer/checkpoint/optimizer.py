@@ -335,8 +335,8 @@ def _load_groups(
                 f"{folder}: {listed(sorted(difference))} was trained, or grouped, differently than in this run. Resume "
                 "with the same modules frozen and the same weight-decay groups."
             )
-        then = None if given_then is None else given_then[i]
-        now_given = None if given is None else given[i]
+        # A group that a callback added later (BackboneFinetuning) was given nothing by the user.
+        then, now_given = (options[i] if options and i < len(options) else None for options in (given_then, given))
         group.update(kept_options(other["options"], then, now_given))
 
 
