@@ -129,7 +129,7 @@ def test_mappings_are_configs() -> None:
     for arguments, message in (
         ({"lora": {"rnak": 4}}, r"lora: 'rnak' is not an option of LoRAConfig. Did you mean 'rank'\?"),
         ({"lora": 16}, r"lora=16 is a int. Allowed: LoRAConfig\(…\), or a dict"),
-        ({"kernels": {"atention": "sdpa"}}, r"Did you mean 'attention'"),
+        ({"kernels": {"los": "whole"}}, r"Did you mean 'loss'"),
         ({"scheduler": {"warmup": 3}}, r"'warmup' is not an option of SchedulerConfig"),
         ({"lora": {"rank": -1}}, r"rank"),
     ):
