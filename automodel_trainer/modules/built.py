@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
@@ -21,6 +22,8 @@ from automodel_trainer.models.generation import check_generation_config
 from automodel_trainer.models.isolation import Isolation
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
+from automodel_trainer.models.lora.adapter_files import CONFIG_NAME as ADAPTER_CONFIG
+from automodel_trainer.models.lora.adapter_files import read_config
 from automodel_trainer.models.lora.from_peft import GivenPeftModel, is_peft_model, take_peft_model
 from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
@@ -247,6 +250,41 @@ class BuiltModule(Objective, pl.LightningModule):
         """Write the trained adapter into the `PeftModel` that was given, if one was. Collective."""
         if self._given_peft is not None:
             self._given_peft.give_back(self.model)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | os.PathLike[str],
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A module with the weights of a checkpoint folder. The model is built when a Trainer runs it.
+
+        Args:
+            checkpoint_path: the checkpoint folder.
+            map_location, hparams_file, strict, weights_only: have no meaning here; give none of them.
+            kwargs: arguments of the class. Of adapters, `model` is the base, by default the one they were trained on.
+
+        Raises:
+            ValueError: the folder is damaged or no checkpoint, or one of the arguments above was given.
+        """
+        given = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict or None}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"{cls.__name__}.load_from_checkpoint takes no {', '.join(unused)}: the model is built on its device "
+                "when a Trainer runs the module, and its weights must all be there. Leave it out."
+            )
+        check_checkpoint(checkpoint_path)
+        folder = Path(checkpoint_path) / "model"
+        if not (folder / ADAPTER_CONFIG).is_file():
+            return cls(**{"model": folder, **kwargs})
+        base = read_config(folder)["base_model_name_or_path"]
+        if base is None and "model" not in kwargs:
+            raise ValueError(f"{folder} holds adapters and does not name their base model: give model=.")
+        return cls(**{"model": base, "lora": LoRAConfig(adapter=str(folder)), **kwargs})
 
     def without_model(self) -> Self:
         """A light copy to send to other processes. It has the loss and settings, but no model, tokenizer or Trainer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.data.base import MicroBatchDataModule
@@ -23,7 +22,7 @@ from automodel_trainer.models.limits import is_rotary, position_limit, vocabular
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.evaluation import EvaluatedModule, as_list
 from automodel_trainer.modules.isolation import packs
-from automodel_trainer.modules.metrics import FiniteGuard, LossWindow, TokenAccuracy
+from automodel_trainer.modules.metrics import FiniteGuard, LossWindow
 from automodel_trainer.modules.optim import (
     OptimizerConfig,
     SchedulerConfig,
@@ -31,6 +30,7 @@ from automodel_trainer.modules.optim import (
     build_scheduler,
     parameters_of,
 )
+from automodel_trainer.nn.configs import as_config
 from automodel_trainer.strategies.base.objective import MicroBatch, count_all
 
 _WINDOW_KEY = "loss_window"
@@ -61,6 +61,7 @@ class HuggingFaceModule(EvaluatedModule):
         revision: branch, tag or commit of a Hub repository.
         config_overrides: attributes of the model's config to change.
 
+    `lora`, `optimizer`, `scheduler` and `kernels` may be dicts of the options of their classes, as in YAML.
     Raises:
         ValueError: as `BuiltModule`.
         allow_unused_weights: train a part of what the checkpoint holds (the text model without its vision tower, say).
@@ -72,18 +73,24 @@ class HuggingFaceModule(EvaluatedModule):
         model: str | os.PathLike[str] | PreTrainedModel,
         *,
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
-        lora: LoRAConfig | None = None,
+        lora: LoRAConfig | dict[str, Any] | None = None,
         lr: float = 2e-5,
-        optimizer: OptimizerConfig | str | Callable[..., Optimizer] = OptimizerConfig(),  # noqa: B008
-        scheduler: SchedulerConfig | str = SchedulerConfig(),  # noqa: B008
+        optimizer: OptimizerConfig | dict[str, Any] | str | Callable[..., Optimizer] = OptimizerConfig(),  # noqa: B008
+        scheduler: SchedulerConfig | dict[str, Any] | str = SchedulerConfig(),  # noqa: B008
         gradient_clip_val: float = 1.0,
         neftune_alpha: float = 0.0,
-        kernels: KernelsConfig = KernelsConfig(),  # noqa: B008
+        kernels: KernelsConfig | dict[str, Any] = KernelsConfig(),  # noqa: B008
         trust_remote_code: bool = False,
         revision: str | None = None,
         config_overrides: dict[str, Any] | None = None,
         allow_unused_weights: bool = False,
     ) -> None:
+        lora = None if lora is None else as_config(LoRAConfig, lora, "lora")
+        kernels = as_config(KernelsConfig, kernels, "kernels")
+        if isinstance(optimizer, Mapping):
+            optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
+        if isinstance(scheduler, Mapping):
+            scheduler = as_config(SchedulerConfig, scheduler, "scheduler")
         super().__init__(
             model,
             tokenizer=tokenizer,
@@ -124,10 +131,6 @@ class HuggingFaceModule(EvaluatedModule):
         planned = getattr(self.trainer, "planned_steps", lambda: None)()
         scheduler = build_scheduler(self.scheduler_config, optimizer, planned)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def build_metrics(self) -> Metric:
-        """The metrics of evaluation (`EvaluatedModule.metrics`): loss and accuracy per token."""
-        return TokenAccuracy()
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
