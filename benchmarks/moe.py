@@ -211,9 +211,8 @@ def train(args: argparse.Namespace) -> None:
     rate = args.rows * LENGTH / taken[len(taken) // 2]
     peak = torch.cuda.max_memory_allocated() / 2**30
     what = "LoRA" if args.lora else "all parameters"
-    print(
-        f"{what}, {args.layers} layers, {args.rows} x {LENGTH}, experts {args.experts}: {rate:.0f} tok/s, {peak:.1f} GiB"
-    )
+    job = f"{what}, {args.layers} layers, {args.rows} x {LENGTH}, experts {args.experts}"
+    print(f"{job}: {rate:.0f} tok/s, {peak:.1f} GiB")
 
 
 def main() -> None:
