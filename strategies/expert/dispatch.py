@@ -48,7 +48,7 @@ class _Route(NamedTuple):
     tokens: Tensor  # [sent], the token that each sent row belongs to
     sent: list[int]  # rows to each rank
     received: list[int]  # rows from each rank
-    count: int  # n
+    total: int  # n
 
 
 class AllToAll:
@@ -142,7 +142,7 @@ def _summed(rows: Tensor, route: _Route) -> Tensor:
 
     One rank's rows belong to different tokens, so adding them rank by rank has a fixed order, on a GPU too.
     """
-    total = rows.new_zeros(route.count, rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
+    total = rows.new_zeros(route.total, rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
     for part, tokens in zip(rows.split(route.sent), route.tokens.split(route.sent)):
         total.index_add_(0, tokens, part.to(total.dtype))
     return total.to(rows.dtype)
