@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from automodel_trainer.callbacks.garbage_collection import GarbageCollection
     from automodel_trainer.callbacks.hf_export import HFExport
     from automodel_trainer.callbacks.ledger import Ledger
+    from automodel_trainer.callbacks.moe_load import MoELoad
     from automodel_trainer.callbacks.preemption import Preemption
     from automodel_trainer.callbacks.progress import ProgressLine
     from automodel_trainer.callbacks.sample_generations import SampleGenerations
@@ -26,6 +27,7 @@ _FILES = {
     "GarbageCollection": "garbage_collection",
     "HFExport": "hf_export",
     "Ledger": "ledger",
+    "MoELoad": "moe_load",
     "Preemption": "preemption",
     "ProgressLine": "progress",
     "SampleGenerations": "sample_generations",
@@ -39,6 +41,7 @@ __all__ = [
     "GarbageCollection",
     "HFExport",
     "Ledger",
+    "MoELoad",
     "Preemption",
     "ProgressLine",
     "SampleGenerations",

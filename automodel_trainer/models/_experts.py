@@ -59,6 +59,13 @@ def experts_layout(module: torch.nn.Module) -> ExpertsLayout | str | None:
     )
 
 
+def stacked_experts(module: torch.nn.Module) -> int:
+    """The number of experts that `module` holds in stacked parameters, on all ranks together; 0 if it holds none."""
+    if getattr(module, "_is_expert_parallel", None) is None:
+        return 0
+    return max((p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3), default=0)
+
+
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows of x `[s, in]` times their expert's matrix of weight `[experts, in, out]`: `[s, out]`.
 
