@@ -72,12 +72,17 @@ class MoELoad(Callback):
             return
         self.load = self._collect(trainer)
         pl_module.log_dict(summary(self.load), batch_size=1)
-        if self.picture and trainer.is_global_zero:
-            rows = [(_short(name), values) for name, values in self.load.items()]
-            title = f"step {trainer.global_step}: load of every expert (white: the mean; red: twice; blue: none)"
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "moe_load.svg").write_text(heat_map(rows, title))
+        if self.picture:
+            self._draw(trainer)
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # collective, so every rank asks for it
+        if not trainer.is_global_zero:
+            return
+        rows = [(_short(name), values) for name, values in self.load.items()]
+        title = f"step {trainer.global_step}: load of every expert (white: the mean; red: twice; blue: none)"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "moe_load.svg").write_text(heat_map(rows, title))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop counting."""
