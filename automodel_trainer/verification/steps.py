@@ -209,6 +209,7 @@ def _build(job: Job, strategy: MeshStrategy | None, device: torch.device) -> Pre
         attn_implementation=job.attention,
         trust_remote_code=job.module.trust_remote_code,
         seed=job.seed,
+        strict=False,
         lora=lora,
         device=device,
     )
