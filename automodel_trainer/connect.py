@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from automodel_trainer._lightning import uncompiled
 from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.models.limits import is_rotary, position_limit, vocabulary_size
 from automodel_trainer.modules import DEFAULT_OBJECTIVE, HuggingFaceModule
 from automodel_trainer.strategies import Objective
 
@@ -52,7 +53,21 @@ def connect(
         if isinstance(module, HuggingFaceModule):
             choose_rows(module, datamodule)
         datamodule.prepare()
+        if isinstance(module, Objective):
+            check_sizes(module, datamodule)
     return module, datamodule, loader
+
+
+def check_sizes(module: Objective, datamodule: MicroBatchDataModule) -> None:
+    """Compare prepared data with the sizes of the model that is to be trained on it.
+
+    Raises:
+        ValueError: the data has a token or a position that the model lacks.
+    """
+    config = module.model_config
+    if config is not None:
+        vocabulary = vocabulary_size(config, getattr(module, "given_model", None))
+        datamodule.check_sizes(vocabulary, position_limit(config), is_rotary(config))
 
 
 def check_causal(module: HuggingFaceModule) -> None:

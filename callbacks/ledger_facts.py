@@ -30,6 +30,8 @@ from automodel_trainer.models._transformers import (
 from automodel_trainer.models.kernels import KernelsInUse, kernels_in_use
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
+from automodel_trainer.models.quantization_config import ReadDense
+from automodel_trainer.models.record import recorded
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.base.allocator import allocator_of
 from automodel_trainer.strategies.base.clip import local_tensor
@@ -84,6 +86,7 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
         "kernel_costs": kernels.costs(compiled_with(trainer.strategy)["compile"] is not None),
         "experts": next((text for m in inner if (text := _experts(m))), None),
         "fp8": next((str(layers) for m in inner if (layers := fp8_layers(m))), None),
+        "read_dense": next((read.method for m in inner if (read := recorded(m, ReadDense))), None),
         "lora": next((text for m in inner if (text := describe_lora(m))), None),
     }
 

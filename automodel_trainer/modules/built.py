@@ -18,12 +18,16 @@ from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
+from automodel_trainer.models.generation import check_generation_config
 from automodel_trainer.models.isolation import Isolation
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
 from automodel_trainer.models.lora.adapter_files import CONFIG_NAME as ADAPTER_CONFIG
 from automodel_trainer.models.lora.adapter_files import read_config
+from automodel_trainer.models.lora.from_peft import GivenPeftModel, is_peft_model, take_peft_model
+from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
+from automodel_trainer.models.quantization_config import forget_quantization
 from automodel_trainer.models.sidecars import has_tokenizer
 from automodel_trainer.modules.isolation import isolation_of
 from automodel_trainer.modules.neftune import add_neftune
@@ -55,6 +59,7 @@ class BuiltModule(Objective, pl.LightningModule):
         trust_remote_code: bool,
         revision: str | None,
         config_overrides: dict[str, Any] | None,
+        allow_unused_weights: bool,
     ) -> None:
         super().__init__()
         if not hasattr(type(self), "auto_class"):
@@ -62,6 +67,12 @@ class BuiltModule(Objective, pl.LightningModule):
                 f"{type(self).__name__} is not an objective yet: set auto_class to the transformers auto class that "
                 'builds its model (for example "AutoModelForTokenClassification").'
             )
+        self._given_peft: GivenPeftModel | None = None
+        if is_peft_model(model):
+            if lora is not None:
+                raise ValueError("The PeftModel has an adapter already: leave out lora, or give its base model.")
+            self._given_peft = take_peft_model(model)
+            model, lora = self._given_peft.base, self._given_peft.lora
         if isinstance(model, PreTrainedModel) and (revision is not None or config_overrides):
             raise ValueError(
                 "revision and config_overrides apply to a model that is still to be loaded, and this one is an object. "
@@ -76,6 +87,7 @@ class BuiltModule(Objective, pl.LightningModule):
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.config_overrides = config_overrides or {}
+        self.allow_unused_weights = allow_unused_weights
         self.model: Any = None
 
     @cached_property
@@ -86,6 +98,12 @@ class BuiltModule(Objective, pl.LightningModule):
             return resolve_folder(reference, self.revision)
         name = reference.name_or_path
         return Path(name) if name and os.path.isdir(name) else None
+
+    @property
+    def given_model(self) -> PreTrainedModel | None:
+        """The model object that was given; None for a folder or Hub id."""
+        (reference,) = self._reference
+        return reference if isinstance(reference, PreTrainedModel) else None
 
     @property
     def model_config(self) -> PreTrainedConfig:
@@ -148,6 +166,8 @@ class BuiltModule(Objective, pl.LightningModule):
         with torch.device("cpu"):
             self.model = self._build()
         check_gathered(self.model)
+        if lora_of(self.model) is None:
+            check_generation_config(self.model, self.source)
         packing_without_sync(self.model)
         if self.defers_logits and self.kernels.on(self.strategy.root_device).loss != "whole":
             defer_logits(self.model)
@@ -176,6 +196,7 @@ class BuiltModule(Objective, pl.LightningModule):
             self.source or reference,
             self.strategy,
             allow_missing_weights=self.new_modules,
+            allow_unused_weights=self.allow_unused_weights,
             trust_remote_code=self.trust_remote_code,
             lora=self.lora,
             kernels=self.kernels,
@@ -200,6 +221,8 @@ class BuiltModule(Objective, pl.LightningModule):
             self.strategy.parallelize(model)
             fuse_as_chosen(model)
             return model
+        check_dense(model)
+        forget_quantization(model.config)  # transformers leaves it there when it has dequantized the weights
         # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
         hold_in(model, dtype)
         if self.lora is not None:
@@ -213,8 +236,20 @@ class BuiltModule(Objective, pl.LightningModule):
             raise ValueError(
                 f"The model is on meta, and its name_or_path {model.name_or_path!r} is not a folder with weights."
             )
-        fill_from_folder(model, self.source, self.strategy, allow_missing_weights=self.new_modules)
+        fill_from_folder(
+            model,
+            self.source,
+            self.strategy,
+            allow_missing_weights=self.new_modules,
+            allow_unused_weights=self.allow_unused_weights,
+            trust_remote_code=self.trust_remote_code,
+        )
         return model
+
+    def on_fit_end(self) -> None:
+        """Write the trained adapter into the `PeftModel` that was given, if one was. Collective."""
+        if self._given_peft is not None:
+            self._given_peft.give_back(self.model)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -257,6 +292,7 @@ class BuiltModule(Objective, pl.LightningModule):
         light._modules = {**self._modules, "model": None}
         light._reference = ("",)
         light._tokenizer = None
+        light._given_peft = None
         light._trainer = None
         light.__dict__.pop("tokenizer", None)
         return light

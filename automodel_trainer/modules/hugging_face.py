@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.data.sizes import check_micro_batch
+from automodel_trainer.models.auto_classes import CLASSIFIERS
 from automodel_trainer.models.kernels import KernelsConfig
+from automodel_trainer.models.limits import is_rotary, position_limit, vocabulary_size
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.evaluation import EvaluatedModule, as_list
 from automodel_trainer.modules.isolation import packs
@@ -42,6 +47,7 @@ class HuggingFaceModule(EvaluatedModule):
 
     Args:
         model: a folder or Hub id, or a `PreTrainedModel` (real, or on meta with its path in `name_or_path`).
+            Of a `PeftModel` with a LoRA adapter that adapter is trained; the object has its values when `fit` ends.
         tokenizer: a tokenizer or its path; by default the model's own.
         lora: low-rank adapters to train on the frozen model; None trains the whole model.
         lr: the peak learning rate.
@@ -58,6 +64,8 @@ class HuggingFaceModule(EvaluatedModule):
     `lora`, `optimizer`, `scheduler` and `kernels` may be dicts of the options of their classes, as in YAML.
     Raises:
         ValueError: as `BuiltModule`.
+        allow_unused_weights: train a part of what the checkpoint holds (the text model without its vision tower, say).
+            The rest is missing in what is saved.
     """
 
     def __init__(
@@ -75,6 +83,7 @@ class HuggingFaceModule(EvaluatedModule):
         trust_remote_code: bool = False,
         revision: str | None = None,
         config_overrides: dict[str, Any] | None = None,
+        allow_unused_weights: bool = False,
     ) -> None:
         lora = None if lora is None else as_config(LoRAConfig, lora, "lora")
         kernels = as_config(KernelsConfig, kernels, "kernels")
@@ -91,6 +100,7 @@ class HuggingFaceModule(EvaluatedModule):
             trust_remote_code=trust_remote_code,
             revision=revision,
             config_overrides=config_overrides,
+            allow_unused_weights=allow_unused_weights,
         )
         self.automatic_optimization = False
         self.lr = lr
@@ -146,6 +156,25 @@ class HuggingFaceModule(EvaluatedModule):
             )
 
     # --- training -------------------------------------------------------------------------------------------------
+
+    def check_batch(self, batch: Any) -> None:
+        """Compare ids, labels and positions with the model's sizes; see `Objective.check_batch`.
+
+        Data modules of this project have compared theirs before the run, unless they stream.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not (isinstance(data, MicroBatchDataModule) and "train" in data.rows):
+            for micro_batch in as_list(batch):
+                check_micro_batch(micro_batch, *self._sizes)
+
+    @cached_property
+    def _sizes(self) -> tuple[int | None, int | None, bool, int | None]:
+        """The arguments of `check_micro_batch`."""
+        config = self.model.config
+        vocabulary = vocabulary_size(config, self.model)
+        of_classifier = config.num_labels if self.auto_class in CLASSIFIERS else None
+        classes = vocabulary if self.labels_are_tokens else of_classifier
+        return vocabulary, position_limit(config), is_rotary(config), classes
 
     def training_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> None:
         """One optimizer step: forward and backward of every micro-batch, clip, optimizer, schedule. Collective."""

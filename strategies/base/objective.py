@@ -85,6 +85,13 @@ class Objective:
         count: Tensor = (micro_batch["labels"] != IGNORE_INDEX).sum()
         return count
 
+    def check_batch(self, batch: Any) -> None:
+        """Look at a batch while it is still on the host, where that does not wait for the device.
+
+        Raises:
+            ValueError: it cannot be trained on.
+        """
+
     # --- what tools and callbacks ask -----------------------------------------------------------------------------
 
     @property
