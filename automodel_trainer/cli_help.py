@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from automodel_trainer.data import ChatDataModule
@@ -75,13 +75,9 @@ def _options(prefix: str, kind: type) -> list[tuple[str, str]]:
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    if hasattr(kind, "__dataclass_fields__"):
-        made = {field.name: field for field in fields(kind)}
-        return {
-            name: field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
-            for name, field in made.items()
-            if field.default is not MISSING or field.default_factory is not MISSING
-        }
+    """The arguments of a class and their defaults; a default that is made anew for each object is not shown."""
+    if is_dataclass(kind):
+        return {field.name: None if field.default is MISSING else field.default for field in fields(kind)}
     parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
     return {name: parameter.default for name, parameter in parameters.items() if name not in ("self", "kwargs")}
 
