@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.modules import DEFAULT_OBJECTIVE
+from automodel_trainer.modules.built import BuiltModule
 from automodel_trainer.strategies import Objective
 
 Model = str | os.PathLike[str] | PreTrainedModel | pl.LightningModule
@@ -42,6 +43,8 @@ def connect(
             _check_labels(module, datamodule)
             if datamodule.tokenizer is None:
                 datamodule.tokenizer = module.tokenizer_or_none
+            elif isinstance(module, BuiltModule):
+                module.adopt_tokenizer(datamodule.load_tokenizer())
         datamodule.prepare()
     return module, datamodule, loader
 

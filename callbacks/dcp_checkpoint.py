@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from automodel_trainer.callbacks.check_writable import check_checkpoints
 from automodel_trainer.callbacks.resumed_loops import continue_loops, resume_with_validation, validates_after
 from automodel_trainer.checkpoint import CheckpointError, remove_checkpoint, save_checkpoint
 from automodel_trainer.checkpoint.background import BackgroundSaver
@@ -179,6 +180,14 @@ class DCPCheckpoint(Checkpoint):
         if resumed.parent in [run.resolve() for run in runs(base)]:
             self.run_folder, self.last_model_path = resumed.parent, str(resumed)
             self._last_saved = checkpoint["global_step"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that checkpoints can be written, before any time is spent on training.
+
+        Raises:
+            ValueError: the folder, the space or the credentials do not allow it.
+        """
+        check_checkpoints(trainer, self._base(trainer.default_root_dir).absolute(), self.remote, self.keep_last)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the run folder, and complete a resume."""

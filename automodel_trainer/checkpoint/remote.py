@@ -7,6 +7,7 @@ it has a manifest.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -71,6 +72,13 @@ class RemoteRuns:
 
     def __str__(self) -> str:
         return self.url
+
+    @_os_error
+    def check_writable(self) -> None:
+        """Write a small object and remove it, so that missing credentials are noticed before training."""
+        place = self._path("", f".write-test-{os.getpid()}")
+        self._fs.pipe_file(place, b"test")
+        self._fs.rm_file(place)
 
     @_os_error
     def upload(self, folder: Path, run: str, part: int, parts: int) -> None:

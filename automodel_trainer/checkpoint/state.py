@@ -36,7 +36,8 @@ from automodel_trainer.models.sidecars import copy_sidecars
 RNG_KEY = "automodel_trainer.rng"  # key in the loaded dict: the state of this rank's random generators
 CONFIG_KEY = "automodel_trainer.config"  # key in the dict to save: the text of the run's config.yaml
 RUN_KEY = "automodel_trainer.run"  # key in both: the run's settings, and what optimizers and schedules were given
-_IN_TENSOR_FILES = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY)
+TOKENIZER_KEY = "automodel_trainer.tokenizer"  # key in the dict to save: the tokenizer or processor of the run
+_IN_TENSOR_FILES = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY, TOKENIZER_KEY)
 
 
 @dataclass
@@ -48,12 +49,14 @@ class Snapshot:
         optimizers: its share of the optimizer state.
         files: maps names of text files to their content.
         module: the module, on rank 0.
+        tokenizer: what the run was trained with, if it is not the one in the folder of the model.
     """
 
     weights: WeightSnapshot
     optimizers: OptimizerSnapshot
     files: dict[str, str]
     module: nn.Module | None
+    tokenizer: Any = None
 
     def write(self, target: Path) -> dict[str, Entry]:
         """Write the files into the existing folder `target`, and return their entries. Not collective.
@@ -69,7 +72,7 @@ class Snapshot:
         for part, content in (("model", self.weights), ("optimizer", self.optimizers)):
             written.update({f"{part}/{name}": entry for name, entry in content.write(target / part).items()})
         if isinstance(self.module, PreTrainedModel):
-            copy_sidecars(self.module, target / "model")
+            copy_sidecars(self.module, target / "model", tokenizer=self.tokenizer)
         return written
 
 
@@ -131,7 +134,8 @@ def take_snapshot(
     files = on_all_ranks(partial(_texts, lightning_checkpoint, module), folder)
     weights = on_all_ranks(partial(snapshot_weights, module, copy), folder)
     states = on_all_ranks(partial(snapshot_optimizers, module, optimizers, copy), folder)
-    return Snapshot(weights, states, files, module if rank() == 0 else None)
+    tokenizer = lightning_checkpoint.get(TOKENIZER_KEY)
+    return Snapshot(weights, states, files, module if rank() == 0 else None, tokenizer)
 
 
 def write_snapshot(

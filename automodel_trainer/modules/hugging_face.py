@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from automodel_trainer.checkpoint.state import TOKENIZER_KEY
 from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.evaluation import EvaluatedModule, as_list
@@ -194,6 +195,8 @@ class HuggingFaceModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the sums that the next log step averages, so that a resumed run logs the same numbers. Collective."""
+        if self._tokenizer is not None:  # else it is the one in the model's folder, which is copied
+            checkpoint[TOKENIZER_KEY] = self.tokenizer
         if self._window:
             loss_sum, tokens = self._window.sums()
             whole = self.strategy.sum_over_tokens(loss_sum.clone())
