@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from automodel_trainer._lightning import uncompiled
 from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
-from automodel_trainer.modules import DEFAULT_OBJECTIVE
+from automodel_trainer.models.limits import is_rotary, position_limit, vocabulary_size
+from automodel_trainer.modules import DEFAULT_OBJECTIVE, HuggingFaceModule
 from automodel_trainer.modules.built import BuiltModule
 from automodel_trainer.strategies import Objective
 
@@ -31,22 +36,91 @@ def connect(
         module, data module and loader; the data module or the loader is None.
 
     Raises:
+        TypeError: the model is none of these.
         ValueError: both data and datamodule were given, the data is of an unknown kind, or its labels are not what this
             objective learns.
     """
     if data is not None and datamodule is not None:
         raise ValueError("Give data or datamodule=, not both.")
-    module = model if isinstance(model, pl.LightningModule) else DEFAULT_OBJECTIVE(model)
+    module: Any = model if isinstance(uncompiled(model), pl.LightningModule) else _objective_for(model)
     datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role)
+    if isinstance(module, HuggingFaceModule) and role == "train":
+        check_causal(module)
     if isinstance(datamodule, MicroBatchDataModule):
-        if isinstance(module, Objective):
+        if isinstance(uncompiled(module), Objective):
             _check_labels(module, datamodule)
             if datamodule.tokenizer is None:
                 datamodule.tokenizer = module.tokenizer_or_none
             elif isinstance(module, BuiltModule):
                 module.adopt_tokenizer(datamodule.load_tokenizer())
+        if isinstance(module, HuggingFaceModule):
+            choose_rows(module, datamodule)
         datamodule.prepare()
+        if isinstance(module, Objective):
+            check_sizes(module, datamodule)
     return module, datamodule, loader
+
+
+def check_sizes(module: Objective, datamodule: MicroBatchDataModule) -> None:
+    """Compare prepared data with the sizes of the model that is to be trained on it.
+
+    Raises:
+        ValueError: the data has a token or a position that the model lacks.
+    """
+    config = module.model_config
+    if config is not None:
+        vocabulary = vocabulary_size(config, getattr(module, "given_model", None))
+        datamodule.check_sizes(vocabulary, position_limit(config), is_rotary(config))
+
+
+def check_causal(module: HuggingFaceModule) -> None:
+    """Raise ValueError if the model sees the token that it is to predict."""
+    obstacle = module.isolation.causal_obstacle if module.predicts_next_token else None
+    if obstacle is not None:
+        raise ValueError(
+            f"{type(module).__name__} trains a model to predict the next token, and this one sees it: {obstacle}. If "
+            "the family can be a decoder, say so in its config (config_overrides={'is_decoder': True})."
+        )
+
+
+def choose_rows(module: HuggingFaceModule, datamodule: MicroBatchDataModule) -> None:
+    """Let `datamodule` pack documents or pad them, as is proved of the model.
+
+    Raises:
+        ValueError: it is to do what the model cannot take.
+    """
+    found = module.isolation
+    datamodule.choose_packing(None if found.packed is not None else found.packed_obstacle)
+    if not datamodule.packs and datamodule.rows_hold_documents and found.padded_obstacle is not None:
+        raise ValueError(f"This model cannot be trained on padded rows: {found.padded_obstacle}. Packing: {found}.")
+
+
+def _objective_for(model: Any) -> pl.LightningModule:
+    named = isinstance(model, (str, os.PathLike))
+    if named or (isinstance(model, nn.Module) and hasattr(model, "config")):
+        return DEFAULT_OBJECTIVE(model)
+    raise TypeError(
+        f"model is a {type(model).__name__}. It must be a `LightningModule`, a transformers `PreTrainedModel`, or a "
+        "Hub id or folder. Write a LightningModule around a plain torch module: it says what the loss is."
+    )
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def without(*names: str) -> Callable[[_Method], _Method]:
+    """Leave keywords out of the method's signature, which is then Lightning's.
+
+    LightningCLI makes an option of every argument that it sees, and `--data` is its data module.
+    """
+
+    def hide(method: _Method) -> _Method:
+        signature = inspect.signature(method)
+        seen = [parameter for parameter in signature.parameters.values() if parameter.name not in names]
+        method.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
+        return method
+
+    return hide
 
 
 def _check_labels(module: Objective, datamodule: MicroBatchDataModule) -> None:

@@ -7,7 +7,6 @@ import inspect
 import re
 import warnings
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -25,6 +24,7 @@ from automodel_trainer.callbacks import (
     Throughput,
     Watchdog,
 )
+from automodel_trainer.checkpoint.remote import local_root
 from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule
 from automodel_trainer.modules import DEFAULT_OBJECTIVE
 from automodel_trainer.trainer import Trainer
@@ -99,7 +99,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        folder = Path(trainer.default_root_dir)
+        folder = local_root(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, folder / CONFIG_NAME, skip_none=False, overwrite=True, multifile=self.multifile)
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         Trainer,
     )
     from automodel_trainer.callbacks import Ledger
-    from automodel_trainer.models._transformers import packing_without_sync
+    from automodel_trainer.models._masks import packing_without_sync
     from automodel_trainer.nn.deferred_logits import defer_logits
 
     words = set(args.case.split())

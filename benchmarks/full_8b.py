@@ -117,7 +117,7 @@ def ours(args: argparse.Namespace) -> None:
     from transformers import LlamaConfig
 
     from automodel_trainer import AutoModelForCausalLM, CausalLMModule, KernelsConfig, MockDataModule, Trainer
-    from automodel_trainer.models._transformers import packing_without_sync
+    from automodel_trainer.models._masks import packing_without_sync
     from automodel_trainer.models.kernels import choose as kernels
     from automodel_trainer.models.quantization.fp8_layers import fp8_layers
     from automodel_trainer.nn.deferred_logits import defer_logits

@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 
 from automodel_trainer import AutoModelForCausalLM, CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.callbacks import DCPCheckpoint, Throughput
-from automodel_trainer.models._transformers import packing_without_sync
+from automodel_trainer.models._masks import packing_without_sync
 
 SMALL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
 SMALL |= {"num_key_value_heads": 4, "vocab_size": 1024, "tie_word_embeddings": True}

@@ -33,7 +33,7 @@ from automodel_trainer import (
     Trainer,
 )
 from automodel_trainer.callbacks import Throughput
-from automodel_trainer.models._transformers import packing_without_sync
+from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.nn.deferred_logits import defer_logits
 
 EIGHT_B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}

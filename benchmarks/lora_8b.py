@@ -41,7 +41,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         MockDataModule,
         Trainer,
     )
-    from automodel_trainer.models._transformers import packing_without_sync
+    from automodel_trainer.models._masks import packing_without_sync
     from automodel_trainer.nn.deferred_logits import defer_logits
 
     shape = LlamaConfig(**args.shape, max_position_embeddings=8192)

@@ -161,7 +161,7 @@ def run(case: Case, root: Path) -> dict[str, Any]:
         Trainer,
     )
     from automodel_trainer.callbacks import DCPCheckpoint, Throughput
-    from automodel_trainer.models._transformers import packing_without_sync
+    from automodel_trainer.models._masks import packing_without_sync
     from automodel_trainer.nn.deferred_logits import defer_logits
 
     class Curve(Callback):

@@ -13,6 +13,7 @@ from automodel_trainer.callbacks.check_writable import check_folder, check_space
 from automodel_trainer.callbacks.console import show
 from automodel_trainer.callbacks.preemption import TIME, preemption_of
 from automodel_trainer.checkpoint.export import export_pretrained
+from automodel_trainer.checkpoint.remote import local_only
 
 
 class HFExport(Callback):
@@ -30,7 +31,7 @@ class HFExport(Callback):
     """
 
     def __init__(self, dirpath: str | Path | None = None, dtype: str | torch.dtype | None = None) -> None:
-        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.dirpath = None if dirpath is None else local_only(dirpath, "HFExport(dirpath=…)")
         found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
         if dtype is not None and not isinstance(found, torch.dtype):
             raise ValueError(f"HFExport(dtype={dtype!r}) is not a torch dtype. Allowed: bfloat16, float16, float32.")
@@ -59,7 +60,10 @@ class HFExport(Callback):
         preemption = preemption_of(trainer)
         if preemption is not None and preemption.stopped_by not in (None, TIME):
             return  # after a signal there may be no time for an export
-        folder = self.dirpath or Path(trainer.default_root_dir) / "hf"
+        folder = (
+            self.dirpath
+            or local_only(trainer.default_root_dir, "HFExport without dirpath, in default_root_dir,") / "hf"
+        )
         export_pretrained(
             pl_module.model,  # type: ignore[arg-type]
             folder,

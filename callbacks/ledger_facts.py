@@ -19,11 +19,19 @@ from automodel_trainer.callbacks.counts import Counts, micro_batches
 from automodel_trainer.callbacks.garbage_collection import GarbageCollection
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.callbacks.watchdog import Watchdog
+from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.distributed.stage_names import of_all_stages
-from automodel_trainer.models._transformers import attention_in_use, tied_weight_names
+from automodel_trainer.models._transformers import (
+    attention_in_use,
+    experts_in_use,
+    tied_weight_names,
+    unused_balancing_loss,
+)
 from automodel_trainer.models.kernels import KernelsInUse, kernels_in_use
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
+from automodel_trainer.models.quantization_config import ReadDense
+from automodel_trainer.models.record import recorded
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.base.allocator import allocator_of
 from automodel_trainer.strategies.base.clip import local_tensor
@@ -76,7 +84,9 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
         "attention": sorted({attention_in_use(m) for m in inner}),
         "kernels": kernels.texts,
         "kernel_costs": kernels.costs(compiled_with(trainer.strategy)["compile"] is not None),
+        "experts": next((text for m in inner if (text := _experts(m))), None),
         "fp8": next((str(layers) for m in inner if (layers := fp8_layers(m))), None),
+        "read_dense": next((read.method for m in inner if (read := recorded(m, ReadDense))), None),
         "lora": next((text for m in inner if (text := describe_lora(m))), None),
     }
 
@@ -141,6 +151,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "steps_per_epoch": _steps_per_epoch(trainer),
         "max_epochs": trainer.max_epochs,
         "data": _data(trainer),
+        "rows": _rows(trainer),
         "watchdog": next((c.silence for c in trainer.callbacks if isinstance(c, Watchdog) and c.active), None),  # type: ignore[attr-defined]
         "allocator": allocator_of(strategy.root_device) if isinstance(strategy, MeshStrategy) else None,
         "garbage_collection": next(
@@ -249,6 +260,29 @@ def _data(trainer: pl.Trainer) -> str:
     except TypeError:  # a stream
         size = ""
     return type(source).__name__ + size
+
+
+def _rows(trainer: pl.Trainer) -> str | None:
+    """How documents lie in rows, and what is proved of that; None where nobody knows."""
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    proof = getattr(trainer.lightning_module, "__dict__", {}).get("isolation")  # only if it was asked for
+    if not isinstance(datamodule, MicroBatchDataModule) or not datamodule.rows_hold_documents:
+        return None if proof is None else str(proof)
+    if datamodule.packs:
+        return "packed; " + ("not checked: the module is no objective" if proof is None else str(proof))
+    why = datamodule.packing_obstacle
+    checked = "; checked: a row with padding is as the row alone" if proof is not None and proof.checked else ""
+    return f"padded, by length{checked}" + (f"; not packed, because {why}" if why else "")
+
+
+def _experts(model: PreTrainedModel) -> str | None:
+    """What computes the experts, and a balancing loss that is configured and not used."""
+    unused = unused_balancing_loss(model)
+    if (name := experts_in_use(model)) is None:
+        return None
+    return f"{name} (transformers' experts_implementation)" + (
+        f"; {unused} is not used: output_router_logits is off" if unused else ""
+    )
 
 
 def _transformers_models(model: nn.Module) -> list[PreTrainedModel]:

@@ -30,10 +30,14 @@ def ledger_rows(facts: Facts) -> list[Row]:
     if model["tied"] or model["untied"]:
         rows.append(("tied weights", "; ".join([*model["tied"], *(f"⚠ {pair}" for pair in model["untied"])])))
     rows += [("gradients", text) for text in _gradients(gradients)]
+    if model.get("read_dense"):
+        rows.append(("checkpoint", f"its weights are quantized ({model['read_dense']}); they were read as dense ones"))
     if model["fp8"]:
         rows.append(("fp8", model["fp8"]))
     if model["attention"]:
         rows.append(("attention", ", ".join(map(attention_text, model["attention"]))))
+    if model.get("experts"):
+        rows.append(("experts", model["experts"]))
     if model["kernels"]:
         rows.append(("kernels", "; ".join(f"{name}: {text}" for name, text in model["kernels"].items())))
     if model.get("kernel_costs"):
@@ -46,6 +50,7 @@ def ledger_rows(facts: Facts) -> list[Row]:
         *_left_out(facts["optimizer"]["left_out"]),
         ("steps", _steps(run)),
         ("data", run["data"]),
+        *([("rows", run["rows"])] if run.get("rows") else []),
         ("checkpoints", run["checkpoints"] or "off"),
     ]
     if run.get("resumed"):

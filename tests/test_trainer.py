@@ -232,13 +232,23 @@ def test_predict_scores(folder: Path, tmp_path: Path) -> None:
             assert (result["log_probs"][:, 1:][~trained] == 0).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("packing", [True, False])
-def test_packed_is_one_document_at_a_time(
-    family: str, packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+ALONE: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma3_text": {},
+    "gpt_oss": {"num_local_experts": 4, "sliding_window": 16},  # its code makes masks without position_ids
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 2},
+}
+PACKED = ("llama", "gemma3_text", "gpt_oss")  # the others carry state over documents
+
+
+@pytest.mark.parametrize(("family", "packing"), [(f, p) for f in ALONE for p in ("auto", False)])
+def test_rows_are_one_document_at_a_time(
+    family: str, packing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step over all chats, against plain transformers that sees each chat alone."""
-    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    options = ALONE[family]
+    model, tokenizer = tiny_model(family, **options), tiny_tokenizer()
     total, tokens = torch.zeros(()), 0
     for chat in chats(20):
         text = tokenizer.apply_chat_template(chat["messages"], tokenize=False)
@@ -259,9 +269,17 @@ def test_packed_is_one_document_at_a_time(
     data = ChatDataModule(chats(20), tokenizer=tokenizer, seq_len=256, packing=packing, global_batch_size=20)
     curve = Curve()
     trainer = Trainer(**quiet(tmp_path, max_steps=1, callbacks=[curve], enable_checkpointing=False))
-    trainer.fit(module(tiny_model(family), tokenizer=tokenizer), data)
+    trainer.fit(module(tiny_model(family, **options), tokenizer=tokenizer), data)
+    assert data.packs is (packing == "auto" and family in PACKED)
     assert curve.rows[0]["train_loss"] == pytest.approx((total / tokens).item(), rel=1e-5)
     assert curve.rows[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    rows = json.loads((tmp_path / "ledger.json").read_text())["run"]["rows"]
+    if packing is False:
+        assert rows == "padded, by length; checked: a row with padding is as the row alone"
+    elif data.packs:
+        assert "packed documents are kept apart by position_ids, checked" in rows
+    else:
+        assert "not packed, because in" in rows
 
 
 @pytest.mark.exact

@@ -6,7 +6,7 @@ import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from automodel_trainer.data.batches import MicroBatch
 from automodel_trainer.data.loader import MicroBatchLoader
 from automodel_trainer.data.rows import Rows
+from automodel_trainer.data.sizes import check_positions, check_tokens
 
 
 class TrainLoader(Protocol):
@@ -54,14 +55,18 @@ class MicroBatchDataModule(LightningDataModule):
         drop_last: drop the last global batch of an epoch if it is incomplete, instead of filling it up.
 
     Attributes:
-        packing: whether several documents share a row (packed micro-batches instead of padded ones).
+        packing: whether several documents share a row (packed micro-batches instead of padded ones). "auto": where the
+            model keeps them apart, which `choose_packing` is told; without a model they do.
+        rows_hold_documents: rows can hold several documents.
         rows: the rows of each split, once `prepare` was called.
+        positions: how many positions the model has, once `check_sizes` was called; None: no limit.
 
     Raises:
         ValueError: a size is too small.
     """
 
-    packing: bool = True
+    packing: bool | Literal["auto"] = "auto"
+    rows_hold_documents: bool = True
     labels_are_tokens: bool = True  # of the micro-batches: the ids of `input_ids` themselves, as next-token loss has it
 
     def __init__(
@@ -90,7 +95,9 @@ class MicroBatchDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.drop_last = drop_last
         self.rows: dict[str, Rows] = {}
+        self.positions: int | None = None
         self._prepared = False
+        self._obstacle: str | None = None
         self._train_loader: TrainLoader | None = None
         self._train_state: dict[str, Any] | None = None
 
@@ -113,6 +120,56 @@ class MicroBatchDataModule(LightningDataModule):
         self.rows = self.build_rows()
         self._prepared = True
         rank_zero_info(self.summary())
+
+    def check_sizes(self, vocabulary: int | None, positions: int | None, rotary: bool) -> None:
+        """Compare the prepared data with the sizes of a model.
+
+        Args:
+            vocabulary: the number of token ids that the model embeds; None: unknown.
+            positions: the number of positions that it has; None: no limit.
+            rotary: whether the positions are rotary, so that the model can be told that it has more.
+
+        Raises:
+            ValueError: the data has a token or a position that the model lacks. The message names it.
+        """
+        self.positions = positions
+        for split, rows in self.rows.items():
+            if vocabulary is not None:
+                tokenizer = None if isinstance(self.tokenizer, str | os.PathLike) else self.tokenizer
+                check_tokens(split, rows, vocabulary, tokenizer)
+            if positions is not None:
+                check_positions(split, rows, positions, rotary)
+
+    @property
+    def packs(self) -> bool:
+        """Whether several documents share a row."""
+        return self.packing is True or (self.packing == "auto" and self._obstacle is None)
+
+    @property
+    def packing_obstacle(self) -> str | None:
+        """Why documents do not share a row although `packing` is "auto"; None if they do, or nothing was said."""
+        return self._obstacle if self.packing == "auto" else None
+
+    def choose_packing(self, obstacle: str | None) -> None:
+        """Pack documents, or pad them, as the model allows. Rows that were made otherwise are made anew.
+
+        Args:
+            obstacle: why the model cannot keep the documents of a row apart; None: it can.
+
+        Raises:
+            ValueError: it cannot, and `packing` is True.
+        """
+        if not self.rows_hold_documents:
+            return
+        if self.packing is True and obstacle is not None:
+            raise ValueError(
+                f"packing=True puts several documents into a row, and this model cannot keep them apart: {obstacle}. "
+                "Set packing='auto' or packing=False: one document a row, padded, and rows of similar length together."
+            )
+        before = self.packs
+        self._obstacle = obstacle
+        if self.packs != before and self._prepared:
+            self.rows, self._prepared = {}, False
 
     def setup(self, stage: str | None = None) -> None:
         """Prepare the data if that was not done yet, and check that the batch sizes fit this layout.
@@ -289,8 +346,9 @@ class MicroBatchDataModule(LightningDataModule):
             "micro_batch_size": self.micro_batch_size,
             "dp_rank": self.dp_rank,
             "dp_size": self.dp_size,
-            "packed": self.packing,
+            "packed": self.packs,
             "pad_id": self.pad_id(),
+            "positions": self.positions,
         }
 
     def _rows_of(self, split: str) -> Rows:
@@ -316,3 +374,9 @@ class MicroBatchDataModule(LightningDataModule):
         # Lightning's own strategies give the same facts as arguments for a sampler.
         replicas = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return replicas["rank"], replicas["num_replicas"]
+
+
+def check_packing(packing: object) -> None:
+    """Raise ValueError if `packing` is none of its values."""
+    if packing not in (True, False, "auto"):
+        raise ValueError(f"packing={packing!r} is unknown. Allowed: true, false, auto.")

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.data.base import MicroBatchDataModule, check_packing
 from automodel_trainer.data.chat_template import Encoded, encode
 from automodel_trainer.data.checks import check_samples
 from automodel_trainer.data.formats import format_of
@@ -27,7 +27,8 @@ class ChatDataModule(MicroBatchDataModule):
     """Conversations for supervised fine-tuning: messages, ShareGPT, prompt/completion or instruction columns.
 
     The tokenizer's chat template turns every row into a sample. Only the tokens that `loss_on` selects are trained.
-    Samples are packed into rows of `seq_len` tokens without attending to each other, or padded (`packing=False`).
+    Samples are packed into rows of `seq_len` tokens without seeing each other. Where the model cannot do that, they are
+    padded.
 
     Args:
         train: a jsonl, json, parquet, csv, tsv or arrow file, also compressed (gz, zst, bz2, xz); a folder or pattern
@@ -39,8 +40,9 @@ class ChatDataModule(MicroBatchDataModule):
         micro_batch_size: rows per forward pass on one rank.
         global_batch_size: rows per optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
             times the Trainer's accumulation.
-        packing: put several samples into a row; they do not attend to each other. False: one padded sample per row,
-            with rows of similar length in the same batch.
+        packing: put several samples into a row; they do not see each other. False: one padded sample per row, with
+            rows of similar length in the same batch. "auto": True where the model keeps samples apart, which is proved
+            before training; the ledger says why not.
         loss_on: "assistant" trains every assistant turn, "last_turn" the last one, "all" every token.
         val_split: share of `train` to hold out for validation if `validation` is None.
         seed: determines the order of the rows in each epoch, and the rows that `val_split` takes.
@@ -67,7 +69,7 @@ class ChatDataModule(MicroBatchDataModule):
         seq_len: int = 2048,
         micro_batch_size: int = 1,
         global_batch_size: int | None = None,
-        packing: bool = True,
+        packing: bool | Literal["auto"] = "auto",
         loss_on: Literal["assistant", "last_turn", "all"] = "assistant",
         val_split: float = 0.0,
         seed: int = 0,
@@ -87,6 +89,7 @@ class ChatDataModule(MicroBatchDataModule):
             num_workers=num_workers,
             drop_last=drop_last,
         )
+        check_packing(packing)
         _check_choice("loss_on", loss_on, ("assistant", "last_turn", "all"))
         _check_choice("overlong", overlong, ("drop", "truncate", "error"))
         check_share(val_split)
@@ -199,7 +202,7 @@ class ChatDataModule(MicroBatchDataModule):
         if without:
             rank_zero_warn(f"{split}: left out {without:,} samples without a supervised token.")
         lengths = np.minimum(store.lengths[kept], self.seq_len)
-        packed = pack(lengths, self.seq_len) if self.packing else range(len(kept))
+        packed = pack(lengths, self.seq_len) if self.packs else range(len(kept))
         groups = [kept[group].reshape(-1) for group in packed]
         tokens = int(lengths.sum())
         stats = RowStats(
@@ -207,7 +210,7 @@ class ChatDataModule(MicroBatchDataModule):
             rows=len(groups),
             tokens=tokens,
             supervised=int(supervised.sum()),
-            capacity=len(groups) * self.seq_len if self.packing else tokens,  # the width of padded rows varies
+            capacity=len(groups) * self.seq_len if self.packs else tokens,  # the width of padded rows varies
             overlong=int(overlong.sum()),
             overlong_action="truncated" if self.overlong == "truncate" else "dropped",
             unsupervised=without,
@@ -216,7 +219,7 @@ class ChatDataModule(MicroBatchDataModule):
             key,
             split,
             self.seq_len,
-            self.packing,
+            self.packs,
             self.overlong,
             self.val_split and (self.val_split, self.seed),  # without a split, the rows do not depend on the seed
         )

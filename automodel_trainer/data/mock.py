@@ -26,6 +26,8 @@ class MockDataModule(MicroBatchDataModule):
         ValueError: a size is too small.
     """
 
+    rows_hold_documents = False
+
     def __init__(
         self,
         vocab_size: int | None = None,

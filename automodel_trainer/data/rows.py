@@ -58,18 +58,27 @@ class Rows(Protocol):
         lengths: tokens per row, int64 `[len(self)]`.
         fingerprint: a hash of the content of the rows and of the settings that determine them.
         stats: statistics of the split.
+        longest: tokens of the longest document.
     """
 
     width: int
     lengths: np.ndarray
     fingerprint: str
     stats: RowStats
+    longest: int
 
     def __len__(self) -> int: ...
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
         """The documents of the given rows; row -1 is the filler, which has none."""
         ...
+
+    def highest(self) -> tuple[int, int]:
+        """The highest token id in the data, and a sample that has it."""
+        ...
+
+
+_SCANNED = 10_000  # samples at a time
 
 
 class TokenStore:
@@ -122,6 +131,18 @@ class TokenStore:
             for index, start, end in zip(indices, bounds[:-1], bounds[1:])
         ]
 
+    def highest(self) -> tuple[int, int]:
+        """The highest token id, and the `sample_id` of a sample that has it."""
+        found, at = -1, 0
+        for start in range(0, len(self), _SCANNED):
+            ids = self._rows[start : start + _SCANNED]["input_ids"].combine_chunks()
+            tokens = ids.flatten().to_numpy()
+            if len(tokens) and tokens.max() > found:
+                place = int(tokens.argmax()) + ids.offsets[0].as_py()
+                sample = int(np.searchsorted(ids.offsets.to_numpy(), place, side="right")) - 1
+                found, at = int(tokens.max()), int(self.sample_ids[start + sample])
+        return found, at
+
     def count_supervised(self, indices: np.ndarray, limit: int) -> np.ndarray:
         """Count the trained tokens within the first `limit` tokens of each sample, without its first token.
 
@@ -160,9 +181,14 @@ class SampleRows:
         self._bounds = np.cumsum([0, *map(len, groups)])
         lengths = np.minimum(store.lengths[self._members], width)
         self.lengths = np.add.reduceat(lengths, self._bounds[:-1])
+        self.longest = int(lengths.max())
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def highest(self) -> tuple[int, int]:
+        """The highest token id of the store, and a sample that has it."""
+        return self.store.highest()
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
         """The documents of the given rows; row -1 is the filler, which has none."""
@@ -172,40 +198,59 @@ class SampleRows:
 
 
 class StreamRows:
-    """Rows cut evenly from documents that are laid end to end. The last row may be shorter.
+    """Rows cut from documents that are laid end to end: evenly, or each document by itself.
 
-    If a document continues in the next row, it starts anew there: positions restart, and its first token is not
-    trained.
+    Cut evenly, only the last row may be shorter. Otherwise the last row of each document may be, and a row of one token
+    is left out: it has nothing to predict. If a document continues in the next row, it starts anew there: positions
+    restart, and its first token is not trained.
 
     Args:
         store: pieces of documents, in order. Neighbors with the same sample id belong to the same document.
         pieces: indices of the pieces to use, ascending, int64 `[n]`.
         width: tokens per row.
         fingerprint: hash of the content and the settings.
+        packed: False: no row holds tokens of two documents.
     """
 
-    def __init__(self, store: TokenStore, pieces: np.ndarray, width: int, fingerprint: str) -> None:
+    def __init__(
+        self, store: TokenStore, pieces: np.ndarray, width: int, fingerprint: str, packed: bool = True
+    ) -> None:
         self.store, self.width, self.fingerprint = store, width, fingerprint
         self._pieces = pieces
         self._ends = np.cumsum(store.lengths[pieces])
-        total = int(self._ends[-1])
-        count = -(-total // width)  # rounded up
-        self.lengths = np.full(count, width, dtype=np.int64)
-        self.lengths[-1] = total - (count - 1) * width
         starts = np.flatnonzero(np.diff(store.sample_ids[pieces], prepend=-1))  # the first piece of each document
+        self.longest = min(width, int(np.add.reduceat(store.lengths[pieces], starts).max()))
         begins = np.concatenate([[0], self._ends[:-1]])[starts]
-        untrained = len(np.union1d(begins, np.arange(count) * width))  # the first token of every document and row
-        self.stats = RowStats(len(starts), count, total, total - untrained, count * width)
+        total = int(self._ends[-1])
+        if packed:
+            self._starts = np.arange(0, total, width, dtype=np.int64)
+            self.lengths = np.minimum(width, total - self._starts)
+            first_tokens = np.union1d(begins, self._starts)  # of every document and row: not trained
+        else:
+            ends = np.append(begins[1:], total)
+            self._starts = np.concatenate([np.arange(b, e, width, dtype=np.int64) for b, e in zip(begins, ends)])
+            after = ends[np.searchsorted(ends, self._starts, side="right")]  # where the row's document ends
+            self.lengths = np.minimum(width, after - self._starts)
+            self._starts, self.lengths = (a[self.lengths > 1] for a in (self._starts, self.lengths))
+            first_tokens = self._starts
+        tokens, count = int(self.lengths.sum()), len(self.lengths)
+        capacity = count * width if packed else tokens  # the width of padded rows varies
+        self.stats = RowStats(len(starts), count, tokens, tokens - len(first_tokens), capacity)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def highest(self) -> tuple[int, int]:
+        """The highest token id of the store, and a sample that has it."""
+        return self.store.highest()
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
         """The documents of the given rows; row -1 is the filler, which has none."""
         return [[] if row < 0 else self._fetch_row(row) for row in rows]
 
     def _fetch_row(self, row: int) -> list[Document]:
-        start, end = row * self.width, row * self.width + int(self.lengths[row])
+        start = int(self._starts[row])
+        end = start + int(self.lengths[row])
         first, last = np.searchsorted(self._ends, [start, end - 1], side="right")
         pieces = self.store.fetch(self._pieces[first : last + 1].tolist())
         offset = int(self._ends[first]) - len(pieces[0].input_ids)
@@ -234,9 +279,14 @@ class RandomRows:
         self.lengths = np.full(count, width, dtype=np.int64)
         self.fingerprint = digest("random", count, width, vocab_size, seed)
         self.stats = RowStats(count, count, count * width, count * (width - 1), count * width)
+        self.longest = width
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def highest(self) -> tuple[int, int]:
+        """The highest token id that may be drawn."""
+        return self.vocab_size - 1, 0
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
         """The documents of the given rows; row -1 is the filler, which has none."""

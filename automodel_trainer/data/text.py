@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from automodel_trainer.data.base import MicroBatchDataModule, TrainLoader
+from automodel_trainer.data.base import MicroBatchDataModule, TrainLoader, check_packing
 from automodel_trainer.data.documents import document_end, encode_documents
 from automodel_trainer.data.rows import Rows, StreamRows, TokenStore, digest
 from automodel_trainer.data.sources import load_rows, load_validation_rows, open_stream
@@ -19,11 +19,13 @@ from automodel_trainer.data.tokens import check_columns, check_share, split_ids,
 PIECE = 4096
 """Maximum number of tokens per stored piece of a document: reading one row of a book does not read the whole book."""
 
+_STREAMED = "Streamed rows are packed, and {}. Set streaming=False."
+
 
 class TextDataModule(MicroBatchDataModule):
     """Raw text for pre-training: documents that end with EOS, laid end to end and cut into rows of `seq_len` tokens.
 
-    Documents do not attend to each other: positions restart at each one. Every token is trained except the first token
+    Documents do not see each other: positions restart at each one. Every token is trained except the first token
     of a document, or of its part in a row.
 
     With `streaming=True`, text is read and tokenized during training and never loaded whole. Every rank reads the whole
@@ -45,7 +47,10 @@ class TextDataModule(MicroBatchDataModule):
         global_batch_size: rows per optimizer step over all ranks. None: one micro-batch on each data-parallel rank,
             times the Trainer's accumulation.
         text_column: the column with the text.
-        streaming: read and tokenize during training.
+        streaming: read and tokenize during training. Streamed rows are packed.
+        packing: lay documents end to end and cut rows of `seq_len` tokens. False: cut each document by itself, so that
+            its last row is shorter, and pad it. "auto": True where the model keeps documents apart, which is proved
+            before training; the ledger says why not.
         val_split: share of the documents of `train` to hold out for validation if `validation` is None.
         seed: determines the order in each epoch, and the documents that `val_split` takes.
         shuffle_buffer: number of documents of a stream to shuffle at a time; 0 or 1 keeps the order of the stream.
@@ -70,6 +75,7 @@ class TextDataModule(MicroBatchDataModule):
         global_batch_size: int | None = None,
         text_column: str = "text",
         streaming: bool = False,
+        packing: bool | Literal["auto"] = "auto",
         val_split: float = 0.0,
         seed: int = 0,
         shuffle_buffer: int = 10_000,
@@ -91,11 +97,15 @@ class TextDataModule(MicroBatchDataModule):
         if val_split and (validation is not None or streaming):
             reason = "a stream cannot be split: give validation data" if streaming else "validation is given too"
             raise ValueError(f"val_split={val_split} cannot be used here: {reason}.")
+        check_packing(packing)
+        if streaming and packing is False:
+            raise ValueError(_STREAMED.format("packing=False asks for padded ones"))
         if streaming and num_workers > 1:
             raise ValueError(f"num_workers={num_workers}: a stream is read by at most one worker. Set it to 0 or 1.")
         self.train, self.validation, self.test = train, validation, test
         self.text_column = text_column
         self.streaming = streaming
+        self.packing = packing
         self.val_split = val_split
         self.shuffle_buffer = shuffle_buffer
         self.cache = cache
@@ -118,6 +128,16 @@ class TextDataModule(MicroBatchDataModule):
             rows["test"] = self._whole("test", load_rows(self.test, "test"))
         return rows
 
+    def choose_packing(self, obstacle: str | None) -> None:
+        """Pack documents, or cut and pad each by itself, as the model allows (`MicroBatchDataModule.choose_packing`).
+
+        Raises:
+            ValueError: it cannot pack, and `packing` is True or the text is streamed.
+        """
+        if self.streaming and obstacle is not None:
+            raise ValueError(_STREAMED.format(f"this model cannot keep documents of a row apart: {obstacle}"))
+        super().choose_packing(obstacle)
+
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch. If streaming, the total number of steps (`max_steps`).
@@ -139,7 +159,8 @@ class TextDataModule(MicroBatchDataModule):
             return super().build_train_loader()
         assert self._stream is not None, "prepare() opens the stream"
         layout = self._layout()
-        layout.pop("packed")  # streamed rows are always packed
+        for name in ("packed", "positions"):  # streamed rows are always packed, and full
+            layout.pop(name)
         return StreamLoader(
             self._stream,
             steps=self.steps_per_epoch,
@@ -174,7 +195,11 @@ class TextDataModule(MicroBatchDataModule):
     def _rows(self, split: str, store: TokenStore, pieces: np.ndarray, key: str) -> Rows:
         if len(pieces) == 0:
             raise ValueError(f"{split}: no row has any text in column {self.text_column!r}.")
-        return StreamRows(store, pieces, self.seq_len, digest(key, split, self.seq_len))
+        made_by = (key, split, self.seq_len, *(() if self.packs else ("padded",)))
+        found = StreamRows(store, pieces, self.seq_len, digest(*made_by), self.packs)
+        if len(found) == 0:
+            raise ValueError(f"{split}: no document has two tokens, so there is nothing to predict.")
+        return found
 
     def _pieces(self, rows: Dataset) -> tuple[TokenStore, str]:
         check_columns([self.text_column], rows.column_names)

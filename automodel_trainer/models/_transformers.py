@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Set
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import _dtensor_from_local_like, revert_weight_conversion
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    _dtensor_from_local_like,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 
-from automodel_trainer.models.record import record_of, recorded
-from automodel_trainer.nn.documents import set_documents
+from automodel_trainer.models.files import TensorSlice
 
 __all__ = [
     "attention_in_use",
@@ -32,13 +37,29 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What `load_weights` found.
+
+    Args:
+        missing: names that the files lack.
+        unexpected: names in the files that the model has no place for, without those it is known to ignore.
+        unused: all names in the files that the model has no place for.
+    """
+
+    missing: set[str]
+    unexpected: set[str]
+    unused: set[str]
+
+
 def load_weights(
     model: PreTrainedModel,
     files: list[Path],
     device: torch.device,
     added: Set[str] = frozenset(),
     in_turn: bool = False,
-) -> tuple[set[str], set[str]]:
+    tensors: Mapping[str, TensorSlice] | None = None,
+) -> LoadedWeights:
     """Stream safetensors files into a model whose parameters are on meta, plain tensors or DTensors.
 
     Every parameter becomes real on `device`. For a DTensor only the local shard is read from the file. Buffers that no
@@ -50,9 +71,7 @@ def load_weights(
         device: where parameters go.
         added: names of parameters that no checkpoint holds (adapters). They become real and stay uninitialized.
         in_turn: read one weight at a time, for modules that quantize theirs: only one is then held in full precision.
-
-    Returns:
-        names that the files lack, and names in the files that the model does not have.
+        tensors: read these instead of what the files hold, for files with codes and scales (`dense_weights`).
 
     Raises:
         ValueError: a weight does not have the model's shape.
@@ -67,14 +86,16 @@ def load_weights(
         weight_mapping=mapping,  # type: ignore[arg-type]
     )
     with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1" if in_turn else None):
-        info, _ = PreTrainedModel._load_pretrained_model(model, None, [str(f) for f in files], config)
+        given = None if tensors is None else dict(tensors)
+        info, _ = PreTrainedModel._load_pretrained_model(model, given, [str(f) for f in files], config)
+    unused = set(info.unexpected_keys)
     _materialize(model, added, device)
     info.missing_keys -= added
     info = PreTrainedModel._finalize_model_loading(model, config, info)
     if info.error_msgs or info.mismatched_keys or info.conversion_errors:
         problems = [*info.error_msgs, *(str(k) for k in info.mismatched_keys), *info.conversion_errors]
         raise ValueError(f"The weights in {files[0].parent} do not fit the model: {'; '.join(map(str, problems))}")
-    return set(info.missing_keys), set(info.unexpected_keys)
+    return LoadedWeights(set(info.missing_keys), set(info.unexpected_keys), unused)
 
 
 @contextmanager
@@ -149,6 +170,26 @@ def converts_weights(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False))
 
 
+def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Where a model would put tensors of a checkpoint: name in the files -> name in the model, of those it takes."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if isinstance(step, WeightConverter)]
+    held = model.state_dict()
+    found = {}
+    for name in names:
+        place, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, held)
+        if place in held or name in held:
+            found[name] = place if place in held else name
+    return found
+
+
+def ignores(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model leaves a tensor of this name in a checkpoint alone without a word."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
 def attention_in_use(model: PreTrainedModel) -> str:
     """The name of the attention kernel of the language model inside, as `attn_implementation` takes it."""
     return attention_of(model.config.get_text_config())
@@ -159,52 +200,26 @@ def attention_of(config: PreTrainedConfig) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
+def experts_in_use(model: PreTrainedModel) -> str | None:
+    """The name of the implementation of transformers that computes the experts; None for a model without any."""
+    named = any(hasattr(module, "_apply_gate") for module in model.modules())
+    return str(getattr(model.config.get_text_config(), "_experts_implementation", None) or "eager") if named else None
+
+
+def unused_balancing_loss(model: PreTrainedModel) -> str | None:
+    """The configured coefficient of a routers' balancing loss that the model does not compute; None if it does."""
+    config = model.config.get_text_config()
+    named = {k: v for k, v in config.to_dict().items() if "aux_loss" in k and isinstance(v, int | float) and v}
+    if not named or getattr(config, "output_router_logits", False):
+        return None
+    return ", ".join(f"{name}={value:g}" for name, value in named.items() if not isinstance(value, bool)) or None
+
+
 def expert_gate(module: torch.nn.Module) -> tuple[str, Callable[[Tensor], Tensor]] | None:
     """For a module of gated experts: the name of its fused gate and up projections, and the function that turns their
     output `[n, 2·w]` into `[n, w]`."""
     gate = getattr(module, "_apply_gate", None)
     return ("gate_up_proj", gate) if gate is not None and getattr(module, "has_gate", False) else None
-
-
-@dataclass(frozen=True)
-class PackingWithoutSync:
-    """An entry of a model's record: `packing_without_sync` is installed."""
-
-
-def packing_without_sync(model: PreTrainedModel) -> None:
-    """Let `model` read document boundaries from `position_ids` without waiting for the device.
-
-    In every forward transformers checks whether positions restart, and the answer comes from the device. Our callers
-    know it: they pass `position_ids` only if positions restart. So while `model` runs, given positions always delimit
-    documents, and without positions a row is one document.
-    """
-    if recorded(model, PackingWithoutSync):
-        return
-    original = masking_utils.find_packed_sequence_indices
-
-    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        known = _document_indices if kwargs.get("position_ids") is not None else _one_document
-        masking_utils.find_packed_sequence_indices = known
-
-    def leave(*_: object) -> None:
-        masking_utils.find_packed_sequence_indices = original
-        set_documents(None)
-
-    model.register_forward_pre_hook(enter, with_kwargs=True)
-    model.register_forward_hook(leave, always_call=True)
-    record_of(model).keep(PackingWithoutSync())
-
-
-def _one_document(position_ids: Tensor) -> None:
-    set_documents(None)
-
-
-def _document_indices(position_ids: Tensor) -> Tensor:
-    """The index of every token's document, int64 `[b, s]`, from positions `[b, s]` that restart at each document."""
-    starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
-    numbers = starts.cumsum(-1)
-    set_documents(numbers)
-    return numbers
 
 
 def offers_flex_attention(model: PreTrainedModel) -> bool:

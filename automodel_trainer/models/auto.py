@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from automodel_trainer.distributed.stage_names import held_elsewhere
-from automodel_trainer.models._transformers import load_weights, tied_weight_names
+from automodel_trainer.models._transformers import load_weights, places_of, tied_weight_names
 from automodel_trainer.models.auto_classes import (
     PURPOSES,
     auto_class_of,
@@ -21,13 +21,17 @@ from automodel_trainer.models.auto_classes import (
     auto_classes_of,
     transformers_class,
 )
-from automodel_trainer.models.files import resolve_folder, weight_files
+from automodel_trainer.models.files import TensorSlice, resolve_folder, slices_of, weight_files
 from automodel_trainer.models.initialize import initialize_missing, initialize_weights
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.layout import Layout
-from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, finish_lora
+from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, embeddings_of_adapter, finish_lora
+from automodel_trainer.models.quantization.checkpoint import check_leftovers, dense_weights, quantization_of
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization.quantize import quantized_weights
+from automodel_trainer.models.quantization_config import ReadDense, forget_quantization, quantization_in
+from automodel_trainer.models.record import record_of
+from automodel_trainer.models.unused_weights import check_unused
 
 
 class AutoBuilder:
@@ -51,6 +55,7 @@ class AutoBuilder:
         trust_remote_code: bool = False,
         revision: str | None = None,
         allow_missing_weights: bool | Collection[str] = False,
+        allow_unused_weights: bool = False,
         device: torch.device | str = "cpu",
         lora: LoRAConfig | None = None,
         kernels: KernelsConfig | None = None,
@@ -68,6 +73,8 @@ class AutoBuilder:
             revision: branch, tag or commit of a Hub repository.
             allow_missing_weights: True initialises weights that the checkpoint lacks, instead of raising. Names of
                 modules allow it for these only, and they must then be trained.
+            allow_unused_weights: load a part of what the checkpoint holds (the text model without its vision tower,
+                say). The rest is not trained, and missing in what is saved.
             device: where to build without a strategy.
             lora: adapters to train on the frozen model.
             kernels: the kernels to compute with; None leaves the choice to transformers.
@@ -80,7 +87,7 @@ class AutoBuilder:
         folder = resolve_folder(pretrained_model_name_or_path, revision)
         files = weight_files(folder)
         config = load_config(folder, trust_remote_code, config_overrides)
-        model = _build_on_meta(
+        model = build_on_meta(
             cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
         model.config.name_or_path = str(folder)
@@ -90,7 +97,9 @@ class AutoBuilder:
             add_adapters(model, lora, strategy)
         if kernels is not None:
             apply_kernels(model, kernels, _device(strategy, device))
-        fill_from_folder(model, folder, strategy, device, files=files, allow_missing_weights=allow_missing_weights)
+        options: dict[str, Any] = {"allow_missing_weights": allow_missing_weights}
+        options |= {"allow_unused_weights": allow_unused_weights, "trust_remote_code": trust_remote_code}
+        fill_from_folder(model, folder, strategy, device, files=files, **options)
         return model
 
     @classmethod
@@ -117,7 +126,7 @@ class AutoBuilder:
         Raises:
             ValueError: this device, model or layout does not have a kernel that was asked for.
         """
-        model = _build_on_meta(
+        model = build_on_meta(
             cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
         )
         if lora is not None:
@@ -127,7 +136,7 @@ class AutoBuilder:
         if strategy is not None:
             strategy.parallelize(model)
         check_gathered(model)
-        initialize_weights(model, _device(strategy, device), seed)
+        initialize_weights(model, _device(strategy, device), seed, adapter_names(model))
         finish_lora(model)
         if strategy is not None:
             strategy.finalize_parameters(model)
@@ -174,7 +183,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False, task: str | None 
     """
     config = load_config(folder, trust_remote_code, {})
     auto_class = auto_class_of_task(task) or auto_class_of(config)
-    return _build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
+    return build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
 
 
 def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: Layout | None) -> None:
@@ -196,6 +205,8 @@ def fill_from_folder(
     *,
     files: list[Path] | None = None,
     allow_missing_weights: bool | Collection[str] = False,
+    allow_unused_weights: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Lay out a model that is on meta, and stream the weights of `folder` into it. Collective.
 
@@ -211,16 +222,34 @@ def fill_from_folder(
         ValueError: the folder lacks weights that the model needs, or random weights would stay frozen.
     """
     files = files or weight_files(folder)
+    quantization = quantization_of(folder)
+    tensors: Mapping[str, TensorSlice] | None = None
+    if quantization is not None:
+        tensors = dense_weights(slices_of(files), quantization, folder)
+        record_of(model).keep(ReadDense(str(quantization.get("quant_method"))))
+    forget_quantization(model.config)
+    from_adapter = embeddings_of_adapter(model)
+    if from_adapter:  # the adapter holds them, perhaps in another size
+        found: Mapping[str, TensorSlice] = slices_of(files) if tensors is None else tensors
+        places = places_of(model, found)
+        tensors = {name: part for name, part in found.items() if places.get(name) not in from_adapter}
     if strategy is not None:
         strategy.parallelize(model)
     check_gathered(model)
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     in_turn = bool(quantized_weights(model))
-    missing, unexpected = load_weights(model, files, _device(strategy, device), adapter_names(model), in_turn)
+    added = adapter_names(model) | (from_adapter - tied_weight_names(model).keys())
+    loaded = load_weights(model, files, _device(strategy, device), added, in_turn, tensors)
+    missing, unexpected = set(loaded.missing), set(loaded.unexpected)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(requires_grad[name])
     missing -= tied_weight_names(model).keys()
-    unexpected -= held_elsewhere(model, unexpected)
+    unused = loaded.unused - held_elsewhere(model, loaded.unused)
+    unexpected &= unused
+    if unused:
+        check_leftovers(unused, slices_of(files), folder)
+    if not (allow_unused_weights or allow_missing_weights):
+        check_unused(model, unused, folder, trust_remote_code)
     new = {name for name in missing if _is_new(name, allow_missing_weights)}
     if missing - new:
         raise ValueError(
@@ -277,13 +306,14 @@ def load_config(folder: Path, trust_remote_code: bool, overrides: dict[str, Any]
     return config
 
 
-def _build_on_meta(
+def build_on_meta(
     auto_class: str,
     config: PreTrainedConfig,
     dtype: torch.dtype,
     attn_implementation: str | None,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
+    """The model of a config on meta: no parameter has values."""
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
         model: PreTrainedModel = transformers_class(auto_class).from_config(
@@ -303,8 +333,22 @@ def _parameter_dtype(dtype: torch.dtype | str | None, strategy: Layout | None, c
         return found
     if strategy is not None and dtype is None:
         return strategy.dtypes.parameters
-    own = getattr(config, "dtype", None)
-    return own if isinstance(own, torch.dtype) else getattr(torch, str(own), torch.float32)
+    return _own_dtype(config)
+
+
+def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a checkpoint says its weights have; that of its text model if only that says it.
+
+    Codes of quantized weights are no dtype to compute in. Such checkpoints are dense bf16 unless they say otherwise.
+    """
+    named = (getattr(part, "dtype", None) for part in (config, config.get_text_config()))
+    for name in (name for name in named if name is not None):
+        dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name).removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"The config says dtype={name!r}, which is not a torch dtype. Give dtype=torch.bfloat16.")
+        if dtype.is_floating_point and dtype.itemsize > 1:
+            return dtype
+    return torch.bfloat16 if quantization_in(config.to_dict()) else torch.float32
 
 
 def _device(strategy: Layout | None, device: torch.device | str) -> torch.device:

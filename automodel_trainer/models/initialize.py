@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from automodel_trainer.models._transformers import forget_initialized, initialize_module, tie_weights
+from automodel_trainer.models._transformers import (
+    forget_initialized,
+    initialize_module,
+    is_loaded,
+    mark_loaded,
+    tie_weights,
+)
+from automodel_trainer.nn.text import listed
 
 
 @torch.no_grad()
-def initialize_weights(model: PreTrainedModel, device: torch.device, seed: int) -> None:
+def initialize_weights(
+    model: PreTrainedModel, device: torch.device, seed: int, added: Collection[str] = frozenset(), strict: bool = True
+) -> None:
     """Give a model on meta random weights on `device`, by the model's own rules.
 
     Every module draws with a seed made of `seed` and its name. A sharded module draws its full parameters and keeps its
     shards. So every layout gets the same values, and no rank holds more than one module's full parameters.
+
+    Args:
+        added: names of parameters that are not the model's own (adapters), for which it needs no rule.
+        strict: False fills parameters with zeros for which the model has no rule.
+
+    Raises:
+        ValueError: the model has no rule for some of its parameters.
     """
     model.to_empty(device=device)
     drawn: set[int] = set()  # a tied weight is drawn once, by the first module that holds it
+    left: list[str] = []
     for name, module in model.named_modules():
-        own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in drawn}
+        own = {_joined(name, k): p for k, p in module.named_parameters(recurse=False) if id(p) not in drawn}
         drawn |= {id(p) for p in own.values()}
         if own or dict(module.named_buffers(recurse=False)):
-            _draw(model, module, own, device, seed_of(seed, name))
+            left += _draw(model, module, own, device, seed_of(seed, name))
+    left = _draw_by_parents(model, [name for name in left if name not in added], device, seed)
+    if strict:
+        _refuse(model, left)
+    for name in left:
+        model.get_parameter(name).zero_()
     tie_weights(model)
 
 
@@ -39,31 +61,90 @@ def initialize_missing(model: PreTrainedModel, names: Collection[str], device: t
         names: of the parameters to draw. A module is skipped unless all of its own parameters are in it.
         device: of the parameters.
         seed: of the random weights.
+
+    Raises:
+        ValueError: the model has no rule for some of them.
     """
+    left: list[str] = []
     for name in sorted({name.rpartition(".")[0] for name in names}):
         module = model.get_submodule(name)
-        own = dict(module.named_parameters(recurse=False))
-        if all(f"{name}.{key}" in names for key in own):
+        own = {_joined(name, key): parameter for key, parameter in module.named_parameters(recurse=False)}
+        if own.keys() <= set(names):
             forget_initialized(module)
-            _draw(model, module, own, device, seed_of(seed, name))
+            left += _draw(model, module, own, device, seed_of(seed, name))
+    _refuse(model, _draw_by_parents(model, left, device, seed))
+
+
+def _draw_by_parents(model: PreTrainedModel, names: Sequence[str], device: torch.device, seed: int) -> list[str]:
+    """Fill parameters that a module around their own has the rule for; the innermost is asked first.
+
+    Returns:
+        names of those that no rule fills.
+    """
+    left = list(names)
+    for depth in range(1, max((name.count(".") for name in names), default=0) + 1):
+        for parent in sorted({".".join(name.split(".")[: -1 - depth]) for name in left if name.count(".") >= depth}):
+            module = model.get_submodule(parent)
+            own = {n: model.get_parameter(n) for n in left if n.startswith(f"{parent}." if parent else "")}
+            own = {n: p for n, p in own.items() if n.count(".") - parent.count(".") - bool(parent) >= depth}
+            rest = [p for p in module.parameters() if not any(p is q for q in own.values()) and not is_loaded(p)]
+            for parameter in rest:  # the parent's rule is not for what has been drawn
+                mark_loaded(parameter, True)
+            still = _draw(model, module, own, device, seed_of(seed, parent))
+            for parameter in rest:
+                mark_loaded(parameter, False)
+            left = [name for name in left if name not in own or name in still]
+    return left
+
+
+def _refuse(model: PreTrainedModel, left: Sequence[str]) -> None:
+    if left:
+        raise ValueError(
+            f"{type(model).__name__} has no rule to draw random values of {listed(left, 5)}. Start from a checkpoint "
+            "that holds them (from_pretrained)."
+        )
 
 
 def _draw(
     model: PreTrainedModel, module: nn.Module, own: dict[str, nn.Parameter], device: torch.device, seed: int
-) -> None:
-    """Fill a module's `own` parameters. A sharded one is drawn whole, and this rank keeps its shard."""
-    sharded = {key: p for key, p in own.items() if isinstance(p, DTensor)}
-    for key, parameter in sharded.items():
-        module._parameters[key] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
+) -> list[str]:
+    """Let `module` fill the parameters `own` of the model, by name; of a sharded one draw the whole, keep the shard.
+
+    Returns:
+        names of those that its rule leaves alone.
+    """
+    places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in own}
+    for name, parameter in own.items():
+        owner, key = places[name]
+        if isinstance(parameter, DTensor):
+            owner._parameters[key] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
+        whole = owner._parameters[key]
+        assert whole is not None
+        if _is_plain(whole):
+            whole.fill_(torch.nan)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         initialize_module(model, module)
-    for key, parameter in sharded.items():
-        full = module._parameters[key]
+    left = []
+    for name, parameter in own.items():
+        owner, key = places[name]
+        full = owner._parameters[key]
         assert full is not None
-        shard = distribute_tensor(full.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(shard.to_local())
-        module._parameters[key] = parameter
+        left += [name] if _is_plain(full) and full.isnan().any() else []
+        if isinstance(parameter, DTensor):
+            shard = distribute_tensor(full.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(shard.to_local())
+            owner._parameters[key] = parameter
+    return left
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers as they are: a quantized one holds codes."""
+    return tensor.is_floating_point() and not hasattr(tensor, "__tensor_flatten__")
+
+
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
 def seed_of(seed: int, name: str) -> int:

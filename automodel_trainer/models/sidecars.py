@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.models.auto_classes import auto_class_of, auto_classes_of
+from automodel_trainer.models.quantization_config import without_quantization
 
 # Weights in any format, and files that may run code when they are read (pickle).
 _WEIGHTS = {
@@ -55,6 +56,7 @@ def copy_sidecars(
 
     Files of the folder that the model came from are copied unchanged (model card, license, tokenizer, chat template,
     code, generation config). config.json keeps every field that training did not change, known to transformers or not.
+    It says nothing of quantized weights, because those that are written are dense.
 
     Args:
         model: the trained model.
@@ -99,16 +101,22 @@ def _sidecars_of(source: Path, folder: Path) -> list[Path]:
 
 
 def _save_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    config = json.loads(model.config.to_json_string())
-    config |= {"dtype": _name(dtype), "architectures": [_class_name(model)]}
+    config = _own_config(model, dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def _own_config(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+    config = without_quantization(json.loads(model.config.to_json_string()))
+    return config | {"dtype": _name(dtype), "architectures": [_class_name(model)]}
+
+
 def _merged_config(model: PreTrainedModel, source: Path, dtype: torch.dtype) -> dict[str, Any]:
-    original = json.loads((source / "config.json").read_text())
+    original = without_quantization(json.loads((source / "config.json").read_text()))
+    if original.get("model_type") != model.config.model_type:  # a part of what the source holds: its text model, say
+        return _own_config(model, dtype)
     config = type(model.config).from_pretrained(source)
     before = json.loads(config.to_json_string(use_diff=False))
-    now = json.loads(model.config.to_json_string(use_diff=False))
+    now = without_quantization(json.loads(model.config.to_json_string(use_diff=False)))
     now["dtype"] = _name(dtype)
     merged = _merge(original, before, now)
     purposes = auto_classes_of(model)

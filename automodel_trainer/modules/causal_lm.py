@@ -10,7 +10,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from automodel_trainer.models.kernels import kernels_in_use
+from automodel_trainer.models.packed_inputs import document_inputs, lengths_of
 from automodel_trainer.modules.hugging_face import HuggingFaceModule
+from automodel_trainer.modules.isolation import packs
 from automodel_trainer.modules.loss import next_token_targets, summed_loss, supervised_tokens, token_losses
 from automodel_trainer.modules.metrics import TokenMetrics
 from automodel_trainer.nn.constants import IGNORE_INDEX
@@ -26,15 +28,21 @@ class CausalLMModule(HuggingFaceModule):
 
     auto_class = "AutoModelForCausalLM"
     defers_logits = True
+    takes_document_lengths = True
+    predicts_next_token = True
 
     def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
         inputs, labels = super().split(micro_batch)
         if micro_batch.get("packed") is False:
             # They are 0, 1, 2, … here. Without them transformers builds no mask and runs the plain causal kernel.
-            del inputs["position_ids"]
+            inputs.pop("position_ids", None)
         # Training needs no cache, and with a cache transformers ignores the document boundaries of packed rows.
         inputs["use_cache"] = False
-        return inputs, next_token_targets(labels)
+        targets = next_token_targets(labels)
+        if self.gives_document_lengths and packs(micro_batch):
+            lengths = micro_batch.get("document_lengths") or lengths_of(micro_batch["position_ids"])
+            return document_inputs(inputs, lengths), targets.view(1, -1)
+        return inputs, targets
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         loss = summed_loss(outputs.logits, targets, kernels_in_use(self.model).loss)
@@ -52,5 +60,5 @@ class CausalLMModule(HuggingFaceModule):
 
     def predict(self, micro_batch: MicroBatch) -> dict[str, Any]:
         """The log-probability of every supervised token: fp32 `[b, s]`, aligned with `input_ids`, 0 elsewhere."""
-        losses = self.per_token(micro_batch, token_losses, torch.float32)
+        losses = self.per_token(micro_batch, token_losses, torch.float32).view_as(micro_batch["labels"])
         return {"log_probs": F.pad(-losses[:, :-1], (1, 0))}

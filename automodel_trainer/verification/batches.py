@@ -60,7 +60,7 @@ def _cut(micro_batch: MicroBatch, length: int, rows: int) -> MicroBatch:
     length = min(length, shape[1])
     labels = micro_batch.get("labels")
     start = _window(labels[:rows], length) if isinstance(labels, Tensor) and labels.shape == shape else 0
-    cut = {key: value for key, value in micro_batch.items() if key != "sample_ids"}
+    cut = {key: value for key, value in micro_batch.items() if key not in ("sample_ids", "document_lengths")}
     for key, value in cut.items():
         if isinstance(value, Tensor) and value.shape == shape:
             cut[key] = value[:rows, start : start + length].clone()

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from automodel_trainer.models.shrink import shrink
 from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.strategies import MeshStrategy, StrategyRegistry
 from automodel_trainer.verification.batches import first_steps, renumber
 from automodel_trainer.verification.ranks import Launcher, Processes
 from automodel_trainer.verification.report import Report, compile_report
-from automodel_trainer.verification.shrink import shrink
 from automodel_trainer.verification.steps import DRAWS, Job, layout_run, reference_run
 
 STEPS = 3

@@ -36,6 +36,9 @@ class Objective:
         defers_logits: the loss takes `DeferredLogits` (`nn/deferred_logits.py`), which it computes a chunk of tokens at
             a time as `kernels.loss` says. False: the loss gets what the model returned.
         labels_are_tokens: `labels` are token ids, as this project's data modules make them.
+        takes_document_lengths: `split` can give the lengths of packed documents to models whose layers want them.
+        gives_document_lengths: it does, because this model's layers want them.
+        predicts_next_token: a token's target is the next one, so that a model that sees it has nothing to learn.
     """
 
     model: Any
@@ -45,6 +48,9 @@ class Objective:
     targets_per_token: ClassVar[bool] = True
     defers_logits: ClassVar[bool] = False
     labels_are_tokens: ClassVar[bool] = True
+    takes_document_lengths: ClassVar[bool] = False
+    gives_document_lengths: bool = False
+    predicts_next_token: ClassVar[bool] = False
 
     # --- what a strategy asks in every step -----------------------------------------------------------------------
 
@@ -78,6 +84,13 @@ class Objective:
         """
         count: Tensor = (micro_batch["labels"] != IGNORE_INDEX).sum()
         return count
+
+    def check_batch(self, batch: Any) -> None:
+        """Look at a batch while it is still on the host, where that does not wait for the device.
+
+        Raises:
+            ValueError: it cannot be trained on.
+        """
 
     # --- what tools and callbacks ask -----------------------------------------------------------------------------
 

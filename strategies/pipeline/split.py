@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from automodel_trainer.models._transformers import forget_absent_ties, packing_without_sync
+from automodel_trainer.models._masks import packing_without_sync
+from automodel_trainer.models._transformers import forget_absent_ties
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.strategies.tensor.sequence import stacks
 

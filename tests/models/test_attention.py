@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations import flex_attention as flex_integration
 
-from automodel_trainer.models._transformers import attention_in_use, packing_without_sync
+from automodel_trainer.models._masks import packing_without_sync
+from automodel_trainer.models._transformers import attention_in_use
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, attention
 from automodel_trainer.models.kernels.attention import NAME, document_block_mask, install_attention_kernel
 from tests.harness import close

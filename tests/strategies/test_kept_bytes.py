@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from automodel_trainer.callbacks import Ledger, block_memory
-from automodel_trainer.models._transformers import packing_without_sync
+from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.kernels.fp8 import convert_to_fp8
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora

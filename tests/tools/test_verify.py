@@ -14,12 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from automodel_trainer import CausalLMModule, Trainer, cli
+from automodel_trainer.models.shrink import alike, shrink
 from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, inner_parallel
 from automodel_trainer.strategies.context.split import ContextParallel
 from automodel_trainer.strategies.data_parallel import gradient_reduction
 from automodel_trainer.strategies.tensor import parallelize as tensor
 from automodel_trainer.verification.report import Report
-from automodel_trainer.verification.shrink import alike, shrink
 from automodel_trainer.verification.steps import layout_run
 from automodel_trainer.verification.verify import verify
 from tests.harness import Batch

@@ -22,12 +22,14 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from automodel_trainer.models._masks import is_plain
 from automodel_trainer.models._transformers import attention_of, offers_flex_attention
 from automodel_trainer.models.kernels.library import AttentionFunction, KernelLibrary, wrong_dtype
 from automodel_trainer.models.kernels.registry import find, libraries
 from automodel_trainer.nn.documents import current_documents
 
 BLOCK = 128
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -83,7 +85,7 @@ def flex_obstacle(model: PreTrainedModel) -> str | None:
         return f"its attention is already set to {kernel!r}"
     if not offers_flex_attention(model):
         return "transformers does not offer it for this model"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if kinds:
         return f"it has layers of kind {', '.join(sorted(kinds))}"
     if getattr(config, "attention_dropout", 0):
@@ -141,12 +143,15 @@ def _mask(
 ) -> Tensor | BlockMask | None:
     """The block mask of packed rows in half precision, else the mask that `sdpa` would get.
 
+    A mask that is more than causal within documents and windows (chunks, spans that see each other both ways, functions
+    that a model adds) is made as `sdpa` has it.
+
     Args:
         kernel: name of the library for rows of one document; None: `sdpa` is that too.
     """
-    plain = arguments.get("attention_mask") is None and not use_vmap  # the model adds no mask of its own
     documents = current_documents()
-    if documents is not None and dtype in _HALF and plain:
+    unmasked = arguments.get("attention_mask") is None and not use_vmap
+    if documents is not None and dtype in _HALF and unmasked and is_plain(arguments["mask_function"]):
         return document_block_mask(documents, local_size)
     mask: Tensor | None = sdpa_mask(dtype=dtype, local_size=local_size, use_vmap=use_vmap, **arguments)
     if mask is not None and kernel is not None and torch.is_grad_enabled():

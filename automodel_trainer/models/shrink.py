@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -12,11 +14,30 @@ HEAD_DIM = 16
 MIN_LAYERS = 2
 _MLA = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_intermediate_size")
+_STATE_SPACE_HEADS = (
+    ("mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
+    ("mamba_num_heads", "mamba_head_dim", "n_groups"),
+    ("n_mamba_heads", "mamba_headdim", "mamba_ngroups"),
+    ("num_heads", "head_dim", "n_groups"),
+)
+_NOISE = ("dropout", "drop_path", "pdrop", "layerdrop", "jitter")
+_WIDTHS = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "mlp_intermediate_size",
+)
 
 
 def shrink(
-    config: PreTrainedConfig, ranks: int, length: int, vocab_size: int, layers: int = MIN_LAYERS
+    config: PreTrainedConfig,
+    ranks: int,
+    length: int,
+    vocab_size: int,
+    layers: int = MIN_LAYERS,
+    *,
+    depth: bool = True,
+    width: bool = True,
 ) -> PreTrainedConfig:
     """A small copy of `config`.
 
@@ -29,16 +50,20 @@ def shrink(
         length: tokens of a row.
         vocab_size: how many token ids the batches use.
         layers: the least number of layers, if the original has so many.
+        depth: False keeps the number of layers.
+        width: False keeps the sizes of layers.
     """
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
-    _shrink_depth(text, max(layers, MIN_LAYERS))
-    _shrink_heads(text, ranks)
-    for name in _WIDTHS:
+    kept = list(range(text.num_hidden_layers))
+    with _one_size_of_layers(text, kept):
+        if depth:
+            kept[:] = _shrink_depth(text, max(layers, MIN_LAYERS))
+        if width:
+            _shrink_width(text, ranks)
+    for name in ("vocab_size", "vocab_size_per_layer_input"):
         if isinstance(value := getattr(text, name, None), int):
-            setattr(text, name, alike(value, 4 * HEAD_DIM, ranks))
-    _shrink_experts(text, ranks)
-    text.vocab_size = alike(text.vocab_size, max(vocab_size, 4 * HEAD_DIM), ranks)
+            setattr(text, name, alike(value, max(vocab_size, 4 * HEAD_DIM), ranks))
     for name in ("sliding_window", "attention_chunk_size"):
         if isinstance(value := getattr(text, name, None), int):
             setattr(text, name, min(value, max(2, length // 3)))
@@ -47,12 +72,49 @@ def shrink(
     return config
 
 
+def _shrink_width(text: PreTrainedConfig, ranks: int) -> None:
+    if getattr(text, "num_attention_heads", None):
+        _shrink_heads(text, ranks)
+    else:  # layers without attention
+        text.hidden_size = 4 * HEAD_DIM
+    _shrink_linear_heads(text, ranks)
+    for name in _WIDTHS:
+        if isinstance(value := getattr(text, name, None), int):
+            setattr(text, name, alike(value, 4 * HEAD_DIM, ranks))
+    _shrink_experts(text, ranks)
+    _shrink_state_spaces(text)
+
+
+@contextmanager
+def _one_size_of_layers(config: PreTrainedConfig, kept: list[int]) -> Iterator[None]:
+    """Layers of several sizes have one meanwhile, and then sizes of their own again: other than the common ones.
+
+    Args:
+        kept: indices of the layers that are left in the end.
+    """
+    if not getattr(config, "is_heterogeneous", False):
+        yield
+        return
+    sizes = {int(layer): size for layer, size in config.to_dict()["per_layer_config"].items()}
+    config.per_layer_config = None
+    yield
+    own = {}
+    for new, old in enumerate(kept):
+        own[new] = dict(sizes.get(old, {}))
+        for name, value in own[new].items():
+            if isinstance(value, int) and not isinstance(value, bool):
+                common = getattr(config, name, None)
+                own[new][name] = 2 * common if name == "head_dim" and common else common or value
+    config.per_layer_config = {layer: size for layer, size in own.items() if size}
+
+
 def alike(value: int, least: int, modulus: int) -> int:
     """The smallest number ≥ `least` with the same remainder by `modulus` as `value`, but never more than `value`."""
     return min(value, least + (value - least) % modulus)
 
 
-def _shrink_depth(config: PreTrainedConfig, layers: int) -> None:
+def _shrink_depth(config: PreTrainedConfig, layers: int) -> list[int]:
+    """Keep a layer of each kind; returns which."""
     depth = config.num_hidden_layers
     keep = _one_of_each(_kinds(config, depth), layers)
     per_layer = {
@@ -66,7 +128,10 @@ def _shrink_depth(config: PreTrainedConfig, layers: int) -> None:
         config.first_k_dense_replace = min(dense, 1)
     if getattr(config, "mlp_only_layers", None):
         config.mlp_only_layers = [new for new, old in enumerate(keep) if old in config.mlp_only_layers]
+    if shared := getattr(config, "num_kv_shared_layers", None):
+        config.num_kv_shared_layers = sum(i >= depth - shared for i in keep)
     config.num_hidden_layers = len(keep)
+    return keep
 
 
 def _kinds(config: PreTrainedConfig, depth: int) -> list[Any]:
@@ -74,8 +139,9 @@ def _kinds(config: PreTrainedConfig, depth: int) -> list[Any]:
     types = getattr(config, "layer_types", None) or [None] * depth
     mlps = getattr(config, "mlp_layer_types", None) or [None] * depth
     dense = getattr(config, "first_k_dense_replace", None) or 0
+    shared = depth - (getattr(config, "num_kv_shared_layers", None) or 0)
     only = getattr(config, "mlp_only_layers", None) or []
-    return [(types[i], mlps[i], i < dense, i in only) for i in range(depth)]
+    return [(types[i], mlps[i], i < dense, i in only, i >= shared) for i in range(depth)]
 
 
 def _one_of_each(kinds: list[Any], layers: int) -> list[int]:
@@ -94,10 +160,14 @@ def _shrink_heads(config: PreTrainedConfig, ranks: int) -> None:
         for name, size in _MLA.items():
             if getattr(config, name, None) is not None:
                 setattr(config, name, size)
+        if getattr(config, "qk_head_dim", None) is not None:
+            config.qk_head_dim = _MLA["qk_nope_head_dim"] + _MLA["qk_rope_head_dim"]
+    if isinstance(rotary_dim := getattr(config, "rotary_dim", None), int):
+        config.rotary_dim = min(rotary_dim, HEAD_DIM)
     config.num_attention_heads = small_keys * groups
     if getattr(config, "num_key_value_heads", None) is not None:
         config.num_key_value_heads = small_keys
-    if getattr(config, "head_dim", None) is not None:
+    if getattr(config, "head_dim", None) is not None and not isinstance(getattr(type(config), "head_dim", 0), property):
         config.head_dim = _MLA["qk_rope_head_dim"] if latent else HEAD_DIM
     config.hidden_size = HEAD_DIM * config.num_attention_heads
     _shrink_rope(config, rotary // 2, HEAD_DIM // 2)
@@ -117,6 +187,41 @@ def _heads(heads: int, key_heads: int, ranks: int) -> tuple[int, int]:
         if same(k, key_heads) and same(k * g, heads)
     ]
     return min(options, key=math.prod)
+
+
+def _shrink_linear_heads(config: PreTrainedConfig, ranks: int) -> None:
+    """Heads of linear attention, which are counted apart from those of attention."""
+    keys, values = (getattr(config, f"linear_num_{kind}_heads", None) for kind in ("key", "value"))
+    if isinstance(keys, int) and isinstance(values, int):
+        config.linear_num_key_heads = alike(keys, 2, ranks)
+        config.linear_num_value_heads = config.linear_num_key_heads * (values // keys)
+        for name in ("linear_key_head_dim", "linear_value_head_dim"):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, HEAD_DIM)
+
+
+def _shrink_state_spaces(config: PreTrainedConfig) -> None:
+    """Heads, groups and states of state space layers, whose names differ from family to family."""
+    hidden = config.hidden_size
+    expand = _first(config, ("mamba_expand", "expand", "expand_factor"))
+    inner = int(expand * hidden) if expand else 4 * HEAD_DIM
+    for heads, head, groups in _STATE_SPACE_HEADS:
+        if isinstance(getattr(config, heads, None), int) and isinstance(getattr(config, head, None), int):
+            setattr(config, heads, 4)
+            setattr(config, head, inner // 4)
+            if isinstance(value := getattr(config, groups, None), int):
+                setattr(config, groups, min(value, 2))
+    if getattr(config, "mamba_d_ssm", None) is not None:
+        config.mamba_d_ssm = inner
+    if getattr(config, "num_attention_heads", None) is None and getattr(config, "intermediate_size", None):
+        config.intermediate_size = inner
+    for name in ("mamba_d_state", "ssm_state_size", "state_size", "mamba_chunk_size", "chunk_size"):
+        if isinstance(value := getattr(config, name, None), int):
+            setattr(config, name, min(value, HEAD_DIM))
+
+
+def _first(config: PreTrainedConfig, names: Iterable[str]) -> Any:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 def _shrink_rope(config: PreTrainedConfig, old: int, new: int) -> None:
@@ -145,5 +250,5 @@ def _shrink_experts(config: PreTrainedConfig, ranks: int) -> None:
 def _silence_noise(config: PreTrainedConfig) -> None:
     """Turn off dropout and router noise: every process draws its own, so runs could not be compared."""
     for name, value in config.to_dict().items():
-        if isinstance(value, float) and any(word in name for word in ("dropout", "drop_path", "pdrop", "jitter")):
+        if isinstance(value, float) and any(word in name for word in _NOISE):
             setattr(config, name, 0.0)
