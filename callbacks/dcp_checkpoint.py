@@ -195,7 +195,12 @@ class DCPCheckpoint(RunFolder):
         Raises:
             ValueError: the folder, the space or the credentials do not allow it.
         """
-        check_checkpoints(trainer, self._base(trainer.default_root_dir).absolute(), self.remote, self.keep_last)
+        check_checkpoints(
+            trainer,
+            self._base(trainer.default_root_dir).absolute(),
+            self._store(trainer.default_root_dir),
+            self.schedule.keep_last,
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the run folder, and complete a resume."""
