@@ -237,8 +237,9 @@ def _schedule(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
 
 
 def _mesh(strategy: MeshStrategy) -> dict[str, int]:
-    mesh = strategy.device_mesh
-    return dict(zip(mesh.mesh_dim_names or (), mesh.shape))
+    mesh, ep = strategy.device_mesh, strategy.expert_ranks
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape))
+    return {**sizes, "of these ep": ep} if isinstance(ep, int) and ep > 1 else sizes
 
 
 def _device_name(device: torch.device) -> str:
@@ -280,7 +281,8 @@ def _experts(model: PreTrainedModel) -> str | None:
     unused = unused_balancing_loss(model)
     if (name := experts_in_use(model)) is None:
         return None
-    return f"{name} (transformers' experts_implementation)" + (
+    grouped = "experts" in kernels_in_use(model).texts
+    return ("grouped" if grouped else f"{name} (transformers' experts_implementation)") + (
         f"; {unused} is not used: output_router_logits is off" if unused else ""
     )
 

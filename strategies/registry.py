@@ -30,6 +30,10 @@ def _fsdp2_cp(cp: int | Literal["auto"] = "auto", **kwargs: Any) -> FSDP2Strateg
     return FSDP2Strategy(cp=cp, **kwargs)
 
 
+def _fsdp2_ep(ep: int | Literal["auto"] = "auto", **kwargs: Any) -> FSDP2Strategy:
+    return FSDP2Strategy(ep=ep, **kwargs)
+
+
 def _fsdp2_tp(tp: int | Literal["auto"] = "auto", **kwargs: Any) -> FSDP2Strategy:
     return FSDP2Strategy(tp=tp, **kwargs)
 
@@ -42,6 +46,7 @@ _FACTORIES: dict[str, Callable[..., Strategy]] = {
     "ddp": DDPStrategy,
     "fsdp2": FSDP2Strategy,
     "fsdp2_cp": _fsdp2_cp,
+    "fsdp2_ep": _fsdp2_ep,
     "fsdp2_tp": _fsdp2_tp,
     "hsdp": _hsdp,
     "megatron_fsdp": MegatronFSDPStrategy,

@@ -71,7 +71,10 @@ def verify(
     accumulation = max(ACCUMULATION, strategy.min_micro_batches)
     steps = first_steps(module, data, STEPS, accumulation * dims.dp_replicate * dims.dp_shard, length)
     config = copy.deepcopy(module.model_config)
-    small = shrink(config, dims.cp * dims.tp, length, renumber(module, steps, config), strategy.min_layers)
+    ep = devices if strategy.expert_ranks == "auto" else strategy.expert_ranks
+    small = shrink(
+        config, math.lcm(dims.cp * dims.tp, ep), length, renumber(module, steps, config), strategy.min_layers
+    )
     job = Job(
         module=module.without_model(),
         config=small,
@@ -81,7 +84,8 @@ def verify(
         device="cuda" if full else "cpu",
         attention=_attention(module.kernels.attention, full),
     )
-    report = _attempts(job, launch or Processes(), f"{dims.describe()} on {devices} ranks", _describe(small))
+    layout = dims.describe() + (f", ep {strategy.expert_ranks}" if ep > 1 else "")
+    report = _attempts(job, launch or Processes(), f"{layout} on {devices} ranks", _describe(small))
     report.seconds = time.monotonic() - began
     return report
 
@@ -127,7 +131,11 @@ def fresh(strategy: Any) -> MeshStrategy:
 def _fewest_devices(strategy: MeshStrategy) -> int:
     dims = strategy.requested_dims
     fixed = math.prod(size for name, size in vars(dims).items() if name != "dp_shard")
-    return fixed * dims.dp_shard if dims.dp_shard != -1 else max(2, fixed)
+    if dims.dp_shard != -1:
+        return fixed * dims.dp_shard
+    inner, ep = dims.cp * dims.tp, strategy.expert_ranks
+    shards = 1 if ep == "auto" else math.lcm(inner, ep) // inner  # the fewest that ep can borrow from
+    return max(2, fixed * shards)
 
 
 def _attention(name: str | None, full: bool) -> str | None:

@@ -95,6 +95,11 @@ class MeshStrategy(StepRunner, SavingStrategy):
         return 1
 
     @property
+    def expert_ranks(self) -> int | Literal["auto"]:
+        """The number of ranks that the experts of a layer are split over. They are borrowed from the mesh's axes."""
+        return 1
+
+    @property
     def compiles(self) -> bool:
         """Whether blocks are compiled.
 

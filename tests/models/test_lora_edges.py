@@ -157,6 +157,24 @@ def test_peft_s_adapter_of_a_resized_model(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(Transformers.from_pretrained(tmp_path / "merged")), logits(theirs))
 
 
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_peft_unties_what_it_trains_whole(tmp_path: Path, module: str) -> None:
+    """It trains a copy of one of two tied weights; the other one keeps the base's values."""
+    base = tmp_path / "base"
+    tiny_model(tie_word_embeddings=True).save_pretrained(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = theirs_of(base, modules_to_save=[module])
+        disturb(theirs)
+        theirs.save_pretrained(tmp_path / "theirs")
+    model = AutoModelForCausalLM.from_pretrained(base, lora=LoRAConfig(adapter=str(tmp_path / "theirs")))
+    torch.testing.assert_close(logits(model), logits(theirs))
+    save_adapter(model, tmp_path / "ours")
+    torch.testing.assert_close(logits(peft_model(base, tmp_path / "ours")), logits(theirs))
+    merge(tmp_path / "theirs", tmp_path / "merged", base)
+    torch.testing.assert_close(logits(Transformers.from_pretrained(tmp_path / "merged")), logits(theirs))
+
+
 # --- a PeftModel in fit -----------------------------------------------------------------------------------------------
 
 

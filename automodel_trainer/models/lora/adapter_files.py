@@ -33,7 +33,7 @@ _MAGNITUDE = "lora_magnitude_vector"
 _INITS = {"kaiming": True, "pissa": "pissa", "orthogonal": "orthogonal"}
 # Options that change the arithmetic of an adapter in ways that are not implemented here.
 _UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config",
+    "alora_invocation_tokens", "arrow_config", "kasa_config",
     "layer_replication", "lora_bias", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora",
     "velora_config",
 )  # fmt: skip
@@ -185,6 +185,10 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> None:
     tensors = read_tensors(adapter)
     own = trained_tensors(model)
     known = set(names_of_all_stages(model, own))
+    given = {id(parameter) for name, parameter in own.items() if name in tensors}
+    own = {
+        name: p for name, p in own.items() if name in tensors or id(p) not in given
+    }  # of a tied weight, one is enough
     if missing := own.keys() - tensors.keys():
         raise ValueError(f"Adapter {adapter} lacks {some(missing)}: it was trained with other targets or another base.")
     if unknown := tensors.keys() - known:
