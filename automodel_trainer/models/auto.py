@@ -290,7 +290,8 @@ def _without_embeddings(
     places = places_of(model, found)
     read = {name: part for name, part in found.items() if places.get(name) not in from_adapter}
     if head is not None and head.name not in from_adapter:  # in the files it has the name of what it was tied to
-        read[head.name] = next(part for name, part in found.items() if places.get(name) == head.source)
+        known_as = next((name for name in found if places.get(name) == head.source), head.source)  # maybe of a stage
+        read[head.name] = found[known_as]
     return read
 
 

@@ -83,7 +83,7 @@ class BuiltModule(Objective, pl.LightningModule):
             )
         # In a tuple, so that torch does not register it as a second submodule next to `self.model`.
         self._reference = (model,)
-        self._tokenizer = tokenizer
+        self._tokenizer = self._given_tokenizer = tokenizer
         self.lora = lora
         self.neftune_alpha = neftune_alpha
         self.kernels = kernels
@@ -147,6 +147,23 @@ class BuiltModule(Objective, pl.LightningModule):
         """
         had = self._tokenizer is not None or (self.source is not None and has_tokenizer(self.source))
         return self.tokenizer if had else None
+
+    def adopt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take the tokenizer that the data is made with: checkpoints and exports get it with its chat template.
+
+        Raises:
+            ValueError: this module was given one with another vocabulary.
+        """
+        if self._given_tokenizer is not None:
+            self._tokenizer = self._given_tokenizer
+            self.__dict__.pop("tokenizer", None)
+            if (own := self.tokenizer.get_vocab()) != (other := tokenizer.get_vocab()):
+                raise ValueError(
+                    f"{type(self).__name__} was given a tokenizer of {len(own):,} tokens and the data one of "
+                    f"{len(other):,}, and their vocabularies differ. Give one of the two."
+                )
+        self._tokenizer = tokenizer
+        self.__dict__.pop("tokenizer", None)
 
     @cached_property
     def isolation(self) -> Isolation:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from automodel_trainer.checkpoint.state import TOKENIZER_KEY
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.data.sizes import check_micro_batch
 from automodel_trainer.models.auto_classes import CLASSIFIERS
@@ -227,6 +228,8 @@ class HuggingFaceModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the sums that the next log step averages, so that a resumed run logs the same numbers. Collective."""
+        if self._tokenizer is not None:  # else it is the one in the model's folder, which is copied
+            checkpoint[TOKENIZER_KEY] = self.tokenizer
         if self._window:
             loss_sum, tokens = self._window.sums()
             whole = self.strategy.sum_over_tokens(loss_sum.clone())

@@ -48,7 +48,7 @@ class _Route(NamedTuple):
     tokens: Tensor  # [sent], the token that each sent row belongs to
     sent: list[int]  # rows to each rank
     received: list[int]  # rows from each rank
-    count: int  # n
+    count: int  # type: ignore[assignment]  # n; hides the method of tuple
 
 
 class AllToAll:

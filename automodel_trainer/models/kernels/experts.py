@@ -118,7 +118,7 @@ def swap_experts(model: nn.Module) -> tuple[list[str], dict[str, str]]:
         if isinstance(layout, str):
             left[name] = layout
         elif layout is not None and not isinstance(module, GroupedExperts):
-            module.__class__ = mixed(GroupedExperts, type(module))  # type: ignore[assignment]
+            module.__class__ = mixed(GroupedExperts, type(module))  # type: ignore[assignment, arg-type]
             module.layout = layout  # type: ignore[assignment]
             swapped.append(name)
     return swapped, left
