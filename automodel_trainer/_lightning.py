@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import safetensors.torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.core import saving
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as EpochLoop
 from lightning.pytorch.overrides.distributed import prepare_for_backward
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher, _WorkerOutput
@@ -27,8 +30,10 @@ __all__ = [
     "install_quiet_epoch_loop",
     "keep_quiet_about_trees",
     "prepare_for_backward",
+    "read_more_in_load_from_checkpoint",
     "sync_rank_zero",
     "synchronize_layers",
+    "uncompiled",
 ]
 
 defaults_from_env_vars = _defaults_from_env_vars
@@ -43,10 +48,11 @@ def sync_rank_zero(rank: int) -> None:
 
 
 class NotebookLauncher(_MultiProcessingLauncher):
-    """Runs `fit` in forked or spawned workers and leaves the weights in the checkpoint folder.
+    """Runs `fit` in forked or spawned workers.
 
     Lightning would send the module's state dict back through pickle, which fails for sharded tensors. The caller gets
-    the path of the checkpoint instead, from `Trainer.fit`.
+    the path of the checkpoint instead (`Trainer.fit` returns it), and the weights of a module of its own that every
+    worker holds whole.
     """
 
     @property
@@ -59,12 +65,16 @@ class NotebookLauncher(_MultiProcessingLauncher):
             return None
         extra = self.get_extra_results(trainer)
         callback = trainer.checkpoint_callback
+        extra["weights"] = getattr(self._strategy, "whole_weights", lambda: None)()
         extra["checkpoint"] = {name: getattr(callback, name) for name in _CHECKPOINT_STATE if _settable(callback, name)}
         return _WorkerOutput(None, None, trainer.state, results, extra)
 
     def _recover_results_in_main_process(self, worker_output: _WorkerOutput, trainer: pl.Trainer) -> None:
         trainer.state = worker_output.trainer_state
         self.update_main_process_results(trainer, worker_output.extra)
+        weights = worker_output.extra["weights"]
+        if weights is not None:
+            trainer.lightning_module.load_state_dict(safetensors.torch.load(weights), strict=False)
         for name, value in worker_output.extra["checkpoint"].items():
             setattr(trainer.checkpoint_callback, name, value)
 
@@ -77,8 +87,8 @@ def _settable(callback: Any, name: str) -> bool:
     return hasattr(callback, name) and not isinstance(getattr(type(callback), name, None), property)
 
 
-class _QuietEpochLoop(_TrainingEpochLoop):
-    """Lightning's epoch loop without its SIGTERM broadcast.
+class _TrainingEpochLoop(EpochLoop):
+    """Lightning's epoch loop without its SIGTERM broadcast. Profilers name entries after it, so it has the same name.
 
     Lightning broadcasts rank 0's SIGTERM flag before every batch and waits for the device to read it. The `Preemption`
     callback lets ranks agree on a stop without waiting, and any rank may get the signal.
@@ -105,7 +115,30 @@ def keep_quiet_about_trees() -> None:
 def install_quiet_epoch_loop(trainer: pl.Trainer) -> None:
     """Replace the Trainer's training epoch loop by `_QuietEpochLoop`. Call it before the first run."""
     old = trainer.fit_loop.epoch_loop
-    trainer.fit_loop.epoch_loop = _QuietEpochLoop(trainer, min_steps=old.min_steps, max_steps=old.max_steps)
+    trainer.fit_loop.epoch_loop = _TrainingEpochLoop(trainer, min_steps=old.min_steps, max_steps=old.max_steps)
+
+
+def read_more_in_load_from_checkpoint(reads: Callable[[Any], bool], read: Callable[[Any, Any], dict[str, Any]]) -> None:
+    """Let `load_from_checkpoint` of every LightningModule and data module read another kind of checkpoint.
+
+    Args:
+        reads: whether a path is of that kind. For all others nothing changes.
+        read: reads a checkpoint; it gets the path and `map_location`.
+    """
+    theirs = saving.pl_load
+
+    def load(path_or_url: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        if reads(path_or_url):
+            return read(path_or_url, map_location)
+        return theirs(path_or_url, map_location=map_location, weights_only=weights_only)
+
+    saving.pl_load = load
+
+
+def uncompiled(model: Any) -> Any:
+    """The LightningModule inside what `torch.compile` made of one; anything else as it is."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, pl.LightningModule) else model
 
 
 def forget_optimizers(strategy: pl.strategies.Strategy) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from automodel_trainer._lightning import uncompiled
 from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.models.limits import is_rotary, position_limit, vocabulary_size
 from automodel_trainer.modules import DEFAULT_OBJECTIVE, HuggingFaceModule
+from automodel_trainer.modules.built import BuiltModule
 from automodel_trainer.strategies import Objective
 
 Model = str | os.PathLike[str] | PreTrainedModel | pl.LightningModule
@@ -30,24 +36,41 @@ def connect(
         module, data module and loader; the data module or the loader is None.
 
     Raises:
+        TypeError: the model is none of these.
         ValueError: both data and datamodule were given, the data is of an unknown kind, or its labels are not what this
             objective learns.
     """
     if data is not None and datamodule is not None:
         raise ValueError("Give data or datamodule=, not both.")
-    module = model if isinstance(model, pl.LightningModule) else DEFAULT_OBJECTIVE(model)
+    module: Any = model if isinstance(uncompiled(model), pl.LightningModule) else _objective_for(model)
     datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role)
     if isinstance(module, HuggingFaceModule) and role == "train":
         check_causal(module)
     if isinstance(datamodule, MicroBatchDataModule):
-        if isinstance(module, Objective):
+        if isinstance(uncompiled(module), Objective):
             _check_labels(module, datamodule)
             if datamodule.tokenizer is None:
                 datamodule.tokenizer = module.tokenizer_or_none
+            elif isinstance(module, BuiltModule):
+                module.adopt_tokenizer(datamodule.load_tokenizer())
         if isinstance(module, HuggingFaceModule):
             choose_rows(module, datamodule)
         datamodule.prepare()
+        if isinstance(module, Objective):
+            check_sizes(module, datamodule)
     return module, datamodule, loader
+
+
+def check_sizes(module: Objective, datamodule: MicroBatchDataModule) -> None:
+    """Compare prepared data with the sizes of the model that is to be trained on it.
+
+    Raises:
+        ValueError: the data has a token or a position that the model lacks.
+    """
+    config = module.model_config
+    if config is not None:
+        vocabulary = vocabulary_size(config, getattr(module, "given_model", None))
+        datamodule.check_sizes(vocabulary, position_limit(config), is_rotary(config))
 
 
 def check_causal(module: HuggingFaceModule) -> None:
@@ -70,6 +93,34 @@ def choose_rows(module: HuggingFaceModule, datamodule: MicroBatchDataModule) -> 
     datamodule.choose_packing(None if found.packed is not None else found.packed_obstacle)
     if not datamodule.packs and datamodule.rows_hold_documents and found.padded_obstacle is not None:
         raise ValueError(f"This model cannot be trained on padded rows: {found.padded_obstacle}. Packing: {found}.")
+
+
+def _objective_for(model: Any) -> pl.LightningModule:
+    named = isinstance(model, (str, os.PathLike))
+    if named or (isinstance(model, nn.Module) and hasattr(model, "config")):
+        return DEFAULT_OBJECTIVE(model)
+    raise TypeError(
+        f"model is a {type(model).__name__}. It must be a `LightningModule`, a transformers `PreTrainedModel`, or a "
+        "Hub id or folder. Write a LightningModule around a plain torch module: it says what the loss is."
+    )
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def without(*names: str) -> Callable[[_Method], _Method]:
+    """Leave keywords out of the method's signature, which is then Lightning's.
+
+    LightningCLI makes an option of every argument that it sees, and `--data` is its data module.
+    """
+
+    def hide(method: _Method) -> _Method:
+        signature = inspect.signature(method)
+        seen = [parameter for parameter in signature.parameters.values() if parameter.name not in names]
+        method.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
+        return method
+
+    return hide
 
 
 def _check_labels(module: Objective, datamodule: MicroBatchDataModule) -> None:

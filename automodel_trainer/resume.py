@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import check_checkpoint
-from automodel_trainer.checkpoint.remote import fetch, is_remote
+from automodel_trainer.checkpoint.remote import fetch, is_remote, local_root
 from automodel_trainer.checkpoint.runs import saved_in
 from automodel_trainer.checkpoint.settings import RESUME
 from automodel_trainer.distributed.restarts import begin_fit
@@ -29,7 +29,7 @@ def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) ->
     """
     callback = trainer.checkpoint_callback
     if is_remote(path):
-        return str(fetch(str(path), Path(trainer.default_root_dir) / "downloads"))
+        return str(fetch(str(path), local_root(trainer.default_root_dir) / "downloads"))
     if path not in ("last", "last-whole", "best", "auto"):
         return None if path is None else str(path)
     if callback is None:  # this run saves nothing; an earlier one may have
@@ -41,8 +41,15 @@ def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) ->
                 f"{type(callback).__name__}. Give 'last', 'best' or a path, or use DCPCheckpoint."
             )
         return str(path)
-    root = Path(trainer.default_root_dir)
-    found = callback.find_best(root) if path == "best" else callback.find_last(root, whole=path != "last")
+    root = trainer.default_root_dir
+    if path == "best":
+        # This run's; in a new process what is on disk. Without a monitor the newest is the best, as in Lightning.
+        in_memory = callback.best_model_path
+        found = Path(in_memory) if in_memory else callback.find_best(root)
+        if found is None and callback.monitor is None:
+            found = callback.find_last(root)
+    else:
+        found = callback.find_last(root, whole=path != "last")
     if found is None and path != "auto":
         raise ValueError(
             f"ckpt_path={path!r}: there is no checkpoint under {trainer.default_root_dir}. Leave ckpt_path out to "

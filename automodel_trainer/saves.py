@@ -10,6 +10,7 @@ import torch
 
 from automodel_trainer.checkpoint.export import export_pretrained
 from automodel_trainer.checkpoint.merge import merge_and_save
+from automodel_trainer.checkpoint.remote import local_only
 from automodel_trainer.modules import HuggingFaceModule
 
 
@@ -38,7 +39,7 @@ class SavesPretrained(pl.Trainer):
             ValueError: this process has no model to save.
         """
         module = self._module_to_save()
-        folder = Path(save_directory)
+        folder = local_only(save_directory, "save_pretrained")
         export_pretrained(
             module.model,
             folder,
@@ -68,7 +69,7 @@ class SavesPretrained(pl.Trainer):
         return merge_and_save(
             module.model,
             module.source,
-            save_directory,
+            local_only(save_directory, "merge_and_save"),
             dtype,
             tokenizer=module.tokenizer_or_none,
             trust_remote_code=module.trust_remote_code,

@@ -15,23 +15,29 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+import automodel_trainer.load_from_checkpoint  # noqa: F401  Lightning's loader learns of checkpoint folders
 from automodel_trainer._lightning import (
     defaults_from_env_vars,
     drop_advertisement,
     install_quiet_epoch_loop,
     keep_quiet_about_trees,
+    uncompiled,
 )
+from automodel_trainer.accelerators import resolve_devices
+from automodel_trainer.callbacks._loggers import upload_folders
 from automodel_trainer.callbacks.defaults import default_callbacks
 from automodel_trainer.callbacks.preemption import preemption_of
-from automodel_trainer.connect import Model, accumulating, connect
-from automodel_trainer.data.adapt import Steps, len_or_none, one_of
+from automodel_trainer.checkpoint.remote import is_remote, local_root
+from automodel_trainer.connect import Model, accumulating, connect, without
+from automodel_trainer.data.adapt import as_loaders, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.distributed.launch import launched_sizes
 from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.resume import check_folder, check_resume, checkpoint_path, saved_before_restart
 from automodel_trainer.saves import SavesPretrained
-from automodel_trainer.strategies import Objective, StrategyRegistry
+from automodel_trainer.strategies import MeshStrategy, Objective
 from automodel_trainer.strategies.base.precision import canonical_precision
 from automodel_trainer.verification.ranks import Launcher
 from automodel_trainer.verification.report import Report
@@ -111,9 +117,9 @@ class Trainer(SavesPretrained):
         model_registry: str | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        if max_epochs is None and max_steps == -1:
-            max_epochs = DEFAULT_EPOCHS if max_time is None else -1
+        max_epochs = _upper_limit(max_epochs, max_steps, min_epochs, min_steps, max_time)
         devices, num_nodes = launched_sizes(devices, num_nodes)
+        accelerator, strategy = resolve_devices(accelerator, strategy)
         self.requested_gradient_clip_val = gradient_clip_val
         self.requested_accumulation = accumulate_grad_batches
         self.arguments = arguments
@@ -124,7 +130,7 @@ class Trainer(SavesPretrained):
         keep_quiet_about_trees()
         super().__init__(
             accelerator=accelerator,
-            strategy=StrategyRegistry.resolve(strategy),
+            strategy=strategy,
             devices=devices,
             num_nodes=num_nodes,
             precision=canonical_precision(precision),  # type: ignore[arg-type]
@@ -138,6 +144,7 @@ class Trainer(SavesPretrained):
                 watchdog=not barebones,
                 garbage_collection=not barebones,
                 max_time=max_time,
+                folders=isinstance(strategy, MeshStrategy),
             ),
             fast_dev_run=fast_dev_run,
             max_epochs=max_epochs,
@@ -176,28 +183,35 @@ class Trainer(SavesPretrained):
             model_registry=model_registry,
         )
         install_quiet_epoch_loop(self)
+        if is_remote(self.default_root_dir):
+            rank_zero_info(
+                f"Checkpoints and Lightning's logs go to {self.default_root_dir}; the ledger, the configuration and "
+                f"reports go to {local_root(self.default_root_dir)}."
+            )
 
     # --- entry points ---------------------------------------------------------------------------------------------
 
+    @without("data")
     def fit(  # type: ignore[override]
         self,
         model: Model,
-        data: Any = None,
-        val_dataloaders: Any = None,
-        *,
         train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
         datamodule: pl.LightningDataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
+        *,
         resume: Literal["all", "data", "weights"] = "all",
+        data: Any = None,
     ) -> Path | None:
         """Train a model on data.
 
         Args:
             model: a Hub id or folder, a `PreTrainedModel` (real, or on meta with its path), or a LightningModule.
-            data: a path or Hub id of a chat or instruction set (jsonl, json, parquet), a `Dataset` or `DatasetDict`, a
-                DataLoader, or a LightningDataModule.
-            val_dataloaders, train_dataloaders, datamodule: as Lightning has them.
+            train_dataloaders: the data: a path or Hub id of a chat or instruction set (jsonl, json, parquet), a
+                `Dataset` or `DatasetDict`, a list of rows or batches, a DataLoader or several (as Lightning has them),
+                or a LightningDataModule.
+            val_dataloaders, datamodule: as Lightning has them; `val_dataloaders` may be a list of batches.
             ckpt_path: the checkpoint to resume from: a folder, a URL, `"last"`, `"best"`, `"last-whole"` (the newest
                 that is not damaged; `"last"` raises if the newest is damaged and names the file), or `"auto"` (the
                 same, or none if there is none). After a restart by torchrun, the run's own last checkpoint is used.
@@ -206,6 +220,7 @@ class Trainer(SavesPretrained):
                 optimizer and step, and begins with the first row and epoch of other data. "weights" starts a new run
                 from its weights. Settings that differ from the checkpoint's are taken over or refused
                 (docs/resume.md has the list); the ledger prints them.
+            data: another name of `train_dataloaders`.
 
         Returns:
             the newest checkpoint of the run, or None if it wrote none.
@@ -216,7 +231,7 @@ class Trainer(SavesPretrained):
         """
         data = one_of("data", data, "train_dataloaders", train_dataloaders)
         module, datamodule, loader = connect(model, data, datamodule)
-        if isinstance(module, Objective):
+        if isinstance(uncompiled(module), Objective):
             # Lightning refuses both under manual optimization. The module clips, and the data module accumulates.
             self.accumulate_grad_batches, self.gradient_clip_val = 1, None
             loader = accumulating(self.requested_accumulation, datamodule, loader)
@@ -229,10 +244,11 @@ class Trainer(SavesPretrained):
             self.accumulate_grad_batches = self.requested_accumulation
             self.gradient_clip_val = self.requested_gradient_clip_val
         self._training_data = datamodule or loader
+        upload_folders(self.loggers)
         super().fit(
             module,
             train_dataloaders=loader,
-            val_dataloaders=Steps(val_dataloaders) if isinstance(val_dataloaders, list) else val_dataloaders,
+            val_dataloaders=as_loaders(val_dataloaders),
             datamodule=datamodule,
             ckpt_path=self._resumed_path(ckpt_path, resume),
             weights_only=weights_only,
@@ -252,46 +268,55 @@ class Trainer(SavesPretrained):
                 self.resume = resume
         return None if self.resume == "weights" else self.resumed_path
 
+    @without("data")
     def validate(  # type: ignore[override]
         self,
         model: Model | None = None,
-        data: Any = None,
-        *,
         dataloaders: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
         datamodule: pl.LightningDataModule | None = None,
         weights_only: bool | None = None,
+        *,
+        data: Any = None,
     ) -> Any:
-        """Evaluate on the validation data; arguments as in `fit`. Returns Lightning's list of metrics."""
+        """Evaluate on the validation data; arguments as in `fit`. Returns Lightning's list of metrics.
+
+        After `fit`, without a model and a `ckpt_path`, the best checkpoint is evaluated, as Lightning does.
+        """
         arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "validation", ckpt_path)
         return super().validate(**arguments, verbose=verbose, weights_only=weights_only)
 
+    @without("data")
     def test(  # type: ignore[override]
         self,
         model: Model | None = None,
-        data: Any = None,
-        *,
         dataloaders: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
         datamodule: pl.LightningDataModule | None = None,
         weights_only: bool | None = None,
+        *,
+        data: Any = None,
     ) -> Any:
-        """Evaluate on the test data; arguments as in `fit`. Returns Lightning's list of metrics."""
+        """Evaluate on the test data; arguments as in `fit`. Returns Lightning's list of metrics.
+
+        After `fit`, without a model and a `ckpt_path`, the best checkpoint is evaluated, as Lightning does.
+        """
         arguments = self._evaluation_arguments(model, data, dataloaders, datamodule, "test", ckpt_path)
         return super().test(**arguments, verbose=verbose, weights_only=weights_only)
 
+    @without("data")
     def predict(  # type: ignore[override]
         self,
         model: Model | None = None,
-        data: Any = None,
-        *,
         dataloaders: Any = None,
         datamodule: pl.LightningDataModule | None = None,
         return_predictions: bool | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
+        *,
+        data: Any = None,
     ) -> Any:
         """Predict on data; arguments as in `fit`.
 
@@ -379,6 +404,31 @@ class Trainer(SavesPretrained):
                 raise ValueError("Give a model: this Trainer has not run one yet.")
             if data is None and datamodule is None:  # Lightning uses the data of the last run
                 return {"model": None, "dataloaders": None, "datamodule": None, "ckpt_path": path}
-            model = self.lightning_module
+            _, datamodule, loader = connect(self.lightning_module, data, datamodule, role)
+            # No model: Lightning then chooses the best checkpoint of the run.
+            return {"model": None, "dataloaders": loader, "datamodule": datamodule, "ckpt_path": path}
         module, datamodule, loader = connect(model, data, datamodule, role)
         return {"model": module, "dataloaders": loader, "datamodule": datamodule, "ckpt_path": path}
+
+
+def _upper_limit(
+    max_epochs: int | None, max_steps: int, min_epochs: int | None, min_steps: int | None, max_time: Any
+) -> int | None:
+    """`max_epochs`, or the default where neither epochs, steps nor time are limited.
+
+    Raises:
+        ValueError: the lower limits lie above the upper ones.
+    """
+    for unit, low, high in (("epochs", min_epochs, max_epochs), ("steps", min_steps, max_steps)):
+        if low is not None and high is not None and -1 < high < low:
+            raise ValueError(f"min_{unit}={low} is more than max_{unit}={high}. Raise max_{unit} or lower min_{unit}.")
+    if max_epochs is not None or max_steps != -1:
+        return max_epochs
+    if max_time is not None:
+        return -1
+    if min_steps is not None:
+        raise ValueError(
+            f"min_steps={min_steps} needs an upper limit too: give max_steps, max_epochs (-1: none) or max_time. The "
+            f"default of {DEFAULT_EPOCHS} epochs may have fewer steps."
+        )
+    return max(DEFAULT_EPOCHS, min_epochs or 0)

@@ -50,7 +50,7 @@ class ContinueRun(Callback):
         strategy = trainer.strategy
         if not isinstance(strategy, MeshStrategy):
             return
-        strategy.on_read = None
+        strategy.on_read = strategy.on_optimizers_read = None
         if stage != "fit":
             return
         self._settings = run_settings(trainer, pl_module)
@@ -68,6 +68,7 @@ class ContinueRun(Callback):
         asks_for_new_data = self.resume == "data" and self._has_new_data(trainer)
         self._plan(trainer, state, asks_for_new_data)
         strategy.on_read = partial(self._continue, trainer, asks_for_new_data)
+        strategy.on_optimizers_read = partial(self._continue_schedules, trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the weights of a run that takes only these, and say what changed if no ledger will."""
@@ -133,7 +134,6 @@ class ContinueRun(Callback):
 
     def _continue(self, trainer: pl.Trainer, asks_for_new_data: bool, checkpoint: dict[str, Any]) -> None:
         """Change what Lightning is about to restore, so that it fits this run."""
-        self._continue_schedules(trainer, checkpoint)
         if asks_for_new_data:
             new_data(trainer, checkpoint)
             return
@@ -145,6 +145,7 @@ class ContinueRun(Callback):
             refuse_other_batches(checkpoint, self.checkpoint)
 
     def _continue_schedules(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Change the state of the schedules that Lightning is about to restore. Optimizers have theirs already."""
         run = checkpoint.get(RUN_KEY, {})
         given, built = run.get("optimizers"), run.get("schedules", [])
         saved = checkpoint.get("lr_schedulers", [])

@@ -25,6 +25,7 @@ def default_callbacks(
     watchdog: bool = False,
     garbage_collection: bool = False,
     max_time: Duration | None = None,
+    folders: bool = True,
 ) -> list[Callback]:
     """The user's callbacks, with the default ones added unless the user gave one of that kind.
 
@@ -39,6 +40,8 @@ def default_callbacks(
         watchdog: add a Watchdog.
         garbage_collection: add a GarbageCollection.
         max_time: add a Preemption with this time limit.
+        folders: the strategy writes checkpoint folders. Otherwise no DCPCheckpoint is added, and Lightning adds its
+            ModelCheckpoint.
 
     Raises:
         ValueError: `max_time` is not a duration, or the user's Preemption has a limit of its own.
@@ -56,7 +59,7 @@ def default_callbacks(
         callbacks.append(Ledger())
     if progress_bar and missing(ProgressBar):
         callbacks.append(ProgressLine())
-    if checkpointing and missing(Checkpoint):
+    if checkpointing and folders and missing(Checkpoint):
         callbacks.append(DCPCheckpoint())
     if watchdog and missing(Watchdog):
         callbacks.insert(0, Watchdog())  # first, to record the phase before another callback can hang in it

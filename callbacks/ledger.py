@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,6 +23,7 @@ from automodel_trainer.callbacks.ledger_facts import (
     run_facts,
 )
 from automodel_trainer.callbacks.ledger_text import ledger_rows
+from automodel_trainer.checkpoint.remote import local_root
 from automodel_trainer.nn.text import listed
 from automodel_trainer.strategies import Objective
 
@@ -100,7 +100,7 @@ class Ledger(Callback):
         surprises = self._surprises(trainer, pl_module)
         show(trainer, block("ledger", ledger_rows(self.facts)))
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            path = Path(trainer.default_root_dir) / "ledger.json"
+            path = local_root(trainer.default_root_dir) / "ledger.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
         self._raise_together(trainer, surprises)

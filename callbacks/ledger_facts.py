@@ -30,6 +30,8 @@ from automodel_trainer.models._transformers import (
 from automodel_trainer.models.kernels import KernelsInUse, kernels_in_use
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
+from automodel_trainer.models.quantization_config import ReadDense
+from automodel_trainer.models.record import recorded
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.base.allocator import allocator_of
 from automodel_trainer.strategies.base.clip import local_tensor
@@ -84,6 +86,7 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
         "kernel_costs": kernels.costs(compiled_with(trainer.strategy)["compile"] is not None),
         "experts": next((text for m in inner if (text := _experts(m))), None),
         "fp8": next((str(layers) for m in inner if (layers := fp8_layers(m))), None),
+        "read_dense": next((read.method for m in inner if (read := recorded(m, ReadDense))), None),
         "lora": next((text for m in inner if (text := describe_lora(m))), None),
     }
 
@@ -234,8 +237,9 @@ def _schedule(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
 
 
 def _mesh(strategy: MeshStrategy) -> dict[str, int]:
-    mesh = strategy.device_mesh
-    return dict(zip(mesh.mesh_dim_names or (), mesh.shape))
+    mesh, ep = strategy.device_mesh, strategy.expert_ranks
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape))
+    return {**sizes, "of these ep": ep} if isinstance(ep, int) and ep > 1 else sizes
 
 
 def _device_name(device: torch.device) -> str:
@@ -277,7 +281,8 @@ def _experts(model: PreTrainedModel) -> str | None:
     unused = unused_balancing_loss(model)
     if (name := experts_in_use(model)) is None:
         return None
-    return f"{name} (transformers' experts_implementation)" + (
+    grouped = "experts" in kernels_in_use(model).texts
+    return ("grouped" if grouped else f"{name} (transformers' experts_implementation)") + (
         f"; {unused} is not used: output_router_logits is off" if unused else ""
     )
 

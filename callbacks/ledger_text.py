@@ -30,6 +30,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
     if model["tied"] or model["untied"]:
         rows.append(("tied weights", "; ".join([*model["tied"], *(f"⚠ {pair}" for pair in model["untied"])])))
     rows += [("gradients", text) for text in _gradients(gradients)]
+    if model.get("read_dense"):
+        rows.append(("checkpoint", f"its weights are quantized ({model['read_dense']}); they were read as dense ones"))
     if model["fp8"]:
         rows.append(("fp8", model["fp8"]))
     if model["attention"]:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.callbacks.time_limit import Duration, TimeLimit
+from automodel_trainer.checkpoint.remote import local_root
 from automodel_trainer.distributed.launch import in_notebook
 
 TIME = "max_time"
@@ -231,4 +232,4 @@ def _savers(trainer: pl.Trainer) -> list[DCPCheckpoint]:
 
 
 def _marker(trainer: pl.Trainer) -> Path:
-    return Path(trainer.default_root_dir) / MARKER
+    return local_root(trainer.default_root_dir) / MARKER

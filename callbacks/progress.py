@@ -128,8 +128,8 @@ class ProgressLine(ProgressBar):
 
     def _read_values(self, trainer: pl.Trainer) -> list[str]:
         """Texts of the logged values. Waits for the device."""
-        optimizers = trainer.optimizers
-        lr = optimizers[0].param_groups[0]["lr"] if optimizers else None
+        # Without optimizers Lightning has a stand-in, which has no groups.
+        lr = next((group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups), None)
         shown = metric_texts(trainer.callback_metrics, trainer.progress_bar_metrics, lr)
         throughput = _throughput(trainer)
         return shown + (throughput_texts(throughput.last) if throughput is not None else [])

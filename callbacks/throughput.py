@@ -111,7 +111,7 @@ class Throughput(Callback):
             assert self._start is not None
             seconds = time.perf_counter() - self._start - self._paused
             self.last = self._measure(trainer, self._collect(trainer), seconds)
-            pl_module.log_dict(self.last)
+            pl_module.log_dict(self.last, batch_size=1)  # of each step; Lightning may not know the batch's size
             self._open_window(trainer)
         self._batch_ended = time.perf_counter()
 

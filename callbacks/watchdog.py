@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer.callbacks.side_channel import SideChannel
 from automodel_trainer.callbacks.watch import Watch
+from automodel_trainer.checkpoint.remote import local_root
 from automodel_trainer.distributed.phase import current, enter_phase
 
 _IN_STEP = ("data", "step", "forward", "backward", "clip", "optimizer")
@@ -165,7 +166,7 @@ def _connect(trainer: pl.Trainer) -> SideChannel | None:
 
 def _folder(trainer: pl.Trainer) -> Path:
     name = trainer.strategy.broadcast(time.strftime("%Y%m%d-%H%M%S"))
-    return Path(trainer.default_root_dir) / "stacks" / name
+    return local_root(trainer.default_root_dir) / "stacks" / name
 
 
 def _kill_children(trainer: pl.Trainer) -> None:

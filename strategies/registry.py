@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, Literal, get_type_hints
@@ -29,6 +30,10 @@ def _fsdp2_cp(cp: int | Literal["auto"] = "auto", **kwargs: Any) -> FSDP2Strateg
     return FSDP2Strategy(cp=cp, **kwargs)
 
 
+def _fsdp2_ep(ep: int | Literal["auto"] = "auto", **kwargs: Any) -> FSDP2Strategy:
+    return FSDP2Strategy(ep=ep, **kwargs)
+
+
 def _fsdp2_tp(tp: int | Literal["auto"] = "auto", **kwargs: Any) -> FSDP2Strategy:
     return FSDP2Strategy(tp=tp, **kwargs)
 
@@ -41,6 +46,7 @@ _FACTORIES: dict[str, Callable[..., Strategy]] = {
     "ddp": DDPStrategy,
     "fsdp2": FSDP2Strategy,
     "fsdp2_cp": _fsdp2_cp,
+    "fsdp2_ep": _fsdp2_ep,
     "fsdp2_tp": _fsdp2_tp,
     "hsdp": _hsdp,
     "megatron_fsdp": MegatronFSDPStrategy,
@@ -73,6 +79,7 @@ class StrategyRegistry:
             ValueError: the name or an option is unknown, or an option has no value.
         """
         name, _, options = spec.partition(":")
+        name = name.lower()  # as Lightning has it
         _load_entry_points()
         if name not in _FACTORIES:
             raise ValueError(
@@ -96,7 +103,7 @@ class StrategyRegistry:
     def resolve(strategy: str | Strategy) -> str | Strategy:
         """Turn one of this project's names into a strategy object. Lightning's own names and objects pass through.
 
-        Where both know a name (`ddp`), this project's strategy is used.
+        Where both know a name (`ddp`, and its forms such as `ddp_spawn`), this project's strategy is used.
 
         Raises:
             ValueError: the name or an option is unknown.
@@ -104,9 +111,24 @@ class StrategyRegistry:
         if not isinstance(strategy, str):
             return strategy
         ours = StrategyRegistry.names()
-        if strategy.partition(":")[0] not in ours and strategy in LightningStrategies.available_strategies():
-            return strategy
+        own = _lightnings_ddp(strategy.lower())
+        if own is not None:
+            return own
+        if (
+            strategy.partition(":")[0].lower() not in ours
+            and strategy.lower() in LightningStrategies.available_strategies()
+        ):
+            return strategy.lower()
         return StrategyRegistry.get(strategy)
+
+
+def _lightnings_ddp(name: str) -> DDPStrategy | None:
+    """The DDP strategy of a name such as `ddp_spawn` or `ddp_find_unused_parameters_true`; None for other names."""
+    form = re.fullmatch(r"ddp(?:_(spawn|fork|notebook))?(?:_find_unused_parameters_(true|false))?", name)
+    if form is None or name == "ddp":
+        return None
+    launcher = {None: "auto", "notebook": "fork"}.get(form[1], form[1])
+    return DDPStrategy(launcher=launcher, find_unused_parameters=form[2] == "true")
 
 
 def _load_entry_points() -> None:

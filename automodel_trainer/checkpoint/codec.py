@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from automodel_trainer.checkpoint.extra import Stored
+
 _LARGEST_TENSOR = 1_000_000  # elements; larger tensors belong in safetensors files
 _PLAIN = (str, int, bool, type(None))
 
@@ -85,6 +87,8 @@ def _encode_object(value: Any, key: str) -> Any:
         return {"__tensor__": encode(value.detach().cpu().tolist(), key), "dtype": dtype, "shape": list(value.shape)}
     if isinstance(value, np.generic):
         return encode(value.item(), key)
+    if isinstance(value, Stored):
+        return {"__stored__": value.name}
     if isinstance(value, Path):
         return {"__path__": str(value)}
     if isinstance(value, torch.dtype):
@@ -124,6 +128,7 @@ _DECODERS: dict[str, Any] = {
     "__set__": lambda value: set(_decode(value["__set__"])),
     "__dict__": lambda value: {_decode(name): _decode(item) for name, item in value["__dict__"]},
     "__tensor__": _decode_tensor,
+    "__stored__": lambda value: Stored(_text(value["__stored__"])),
     "__path__": lambda value: Path(value["__path__"]),
     "__dtype__": lambda value: _dtype(value["__dtype__"]),
     "__device__": lambda value: torch.device(_text(value["__device__"])),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,8 +29,8 @@ from automodel_trainer.checkpoint.weight_stream import (
 from automodel_trainer.distributed.agreement import on_all_ranks, rank
 from automodel_trainer.models._transformers import converts_weights, original_weight_names, tied_weight_names
 from automodel_trainer.models.auto import empty_model
-from automodel_trainer.models.files import INDEX_NAME, resolve_folder, weight_files
-from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, lora_of
+from automodel_trainer.models.files import INDEX_NAME, resolve_folder
+from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, lora_of, untied_head
 from automodel_trainer.models.lora.adapter_files import read_config, read_tensors, save_adapter, trained_tensors
 from automodel_trainer.models.lora.functional import adapted_weight, direction_norm
 from automodel_trainer.models.lora.initialize import principal_factors
@@ -82,7 +81,8 @@ def merge(
     if base is not None:
         raise ValueError(f"{source} is a full model, not an adapter: leave out the base {base}.")
     with new_folder(Path(output)) as target:
-        weights, model = Weights(folder), empty_model(folder, trust_remote_code)
+        model = empty_model(folder, trust_remote_code)
+        weights = Weights(folder, dense=model.dtype)
         groups, convert = _conversion(model, weights)
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "groups": groups, "convert": convert}
         write_stream(weights, target, dtype=dtype, title="merging", **options)
@@ -111,14 +111,16 @@ def _merge_adapter(
     )
     updates = Updates(model, read_tensors(adapter), dtype)
     with new_folder(output) as target:
-        files = weight_files(source)
-        headers = {file: header_of(file) for file in files}
-        updates.check({name for header in headers.values() for name in header}, source)
-        with progress("merging", sum(file.stat().st_size for file in files)) as advance:
-            for file, header in headers.items():
-                _merge_file(file, header, target / file.name, updates, advance)
-        _write_index(source, target)
         kept = dtype or getattr(torch, str(model.config.dtype).removeprefix("torch."))
+        weights = Weights(source, dense=model.dtype)
+        if head := untied_head(model):
+            (on_disk,) = original_weight_names(model, {head.source: model.get_parameter(head.source).detach()})
+            weights.show_again(on_disk, head.name)
+        updates.check(set(weights.header), source)
+        with progress("merging", sum(file.stat().st_size for file in weights.files)) as advance:
+            for file, header in weights.by_file().items():
+                _merge_file(weights, header, target / file.name, updates, advance)
+        _write_index(source, target, weights)
         copy_sidecars(model, target, source=source, dtype=kept)
         for pattern in _TOKENIZER_FILES:
             for file in resolve_folder(adapter).glob(pattern):
@@ -191,13 +193,12 @@ class Updates:
                 "files use names that we cannot map. Give the base model that the adapter was trained on."
             )
 
-    def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """The merged tensor `name`, of the shape of the base's `tensor` and in the dtype on disk.
+    def apply(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The merged tensor `name` in `dtype`, its dtype on disk; `tensor` is that of the base.
 
         Raises:
             ValueError: the base is quantized, or an adapter of this kind cannot be merged into fused weights.
         """
-        dtype = self.kept_dtype(tensor.dtype)
         source = self.source_of.get(name)
         if source is None:
             return tensor.to(dtype)
@@ -208,13 +209,25 @@ class Updates:
             parts = original_weight_names(self.model, {source: self.tensors[source]})
             return parts[name].to(dtype)
         if source in self.whole and adapter.is_linear:
-            return merged_weight(adapter, self._factors(adapter), tensor.float(), self.config.init).to(dtype)
+            weight = tensor.float().mT if adapter.is_transposed else tensor.float()
+            merged = merged_weight(adapter, self._factors(adapter), weight, self.config.init)
+            return (merged.mT.contiguous() if adapter.is_transposed else merged).to(dtype)
         if adapter.magnitude is not None or self.config.init == "pissa":
             raise ValueError(
                 f"{source} is stored in several parts, and DoRA and PiSSA adapters cannot be merged into parts. Use "
                 "the adapter without merging it."
             )
         return (tensor.float() + self._delta(source, adapter)[name]).to(dtype)
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape on disk of the merged tensor `name`; that of the base is `shape`.
+
+        They differ for embeddings that were resized and saved with the adapter.
+        """
+        source = self.source_of.get(name)
+        if source is None or source in self.adapters or source not in self.whole:
+            return shape
+        return tuple(self.tensors[source].shape)
 
     def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype on disk of a tensor with the given dtype."""
@@ -261,18 +274,19 @@ def merged_weight(adapter: Adapter, factors: Mapping[str, Tensor], weight: Tenso
     return merged
 
 
-def _merge_file(file: Path, header: Header, target: Path, updates: Updates, advance: Advance) -> None:
-    planned = {name: (updates.kept_dtype(dtype), shape) for name, (dtype, shape) in header.items()}
-    with safe_open(file, framework="pt") as tensors, SafetensorsWriter(target, planned) as writer:
-        for name in planned:
-            tensor = tensors.get_tensor(name)
-            writer.write(name, updates.apply(name, tensor))
+def _merge_file(weights: Weights, header: Header, target: Path, updates: Updates, advance: Advance) -> None:
+    planned = {name: (updates.kept_dtype(dtype), updates.shape(name, shape)) for name, (dtype, shape) in header.items()}
+    with SafetensorsWriter(target, planned) as writer:
+        for name, (dtype, _) in planned.items():
+            tensor = weights.exact(name)
+            writer.write(name, updates.apply(name, tensor, dtype))
             advance(tensor.nbytes)
 
 
-def _write_index(source: Path, target: Path) -> None:
+def _write_index(source: Path, target: Path, weights: Weights) -> None:
     if (source / INDEX_NAME).is_file():
         index = json.loads((source / INDEX_NAME).read_text())
+        index["weight_map"] = {name: file.name for name, file in weights.file_of.items() if name in weights.header}
         sizes = (t for file in target.glob("*.safetensors") for t in header_of(file).values())
         total = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in sizes)
         index["metadata"] = {**index.get("metadata", {}), "total_size": total}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, Placement, Replicate
@@ -24,6 +25,7 @@ from torch.optim import Optimizer
 
 from automodel_trainer.checkpoint import quantized_state
 from automodel_trainer.checkpoint.codec import decode, encode
+from automodel_trainer.checkpoint.extra import filled, take_out
 from automodel_trainer.checkpoint.given import Options, given_options, kept_options
 from automodel_trainer.checkpoint.host_copies import Copy, keep
 from automodel_trainer.checkpoint.manifest import OTHER, damage_named, read_json
@@ -35,6 +37,7 @@ from automodel_trainer.nn.text import listed
 from automodel_trainer.nn.uneven import empty_like_shard, holds_nothing, is_uneven, placed_like
 
 GROUPS = "groups.json"
+NESTED = "nested.json"  # state that is a list or a dict (LBFGS keeps its history so); its tensors are stored by name
 # State that is not an array is stored as a tensor of shape [1], with its kind as a suffix of the name.
 _KINDS = {"0d": Tensor, "int": int, "float": float, "bool": bool}
 
@@ -48,12 +51,14 @@ class OptimizerSnapshot:
         offsets: maps state names to the offsets of the shard in the whole tensor.
         groups: parameter groups of each optimizer, on rank 0.
         quantized: maps names of quantized state to the facts needed to create it again, on rank 0.
+        nested: maps names of lists and dicts to their content, on rank 0.
     """
 
     files: dict[str, dict[str, Tensor]]
     offsets: dict[str, list[int]]
     groups: list[dict[str, Any]] | None = None
     quantized: dict[str, Any] | None = None
+    nested: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> dict[str, Entry]:
         """Write the files into `folder` and return their entries. Not collective."""
@@ -67,6 +72,8 @@ class OptimizerSnapshot:
             written[GROUPS] = write_json(folder / GROUPS, self.groups)
         if self.quantized:
             written[quantized_state.SPECS] = write_json(folder / quantized_state.SPECS, self.quantized)
+        if self.nested:
+            written[NESTED] = write_json(folder / NESTED, self.nested)
         return written
 
 
@@ -86,6 +93,7 @@ def snapshot_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], copy
     """
     tensors: dict[str, Tensor] = {}
     quantized: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     for index, optimizer in enumerate(optimizers):
         for name, parameter in _named_parameters(module, optimizer).items():
             if holds_nothing(parameter):
@@ -95,6 +103,10 @@ def snapshot_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], copy
                 if quantized_state.is_quantized(value):
                     quantized[state] = quantized_state.describe(state, value)
                     tensors.update(quantized_state.parts(state, value))
+                elif isinstance(value, (list, dict)):
+                    content, found = take_out(value, f"{state}#")
+                    nested[state] = encode(content, state)
+                    tensors.update(found)
                 elif value is not None:
                     tensors.update(_stored(state, value, parameter))
     offsets = {name: _offsets(tensor) for name, tensor in tensors.items()}
@@ -106,7 +118,8 @@ def snapshot_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], copy
     groups = _united([groups for groups, _ in gathered])
     if rank() != 0:
         return OptimizerSnapshot(_files(copies), offsets)
-    return OptimizerSnapshot(_files(copies), offsets, groups, {k: v for _, held in gathered for k, v in held.items()})
+    united = {k: v for _, held in gathered for k, v in held.items()}
+    return OptimizerSnapshot(_files(copies), offsets, groups, united, nested)
 
 
 def _offsets(tensor: Tensor) -> list[int]:
@@ -200,6 +213,8 @@ def load_optimizers(
     for name, tensor in targets.items():
         owner, _, key = name.rpartition("/")
         optimizer, parameter = parameters[owner]
+        if "#" in key:
+            continue
         if name in inside:
             key = key.partition("@")[0]
             optimizer.state[parameter][key] = states[f"{owner}/{key}"]
@@ -208,6 +223,23 @@ def load_optimizers(
         if isinstance(tensor, DTensor) and tensor.shape == parameter.shape:
             tensor = _redistributed(tensor, parameter.placements)  # type: ignore[attr-defined]
         optimizer.state[parameter][key] = _restored(tensor, kind, _scalar_device(optimizer, parameter))
+    if (folder / NESTED).is_file():
+        _load_nested(decode(read_json(folder / NESTED), folder / NESTED), parameters, targets, folder)
+
+
+def _load_nested(
+    nested: Mapping[str, Any],
+    parameters: Mapping[str, tuple[Optimizer, Tensor]],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+) -> None:
+    """Restore lists and dicts of state, on the device of their parameter."""
+    for name, content in nested.items():
+        owner, _, key = name.rpartition("/")
+        if owner in parameters:
+            optimizer, parameter = parameters[owner]
+            content = filled(content, tensors, folder)
+            optimizer.state[parameter][key] = apply_to_collection(content, Tensor, Tensor.to, parameter.device)
 
 
 def _named_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -303,8 +335,8 @@ def _load_groups(
                 f"{folder}: {listed(sorted(difference))} was trained, or grouped, differently than in this run. Resume "
                 "with the same modules frozen and the same weight-decay groups."
             )
-        then = None if given_then is None else given_then[i]
-        now_given = None if given is None else given[i]
+        # A group that a callback added later (BackboneFinetuning) was given nothing by the user.
+        then, now_given = (options[i] if options and i < len(options) else None for options in (given_then, given))
         group.update(kept_options(other["options"], then, now_given))
 
 

@@ -7,6 +7,7 @@ it has a manifest.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from automodel_trainer.checkpoint.folder import TEMPORARY
 from automodel_trainer.checkpoint.manifest import MANIFEST, check_checkpoint, read_manifest
 from automodel_trainer.checkpoint.runs import BEST, created
+from automodel_trainer.data.cache import cache_root
 from automodel_trainer.distributed.agreement import on_all_ranks, rank, world_size
 
 P = ParamSpec("P")
@@ -32,6 +34,27 @@ _STEP = re.compile(r"step-\d+")
 def is_remote(path: object) -> bool:
     """Whether a path is a URL of object storage."""
     return "://" in str(path)
+
+
+def scratch(url: str) -> Path:
+    """The local folder for what is written to, or read from, `url`: below the cache, the same on every rank."""
+    return cache_root() / "remote" / re.sub(r"[^\w.=-]+", "_", url)
+
+
+def local_root(path: str | os.PathLike[str]) -> Path:
+    """The local folder of a Trainer's `default_root_dir`, which may be a URL of object storage."""
+    return scratch(str(path)) if is_remote(path) else Path(path)
+
+
+def local_only(path: str | os.PathLike[str], what: str) -> Path:
+    """A path that must be local.
+
+    Raises:
+        ValueError: it is a URL.
+    """
+    if is_remote(path):
+        raise ValueError(f"{what} writes to a local folder, not to {path}. Give a local folder and copy it there.")
+    return Path(path)
 
 
 def _os_error(method: Callable[P, T]) -> Callable[P, T]:
@@ -71,6 +94,18 @@ class RemoteRuns:
 
     def __str__(self) -> str:
         return self.url
+
+    @_os_error
+    def check_writable(self) -> None:
+        """Write a small object and remove it, so that missing credentials are noticed before training."""
+        place = self._path("", f".write-test-{os.getpid()}")
+        self._fs.pipe_file(place, b"test")
+        self._fs.rm_file(place)
+
+    @_os_error
+    def is_folder(self) -> bool:
+        """Whether there are objects below the URL."""
+        return bool(self._fs.isdir(self._root))
 
     @_os_error
     def upload(self, folder: Path, run: str, part: int, parts: int) -> None:
@@ -178,7 +213,7 @@ class RemoteRuns:
 
     def _steps(self, run: str) -> list[str]:
         names = [path.rstrip("/").rpartition("/")[2] for path in self._list(self._path(run))]
-        return sorted(name for name in names if _STEP.fullmatch(name))
+        return sorted(n for n in names if _STEP.fullmatch(n) or self._fs.exists(self._path(run, n, MANIFEST)))
 
     def _whole(self, run: str) -> list[str]:
         return [name for name in self._steps(run) if self._fs.exists(self._path(run, name, MANIFEST))]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from automodel_trainer.checkpoint.folder import TEMPORARY
 from automodel_trainer.checkpoint.manifest import MANIFEST, check_checkpoint, read_manifest
 
 LATEST, BEST = "latest", "best"
@@ -18,9 +19,10 @@ def step_folder(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def step_of(folder: Path) -> int:
-    """The optimizer step of a checkpoint, from its folder name."""
-    return int(folder.name.removeprefix("step-"))
+def described(folder: Path) -> str:
+    """A checkpoint in a message: `step 10`, or its name if a user has chosen it."""
+    number = folder.name.removeprefix("step-")
+    return f"step {int(number)}" if re.fullmatch(r"step-\d+", folder.name) else folder.name
 
 
 def saved_in(run: Path) -> list[Path]:
@@ -29,7 +31,11 @@ def saved_in(run: Path) -> list[Path]:
 
 
 def _step_folders(run: Path) -> list[Path]:
-    found = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    """Checkpoints and what was to be one; a name that the user chose is known by the manifest."""
+    if not run.is_dir():
+        return []
+    folders = [path for path in run.iterdir() if path.is_dir() and not path.is_symlink() and TEMPORARY not in path.name]
+    found = [path for path in folders if re.fullmatch(r"step-\d+", path.name) or (path / MANIFEST).is_file()]
     return sorted(found, key=lambda path: (created(path), path.name))
 
 

@@ -70,7 +70,7 @@ SETTINGS: tuple[Setting, ...] = (
     # --- the model
     Setting("model.model", _TAKEN, "weights come from the checkpoint; those of a frozen base must be the same"),
     Setting("model.base_weights", _REFUSED, "the adapters were trained on other base weights"),
-    *_all(_TAKEN, "", "model.", "revision trust_remote_code kernels.*"),
+    *_all(_TAKEN, "", "model.", "revision trust_remote_code allow_unused_weights kernels.*"),
     *_all(
         _TAKEN,
         "",

@@ -23,20 +23,26 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from automodel_trainer.checkpoint.codec import decode, encode
+from automodel_trainer.checkpoint.extra import FOLDER as EXTRA
+from automodel_trainer.checkpoint.extra import put_back, take_out
 from automodel_trainer.checkpoint.folder import abandon, prepare, publish, temporary
 from automodel_trainer.checkpoint.host_copies import Copy, keep
+from automodel_trainer.checkpoint.hyperparameters import savable_state
 from automodel_trainer.checkpoint.manifest import check_checkpoint, damage_named, read_json
 from automodel_trainer.checkpoint.optimizer import OptimizerSnapshot, load_optimizers, snapshot_optimizers
 from automodel_trainer.checkpoint.record import Entry, to_json, write_text
 from automodel_trainer.checkpoint.rng import fresh_rng_state, rng_state, set_rng_state
-from automodel_trainer.checkpoint.weights import WeightSnapshot, load_weights, snapshot_weights
+from automodel_trainer.checkpoint.saved_weights import SavedWeights
+from automodel_trainer.checkpoint.weights import WeightSnapshot, load_weights, snapshot_tensors, snapshot_weights
 from automodel_trainer.distributed.agreement import gather, on_all_ranks, rank, world_size
 from automodel_trainer.models.sidecars import copy_sidecars
 
 RNG_KEY = "automodel_trainer.rng"  # key in the loaded dict: the state of this rank's random generators
 CONFIG_KEY = "automodel_trainer.config"  # key in the dict to save: the text of the run's config.yaml
+FOLDER_KEY = "automodel_trainer.folder"  # key in the loaded dict: where it was read from
 RUN_KEY = "automodel_trainer.run"  # key in both: the run's settings, and what optimizers and schedules were given
-_IN_TENSOR_FILES = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY)
+TOKENIZER_KEY = "automodel_trainer.tokenizer"  # key in the dict to save: the tokenizer or processor of the run
+_NOT_IN_JSON = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY, FOLDER_KEY, TOKENIZER_KEY)
 
 
 @dataclass
@@ -46,14 +52,18 @@ class Snapshot:
     Attributes:
         weights: its share of the weights.
         optimizers: its share of the optimizer state.
+        extra: its share of the tensors in Lightning's state.
         files: maps names of text files to their content.
         module: the module, on rank 0.
+        tokenizer: what the run was trained with, if it is not the one in the folder of the model.
     """
 
     weights: WeightSnapshot
     optimizers: OptimizerSnapshot
+    extra: WeightSnapshot | None
     files: dict[str, str]
     module: nn.Module | None
+    tokenizer: Any = None
 
     def write(self, target: Path) -> dict[str, Entry]:
         """Write the files into the existing folder `target`, and return their entries. Not collective.
@@ -66,10 +76,12 @@ class Snapshot:
                 f"{target} does not exist on rank {rank()}: checkpoints need a file system that all ranks share"
             )
         written = {name: write_text(target / name, text) for name, text in self.files.items()}
-        for part, content in (("model", self.weights), ("optimizer", self.optimizers)):
+        for part, content in (("model", self.weights), ("optimizer", self.optimizers), (EXTRA, self.extra)):
+            if content is None:
+                continue
             written.update({f"{part}/{name}": entry for name, entry in content.write(target / part).items()})
         if isinstance(self.module, PreTrainedModel):
-            copy_sidecars(self.module, target / "model")
+            copy_sidecars(self.module, target / "model", tokenizer=self.tokenizer)
         return written
 
 
@@ -90,6 +102,7 @@ def save_checkpoint(
     model/            a Hugging Face folder: config, tokenizer, whole tensors in safetensors, for any program
     optimizer/        shards of the optimizer state in safetensors; parameter groups in groups.json
     trainer.json      Lightning's state: loops, callbacks, schedules, hyperparameters; versions and layout
+    extra/            large tensors of Lightning's state, such as averaged weights, if there are any
     rank-00000.json   one file per rank: random generators, position of its loader
     config.yaml       the run's config, if it has one
     manifest.json     every file with its size and checksum, written last
@@ -97,7 +110,8 @@ def save_checkpoint(
 
     Args:
         folder: the folder to write, on a file system that all ranks share. An older checkpoint there is replaced.
-        lightning_checkpoint: Lightning's state, without weights and optimizer state.
+        lightning_checkpoint: Lightning's state. Without "optimizer_states" it is a checkpoint of weights alone. If its
+            "state_dict" is not empty, it is written instead of the module's weights: a hook has changed it.
         module: the module to save. The checkpoint uses its state-dict keys.
         optimizers: the optimizers to save.
         mirror: called when the checkpoint is complete.
@@ -128,10 +142,18 @@ def take_snapshot(
     Raises:
         CheckpointError, ValueError: as in `save_checkpoint`.
     """
-    files = on_all_ranks(partial(_texts, lightning_checkpoint, module), folder)
-    weights = on_all_ranks(partial(snapshot_weights, module, copy), folder)
+    state = savable_state({key: value for key, value in lightning_checkpoint.items() if key not in _NOT_IN_JSON})
+    state, tensors = take_out(state)
+    weights_only = "optimizer_states" not in lightning_checkpoint and not optimizers
+    files = on_all_ranks(partial(_texts, lightning_checkpoint, state, module, weights_only), folder)
+    edited = lightning_checkpoint.get("state_dict") or None
+    weights = on_all_ranks(partial(snapshot_weights, module, copy, edited), folder)
     states = on_all_ranks(partial(snapshot_optimizers, module, optimizers, copy), folder)
-    return Snapshot(weights, states, files, module if rank() == 0 else None)
+    extra = None
+    if any(gather(bool(tensors))):
+        extra = on_all_ranks(partial(snapshot_tensors, tensors, copy, EXTRA), folder)
+    tokenizer = lightning_checkpoint.get(TOKENIZER_KEY)
+    return Snapshot(weights, states, extra, files, module if rank() == 0 else None, tokenizer)
 
 
 def write_snapshot(
@@ -180,14 +202,31 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizers: Sequence[Optimi
     Raises:
         ValueError: the checkpoint is damaged (the message names the file), or of another model or optimizer.
     """
-    # Each rank checks a share of the files, so damage is found before anything is loaded.
-    on_all_ranks(lambda: check_checkpoint(folder, part=rank(), parts=world_size()), folder)
-    lightning_state, ranks = on_all_ranks(lambda: _read_trainer(folder / "trainer.json"), folder)
+    checkpoint = open_checkpoint(folder)
     on_all_ranks(partial(load_weights, module, folder / "model"), folder)
     if optimizers:
-        given = lightning_state.get(RUN_KEY, {}).get("optimizers")
+        given = checkpoint.get(RUN_KEY, {}).get("optimizers")
         on_all_ranks(partial(load_optimizers, module, optimizers, folder / "optimizer", given), folder)
-    checkpoint: dict[str, Any] = {**lightning_state, "state_dict": {}, "optimizer_states": []}
+    return {**checkpoint, "state_dict": {}, "optimizer_states": []}
+
+
+def open_checkpoint(folder: Path) -> dict[str, Any]:
+    """Check a checkpoint and read everything but the weights and the optimizer state. Collective.
+
+    The random generators continue as `load_checkpoint` says.
+
+    Returns:
+        The `lightning_checkpoint` given to `save_checkpoint`. "state_dict" is a `SavedWeights`, which reads a weight
+        when it is asked for; "optimizer_states" is empty, and missing if only weights were saved.
+
+    Raises:
+        ValueError: the checkpoint is damaged; the message names the file.
+    """
+    # Each rank checks a share of the files, so damage is found before anything is loaded.
+    on_all_ranks(lambda: check_checkpoint(folder, part=rank(), parts=world_size()), folder)
+    lightning_state, ranks = on_all_ranks(lambda: _read_trainer(folder), folder)
+    checkpoint: dict[str, Any] = {**lightning_state, "state_dict": SavedWeights(folder / "model")}
+    checkpoint[FOLDER_KEY] = str(folder)
     same_ranks = ranks == world_size()
     own = on_all_ranks(lambda: _read_rank(folder / _rank_file(rank() if same_ranks else 0), checkpoint), folder)
     if not same_ranks:
@@ -201,20 +240,34 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizers: Sequence[Optimi
     return checkpoint
 
 
+def read_whole(folder: Path) -> dict[str, Any]:
+    """A checkpoint as Lightning's `load_from_checkpoint` reads one: Lightning's state, and all weights on the CPU.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    check_checkpoint(folder)
+    return {**_read_trainer(folder)[0], "state_dict": SavedWeights(folder / "model").copy()}
+
+
 def read_lightning_state(folder: Path) -> dict[str, Any]:
     """Lightning's state in a checkpoint (loops, callbacks, data module) and the run's record (`RUN_KEY`), alone.
 
     Raises:
         ValueError: the file is damaged.
     """
-    return _read_trainer(folder / "trainer.json")[0]
+    return _read_trainer(folder)[0]
 
 
-def _read_trainer(file: Path) -> tuple[dict[str, Any], int]:
+def _read_trainer(folder: Path) -> tuple[dict[str, Any], int]:
     """Lightning's state, and the number of ranks that wrote it."""
+    file = folder / "trainer.json"
     description = read_json(file)
     with damage_named(file):
-        return dict(decode(description["lightning"], file)), int(description["world_size"])
+        state = put_back(dict(decode(description["lightning"], file)), folder / EXTRA)
+        if not description.get("weights_only", False):
+            state["optimizer_states"] = []
+        return state, int(description["world_size"])
 
 
 def _read_rank(file: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -228,13 +281,13 @@ def _read_rank(file: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return generators
 
 
-def _texts(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, str]:
+def _texts(checkpoint: dict[str, Any], state: dict[str, Any], module: nn.Module, weights_only: bool) -> dict[str, str]:
     """The text files that this rank writes: its own, and on rank 0 the shared ones."""
-    state = {key: value for key, value in checkpoint.items() if key not in _IN_TENSOR_FILES}
     shared = {
         "world_size": world_size(),
         "layout": _layout(module),
         "versions": {library.__name__: library.__version__ for library in (torch, transformers, lightning)},
+        "weights_only": weights_only,
         "lightning": encode(state),
     }
     own = {"rng": encode(rng_state()), "loaders": encode(_loader_state(checkpoint), "loops.combined_loader")}

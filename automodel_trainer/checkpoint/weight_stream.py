@@ -17,7 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from automodel_trainer.checkpoint.safetensors_stream import DTYPES, SafetensorsWriter
-from automodel_trainer.models.files import INDEX_NAME, WEIGHTS_NAME, weight_files
+from automodel_trainer.models.files import INDEX_NAME, WEIGHTS_NAME, TensorSlice, slices_of, weight_files
+from automodel_trainer.models.quantization.checkpoint import dense_weights, quantization_of
+from automodel_trainer.models.quantization.dense import DenseWeight
 
 Advance = Callable[[int], None]
 """Advances a progress bar by a number of bytes."""
@@ -39,6 +41,7 @@ class Weights:
 
     Args:
         folder: a folder with safetensors files.
+        dense: show weights that are quantized as dense weights of this dtype. None: show what the files hold.
 
     Attributes:
         files: the weight files.
@@ -46,18 +49,38 @@ class Weights:
         header: dtype and shape of every tensor.
 
     Raises:
-        ValueError: there are no safetensors files, or one is damaged. The message names it.
+        ValueError: there are no safetensors files, or one is damaged; or `dense` is given, and the weights are
+            quantized by a method that is not read here. The message names the file or the method.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dense: torch.dtype | None = None) -> None:
         self.folder = folder
         self.files = weight_files(folder)
-        self.file_of: dict[str, Path] = {}
-        self.header: Header = {}
-        for file in self.files:
-            header = header_of(file)
-            self.header |= header
-            self.file_of |= dict.fromkeys(header, file)
+        slices = slices_of(self.files)
+        self.file_of = {name: part.file for name, part in slices.items()}
+        self._slices: Mapping[str, TensorSlice] = slices
+        made: dict[str, DenseWeight] = {}
+        quantization = quantization_of(folder) if dense is not None else None
+        if dense is not None and quantization is not None:
+            self._slices = dense_weights(slices, quantization, folder)
+            made = {name: part for name, part in self._slices.items() if isinstance(part, DenseWeight)}
+            self.file_of |= {name: self.file_of[part.name] for name, part in made.items()}
+        self.header: Header = {
+            name: (dense if dense is not None and name in made else DTYPES[part.get_dtype()], tuple(part.get_shape()))
+            for name, part in self._slices.items()
+        }
+
+    def show_again(self, name: str, as_name: str) -> None:
+        """Show a tensor under a second name too, for a model that no longer ties two weights."""
+        self._slices = {**self._slices, as_name: self._slices[name]}
+        self.header[as_name], self.file_of[as_name] = self.header[name], self.file_of[name]
+
+    def by_file(self) -> dict[Path, Header]:
+        """Dtype and shape of every tensor, by file; a file that holds scales alone is left out."""
+        found: dict[Path, Header] = {}
+        for name, entry in self.header.items():
+            found.setdefault(self.file_of[name], {})[name] = entry
+        return found
 
     def meta(self) -> dict[str, Tensor]:
         """All tensors on meta, without values."""
@@ -65,11 +88,11 @@ class Weights:
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Read some tensors. Files are closed again at once, because some systems count mapped files as memory."""
-        found = {}
-        for name in names:
-            with safe_open(self.file_of[name], framework="pt") as tensors:
-                found[name] = tensors.get_tensor(name)
-        return found
+        return {name: self.exact(name).to(self.header[name][0]) for name in names}
+
+    def exact(self, name: str) -> Tensor:
+        """Read one tensor; what codes and scales stand for in fp32, not rounded to the dtype in the header."""
+        return self._slices[name][...]
 
 
 def write_stream(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
@@ -98,7 +99,9 @@ class WeightSnapshot:
         return written
 
 
-def snapshot_weights(module: nn.Module, copy: Copy = keep) -> WeightSnapshot:
+def snapshot_weights(
+    module: nn.Module, copy: Copy = keep, edited: Mapping[str, Tensor] | None = None
+) -> WeightSnapshot:
     """Gather the weights, one tensor at a time, on the ranks that write them. Collective.
 
     If the model has adapters, only these are taken, in PEFT's format, because the base model does not change. Ranks
@@ -107,12 +110,41 @@ def snapshot_weights(module: nn.Module, copy: Copy = keep) -> WeightSnapshot:
     Args:
         module: the module to save.
         copy: copies tensors to host memory, so that training can change the originals. The default makes no copy.
+        edited: weights to write instead of the module's (a hook changed them): all of them, by name.
+
+    Raises:
+        ValueError: `edited` was given for a model with adapters, or holds what is not a tensor.
     """
+    if edited is not None:
+        return snapshot_tensors(_edited(module, edited), copy, "weights")
     if lora_of(module) is not None:
         tensors, config = gather_adapter(module)  # these are copies already, of a few MB
         first = rank() == 0
         return WeightSnapshot({ADAPTER_WEIGHTS: tensors} if first else {}, adapter=config if first else None)
-    tensors = named_tensors(module)
+    return snapshot_tensors(named_tensors(module), copy, "weights")
+
+
+def _edited(module: nn.Module, edited: Mapping[str, Any]) -> dict[str, Tensor]:
+    if lora_of(module) is not None:
+        raise ValueError(
+            "on_save_checkpoint changed checkpoint['state_dict'] of a model with adapters, of which only the adapters "
+            "are saved. Leave it as it is."
+        )
+    for name, value in edited.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"on_save_checkpoint set state_dict[{name!r}] to a {type(value).__name__}, not a tensor.")
+    aliases = module.state_dict().keys() - named_tensors(module).keys()  # a tied tensor is written once
+    return {name: value.detach() for name, value in edited.items() if name not in aliases}
+
+
+def snapshot_tensors(tensors: Mapping[str, Tensor], copy: Copy, kind: str) -> WeightSnapshot:
+    """Gather tensors, one at a time, on the ranks that write them. Collective.
+
+    Args:
+        tensors: tensors by name; ranks may hold different ones.
+        copy: see `snapshot_weights`.
+        kind: begins the names of copies.
+    """
     files, total = _plan(tensors)
     count = max((number for number, _ in files.values()), default=0)
     mine: dict[str, dict[str, Tensor]] = {}
@@ -122,7 +154,7 @@ def snapshot_weights(module: nn.Module, copy: Copy = keep) -> WeightSnapshot:
         if owner == rank():
             # A gathered tensor is moved to the host at once, to free device memory. One that was not gathered takes no
             # extra memory and is moved when its file is written.
-            taken = copy(f"weights/{name}", full) if copy is not keep else full.cpu() if full is not tensor else full
+            taken = copy(f"{kind}/{name}", full) if copy is not keep else full.cpu() if full is not tensor else full
             mine.setdefault(f"model-{number:05d}-of-{count:05d}.safetensors", {})[name] = taken
     if rank() != 0:
         return WeightSnapshot(mine)
@@ -181,8 +213,14 @@ def split_into_files(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, folder: Path) -> None:
+def load_weights(module: nn.Module, folder: Path, strict: bool = True) -> None:
     """Read the weights into the module's tensors in place; each rank reads its own shards. Collective.
+
+    Args:
+        module: the module to fill.
+        folder: the `model/` folder of a checkpoint.
+        strict: whether names must be the same. Otherwise only those that both have are read, with a warning. Adapters
+            are always read strictly.
 
     Raises:
         ValueError: names or shapes differ from the module's.
@@ -193,8 +231,23 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     tensors = named_tensors(module)
     reader = HuggingFaceStorageReader(str(folder))
     saved = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+    if not strict:
+        tensors, saved = _common(tensors, saved, folder)
     _check(tensors, saved, module, folder)
     dcp.load(dict(tensors), storage_reader=reader)
+
+
+def _common(
+    tensors: dict[str, Tensor], saved: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    everywhere = {name for names in gather(set(tensors)) for name in names}
+    for names, what in (
+        (everywhere - saved.keys(), "are not in it and keep their values"),
+        (saved.keys() - everywhere, "are in it alone and are not read"),
+    ):
+        if names:
+            rank_zero_warn(f"strict_loading=False: {listed(sorted(names))} {what} ({folder}).")
+    return {name: t for name, t in tensors.items() if name in saved}, {n: saved[n] for n in saved if n in everywhere}
 
 
 def _check(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], module: nn.Module, folder: Path) -> None:

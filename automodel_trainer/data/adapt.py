@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 from datasets import Dataset, DatasetDict
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from automodel_trainer.data.chat import ChatDataModule
@@ -17,8 +19,8 @@ def as_datamodule(data: Any, role: str = "train") -> tuple[pl.LightningDataModul
     """Make a data module from data sets and paths; pass loaders through.
 
     Args:
-        data: a path or Hub id, a `Dataset` or `DatasetDict`, a list of rows or of batches, a DataLoader or another
-            iterable, or a LightningDataModule.
+        data: a path or Hub id, a `Dataset` or `DatasetDict`, a list of rows, of batches or of loaders, a DataLoader or
+            another iterable, or a LightningDataModule.
         role: "train", "validation", "test" or "predict": what to use a data set without splits for.
 
     Returns:
@@ -35,8 +37,8 @@ def as_datamodule(data: Any, role: str = "train") -> tuple[pl.LightningDataModul
     if isinstance(data, (str, os.PathLike, Dataset, DatasetDict)) or rows:
         evaluated = {} if role == "train" else {"test" if role == "test" else "validation": data}
         return ChatDataModule(data, **evaluated), None
-    if isinstance(data, list):  # Lightning would treat a plain list as several loaders
-        return None, Steps(data)
+    if isinstance(data, list):
+        return None, as_loaders(data)
     if isinstance(data, Iterable):
         return None, data
     raise ValueError(
@@ -62,6 +64,20 @@ def one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
     if value is not None and other is not None:
         raise ValueError(f"Give {name} or {other_name}=, not both.")
     return value if value is not None else other
+
+
+def as_loaders(data: Any) -> Any:
+    """What Lightning takes as loaders: a list of batches becomes one loader, and a list of loaders stays one."""
+    return Steps(data) if isinstance(data, list) and not any(map(_holds_loader, data)) else data
+
+
+def _holds_loader(item: Any) -> bool:
+    """Whether an item of a list is a loader, or a collection of some: an iterable that is not itself data."""
+    if isinstance(item, (list, tuple)):
+        return any(map(_holds_loader, item))
+    if isinstance(item, Mapping):
+        return any(map(_holds_loader, item.values()))
+    return isinstance(item, Iterable) and not isinstance(item, (str, bytes, Tensor, np.ndarray))
 
 
 class Steps:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from automodel_trainer.data.batches import MicroBatch
 from automodel_trainer.data.loader import MicroBatchLoader
 from automodel_trainer.data.rows import Rows
+from automodel_trainer.data.sizes import check_positions, check_tokens
 
 
 class TrainLoader(Protocol):
@@ -58,6 +59,7 @@ class MicroBatchDataModule(LightningDataModule):
             model keeps them apart, which `choose_packing` is told; without a model they do.
         rows_hold_documents: rows can hold several documents.
         rows: the rows of each split, once `prepare` was called.
+        positions: how many positions the model has, once `check_sizes` was called; None: no limit.
 
     Raises:
         ValueError: a size is too small.
@@ -93,6 +95,7 @@ class MicroBatchDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.drop_last = drop_last
         self.rows: dict[str, Rows] = {}
+        self.positions: int | None = None
         self._prepared = False
         self._obstacle: str | None = None
         self._train_loader: TrainLoader | None = None
@@ -117,6 +120,25 @@ class MicroBatchDataModule(LightningDataModule):
         self.rows = self.build_rows()
         self._prepared = True
         rank_zero_info(self.summary())
+
+    def check_sizes(self, vocabulary: int | None, positions: int | None, rotary: bool) -> None:
+        """Compare the prepared data with the sizes of a model.
+
+        Args:
+            vocabulary: the number of token ids that the model embeds; None: unknown.
+            positions: the number of positions that it has; None: no limit.
+            rotary: whether the positions are rotary, so that the model can be told that it has more.
+
+        Raises:
+            ValueError: the data has a token or a position that the model lacks. The message names it.
+        """
+        self.positions = positions
+        for split, rows in self.rows.items():
+            if vocabulary is not None:
+                tokenizer = None if isinstance(self.tokenizer, str | os.PathLike) else self.tokenizer
+                check_tokens(split, rows, vocabulary, tokenizer)
+            if positions is not None:
+                check_positions(split, rows, positions, rotary)
 
     @property
     def packs(self) -> bool:
@@ -326,6 +348,7 @@ class MicroBatchDataModule(LightningDataModule):
             "dp_size": self.dp_size,
             "packed": self.packs,
             "pad_id": self.pad_id(),
+            "positions": self.positions,
         }
 
     def _rows_of(self, split: str) -> Rows:

@@ -36,13 +36,14 @@ Row = Sequence[Document]
 """The documents of one row. An empty row is a filler: it has no labels, so it has no weight in the loss."""
 
 
-def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
+def collate_packed(rows: Sequence[Row], width: int, pad_id: int, positions: int | None = None) -> MicroBatch:
     """Lay the documents of each row end to end. `position_ids` restart at each document and at the padding.
 
     Args:
         rows: the documents of each row, together at most `width` tokens.
         width: tokens per row.
         pad_id: token id for padding.
+        positions: how many positions the model has. Those of padding restart before that.
 
     Returns:
         `input_ids`, `labels` and `position_ids` (int64 `[len(rows), width]`), `sample_ids`, `packed` and
@@ -50,6 +51,7 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
         positions restart.
     """
     batch = _empty(rows, width, pad_id)
+    lengths: list[list[int]] = []
     for index, row in enumerate(rows):
         end = 0
         for document in row:
@@ -57,26 +59,29 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
             assert end <= width, "the documents of a row are longer than the row"
             _place(batch, index, start, document)
             batch["position_ids"][index, start:end] = np.arange(end - start)
-        batch["position_ids"][index, end:] = np.arange(width - end)
-    lengths = [[len(document.input_ids) for document in row] for row in rows]
-    lengths = [[*of_row, rest] if (rest := width - sum(of_row)) else of_row for of_row in lengths]
+        limit = positions or width
+        padding = width - end
+        batch["position_ids"][index, end:] = np.arange(padding) % limit
+        pieces = [limit] * (padding // limit) + ([rest] if (rest := padding % limit) else [])
+        lengths.append([len(document.input_ids) for document in row] + pieces)
     packed = bool((batch["position_ids"] != np.arange(width)).any())
     return {**_tensors(batch, rows), "packed": packed, "document_lengths": lengths}
 
 
-def collate_padded(rows: Sequence[Row], width: int, pad_id: int) -> MicroBatch:
+def collate_padded(rows: Sequence[Row], width: int, pad_id: int, positions: int | None = None) -> MicroBatch:
     """Put one document into each row. Pad its end to `width` and mask the padding.
 
     Args:
         rows: at most one document for each row, of at most `width` tokens.
         width: tokens per row.
         pad_id: token id for padding.
+        positions: how many positions the model has. Those of padding restart before that.
 
     Returns:
         What `collate_packed` has without lengths, and `attention_mask` (int64 `[len(rows), width]`).
     """
     batch = _empty(rows, width, pad_id)
-    batch["position_ids"][:] = np.arange(width)
+    batch["position_ids"][:] = np.arange(width) % (positions or width)
     batch["attention_mask"] = np.zeros((len(rows), width), dtype=np.int64)
     for index, row in enumerate(rows):
         assert len(row) <= 1, "a padded row holds one document"

@@ -8,6 +8,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class MicroBatchLoader:
         drop_last: drop an incomplete last global batch.
         num_workers: processes that build micro-batches; 0 builds them in this process.
         limit: maximum number of batches per epoch; None: no limit.
+        positions: how many positions the model has; None: no limit.
 
     Attributes:
         epoch: the current epoch, from 0.
@@ -73,6 +75,7 @@ class MicroBatchLoader:
         drop_last: bool = False,
         num_workers: int = 0,
         limit: int | None = None,
+        positions: int | None = None,
     ) -> None:
         assert global_batch_size % (micro_batch_size * dp_size) == 0, "checked by the data module"
         self.rows = rows
@@ -86,7 +89,7 @@ class MicroBatchLoader:
         self._resumed = False
         self._begin_epoch()
         self._loader = step_loader(
-            _Steps(rows, micro_batch_size, packed, pad_id), sampler=_Epoch(self), num_workers=num_workers
+            _Steps(rows, micro_batch_size, packed, pad_id, positions), sampler=_Epoch(self), num_workers=num_workers
         )
 
     def __len__(self) -> int:
@@ -247,9 +250,11 @@ class _Epoch:
 class _Steps(Dataset):
     """Builds the micro-batches of one step, in the worker processes."""
 
-    def __init__(self, rows: Rows, micro_batch_size: int, packed: bool, pad_id: int) -> None:
+    def __init__(
+        self, rows: Rows, micro_batch_size: int, packed: bool, pad_id: int, positions: int | None = None
+    ) -> None:
         self.rows, self.micro_batch_size, self.pad_id = rows, micro_batch_size, pad_id
-        self.collate = collate_packed if packed else collate_padded
+        self.collate = partial(collate_packed if packed else collate_padded, positions=positions)
 
     def __getitem__(self, step: Step) -> list[MicroBatch]:
         rows, width = step

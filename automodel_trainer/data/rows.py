@@ -58,18 +58,27 @@ class Rows(Protocol):
         lengths: tokens per row, int64 `[len(self)]`.
         fingerprint: a hash of the content of the rows and of the settings that determine them.
         stats: statistics of the split.
+        longest: tokens of the longest document.
     """
 
     width: int
     lengths: np.ndarray
     fingerprint: str
     stats: RowStats
+    longest: int
 
     def __len__(self) -> int: ...
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
         """The documents of the given rows; row -1 is the filler, which has none."""
         ...
+
+    def highest(self) -> tuple[int, int]:
+        """The highest token id in the data, and a sample that has it."""
+        ...
+
+
+_SCANNED = 10_000  # samples at a time
 
 
 class TokenStore:
@@ -122,6 +131,18 @@ class TokenStore:
             for index, start, end in zip(indices, bounds[:-1], bounds[1:])
         ]
 
+    def highest(self) -> tuple[int, int]:
+        """The highest token id, and the `sample_id` of a sample that has it."""
+        found, at = -1, 0
+        for start in range(0, len(self), _SCANNED):
+            ids = self._rows[start : start + _SCANNED]["input_ids"].combine_chunks()
+            tokens = ids.flatten().to_numpy()
+            if len(tokens) and tokens.max() > found:
+                place = int(tokens.argmax()) + ids.offsets[0].as_py()
+                sample = int(np.searchsorted(ids.offsets.to_numpy(), place, side="right")) - 1
+                found, at = int(tokens.max()), int(self.sample_ids[start + sample])
+        return found, at
+
     def count_supervised(self, indices: np.ndarray, limit: int) -> np.ndarray:
         """Count the trained tokens within the first `limit` tokens of each sample, without its first token.
 
@@ -160,9 +181,14 @@ class SampleRows:
         self._bounds = np.cumsum([0, *map(len, groups)])
         lengths = np.minimum(store.lengths[self._members], width)
         self.lengths = np.add.reduceat(lengths, self._bounds[:-1])
+        self.longest = int(lengths.max())
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def highest(self) -> tuple[int, int]:
+        """The highest token id of the store, and a sample that has it."""
+        return self.store.highest()
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
         """The documents of the given rows; row -1 is the filler, which has none."""
@@ -193,6 +219,7 @@ class StreamRows:
         self._pieces = pieces
         self._ends = np.cumsum(store.lengths[pieces])
         starts = np.flatnonzero(np.diff(store.sample_ids[pieces], prepend=-1))  # the first piece of each document
+        self.longest = min(width, int(np.add.reduceat(store.lengths[pieces], starts).max()))
         begins = np.concatenate([[0], self._ends[:-1]])[starts]
         total = int(self._ends[-1])
         if packed:
@@ -212,6 +239,10 @@ class StreamRows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def highest(self) -> tuple[int, int]:
+        """The highest token id of the store, and a sample that has it."""
+        return self.store.highest()
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
         """The documents of the given rows; row -1 is the filler, which has none."""
@@ -248,9 +279,14 @@ class RandomRows:
         self.lengths = np.full(count, width, dtype=np.int64)
         self.fingerprint = digest("random", count, width, vocab_size, seed)
         self.stats = RowStats(count, count, count * width, count * (width - 1), count * width)
+        self.longest = width
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def highest(self) -> tuple[int, int]:
+        """The highest token id that may be drawn."""
+        return self.vocab_size - 1, 0
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
         """The documents of the given rows; row -1 is the filler, which has none."""

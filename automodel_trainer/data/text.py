@@ -159,7 +159,8 @@ class TextDataModule(MicroBatchDataModule):
             return super().build_train_loader()
         assert self._stream is not None, "prepare() opens the stream"
         layout = self._layout()
-        layout.pop("packed")  # streamed rows are always packed
+        for name in ("packed", "positions"):  # streamed rows are always packed, and full
+            layout.pop(name)
         return StreamLoader(
             self._stream,
             steps=self.steps_per_epoch,

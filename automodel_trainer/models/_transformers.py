@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Set
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,8 +14,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import _dtensor_from_local_like, revert_weight_conversion
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    _dtensor_from_local_like,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.modeling_utils import LoadStateDictConfig
+
+from automodel_trainer.models.files import TensorSlice
 
 __all__ = [
     "attention_in_use",
@@ -27,13 +37,29 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What `load_weights` found.
+
+    Args:
+        missing: names that the files lack.
+        unexpected: names in the files that the model has no place for, without those it is known to ignore.
+        unused: all names in the files that the model has no place for.
+    """
+
+    missing: set[str]
+    unexpected: set[str]
+    unused: set[str]
+
+
 def load_weights(
     model: PreTrainedModel,
     files: list[Path],
     device: torch.device,
     added: Set[str] = frozenset(),
     in_turn: bool = False,
-) -> tuple[set[str], set[str]]:
+    tensors: Mapping[str, TensorSlice] | None = None,
+) -> LoadedWeights:
     """Stream safetensors files into a model whose parameters are on meta, plain tensors or DTensors.
 
     Every parameter becomes real on `device`. For a DTensor only the local shard is read from the file. Buffers that no
@@ -45,9 +71,7 @@ def load_weights(
         device: where parameters go.
         added: names of parameters that no checkpoint holds (adapters). They become real and stay uninitialized.
         in_turn: read one weight at a time, for modules that quantize theirs: only one is then held in full precision.
-
-    Returns:
-        names that the files lack, and names in the files that the model does not have.
+        tensors: read these instead of what the files hold, for files with codes and scales (`dense_weights`).
 
     Raises:
         ValueError: a weight does not have the model's shape.
@@ -62,14 +86,16 @@ def load_weights(
         weight_mapping=mapping,  # type: ignore[arg-type]
     )
     with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1" if in_turn else None):
-        info, _ = PreTrainedModel._load_pretrained_model(model, None, [str(f) for f in files], config)
+        given = None if tensors is None else dict(tensors)
+        info, _ = PreTrainedModel._load_pretrained_model(model, given, [str(f) for f in files], config)
+    unused = set(info.unexpected_keys)
     _materialize(model, added, device)
     info.missing_keys -= added
     info = PreTrainedModel._finalize_model_loading(model, config, info)
     if info.error_msgs or info.mismatched_keys or info.conversion_errors:
         problems = [*info.error_msgs, *(str(k) for k in info.mismatched_keys), *info.conversion_errors]
         raise ValueError(f"The weights in {files[0].parent} do not fit the model: {'; '.join(map(str, problems))}")
-    return set(info.missing_keys), set(info.unexpected_keys)
+    return LoadedWeights(set(info.missing_keys), set(info.unexpected_keys), unused)
 
 
 @contextmanager
@@ -129,6 +155,12 @@ def forget_absent_ties(model: PreTrainedModel) -> None:
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in held and b in held}
 
 
+def forget_ties(model: PreTrainedModel) -> None:
+    """Let no weights of a model be tied from now on. Parameters that are shared stay so until they are replaced."""
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
 def tie_weights(model: PreTrainedModel) -> None:
     """Tie the parameters that `tied_weight_names` lists."""
     model.tie_weights(recompute_mapping=False)
@@ -142,6 +174,26 @@ def original_weight_names(model: PreTrainedModel, state_dict: dict[str, Tensor])
 def converts_weights(model: PreTrainedModel) -> bool:
     """Whether checkpoints on disk have other names or shapes than the model in memory."""
     return bool(getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False))
+
+
+def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Where a model would put tensors of a checkpoint: name in the files -> name in the model, of those it takes."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if isinstance(step, WeightConverter)]
+    held = model.state_dict()
+    found = {}
+    for name in names:
+        place, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, held)
+        if place in held or name in held:
+            found[name] = place if place in held else name
+    return found
+
+
+def ignores(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model leaves a tensor of this name in a checkpoint alone without a word."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def attention_in_use(model: PreTrainedModel) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from automodel_trainer.distributed.stage_names import held_elsewhere
-from automodel_trainer.models._transformers import load_weights, tied_weight_names
+from automodel_trainer.models._transformers import load_weights, places_of, tied_weight_names
 from automodel_trainer.models.auto_classes import (
     PURPOSES,
     auto_class_of,
@@ -21,13 +21,24 @@ from automodel_trainer.models.auto_classes import (
     auto_classes_of,
     transformers_class,
 )
-from automodel_trainer.models.files import resolve_folder, weight_files
+from automodel_trainer.models.files import TensorSlice, resolve_folder, slices_of, weight_files
 from automodel_trainer.models.initialize import initialize_missing, initialize_weights
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.layout import Layout
-from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, finish_lora
+from automodel_trainer.models.lora import (
+    LoRAConfig,
+    adapter_names,
+    apply_lora,
+    embeddings_of_adapter,
+    finish_lora,
+    untied_head,
+)
+from automodel_trainer.models.quantization.checkpoint import check_leftovers, dense_weights, quantization_of
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization.quantize import quantized_weights
+from automodel_trainer.models.quantization_config import ReadDense, forget_quantization, quantization_in
+from automodel_trainer.models.record import record_of
+from automodel_trainer.models.unused_weights import check_unused
 
 
 class AutoBuilder:
@@ -51,6 +62,7 @@ class AutoBuilder:
         trust_remote_code: bool = False,
         revision: str | None = None,
         allow_missing_weights: bool | Collection[str] = False,
+        allow_unused_weights: bool = False,
         device: torch.device | str = "cpu",
         lora: LoRAConfig | None = None,
         kernels: KernelsConfig | None = None,
@@ -68,6 +80,8 @@ class AutoBuilder:
             revision: branch, tag or commit of a Hub repository.
             allow_missing_weights: True initialises weights that the checkpoint lacks, instead of raising. Names of
                 modules allow it for these only, and they must then be trained.
+            allow_unused_weights: load a part of what the checkpoint holds (the text model without its vision tower,
+                say). The rest is not trained, and missing in what is saved.
             device: where to build without a strategy.
             lora: adapters to train on the frozen model.
             kernels: the kernels to compute with; None leaves the choice to transformers.
@@ -90,7 +104,9 @@ class AutoBuilder:
             add_adapters(model, lora, strategy)
         if kernels is not None:
             apply_kernels(model, kernels, _device(strategy, device))
-        fill_from_folder(model, folder, strategy, device, files=files, allow_missing_weights=allow_missing_weights)
+        options: dict[str, Any] = {"allow_missing_weights": allow_missing_weights}
+        options |= {"allow_unused_weights": allow_unused_weights, "trust_remote_code": trust_remote_code}
+        fill_from_folder(model, folder, strategy, device, files=files, **options)
         return model
 
     @classmethod
@@ -106,16 +122,19 @@ class AutoBuilder:
         device: torch.device | str = "cpu",
         lora: LoRAConfig | None = None,
         kernels: KernelsConfig | None = None,
+        strict: bool = True,
     ) -> PreTrainedModel:
         """Build a model with random weights. The same `seed` gives the same weights under every strategy.
 
         Args:
             config: of the model.
             seed: of the random weights.
+            strict: False starts parameters at zero that the model has no rule for.
             strategy, dtype, attn_implementation, trust_remote_code, device, lora, kernels: see `from_pretrained`.
 
         Raises:
-            ValueError: this device, model or layout does not have a kernel that was asked for.
+            ValueError: this device, model or layout does not have a kernel that was asked for; or the model has no rule
+                to draw some of its parameters.
         """
         model = build_on_meta(
             cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
@@ -127,7 +146,7 @@ class AutoBuilder:
         if strategy is not None:
             strategy.parallelize(model)
         check_gathered(model)
-        initialize_weights(model, _device(strategy, device), seed, adapter_names(model))
+        initialize_weights(model, _device(strategy, device), seed, adapter_names(model), strict)
         finish_lora(model)
         if strategy is not None:
             strategy.finalize_parameters(model)
@@ -196,6 +215,8 @@ def fill_from_folder(
     *,
     files: list[Path] | None = None,
     allow_missing_weights: bool | Collection[str] = False,
+    allow_unused_weights: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Lay out a model that is on meta, and stream the weights of `folder` into it. Collective.
 
@@ -211,16 +232,30 @@ def fill_from_folder(
         ValueError: the folder lacks weights that the model needs, or random weights would stay frozen.
     """
     files = files or weight_files(folder)
+    quantization = quantization_of(folder)
+    tensors: Mapping[str, TensorSlice] | None = None
+    if quantization is not None:
+        tensors = dense_weights(slices_of(files), quantization, folder)
+        record_of(model).keep(ReadDense(str(quantization.get("quant_method"))))
+    forget_quantization(model.config)
+    tensors = _without_embeddings(model, files, tensors)
     if strategy is not None:
         strategy.parallelize(model)
     check_gathered(model)
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     in_turn = bool(quantized_weights(model))
-    missing, unexpected = load_weights(model, files, _device(strategy, device), adapter_names(model), in_turn)
+    added = adapter_names(model) | (embeddings_of_adapter(model) - tied_weight_names(model).keys())
+    loaded = load_weights(model, files, _device(strategy, device), added, in_turn, tensors)
+    missing, unexpected = set(loaded.missing), set(loaded.unexpected)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(requires_grad[name])
     missing -= tied_weight_names(model).keys()
-    unexpected -= held_elsewhere(model, unexpected)
+    unused = loaded.unused - held_elsewhere(model, loaded.unused)
+    unexpected &= unused
+    if unused:
+        check_leftovers(unused, slices_of(files), folder)
+    if not (allow_unused_weights or allow_missing_weights):
+        check_unused(model, unused, folder, trust_remote_code)
     new = {name for name in missing if _is_new(name, allow_missing_weights)}
     if missing - new:
         raise ValueError(
@@ -237,6 +272,27 @@ def fill_from_folder(
     finish_lora(model)
     if strategy is not None:
         strategy.finalize_parameters(model)
+
+
+def _without_embeddings(
+    model: PreTrainedModel, files: list[Path], tensors: Mapping[str, TensorSlice] | None
+) -> Mapping[str, TensorSlice] | None:
+    """What is read of a base whose embeddings an adapter on disk holds, perhaps in another size, or takes apart.
+
+    Args:
+        files: the files of the base.
+        tensors: what to read instead of what they hold; None: they are read as they are.
+    """
+    from_adapter, head = embeddings_of_adapter(model), untied_head(model)
+    if not from_adapter and head is None:
+        return tensors
+    found: Mapping[str, TensorSlice] = slices_of(files) if tensors is None else tensors
+    places = places_of(model, found)
+    read = {name: part for name, part in found.items() if places.get(name) not in from_adapter}
+    if head is not None and head.name not in from_adapter:  # in the files it has the name of what it was tied to
+        known_as = next((name for name in found if places.get(name) == head.source), head.source)  # maybe of a stage
+        read[head.name] = found[known_as]
+    return read
 
 
 def _is_new(name: str, allowed: bool | Collection[str]) -> bool:
@@ -304,8 +360,22 @@ def _parameter_dtype(dtype: torch.dtype | str | None, strategy: Layout | None, c
         return found
     if strategy is not None and dtype is None:
         return strategy.dtypes.parameters
-    own = getattr(config, "dtype", None)
-    return own if isinstance(own, torch.dtype) else getattr(torch, str(own), torch.float32)
+    return _own_dtype(config)
+
+
+def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a checkpoint says its weights have; that of its text model if only that says it.
+
+    Codes of quantized weights are no dtype to compute in. Such checkpoints are dense bf16 unless they say otherwise.
+    """
+    named = (getattr(part, "dtype", None) for part in (config, config.get_text_config()))
+    for name in (name for name in named if name is not None):
+        dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name).removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"The config says dtype={name!r}, which is not a torch dtype. Give dtype=torch.bfloat16.")
+        if dtype.is_floating_point and dtype.itemsize > 1:
+            return dtype
+    return torch.bfloat16 if quantization_in(config.to_dict()) else torch.float32
 
 
 def _device(strategy: Layout | None, device: torch.device | str) -> torch.device:

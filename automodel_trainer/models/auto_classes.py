@@ -39,6 +39,12 @@ PURPOSES = {
     "AutoModelForSeq2SeqLM": Purpose(names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "SEQ_2_SEQ_LM"),
 }
 ASSUMED = next(iter(PURPOSES))
+CLASSIFIERS = ("AutoModelForTokenClassification", "AutoModelForSequenceClassification")  # integer labels are classes
+# Of auto classes that no objective here uses, for messages.
+_OTHERS = {
+    "AutoModelForImageTextToText": names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "AutoModelForMaskedLM": names.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+}
 
 
 def transformers_class(auto_class: str) -> Any:
@@ -70,6 +76,12 @@ def auto_class_of(config: PreTrainedConfig) -> str:
 def auto_class_of_folder(folder: str | os.PathLike[str], **options: Any) -> str:
     """The auto class for a model's folder or Hub id. `options` are those of `AutoConfig.from_pretrained`."""
     return auto_class_of(AutoConfig.from_pretrained(folder, **options))
+
+
+def auto_class_that_builds(class_name: str) -> str | None:
+    """The auto class that builds models of this class, also one that no objective here uses."""
+    others = (auto for auto, models in _OTHERS.items() if Purpose(models, "").holds(class_name))
+    return next(iter([*_named([class_name]), *others]), None)
 
 
 def peft_task(model: nn.Module) -> str | None:

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any, Protocol
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -62,6 +64,50 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         check_safetensors(file)
     return files
+
+
+class TensorSlice(Protocol):
+    """A tensor in a safetensors file, as `safe_open(…).get_slice(name)` gives it."""
+
+    def get_shape(self) -> list[int]:
+        """The tensor's shape."""
+
+    def get_dtype(self) -> str:
+        """The name of its dtype in safetensors."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Read a part of it."""
+
+
+class FileSlice:
+    """A `TensorSlice` that opens its file for each read: some systems count mapped files as memory."""
+
+    def __init__(self, file: Path, name: str, shape: list[int], dtype: str) -> None:
+        self.file, self.name, self._shape, self._dtype = file, name, shape, dtype
+
+    def get_shape(self) -> list[int]:
+        """The tensor's shape."""
+        return list(self._shape)
+
+    def get_dtype(self) -> str:
+        """The name of its dtype in safetensors."""
+        return self._dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        with safe_open(self.file, framework="pt") as tensors:
+            part: Tensor = tensors.get_slice(self.name)[index]
+            return part
+
+
+def slices_of(files: list[Path]) -> dict[str, FileSlice]:
+    """Every tensor in safetensors files by name, in the order of the files. Only their headers are read."""
+    found: dict[str, FileSlice] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.offset_keys():
+                part = tensors.get_slice(name)
+                found[name] = FileSlice(file, name, part.get_shape(), part.get_dtype())
+    return found
 
 
 def check_safetensors(file: Path) -> None:

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_generation_config(model: PreTrainedModel, source: Path | None) -> None:
+    """Refuse settings that transformers would not write when the model is saved.
+
+    Args:
+        model: the model.
+        source: the folder that it came from. If that has a generation_config.json, its copy is saved, as it is.
+
+    Raises:
+        ValueError: they cannot be saved.
+    """
+    if not model.can_generate() or (source is not None and (source / "generation_config.json").is_file()):
+        return
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(
+            f"The model's generation_config cannot be saved, so neither could the trained model: {error} Change it "
+            "before training, for example model.generation_config.do_sample = True."
+        ) from error
 
 
 def generation_config(

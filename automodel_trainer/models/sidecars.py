@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.models.auto_classes import auto_class_of, auto_classes_of
+from automodel_trainer.models.quantization_config import without_quantization
 
 # Weights in any format, and files that may run code when they are read (pickle).
 _WEIGHTS = {
@@ -54,6 +56,7 @@ def copy_sidecars(
 
     Files of the folder that the model came from are copied unchanged (model card, license, tokenizer, chat template,
     code, generation config). config.json keeps every field that training did not change, known to transformers or not.
+    It says nothing of quantized weights, because those that are written are dense.
 
     Args:
         model: the trained model.
@@ -98,16 +101,22 @@ def _sidecars_of(source: Path, folder: Path) -> list[Path]:
 
 
 def _save_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    config = json.loads(model.config.to_json_string())
-    config |= {"dtype": _name(dtype), "architectures": [_class_name(model)]}
+    config = _own_config(model, dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def _own_config(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+    config = without_quantization(json.loads(model.config.to_json_string()))
+    return config | {"dtype": _name(dtype), "architectures": [_class_name(model)]}
+
+
 def _merged_config(model: PreTrainedModel, source: Path, dtype: torch.dtype) -> dict[str, Any]:
-    original = json.loads((source / "config.json").read_text())
+    original = without_quantization(json.loads((source / "config.json").read_text()))
+    if original.get("model_type") != model.config.model_type:  # a part of what the source holds: its text model, say
+        return _own_config(model, dtype)
     config = type(model.config).from_pretrained(source)
     before = json.loads(config.to_json_string(use_diff=False))
-    now = json.loads(model.config.to_json_string(use_diff=False))
+    now = without_quantization(json.loads(model.config.to_json_string(use_diff=False)))
     now["dtype"] = _name(dtype)
     merged = _merge(original, before, now)
     purposes = auto_classes_of(model)
@@ -133,11 +142,21 @@ def _merge(original: dict[str, Any], before: dict[str, Any], now: dict[str, Any]
 
 
 def _same_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path) -> bool:
-    try:
-        original = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError):  # none there, or one that needs code that is not trusted
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a processor: it has more files than a tokenizer
+        return False
+    original = _original_identity(source)
+    if original is None:
         return str(getattr(tokenizer, "name_or_path", "")) == str(source)
-    return _identity(tokenizer) == _identity(original)
+    return _identity(tokenizer) == original
+
+
+@lru_cache(maxsize=2)
+def _original_identity(source: Path) -> list[Any] | None:
+    """What the tokenizer in a folder computes; None if there is none, or it needs code that is not trusted."""
+    try:
+        return _identity(AutoTokenizer.from_pretrained(source))
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

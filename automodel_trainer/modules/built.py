@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -14,18 +14,26 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
+from automodel_trainer.models.generation import check_generation_config
 from automodel_trainer.models.isolation import Isolation
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
+from automodel_trainer.models.lora.adapter_files import CONFIG_NAME as ADAPTER_CONFIG
+from automodel_trainer.models.lora.adapter_files import read_config
+from automodel_trainer.models.lora.from_peft import GivenPeftModel, is_peft_model, take_peft_model
+from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
+from automodel_trainer.models.quantization_config import forget_quantization
 from automodel_trainer.models.sidecars import has_tokenizer
-from automodel_trainer.modules.isolation import isolation_of
+from automodel_trainer.modules.isolation import isolation_of, packs
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.nn.deferred_logits import defer_logits
 from automodel_trainer.strategies import MeshStrategy, Objective
+from automodel_trainer.strategies.base.objective import MicroBatch
 from automodel_trainer.strategies.base.precision import hold_in
 
 
@@ -41,6 +49,8 @@ class BuiltModule(Objective, pl.LightningModule):
             already loaded.
     """
 
+    _rows_are_safe = False  # not known yet
+
     def __init__(
         self,
         model: str | os.PathLike[str] | PreTrainedModel,
@@ -52,6 +62,7 @@ class BuiltModule(Objective, pl.LightningModule):
         trust_remote_code: bool,
         revision: str | None,
         config_overrides: dict[str, Any] | None,
+        allow_unused_weights: bool,
     ) -> None:
         super().__init__()
         if not hasattr(type(self), "auto_class"):
@@ -59,6 +70,12 @@ class BuiltModule(Objective, pl.LightningModule):
                 f"{type(self).__name__} is not an objective yet: set auto_class to the transformers auto class that "
                 'builds its model (for example "AutoModelForTokenClassification").'
             )
+        self._given_peft: GivenPeftModel | None = None
+        if is_peft_model(model):
+            if lora is not None:
+                raise ValueError("The PeftModel has an adapter already: leave out lora, or give its base model.")
+            self._given_peft = take_peft_model(model)
+            model, lora = self._given_peft.base, self._given_peft.lora
         if isinstance(model, PreTrainedModel) and (revision is not None or config_overrides):
             raise ValueError(
                 "revision and config_overrides apply to a model that is still to be loaded, and this one is an object. "
@@ -66,13 +83,14 @@ class BuiltModule(Objective, pl.LightningModule):
             )
         # In a tuple, so that torch does not register it as a second submodule next to `self.model`.
         self._reference = (model,)
-        self._tokenizer = tokenizer
+        self._tokenizer = self._given_tokenizer = tokenizer
         self.lora = lora
         self.neftune_alpha = neftune_alpha
         self.kernels = kernels
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.config_overrides = config_overrides or {}
+        self.allow_unused_weights = allow_unused_weights
         self.model: Any = None
 
     @cached_property
@@ -83,6 +101,12 @@ class BuiltModule(Objective, pl.LightningModule):
             return resolve_folder(reference, self.revision)
         name = reference.name_or_path
         return Path(name) if name and os.path.isdir(name) else None
+
+    @property
+    def given_model(self) -> PreTrainedModel | None:
+        """The model object that was given; None for a folder or Hub id."""
+        (reference,) = self._reference
+        return reference if isinstance(reference, PreTrainedModel) else None
 
     @property
     def model_config(self) -> PreTrainedConfig:
@@ -124,12 +148,50 @@ class BuiltModule(Objective, pl.LightningModule):
         had = self._tokenizer is not None or (self.source is not None and has_tokenizer(self.source))
         return self.tokenizer if had else None
 
+    def adopt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take the tokenizer that the data is made with: checkpoints and exports get it with its chat template.
+
+        Raises:
+            ValueError: this module was given one with another vocabulary.
+        """
+        if self._given_tokenizer is not None:
+            self._tokenizer = self._given_tokenizer
+            self.__dict__.pop("tokenizer", None)
+            if (own := self.tokenizer.get_vocab()) != (other := tokenizer.get_vocab()):
+                raise ValueError(
+                    f"{type(self).__name__} was given a tokenizer of {len(own):,} tokens and the data one of "
+                    f"{len(other):,}, and their vocabularies differ. Give one of the two."
+                )
+        self._tokenizer = tokenizer
+        self.__dict__.pop("tokenizer", None)
+
     @cached_property
     def isolation(self) -> Isolation:
         """What is proved of the model: whether packed documents and padding leave each other alone."""
         found = isolation_of(self, self.model_config, self.kernels.attention, self.trust_remote_code)
         self.gives_document_lengths = found.packed == "lengths"
         return found
+
+    def check_rows(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Refuse packed rows of a model whose documents would see each other.
+
+        A data module asks before training. This is for everyone else's loader.
+
+        Raises:
+            ValueError: documents share a row, and this model does not keep them apart.
+        """
+        if self._rows_are_safe:
+            return
+        maybe = [m for m in micro_batches if m.get("packed") is not False and m.get("attention_mask") is None]
+        if not any(isinstance(m.get("position_ids"), Tensor) for m in maybe):
+            return
+        found = self.isolation
+        self._rows_are_safe = found.packed is not None
+        if not self._rows_are_safe and any(packs(m) for m in maybe):
+            raise ValueError(
+                f"The position_ids of these rows restart, so they hold several documents, and {found}. Give one "
+                "document a row, padded, with an attention_mask."
+            )
 
     def configure_model(self) -> None:
         """Build the model on the strategy's mesh. The Trainer calls this after the processes have started.
@@ -145,6 +207,8 @@ class BuiltModule(Objective, pl.LightningModule):
         with torch.device("cpu"):
             self.model = self._build()
         check_gathered(self.model)
+        if lora_of(self.model) is None:
+            check_generation_config(self.model, self.source)
         packing_without_sync(self.model)
         if self.defers_logits and self.kernels.on(self.strategy.root_device).loss != "whole":
             defer_logits(self.model)
@@ -173,6 +237,7 @@ class BuiltModule(Objective, pl.LightningModule):
             self.source or reference,
             self.strategy,
             allow_missing_weights=self.new_modules,
+            allow_unused_weights=self.allow_unused_weights,
             trust_remote_code=self.trust_remote_code,
             lora=self.lora,
             kernels=self.kernels,
@@ -197,6 +262,8 @@ class BuiltModule(Objective, pl.LightningModule):
             self.strategy.parallelize(model)
             fuse_as_chosen(model)
             return model
+        check_dense(model)
+        forget_quantization(model.config)  # transformers leaves it there when it has dequantized the weights
         # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
         hold_in(model, dtype)
         if self.lora is not None:
@@ -210,8 +277,55 @@ class BuiltModule(Objective, pl.LightningModule):
             raise ValueError(
                 f"The model is on meta, and its name_or_path {model.name_or_path!r} is not a folder with weights."
             )
-        fill_from_folder(model, self.source, self.strategy, allow_missing_weights=self.new_modules)
+        fill_from_folder(
+            model,
+            self.source,
+            self.strategy,
+            allow_missing_weights=self.new_modules,
+            allow_unused_weights=self.allow_unused_weights,
+            trust_remote_code=self.trust_remote_code,
+        )
         return model
+
+    def on_fit_end(self) -> None:
+        """Write the trained adapter into the `PeftModel` that was given, if one was. Collective."""
+        if self._given_peft is not None:
+            self._given_peft.give_back(self.model)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | os.PathLike[str],
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A module with the weights of a checkpoint folder. The model is built when a Trainer runs it.
+
+        Args:
+            checkpoint_path: the checkpoint folder.
+            map_location, hparams_file, strict, weights_only: have no meaning here; give none of them.
+            kwargs: arguments of the class. Of adapters, `model` is the base, by default the one they were trained on.
+
+        Raises:
+            ValueError: the folder is damaged or no checkpoint, or one of the arguments above was given.
+        """
+        given = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict or None}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"{cls.__name__}.load_from_checkpoint takes no {', '.join(unused)}: the model is built on its device "
+                "when a Trainer runs the module, and its weights must all be there. Leave it out."
+            )
+        check_checkpoint(checkpoint_path)
+        folder = Path(checkpoint_path) / "model"
+        if not (folder / ADAPTER_CONFIG).is_file():
+            return cls(**{"model": folder, **kwargs})
+        base = read_config(folder)["base_model_name_or_path"]
+        if base is None and "model" not in kwargs:
+            raise ValueError(f"{folder} holds adapters and does not name their base model: give model=.")
+        return cls(**{"model": base, "lora": LoRAConfig(adapter=str(folder)), **kwargs})
 
     def without_model(self) -> Self:
         """A light copy to send to other processes. It has the loss and settings, but no model, tokenizer or Trainer."""
@@ -219,6 +333,7 @@ class BuiltModule(Objective, pl.LightningModule):
         light._modules = {**self._modules, "model": None}
         light._reference = ("",)
         light._tokenizer = None
+        light._given_peft = None
         light._trainer = None
         light.__dict__.pop("tokenizer", None)
         return light

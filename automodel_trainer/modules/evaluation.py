@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from automodel_trainer.modules.built import BuiltModule
 from automodel_trainer.modules.loss import Logits, predictions
+from automodel_trainer.modules.metrics import TokenAccuracy
 from automodel_trainer.strategies.base.objective import MicroBatch
 
 
@@ -23,6 +24,7 @@ class EvaluatedModule(BuiltModule):
     """
 
     metrics: Metric
+    _of_loader: dict[int, Metric]
 
     def on_validation_epoch_start(self) -> None:
         self._start_evaluation()
@@ -33,33 +35,59 @@ class EvaluatedModule(BuiltModule):
     def _start_evaluation(self) -> None:
         self.metrics.to(self.strategy.root_device)
         self.metrics.reset()
+        self._of_loader = {}
 
-    def validation_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
+    def validation_step(
+        self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._evaluate(batch, self._metrics_of(dataloader_idx, self.trainer.num_val_batches))
 
-    def test_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
+    def test_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, self._metrics_of(dataloader_idx, self.trainer.num_test_batches))
 
-    def _evaluate(self, batch: Sequence[MicroBatch] | MicroBatch) -> None:
+    def _metrics_of(self, loader: int, batches: Any) -> list[Metric]:
+        """What a batch of a loader counts for: all loaders together and, if there are several, its own."""
+        if not isinstance(batches, list) or len(batches) == 1:
+            return [self.metrics]
+        if loader not in self._of_loader:
+            self._of_loader[loader] = self.build_metrics().to(self.strategy.root_device)
+        return [self.metrics, self._of_loader[loader]]
+
+    def build_metrics(self) -> Metric:
+        """New metrics (see `metrics`): loss and accuracy per token."""
+        return TokenAccuracy()
+
+    def _evaluate(self, batch: Sequence[MicroBatch] | MicroBatch, counted: list[Metric]) -> None:
+        self.check_rows(as_list(batch))
         for micro_batch in as_list(batch):
             with self.strategy.split_sequence(*self.split(micro_batch)) as (inputs, targets):
                 logits = self.strategy.forward(self.model, inputs).logits
-            self.metrics.update(logits, targets)
+            for metrics in counted:
+                metrics.update(logits, targets)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
+        self._log_evaluation("val", self.trainer.val_dataloaders)
 
     def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
+        self._log_evaluation("test", self.trainer.test_dataloaders)
 
-    def _log_evaluation(self, prefix: str) -> None:
-        values = self.metrics.compute()
-        self.metrics.reset()
-        # The values are already equal on all ranks. Without `sync_dist` Lightning would warn that they may not be.
-        self.log_dict({f"{prefix}_{name}": value.float() for name, value in values.items()}, sync_dist=True)
+    def _log_evaluation(self, prefix: str, loaders: Any) -> None:
+        """Log all metrics; of several loaders also each one's, as `val_loss/NAME` or `val_loss/dataloader_idx_1`."""
+        named = list(loaders) if isinstance(loaders, Mapping) else []
+        counted = {"": self.metrics}
+        for number, metrics in sorted(self._of_loader.items()):
+            counted["/" + (named[number] if number < len(named) else f"dataloader_idx_{number}")] = metrics
+        for suffix, metrics in counted.items():
+            values = metrics.compute()
+            metrics.reset()
+            # equal on all ranks already; `sync_dist` only says so to Lightning
+            found = {f"{prefix}_{name}{suffix}": value.float() for name, value in values.items()}
+            self.log_dict(found, sync_dist=True, add_dataloader_idx=False)
 
-    def predict_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """The result of `predict` for each micro-batch, with its `labels` and `sample_ids`."""
+    def predict_step(
+        self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
+        """What `predict` makes of each micro-batch, with its `labels` and `sample_ids`."""
         return [
             self.predict(micro_batch)
             | {key: micro_batch[key] for key in ("labels", "sample_ids") if key in micro_batch}
@@ -85,6 +113,7 @@ class EvaluatedModule(BuiltModule):
         Returns:
             `[b, s]`, the whole sequence on every rank.
         """
+        self.check_rows([micro_batch])
         whole = self.split(micro_batch)
         with self.strategy.split_sequence(*whole) as (inputs, targets):
             logits = self.strategy.forward(self.model, inputs).logits

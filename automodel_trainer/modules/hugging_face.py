@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from automodel_trainer.checkpoint.state import TOKENIZER_KEY
+from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.data.sizes import check_micro_batch
+from automodel_trainer.models.auto_classes import CLASSIFIERS
 from automodel_trainer.models.kernels import KernelsConfig
+from automodel_trainer.models.limits import is_rotary, position_limit, vocabulary_size
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.evaluation import EvaluatedModule, as_list
-from automodel_trainer.modules.isolation import packs
-from automodel_trainer.modules.metrics import FiniteGuard, LossWindow, TokenAccuracy
+from automodel_trainer.modules.metrics import FiniteGuard, LossWindow
 from automodel_trainer.modules.optim import (
     OptimizerConfig,
     SchedulerConfig,
@@ -26,6 +30,7 @@ from automodel_trainer.modules.optim import (
     build_scheduler,
     parameters_of,
 )
+from automodel_trainer.nn.configs import as_config
 from automodel_trainer.strategies.base.objective import MicroBatch, count_all
 
 _WINDOW_KEY = "loss_window"
@@ -42,6 +47,7 @@ class HuggingFaceModule(EvaluatedModule):
 
     Args:
         model: a folder or Hub id, or a `PreTrainedModel` (real, or on meta with its path in `name_or_path`).
+            Of a `PeftModel` with a LoRA adapter that adapter is trained; the object has its values when `fit` ends.
         tokenizer: a tokenizer or its path; by default the model's own.
         lora: low-rank adapters to train on the frozen model; None trains the whole model.
         lr: the peak learning rate.
@@ -55,8 +61,11 @@ class HuggingFaceModule(EvaluatedModule):
         revision: branch, tag or commit of a Hub repository.
         config_overrides: attributes of the model's config to change.
 
+    `lora`, `optimizer`, `scheduler` and `kernels` may be dicts of the options of their classes, as in YAML.
     Raises:
         ValueError: as `BuiltModule`.
+        allow_unused_weights: train a part of what the checkpoint holds (the text model without its vision tower, say).
+            The rest is missing in what is saved.
     """
 
     def __init__(
@@ -64,17 +73,24 @@ class HuggingFaceModule(EvaluatedModule):
         model: str | os.PathLike[str] | PreTrainedModel,
         *,
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
-        lora: LoRAConfig | None = None,
+        lora: LoRAConfig | dict[str, Any] | None = None,
         lr: float = 2e-5,
-        optimizer: OptimizerConfig | str | Callable[..., Optimizer] = OptimizerConfig(),  # noqa: B008
-        scheduler: SchedulerConfig | str = SchedulerConfig(),  # noqa: B008
+        optimizer: OptimizerConfig | dict[str, Any] | str | Callable[..., Optimizer] = OptimizerConfig(),  # noqa: B008
+        scheduler: SchedulerConfig | dict[str, Any] | str = SchedulerConfig(),  # noqa: B008
         gradient_clip_val: float = 1.0,
         neftune_alpha: float = 0.0,
-        kernels: KernelsConfig = KernelsConfig(),  # noqa: B008
+        kernels: KernelsConfig | dict[str, Any] = KernelsConfig(),  # noqa: B008
         trust_remote_code: bool = False,
         revision: str | None = None,
         config_overrides: dict[str, Any] | None = None,
+        allow_unused_weights: bool = False,
     ) -> None:
+        lora = None if lora is None else as_config(LoRAConfig, lora, "lora")
+        kernels = as_config(KernelsConfig, kernels, "kernels")
+        if isinstance(optimizer, Mapping):
+            optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
+        if isinstance(scheduler, Mapping):
+            scheduler = as_config(SchedulerConfig, scheduler, "scheduler")
         super().__init__(
             model,
             tokenizer=tokenizer,
@@ -84,6 +100,7 @@ class HuggingFaceModule(EvaluatedModule):
             trust_remote_code=trust_remote_code,
             revision=revision,
             config_overrides=config_overrides,
+            allow_unused_weights=allow_unused_weights,
         )
         self.automatic_optimization = False
         self.lr = lr
@@ -91,7 +108,6 @@ class HuggingFaceModule(EvaluatedModule):
         self.scheduler_config = scheduler
         self.gradient_clip_val = gradient_clip_val
         self.metrics = self.build_metrics()
-        self._rows_are_safe = False  # not known yet
         self._window = LossWindow()
         self._guard: FiniteGuard | None = None
         self._grad_norm: Tensor | None = None
@@ -115,34 +131,26 @@ class HuggingFaceModule(EvaluatedModule):
         scheduler = build_scheduler(self.scheduler_config, optimizer, planned)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def build_metrics(self) -> Metric:
-        """The metrics of evaluation (`EvaluatedModule.metrics`): loss and accuracy per token."""
-        return TokenAccuracy()
-
-    # --- rows ------------------------------------------------------------------------------------------------------
-
-    def check_rows(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Refuse packed rows of a model whose documents would see each other.
-
-        A data module asks before training. This is for everyone else's loader.
-
-        Raises:
-            ValueError: documents share a row, and this model does not keep them apart.
-        """
-        if self._rows_are_safe:
-            return
-        maybe = [m for m in micro_batches if m.get("packed") is not False and m.get("attention_mask") is None]
-        if not any(isinstance(m.get("position_ids"), Tensor) for m in maybe):
-            return
-        found = self.isolation
-        self._rows_are_safe = found.packed is not None
-        if not self._rows_are_safe and any(packs(m) for m in maybe):
-            raise ValueError(
-                f"The position_ids of these rows restart, so they hold several documents, and {found}. Give one "
-                "document a row, padded, with an attention_mask."
-            )
-
     # --- training -------------------------------------------------------------------------------------------------
+
+    def check_batch(self, batch: Any) -> None:
+        """Compare ids, labels and positions with the model's sizes; see `Objective.check_batch`.
+
+        Data modules of this project have compared theirs before the run, unless they stream.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not (isinstance(data, MicroBatchDataModule) and "train" in data.rows):
+            for micro_batch in as_list(batch):
+                check_micro_batch(micro_batch, *self._sizes)
+
+    @cached_property
+    def _sizes(self) -> tuple[int | None, int | None, bool, int | None]:
+        """The arguments of `check_micro_batch`."""
+        config = self.model.config
+        vocabulary = vocabulary_size(config, self.model)
+        of_classifier = config.num_labels if self.auto_class in CLASSIFIERS else None
+        classes = vocabulary if self.labels_are_tokens else of_classifier
+        return vocabulary, position_limit(config), is_rotary(config), classes
 
     def training_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> None:
         """One optimizer step: forward and backward of every micro-batch, clip, optimizer, schedule. Collective."""
@@ -220,6 +228,8 @@ class HuggingFaceModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the sums that the next log step averages, so that a resumed run logs the same numbers. Collective."""
+        if self._tokenizer is not None:  # else it is the one in the model's folder, which is copied
+            checkpoint[TOKENIZER_KEY] = self.tokenizer
         if self._window:
             loss_sum, tokens = self._window.sums()
             whole = self.strategy.sum_over_tokens(loss_sum.clone())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from automodel_trainer.connect import choose_rows
+from automodel_trainer.connect import check_sizes, choose_rows
 from automodel_trainer.data import MicroBatchDataModule
 from automodel_trainer.data.preview import preview
 from automodel_trainer.lightning_cli import build
@@ -39,5 +39,7 @@ def main(argv: Sequence[str]) -> None:
         data.tokenizer = module.tokenizer
     if isinstance(module, HuggingFaceModule):
         choose_rows(module, data)
+        data.prepare()
+        check_sizes(module, data)
     batch = data.first_batch()
     preview(batch, data.load_tokenizer(), max_rows=own.rows, html=own.html)

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from automodel_trainer.models.shrink import shrink
+from automodel_trainer.models.small_copy import small_copy
 from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.strategies import MeshStrategy, StrategyRegistry
 from automodel_trainer.verification.batches import first_steps, renumber
@@ -71,7 +72,9 @@ def verify(
     accumulation = max(ACCUMULATION, strategy.min_micro_batches)
     steps = first_steps(module, data, STEPS, accumulation * dims.dp_replicate * dims.dp_shard, length)
     config = copy.deepcopy(module.model_config)
-    small = shrink(config, dims.cp * dims.tp, length, renumber(module, steps, config), strategy.min_layers)
+    ep = devices if strategy.expert_ranks == "auto" else strategy.expert_ranks
+    ranks = math.lcm(dims.cp * dims.tp, ep)
+    small = _small(module, config, ranks, length, renumber(module, steps, config), strategy.min_layers)
     job = Job(
         module=module.without_model(),
         config=small,
@@ -81,9 +84,29 @@ def verify(
         device="cuda" if full else "cpu",
         attention=_attention(module.kernels.attention, full),
     )
-    report = _attempts(job, launch or Processes(), f"{dims.describe()} on {devices} ranks", _describe(small))
+    layout = dims.describe() + (f", ep {strategy.expert_ranks}" if ep > 1 else "")
+    report = _attempts(job, launch or Processes(), f"{layout} on {devices} ranks", _describe(small))
     report.seconds = time.monotonic() - began
     return report
+
+
+def _small(
+    module: HuggingFaceModule, config: PreTrainedConfig, ranks: int, length: int, vocab_size: int, layers: int
+) -> PreTrainedConfig:
+    """The config of a small copy that runs; where none does, the runs below say why."""
+    try:
+        small: PreTrainedConfig = small_copy(
+            config,
+            module.auto_class,
+            ranks=ranks,
+            length=length,
+            vocab_size=vocab_size,
+            layers=layers,
+            trust_remote_code=module.trust_remote_code,
+        ).config
+    except ValueError:
+        return shrink(config, ranks, length, vocab_size, layers)
+    return small
 
 
 def _attempts(job: Job, launch: Launcher, layout: str, model: str) -> Report:
@@ -127,7 +150,11 @@ def fresh(strategy: Any) -> MeshStrategy:
 def _fewest_devices(strategy: MeshStrategy) -> int:
     dims = strategy.requested_dims
     fixed = math.prod(size for name, size in vars(dims).items() if name != "dp_shard")
-    return fixed * dims.dp_shard if dims.dp_shard != -1 else max(2, fixed)
+    if dims.dp_shard != -1:
+        return fixed * dims.dp_shard
+    inner, ep = dims.cp * dims.tp, strategy.expert_ranks
+    shards = 1 if ep == "auto" else math.lcm(inner, ep) // inner  # the fewest that ep can borrow from
+    return max(2, fixed * shards)
 
 
 def _attention(name: str | None, full: bool) -> str | None:
@@ -140,7 +167,10 @@ def _attention(name: str | None, full: bool) -> str | None:
 def _describe(config: PreTrainedConfig) -> str:
     text = config.get_text_config(decoder=True)
     name = (config.architectures or [config.model_type])[0]
-    heads = f"{text.num_attention_heads} heads ({getattr(text, 'num_key_value_heads', None) or 'all'} of keys)"
+    per_layer = getattr(text, "per_layer_attributes", None) or ()  # sizes that differ from layer to layer
+    own = "all" if "num_key_value_heads" in per_layer else getattr(text, "num_key_value_heads", None) or "all"
+    count = None if "num_attention_heads" in per_layer else getattr(text, "num_attention_heads", None)
+    heads = f"{count} heads ({own} of keys)" if count else "no attention heads"
     kinds = getattr(text, "layer_types", None)
     layers = f"{text.num_hidden_layers} layers" + (f" ({', '.join(kinds)})" if kinds else "")
     return f"{name} made small: {layers}, width {text.hidden_size}, {heads}, {text.vocab_size} tokens"

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any, Literal, final
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
@@ -94,6 +95,11 @@ class MeshStrategy(StepRunner, SavingStrategy):
         return 1
 
     @property
+    def expert_ranks(self) -> int | Literal["auto"]:
+        """The number of ranks that the experts of a layer are split over. They are borrowed from the mesh's axes."""
+        return 1
+
+    @property
     def compiles(self) -> bool:
         """Whether blocks are compiled.
 
@@ -163,6 +169,12 @@ class MeshStrategy(StepRunner, SavingStrategy):
         """Move the whole LightningModule to this rank's device."""
         assert self.lightning_module is not None
         self.lightning_module.to(self.root_device)
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Move a batch to the device. The objective may look at it before that."""
+        if isinstance(self.lightning_module, Objective):
+            self.lightning_module.check_batch(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     def forget_run(self) -> None:
         """Release the processes, the mesh and the model. The requested layout remains, ready for another run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 from typing import Any, Literal, final
 
@@ -126,8 +127,8 @@ class MeshProcesses(ParallelStrategy):
     @property
     @final
     def is_distributed(self) -> bool:
-        """Always True. Lightning reads it on strategies it does not know, to set up samplers and metric reduction."""
-        return True
+        """Whether there are several ranks. Lightning then adds samplers and reduces metrics over ranks."""
+        return self.world_size > 1
 
     @property
     def root_device(self) -> torch.device:
@@ -198,8 +199,12 @@ class MeshProcesses(ParallelStrategy):
         self.set_world_ranks()
         self.choose_sizes()
         self.dims  # noqa: B018  raises for sizes that do not fit, before any process waits for another
+        if self.world_size == 1:  # Lightning takes a process group for several ranks
+            warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
         for option in self.ineffective_options():
             rank_zero_warn(f"{option} has no effect.")
+        if dist.is_initialized() and dist.get_world_size() != self.world_size:
+            dist.destroy_process_group()  # a forked worker inherits that of an earlier run on one device
         if not dist.is_initialized():
             self._init_process_group()
         self._device_mesh = self.build_mesh()

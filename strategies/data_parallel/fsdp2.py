@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, final
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -21,7 +23,16 @@ from automodel_trainer.strategies.base.user_module import outermost, parts_of
 from automodel_trainer.strategies.context.attention import CPAttention
 from automodel_trainer.strategies.data_parallel import gradient_reduction
 from automodel_trainer.strategies.data_parallel.fp8_gather import gather_in_fp8
-from automodel_trainer.strategies.data_parallel.shard import ShardOptions, Shards, is_laid_out, reshard
+from automodel_trainer.strategies.data_parallel.shard import (
+    ShardedExperts,
+    ShardOptions,
+    Shards,
+    is_laid_out,
+    reshard,
+)
+from automodel_trainer.strategies.expert.mesh import expert_mesh, expert_shard_mesh
+from automodel_trainer.strategies.expert.parallelize import expert_parallel
+from automodel_trainer.strategies.expert.plan import check_ep, choose_ep, find_experts, require_experts
 from automodel_trainer.strategies.inner_parallel import ActivationCheckpointing, InnerParallelStrategy
 
 
@@ -43,6 +54,9 @@ class FSDP2Strategy(InnerParallelStrategy):
         tp_plan: rules that override the model's own (`model.tp_plan`: same names, same styles).
         sequence_parallel: with tp > 1, norms, dropout and residuals work on parts of the sequence too.
         async_tp: overlap tensor-parallel collectives with matmuls (needs GPUs, compile and sequence_parallel).
+        ep: ranks that the experts of a layer are split over (expert parallel), by the plan that the model declares. It
+            borrows ranks from dp_shard × cp × tp and must divide their product and the number of experts. "auto": as
+            many as a node and the experts allow.
         reshard_after_forward: free a block's gathered parameters between its forward and backward (ZeRO-3). False
             keeps them (ZeRO-2: more memory, fewer gathers).
         forward_prefetch: number of blocks to gather ahead of the one that runs, beyond FSDP2's own overlap.
@@ -68,6 +82,7 @@ class FSDP2Strategy(InnerParallelStrategy):
         tp_plan: Mapping[str, str] | None = None,
         sequence_parallel: bool = True,
         async_tp: bool = False,
+        ep: int | Literal["auto"] = 1,
         reshard_after_forward: bool = True,
         forward_prefetch: int = 0,
         backward_prefetch: int = 0,
@@ -87,6 +102,8 @@ class FSDP2Strategy(InnerParallelStrategy):
             activation_checkpointing=activation_checkpointing,
             **kwargs,
         )
+        self.ep = ep
+        self._expert_mesh: DeviceMesh | None = None
         self.reshard_after_forward = reshard_after_forward
         self.forward_prefetch, self.backward_prefetch = forward_prefetch, backward_prefetch
         self.cpu_offload = cpu_offload
@@ -108,14 +125,52 @@ class FSDP2Strategy(InnerParallelStrategy):
         if is_laid_out(model):
             return model
         self.broadcast_from_rank_zero(model)
+        self.size_experts(model)
         self.allow_async_tp()
         self.checkpoint_activations(model, before_tp=True)
         self.compile_model(model)
         self.split_sequences(model)
+        self.split_experts(model)
         self.cut_matrices(model)
         self.checkpoint_activations(model, before_tp=False)
         self.shard(model)
         return model
+
+    @final
+    def size_experts(self, model: nn.Module) -> None:
+        """Expert parallel: choose `ep="auto"`, check it, and build the experts' mesh. Collective.
+
+        Call it on the whole model: a pipeline stage may hold no experts.
+
+        Raises:
+            ValueError: the model declares no experts to split, or `ep` does not divide them or the ranks.
+        """
+        if self.ep == 1:
+            return
+        experts = math.gcd(*(layer.count for layer in require_experts(model)))
+        ranks = self.dims.dp_shard * self.dims.cp * self.dims.tp
+        if self.ep == "auto":
+            node = math.gcd(ranks, self.num_processes)
+            self.ep = choose_ep(experts, node)
+            rank_zero_info(
+                f"ep='auto': chose ep={self.ep} for {node} device(s) per node and {experts} experts. Set ep=… to "
+                "override."
+            )
+        check_ep(self.ep, experts, ranks)
+        self._expert_mesh = expert_mesh(self.dims, self.ep, self.root_device.type) if self.ep > 1 else None
+
+    @final
+    def split_experts(self, model: nn.Module) -> None:
+        """Expert parallel: split the experts of `model` over ranks. FSDP2 shards what a rank holds once more."""
+        if self._expert_mesh is None:
+            return
+        layers = find_experts(model)
+        split = [] if self.shards.experts is None else self.shards.experts.modules  # of a module's other models
+        tp = self.device_mesh["tp"].get_group() if self.dims.tp > 1 else None
+        expert_parallel(layers, self._expert_mesh["ep"], tp)
+        self.shards.experts = ShardedExperts(
+            [*split, *(experts.module for experts in layers)], expert_shard_mesh(self._expert_mesh)
+        )
 
     @final
     def shard(self, model: nn.Module, *, sum_gradients: bool = True) -> None:
@@ -143,10 +198,17 @@ class FSDP2Strategy(InnerParallelStrategy):
         )
 
     @property
+    def expert_ranks(self) -> int | Literal["auto"]:
+        """See `MeshStrategy.expert_ranks`. "auto" is resolved when a model is laid out."""
+        return self.ep
+
+    @property
     @final
     def needs_shards(self) -> bool:
         """Whether FSDP2 has anything to do: shard, cast, or offload."""
-        return self.dp_size * self.dims.cp > 1 or self.dtypes.mixed or self.cpu_offload
+        return (
+            self.dp_size * self.dims.cp > 1 or self.dtypes.mixed or self.cpu_offload or self.shards.experts is not None
+        )
 
     @property
     @final
@@ -175,6 +237,7 @@ class FSDP2Strategy(InnerParallelStrategy):
     def forget_run(self) -> None:
         """See `MeshStrategy.forget_run`."""
         super().forget_run()
+        self._expert_mesh = None
         self.shards.forget()
 
     # --- a user's own LightningModule ---------------------------------------------------------------------------------
@@ -185,7 +248,7 @@ class FSDP2Strategy(InnerParallelStrategy):
         Such a module takes the mean of its loss on each rank, so gradients are averaged over ranks (FSDP2's default).
 
         Raises:
-            ValueError: cp > 1, or tp > 1 and the module holds no Hugging Face model.
+            ValueError: cp > 1, or tp > 1 or ep > 1 and the module holds no Hugging Face model that fits it.
         """
         if self.dims.cp > 1:
             raise ValueError(
@@ -203,10 +266,15 @@ class FSDP2Strategy(InnerParallelStrategy):
         self.checkpoint_activations(module, before_tp=True)
         self.compile_model(module)
         for model in self._models_to_cut(module, taken, fresh):
-            self.cut_matrices(model)
+            self.size_experts(model)
+            self.split_experts(model)
+            if self.dims.tp > 1:
+                self.cut_matrices(model)
         self.checkpoint_activations(module, before_tp=False)
         for part in fresh if self.needs_shards else ():
             self.shard(part, sum_gradients=False)
+        if self.shards.experts is not None:
+            gradient_reduction.average_over(self.shards.experts.modules, self.dp_size)
         gradient_reduction.average_unsharded_gradients(module, self.world_size)
         # Whatever is not sharded (buffers, parameters of the module itself) still has to move to the device.
         apply_to_tensors(module, lambda t: t if isinstance(t, DTensor) else t.to(self.root_device))
@@ -214,14 +282,15 @@ class FSDP2Strategy(InnerParallelStrategy):
     def _models_to_cut(
         self, module: pl.LightningModule, taken: list[nn.Module], fresh: list[nn.Module]
     ) -> list[PreTrainedModel]:
-        """The Hugging Face models in the new parts, which tensor parallel cuts."""
-        if self.dims.tp == 1:
+        """The Hugging Face models in the new parts, which tensor and expert parallel split."""
+        if self.dims.tp == 1 and self.ep == 1:
             return []
         models = [model for part in fresh for model in outermost(part, PreTrainedModel)]
         if not models and not taken:
+            sizes = f"tp={self.dims.tp}" if self.dims.tp > 1 else f"ep={self.ep}"
             raise ValueError(
-                f"tp={self.dims.tp} cuts Hugging Face models by the plan they declare, and {type(module).__name__} "
-                "holds none. Set tp=1 and shard with fsdp2 instead."
+                f"{sizes} splits Hugging Face models by the plan they declare, and {type(module).__name__} holds none. "
+                f"Set {sizes[:2]}=1 and shard with fsdp2 instead."
             )
         return models
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -25,6 +27,17 @@ def average_gradients(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(None)  # type: ignore[arg-type]
+
+
+def average_over(modules: Iterable[nn.Module], ranks: int) -> None:
+    """Make FSDP2 divide the summed gradients of these units by `ranks`.
+
+    Experts need it: they are sharded over fewer ranks than the rows are, and see the tokens of all of them.
+    """
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(float(ranks))
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def average_unsharded_gradients(module: nn.Module, world_size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from automodel_trainer.strategies.base.precision import Dtypes, fsdp_policy
 from automodel_trainer.strategies.data_parallel import gradient_reduction
 from automodel_trainer.strategies.data_parallel._fsdp import lay_out_gradients_at_once
 from automodel_trainer.strategies.data_parallel.accumulate_grads_foreach import accumulate_grads_foreach
+from automodel_trainer.strategies.expert.parallelize import place_expert
 
 _SMALL = 2**30  # bytes; see `_small`
 
@@ -36,6 +38,14 @@ class ShardOptions:
     sync_every_micro_batch: bool = False
 
 
+@dataclass(frozen=True)
+class ShardedExperts:
+    """Experts that expert parallel has split, and the mesh to shard them over; see `strategies/expert/mesh.py`."""
+
+    modules: list[nn.Module]
+    mesh: DeviceMesh
+
+
 class Shards:
     """Shards models with FSDP2, and controls in which micro-batches gradients are reduced.
 
@@ -48,6 +58,7 @@ class Shards:
 
     def __init__(self, options: ShardOptions) -> None:
         self.options = options
+        self.experts: ShardedExperts | None = None
         self._keeps_copies = False
         self._self_casting: list[Adapter] = []
 
@@ -79,14 +90,25 @@ class Shards:
         lay_out_gradients_at_once()
         blocks = find_blocks(model)
         reshard = self.options.reshard_after_forward and not self._keeps_copies
+        if self.experts is not None:
+            self._shard_experts(model, {**options, "reshard_after_forward": reshard})
         for unit in (*blocks, *untied_input_embedding(model)):
             fully_shard(unit, reshard_after_forward=reshard, **options)
         # The root unit holds the rest (final norm, head, tied embedding). It stays gathered between forward and
         # backward, because backward begins where forward ended.
         fully_shard(model, reshard_after_forward=False, **options)
         _prefetch(blocks, self.options.forward_prefetch, self.options.backward_prefetch)
-        if sum_gradients and mesh.size() > 1:
+        if sum_gradients and (mesh.size() > 1 or self.experts is not None):
             gradient_reduction.sum_gradients(model)
+
+    def _shard_experts(self, model: nn.Module, options: dict[str, Any]) -> None:
+        """Make the experts of each layer a unit of their own: they are sharded over fewer ranks than the rest."""
+        assert self.experts is not None
+        mesh = self.experts.mesh
+        place = partial(place_expert, ranks=mesh.size(mesh.ndim - 1))
+        inside = set(model.modules())
+        for module in (module for module in self.experts.modules if module in inside):
+            fully_shard(module, **{**options, "mesh": mesh, "shard_placement_fn": place})
 
     def _let_cast(self, model: nn.Module, compute: torch.dtype) -> set[nn.Parameter]:
         """If only adapters are trained, let them cast their own parameters, and return those for FSDP2 to ignore.
@@ -157,6 +179,7 @@ class Shards:
     def forget(self) -> None:
         """Release the model."""
         self._self_casting = []
+        self.experts = None
 
 
 def is_laid_out(model: nn.Module) -> bool:

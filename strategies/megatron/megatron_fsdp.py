@@ -350,9 +350,8 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
         self.reshard()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """See `SavingStrategy.load_checkpoint`. The model is then told that its weights have changed."""
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """See `SavingStrategy.load_model_state_dict`. The model is then told that its weights have changed."""
         self.reshard()
-        loaded = super().load_checkpoint(checkpoint_path, weights_only)
+        super().load_model_state_dict(checkpoint, strict)
         mfsdp.refresh(mfsdp.wrapper_of(self.trained_module))
-        return loaded

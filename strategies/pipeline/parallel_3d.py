@@ -192,11 +192,13 @@ class Parallel3DStrategy(FSDP2Strategy):
         if self._splits(model):
             return model
         self.broadcast_from_rank_zero(model)
+        self.size_experts(model)
         self._split_layers(model)
         self.allow_async_tp()
         self.checkpoint_activations(model, before_tp=True)
         self.compile_model(model)
         self.split_sequences(model)
+        self.split_experts(model)
         self.cut_matrices(model)
         self.checkpoint_activations(model, before_tp=False)
         self.shard(model)

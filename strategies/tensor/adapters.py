@@ -42,8 +42,9 @@ def cut_adapters(model: nn.Module, plan: TensorPlan) -> None:
 
 
 def _outputs(adapter: Adapter, ndim: int) -> int:
-    """The output dimension of the base weight: of `[out, in]`, `[e, out, in]` or, if transposed, `[e, in, out]`."""
-    return ndim - 1 if getattr(adapter.module, "is_transposed", False) and ndim == 3 else ndim - 2
+    """The output dimension of the base weight: of `[out, in]`, `[e, out, in]` or, if transposed, `[(e,) in, out]`."""
+    transposed = adapter.is_transposed or (getattr(adapter.module, "is_transposed", False) and ndim == 3)
+    return ndim - 1 if transposed else ndim - 2
 
 
 def _refuse(adapter: Adapter, columns: bool) -> None:

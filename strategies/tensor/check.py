@@ -88,6 +88,8 @@ def _is_replica(grad: DTensor, mesh: DeviceMesh) -> bool:
     """Whether every tp rank holds all of this gradient."""
     # tp is the last axis of a gradient's mesh. In layouts that drop replicated axes it is no axis at all.
     names = grad.device_mesh.mesh_dim_names or ()
+    if "ep" in names:  # experts are split over tp ranks too
+        return False
     return isinstance(grad.placements[-1], Replicate) or not set(mesh.mesh_dim_names or ()) & set(names)
 
 

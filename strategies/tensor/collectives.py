@@ -39,7 +39,7 @@ def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def slice_features(x: Tensor, group: ProcessGroup) -> Tensor:
     """This rank's chunk of the last dimension of `x` `[…, h]`; in backward, the ranks' chunks are gathered."""
-    return _SliceFeatures.apply(x, group)
+    return _Slice.apply(x, group, -1)
 
 
 def gather_features(x: Tensor, group: ProcessGroup, width: int) -> Tensor:
@@ -47,7 +47,20 @@ def gather_features(x: Tensor, group: ProcessGroup, width: int) -> Tensor:
 
     The gradient is full; this rank takes its chunk of it.
     """
-    return _GatherFeatures.apply(x, group, width)
+    return _Gather.apply(x, group, -1, width)
+
+
+def slice_rows(x: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's chunk of the first dimension of `x` `[n, …]`; in backward, the ranks' chunks are gathered."""
+    return _Slice.apply(x, group, 0)
+
+
+def gather_rows(x: Tensor, group: ProcessGroup, count: int) -> Tensor:
+    """Gather the ranks' chunks of the first dimension, as `torch.chunk` makes them, into `[count, …]`.
+
+    The gradient is full; this rank takes its chunk of it.
+    """
+    return _Gather.apply(x, group, 0, count)
 
 
 def slice_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -91,26 +104,26 @@ class _AllReduce(Function):
         return grad, None
 
 
-class _SliceFeatures(Function):
+class _Slice(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group, ctx.width = group, x.shape[-1]
-        return _chunk(x, group, -1)
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim, ctx.width = group, dim, x.shape[dim]
+        return _chunk(x, group, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _gathered(grad, ctx.group, -1, ctx.width), None
+        return _gathered(grad, ctx.group, ctx.dim, ctx.width), None, None
 
 
-class _GatherFeatures(Function):
+class _Gather(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup, width: int) -> Tensor:
-        ctx.group = group
-        return _gathered(x, group, -1, width)
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, dim: int, width: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _gathered(x, group, dim, width)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _chunk(grad, ctx.group, -1), None, None
+        return _chunk(grad, ctx.group, ctx.dim), None, None, None
 
 
 class _SliceSequence(Function):

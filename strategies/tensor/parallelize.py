@@ -10,11 +10,10 @@ Source: Megatron-LM, arXiv 1909.08053; sequence parallel, arXiv 2205.05198.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -24,12 +23,10 @@ from automodel_trainer.nn.parameters import replace_parameters
 from automodel_trainer.nn.wrap import wrap
 from automodel_trainer.strategies.tensor.adapters import cut_adapters
 from automodel_trainer.strategies.tensor.check import check_gates
-from automodel_trainer.strategies.tensor.collectives import sum_gradient
 from automodel_trainer.strategies.tensor.layers import joint_entries, wrap_entry, wrap_layer
+from automodel_trainer.strategies.tensor.local_parameters import Held, with_local_parameters
 from automodel_trainer.strategies.tensor.plan import TensorPlan, expand_plan
 from automodel_trainer.strategies.tensor.sequence import SequenceParallel
-
-_Held = list[tuple[nn.Module, str, bool]]  # module, parameter name, whether to sum its gradient over ranks
 
 
 def tensor_parallel(
@@ -38,7 +35,8 @@ def tensor_parallel(
     """Shard `model` over a tensor-parallel mesh, in place.
 
     Its inputs and outputs are whole and equal on all ranks, and so are the gradients of replicated parameters.
-    Parameter names and module types do not change.
+    Parameter names and module types do not change. Parameters that are DTensors already (experts, under expert
+    parallel) are left alone.
 
     Args:
         model: on meta, or real and equal on all ranks.
@@ -73,7 +71,9 @@ def tensor_parallel(
 def _distribute(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
     """Make every parameter a DTensor on the mesh. Those without a placement in the plan are replicated."""
 
-    def cut(parameter: nn.Parameter) -> DTensor:
+    def cut(parameter: nn.Parameter) -> Tensor:
+        if isinstance(parameter, DTensor):
+            return parameter.detach()
         # Every rank has the same values, so it cuts its own shard: `src_data_rank=None` sends nothing.
         placement = plan.placements.get(id(parameter), Replicate())
         return distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
@@ -91,11 +91,11 @@ def _use_local_parameters(model: nn.Module, plan: TensorPlan, group: ProcessGrou
     inside = {id(module) for block in blocks for module in block.modules()}
     holding = {id(module) for module in model.modules() for block in blocks if _holds(module, block)}
     for block in blocks:
-        wrap(block, _local(_held(block.modules(), plan), group))
+        wrap(block, with_local_parameters(_held(block.modules(), plan), group))
     for module in model.modules():
         if id(module) not in inside and next(module.parameters(recurse=False), None) is not None:
             parts = [module] if id(module) in holding else module.modules()
-            wrap(module, _local(_held(parts, plan), group))
+            wrap(module, with_local_parameters(_held(parts, plan), group))
 
 
 def _holds(module: nn.Module, block: nn.Module) -> bool:
@@ -103,34 +103,10 @@ def _holds(module: nn.Module, block: nn.Module) -> bool:
     return module is not block and any(block is child for child in module.modules())
 
 
-def _held(modules: Any, plan: TensorPlan) -> _Held:
+def _held(modules: Any, plan: TensorPlan) -> Held:
     return [
         (module, key, id(parameter) in plan.summed)
         for module in modules
         for key, parameter in module.named_parameters(recurse=False)
+        if not isinstance(parameter, DTensor)  # experts swap in their own
     ]
-
-
-def _local(held: _Held, group: ProcessGroup) -> Callable[..., Any]:
-    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with _local_parameters(held, group):
-            return original(*args, **kwargs)
-
-    return forward
-
-
-@contextmanager
-def _local_parameters(held: _Held, group: ProcessGroup) -> Iterator[None]:
-    swapped: list[Any] = []
-    try:
-        for module, key, summed in held:
-            parameter = module._parameters[key]
-            if isinstance(parameter, DTensor):  # otherwise an outer wrapper has swapped it already
-                local = parameter.to_local()
-                local = sum_gradient(local, group, wide=True) if summed else local
-                swapped.append((module, key, parameter))
-                module._parameters[key] = local  # type: ignore[assignment]
-        yield
-    finally:
-        for module, key, parameter in swapped:
-            module._parameters[key] = parameter

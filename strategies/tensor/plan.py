@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from automodel_trainer.distributed._dtensor import StridedShard
@@ -64,6 +64,8 @@ def expand_plan(model: nn.Module, size: int, overrides: Mapping[str, str] | None
     plan = TensorPlan()
     names = {id(module): name for name, module in model.named_modules()}
     for name, module in model.named_modules():
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+            continue  # experts that expert parallel has split
         style = _rule_for(rules, name)
         if style is not None:
             plan.modules[name] = style
@@ -85,7 +87,7 @@ def _rules(model: nn.Module, overrides: Mapping[str, str]) -> dict[str, str]:
     if not own and not overrides:
         raise ValueError(_no_plan(model, "declares none"))
     present = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    present |= {_generic(name) for name in present}
+    present |= {layer_pattern(name) for name in present}
     for name, style in overrides.items():
         if name not in present:
             near = difflib.get_close_matches(name, present, n=1)
@@ -119,11 +121,11 @@ def _no_plan(model: nn.Module, what: str) -> str:
 
 def _rule_for(rules: Mapping[str, str], name: str) -> str | None:
     """The style for a name. A rule for one layer (`layers.3.mlp`) wins over one for all layers (`layers.*.mlp`)."""
-    return rules.get(name) or rules.get(_generic(name))
+    return rules.get(name) or rules.get(layer_pattern(name))
 
 
-def _generic(name: str) -> str:
-    """`name` with `*` for every layer number."""
+def layer_pattern(name: str) -> str:
+    """`name` with `*` for every layer number, as plans write it."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
@@ -215,8 +217,8 @@ def _check(model: nn.Module, plan: TensorPlan, size: int) -> None:
             if cut is None and plan.modules.get(name) == "moe_tp_experts":
                 raise ValueError(
                     f"The tensor-parallel plan of {type(model).__name__} cuts the experts {name} but not their {key}, "
-                    f"which every rank would add to the sum. Set tp_plan={{'{_generic(name)}.{key}': 'colwise' or "
-                    f"'rowwise'}}, or replicate the experts with tp_plan={{'{_generic(name)}': 'replicate', …}}."
+                    f"which every rank would add to the sum. Set tp_plan={{'{layer_pattern(name)}.{key}': 'colwise' or "
+                    f"'rowwise'}}, or replicate the experts with tp_plan={{'{layer_pattern(name)}': 'replicate', …}}."
                 )
             if cut is None:
                 continue

@@ -327,8 +327,8 @@ def test_a_users_module_and_loader_go_on_at_the_end_of_an_epoch(tmp_path: Path, 
         assert torch.equal(value, part.state_dict()[name]), name
 
 
-def test_hyperparameters_that_cannot_be_saved_stop_the_run_before_it_starts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"OwnModule.hparams.extra is a torch.nn.modules.linear.Linear"):
+def test_hyperparameters_that_cannot_be_saved_are_left_out_with_a_word(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"will not hold the hyperparameters extra of OwnModule"):
         fit_own(tmp_path, 1, extra=torch.nn.Linear(1, 1))
 
 
@@ -340,5 +340,5 @@ def test_weights_only_saves_no_optimizer_state(tmp_path: Path) -> None:
     assert state["whole"]
     assert not state["weights"]
     assert list((tmp_path / "weights" / "model").glob("*.safetensors"))
-    with pytest.raises(ValueError, match=r"holds the state of 0 optimizer\(s\), but the run has 1"):
+    with pytest.raises(ValueError, match=r"the checkpoint contains only the model"):
         train(tmp_path / "again", ckpt_path=tmp_path / "weights", max_steps=2)

@@ -16,6 +16,7 @@ from automodel_trainer.callbacks import DCPCheckpoint
 from automodel_trainer.data.base import MicroBatchDataModule
 from tests.harness import Stop
 from tests.pool import RankPool
+from tests.routers import routed_model
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LAYOUTS = {
@@ -29,6 +30,15 @@ LAYOUTS = {
     "cp ×2": ("fsdp2:cp=2", 2),
     "pp ×2": ("3d:pp=2", 2),
     "pp ×2, tp ×2": ("3d:pp=2,tp=2", 4),
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# For a mixture of experts; the others' names mean the same for it.
+EXPERT_LAYOUTS = {
+    "ep ×2": ("fsdp2:ep=2", 2),
+    "fsdp2 ×2, ep ×2": ("fsdp2:ep=2", 4),
+    "hsdp 2×2, ep ×2": ("hsdp:ep=2", 4),
+    "tp ×2, ep ×4": ("fsdp2:tp=2,ep=4", 4),
+    "pp ×2, ep ×2": ("3d:pp=2,ep=2", 4),
 }
 SAVED, STEPS, GLOBAL_BATCH = 3, 7, 4  # an epoch has 5 steps: saved in its middle, trained beyond its end
 TOLERANCE = 1e-4  # relative, of every step's loss, where the layout is another
@@ -74,13 +84,14 @@ def run(
     kind: str = "packed",
     every: int = SAVED,
     last: int = STEPS,
+    experts: bool = False,
 ) -> dict[str, Any]:
     """This rank's part of a run that saves every so many steps and trains on from `ckpt_path` to the step `last`.
 
     The learning rate is that of a run of STEPS.
     """
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have workers
-    strategy, devices = LAYOUTS[layout]
+    strategy, devices = (LAYOUTS | EXPERT_LAYOUTS)[layout]
     pl.seed_everything(7)
     diary = Diary()
     trainer = Trainer(
@@ -97,7 +108,7 @@ def run(
         enable_throughput=False,
     )
     module = CausalLMModule(
-        tiny_model(),
+        routed_model("qwen3_moe", **EXPERTS) if experts else tiny_model(),
         tokenizer=tiny_tokenizer(),
         lr=1e-2,
         scheduler="cosine",
@@ -118,7 +129,7 @@ def train(
     **options: int,
 ) -> dict[str, Any]:
     """The run on all its ranks: curve, and of every step the rows of the global batch, in one order."""
-    ranks = pool.run(LAYOUTS[layout][1], run, root, layout, lora, ckpt_path, kind, **options)
+    ranks = pool.run((LAYOUTS | EXPERT_LAYOUTS)[layout][1], run, root, layout, lora, ckpt_path, kind, **options)
     by_place = {rank["dp_rank"]: rank["rows"] for rank in ranks}
     rows = [sorted(row for place in by_place.values() for row in place[step]) for step in range(len(ranks[0]["steps"]))]
     return {"steps": ranks[0]["steps"], "rows": rows}

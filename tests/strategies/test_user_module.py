@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DistributedSampler
 
 from automodel_trainer import CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.models.kernels import KernelsConfig
@@ -68,11 +69,15 @@ class Own(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def loader_of(batch_size: int) -> Any:
-    """Three global batches of four rows; as many labels in each row, for a rank's loss is its mean."""
+def loader_of(batch_size: int, world: int) -> Any:
+    """Three global batches of four rows; as many labels in each row, for a rank's loss is its mean.
+
+    One device uses a loader as it is, and several get the sampler of Lightning, which shuffles. So it is given to one.
+    """
     ids = [row["input_ids"][0] for row in random_rows(4, 13, 0)]
     rows = [{"input_ids": row, "labels": row.where(torch.arange(13) > 4, -100)} for row in ids] * 3
-    return torch.utils.data.DataLoader(rows, batch_size=batch_size)  # type: ignore[arg-type]
+    sampler = DistributedSampler(rows, num_replicas=1, rank=0) if world == 1 else None  # type: ignore[arg-type]
+    return torch.utils.data.DataLoader(rows, batch_size=batch_size, sampler=sampler)  # type: ignore[arg-type]
 
 
 TOKENS = 4 * 13  # of a step
@@ -87,7 +92,7 @@ def fit(spec: str, root: str, dp: int = 1, precision: str = "32-true", **kind: b
         precision=precision,
     )
     with widened(precision):
-        trainer.fit(ours, loader_of(4 // dp))
+        trainer.fit(ours, loader_of(4 // dp, world))
     tuned = trainer.strategy.prepared  # type: ignore[attr-defined]
     meshes = [p.device_mesh.mesh_dim_names or () for p in ours.parameters() if isinstance(p, DTensor)]
     return {
@@ -132,7 +137,7 @@ def test_a_precision_without_master_weights(spec: str, precision: str, tmp_path:
     """Parameters are held in it; rotary frequencies, which it would ruin, are not."""
     ours = Own()
     before = [p.detach().double().clone() for p in ours.parameters()]
-    Trainer(**quiet(tmp_path, strategy=spec, precision=precision, max_steps=1)).fit(ours, loader_of(4))
+    Trainer(**quiet(tmp_path, strategy=spec, precision=precision, max_steps=1)).fit(ours, loader_of(4, 1))
     assert {full(p).dtype for p in ours.parameters()} == {torch.bfloat16 if "bf16" in precision else torch.float64}
     assert {b.dtype for name, b in ours.named_buffers() if "inv_freq" in name} == {torch.float32}
     moved = [(full(p).double() - old).norm() for p, old in zip(ours.parameters(), before)]
@@ -159,7 +164,7 @@ def held_back(option: str, root: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FSDPModule, "set_requires_gradient_sync", spy)
         options = quiet(root, strategy=f"fsdp2:{option}", devices=2, max_steps=1, accumulate_grad_batches=2)
-        Trainer(**options).fit(Own(), loader_of(2))
+        Trainer(**options).fit(Own(), loader_of(2, 2))
     return waits
 
 
@@ -224,7 +229,7 @@ def mock(**options: Any) -> MockDataModule:
 
 class Data(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
-        return loader_of(2)
+        return loader_of(2, 2)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +253,7 @@ def test_options_of_the_trainer(options: dict[str, Any], data: Any, says: str, t
 
 def test_two_training_sets(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data or train_dataloaders=, not both"):
-        Trainer(**quiet(tmp_path)).fit(module(tiny_model()), steps_of(8), train_dataloaders=steps_of(8))
+        Trainer(**quiet(tmp_path)).fit(module(tiny_model()), data=steps_of(8), train_dataloaders=steps_of(8))
 
 
 def test_options_for_a_model_that_is_there_already(tmp_path: Path) -> None:

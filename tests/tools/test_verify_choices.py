@@ -163,6 +163,8 @@ def test_margins_of_families(family: str) -> None:
         ("fsdp2:tp=2", "qwen3_moe", EXPERTS),
         ("fsdp2:cp=2", "deepseek_v3", LATENT),
         ("fsdp2:dp_shard=2,activation_checkpointing=full", "mixtral", {"num_local_experts": 4}),
+        ("fsdp2:ep=2", "qwen3_moe", EXPERTS),
+        ("fsdp2_ep:tp=2", "qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 32}),
         ("3d:pp=2,schedule=zbv", "qwen3_moe", {**EXPERTS, "num_hidden_layers": 4}),
     ],
 )
@@ -221,9 +223,9 @@ class Both:
             top, chosen = torch.topk(scores, router.top_k, dim=-1)
             return logits, top / top.sum(-1, keepdim=True), chosen
 
-        def note(model: Any, device: Any, seed: int) -> None:
+        def note(model: Any, device: Any, seed: int, *rest: Any) -> None:
             drawn.append(seed)
-            initialize(model, device, seed)
+            initialize(model, device, seed, *rest)
 
         patch.setattr(Qwen3MoeTopKRouter, "forward", forward)
         patch.setattr(auto, "initialize_weights", note)

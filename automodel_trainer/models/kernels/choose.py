@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.models.kernels.attention import flex_obstacle, install_attention_kernel
 from automodel_trainer.models.kernels.config import FASTEST, PLAIN, KernelsConfig
+from automodel_trainer.models.kernels.experts import swap_experts
 from automodel_trainer.models.kernels.fp8 import RECIPES, convert_to_fp8
 from automodel_trainer.models.kernels.library import PARTS, KernelLibrary, LossKernel, within_dtypes
 from automodel_trainer.models.kernels.linear import swap_linear_layers
@@ -91,6 +92,8 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
     for part in _COMPILED:
         choices[part], texts[part] = _swap_or_leave(model, choices[part], device)
     texts["linear"] = _choose_linear(model, choices["linear"], kernels, device)
+    choices["experts"], experts = _choose_experts(model, kernels, device)
+    texts |= {"experts": experts} if experts else {}
     in_use = KernelsInUse({part: choice.name for part, choice in choices.items()}, texts, _loss_kernel(loss))
     record_of(model).keep(in_use)
     record_of(model).keep(Fusion(kernels.lora, _lora_groups(model, kernels.lora, device)))
@@ -211,6 +214,18 @@ def _choose_linear(model: PreTrainedModel, choice: Choice, kernels: KernelsConfi
             )
     convert_to_fp8(model, kernels.fp8, device, all_gather=kernels.fp8_all_gather)
     return choice.name
+
+
+def _choose_experts(model: PreTrainedModel, kernels: KernelsConfig, device: torch.device) -> tuple[Choice, str]:
+    """The choice that the model ends up with, and the ledger's text; empty for a model without experts."""
+    is_auto = kernels.experts == "auto"
+    choice = Choice("experts", kernels.on(device).experts, None, is_auto)
+    if choice.name == "transformers":
+        return choice, ""
+    swapped, left = swap_experts(model)
+    if not swapped and is_auto:
+        return Choice("experts", PLAIN["experts"], None, is_auto), ""
+    return choice, _described(model, choice, "modules of experts", swapped, left)
 
 
 def _described(model: PreTrainedModel, choice: Choice, kind: str, swapped: list[str], left: dict[str, str]) -> str:

@@ -18,6 +18,7 @@ FASTEST = {
     "activation": "compile",
     "rope": "compile",
     "linear": "torch",
+    "experts": "grouped",
 }
 # What "auto" is elsewhere, and where the fastest does not fit the model. For attention transformers chooses.
 PLAIN = {part: names[0] for part, names in BUILT_IN.items() if names}
@@ -39,6 +40,8 @@ class KernelsConfig:
         activation: of gated MLPs, together with the product: `compile` or `liger`.
         rope: rotary position embedding: `compile` or `liger`.
         linear: of the blocks: `torch` or `te` (TransformerEngine).
+        experts: of a mixture: `grouped` (tokens sorted by expert, all experts in grouped matmuls, adapters as factors;
+            see `models/kernels/experts.py`) or `transformers` (what the config's `experts_implementation` says).
         fp8: linear layers of the blocks multiply in fp8 (NVIDIA GPUs since Ada and Hopper). By torchao: `tensorwise`
             (fastest), `rowwise` (more exact) or `rowwise_with_gw_hp` (gradients of weights in bf16); with `linear: te`:
             `delayed` (fastest), `current` or `block`. None: they do not.
@@ -63,6 +66,7 @@ class KernelsConfig:
     activation: str = "auto"
     rope: str = "auto"
     linear: str = "auto"
+    experts: str = "auto"
     fp8: str | None = None
     fp8_all_gather: bool | Literal["auto"] = "auto"
     lora: str = "auto"

@@ -21,7 +21,7 @@ from automodel_trainer.models.kernels.norm import Norm, NormKernel
 from automodel_trainer.models.kernels.rope import RopeKernel
 
 # The parts of a model that libraries have kernels for: fields of `KernelsConfig`, methods of `KernelLibrary`.
-PARTS = ("attention", "loss", "norm", "activation", "rope", "linear")
+PARTS = ("attention", "loss", "norm", "activation", "rope", "linear")  # and "experts", which no library offers yet
 
 LinearKernel = Callable[[Tensor, Tensor], Tensor]
 LossFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]

@@ -20,6 +20,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "activation": ("compile",),
     "rope": ("compile",),
     "linear": ("torch",),
+    "experts": ("transformers", "grouped"),
 }
 
 _registered: dict[str, KernelLibrary] = {}

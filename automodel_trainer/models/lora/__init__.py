@@ -11,6 +11,7 @@ from automodel_trainer.models.lora.apply import (
     trained_names,
 )
 from automodel_trainer.models.lora.config import LoRAConfig
+from automodel_trainer.models.lora.embeddings import embeddings_of_adapter, untied_head
 from automodel_trainer.models.lora.fuse import fuse_as_chosen
 from automodel_trainer.models.lora.layers import adapters
 
@@ -20,10 +21,12 @@ __all__ = [
     "adapters",
     "apply_lora",
     "describe_lora",
+    "embeddings_of_adapter",
     "finish_lora",
     "fuse_as_chosen",
     "learning_rate_of",
     "lora_of",
     "starts_without_gradient",
     "trained_names",
+    "untied_head",
 ]

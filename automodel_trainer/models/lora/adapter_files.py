@@ -20,8 +20,9 @@ from automodel_trainer.distributed.stage_names import WholeTensors, names_of_all
 from automodel_trainer.models.auto_classes import peft_task
 from automodel_trainer.models.files import check_safetensors, resolve_folder
 from automodel_trainer.models.lora.config import LoRAConfig
+from automodel_trainer.models.lora.embeddings import saved_embeddings
 from automodel_trainer.models.lora.initialize import assign, whole
-from automodel_trainer.models.lora.layers import Adapter, adapters
+from automodel_trainer.models.lora.layers import LINEAR, Adapter, adapters
 from automodel_trainer.models.lora.targets import Target, some
 from automodel_trainer.models.record import recorded
 
@@ -32,7 +33,7 @@ _MAGNITUDE = "lora_magnitude_vector"
 _INITS = {"kaiming": True, "pissa": "pissa", "orthogonal": "orthogonal"}
 # Options that change the arithmetic of an adapter in ways that are not implemented here.
 _UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out", "kasa_config",
+    "alora_invocation_tokens", "arrow_config", "kasa_config",
     "layer_replication", "lora_bias", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora",
     "velora_config",
 )  # fmt: skip
@@ -94,7 +95,12 @@ def adapter_config(config: LoRAConfig) -> LoRAConfig:
     saved = read_config(config.adapter)
     inits = {value: key for key, value in _INITS.items()}
     tensors = read_tensors(config.adapter)
-    modules = {name.rpartition(".")[0] for name in tensors if ".lora_" not in name}
+    whole_modules = [f".{name}." for name in saved.get("modules_to_save") or ()]
+    modules = {
+        name.rpartition(".")[0]
+        for name in tensors
+        if ".lora_" not in name and any(part in f".{name}" for part in whole_modules)
+    }
     return replace(
         config,
         rank=saved["r"],
@@ -122,7 +128,7 @@ def adapter_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
             continue
         name, parameter = _locate(model, key.removesuffix(".lora_A.weight"), tensors, saved, config.adapter)
         module = model.get_submodule(name)
-        is_linear = isinstance(module, nn.Linear)
+        is_linear = isinstance(module, LINEAR)
         target = name if is_linear else f"{name}.{parameter}"
         weight = getattr(module, parameter)
         stack = weight.shape[0] if weight.ndim == 3 else 1
@@ -148,7 +154,7 @@ def _locate(
         raise ValueError(
             f"Adapter {adapter} is for another base model: {type(model).__name__} has no {name}, which it updates."
         ) from None
-    if isinstance(module, nn.Linear):
+    if isinstance(module, LINEAR):
         return name, "weight"
     named = [key for key, p in module.named_parameters(recurse=False) if p.ndim in (2, 3)]
     wanted = [key for key in named if _is_target(f"{name}.{key}", saved.get("target_parameters") or ())]
@@ -179,6 +185,10 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> None:
     tensors = read_tensors(adapter)
     own = trained_tensors(model)
     known = set(names_of_all_stages(model, own))
+    given = {id(parameter) for name, parameter in own.items() if name in tensors}
+    own = {
+        name: p for name, p in own.items() if name in tensors or id(p) not in given
+    }  # of a tied weight, one is enough
     if missing := own.keys() - tensors.keys():
         raise ValueError(f"Adapter {adapter} lacks {some(missing)}: it was trained with other targets or another base.")
     if unknown := tensors.keys() - known:
@@ -207,9 +217,13 @@ def _misfit(key: str, tensor: Tensor, name: str, weight: Tensor, adapter: str) -
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All tensors of an adapter, by PEFT's names without their prefix. A tied weight stands under both of its names."""
+    """All tensors of an adapter, by PEFT's names without their prefix. A tied weight stands under both of its names.
+
+    Embeddings that were resized are among them, trained or not: the base model's files do not fit them.
+    """
     tensors: dict[str, nn.Parameter] = {}
     ours: set[int] = set()
+    resized = saved_embeddings(model)
     for adapter in adapters(model):
         named = {"lora_A.weight": adapter.a.weight, "lora_B.weight": adapter.b.weight, _MAGNITUDE: adapter.magnitude}
         for suffix, parameter in named.items():
@@ -217,7 +231,7 @@ def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
                 tensors[adapter.peft_prefix + suffix] = parameter  # type: ignore[assignment]
                 ours.add(id(parameter))
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad and id(parameter) not in ours:
+        if id(parameter) not in ours and (parameter.requires_grad or name in resized):
             tensors[name] = parameter
     return tensors
 
@@ -271,8 +285,9 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
     fused = any(adapter.experts > 1 for adapter in found)
     as_parameter = [a for a in found if not a.is_linear or (fused and a.target.rpartition(".")[2] in _EXPERT_LEAVES)]
     as_module = [a for a in found if a not in as_parameter]
-    every = names_of_all_stages(model, (n for n, module in model.named_modules() if isinstance(module, nn.Linear)))
-    trained = names_of_all_stages(model, trained_tensors(model))
+    every = names_of_all_stages(model, (n for n, module in model.named_modules() if isinstance(module, LINEAR)))
+    held = of_all_stages(model, {name: p.requires_grad for name, p in trained_tensors(model).items()})
+    trained = [name for name, is_trained in held.items() if is_trained]
     saved = sorted({name.rpartition(".")[0] for name in trained if ".lora_" not in name and "lora_" not in name})
     source = getattr(getattr(model, "config", None), "name_or_path", None)
     return {
@@ -281,7 +296,7 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
         "base_model_name_or_path": source or None,
         "inference_mode": True,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(a.transposed for a in found),
         "init_lora_weights": _INITS[config.init],
         "r": config.rank,
         "lora_alpha": config.scale,
@@ -306,10 +321,13 @@ class _AdapterFacts:
     scaling: float
     experts: int
     is_linear: bool
+    transposed: bool
 
 
-def _facts(adapter: Adapter) -> tuple[str, int, float, int, bool]:
-    return adapter.target, adapter.rank, adapter.scaling, adapter.experts, adapter.is_linear
+def _facts(adapter: Adapter) -> tuple[str, int, float, int, bool, bool]:
+    return (
+        adapter.target, adapter.rank, adapter.scaling, adapter.experts, adapter.is_linear, adapter.is_transposed,
+    )  # fmt: skip
 
 
 def _alpha(adapter: _AdapterFacts, config: LoRAConfig) -> float:

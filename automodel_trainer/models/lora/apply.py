@@ -8,15 +8,29 @@ from dataclasses import replace
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from automodel_trainer.models._transformers import tied_weight_names
 from automodel_trainer.models.initialize import seed_of
-from automodel_trainer.models.lora.adapter_files import adapter_config, adapter_targets, load_adapter
+from automodel_trainer.models.lora.adapter_files import (
+    adapter_config,
+    adapter_targets,
+    load_adapter,
+    read_config,
+    read_tensors,
+)
 from automodel_trainer.models.lora.config import LoRAConfig
+from automodel_trainer.models.lora.embeddings import fit_embeddings, note_resized, untie_as_peft
 from automodel_trainer.models.lora.fuse import fuse_as_chosen
 from automodel_trainer.models.lora.fused_fp8 import FusedFp8
 from automodel_trainer.models.lora.initialize import initialize_adapter
-from automodel_trainer.models.lora.layers import adapt_linear, adapt_parameter, adapters, quantizable_weights
+from automodel_trainer.models.lora.layers import (
+    LINEAR,
+    adapt_linear,
+    adapt_parameter,
+    adapters,
+    quantizable_weights,
+)
 from automodel_trainer.models.lora.targets import Target, find_targets, kind, kinds, matches
 from automodel_trainer.models.quantization.quantize import prepare_quantization, quantize_weights
 from automodel_trainer.models.record import record_of, recorded
@@ -43,10 +57,15 @@ def apply_lora(
     """
     if config.adapter is not None:
         config = adapter_config(config)
+        tensors = read_tensors(str(config.adapter))
+        fit_embeddings(model, tensors)
+        if not read_config(str(config.adapter)).get("ensure_weight_tying"):
+            untie_as_peft(model, tensors)
         targets = adapter_targets(model, config)
     else:
         targets = find_targets(model, config)
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        note_resized(model)
+    linear = {name for name, module in model.named_modules() if isinstance(module, LINEAR)}
     _check(model, config, targets, linear)
     saved = _modules_to_save(model, config.modules_to_save)
     dtype = dtype or torch.promote_types(next(model.parameters()).dtype, torch.float32)
@@ -54,7 +73,7 @@ def apply_lora(
     for target in targets:
         if target.name in linear:
             module = model.get_submodule(target.name)
-            assert isinstance(module, nn.Linear)
+            assert isinstance(module, LINEAR)
             adapt_linear(module, target.rank, target.scaling, dropout=config.dropout, dora=config.use_dora, dtype=dtype)
         else:
             owner, _, name = target.name.rpartition(".")
@@ -153,6 +172,12 @@ def _check(model: PreTrainedModel, config: LoRAConfig, targets: list[Target], li
         raise ValueError(
             f"lora {', '.join(wrong)} is for linear layers only, and these are fused parameters: {kinds(parameters)}. "
             f"Leave it out, or exclude them (exclude: {sorted({kind(p).rpartition('.')[2] for p in parameters})})."
+        )
+    transposed = [t.name for t in targets if t.name in linear and isinstance(model.get_submodule(t.name), Conv1D)]
+    if transposed and config.quantize:
+        raise ValueError(
+            f"lora quantize={config.quantize!r} holds nn.Linear layers in few bits, and {kinds(transposed)} are "
+            "transformers' Conv1D. Leave quantize out."
         )
     tied = {name.rpartition(".")[0] for pair in tied_weight_names(model).items() for name in pair}
     if shared := [target.name for target in targets if target.name in tied]:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from automodel_trainer.models.lora.fused import FusedDense, FusedGroup
 from automodel_trainer.models.lora.fused_fp8 import FusedFp8
-from automodel_trainer.models.lora.layers import LoRALinear
+from automodel_trainer.models.lora.layers import LoRALayer, LoRALinear
 from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor
 from automodel_trainer.models.record import CompiledBlock, recorded
 from automodel_trainer.nn.shared_input import blocks_of
@@ -102,5 +102,5 @@ def obstacle(module: LoRALinear) -> str | None:
         return "DoRA needs base and update apart"
     if weight.requires_grad:
         return "its weight is trained"
-    base = next(cls for cls in type(module).__mro__ if not issubclass(cls, LoRALinear) and "forward" in vars(cls))
+    base = next(cls for cls in type(module).__mro__ if not issubclass(cls, LoRALayer) and "forward" in vars(cls))
     return None if base is nn.Linear else f"it computes as a {base.__name__}"

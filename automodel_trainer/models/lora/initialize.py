@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from automodel_trainer.models.lora.layers import Adapter, LoRALinear, dense
+from automodel_trainer.models.lora.layers import Adapter, LoRALayer, dense
 from automodel_trainer.nn.uneven import assign_uneven, gather_uneven, is_uneven
 
 
@@ -23,18 +23,24 @@ def initialize_adapter(adapter: Adapter, init: str, seed: int) -> None:
     if init == "orthogonal":
         a, b = _orthogonal(a.shape, b.shape, generator)
     elif init == "pissa":
-        weight = whole(adapter.module.weight)  # type: ignore[arg-type]
+        weight = _as_matrix(adapter, whole(adapter.module.weight))  # type: ignore[arg-type]
         a, b = principal_factors(weight, adapter.rank, adapter.scaling)
-        assign(adapter.module.weight, (weight.float() - adapter.scaling * b @ a).to(weight.dtype))  # type: ignore[arg-type]
+        rest = (weight.float() - adapter.scaling * b @ a).to(weight.dtype)
+        assign(adapter.module.weight, _as_matrix(adapter, rest))  # type: ignore[arg-type]
     else:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
     assign(adapter.a.weight, a)
     assign(adapter.b.weight, b)
     if adapter.magnitude is not None:
-        assert isinstance(adapter.module, LoRALinear)
-        weight = whole(adapter.module.weight)
+        assert isinstance(adapter.module, LoRALayer)
+        weight = _as_matrix(adapter, whole(adapter.module.weight))
         direction = dense(weight).float() + adapter.scaling * (b @ a).to(weight.device)
         assign(adapter.magnitude, torch.linalg.vector_norm(direction, dim=1))
+
+
+def _as_matrix(adapter: Adapter, weight: Tensor) -> Tensor:
+    """Between the layout that an adapted layer holds its weight in and `[out, in]`, both ways."""
+    return weight.mT if adapter.is_transposed else weight
 
 
 def _orthogonal(a_shape: torch.Size, b_shape: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:

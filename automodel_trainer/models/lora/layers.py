@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from automodel_trainer.models.lora.dropout import dropout
 from automodel_trainer.models.lora.functional import adapted_weight, direction_norm, low_rank
@@ -26,9 +27,11 @@ class Fused(Protocol):
         """x `[..., in]` -> `[..., out]` of one of the layers."""
 
 
-class LoRALinear(nn.Linear):
+class LoRALayer(nn.Module):
     """A linear layer with a low-rank update; `weight` and `bias` keep their names. Mixed in by `adapt_linear`."""
 
+    weight: Tensor
+    bias: Tensor | None
     lora_A: nn.Linear  # in -> rank
     lora_B: nn.Linear  # rank -> out
     lora_magnitude_vector: nn.Parameter | None  # DoRA: [out]
@@ -44,6 +47,11 @@ class LoRALinear(nn.Linear):
         if self.lora_magnitude_vector is not None:
             return self._dora(x, base)
         return base + low_rank(self.after_dropout(x), *self.factors(), self.scaling).to(base.dtype)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The frozen weight as `[out, in]`."""
+        return self.weight
 
     def held_factors(self) -> tuple[Tensor, Tensor]:
         """A `[rank, in]` and B `[out, rank]`."""
@@ -70,15 +78,31 @@ class LoRALinear(nn.Linear):
         """magnitude · (W + s·B·A)·x / ‖W + s·B·A‖, as a change of base `[..., out]`; x is `[..., in]`."""
         assert self.lora_magnitude_vector is not None
         a, b = self.factors()
-        weight = dense(self.weight)
+        weight = dense(self.matrix)
         scale = self._cast(self.lora_magnitude_vector) / direction_norm(weight, a, b, self.scaling)
         if self.drops:
             x = self.after_dropout(x)
-            straight = F.linear(x.to(weight.dtype), self.weight)  # so that backward saves a quantized weight as it is
+            straight = F.linear(x.to(weight.dtype), self.matrix)  # so that backward saves a quantized weight as it is
         else:
             straight = base if self.bias is None else base - self.bias
         change = (scale - 1) * straight + scale * low_rank(x, a, b, self.scaling)
         return base + change.to(base.dtype)
+
+
+class LoRALinear(LoRALayer, nn.Linear):  # type: ignore[misc]
+    """A `nn.Linear` with a low-rank update."""
+
+
+class LoRAConv1D(LoRALayer, Conv1D):  # type: ignore[misc]
+    """transformers' `Conv1D`, a linear layer whose weight is `[in, out]`, with a low-rank update."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """The frozen weight as `[out, in]`."""
+        return self.weight.mT
+
+
+LINEAR = (nn.Linear, Conv1D)  # the classes of layers that `adapt_linear` takes
 
 
 class LowRank(nn.Module):
@@ -144,7 +168,12 @@ class Adapter:
     @property
     def is_linear(self) -> bool:
         """Whether the adapted weight belongs to a linear layer."""
-        return isinstance(self.module, LoRALinear)
+        return isinstance(self.module, LoRALayer)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the adapted weight of a linear layer is `[in, out]`."""
+        return isinstance(self.module, LoRAConv1D)
 
     @property
     def magnitude(self) -> nn.Parameter | None:
@@ -173,7 +202,7 @@ class Adapter:
 def adapters(model: nn.Module) -> Iterator[Adapter]:
     """All adapters, in the model's order."""
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALayer):
             prefix = f"{name}."
             yield Adapter(name, module, "weight", module.lora_A, module.lora_B, module.scaling, prefix, prefix)
         elif isinstance(module, LoRAParameters):
@@ -190,20 +219,24 @@ def adapters(model: nn.Module) -> Iterator[Adapter]:
 def let_adapters_cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Let adapters compute in `dtype`, whatever dtype they are held in. For layouts that do not cast them."""
     for module in model.modules():
-        if isinstance(module, LoRALinear):  # an adapted parameter always computes in its own dtype
+        if isinstance(module, LoRALayer):  # an adapted parameter always computes in its own dtype
             module.compute_dtype = dtype
 
 
 def adapt_linear(
-    module: nn.Linear, rank: int, scaling: float, *, dropout: float, dora: bool, dtype: torch.dtype
+    module: nn.Linear | Conv1D, rank: int, scaling: float, *, dropout: float, dora: bool, dtype: torch.dtype
 ) -> None:
     """Give a linear layer an adapter, in place and on its device."""
     factory: dict[str, Any] = {"device": module.weight.device, "dtype": dtype}
-    module.__class__ = mixed(LoRALinear, type(module))  # type: ignore[assignment, arg-type]
-    assert isinstance(module, LoRALinear)
-    module.lora_A = nn.Linear(module.in_features, rank, bias=False, **factory)
-    module.lora_B = nn.Linear(rank, module.out_features, bias=False, **factory)
-    magnitude = nn.Parameter(torch.empty(module.out_features, **factory)) if dora else None
+    mixin, shape = LoRALinear, module.weight.shape
+    if isinstance(module, Conv1D):
+        mixin, shape = LoRAConv1D, shape[::-1]  # type: ignore[assignment]
+    outputs, inputs = shape
+    module.__class__ = mixed(mixin, type(module))  # type: ignore[assignment, arg-type]
+    assert isinstance(module, LoRALayer)
+    module.lora_A = nn.Linear(inputs, rank, bias=False, **factory)
+    module.lora_B = nn.Linear(rank, outputs, bias=False, **factory)
+    magnitude = nn.Parameter(torch.empty(outputs, **factory)) if dora else None
     module.register_parameter("lora_magnitude_vector", magnitude)
     module.scaling, module.lora_dropout, module.fused = scaling, dropout, None
 

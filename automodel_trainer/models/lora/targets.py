@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from automodel_trainer.models.lora.config import LoRAConfig
+from automodel_trainer.models.lora.layers import LINEAR
 
 ALL_LINEAR = "all-linear"
 
@@ -25,7 +26,9 @@ class Target:
 
 
 def candidates(model: nn.Module) -> dict[str, bool]:
-    """Everything that can have an adapter: linear modules, fused stacks of matrices, single matrices called `weight`.
+    """Everything that can have an adapter: linear modules, fused experts, single matrices called `weight`.
+
+    Other parameters of three dimensions (of convolutions, say) are no stacks of matrices.
 
     Returns:
         name -> whether `all-linear` includes it. That is linear layers and fused expert weights, without the head and
@@ -34,12 +37,13 @@ def candidates(model: nn.Module) -> dict[str, bool]:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found: dict[str, bool] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, LINEAR):
             found[name] = module is not head
         elif not isinstance(module, nn.Embedding):
             for key, parameter in module.named_parameters(recurse=False):
-                if name and (parameter.ndim == 3 or (parameter.ndim == 2 and key == "weight")):
-                    found[f"{name}.{key}"] = parameter.ndim == 3
+                fused = parameter.ndim == 3 and getattr(module, "num_experts", None) == parameter.shape[0]
+                if name and (fused or (parameter.ndim == 2 and key == "weight")):
+                    found[f"{name}.{key}"] = fused
     return found
 
 
@@ -88,8 +92,11 @@ def _match_all(known: Mapping[str, bool], asked: str | list[str]) -> set[str]:
     }
     for pattern, names in found.items():
         if not names:
+            module = pattern.removesuffix(".weight")
+            hint = f" A linear layer (nn.Linear, Conv1D) is meant by its module's name: {module!r}."
             raise ValueError(
                 f"lora target_modules: {pattern!r} matches nothing. Would match: {kinds(known)}, or 'all-linear'."
+                f"{hint if module != pattern else ''}"
             )
     chosen = set().union(*found.values())
     if len(found) > 1:

@@ -1,0 +1,236 @@
+"""The experts of a mixture in grouped matmuls, with few passes over the tokens.
+
+Every token is copied once per chosen expert, and the copies are sorted by expert. Two grouped matmuls then compute all
+experts. The routing weight is multiplied in between, where the rows are narrow, because the second matmul is linear.
+Copying tokens and adding up their results are each other's gradient, so both directions only gather: nothing is
+scattered with atomic additions, and results do not change from run to run.
+
+Adapters (LoRA) stay factors: the updates of the experts' weights are never built.
+
+Source: MegaBlocks, arXiv 2211.15841 (dropless experts by grouped matmuls).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from automodel_trainer.models._experts import ExpertsLayout, experts_layout, grouped_mm, holds_part_of_experts
+from automodel_trainer.models.lora.layers import LoRAParameters, dense
+from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor
+from automodel_trainer.nn.mixing import mixed
+
+_ALIGNED = 8  # a grouped matmul takes rows of 16 bytes and their multiples
+
+
+class GroupedExperts(nn.Module):
+    """Experts that compute in grouped matmuls. Mixed in by `swap_experts`; parameters stay what they are."""
+
+    layout: ExpertsLayout
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute the weighted sum of each token's experts.
+
+        Args:
+            hidden_states: `[n, h]`.
+            top_k_index: int64 `[n, k]`. The number that follows the last expert means an expert held elsewhere.
+            top_k_weights: `[n, k]`.
+
+        Returns:
+            `[n, h]`.
+        """
+        layout, experts = self.layout, self._parameters[self.layout.down].shape[0]  # type: ignore[union-attr]
+        routes = Routes(top_k_index, experts, partly=holds_part_of_experts(self))
+        rows = _Copies.apply(hidden_states, routes.token, routes.row, routes.valid)
+        inner = layout.activation(self._project(layout.up, rows, routes))
+        weights = routes.of_rows(top_k_weights).to(inner.dtype)[:, None]
+        output = self._project(layout.down, routes.masked(inner * weights), routes, weights)
+        return _Sums.apply(output, routes.token, routes.row, routes.valid)
+
+    def _project(self, name: str, x: Tensor, routes: Routes, scale: Tensor | None = None) -> Tensor:
+        """x `[s, in]` through each row's expert: `[s, out]`. `scale` `[s, 1]` is what x has been multiplied with."""
+        transposed, weight = self.layout.transposed, self._parameters[name]
+        assert weight is not None
+        if isinstance(weight, QuantizedTensor):
+            y = _Frozen.apply(x, weight, routes.ends, transposed)
+        else:
+            y = grouped_mm(x, weight if transposed else weight.mT, routes.ends)
+        if isinstance(self, LoRAParameters) and name in self.adapted:
+            y = y + _low_rank(self, name, x, routes.ends)
+        if self.layout.biased:
+            bias = self._parameters[f"{name}_bias"]
+            assert bias is not None
+            rows = bias[routes.expert]
+            y = y + (rows if scale is None else rows * scale)
+        return y
+
+
+class Routes:
+    """Where each copy of a token is, once copies are sorted by expert. With n tokens and k choices there are s = n · k.
+
+    Args:
+        index: int64 `[n, k]`, the chosen experts.
+        experts: how many there are.
+        partly: whether a choice may be none of them, and have their number. Such copies come last and count as zeros.
+
+    Attributes:
+        order: `[s]`, the choice `token · k + slot` of each row.
+        token: `[s]`, the token of each row.
+        row: `[n, k]`, the row of each choice.
+        ends: int32 `[experts]`, the end of each expert's rows.
+        expert: `[s]`, the expert of each row.
+        valid: bool `[n, k]`, choices of one of the experts; None: all of them.
+    """
+
+    def __init__(self, index: Tensor, experts: int, partly: bool) -> None:
+        chosen, self.order = index.reshape(-1).sort(stable=True)
+        self.token = self.order // index.shape[1]
+        numbers = torch.arange(len(chosen), device=index.device)
+        self.row = torch.empty_like(self.order).scatter_(0, self.order, numbers).view(index.shape)
+        counted = torch.arange(experts, device=index.device, dtype=chosen.dtype)
+        self.ends = torch.searchsorted(chosen, counted, right=True, out_int32=True)
+        self.valid = index < experts if partly else None
+        self._row_valid = (chosen < experts)[:, None] if partly else None
+        self.expert = chosen.clamp(max=experts - 1) if partly else chosen
+
+    def of_rows(self, weights: Tensor) -> Tensor:
+        """The routing weights `[n, k]` by row, `[s]`."""
+        return _Permuted.apply(weights.reshape(-1), self.order, self.row.reshape(-1))
+
+    def masked(self, x: Tensor) -> Tensor:
+        """x `[s, …]` with zeros for choices of other experts: a grouped matmul leaves such rows unwritten."""
+        return x if self._row_valid is None else torch.where(self._row_valid, x, 0.0)
+
+
+def swap_experts(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """Make the experts of `model` (on meta or real, not laid out yet) compute in grouped matmuls, in place.
+
+    Returns:
+        names of the swapped modules; and of those that hold experts and were not swapped, with the reason.
+    """
+    swapped: list[str] = []
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        layout = experts_layout(module)
+        if isinstance(layout, str):
+            left[name] = layout
+        elif layout is not None and not isinstance(module, GroupedExperts):
+            module.__class__ = mixed(GroupedExperts, type(module))  # type: ignore[assignment, arg-type]
+            module.layout = layout  # type: ignore[assignment]
+            swapped.append(name)
+    return swapped, left
+
+
+def _low_rank(module: LoRAParameters, name: str, x: Tensor, ends: Tensor) -> Tensor:
+    """The update of each row's expert, `[s, out]`: scaling · x·Aᵀ·Bᵀ, in the dtype of x."""
+    factors, weight = module.low_rank_of(name), module._parameters[name]
+    assert weight is not None
+    experts, inputs = weight.shape[0], x.shape[1]
+    a = factors.lora_A.weight.view(experts, -1, inputs)
+    b = (factors.lora_B.weight * factors.scaling).to(x.dtype)
+    missing = -a.shape[1] % _ALIGNED
+    a = nn.functional.pad(a, (0, 0, 0, missing)) if missing else a
+    return grouped_mm(grouped_mm(x, a.to(x.dtype).mT, ends), _expert_major(b, experts, missing).mT, ends)
+
+
+@torch.library.custom_op("automodel_trainer::expert_major", mutates_args=())
+def _expert_major(b: Tensor, experts: int, missing: int) -> Tensor:
+    """PEFT's B `[out, rank · experts]`, the expert running fastest, as `[experts, out, rank + missing]` with zeros.
+
+    It is an operator of its own because a grouped matmul needs a contiguous matrix, which the compiler would not keep.
+    """
+    split = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+    return nn.functional.pad(split, (0, missing)).contiguous()
+
+
+@_expert_major.register_fake
+def _(b: Tensor, experts: int, missing: int) -> Tensor:
+    return b.new_empty(experts, b.shape[0], b.shape[1] // experts + missing)
+
+
+def _expert_major_backward(ctx: Any, grad: Tensor) -> Any:
+    experts, outputs, _ = grad.shape
+    return grad[..., : ctx.rank].permute(1, 2, 0).reshape(outputs, ctx.rank * experts), None, None
+
+
+def _keep_rank(ctx: Any, inputs: Any, output: Tensor) -> None:
+    b, experts, _ = inputs
+    ctx.rank = b.shape[1] // experts
+
+
+_expert_major.register_autograd(_expert_major_backward, setup_context=_keep_rank)
+
+
+# Each of these makes a new tensor in forward and backward, and casts only where the dtype changes: torch 2.11's
+# compiler loses the gradient of a view, and of a cast that does nothing.
+
+
+class _Copies(Function):
+    """Tokens `[n, h]` to rows `[s, h]`. The backward is `_Sums`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, row: Tensor, valid: Tensor | None) -> Tensor:
+        ctx.save_for_backward(row, valid)
+        return x[token]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _sum_of_choices(grad, *ctx.saved_tensors), None, None, None
+
+
+class _Sums(Function):
+    """Rows `[s, h]` to tokens `[n, h]`, adding up. The backward is `_Copies`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token: Tensor, row: Tensor, valid: Tensor | None) -> Tensor:
+        ctx.save_for_backward(token)
+        return _sum_of_choices(rows, row, valid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (token,) = ctx.saved_tensors
+        return grad[token], None, None, None
+
+
+class _Permuted(Function):
+    """x `[s]` in another order; the backward puts the gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse], None, None
+
+
+class _Frozen(Function):
+    """A grouped matmul with a frozen weight that is held quantized: backward takes it out of its codes again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+        ctx.save_for_backward(weight, ends)
+        ctx.transposed = transposed
+        whole = dense(weight).to(x.dtype)
+        return grouped_mm(x, whole if transposed else whole.mT, ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weight, ends = ctx.saved_tensors
+        whole = dense(weight).to(grad.dtype)
+        return grouped_mm(grad, whole.mT if ctx.transposed else whole, ends), None, None, None
+
+
+def _sum_of_choices(rows: Tensor, row: Tensor, valid: Tensor | None) -> Tensor:
+    """The sum of the rows `[s, h]` of each token's choices, in fp32 or wider: `[n, h]` in the dtype of the rows."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    total = torch.zeros(row.shape[0], rows.shape[1], dtype=wide, device=rows.device)
+    for slot in range(row.shape[1]):
+        part = rows[row[:, slot]]
+        total = total + (part if valid is None else torch.where(valid[:, slot, None], part, 0.0))
+    return total if rows.dtype == wide else total.to(rows.dtype)

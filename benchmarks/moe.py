@@ -1,0 +1,240 @@
+"""A mixture of experts of Qwen3-30B-A3B's shape on one GPU, in bf16, with random weights.
+
+python benchmarks/moe.py block              # one block of experts, forward and backward: transformers and ours
+python benchmarks/moe.py block --profile    # and the kernels of ours, by time
+python benchmarks/moe.py model --layers 6 --rows 4               # the Trainer, all parameters
+python benchmarks/moe.py model --layers 48 --rows 2 --lora       # the Trainer, LoRA r=16 on all-linear
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from automodel_trainer import (
+    AutoModelForCausalLM,
+    CausalLMModule,
+    KernelsConfig,
+    LoRAConfig,
+    MockDataModule,
+    Trainer,
+)
+from automodel_trainer.models._masks import packing_without_sync
+from automodel_trainer.models.kernels.experts import swap_experts
+from automodel_trainer.models.lora.layers import adapt_parameter
+from automodel_trainer.nn.deferred_logits import defer_logits
+
+HIDDEN, WIDTH, EXPERTS, TOP, LENGTH = 2048, 768, 128, 8, 4096
+STACKED = ("gate_up_proj", "down_proj")
+
+
+def block_of(kind: str, lora: bool) -> nn.Module:
+    """A sparse block with random weights; `kind`: eager or grouped_mm of transformers, or ours."""
+    config = Qwen3MoeConfig(
+        hidden_size=HIDDEN,
+        moe_intermediate_size=WIDTH,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP,
+        norm_topk_prob=True,
+        experts_implementation="grouped_mm" if kind == "ours" else kind,
+    )
+    torch.manual_seed(0)
+    block = Qwen3MoeSparseMoeBlock(config).cuda().bfloat16()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(0, 0.02)
+    if lora:
+        block.requires_grad_(False)
+        for name in STACKED:
+            adapt_parameter(block.experts, name, 16, 2.0, dtype=torch.float32)
+            nn.init.normal_(block.experts.low_rank_of(name).lora_A.weight, 0, 0.02)
+            nn.init.normal_(block.experts.low_rank_of(name).lora_B.weight, 0, 0.02)
+    if kind == "ours":
+        swap_experts(nn.ModuleList([block]))
+    return block
+
+
+def step_of(block: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, parameters: list[nn.Parameter]) -> Any:
+    def step() -> None:
+        block(x).backward(grad)
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+
+    return step
+
+
+def milliseconds(step: Callable[[], None], runs: int = 10) -> float:
+    for _ in range(4):
+        step()
+    start, end = torch.cuda.Event(True), torch.cuda.Event(True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(runs):
+        step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / runs
+
+
+def gradients(block: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    out = block(x)
+    out.backward(grad)
+    found = {"output": out.detach(), "x": x.grad.clone()}
+    found |= {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+    x.grad = None
+    block.zero_grad(set_to_none=True)
+    return found
+
+
+def compare(lora: bool, tokens: int = 512) -> None:
+    """Relative errors of ours and of transformers' grouped_mm in bf16, against the eager code in fp32."""
+    x = torch.randn(1, tokens, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn_like(x)
+    exact_block = block_of("eager", lora).float()
+    exact = gradients(exact_block, x.detach().float().requires_grad_(), grad.float())
+    for kind in ("grouped_mm", "ours"):
+        got = gradients(block_of(kind, lora), x, grad)
+        errors = {name: ((got[name].float() - exact[name]).norm() / exact[name].norm()).item() for name in exact}
+        print(f"errors of {kind}{', LoRA' if lora else ''}: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items()))
+
+
+def measure(tokens: int, profile: bool) -> None:
+    flop = tokens * TOP * 3 * 2 * HIDDEN * WIDTH
+    x = torch.randn(1, tokens, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn_like(x)
+    for lora in (False, True):
+        for kind in ("grouped_mm", "ours"):
+            for compiled in (False, True):
+                block = block_of(kind, lora)
+                run = torch.compile(block) if compiled else block
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                step = step_of(run, x, grad, list(block.parameters()))
+                time = milliseconds(step)
+                peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+                rate = flop * (2 if lora else 3) / time / 1e9
+                what = f"{kind}{', LoRA' if lora else ''}{', compiled' if compiled else ''}"
+                print(f"{what}: {time:.2f} ms, {rate:.0f} TFLOP/s, {peak:.2f} GiB", flush=True)
+                if profile and kind == "ours" and compiled:
+                    show(step)
+                del block, run, step
+                torch.compiler.reset()
+    ends = torch.arange(1, EXPERTS + 1, device="cuda", dtype=torch.int32) * (tokens * TOP // EXPERTS)
+    shapes = [(HIDDEN, 2 * WIDTH), (WIDTH, HIDDEN)]
+    made = [
+        (
+            torch.randn(tokens * TOP, k, device="cuda", dtype=torch.bfloat16, requires_grad=True),
+            torch.randn(EXPERTS, n, k, device="cuda", dtype=torch.bfloat16, requires_grad=True),
+            torch.randn(tokens * TOP, n, device="cuda", dtype=torch.bfloat16),
+        )
+        for k, n in shapes
+    ]
+
+    def matmuls() -> None:
+        for a, w, g in made:
+            torch._grouped_mm(a, w.mT, offs=ends).backward(g)
+            a.grad = w.grad = None
+
+    time = milliseconds(matmuls)
+    print(f"the six grouped matmuls alone, balanced: {time:.2f} ms, {3 * flop / time / 1e9:.0f} TFLOP/s")
+
+
+def show(step: Callable[[], None]) -> None:
+    with torch.profiler.profile() as profiler:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
+    for row in rows[:22]:
+        if row.self_device_time_total:
+            print(f"  {row.self_device_time_total / 3000:7.3f} ms  {row.count / 3:5.1f} x  {row.key[:110]}")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Steps of the Trainer on rows of 4,096 random tokens: tokens/s of the median step, and the peak of memory."""
+    shape = Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=HIDDEN, intermediate_size=6144, num_hidden_layers=args.layers, head_dim=128,
+        num_attention_heads=32, num_key_value_heads=4, moe_intermediate_size=WIDTH, num_experts=EXPERTS,
+        num_experts_per_tok=TOP, norm_topk_prob=True, max_position_embeddings=LENGTH,
+    )  # fmt: skip
+
+    class RandomModel(CausalLMModule):
+        def configure_model(self) -> None:
+            if self.model is None:
+                options: dict[str, Any] = {"seed": 1, "kernels": self.kernels, "lora": self.lora}
+                self.model = AutoModelForCausalLM.from_config(shape, self.strategy, **options)
+                packing_without_sync(self.model)
+                defer_logits(self.model)
+                self.model.train()
+
+    class Clock(Callback):
+        ends: list[float] = []
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
+            print(f"step {len(self.ends)}, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
+
+    trainer = Trainer(
+        strategy=args.strategy,
+        devices=1,
+        precision="bf16",
+        max_steps=args.steps,
+        log_every_n_steps=args.steps,
+        default_root_dir=tempfile.mkdtemp(),
+        callbacks=[Clock()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        logger=False,
+    )
+    data = MockDataModule(
+        vocab_size=shape.vocab_size, seq_len=LENGTH, micro_batch_size=args.rows, global_batch_size=args.rows,
+        num_samples=args.rows * args.steps,
+    )  # fmt: skip
+    with torch.device("meta"):
+        meta = transformers.AutoModelForCausalLM.from_config(shape)
+    lora = LoRAConfig(rank=16, alpha=32) if args.lora else None
+    kernels = KernelsConfig(experts=args.experts)
+    trainer.fit(RandomModel(meta, lora=lora, kernels=kernels, lr=1e-5), data)
+    taken = sorted(b - a for a, b in zip(Clock.ends[2:], Clock.ends[3:]))
+    rate = args.rows * LENGTH / taken[len(taken) // 2]
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    what = "LoRA" if args.lora else "all parameters"
+    job = f"{what}, {args.layers} layers, {args.rows} x {LENGTH}, experts {args.experts}"
+    print(f"{job}: {rate:.0f} tok/s, {peak:.1f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["block", "model"])
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--experts", default="auto")
+    parser.add_argument("--strategy", default="fsdp2")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    print(torch.cuda.get_device_name(), torch.__version__)
+    if args.what == "model":
+        train(args)
+        return
+    for lora in (False, True):
+        compare(lora)
+    measure(args.tokens, args.profile)
+
+
+if __name__ == "__main__":
+    main()

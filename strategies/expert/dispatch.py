@@ -1,0 +1,148 @@
+"""How tokens travel to the ranks of their experts and back: the contract, and the way that works everywhere."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed import ProcessGroup
+
+
+class Arrived(NamedTuple):
+    """The tokens that reached a rank, each of them once, with the choices that fell on this rank's experts.
+
+    Attributes:
+        hidden: `[m, h]`.
+        experts: `[m, k]` int64, numbers of this rank's experts from 0. A choice of another rank's expert has the number
+            of experts of this rank.
+        weights: `[m, k]`, the routing weights; 0 for a choice of another rank's expert.
+        route: what the dispatcher needs to send results back.
+    """
+
+    hidden: Tensor
+    experts: Tensor
+    weights: Tensor
+    route: Any
+
+
+class Dispatcher(Protocol):
+    """Sends tokens to experts and results back. Both ways pass gradients, and both are collective over the ep ranks."""
+
+    def dispatch(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> Arrived:
+        """Send tokens to the ranks that hold the experts they chose.
+
+        Args:
+            hidden: `[n, h]`, this rank's tokens.
+            experts: `[n, k]` int64, the experts that every token chose, numbered over all ranks.
+            weights: `[n, k]`, the routing weights of these choices.
+        """
+
+    def combine(self, output: Tensor, route: Any) -> Tensor:
+        """Send the weighted sums `[m, h]` of the arrived tokens back, and add up those of each token: `[n, h]`."""
+
+
+class _Route(NamedTuple):
+    tokens: Tensor  # [sent], the token that each sent row belongs to
+    sent: list[int]  # rows to each rank
+    received: list[int]  # rows from each rank
+    count: int  # type: ignore[assignment]  # n; hides the method of tuple
+
+
+class AllToAll:
+    """Dispatch by `all_to_all`, on any backend.
+
+    A token is sent once to each rank that holds some of its experts, and the results come back added up: with 8 choices
+    over 2 ranks that is at most 2 rows a token in place of 8. No token is dropped. The number of rows is read on the
+    host, once per layer and direction. Results do not depend on the order in which messages arrive.
+
+    Args:
+        group: the ep ranks.
+        local: the number of experts that each of them holds.
+    """
+
+    def __init__(self, group: ProcessGroup, local: int) -> None:
+        self.group, self.local = group, local
+
+    def dispatch(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> Arrived:
+        """See `Dispatcher.dispatch`."""
+        ranks = self.group.size()
+        owners = experts // self.local
+        wanted = torch.zeros(ranks, len(hidden), dtype=torch.bool, device=hidden.device)
+        wanted.scatter_(0, owners.mT, True)
+        leaving = wanted.sum(1)
+        arriving = torch.empty_like(leaving)
+        dist.all_to_all_single(arriving, leaving, group=self.group)
+        sent, received = torch.stack([leaving, arriving]).tolist()
+        rank, token = wanted.nonzero().unbind(1)  # ordered by rank, then by token
+        here = owners[token] == rank[:, None]
+        local = torch.where(here, experts[token] % self.local, self.local)
+        chosen = (weights[token] * here).to(torch.promote_types(weights.dtype, torch.float32))
+        route = _Route(token, sent, received, len(hidden))
+        # The numbers of experts are exact in fp32, so they travel with the weights.
+        choices = _AllToAll.apply(torch.cat([chosen, local.to(chosen.dtype)], 1), received, sent, self.group)
+        rows = _AllToAll.apply(_Copies.apply(hidden, route), received, sent, self.group)
+        arrived, numbers = choices.split(experts.shape[1], 1)
+        return Arrived(rows, numbers.detach().long(), arrived.to(weights.dtype), route)
+
+    def combine(self, output: Tensor, route: _Route) -> Tensor:
+        """See `Dispatcher.combine`."""
+        return _Sums.apply(_AllToAll.apply(output, route.sent, route.received, self.group), route)
+
+
+class _AllToAll(Function):
+    """Exchange rows: `[sum(leaving), w]` to `[sum(arriving), w]`. The backward is the exchange in reverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, arriving: list[int], leaving: list[int], group: ProcessGroup) -> Tensor:
+        ctx.arriving, ctx.leaving, ctx.group = arriving, leaving, group
+        return _exchanged(x, arriving, leaving, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _exchanged(grad, ctx.leaving, ctx.arriving, ctx.group), None, None, None
+
+
+def _exchanged(x: Tensor, arriving: list[int], leaving: list[int], group: ProcessGroup) -> Tensor:
+    received = x.new_empty(sum(arriving), x.shape[1])
+    dist.all_to_all_single(received, x.contiguous(), arriving, leaving, group=group)
+    return received
+
+
+class _Copies(Function):
+    """Copy each token `[n, h]` once per rank that it is sent to: `[sent, h]`. The backward is `_Sums`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, route: _Route) -> Tensor:
+        ctx.route = route
+        return x[route.tokens]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _summed(grad, ctx.route), None
+
+
+class _Sums(Function):
+    """Add up the rows `[sent, h]` of each token: `[n, h]`. The backward is `_Copies`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, route: _Route) -> Tensor:
+        ctx.route = route
+        return _summed(rows, route)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad[ctx.route.tokens], None
+
+
+def _summed(rows: Tensor, route: _Route) -> Tensor:
+    """Add rows to their tokens, in fp32 or wider.
+
+    One rank's rows belong to different tokens, so adding them rank by rank has a fixed order, on a GPU too.
+    """
+    total = rows.new_zeros(route.count, rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
+    for part, tokens in zip(rows.split(route.sent), route.tokens.split(route.sent)):
+        total.index_add_(0, tokens, part.to(total.dtype))
+    return total.to(rows.dtype)

@@ -1,0 +1,112 @@
+"""Which modules of a model are experts, by the plan that the model declares (`model.ep_plan`). No family is named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from automodel_trainer.models.quantization.quantize import is_to_be_quantized
+from automodel_trainer.strategies.tensor.plan import layer_pattern
+
+_DISPATCHED = "ep_dispatch_experts"  # the module receives tokens of all ranks
+_STACKED = "grouped_gemm"  # the parameter stacks one matrix or vector per expert along its first dimension
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one layer.
+
+    Args:
+        name: of the module in its model.
+        module: holds all experts; its forward takes `(hidden [n, h], top_k_index [n, k], top_k_weights [n, k])`.
+        stacked: names of the module's own parameters that are `[experts, …]`.
+    """
+
+    name: str
+    module: nn.Module
+    stacked: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of experts."""
+        return int(self.module._parameters[self.stacked[0]].shape[0])  # type: ignore[union-attr]
+
+
+def find_experts(model: nn.Module) -> list[Experts]:
+    """The experts of `model`, in its order. Empty if the model declares no plan, or its plan matches nothing here.
+
+    A pipeline stage may hold no layer with experts, so an empty list is no error; `require_experts` makes it one.
+
+    Raises:
+        ValueError: the plan has a rule that this package does not know, or experts without a stacked parameter.
+    """
+    rules = dict(getattr(model, "ep_plan", None) or {})
+    if unknown := {name: style for name, style in rules.items() if style not in (_DISPATCHED, _STACKED)}:
+        raise ValueError(
+            f"The expert-parallel plan of {type(model).__name__} has unsupported styles: {unknown}. Set ep=1."
+        )
+    found = []
+    for name, module in model.named_modules():
+        if rules.get(layer_pattern(name)) != _DISPATCHED:
+            continue
+        own = [key for key, _ in module.named_parameters(recurse=False)]
+        stacked = tuple(key for key in own if rules.get(f"{layer_pattern(name)}.{key}") == _STACKED)
+        if not stacked:
+            raise ValueError(
+                f"The expert-parallel plan of {type(model).__name__} dispatches tokens to {name} and stacks none of "
+                f"its parameters ({', '.join(own) or 'it has none'}). Set ep=1."
+            )
+        found.append(Experts(name, module, stacked))
+    return found
+
+
+def require_experts(model: nn.Module) -> list[Experts]:
+    """`find_experts`, for a whole model that is to run with ep > 1.
+
+    Raises:
+        ValueError: there are none, or they are held quantized.
+    """
+    found = find_experts(model)
+    if not found:
+        declared = "declares none" if not getattr(model, "ep_plan", None) else "has one that matches no module"
+        raise ValueError(
+            f"ep > 1 splits a mixture's experts by the plan that the model declares (model.ep_plan), and "
+            f"{type(model).__name__} {declared}. Set ep=1."
+        )
+    for experts in found:
+        if any(is_to_be_quantized(experts.module, key) for key in experts.stacked):
+            raise ValueError(
+                f"The experts {experts.name} are held quantized (lora quantize, or kernels fp8), and expert parallel "
+                "cannot split them. Set ep=1, or leave the experts out of the quantization."
+            )
+    return found
+
+
+def choose_ep(experts: int, ranks: int) -> int:
+    """The largest number of ranks that divides both `experts` and the `ranks` of a node."""
+    return max(size for size in range(1, ranks + 1) if experts % size == 0 and ranks % size == 0)
+
+
+def check_ep(ep: Any, experts: int | None, ranks: int) -> None:
+    """Check that `ep` ranks can hold equal shares of the experts.
+
+    Args:
+        ep: as the user gave it.
+        experts: the number of experts; None: not known yet.
+        ranks: dp_shard × cp × tp of the run.
+
+    Raises:
+        ValueError: `ep` is no size, or it does not divide the ranks or the experts.
+    """
+    if not isinstance(ep, int) or ep < 1:
+        raise ValueError(f"ep={ep!r} is not a size: give a positive number of ranks, or 'auto'.")
+    if ranks % ep == 0 and (experts is None or experts % ep == 0):
+        return
+    sizes = [n for n in range(1, ranks + 1) if ranks % n == 0 and (experts is None or experts % n == 0)]
+    holding = "" if experts is None else f" and the {experts} experts"
+    raise ValueError(
+        f"ep={ep} must divide dp_shard × cp × tp = {ranks} (expert parallel borrows its ranks from them){holding}. "
+        f"Allowed: ep in {sizes}."
+    )

@@ -1,0 +1,115 @@
+"""Experts in grouped matmuls against transformers' eager code, which computes them one by one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from automodel_trainer.models._experts import hold_part_of_experts
+from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, kernels_in_use
+from automodel_trainer.models.kernels.experts import GroupedExperts, swap_experts
+from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
+from automodel_trainer.models.lora.layers import LoRAParameters
+from tests.beside import use
+from tests.limits import relative_error
+from tests.strategies.test_expert import FAMILIES
+from tests.tiny import tiny_model
+
+
+def eager(family: str, lora: bool = False, sizes: dict[str, Any] | None = None, **options: Any) -> PreTrainedModel:
+    model = tiny_model(family, **{**FAMILIES[family], **(sizes or {})}, experts_implementation="eager")
+    if lora:
+        apply_lora(model, LoRAConfig(rank=4, target_modules=["gate_up_proj", "down_proj"], **options))
+        finish_lora(model)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def loss_and_gradients(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
+    ids = torch.randint(6, 260, (2, 17), generator=torch.Generator().manual_seed(1))
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    (loss, gradients), (wanted, exact) = loss_and_gradients(model), loss_and_gradients(other)
+    assert abs(loss - wanted) < 1e-5
+    assert gradients.keys() == exact.keys()
+    assert not {n: e for n in exact if (e := relative_error(gradients[n], exact[n])) > 1e-5}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "LoRA"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, lora: bool) -> None:
+    model = eager(family, lora)
+    grouped = copy.deepcopy(model)
+    swapped, left = swap_experts(grouped)
+    assert swapped
+    assert not left
+    assert grouped.state_dict().keys() == model.state_dict().keys()
+    check_same(grouped, model)
+
+
+def test_in_a_compiled_model() -> None:
+    model = eager("gpt_oss", lora=True)
+    grouped = copy.deepcopy(model)
+    swap_experts(grouped)
+    grouped.compile(backend="aot_eager")
+    check_same(grouped, model)
+
+
+def test_weights_in_four_bits() -> None:
+    use("torchao")
+    # 4 bits come in blocks of 16,384 numbers
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 256}
+    model = eager("qwen3_moe", lora=True, sizes=sizes, quantize="nf4")
+    grouped = copy.deepcopy(model)
+    assert swap_experts(grouped)[0]
+    check_same(grouped, model)
+
+
+def test_updated_weights_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = eager("qwen3_moe", lora=True)
+    swap_experts(model)
+    built: list[str] = []
+    monkeypatch.setattr(LoRAParameters, "forward", lambda *_, **__: built.append("weight"))
+    loss_and_gradients(model)
+    assert built == []
+
+
+def test_choices_of_experts_held_elsewhere_count_as_zeros() -> None:
+    """Two halves of the experts, each of which skips the other's, add up to the whole."""
+    whole = next(m for m in eager("gpt_oss").modules() if hasattr(m, "gate_up_proj"))
+    x, weights = torch.randn(9, 32), torch.rand(9, 2)
+    chosen = torch.randint(0, 4, (9, 2))
+    total = torch.zeros(9, 32)
+    for first in (0, 2):
+        half = copy.deepcopy(whole)
+        for name, parameter in list(half.named_parameters()):
+            setattr(half, name, nn.Parameter(parameter[first : first + 2].detach().clone()))
+        hold_part_of_experts(half, 2)
+        swap_experts(nn.ModuleList([half]))
+        here = (chosen >= first) & (chosen < first + 2)
+        total += half(x, torch.where(here, chosen - first, 2), weights * here)
+    assert relative_error(total, whole(x, chosen, weights)) < 1e-5
+
+
+def test_choice_and_ledger() -> None:
+    cpu = torch.device("cpu")
+    model = eager("qwen3_moe")
+    apply_kernels(model, KernelsConfig(), cpu)
+    assert not any(isinstance(module, GroupedExperts) for module in model.modules())
+    apply_kernels(model, KernelsConfig(experts="grouped"), cpu)
+    assert kernels_in_use(model).texts["experts"] == "grouped (1 modules of experts)"
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no modules of experts"):
+        apply_kernels(tiny_model(), KernelsConfig(experts="grouped"), cpu)
+    with pytest.raises(ValueError, match="experts='fast' is unknown"):
+        KernelsConfig(experts="fast")
