@@ -25,7 +25,7 @@ from automodel_trainer.callbacks import (
     Watchdog,
 )
 from automodel_trainer.checkpoint.remote import local_root
-from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule
+from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule, TokenDataModule
 from automodel_trainer.modules import DEFAULT_OBJECTIVE
 from automodel_trainer.trainer import Trainer
 
@@ -45,6 +45,7 @@ __all__ = [
     "SampleGenerations",
     "TextDataModule",
     "Throughput",
+    "TokenDataModule",
     "Watchdog",
     "build",
     "run",
