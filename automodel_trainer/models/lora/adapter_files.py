@@ -286,8 +286,8 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
     as_parameter = [a for a in found if not a.is_linear or (fused and a.target.rpartition(".")[2] in _EXPERT_LEAVES)]
     as_module = [a for a in found if a not in as_parameter]
     every = names_of_all_stages(model, (n for n, module in model.named_modules() if isinstance(module, LINEAR)))
-    frozen = {name for name, p in trained_tensors(model).items() if not p.requires_grad}
-    trained = [name for name in names_of_all_stages(model, trained_tensors(model)) if name not in frozen]
+    held = of_all_stages(model, {name: p.requires_grad for name, p in trained_tensors(model).items()})
+    trained = [name for name, is_trained in held.items() if is_trained]
     saved = sorted({name.rpartition(".")[0] for name in trained if ".lora_" not in name and "lora_" not in name})
     source = getattr(getattr(model, "config", None), "name_or_path", None)
     return {

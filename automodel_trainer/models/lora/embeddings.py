@@ -73,9 +73,11 @@ def saved_embeddings(model: nn.Module) -> tuple[str, ...]:
 
 
 def embeddings_of_adapter(model: nn.Module) -> set[str]:
-    """Names of the embeddings that come from the adapter on disk that the model continues from."""
+    """Names of the embeddings in a model, or in a pipeline stage, that come from the adapter that it continues from."""
     found = recorded(model, SavedEmbeddings)
-    return set(found.names) if found is not None and found.from_adapter else set()
+    if found is None or not found.from_adapter:
+        return set()
+    return {name for name, _ in model.named_parameters(remove_duplicate=False) if name in found.names}
 
 
 def note_resized(model: PreTrainedModel) -> None:
