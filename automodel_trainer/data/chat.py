@@ -10,6 +10,7 @@ from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from automodel_trainer.data.base import MicroBatchDataModule, check_packing
+from automodel_trainer.data.built_in_templates import set_template
 from automodel_trainer.data.chat_template import BatchEncoder, Encoded
 from automodel_trainer.data.checks import check_samples
 from automodel_trainer.data.formats import format_of
@@ -56,6 +57,8 @@ class ChatDataModule(MicroBatchDataModule):
         num_workers: processes that build micro-batches ahead of time.
         drop_last: drop the last global batch of an epoch if it is incomplete, instead of filling it up.
         cache: keep the tokenized samples on disk and read them from there next time.
+        chat_template: replaces the tokenizer's: `chatml`, `plain`, a Jinja file, or the template's text. It goes into
+            every checkpoint and export.
         temperature: of a mixture (`train=[{path, weight, name}, …]`): shares are weight ^ (1 / temperature).
 
     Raises:
@@ -83,6 +86,7 @@ class ChatDataModule(MicroBatchDataModule):
         drop_last: bool = False,
         cache: bool = True,
         temperature: float = 1.0,
+        chat_template: str | None = None,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -107,6 +111,18 @@ class ChatDataModule(MicroBatchDataModule):
         self.overlong = overlong
         self.cache = cache
         self.temperature = check_temperature(temperature)
+        self.chat_template = chat_template
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer, with `chat_template` if one was given.
+
+        Raises:
+            ValueError: there is no tokenizer, or no such template.
+        """
+        tokenizer = super().load_tokenizer()
+        if self.chat_template is not None:
+            set_template(tokenizer, self.chat_template)
+        return tokenizer
 
     def build_rows(self) -> dict[str, Rows]:
         """Read, encode and pack the conversations of each split.

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from transformers import PreTrainedTokenizerBase
 
 from automodel_trainer.data.assistant_spans import assistant_spans
+from automodel_trainer.data.built_in_templates import TEMPLATES
 from automodel_trainer.data.formats import Conversation
 from automodel_trainer.data.rendered_chat import RenderedChat, Span, shared_length
 from automodel_trainer.data.turn_marks import TurnFinder
@@ -126,7 +127,8 @@ def encode_conversation(
     if tokenizer.chat_template is None:
         raise ValueError(
             "This tokenizer has no chat template, so it cannot turn a conversation into tokens. Set one "
-            "(`tokenizer.chat_template = ...`, or use the tokenizer of the model's instruct variant), or use a data "
+            f"(ChatDataModule(chat_template=…): {', '.join(TEMPLATES)}, or a Jinja file; or use the tokenizer of the "
+            "model's instruct variant), or use a data "
             "set with `prompt` and `completion` columns, which is trained as prompt + completion + EOS."
         )
     chat = RenderedChat(tokenizer, messages, tools)
