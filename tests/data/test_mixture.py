@@ -79,7 +79,7 @@ def test_it_resumes_exactly_and_travels_to_workers() -> None:
 def test_what_makes_no_mixture_is_refused() -> None:
     a, b = {"path": "a.jsonl"}, {"path": "b/a.jsonl"}
     for train, message in (
-        ([{**a, "weigth": 2}, b], "no 'weigth'. Allowed: path, weight"),
+        ([{**a, "wait": 2}, b], "no 'wait'. Allowed: path, weight"),
         ([{**a, "weight": 0}, b], "must be positive"),
         ([{**a, "weight": 1}, {**b, "name": "b"}], "some sources have 'weight'"),
         ([a, b], "two sources are called 'a'"),
