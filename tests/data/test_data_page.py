@@ -14,8 +14,6 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 TRAINER = "trainer: {max_steps: 1, accelerator: cpu, logger: false}\nmodel: {model: my-model}\n"
-    "trainer: {max_steps: 1, accelerator: cpu, logger: false, enable_progress_bar: false}\nmodel: {model: my-model}\n"
-)
 
 
 def test_blocks(tmp_path: Path) -> None:
