@@ -24,7 +24,12 @@ from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
 from automodel_trainer.models.lora.adapter_files import CONFIG_NAME as ADAPTER_CONFIG
 from automodel_trainer.models.lora.adapter_files import read_config
-from automodel_trainer.models.lora.from_peft import GivenPeftModel, is_peft_model, take_peft_model
+from automodel_trainer.models.lora.from_peft import (
+    GivenPeftModel,
+    check_no_peft_layers,
+    is_peft_model,
+    take_peft_model,
+)
 from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
@@ -73,6 +78,12 @@ class BuiltModule(Objective, pl.LightningModule):
                 raise ValueError("The PeftModel has an adapter already: leave out lora, or give its base model.")
             self._given_peft = take_peft_model(model)
             model, lora = self._given_peft.base, self._given_peft.lora
+        if not isinstance(model, (str, os.PathLike, PreTrainedModel)):
+            raise ValueError(
+                f"model is a {type(model).__name__}. Give a folder, a Hub id, a transformers PreTrainedModel or a "
+                "PeftModel; of a model that torch.compile or DDP has wrapped, the model inside."
+            )
+        check_no_peft_layers(model)
         if isinstance(model, PreTrainedModel) and (revision is not None or config_overrides):
             raise ValueError(
                 "revision and config_overrides apply to a model that is still to be loaded, and this one is an object. "
