@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint import check_checkpoint
+from automodel_trainer.checkpoint.saved_weights import like
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
@@ -89,6 +90,7 @@ class BuiltModule(Objective, pl.LightningModule):
         self.config_overrides = config_overrides or {}
         self.allow_unused_weights = allow_unused_weights
         self.model: Any = None
+        self.register_load_state_dict_pre_hook(_into_model)
 
     @cached_property
     def source(self) -> Path | None:
@@ -352,4 +354,17 @@ class BuiltModule(Objective, pl.LightningModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict with Hugging Face keys into the model; see `torch.nn.Module.load_state_dict`."""
-        return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+        target = self.model.state_dict()
+        placed = {name: like(value, target.get(name)) for name, value in state_dict.items()}
+        return self.model.load_state_dict(placed, strict=strict, assign=assign)
+
+
+def _into_model(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename Hugging Face keys to those of `module.model`, which torch looks for if `module` is part of another module.
+
+    Averaged copies of a module (`torch.optim.swa_utils.AveragedModel`) are loaded so.
+    """
+    target = module.model.state_dict() if module.model is not None else {}
+    names = [name for name in state if name.startswith(prefix)]
+    renamed = {name.removeprefix(prefix): state.pop(name) for name in names}
+    state |= {f"{prefix}model.{name}": like(value, target.get(name)) for name, value in renamed.items()}
