@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -30,10 +30,11 @@ from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
 from automodel_trainer.models.sidecars import has_tokenizer
-from automodel_trainer.modules.isolation import isolation_of
+from automodel_trainer.modules.isolation import isolation_of, packs
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.nn.deferred_logits import defer_logits
 from automodel_trainer.strategies import MeshStrategy, Objective
+from automodel_trainer.strategies.base.objective import MicroBatch
 from automodel_trainer.strategies.base.precision import hold_in
 
 
@@ -48,6 +49,8 @@ class BuiltModule(Objective, pl.LightningModule):
         ValueError: the subclass sets no `auto_class`; or `revision` or `config_overrides` was given for a model that is
             already loaded.
     """
+
+    _rows_are_safe = False  # not known yet
 
     def __init__(
         self,
@@ -170,6 +173,27 @@ class BuiltModule(Objective, pl.LightningModule):
         found = isolation_of(self, self.model_config, self.kernels.attention, self.trust_remote_code)
         self.gives_document_lengths = found.packed == "lengths"
         return found
+
+    def check_rows(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Refuse packed rows of a model whose documents would see each other.
+
+        A data module asks before training. This is for everyone else's loader.
+
+        Raises:
+            ValueError: documents share a row, and this model does not keep them apart.
+        """
+        if self._rows_are_safe:
+            return
+        maybe = [m for m in micro_batches if m.get("packed") is not False and m.get("attention_mask") is None]
+        if not any(isinstance(m.get("position_ids"), Tensor) for m in maybe):
+            return
+        found = self.isolation
+        self._rows_are_safe = found.packed is not None
+        if not self._rows_are_safe and any(packs(m) for m in maybe):
+            raise ValueError(
+                f"The position_ids of these rows restart, so they hold several documents, and {found}. Give one "
+                "document a row, padded, with an attention_mask."
+            )
 
     def configure_model(self) -> None:
         """Build the model on the strategy's mesh. The Trainer calls this after the processes have started.
