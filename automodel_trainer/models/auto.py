@@ -122,16 +122,19 @@ class AutoBuilder:
         device: torch.device | str = "cpu",
         lora: LoRAConfig | None = None,
         kernels: KernelsConfig | None = None,
+        strict: bool = True,
     ) -> PreTrainedModel:
         """Build a model with random weights. The same `seed` gives the same weights under every strategy.
 
         Args:
             config: of the model.
             seed: of the random weights.
+            strict: False starts parameters at zero that the model has no rule for.
             strategy, dtype, attn_implementation, trust_remote_code, device, lora, kernels: see `from_pretrained`.
 
         Raises:
-            ValueError: this device, model or layout does not have a kernel that was asked for.
+            ValueError: this device, model or layout does not have a kernel that was asked for; or the model has no rule
+                to draw some of its parameters.
         """
         model = build_on_meta(
             cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
@@ -143,7 +146,7 @@ class AutoBuilder:
         if strategy is not None:
             strategy.parallelize(model)
         check_gathered(model)
-        initialize_weights(model, _device(strategy, device), seed, adapter_names(model))
+        initialize_weights(model, _device(strategy, device), seed, adapter_names(model), strict)
         finish_lora(model)
         if strategy is not None:
             strategy.finalize_parameters(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint import check_checkpoint
+from automodel_trainer.checkpoint.saved_weights import like
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
@@ -34,10 +35,11 @@ from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
 from automodel_trainer.models.sidecars import has_tokenizer
-from automodel_trainer.modules.isolation import isolation_of
+from automodel_trainer.modules.isolation import isolation_of, packs
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.nn.deferred_logits import defer_logits
 from automodel_trainer.strategies import MeshStrategy, Objective
+from automodel_trainer.strategies.base.objective import MicroBatch
 from automodel_trainer.strategies.base.precision import hold_in
 
 
@@ -52,6 +54,8 @@ class BuiltModule(Objective, pl.LightningModule):
         ValueError: the subclass sets no `auto_class`; or `revision` or `config_overrides` was given for a model that is
             already loaded.
     """
+
+    _rows_are_safe = False  # not known yet
 
     def __init__(
         self,
@@ -100,6 +104,7 @@ class BuiltModule(Objective, pl.LightningModule):
         self.config_overrides = config_overrides or {}
         self.allow_unused_weights = allow_unused_weights
         self.model: Any = None
+        self.register_load_state_dict_pre_hook(_into_model)
 
     @cached_property
     def source(self) -> Path | None:
@@ -179,6 +184,27 @@ class BuiltModule(Objective, pl.LightningModule):
         found = isolation_of(self, self.model_config, self.kernels.attention, self.trust_remote_code)
         self.gives_document_lengths = found.packed == "lengths"
         return found
+
+    def check_rows(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Refuse packed rows of a model whose documents would see each other.
+
+        A data module asks before training. This is for everyone else's loader.
+
+        Raises:
+            ValueError: documents share a row, and this model does not keep them apart.
+        """
+        if self._rows_are_safe:
+            return
+        maybe = [m for m in micro_batches if m.get("packed") is not False and m.get("attention_mask") is None]
+        if not any(isinstance(m.get("position_ids"), Tensor) for m in maybe):
+            return
+        found = self.isolation
+        self._rows_are_safe = found.packed is not None
+        if not self._rows_are_safe and any(packs(m) for m in maybe):
+            raise ValueError(
+                f"The position_ids of these rows restart, so they hold several documents, and {found}. Give one "
+                "document a row, padded, with an attention_mask."
+            )
 
     def configure_model(self) -> None:
         """Build the model on the strategy's mesh. The Trainer calls this after the processes have started.
@@ -363,4 +389,17 @@ class BuiltModule(Objective, pl.LightningModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict with Hugging Face keys into the model; see `torch.nn.Module.load_state_dict`."""
-        return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+        target = self.model.state_dict()
+        placed = {name: like(value, target.get(name)) for name, value in state_dict.items()}
+        return self.model.load_state_dict(placed, strict=strict, assign=assign)
+
+
+def _into_model(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename Hugging Face keys to those of `module.model`, which torch looks for if `module` is part of another module.
+
+    Averaged copies of a module (`torch.optim.swa_utils.AveragedModel`) are loaded so.
+    """
+    target = module.model.state_dict() if module.model is not None else {}
+    names = [name for name in state if name.startswith(prefix)]
+    renamed = {name.removeprefix(prefix): state.pop(name) for name in names}
+    state |= {f"{prefix}model.{name}": like(value, target.get(name)) for name, value in renamed.items()}
