@@ -22,13 +22,16 @@ tools
   bench      measure the training steps of a configuration: tokens per second, MFU, memory, the largest kernels
   preview    show the first batch as the model sees it: trained, masked and boundary tokens
   generate   answer prompts with a model folder
+  convert    write the weights of a Lightning .ckpt as safetensors; nothing in it is run
   export     write a checkpoint as a Hugging Face folder; --check compares it with the source
   inspect    show what a checkpoint or model folder holds, and whether it is whole
   merge      write a LoRA adapter and its base model, or the shards of a checkpoint, as one model
   pipeline   draw a pipeline schedule and its bubble
   reshard    write the same weights as another number of files
+  tokenize   write raw text as shards of tokens, on all cores
   verify     compare a layout with one device, on a small copy of your model and your data
 
+  amt fit --model org/name --data chats.jsonl --lora 16
   amt fit --config configs/quickstart.yaml
   amt fit --config configs/sft.yaml --trainer.strategy fsdp2 --trainer.devices 4
   amt preview --config configs/quickstart.yaml --html batch.html
@@ -38,6 +41,7 @@ tools
 _TRAINING = ("fit", "validate", "test", "predict")
 _TOOLS = {
     "bench": "automodel_trainer.tools.bench",
+    "convert": "automodel_trainer.tools.convert",
     "export": "automodel_trainer.tools.export",
     "generate": "automodel_trainer.tools.generate",
     "inspect": "automodel_trainer.tools.inspect",
@@ -45,6 +49,7 @@ _TOOLS = {
     "pipeline": "automodel_trainer.tools.pipeline",
     "preview": "automodel_trainer.tools.preview",
     "reshard": "automodel_trainer.tools.reshard",
+    "tokenize": "automodel_trainer.tools.tokenize",
     "verify": "automodel_trainer.tools.verify",
 }
 

@@ -17,6 +17,7 @@ from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.models.limits import is_rotary, position_limit, vocabulary_size
 from automodel_trainer.modules import DEFAULT_OBJECTIVE, HuggingFaceModule
+from automodel_trainer.modules.built import BuiltModule
 from automodel_trainer.strategies import Objective
 
 Model = str | os.PathLike[str] | PreTrainedModel | pl.LightningModule
@@ -50,6 +51,8 @@ def connect(
             _check_labels(module, datamodule)
             if datamodule.tokenizer is None:
                 datamodule.tokenizer = module.tokenizer_or_none
+            elif isinstance(module, BuiltModule):
+                module.adopt_tokenizer(datamodule.load_tokenizer())
         if isinstance(module, HuggingFaceModule):
             choose_rows(module, datamodule)
         datamodule.prepare()

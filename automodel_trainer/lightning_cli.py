@@ -25,8 +25,10 @@ from automodel_trainer.callbacks import (
     Watchdog,
 )
 from automodel_trainer.checkpoint.remote import local_root
-from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule
+from automodel_trainer.cli_help import help_text
+from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule, TokenDataModule
 from automodel_trainer.modules import DEFAULT_OBJECTIVE
+from automodel_trainer.short_options import expand
 from automodel_trainer.trainer import Trainer
 
 CONFIG_NAME = "config.yaml"
@@ -45,6 +47,7 @@ __all__ = [
     "SampleGenerations",
     "TextDataModule",
     "Throughput",
+    "TokenDataModule",
     "Watchdog",
     "build",
     "run",
@@ -129,13 +132,21 @@ class AmtCLI(LightningCLI):
 
 
 def run(argv: list[str]) -> AmtCLI:
-    """Parse `argv` (command first), build trainer, model and data, and run the command."""
-    return _cli(argv, run=True)
+    """Parse `argv` (command first), build trainer, model and data, and run the command.
+
+    Short options are known (`--model org/name`), and `--help` is the grouped help.
+    """
+    command, options = argv[0], argv[1:]
+    if {"-h", "--help"} & set(options):
+        print(help_text(command), end="")
+        raise SystemExit(0)
+    options = ["--help" if option == "--help-all" else option for option in options]
+    return _cli([command, *expand(options)], run=True)
 
 
 def build(config: dict[str, Any] | list[str]) -> tuple[Trainer, pl.LightningModule, pl.LightningDataModule]:
     """Trainer, module and data that a configuration (or `--config FILE` and options) describes; nothing runs."""
-    cli = _cli(config, run=False)
+    cli = _cli(expand(config) if isinstance(config, list) else config, run=False)
     return cli.trainer, cli.model, cli.datamodule  # type: ignore[return-value]
 
 

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from automodel_trainer.callbacks._loggers import tell_loggers
+from automodel_trainer.callbacks.check_writable import check_checkpoints
 from automodel_trainer.callbacks.checkpoint_names import FolderNames
 from automodel_trainer.callbacks.checkpoint_schedule import Schedule
 from automodel_trainer.callbacks.resumed_loops import continue_loops, resume_with_validation, validates_after
@@ -187,6 +188,19 @@ class DCPCheckpoint(RunFolder):
         if resumed.parent in [run.resolve() for run in runs(base)]:
             self.run_folder, self.last_model_path = resumed.parent, str(resumed)
             self._last_saved, self._last_name = checkpoint["global_step"], resumed.name
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that checkpoints can be written, before any time is spent on training.
+
+        Raises:
+            ValueError: the folder, the space or the credentials do not allow it.
+        """
+        check_checkpoints(
+            trainer,
+            self._base(trainer.default_root_dir).absolute(),
+            self._store(trainer.default_root_dir),
+            self.schedule.keep_last,
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the run folder, and complete a resume."""

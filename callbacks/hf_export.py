@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedModel
 
+from automodel_trainer.callbacks.check_writable import check_folder, check_space, export_bytes
 from automodel_trainer.callbacks.console import show
 from automodel_trainer.callbacks.preemption import TIME, preemption_of
 from automodel_trainer.checkpoint.export import export_pretrained
@@ -39,16 +40,20 @@ class HFExport(Callback):
         self.exported_to: Path | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that there is a model to export.
+        """Check that there is a model to export, and that it can be written.
 
         Raises:
-            ValueError: the module has no Hugging Face model.
+            ValueError: the module has no Hugging Face model, or the folder or the space does not allow it.
         """
         if not isinstance(getattr(pl_module, "model", None), PreTrainedModel):
             raise ValueError(
                 f"HFExport exports Hugging Face models, but {type(pl_module).__name__}.model is not one. Remove the "
                 "callback."
             )
+        if trainer.is_global_zero:
+            folder = self.dirpath or Path(trainer.default_root_dir) / "hf"
+            check_folder(folder.absolute(), "The exported model")
+            check_space(folder.absolute(), export_bytes(pl_module.model, self.dtype), 1, "The exported model")  # type: ignore[arg-type]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the model."""

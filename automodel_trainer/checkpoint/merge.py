@@ -30,7 +30,7 @@ from automodel_trainer.distributed.agreement import on_all_ranks, rank
 from automodel_trainer.models._transformers import converts_weights, original_weight_names, tied_weight_names
 from automodel_trainer.models.auto import empty_model
 from automodel_trainer.models.files import INDEX_NAME, resolve_folder
-from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, lora_of
+from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, lora_of, untied_head
 from automodel_trainer.models.lora.adapter_files import read_config, read_tensors, save_adapter, trained_tensors
 from automodel_trainer.models.lora.functional import adapted_weight, direction_norm
 from automodel_trainer.models.lora.initialize import principal_factors
@@ -113,6 +113,9 @@ def _merge_adapter(
     with new_folder(output) as target:
         kept = dtype or getattr(torch, str(model.config.dtype).removeprefix("torch."))
         weights = Weights(source, dense=model.dtype)
+        if head := untied_head(model):
+            (on_disk,) = original_weight_names(model, {head.source: model.get_parameter(head.source).detach()})
+            weights.show_again(on_disk, head.name)
         updates.check(set(weights.header), source)
         with progress("merging", sum(file.stat().st_size for file in weights.files)) as advance:
             for file, header in weights.by_file().items():

@@ -96,6 +96,13 @@ class RemoteRuns:
         return self.url
 
     @_os_error
+    def check_writable(self) -> None:
+        """Write a small object and remove it, so that missing credentials are noticed before training."""
+        place = self._path("", f".write-test-{os.getpid()}")
+        self._fs.pipe_file(place, b"test")
+        self._fs.rm_file(place)
+
+    @_os_error
     def is_folder(self) -> bool:
         """Whether there are objects below the URL."""
         return bool(self._fs.isdir(self._root))

@@ -40,8 +40,9 @@ from automodel_trainer.models.sidecars import copy_sidecars
 RNG_KEY = "automodel_trainer.rng"  # key in the loaded dict: the state of this rank's random generators
 CONFIG_KEY = "automodel_trainer.config"  # key in the dict to save: the text of the run's config.yaml
 FOLDER_KEY = "automodel_trainer.folder"  # key in the loaded dict: where it was read from
-_NOT_IN_JSON = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY, FOLDER_KEY)
 RUN_KEY = "automodel_trainer.run"  # key in both: the run's settings, and what optimizers and schedules were given
+TOKENIZER_KEY = "automodel_trainer.tokenizer"  # key in the dict to save: the tokenizer or processor of the run
+_NOT_IN_JSON = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY, FOLDER_KEY, TOKENIZER_KEY)
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Snapshot:
         extra: its share of the tensors in Lightning's state.
         files: maps names of text files to their content.
         module: the module, on rank 0.
+        tokenizer: what the run was trained with, if it is not the one in the folder of the model.
     """
 
     weights: WeightSnapshot
@@ -61,6 +63,7 @@ class Snapshot:
     extra: WeightSnapshot | None
     files: dict[str, str]
     module: nn.Module | None
+    tokenizer: Any = None
 
     def write(self, target: Path) -> dict[str, Entry]:
         """Write the files into the existing folder `target`, and return their entries. Not collective.
@@ -78,7 +81,7 @@ class Snapshot:
                 continue
             written.update({f"{part}/{name}": entry for name, entry in content.write(target / part).items()})
         if isinstance(self.module, PreTrainedModel):
-            copy_sidecars(self.module, target / "model")
+            copy_sidecars(self.module, target / "model", tokenizer=self.tokenizer)
         return written
 
 
@@ -149,7 +152,8 @@ def take_snapshot(
     extra = None
     if any(gather(bool(tensors))):
         extra = on_all_ranks(partial(snapshot_tensors, tensors, copy, EXTRA), folder)
-    return Snapshot(weights, states, extra, files, module if rank() == 0 else None)
+    tokenizer = lightning_checkpoint.get(TOKENIZER_KEY)
+    return Snapshot(weights, states, extra, files, module if rank() == 0 else None, tokenizer)
 
 
 def write_snapshot(

@@ -70,6 +70,11 @@ class Weights:
             for name, part in self._slices.items()
         }
 
+    def show_again(self, name: str, as_name: str) -> None:
+        """Show a tensor under a second name too, for a model that no longer ties two weights."""
+        self._slices = {**self._slices, as_name: self._slices[name]}
+        self.header[as_name], self.file_of[as_name] = self.header[name], self.file_of[name]
+
     def by_file(self) -> dict[Path, Header]:
         """Dtype and shape of every tensor, by file; a file that holds scales alone is left out."""
         found: dict[Path, Header] = {}

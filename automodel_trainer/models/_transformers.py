@@ -155,6 +155,12 @@ def forget_absent_ties(model: PreTrainedModel) -> None:
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in held and b in held}
 
 
+def forget_ties(model: PreTrainedModel) -> None:
+    """Let no weights of a model be tied from now on. Parameters that are shared stay so until they are replaced."""
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
 def tie_weights(model: PreTrainedModel) -> None:
     """Tie the parameters that `tied_weight_names` lists."""
     model.tie_weights(recompute_mapping=False)

@@ -25,7 +25,14 @@ from automodel_trainer.models.files import TensorSlice, resolve_folder, slices_o
 from automodel_trainer.models.initialize import initialize_missing, initialize_weights
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.layout import Layout
-from automodel_trainer.models.lora import LoRAConfig, adapter_names, apply_lora, embeddings_of_adapter, finish_lora
+from automodel_trainer.models.lora import (
+    LoRAConfig,
+    adapter_names,
+    apply_lora,
+    embeddings_of_adapter,
+    finish_lora,
+    untied_head,
+)
 from automodel_trainer.models.quantization.checkpoint import check_leftovers, dense_weights, quantization_of
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization.quantize import quantized_weights
@@ -115,16 +122,19 @@ class AutoBuilder:
         device: torch.device | str = "cpu",
         lora: LoRAConfig | None = None,
         kernels: KernelsConfig | None = None,
+        strict: bool = True,
     ) -> PreTrainedModel:
         """Build a model with random weights. The same `seed` gives the same weights under every strategy.
 
         Args:
             config: of the model.
             seed: of the random weights.
+            strict: False starts parameters at zero that the model has no rule for.
             strategy, dtype, attn_implementation, trust_remote_code, device, lora, kernels: see `from_pretrained`.
 
         Raises:
-            ValueError: this device, model or layout does not have a kernel that was asked for.
+            ValueError: this device, model or layout does not have a kernel that was asked for; or the model has no rule
+                to draw some of its parameters.
         """
         model = build_on_meta(
             cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
@@ -136,7 +146,7 @@ class AutoBuilder:
         if strategy is not None:
             strategy.parallelize(model)
         check_gathered(model)
-        initialize_weights(model, _device(strategy, device), seed, adapter_names(model))
+        initialize_weights(model, _device(strategy, device), seed, adapter_names(model), strict)
         finish_lora(model)
         if strategy is not None:
             strategy.finalize_parameters(model)
@@ -228,17 +238,13 @@ def fill_from_folder(
         tensors = dense_weights(slices_of(files), quantization, folder)
         record_of(model).keep(ReadDense(str(quantization.get("quant_method"))))
     forget_quantization(model.config)
-    from_adapter = embeddings_of_adapter(model)
-    if from_adapter:  # the adapter holds them, perhaps in another size
-        found: Mapping[str, TensorSlice] = slices_of(files) if tensors is None else tensors
-        places = places_of(model, found)
-        tensors = {name: part for name, part in found.items() if places.get(name) not in from_adapter}
+    tensors = _without_embeddings(model, files, tensors)
     if strategy is not None:
         strategy.parallelize(model)
     check_gathered(model)
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     in_turn = bool(quantized_weights(model))
-    added = adapter_names(model) | (from_adapter - tied_weight_names(model).keys())
+    added = adapter_names(model) | (embeddings_of_adapter(model) - tied_weight_names(model).keys())
     loaded = load_weights(model, files, _device(strategy, device), added, in_turn, tensors)
     missing, unexpected = set(loaded.missing), set(loaded.unexpected)
     for name, parameter in model.named_parameters():
@@ -266,6 +272,27 @@ def fill_from_folder(
     finish_lora(model)
     if strategy is not None:
         strategy.finalize_parameters(model)
+
+
+def _without_embeddings(
+    model: PreTrainedModel, files: list[Path], tensors: Mapping[str, TensorSlice] | None
+) -> Mapping[str, TensorSlice] | None:
+    """What is read of a base whose embeddings an adapter on disk holds, perhaps in another size, or takes apart.
+
+    Args:
+        files: the files of the base.
+        tensors: what to read instead of what they hold; None: they are read as they are.
+    """
+    from_adapter, head = embeddings_of_adapter(model), untied_head(model)
+    if not from_adapter and head is None:
+        return tensors
+    found: Mapping[str, TensorSlice] = slices_of(files) if tensors is None else tensors
+    places = places_of(model, found)
+    read = {name: part for name, part in found.items() if places.get(name) not in from_adapter}
+    if head is not None and head.name not in from_adapter:  # in the files it has the name of what it was tied to
+        known_as = next((name for name in found if places.get(name) == head.source), head.source)  # maybe of a stage
+        read[head.name] = found[known_as]
+    return read
 
 
 def _is_new(name: str, allowed: bool | Collection[str]) -> bool:

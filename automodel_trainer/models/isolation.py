@@ -19,35 +19,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from automodel_trainer.models._masks import packing_without_sync
-from automodel_trainer.models.auto import build_on_meta
-from automodel_trainer.models.initialize import initialize_weights
 from automodel_trainer.models.packed_inputs import lengths_of
-from automodel_trainer.models.shrink import shrink
+from automodel_trainer.models.small_copy import first_line, ordinary_tokens, small_copy
 
 InputsOf = Callable[[dict[str, Any], bool], dict[str, Any]]
 """Keyword arguments of a forward, of a micro-batch; True: with the lengths of its documents."""
 ROWS = ((19, 29), (27, 21))
 """Lengths of the documents of two packed rows. They end at other places, so one row's mask would not fit the other."""
-WINDOW = 24
-"""Windows and chunks are narrowed for rows of this many tokens, so that they bind inside a document."""
-VOCABULARY = 96
-RANKS = 4
-"""Heads and widths of the copy divide by so many, as some families divide their own."""
-LARGEST = 300_000_000
-"""Parameters of a copy that is still run: the towers of a composite model are not made narrow."""
-SIZES: tuple[dict[str, Any], ...] = (
-    {},
-    {"layers": 8},  # kinds of layers that alternate
-    {"depth": False},
-    {"width": False},
-    {"width": False, "depth": False},
-)
-"""How small a copy may be (`shrink`); the first size that a family's own code takes is taken."""
 SEEDS = 2
 """Weights that are tried: a router may choose otherwise where two scores are equal but for rounding."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
-"""Of the logits' spread. Rounding of the copy stays below a hundredth of it, and a leak is at least as large."""
+"""Of the logits' spread. In fp32 the copy rounds a hundred times less; a leak is as large as the spread itself."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +44,7 @@ class Isolation:
         padded_obstacle: why rows with padding are not what they are without; None: they are.
         causal_obstacle: why a token's logits are not made of it and earlier tokens alone; None: they are.
         checked: False: nothing could be proved, for the reason in `packed_obstacle`.
+        error: the largest difference found in packed rows, as a part of the logits' spread.
     """
 
     model: str
@@ -70,6 +53,7 @@ class Isolation:
     padded_obstacle: str | None = None
     causal_obstacle: str | None = None
     checked: bool = True
+    error: float = 0.0
 
     def __str__(self) -> str:
         if self.packed is None:
@@ -103,77 +87,21 @@ def prove_isolation(
     found = Isolation(auto_class, None, "it was not tried")
     for seed in range(SEEDS):
         try:
-            model = small_copy(config, auto_class, attention, trust_remote_code, torch.device(device), dtype, seed)
+            model = small_copy(
+                config,
+                auto_class,
+                attention=attention,
+                trust_remote_code=trust_remote_code,
+                device=torch.device(device),
+                dtype=dtype,
+                seed=seed,
+            )
         except ValueError as error:
             return Isolation(auto_class, None, str(error), checked=False)
         found = _Proof(model, inputs_of, by_length, seed).run()
         if found.packed and not found.padded_obstacle:
             break
     return found
-
-
-def small_copy(
-    config: PreTrainedConfig,
-    auto_class: str,
-    attention: str | None,
-    trust_remote_code: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int,
-) -> PreTrainedModel:
-    """A small model with a layer of each kind and random weights, none of which is zero or one throughout.
-
-    It is made as small as its family allows: shallow and narrow, or one of both.
-
-    Raises:
-        ValueError: it would not be small, or would lack a kind of layer, or does not run.
-    """
-    whole = build_on_meta(auto_class, config, dtype, attention, trust_remote_code)
-    first: Exception | None = None
-    for size in SIZES:
-        try:
-            small = _with_ordinary_ids(shrink(config, RANKS, WINDOW, VOCABULARY, **size))
-            model = build_on_meta(auto_class, small, dtype, attention, trust_remote_code)
-            if missing := _kinds(whole) - _kinds(model):
-                raise ValueError(f"it has no {', '.join(sorted(missing))}")
-            if (count := sum(p.numel() for p in model.parameters())) > LARGEST:
-                raise ValueError(f"it has {count:,} parameters")
-            _draw(model, device, seed)
-            packing_without_sync(model)
-            with torch.no_grad():
-                model(input_ids=ordinary_tokens(small)[:24][None].to(device))
-        except Exception as error:  # a family's own code may fail anywhere on sizes that nobody has
-            first = first or error
-            continue
-        return model
-    raise ValueError(f"no small copy of {type(whole).__name__} could be made to check it ({_first_line(first)})")
-
-
-def _draw(model: PreTrainedModel, device: torch.device, seed: int) -> None:
-    initialize_weights(model, device, seed, strict=False)
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator, device=device)
-                spread = min(0.5, parameter.shape[-1] ** -0.5) if parameter.ndim > 1 else 0.1
-                parameter.add_((spread * noise).to(parameter.dtype))
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-
-
-def _with_ordinary_ids(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of a small vocabulary without ids that lie beyond it, where embeddings look at them."""
-    for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
-        if isinstance(pad := getattr(part, "pad_token_id", None), int) and pad >= VOCABULARY:
-            part.pad_token_id = 0
-    return config
-
-
-def _kinds(model: nn.Module) -> set[str]:
-    return {type(module).__name__ for module in model.modules()}
 
 
 class _Proof:
@@ -198,7 +126,7 @@ class _Proof:
                 [self._logits({"input_ids": d[None], "packed": False})[0] for d in row] for row in self.documents
             ]
         except Exception as error:
-            text = f"{self.name} does not run on rows of text alone ({_first_line(error)})"
+            text = f"{self.name} does not run on rows of text alone ({first_line(error)})"
             return Isolation(self.name, None, text, checked=False)
         self.spread = float(torch.cat([d for row in self.alone for d in row]).float().std())
         if not 1e-6 < self.spread < 1e6:
@@ -207,14 +135,15 @@ class _Proof:
         padded, causal = self._padded(), self._causal()
         obstacles: list[str] = []
         for how in self.ways:
+            self.error = 0.0
             found = self._packed(how)
             if found is not None and how == "lengths" and _leak(found) == _leak(obstacles[0]):
                 break  # the lengths are of no use to this model
             if found is None:
-                return Isolation(self.name, how, None, padded, causal)
+                return Isolation(self.name, how, None, padded, causal, error=self.error)
             obstacles.append(found)
         obstacle = "; ".join(dict.fromkeys(obstacles))
-        return Isolation(self.name, None, obstacle, padded, causal)
+        return Isolation(self.name, None, obstacle, padded, causal, error=self.error)
 
     def _packed(self, how: str) -> str | None:
         """Why packed rows are not right; None if they are."""
@@ -227,9 +156,10 @@ class _Proof:
             }  # fmt: skip
         except Exception as error:
             what = "packed rows" if how == "positions" else "the lengths of packed documents"
-            return f"{self.name} does not take {what} ({_first_line(error)})"
+            return f"{self.name} does not take {what} ({first_line(error)})"
         for which, others in changed.items():
             moved = max(self._apart(a[i], b[i]) for a, b in zip(logits, others) for i in range(len(a)) if i != which)
+            self.error = max(self.error, moved)
             if moved > self.tolerance:
                 layers = ", ".join(self._leaking(how)) or "its layers"
                 return (
@@ -237,6 +167,7 @@ class _Proof:
                     f"spread ({layers})"
                 )
         apart = max(self._apart(a, b) for x, y in zip(logits, self.alone) for a, b in zip(x, y))
+        self.error = max(self.error, apart)
         if apart > self.tolerance:
             return f"in {self.name} a packed document's logits are {apart:.2g} of their spread from those of it alone"
         return None
@@ -262,7 +193,7 @@ class _Proof:
                 {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "packed": False}
             )
         except Exception as error:
-            return f"{self.name} does not take padded rows ({_first_line(error)})"
+            return f"{self.name} does not take padded rows ({first_line(error)})"
         alone = [d for row in self.alone for d in row]
         apart = max(self._apart(row[: len(d)], d) for row, d in zip(logits, alone))
         if apart > self.tolerance:
@@ -340,22 +271,9 @@ def _recorded(model: nn.Module, length: int, start: int) -> Iterator[dict[str, t
             handle.remove()
 
 
-def ordinary_tokens(config: PreTrainedConfig) -> Tensor:
-    """Ids that the config gives no meaning: int64 `[n]`."""
-    text = config.get_text_config(decoder=True)
-    named = [item for part in (config, text) for item in part.to_dict().items()]
-    special = {i for name, i in named if name.endswith(("token_id", "token_index")) and isinstance(i, int)}
-    return torch.tensor([i for i in range(3, text.vocab_size) if i not in special])
-
-
 def _one_row(document: Tensor) -> dict[str, Any]:
     return {"input_ids": document[None], "packed": False}
 
 
 def _leak(obstacle: str) -> str:
     return obstacle.partition("(")[0].partition(" by ")[0]
-
-
-def _first_line(error: Exception | None) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

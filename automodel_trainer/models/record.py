@@ -11,6 +11,7 @@ An entry is found by its type, and the package that makes an entry owns the type
 | `lora.LoRAConfig` | `apply_lora` | which adapters the model has |
 | `lora.fuse.Fusion` | `apply_kernels` | which adapted layers are to compute in one matmul with their frozen weights |
 | `lora.embeddings.SavedEmbeddings` | `apply_lora` | which embeddings are saved with the adapter |
+| `lora.embeddings.UntiedHead` | `apply_lora` | which weight is tied in the base and not with the adapter |
 | `kernels.KernelsInUse` | `apply_kernels` | what each part computes with |
 | `quantization.fp8_layers.Fp8Layers` | `convert_to_fp8`, `swap_linear_layers` | which layers multiply in fp8 |
 | `quantization_config.ReadDense` | `fill_from_folder` | the checkpoint's weights were quantized, and are dense now |

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,21 @@ def _merge(original: dict[str, Any], before: dict[str, Any], now: dict[str, Any]
 
 
 def _same_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path) -> bool:
-    try:
-        original = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError):  # none there, or one that needs code that is not trusted
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a processor: it has more files than a tokenizer
+        return False
+    original = _original_identity(source)
+    if original is None:
         return str(getattr(tokenizer, "name_or_path", "")) == str(source)
-    return _identity(tokenizer) == _identity(original)
+    return _identity(tokenizer) == original
+
+
+@lru_cache(maxsize=2)
+def _original_identity(source: Path) -> list[Any] | None:
+    """What the tokenizer in a folder computes; None if there is none, or it needs code that is not trusted."""
+    try:
+        return _identity(AutoTokenizer.from_pretrained(source))
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint import check_checkpoint
+from automodel_trainer.checkpoint.saved_weights import like
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
@@ -24,15 +25,21 @@ from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
 from automodel_trainer.models.lora.adapter_files import CONFIG_NAME as ADAPTER_CONFIG
 from automodel_trainer.models.lora.adapter_files import read_config
-from automodel_trainer.models.lora.from_peft import GivenPeftModel, is_peft_model, take_peft_model
+from automodel_trainer.models.lora.from_peft import (
+    GivenPeftModel,
+    check_no_peft_layers,
+    is_peft_model,
+    take_peft_model,
+)
 from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
 from automodel_trainer.models.sidecars import has_tokenizer
-from automodel_trainer.modules.isolation import isolation_of
+from automodel_trainer.modules.isolation import isolation_of, packs
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.nn.deferred_logits import defer_logits
 from automodel_trainer.strategies import MeshStrategy, Objective
+from automodel_trainer.strategies.base.objective import MicroBatch
 from automodel_trainer.strategies.base.precision import hold_in
 
 
@@ -47,6 +54,8 @@ class BuiltModule(Objective, pl.LightningModule):
         ValueError: the subclass sets no `auto_class`; or `revision` or `config_overrides` was given for a model that is
             already loaded.
     """
+
+    _rows_are_safe = False  # not known yet
 
     def __init__(
         self,
@@ -73,6 +82,12 @@ class BuiltModule(Objective, pl.LightningModule):
                 raise ValueError("The PeftModel has an adapter already: leave out lora, or give its base model.")
             self._given_peft = take_peft_model(model)
             model, lora = self._given_peft.base, self._given_peft.lora
+        if not isinstance(model, (str, os.PathLike, PreTrainedModel)):
+            raise ValueError(
+                f"model is a {type(model).__name__}. Give a folder, a Hub id, a transformers PreTrainedModel or a "
+                "PeftModel; of a model that torch.compile or DDP has wrapped, the model inside."
+            )
+        check_no_peft_layers(model)
         if isinstance(model, PreTrainedModel) and (revision is not None or config_overrides):
             raise ValueError(
                 "revision and config_overrides apply to a model that is still to be loaded, and this one is an object. "
@@ -80,7 +95,7 @@ class BuiltModule(Objective, pl.LightningModule):
             )
         # In a tuple, so that torch does not register it as a second submodule next to `self.model`.
         self._reference = (model,)
-        self._tokenizer = tokenizer
+        self._tokenizer = self._given_tokenizer = tokenizer
         self.lora = lora
         self.neftune_alpha = neftune_alpha
         self.kernels = kernels
@@ -89,6 +104,7 @@ class BuiltModule(Objective, pl.LightningModule):
         self.config_overrides = config_overrides or {}
         self.allow_unused_weights = allow_unused_weights
         self.model: Any = None
+        self.register_load_state_dict_pre_hook(_into_model)
 
     @cached_property
     def source(self) -> Path | None:
@@ -145,12 +161,50 @@ class BuiltModule(Objective, pl.LightningModule):
         had = self._tokenizer is not None or (self.source is not None and has_tokenizer(self.source))
         return self.tokenizer if had else None
 
+    def adopt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take the tokenizer that the data is made with: checkpoints and exports get it with its chat template.
+
+        Raises:
+            ValueError: this module was given one with another vocabulary.
+        """
+        if self._given_tokenizer is not None:
+            self._tokenizer = self._given_tokenizer
+            self.__dict__.pop("tokenizer", None)
+            if (own := self.tokenizer.get_vocab()) != (other := tokenizer.get_vocab()):
+                raise ValueError(
+                    f"{type(self).__name__} was given a tokenizer of {len(own):,} tokens and the data one of "
+                    f"{len(other):,}, and their vocabularies differ. Give one of the two."
+                )
+        self._tokenizer = tokenizer
+        self.__dict__.pop("tokenizer", None)
+
     @cached_property
     def isolation(self) -> Isolation:
         """What is proved of the model: whether packed documents and padding leave each other alone."""
         found = isolation_of(self, self.model_config, self.kernels.attention, self.trust_remote_code)
         self.gives_document_lengths = found.packed == "lengths"
         return found
+
+    def check_rows(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Refuse packed rows of a model whose documents would see each other.
+
+        A data module asks before training. This is for everyone else's loader.
+
+        Raises:
+            ValueError: documents share a row, and this model does not keep them apart.
+        """
+        if self._rows_are_safe:
+            return
+        maybe = [m for m in micro_batches if m.get("packed") is not False and m.get("attention_mask") is None]
+        if not any(isinstance(m.get("position_ids"), Tensor) for m in maybe):
+            return
+        found = self.isolation
+        self._rows_are_safe = found.packed is not None
+        if not self._rows_are_safe and any(packs(m) for m in maybe):
+            raise ValueError(
+                f"The position_ids of these rows restart, so they hold several documents, and {found}. Give one "
+                "document a row, padded, with an attention_mask."
+            )
 
     def configure_model(self) -> None:
         """Build the model on the strategy's mesh. The Trainer calls this after the processes have started.
@@ -335,4 +389,17 @@ class BuiltModule(Objective, pl.LightningModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict with Hugging Face keys into the model; see `torch.nn.Module.load_state_dict`."""
-        return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+        target = self.model.state_dict()
+        placed = {name: like(value, target.get(name)) for name, value in state_dict.items()}
+        return self.model.load_state_dict(placed, strict=strict, assign=assign)
+
+
+def _into_model(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename Hugging Face keys to those of `module.model`, which torch looks for if `module` is part of another module.
+
+    Averaged copies of a module (`torch.optim.swa_utils.AveragedModel`) are loaded so.
+    """
+    target = module.model.state_dict() if module.model is not None else {}
+    names = [name for name in state if name.startswith(prefix)]
+    renamed = {name.removeprefix(prefix): state.pop(name) for name in names}
+    state |= {f"{prefix}model.{name}": like(value, target.get(name)) for name, value in renamed.items()}

@@ -33,9 +33,6 @@ class CausalLMModule(HuggingFaceModule):
 
     def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
         inputs, labels = super().split(micro_batch)
-        if micro_batch.get("packed") is False:
-            # They are 0, 1, 2, … here. Without them transformers builds no mask and runs the plain causal kernel.
-            inputs.pop("position_ids", None)
         # Training needs no cache, and with a cache transformers ignores the document boundaries of packed rows.
         inputs["use_cache"] = False
         targets = next_token_targets(labels)

@@ -58,6 +58,7 @@ class EvaluatedModule(BuiltModule):
         return TokenAccuracy()
 
     def _evaluate(self, batch: Sequence[MicroBatch] | MicroBatch, counted: list[Metric]) -> None:
+        self.check_rows(as_list(batch))
         for micro_batch in as_list(batch):
             with self.strategy.split_sequence(*self.split(micro_batch)) as (inputs, targets):
                 logits = self.strategy.forward(self.model, inputs).logits
@@ -112,6 +113,7 @@ class EvaluatedModule(BuiltModule):
         Returns:
             `[b, s]`, the whole sequence on every rank.
         """
+        self.check_rows([micro_batch])
         whole = self.split(micro_batch)
         with self.strategy.split_sequence(*whole) as (inputs, targets):
             logits = self.strategy.forward(self.model, inputs).logits

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from automodel_trainer.checkpoint.state import TOKENIZER_KEY
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.data.sizes import check_micro_batch
 from automodel_trainer.models.auto_classes import CLASSIFIERS
@@ -21,7 +22,6 @@ from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.limits import is_rotary, position_limit, vocabulary_size
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.modules.evaluation import EvaluatedModule, as_list
-from automodel_trainer.modules.isolation import packs
 from automodel_trainer.modules.metrics import FiniteGuard, LossWindow
 from automodel_trainer.modules.optim import (
     OptimizerConfig,
@@ -108,7 +108,6 @@ class HuggingFaceModule(EvaluatedModule):
         self.scheduler_config = scheduler
         self.gradient_clip_val = gradient_clip_val
         self.metrics = self.build_metrics()
-        self._rows_are_safe = False  # not known yet
         self._window = LossWindow()
         self._guard: FiniteGuard | None = None
         self._grad_norm: Tensor | None = None
@@ -131,29 +130,6 @@ class HuggingFaceModule(EvaluatedModule):
         planned = getattr(self.trainer, "planned_steps", lambda: None)()
         scheduler = build_scheduler(self.scheduler_config, optimizer, planned)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    # --- rows ------------------------------------------------------------------------------------------------------
-
-    def check_rows(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Refuse packed rows of a model whose documents would see each other.
-
-        A data module asks before training. This is for everyone else's loader.
-
-        Raises:
-            ValueError: documents share a row, and this model does not keep them apart.
-        """
-        if self._rows_are_safe:
-            return
-        maybe = [m for m in micro_batches if m.get("packed") is not False and m.get("attention_mask") is None]
-        if not any(isinstance(m.get("position_ids"), Tensor) for m in maybe):
-            return
-        found = self.isolation
-        self._rows_are_safe = found.packed is not None
-        if not self._rows_are_safe and any(packs(m) for m in maybe):
-            raise ValueError(
-                f"The position_ids of these rows restart, so they hold several documents, and {found}. Give one "
-                "document a row, padded, with an attention_mask."
-            )
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -252,6 +228,8 @@ class HuggingFaceModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the sums that the next log step averages, so that a resumed run logs the same numbers. Collective."""
+        if self._tokenizer is not None or "tokenizer" in self.__dict__:  # else it is untouched in the model's folder
+            checkpoint[TOKENIZER_KEY] = self.tokenizer
         if self._window:
             loss_sum, tokens = self._window.sums()
             whole = self.strategy.sum_over_tokens(loss_sum.clone())

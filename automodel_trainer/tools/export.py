@@ -23,6 +23,7 @@ from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.adapter_files import read_config
 from automodel_trainer.models.sidecars import has_tokenizer
+from automodel_trainer.tools.check_export import check_export
 from automodel_trainer.tools.merge import arguments, merge_as_asked
 
 PROMPTS = (
@@ -152,6 +153,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = merge_as_asked(args)
     print(f"Exported to {folder}.")
     if args.check:
+        findings = check_export(args.source, folder, args.base, args.trust_remote_code)
+        print("\n".join(map(str, findings)))
+        if faults := [finding for finding in findings if finding.fault]:
+            raise ValueError(f"{folder} is not what {args.source} is. " + " ".join(f"{f}." for f in faults))
         result = compare(args.source, folder, args.base, trust_remote_code=args.trust_remote_code)
         print(result)
         if not result.mean <= result.limit:

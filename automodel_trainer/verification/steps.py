@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from automodel_trainer.distributed.stage_names import held_elsewhere
+from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.auto import builder
 from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.modules.optim import build_optimizer, trainable
@@ -209,9 +210,11 @@ def _build(job: Job, strategy: MeshStrategy | None, device: torch.device) -> Pre
         attn_implementation=job.attention,
         trust_remote_code=job.module.trust_remote_code,
         seed=job.seed,
+        strict=False,
         lora=lora,
         device=device,
     )
+    packing_without_sync(model)  # some models make their masks without position_ids; a run gives them to all
     for part in model.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0  # a head may have dropout that no field of the config names

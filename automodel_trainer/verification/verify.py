@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from automodel_trainer.models.shrink import shrink
+from automodel_trainer.models.small_copy import small_copy
 from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.strategies import MeshStrategy, StrategyRegistry
 from automodel_trainer.verification.batches import first_steps, renumber
@@ -72,9 +73,8 @@ def verify(
     steps = first_steps(module, data, STEPS, accumulation * dims.dp_replicate * dims.dp_shard, length)
     config = copy.deepcopy(module.model_config)
     ep = devices if strategy.expert_ranks == "auto" else strategy.expert_ranks
-    small = shrink(
-        config, math.lcm(dims.cp * dims.tp, ep), length, renumber(module, steps, config), strategy.min_layers
-    )
+    ranks = math.lcm(dims.cp * dims.tp, ep)
+    small = _small(module, config, ranks, length, renumber(module, steps, config), strategy.min_layers)
     job = Job(
         module=module.without_model(),
         config=small,
@@ -88,6 +88,25 @@ def verify(
     report = _attempts(job, launch or Processes(), f"{layout} on {devices} ranks", _describe(small))
     report.seconds = time.monotonic() - began
     return report
+
+
+def _small(
+    module: HuggingFaceModule, config: PreTrainedConfig, ranks: int, length: int, vocab_size: int, layers: int
+) -> PreTrainedConfig:
+    """The config of a small copy that runs; where none does, the runs below say why."""
+    try:
+        small: PreTrainedConfig = small_copy(
+            config,
+            module.auto_class,
+            ranks=ranks,
+            length=length,
+            vocab_size=vocab_size,
+            layers=layers,
+            trust_remote_code=module.trust_remote_code,
+        ).config
+    except ValueError:
+        return shrink(config, ranks, length, vocab_size, layers)
+    return small
 
 
 def _attempts(job: Job, launch: Launcher, layout: str, model: str) -> Report:
@@ -148,7 +167,10 @@ def _attention(name: str | None, full: bool) -> str | None:
 def _describe(config: PreTrainedConfig) -> str:
     text = config.get_text_config(decoder=True)
     name = (config.architectures or [config.model_type])[0]
-    heads = f"{text.num_attention_heads} heads ({getattr(text, 'num_key_value_heads', None) or 'all'} of keys)"
+    per_layer = getattr(text, "per_layer_attributes", None) or ()  # sizes that differ from layer to layer
+    own = "all" if "num_key_value_heads" in per_layer else getattr(text, "num_key_value_heads", None) or "all"
+    count = None if "num_attention_heads" in per_layer else getattr(text, "num_attention_heads", None)
+    heads = f"{count} heads ({own} of keys)" if count else "no attention heads"
     kinds = getattr(text, "layer_types", None)
     layers = f"{text.num_hidden_layers} layers" + (f" ({', '.join(kinds)})" if kinds else "")
     return f"{name} made small: {layers}, width {text.hidden_size}, {heads}, {text.vocab_size} tokens"

@@ -57,11 +57,14 @@ class Objective:
     def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Any]:
         """The keyword arguments of the model's forward, and the targets of `loss`.
 
-        The default returns the keys in `model_inputs`, and `labels` `[b, s]` unchanged. Targets must be aligned with
-        the model's logits: shift them here, before the sequence is split over ranks. Context parallel splits every
-        target of shape `[b, s]` and pads it with −100.
+        The default returns the keys in `model_inputs`, and `labels` `[b, s]` unchanged. Positions that restart nowhere
+        are left to the model: some families do not count from 0, and without positions attention needs no mask.
+        Targets must be aligned with the model's logits: shift them here, before the sequence is split over ranks.
+        Context parallel splits every target of shape `[b, s]` and pads it with −100.
         """
         inputs = {key: micro_batch[key] for key in self.model_inputs if micro_batch.get(key) is not None}
+        if micro_batch.get("packed") is False:
+            inputs.pop("position_ids", None)
         return inputs, micro_batch["labels"]
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:

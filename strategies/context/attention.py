@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -180,15 +180,18 @@ def _attention(
         causal = getattr(module, "is_causal", True) if causal is None else causal
         starts = _active.document_starts if attention_mask is None and causal else None
         out = ring_attention(query, key, value, attention_mask, _active.group, causal=causal, starts=starts, **kwargs)
-        return out, None
+        return out.contiguous(), None  # models view it, as they do what transformers' own kernels return
     kwargs["position_ids"] = _active.position_ids
 
+    all_sinks = kwargs.pop("s_aux", None)
+    own = [n for n, p in module.named_parameters(recurse=False) if p is all_sinks]  # the eager kernel reads it there
+
     def attend(q: Tensor, k: Tensor, v: Tensor, **sinks: Any) -> Tensor:
-        layer = _Layer(module, inner, q.shape[1] // k.shape[1])
+        layer = _Layer(module, inner, q.shape[1] // k.shape[1], dict.fromkeys(own, sinks.get("s_aux")))
         out: Tensor = kernel(layer, q, k, v, attention_mask, **kwargs, **sinks)[0]
         return out
 
-    return ulysses_attention(query, key, value, attend, _active.group, sinks=kwargs.pop("s_aux", None)), None
+    return ulysses_attention(query, key, value, attend, _active.group, sinks=all_sinks), None
 
 
 def _kernel(inner: str, module: nn.Module) -> Callable[..., Any]:
@@ -205,10 +208,11 @@ class _Layer:
     splitting heads can change, and the name of the attention implementation.
     """
 
-    def __init__(self, module: nn.Module, inner: str, groups: int) -> None:
+    def __init__(self, module: nn.Module, inner: str, groups: int, parts: Mapping[str, Any] = {}) -> None:
         self._module = module
         self.num_key_value_groups = groups
         self.config = _Named(module.config, inner) if hasattr(module, "config") else None
+        vars(self).update(parts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

@@ -73,4 +73,4 @@ def _sequence_for_heads(tensor: Tensor, size: int, group: Any) -> Tensor:
     b, s, h, d = tensor.shape
     chunks = tensor.reshape(b, 2 * size, s // (2 * size), h, d).permute(1, 0, 2, 3, 4)
     parts = torch.cat([chunks[:size], chunks[size:].flip(0)], dim=2)  # [n, b, s/n, h/n, d]
-    return _AllToAll.apply(parts, group).permute(1, 2, 0, 3, 4).reshape(b, s // size, size * h, d)
+    return _AllToAll.apply(parts, group).permute(1, 2, 0, 3, 4).reshape(b, s // size, size * h, d).contiguous()

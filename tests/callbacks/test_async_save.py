@@ -21,6 +21,7 @@ from automodel_trainer.checkpoint import CheckpointError, check_checkpoint, stat
 from automodel_trainer.checkpoint.background import BackgroundSaver
 from automodel_trainer.checkpoint.manifest import read_manifest
 from automodel_trainer.checkpoint.record import RecordedFile
+from automodel_trainer.checkpoint.state import RUN_KEY
 from tests.callbacks.runs import train, written
 from tests.pool import RankPool
 
@@ -38,6 +39,7 @@ def contents(run: Path) -> dict[str, Any]:
             found[f"{checkpoint.name}/{name}"] = entry
         trainer = json.loads((checkpoint / "trainer.json").read_text())
         trainer["lightning"]["callbacks"] = None
+        trainer["lightning"][RUN_KEY]["settings"].pop("trainer.default_root_dir")
         found[f"{checkpoint.name}/trainer.json"] = trainer
     return found
 

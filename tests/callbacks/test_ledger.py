@@ -72,6 +72,21 @@ def test_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{total - frozen:,} trained" in printed
 
 
+def test_experts_are_told(tmp_path: Path) -> None:
+    """What computes them, and that a balancing loss is configured and not used."""
+    facts = []
+    for used in (False, True):
+        sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        model = tiny_model("qwen3_moe", router_aux_loss_coef=0.01, output_router_logits=used, **sizes)
+        facts.append(fit(model, Ledger(), tmp_path).facts["model"]["experts"])
+    assert facts[0] == (
+        "grouped_mm (transformers' experts_implementation); router_aux_loss_coef=0.01 is not used: "
+        "output_router_logits is off"
+    )
+    assert facts[1] == "grouped_mm (transformers' experts_implementation)"
+    assert fit(tiny_model(), Ledger(), tmp_path).facts["model"]["experts"] is None
+
+
 def test_a_trainable_parameter_without_gradient_stops_the_run_unless_allowed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.unused.*allow=\['no_grad'\]"):
         fit(unused_parameter(tiny_model()), Ledger(), tmp_path)

@@ -22,7 +22,9 @@ from automodel_trainer.models.lora.adapter_files import save_adapter
 from automodel_trainer.models.lora.targets import candidates
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.trainer import Trainer
+from tests.harness import make_strategy
 from tests.models.test_lora_peft import disturb, peft_model
+from tests.pool import RankPool
 from tests.tiny import tiny_model, tiny_tokenizer
 
 IDS = torch.arange(6, 30).view(2, 12)
@@ -98,7 +100,7 @@ def test_parameters_of_three_dimensions_that_are_no_experts() -> None:
 # --- embeddings -------------------------------------------------------------------------------------------------------
 
 
-def larger(folder: Path, tied: bool) -> Any:
+def larger(folder: Path) -> Any:
     """The model of a folder with two more tokens."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -114,7 +116,7 @@ def test_resized_embeddings(tmp_path: Path, tied: bool, saved: list[str]) -> Non
     base = tmp_path / "base"
     tiny_model(tie_word_embeddings=tied).save_pretrained(base)
     torch.manual_seed(0)
-    model = larger(base, tied)
+    model = larger(base)
     apply_lora(model, LoRAConfig(rank=2, modules_to_save=saved))
     finish_lora(model)
     disturb(model)
@@ -139,20 +141,38 @@ def test_resized_embeddings(tmp_path: Path, tied: bool, saved: list[str]) -> Non
     if not saved:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs = peft.PeftModel.from_pretrained(larger(base, tied), str(tmp_path / "adapter"))
+            theirs = peft.PeftModel.from_pretrained(larger(base), str(tmp_path / "adapter"))
         torch.testing.assert_close(logits(theirs), logits(model))
 
 
 def test_peft_s_adapter_of_a_resized_model(tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny_model(tie_word_embeddings=True).save_pretrained(base)
-    theirs = peft.get_peft_model(larger(base, True), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    theirs = peft.get_peft_model(larger(base), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     disturb(theirs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs.save_pretrained(tmp_path / "theirs")
     model = AutoModelForCausalLM.from_pretrained(base, lora=LoRAConfig(adapter=str(tmp_path / "theirs")))
     torch.testing.assert_close(logits(model), logits(theirs))
+    merge(tmp_path / "theirs", tmp_path / "merged", base)
+    torch.testing.assert_close(logits(Transformers.from_pretrained(tmp_path / "merged")), logits(theirs))
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_peft_unties_what_it_trains_whole(tmp_path: Path, module: str) -> None:
+    """It trains a copy of one of two tied weights; the other one keeps the base's values."""
+    base = tmp_path / "base"
+    tiny_model(tie_word_embeddings=True).save_pretrained(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = theirs_of(base, modules_to_save=[module])
+        disturb(theirs)
+        theirs.save_pretrained(tmp_path / "theirs")
+    model = AutoModelForCausalLM.from_pretrained(base, lora=LoRAConfig(adapter=str(tmp_path / "theirs")))
+    torch.testing.assert_close(logits(model), logits(theirs))
+    save_adapter(model, tmp_path / "ours")
+    torch.testing.assert_close(logits(peft_model(base, tmp_path / "ours")), logits(theirs))
     merge(tmp_path / "theirs", tmp_path / "merged", base)
     torch.testing.assert_close(logits(Transformers.from_pretrained(tmp_path / "merged")), logits(theirs))
 
@@ -191,12 +211,59 @@ def test_fit_trains_the_adapter_of_a_peft_model(tmp_path: Path, saved: list[str]
     torch.testing.assert_close(logits(other.lightning_module.model), logits(model))  # type: ignore[union-attr]
 
 
+def fit_on_two_ranks(base: Path, folder: Path, spec: str) -> tuple[list[str], Tensor]:
+    model = theirs_of(base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = MockDataModule(vocab_size=264, seq_len=16, num_samples=8, micro_batch_size=2)
+    trainer(folder, devices=2, strategy=spec).fit(CausalLMModule(model, lr=1e-2), data)
+    return [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])], logits(model)
+
+
+def test_every_rank_s_peft_model_has_the_trained_values(pool: RankPool, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_model(tie_word_embeddings=True).save_pretrained(base)
+    (first, found), (second, other) = pool.run(2, fit_on_two_ranks, base, tmp_path, "fsdp2")
+    assert first == second
+    assert first
+    assert all("lora_" in name for name in first)
+    assert torch.equal(found, other)
+
+
+def resized_on_stages(base: Path, adapter: Path, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        base, make_strategy("3d:pp=2", 2), lora=LoRAConfig(adapter=str(adapter))
+    )
+    save_adapter(model, folder)
+
+
+def test_resized_embeddings_on_pipeline_stages(pool: RankPool, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_model(tie_word_embeddings=False).save_pretrained(base)
+    model = larger(base)
+    apply_lora(model, LoRAConfig(rank=2))
+    finish_lora(model)
+    disturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    pool.run(2, resized_on_stages, base, tmp_path / "adapter", tmp_path / "again")
+    before, after = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("adapter", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    configs = [(tmp_path / n / "adapter_config.json").read_text() for n in ("adapter", "again")]
+    assert json.loads(configs[0])["modules_to_save"] is json.loads(configs[1])["modules_to_save"] is None
+
+
 def test_peft_models_that_are_refused(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has an adapter already: leave out lora"):
         CausalLMModule(theirs_of(tmp_path), lora=LoRAConfig())
     with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*LoRAConfig\(rank=2"):
         CausalLMModule(theirs_of(tmp_path, init_lora_weights="pissa"))
+    inside = Transformers.from_pretrained(tmp_path)
+    inside.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], lora_alpha=5))
+    with pytest.raises(ValueError, match=r"q_proj.*LoRAConfig\(rank=2, alpha=5, target_modules=\['q_proj'\]\)"):
+        CausalLMModule(inside)
+    with pytest.raises(ValueError, match=r"model is a OptimizedModule.*the model inside"):
+        CausalLMModule(torch.compile(tiny_model()))  # type: ignore[arg-type]
     frozen = theirs_of(tmp_path)
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match="is_trainable=True"):

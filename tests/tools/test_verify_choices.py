@@ -223,9 +223,9 @@ class Both:
             top, chosen = torch.topk(scores, router.top_k, dim=-1)
             return logits, top / top.sum(-1, keepdim=True), chosen
 
-        def note(model: Any, device: Any, seed: int) -> None:
+        def note(model: Any, device: Any, seed: int, *rest: Any) -> None:
             drawn.append(seed)
-            initialize(model, device, seed)
+            initialize(model, device, seed, *rest)
 
         patch.setattr(Qwen3MoeTopKRouter, "forward", forward)
         patch.setattr(auto, "initialize_weights", note)

@@ -11,7 +11,7 @@ from automodel_trainer.models.lora.apply import (
     trained_names,
 )
 from automodel_trainer.models.lora.config import LoRAConfig
-from automodel_trainer.models.lora.embeddings import embeddings_of_adapter
+from automodel_trainer.models.lora.embeddings import embeddings_of_adapter, untied_head
 from automodel_trainer.models.lora.fuse import fuse_as_chosen
 from automodel_trainer.models.lora.layers import adapters
 
@@ -28,4 +28,5 @@ __all__ = [
     "lora_of",
     "starts_without_gradient",
     "trained_names",
+    "untied_head",
 ]

@@ -33,7 +33,7 @@ _MAGNITUDE = "lora_magnitude_vector"
 _INITS = {"kaiming": True, "pissa": "pissa", "orthogonal": "orthogonal"}
 # Options that change the arithmetic of an adapter in ways that are not implemented here.
 _UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config",
+    "alora_invocation_tokens", "arrow_config", "kasa_config",
     "layer_replication", "lora_bias", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora",
     "velora_config",
 )  # fmt: skip
@@ -185,6 +185,10 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> None:
     tensors = read_tensors(adapter)
     own = trained_tensors(model)
     known = set(names_of_all_stages(model, own))
+    given = {id(parameter) for name, parameter in own.items() if name in tensors}
+    own = {
+        name: p for name, p in own.items() if name in tensors or id(p) not in given
+    }  # of a tied weight, one is enough
     if missing := own.keys() - tensors.keys():
         raise ValueError(f"Adapter {adapter} lacks {some(missing)}: it was trained with other targets or another base.")
     if unknown := tensors.keys() - known:
@@ -282,8 +286,8 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
     as_parameter = [a for a in found if not a.is_linear or (fused and a.target.rpartition(".")[2] in _EXPERT_LEAVES)]
     as_module = [a for a in found if a not in as_parameter]
     every = names_of_all_stages(model, (n for n, module in model.named_modules() if isinstance(module, LINEAR)))
-    frozen = {name for name, p in trained_tensors(model).items() if not p.requires_grad}
-    trained = [name for name in names_of_all_stages(model, trained_tensors(model)) if name not in frozen]
+    held = of_all_stages(model, {name: p.requires_grad for name, p in trained_tensors(model).items()})
+    trained = [name for name, is_trained in held.items() if is_trained]
     saved = sorted({name.rpartition(".")[0] for name in trained if ".lora_" not in name and "lora_" not in name})
     source = getattr(getattr(model, "config", None), "name_or_path", None)
     return {

@@ -12,9 +12,15 @@ from transformers.pytorch_utils import Conv1D
 
 from automodel_trainer.models._transformers import tied_weight_names
 from automodel_trainer.models.initialize import seed_of
-from automodel_trainer.models.lora.adapter_files import adapter_config, adapter_targets, load_adapter, read_tensors
+from automodel_trainer.models.lora.adapter_files import (
+    adapter_config,
+    adapter_targets,
+    load_adapter,
+    read_config,
+    read_tensors,
+)
 from automodel_trainer.models.lora.config import LoRAConfig
-from automodel_trainer.models.lora.embeddings import fit_embeddings, note_resized
+from automodel_trainer.models.lora.embeddings import fit_embeddings, note_resized, untie_as_peft
 from automodel_trainer.models.lora.fuse import fuse_as_chosen
 from automodel_trainer.models.lora.fused_fp8 import FusedFp8
 from automodel_trainer.models.lora.initialize import initialize_adapter
@@ -51,7 +57,10 @@ def apply_lora(
     """
     if config.adapter is not None:
         config = adapter_config(config)
-        fit_embeddings(model, read_tensors(str(config.adapter)))
+        tensors = read_tensors(str(config.adapter))
+        fit_embeddings(model, tensors)
+        if not read_config(str(config.adapter)).get("ensure_weight_tying"):
+            untie_as_peft(model, tensors)
         targets = adapter_targets(model, config)
     else:
         targets = find_targets(model, config)

@@ -8,9 +8,49 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from automodel_trainer.models._transformers import forget_ties, tied_weight_names
 from automodel_trainer.models.limits import vocabulary_size
 from automodel_trainer.models.record import record_of, recorded
 from automodel_trainer.models.sidecars import source_folder
+
+
+@dataclass(frozen=True)
+class UntiedHead:
+    """The base ties these two weights, and the adapter trains one of them apart. An entry of the model's record.
+
+    Args:
+        name: the weight that the base's files do not hold.
+        source: the weight in the files whose values it has.
+    """
+
+    name: str
+    source: str
+
+
+def untied_head(model: nn.Module) -> UntiedHead | None:
+    """The weight that is tied in a model's base and not in the model."""
+    return recorded(model, UntiedHead)
+
+
+def untie_as_peft(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Take tied embeddings apart if an adapter on disk holds one of the two.
+
+    PEFT trains a copy of a module in `modules_to_save`. A module that is tied to it keeps the weight of the base.
+
+    Args:
+        model: the base model, on meta or real, not laid out yet.
+        tensors: the adapter's, by their names in the model.
+    """
+    for name, source in tied_weight_names(model).items():
+        if (name in tensors) == (source in tensors):
+            continue
+        owner, _, key = name.rpartition(".")
+        weight = model.get_parameter(source)
+        if model.get_parameter(name) is weight:
+            setattr(model.get_submodule(owner), key, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+        forget_ties(model)
+        record_of(model).keep(UntiedHead(name, source))
+        return
 
 
 @dataclass(frozen=True)
@@ -33,9 +73,11 @@ def saved_embeddings(model: nn.Module) -> tuple[str, ...]:
 
 
 def embeddings_of_adapter(model: nn.Module) -> set[str]:
-    """Names of the embeddings that come from the adapter on disk that the model continues from."""
+    """Names of the embeddings in a model, or in a pipeline stage, that come from the adapter that it continues from."""
     found = recorded(model, SavedEmbeddings)
-    return set(found.names) if found is not None and found.from_adapter else set()
+    if found is None or not found.from_adapter:
+        return set()
+    return {name for name, _ in model.named_parameters(remove_duplicate=False) if name in found.names}
 
 
 def note_resized(model: PreTrainedModel) -> None:

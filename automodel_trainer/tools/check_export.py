@@ -1,0 +1,214 @@
+"""What `amt export --check` holds besides predictions: tensors, ties, adapters, generation config, chat template."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jinja2 import TemplateError
+from torch import Tensor
+
+from automodel_trainer.checkpoint.sources import is_adapter, model_folder
+from automodel_trainer.checkpoint.weight_stream import Weights
+from automodel_trainer.models._transformers import converts_weights, original_weight_names, tied_weight_names
+from automodel_trainer.models.auto import empty_model
+from automodel_trainer.models.auto_classes import auto_class_of_folder, transformers_class
+from automodel_trainer.models.files import resolve_folder
+from automodel_trainer.models.lora.adapter_files import read_config, read_tensors
+from automodel_trainer.models.sidecars import has_tokenizer
+from automodel_trainer.nn.text import listed
+
+_TURNS: tuple[dict[str, Any], ...] = (
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "4."},
+    {"role": "user", "content": "And 3 + 3?\n\nThink.  "},
+    {"role": "assistant", "content": "6. Ünïcode: 千里."},
+)
+CHATS: tuple[list[dict[str, Any]], ...] = (
+    [*_TURNS[:2]],
+    [*_TURNS],
+    [{"role": "system", "content": "Be brief."}, *_TURNS],
+)
+"""Conversations that the exported chat template must render as the training's did."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        name: what was checked.
+        fault: what is wrong; "" if nothing is.
+        detail: what was looked at.
+    """
+
+    name: str
+    fault: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {f'WRONG: {self.fault}' if self.fault else self.detail}"
+
+
+def check_export(
+    source: str | os.PathLike[str],
+    exported: Path,
+    base: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+) -> list[Finding]:
+    """Check an exported folder against what it was made of.
+
+    Args:
+        source: the checkpoint, model or adapter that was exported.
+        exported: the exported folder, a plain model.
+        base: base model of an adapter. None: the one that the adapter's config names.
+        trust_remote_code: run model code that comes with the models.
+
+    Raises:
+        ValueError: a folder cannot be read.
+    """
+    folder = model_folder(source)
+    adapter = folder if is_adapter(folder) else None
+    original = folder
+    if adapter is not None:
+        original = resolve_folder(base or read_config(adapter)["base_model_name_or_path"])
+    checks: list[Callable[[], Finding]] = [
+        lambda: _tensors(original, exported, trust_remote_code),
+        lambda: _loads(exported, trust_remote_code),
+        lambda: _generation(exported),
+        lambda: _chats(adapter or folder, original, exported, trust_remote_code),
+    ]
+    if adapter is not None:
+        checks += [lambda: _deltas(adapter), lambda: _sum(adapter, original, exported, trust_remote_code)]
+    return [check() for check in checks]
+
+
+def _tensors(original: Path, exported: Path, trust_remote_code: bool) -> Finding:
+    """No tensor of the source is missing, and none was added."""
+    there, here = Weights(original), Weights(exported)
+    model = empty_model(original, trust_remote_code)
+    expected = set(there.header)
+    if converts_weights(model) and expected <= model.state_dict().keys():  # a checkpoint has the names in memory
+        expected = set(original_weight_names(model, there.meta()))
+    tied = tied_weight_names(model)
+    missing = {name for name in expected - set(here.header) if tied.get(name) not in here.header}
+    extra = set(here.header) - expected - set(tied)
+    faults = [f"{word} {listed(sorted(names))}" for word, names in (("lacks", missing), ("adds", extra)) if names]
+    return Finding("tensors", "; ".join(faults), f"the same {len(here.header)} as the source")
+
+
+def _loads(exported: Path, trust_remote_code: bool) -> Finding:
+    """transformers takes every tensor, and what the config ties is one tensor."""
+    cls = transformers_class(auto_class_of_folder(exported, trust_remote_code=trust_remote_code))
+    model, info = cls.from_pretrained(exported, output_loading_info=True, trust_remote_code=trust_remote_code)
+    faults = [f"{key} {listed(sorted(map(str, info[key])))}" for key in info if info.get(key)]
+    pairs = tied_weight_names(model)
+    faults += [
+        f"{name} and {other} are tied by the config and differ"
+        for name, other in pairs.items()
+        if model.get_parameter(name) is not model.get_parameter(other)
+    ]
+    ties = f", {len(pairs)} tied" if pairs else ""
+    return Finding("loading", "; ".join(faults), f"transformers reads it into {type(model).__name__}{ties}")
+
+
+def _generation(exported: Path) -> Finding:
+    if not (exported / "generation_config.json").is_file():
+        return Finding("generation config", "", "none")
+    try:
+        transformers.GenerationConfig.from_pretrained(exported).validate(strict=True)
+    except (ValueError, OSError, TypeError) as error:
+        return Finding("generation config", str(error), "")
+    return Finding("generation config", "", "valid")
+
+
+def _chats(trained: Path, original: Path, exported: Path, trust_remote_code: bool) -> Finding:
+    """The tokenizer and its chat template give the tokens that they gave in training."""
+    folder = next((place for place in (trained, original) if has_tokenizer(place)), None)
+    if folder is None:
+        return Finding("chat template", "", "the source has no tokenizer")
+    if not has_tokenizer(exported):
+        return Finding("chat template", f"{folder} has a tokenizer, and the export has none", "")
+    before, after = (
+        transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        for place in (folder, exported)
+    )
+    if before.get_vocab() != after.get_vocab():
+        return Finding("chat template", f"the vocabulary differs ({len(before):,} tokens, then {len(after):,})", "")
+    size = _vocabulary(exported)
+    if size is not None and len(after) > size:
+        return Finding("chat template", f"the tokenizer has {len(after):,} tokens and the model {size:,}", "")
+    if (before.chat_template is None) != (after.chat_template is None):
+        return Finding("chat template", "one of source and export has none", "")
+    if after.chat_template is None:
+        return Finding("chat template", "", "none; the vocabularies are the same")
+    done = 0
+    for chat in CHATS:
+        first, second = _rendered(before, chat), _rendered(after, chat)
+        if first != second:
+            return Finding("chat template", f"it renders {second!r} where training rendered {first!r}", "")
+        done += first is not None
+    return Finding("chat template", "", f"{done} conversations have the tokens that they had in training")
+
+
+def _rendered(tokenizer: Any, chat: list[dict[str, Any]]) -> list[int] | None:
+    """The tokens of a conversation; None if the template refuses it."""
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except (TemplateError, TypeError, KeyError, ValueError):
+        return None
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _vocabulary(folder: Path) -> int | None:
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _deltas(adapter: Path) -> Finding:
+    """Every adapted weight has moved: an adapter that is all zero was not trained."""
+    zero = sorted(n for n, t in read_tensors(adapter).items() if ".lora_B" in n and not bool(t.any()))
+    count = sum(".lora_B" in name for name in read_tensors(adapter))
+    fault = f"{len(zero)} of {count} updates are zero, as if untrained: {listed(zero)}" if zero else ""
+    return Finding("adapter", fault, f"{count} updates, none is zero")
+
+
+def _sum(adapter: Path, base: Path, exported: Path, trust_remote_code: bool) -> Finding:
+    """Every merged linear weight is base + scaling · B A, computed here from the files and PEFT's definition alone."""
+    config, factors = read_config(adapter), read_tensors(adapter)
+    if config.get("use_dora") or config.get("init_lora_weights") not in (True, False, "gaussian", "orthogonal"):
+        return Finding("merged", "", "compared by predictions alone (DoRA or PiSSA)")
+    before, after = Weights(base), Weights(exported)
+    wrong, compared = [], 0
+    for name in (key for key in factors if key.endswith(".lora_A.weight")):
+        weight = name.removesuffix(".lora_A.weight") + ".weight"
+        if weight not in before.header or weight not in after.header:
+            continue  # the files have other names or parts than the model: compared by predictions
+        a, b = factors[name].double(), factors[name.replace("lora_A", "lora_B")].double()
+        old, new = before.read([weight])[weight].double(), after.read([weight])[weight]
+        update = _scaling(config, name, a.shape[0]) * (b @ a)
+        wanted = old + (update.T if update.shape != old.shape or config.get("fan_in_fan_out") else update)
+        compared += 1
+        if _rounding(new, wanted) > 1:
+            wrong.append(weight)
+    fault = f"{listed(wrong)} is not base + adapter" if wrong else ""
+    return Finding("merged", fault, f"{compared} weights are base + adapter")
+
+
+def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
+    module = name.removesuffix(".lora_A.weight")
+    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+    alpha = next((value for key, value in alphas.items() if module.endswith(key)), config["lora_alpha"])
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _rounding(new: Tensor, wanted: Tensor) -> float:
+    """The largest error in units of what rounding once to the dtype allows."""
+    allowed = wanted.abs() * torch.finfo(new.dtype).eps + 1e-6 * wanted.abs().max() + torch.finfo(new.dtype).tiny
+    return float(((new.double() - wanted).abs() / allowed).max())
