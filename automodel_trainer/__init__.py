@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule
+    from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule, TokenDataModule
     from automodel_trainer.models import AutoModelForCausalLM
     from automodel_trainer.models.kernels import KernelsConfig
     from automodel_trainer.models.lora import LoRAConfig
@@ -39,6 +39,7 @@ _HOMES = {
     "SchedulerConfig": "modules",
     "StrategyRegistry": "strategies",
     "TextDataModule": "data",
+    "TokenDataModule": "data",
     "Trainer": "trainer",
 }
 
@@ -58,6 +59,7 @@ __all__ = [
     "SchedulerConfig",
     "StrategyRegistry",
     "TextDataModule",
+    "TokenDataModule",
     "Trainer",
 ]
 

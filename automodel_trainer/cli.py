@@ -28,6 +28,7 @@ tools
   merge      write a LoRA adapter and its base model, or the shards of a checkpoint, as one model
   pipeline   draw a pipeline schedule and its bubble
   reshard    write the same weights as another number of files
+  tokenize   write raw text as shards of tokens, on all cores
   verify     compare a layout with one device, on a small copy of your model and your data
 
   amt fit --model org/name --data chats.jsonl --lora 16
@@ -48,6 +49,7 @@ _TOOLS = {
     "pipeline": "automodel_trainer.tools.pipeline",
     "preview": "automodel_trainer.tools.preview",
     "reshard": "automodel_trainer.tools.reshard",
+    "tokenize": "automodel_trainer.tools.tokenize",
     "verify": "automodel_trainer.tools.verify",
 }
 

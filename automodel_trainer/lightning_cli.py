@@ -26,7 +26,7 @@ from automodel_trainer.callbacks import (
 )
 from automodel_trainer.checkpoint.remote import local_root
 from automodel_trainer.cli_help import help_text
-from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule
+from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule, TokenDataModule
 from automodel_trainer.modules import DEFAULT_OBJECTIVE
 from automodel_trainer.short_options import expand
 from automodel_trainer.trainer import Trainer
@@ -47,6 +47,7 @@ __all__ = [
     "SampleGenerations",
     "TextDataModule",
     "Throughput",
+    "TokenDataModule",
     "Watchdog",
     "build",
     "run",

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 for micro_batch in batch:
                     positions = torch.arange(args.seq_len, device=micro_batch["input_ids"].device)
                     micro_batch["position_ids"] = (positions % (args.seq_len // 4)).expand_as(micro_batch["input_ids"])
-                    micro_batch["packed"] = True
+                    micro_batch |= {"packed": True, "document_lengths": [[args.seq_len // 4] * 4]}
 
     strategy = "fsdp2" + ":" * bool(words & {"full", "selective", "eager"})
     parts = [f"activation_checkpointing={word}" for word in ("full", "selective") if word in words]

@@ -20,6 +20,7 @@ from automodel_trainer.callbacks.garbage_collection import GarbageCollection
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.callbacks.watchdog import Watchdog
 from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.data.mixture import MixtureRows
 from automodel_trainer.distributed.stage_names import of_all_stages
 from automodel_trainer.models._transformers import (
     attention_in_use,
@@ -260,7 +261,8 @@ def _data(trainer: pl.Trainer) -> str:
         size = f", {len(train):,} rows" if train is not None else ""
     except TypeError:  # a stream
         size = ""
-    return type(source).__name__ + size
+    mixed = "".join(f"; {line}" for line in train.describe_shares()) if isinstance(train, MixtureRows) else ""
+    return type(source).__name__ + size + mixed
 
 
 def _rows(trainer: pl.Trainer) -> str | None:

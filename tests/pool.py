@@ -2,6 +2,9 @@
 
 Processes are forked from one server that has imported everything: what takes ten seconds of a core is done once. (They
 have one seed of hashes, so a set has one order on all ranks; ranks of torchrun, as in tests/test_readme.py, have not.)
+
+Each world size has ranks of its own. From one job to the next they keep their process groups and DTensor's caches
+(tests/kept_groups.py). They reset the environment variables, the seed, the default dtype and what is garbage.
 """
 
 from __future__ import annotations
@@ -28,13 +31,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.tensor._collective_utils import MeshTopoInfo
-from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from tests import rounding
+from tests import kept_groups, rounding
 
 SIZE = 4
+# That several test files use: a rank that imports one for itself takes half a second for it.
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3", "phi3", "gpt_neox", "deepseek_v3", "mixtral")
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -42,8 +44,10 @@ CONTEXT.set_forkserver_preload(
         "tests.callbacks.runs",
         "tests.harness",
         "automodel_trainer.lightning_cli",
-        "transformers.models.llama.modeling_llama",
-        "torch._dynamo",
+        *(f"transformers.models.{name}.modeling_{name}" for name in FAMILIES),
+        "torch._inductor.compile_fx",  # which compiling imports, with any backend
+        "torch.distributed.tensor.experimental",
+        "torch.export._trace",
         "torch.distributed.checkpoint",
         "torch.distributed.tensor.parallel",
         "peft",
@@ -56,14 +60,33 @@ class RankPool:
     """`pool.run(n, function, *args)` calls a module-level `function(*args)` on `n` ranks, as torchrun would.
 
     Returns the list of the ranks' results (picklable; plain tensors, not DTensors). An exception in any rank is raised
-    here, with the rank's traceback. Each job gets a process group of its own.
+    here, with the rank's traceback. Groups are kept for the next job of `n` ranks; `own_groups` marks a function that
+    must find none (tests/kept_groups.py).
     """
 
-    def __init__(self, size: int = SIZE) -> None:
+    def __init__(self) -> None:
+        self._teams: dict[int, _Team] = {}
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        assert world_size <= SIZE
+        if world_size not in self._teams:
+            self._teams[world_size] = _Team(world_size)
+        return self._teams[world_size].run(function, args, kwargs)
+
+    def close(self) -> None:
+        for team in self._teams.values():
+            team.close()
+
+
+class _Team:
+    """The ranks of one world size."""
+
+    def __init__(self, size: int) -> None:
         self.size = size
         self._start()
 
     def _start(self) -> None:
+        self._fresh = True  # the next job starts without groups
         self._stacks = Path(tempfile.mkdtemp(prefix="pool-"))
         self._results = CONTEXT.Queue()
         self._jobs = [CONTEXT.Queue() for _ in range(self.size)]
@@ -74,28 +97,38 @@ class RankPool:
         for process in self._processes:
             process.start()
 
-    def run(self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        assert world_size <= self.size
-        port = _free_port()
-        for rank in range(world_size):
-            self._jobs[rank].put((world_size, port, function, args, kwargs))
+    def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+        environment = {
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_WORLD_SIZE": str(self.size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "TORCHELASTIC_RUN_ID": "pool",
+        }
+        for queue in self._jobs:
+            queue.put((self._fresh, environment, function, args, kwargs))
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
+        in_group: set[bool] = set()
         stuck = ""
-        while len(results) + len(errors) < world_size:
+        while len(results) + len(errors) < self.size:
             try:
-                rank, result, error = self._results.get(timeout=_TIMEOUT if not errors else 20)
+                rank, result, error, initialized = self._results.get(timeout=_TIMEOUT if not errors else 20)
             except Exception:  # ranks that wait for a dead one never answer
-                stuck = self._ask(set(range(world_size)) - results.keys() - errors.keys())
+                stuck = self._ask(set(range(self.size)) - results.keys() - errors.keys())
                 self.close()
                 self._start()
                 break
             (errors if error else results)[rank] = error or result
+            in_group.add(initialized)
+        else:
+            self._fresh = bool(errors) or len(in_group) > 1
         if errors:
             raise AssertionError("\n".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items())))
-        if len(results) < world_size:
+        if len(results) < self.size:
             raise TimeoutError(f"{function.__name__} did not finish:\n{stuck}")
-        return [results[rank] for rank in range(world_size)]
+        return [results[rank] for rank in range(self.size)]
 
     def _ask(self, ranks: set[int]) -> str:
         """Where ranks are that do not answer, or how they ended."""
@@ -124,49 +157,41 @@ def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
     torch.set_num_threads(threads())
     rounding.install()
     meet_at_once()
+    kept_groups.install()
     mp.set_start_method("fork", force=True)  # of data workers, as in a process of its own
     gc.set_threshold(20_000, 10, 10)  # a seventh of a job's time went into looking for garbage
+    own_environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     while True:
-        world_size, port, function, args, kwargs = jobs.get()
-        gc.collect()  # what the job before had not quite let go of at its end; once frozen it would stay for good
-        gc.freeze()  # so that what this job leaves is quickly found
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            GROUP_RANK="0",
-            WORLD_SIZE=str(world_size),
-            LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            TORCHELASTIC_RUN_ID="pool",
-        )
+        fresh, environment, function, args, kwargs = jobs.get()
+        _reset({**own_environment, **environment})
+        alone = kept_groups.has_own_groups(function)
+        if fresh or alone:
+            kept_groups.forget()
+        kept_groups.begin()
         try:
             result, error = function(*args, **kwargs), None
         except BaseException:
             result, error = None, traceback.format_exc()
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-                forget_meshes()
+        if error or alone:  # other ranks may wait for this one: they see that its connections end
+            kept_groups.forget()
         args, kwargs = (), {}
         gc.collect()  # a process group has threads and connections until nothing refers to it
-        results.put((rank, result, error))
+        results.put((rank, result, error, dist.is_initialized()))
+
+
+def _reset(environment: dict[str, str]) -> None:
+    """What a job may have changed in its process."""
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    gc.collect()  # what the job before had not quite let go of at its end; once frozen it would stay for good
+    gc.freeze()  # so that what this job leaves is quickly found
 
 
 def threads() -> int:
     """Of a rank's kernels: one, for ranks share the cores; `make test-processors` also tries two."""
     return int(os.environ.get("AMT_TEST_THREADS", "1"))
-
-
-def forget_meshes() -> None:
-    """Empty DTensor's caches: each holds the meshes that it has seen, and they the groups, which have threads.
-
-    That of sharding also hands out meshes that equal a new one but name dead groups.
-    """
-    _clear_sharding_prop_cache()
-    clear_redistribute_planner_cache()
-    _gen_transform_infos.cache_clear()
-    MeshTopoInfo.build_from_mesh.cache_clear()
 
 
 def end_with_parent() -> None:

@@ -95,7 +95,12 @@ SETTINGS: tuple[Setting, ...] = (
     *_all(_TAKEN, "", "data.", "num_workers cache validation test"),
     Setting("data.rows", _DATA, "the training rows are others"),
     *_all(_DATA, _ROWS, "data.", "seq_len packing loss_on val_split columns overlong text_column shuffle_buffer"),
-    *_all(_DATA, _ROWS, "data.", "streaming vocab_size num_samples chat_template class"),
+    *_all(
+        _DATA,
+        _ROWS,
+        "data.",
+        "temperature split document_end token_dtype streaming vocab_size num_samples chat_template class",
+    ),
     Setting("data.train", _TAKEN, "if the rows are the same; a stream is told by its name"),
     Setting("data.stream", _DATA, "a stream's place is that in its source"),
     Setting("data.val_samples", _TAKEN),

@@ -13,10 +13,17 @@ if TYPE_CHECKING:
     from automodel_trainer.data.chat import ChatDataModule
     from automodel_trainer.data.mock import MockDataModule
     from automodel_trainer.data.text import TextDataModule
+    from automodel_trainer.data.tokenized import TokenDataModule
 
-__all__ = ["ChatDataModule", "MicroBatchDataModule", "MockDataModule", "TextDataModule"]
+__all__ = ["ChatDataModule", "MicroBatchDataModule", "MockDataModule", "TextDataModule", "TokenDataModule"]
 
-_HOME = {"ChatDataModule": "chat", "MicroBatchDataModule": "base", "MockDataModule": "mock", "TextDataModule": "text"}
+_HOME = {
+    "ChatDataModule": "chat",
+    "MicroBatchDataModule": "base",
+    "MockDataModule": "mock",
+    "TextDataModule": "text",
+    "TokenDataModule": "tokenized",
+}
 
 
 def __getattr__(name: str) -> Any:

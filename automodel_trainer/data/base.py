@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
 from lightning.pytorch import LightningDataModule
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from automodel_trainer.data.batches import MicroBatch
 from automodel_trainer.data.loader import MicroBatchLoader
+from automodel_trainer.data.mixture import MixtureRows, named_splits, parse_sources
 from automodel_trainer.data.rows import Rows
 from automodel_trainer.data.sizes import check_positions, check_tokens
 
@@ -109,6 +110,33 @@ class MicroBatchDataModule(LightningDataModule):
             The rows of "train" (unless streamed), and of "validation" and "test" if there are any.
         """
 
+    def training_rows(
+        self, train: Any, temperature: float, build: Callable[[Any], dict[str, Rows]], seed: int
+    ) -> dict[str, Rows]:
+        """The rows of `train`, which may be a mixture: "train", and "validation" or one of it by name.
+
+        Args:
+            train: a source, or a list of `{path, weight, epochs, name}`.
+            temperature: see `MixtureRows`.
+            build: makes the rows of one source: "train", and perhaps "validation".
+            seed: see `MixtureRows`.
+        """
+        sources = parse_sources(train)
+        if sources is None:
+            return build(train)
+        parts = [build(source.path) for source in sources]
+        rows: dict[str, Rows] = {"train": MixtureRows(sources, [part["train"] for part in parts], temperature, seed)}
+        for source, part in zip(sources, parts):
+            if "validation" in part:
+                rows[f"validation/{source.name}"] = part["validation"]
+        return rows
+
+    def evaluation_rows(self, split: str, data: Any, build: Callable[[str, Any], Rows]) -> dict[str, Rows]:
+        """The rows of a split: of one set, or of several by name (`{name: data}`)."""
+        if isinstance(data, dict):
+            return {f"{split}/{name}": build(f"{split}/{name}", part) for name, part in data.items()}
+        return {split: build(split, data)}
+
     def prepare(self) -> None:
         """Read, tokenize and pack the data once. Every rank calls this before the process group exists.
 
@@ -187,7 +215,12 @@ class MicroBatchDataModule(LightningDataModule):
 
     def summary(self) -> str:
         """A description of the data, one line per split."""
-        return "\n".join(f"{split}: {rows.stats.describe()}" for split, rows in self.rows.items())
+        lines = []
+        for split, rows in self.rows.items():
+            lines.append(f"{split}: {rows.stats.describe()}")
+            if isinstance(rows, MixtureRows):
+                lines += [f"  {line}" for line in rows.describe_shares()]
+        return "\n".join(lines)
 
     @property
     def dp_rank(self) -> int:
@@ -282,7 +315,9 @@ class MicroBatchDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> Any:
-        """The loader of the validation rows; an empty list without validation data."""
+        """The loader of the validation rows, or one by name for each set; an empty list without validation data."""
+        if named := named_splits(self.rows, "validation"):
+            return {name: self._evaluation_loader(key) for name, key in named.items()}
         if "validation" in self.rows:
             return self._evaluation_loader("validation")
         # Lightning skips validation if there is no loader. Its warning about that is noise.

@@ -10,10 +10,12 @@ from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from automodel_trainer.data.base import MicroBatchDataModule, check_packing
-from automodel_trainer.data.chat_template import Encoded, encode
+from automodel_trainer.data.built_in_templates import set_template
+from automodel_trainer.data.chat_template import BatchEncoder, Encoded
 from automodel_trainer.data.checks import check_samples
 from automodel_trainer.data.formats import format_of
 from automodel_trainer.data.messages import is_empty_turn
+from automodel_trainer.data.mixture import check_temperature, parse_sources
 from automodel_trainer.data.packing import pack
 from automodel_trainer.data.rows import Rows, RowStats, SampleRows, TokenStore, digest
 from automodel_trainer.data.sources import describe_place, load_rows, load_validation_rows, places_of
@@ -34,7 +36,8 @@ class ChatDataModule(MicroBatchDataModule):
         train: a jsonl, json, parquet, csv, tsv or arrow file, also compressed (gz, zst, bz2, xz); a folder or pattern
             of them, a URL of object storage, a folder written by `save_to_disk`, a Hub id, a `datasets.Dataset` or
             `DatasetDict`, or a list of dicts (docs/data.md).
-        validation: the same, for validation. None: the validation split that comes with `train`, if any.
+        validation: the same, for validation, or several by name (`{name: data}`). None: the validation split that comes
+            with `train`, if any.
         tokenizer: a tokenizer or the path of one. None: the model's, set by the Trainer.
         seq_len: tokens per row.
         micro_batch_size: rows per forward pass on one rank.
@@ -54,6 +57,9 @@ class ChatDataModule(MicroBatchDataModule):
         num_workers: processes that build micro-batches ahead of time.
         drop_last: drop the last global batch of an epoch if it is incomplete, instead of filling it up.
         cache: keep the tokenized samples on disk and read them from there next time.
+        chat_template: replaces the tokenizer's: `chatml`, `plain`, a Jinja file, or the template's text. It goes into
+            every checkpoint and export.
+        temperature: of a mixture (`train=[{path, weight, name}, …]`): shares are weight ^ (1 / temperature).
 
     Raises:
         ValueError: the data cannot be used for training (no rows, unknown columns, no supervised token, all samples
@@ -79,6 +85,8 @@ class ChatDataModule(MicroBatchDataModule):
         num_workers: int = 0,
         drop_last: bool = False,
         cache: bool = True,
+        temperature: float = 1.0,
+        chat_template: str | None = None,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -102,6 +110,19 @@ class ChatDataModule(MicroBatchDataModule):
         self.columns = columns
         self.overlong = overlong
         self.cache = cache
+        self.temperature = check_temperature(temperature)
+        self.chat_template = chat_template
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer, with `chat_template` if one was given.
+
+        Raises:
+            ValueError: there is no tokenizer, or no such template.
+        """
+        tokenizer = super().load_tokenizer()
+        if self.chat_template is not None:
+            set_template(tokenizer, self.chat_template)
+        return tokenizer
 
     def build_rows(self) -> dict[str, Rows]:
         """Read, encode and pack the conversations of each split.
@@ -109,26 +130,36 @@ class ChatDataModule(MicroBatchDataModule):
         Raises:
             ValueError: the data cannot be used for training.
         """
-        store, key = self._samples(load_rows(self.train, "train"))
+        rows = self.training_rows(self.train, self.temperature, self._training_source, self.seed)
+        if self.validation is not None:
+            rows = {"train": rows["train"], **self.evaluation_rows("validation", self.validation, self._evaluation)}
+        if self.test is not None:
+            rows["test"] = self._evaluation("test", self.test)
+        return rows
+
+    def _training_source(self, train: Any) -> dict[str, Rows]:
+        store, key = self._samples(load_rows(train, "train"))
         everything = np.arange(len(store))
-        rows: dict[str, Rows] = {}
         if self.val_split:
             held_out = split_ids(len(store), self.val_split, self.seed)
-            rows["train"] = self._rows("train", store, np.setdiff1d(everything, held_out), key)
-            rows["validation"] = self._rows("validation", store, held_out, key)
-        else:
-            rows["train"] = self._rows("train", store, everything, key)
-            if (validation := self._validation_rows()) is not None:
-                rows["validation"] = self._whole("validation", validation)
-        if self.test is not None:
-            rows["test"] = self._whole("test", load_rows(self.test, "test"))
-        return rows
+            return {
+                "train": self._rows("train", store, np.setdiff1d(everything, held_out), key),
+                "validation": self._rows("validation", store, held_out, key),
+            }
+        rows = {"train": self._rows("train", store, everything, key)}
+        found = load_validation_rows(train) if self.validation is None else None
+        return rows if found is None else {**rows, "validation": self._whole("validation", found)}
+
+    def _evaluation(self, split: str, data: Any) -> Rows:
+        return self._whole(split, load_rows(data, split.partition("/")[0]))
 
     def sample_prompts(self, count: int) -> list[str]:
         """At most `count` prompts to try a model on: first user turns of the validation data, or of the train data."""
-        rows = self._validation_rows()
+        sources = parse_sources(self.train)
+        train = self.train if sources is None else sources[0].path
+        rows = self._validation_rows(train)
         if rows is None:
-            rows = load_rows(self.train, "train")
+            rows = load_rows(train, "train")
             if self.val_split:
                 rows = rows.select(split_ids(len(rows), self.val_split, self.seed))
         form = format_of(rows, self.columns)
@@ -136,10 +167,11 @@ class ChatDataModule(MicroBatchDataModule):
         questions = (first_user_turn(messages) for messages in conversations)
         return list(islice(filter(None, questions), count))
 
-    def _validation_rows(self) -> Dataset | None:
+    def _validation_rows(self, train: Any) -> Dataset | None:
         if self.validation is None:
-            return load_validation_rows(self.train)
-        return load_rows(self.validation, "validation")
+            return load_validation_rows(train)
+        first = next(iter(self.validation.values())) if isinstance(self.validation, dict) else self.validation
+        return load_rows(first, "validation")
 
     def _whole(self, split: str, rows: Dataset) -> Rows:
         store, key = self._samples(rows)
@@ -151,19 +183,25 @@ class ChatDataModule(MicroBatchDataModule):
         form = format_of(rows, self.columns)
         places = places_of(rows)
 
+        encoder = BatchEncoder(tokenizer, loss_on)
+
         def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-            samples: dict[str, list[Any]] = {"input_ids": [], "trained": [], "sample_id": indices, "empty_turns": []}
+            placed, empty = [], []
             for position, index in enumerate(indices):
                 row = {name: values[position] for name, values in batch.items()}
                 try:
                     conversation = form.to_messages(row)
-                    encoded = encode(tokenizer, conversation, loss_on)
+                    placed.append(encoder.place(conversation))
                 except ValueError as error:
                     raise ValueError(f"{describe_place(places, index)}: {error}") from error
-                samples["empty_turns"].append(sum(map(is_empty_turn, conversation.messages)))
-                samples["input_ids"].append(encoded.input_ids)
-                samples["trained"].append(encoded.trained)
-            return samples
+                empty.append(sum(map(is_empty_turn, conversation.messages)))
+            encoded = encoder.encode(placed)
+            return {
+                "input_ids": [sample.input_ids for sample in encoded],
+                "trained": [sample.trained for sample in encoded],
+                "sample_id": indices,
+                "empty_turns": empty,
+            }
 
         settings = {"kind": "chat", "loss_on": loss_on, "columns": self.columns}
         samples, key = tokenize(

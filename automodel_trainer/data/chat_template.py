@@ -14,8 +14,10 @@ from typing import Any, Literal, NamedTuple, get_args
 from transformers import PreTrainedTokenizerBase
 
 from automodel_trainer.data.assistant_spans import assistant_spans
+from automodel_trainer.data.built_in_templates import TEMPLATES
 from automodel_trainer.data.formats import Conversation
 from automodel_trainer.data.rendered_chat import RenderedChat, Span, shared_length
+from automodel_trainer.data.turn_marks import TurnFinder
 
 LossOn = Literal["assistant", "last_turn", "all"]
 
@@ -41,6 +43,61 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, loss_
     if tokenizer.chat_template is None and conversation.prompt_completion is not None:
         return encode_prompt_completion(tokenizer, *conversation.prompt_completion, loss_on=loss_on)
     return encode_conversation(tokenizer, conversation.messages, conversation.tools, loss_on)
+
+
+class BatchEncoder:
+    """Encodes conversations as `encode` does, many at a time: it is called for batches of one data set.
+
+    Args:
+        tokenizer: the tokenizer.
+        loss_on: see `encode_conversation`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> None:
+        _check_loss_on(loss_on)
+        self.tokenizer, self.loss_on = tokenizer, loss_on
+        self._finder: TurnFinder | None = None
+
+    def place(self, conversation: Conversation) -> tuple[str, list[Span]] | Encoded:
+        """Render a conversation and place its turns; one without a template, or a slow tokenizer's, is encoded at once.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        if self.tokenizer.chat_template is None or not self.tokenizer.is_fast:
+            return encode(self.tokenizer, conversation, self.loss_on)
+        chat = RenderedChat(self.tokenizer, conversation.messages, conversation.tools)
+        if self.loss_on == "all":
+            return chat.text, []
+        if self._finder is None:
+            special = special_tokens(self.tokenizer, len(self.tokenizer))
+            self._finder = TurnFinder(special, self.loss_on == "last_turn")
+        return chat.text, self._finder.spans(chat)
+
+    def encode(self, placed: list[tuple[str, list[Span]] | Encoded]) -> list[Encoded]:
+        """Tokenize what `place` returned, in one call of the tokenizer."""
+        texts = [item[0] for item in placed if not isinstance(item, Encoded)]
+        tokens: Any = {"input_ids": [], "offset_mapping": []}
+        if texts:
+            tokens = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,
+            )
+        batch = iter(zip(tokens["input_ids"], tokens["offset_mapping"]))
+        found = []
+        for item in placed:
+            if isinstance(item, Encoded):
+                found.append(item)
+                continue
+            ids, offsets = next(batch)
+            if self.loss_on == "all":
+                found.append(_all_but_bos(self.tokenizer, ids))
+            else:
+                found.append(Encoded(ids, _overlapping(offsets, item[1])))
+        return found
 
 
 def encode_conversation(
@@ -70,7 +127,8 @@ def encode_conversation(
     if tokenizer.chat_template is None:
         raise ValueError(
             "This tokenizer has no chat template, so it cannot turn a conversation into tokens. Set one "
-            "(`tokenizer.chat_template = ...`, or use the tokenizer of the model's instruct variant), or use a data "
+            f"(ChatDataModule(chat_template=…): {', '.join(TEMPLATES)}, or a Jinja file; or use the tokenizer of the "
+            "model's instruct variant), or use a data "
             "set with `prompt` and `completion` columns, which is trained as prompt + completion + EOS."
         )
     chat = RenderedChat(tokenizer, messages, tools)

@@ -142,7 +142,10 @@ class MicroBatchLoader:
     def steps(self) -> Iterator[Step]:
         """This rank's rows of each global batch that is left in this epoch."""
         left = self._batches(self.epoch, *self._order)
-        return _shares(left, self.rows, self.packed, self.dp_rank, self.dp_size)
+        lengths = self._lengths(self.epoch)
+        # A mixture has other rows in each epoch, so it counts them on.
+        offset = self.epoch * len(self.rows) if hasattr(self.rows, "lengths_of") else 0
+        return _shares(left, lengths, self.rows.width, offset, self.packed, self.dp_rank, self.dp_size)
 
     def global_batches(self, epoch: int) -> np.ndarray:
         """Row numbers of all global batches of an epoch: int64 `[len(self), global_batch_size]`; -1 is a filler."""
@@ -154,8 +157,12 @@ class MicroBatchLoader:
 
     def _epoch_order(self, epoch: int, seed: int, size: int) -> np.ndarray:
         return epoch_order(
-            self.rows.lengths, size, seed=seed, epoch=epoch, shuffle=self.shuffle, grouped=not self.packed
+            self._lengths(epoch), size, seed=seed, epoch=epoch, shuffle=self.shuffle, grouped=not self.packed
         )
+
+    def _lengths(self, epoch: int) -> np.ndarray:
+        of_epoch = getattr(self.rows, "lengths_of", None)
+        return self.rows.lengths if of_epoch is None else of_epoch(epoch)
 
     def _cut(self, order: np.ndarray, count: int) -> np.ndarray:
         """`order` as `count` global batches; the last one is filled up with -1."""
@@ -223,12 +230,12 @@ def other_data_message(changed: str = "") -> str:
     )
 
 
-def _shares(batches: np.ndarray, rows: Rows, packed: bool, dp_rank: int, dp_size: int) -> Iterator[Step]:
+def _shares(
+    batches: np.ndarray, lengths: np.ndarray, width: int, offset: int, packed: bool, dp_rank: int, dp_size: int
+) -> Iterator[Step]:
     for batch in batches:
-        width = rows.width
-        if not packed:
-            width = padded_width(int(rows.lengths[batch[batch >= 0]].max()), width)
-        yield batch[dp_rank::dp_size].tolist(), width
+        wide = width if packed else padded_width(int(lengths[batch[batch >= 0]].max()), width)
+        yield np.where(batch >= 0, batch + offset, -1)[dp_rank::dp_size].tolist(), wide
 
 
 class _Epoch:

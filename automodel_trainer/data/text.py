@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from automodel_trainer.data.base import MicroBatchDataModule, TrainLoader, check_packing
 from automodel_trainer.data.documents import document_end, encode_documents
+from automodel_trainer.data.mixture import check_temperature, parse_sources
 from automodel_trainer.data.rows import Rows, StreamRows, TokenStore, digest
 from automodel_trainer.data.sources import load_rows, load_validation_rows, open_stream
 from automodel_trainer.data.stream import StreamLoader, TokenStream
@@ -58,6 +59,7 @@ class TextDataModule(MicroBatchDataModule):
         num_workers: processes that build micro-batches ahead of time; at most 1 if streaming.
         drop_last: drop the last global batch of an epoch if it is incomplete, instead of filling it up.
         cache: keep the tokens on disk and read them from there next time.
+        temperature: of a mixture (`train=[{path, weight, name}, …]`): shares are weight ^ (1 / temperature).
 
     Raises:
         ValueError: the data cannot be used for training (no rows, an unknown column, no text), or options contradict
@@ -83,6 +85,7 @@ class TextDataModule(MicroBatchDataModule):
         num_workers: int = 0,
         drop_last: bool = False,
         cache: bool = True,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -109,6 +112,9 @@ class TextDataModule(MicroBatchDataModule):
         self.val_split = val_split
         self.shuffle_buffer = shuffle_buffer
         self.cache = cache
+        self.temperature = check_temperature(temperature)
+        if streaming and parse_sources(train) is not None:
+            raise ValueError("a mixture is not streamed: set streaming=False, or tokenize first (amt tokenize).")
         self._stream: TokenStream | None = None
 
     def build_rows(self) -> dict[str, Rows]:
@@ -121,9 +127,9 @@ class TextDataModule(MicroBatchDataModule):
         if self.streaming:
             self._stream = self._open_stream()
         else:
-            rows.update(self._train_rows())
+            rows.update(self.training_rows(self.train, self.temperature, self._train_rows, self.seed))
         if self.validation is not None:
-            rows["validation"] = self._whole("validation", load_rows(self.validation, "validation"))
+            rows.update(self.evaluation_rows("validation", self.validation, self._evaluation))
         if self.test is not None:
             rows["test"] = self._whole("test", load_rows(self.test, "test"))
         return rows
@@ -174,11 +180,14 @@ class TextDataModule(MicroBatchDataModule):
         streamed = f"train: streamed in rows of {self.seq_len} tokens" if self.streaming else ""
         return "\n".join(line for line in (streamed, super().summary()) if line)
 
-    def _train_rows(self) -> dict[str, Rows]:
-        train = load_rows(self.train, "train")
+    def _evaluation(self, split: str, data: Any) -> Rows:
+        return self._whole(split, load_rows(data, split.partition("/")[0]))
+
+    def _train_rows(self, source: Any) -> dict[str, Rows]:
+        train = load_rows(source, "train")
         if not self.val_split:
             rows = {"train": self._whole("train", train)}
-            found = load_validation_rows(self.train) if self.validation is None else None
+            found = load_validation_rows(source) if self.validation is None else None
             return rows if found is None else {**rows, "validation": self._whole("validation", found)}
         store, key = self._pieces(train)
         held_out = np.isin(store.sample_ids, split_ids(len(train), self.val_split, self.seed))

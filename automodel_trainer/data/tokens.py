@@ -13,7 +13,7 @@ from datasets import Dataset, Features, List, Value
 from automodel_trainer.data.cache import cache_key, load_or_build
 from automodel_trainer.data.sources import fingerprint
 
-ROWS_PER_PROCESS = 5000
+ROWS_PER_PROCESS = 1000
 """Start one process per this many rows."""
 
 Encoder = Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]

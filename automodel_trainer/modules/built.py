@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint import check_checkpoint
+from automodel_trainer.checkpoint.saved_weights import like
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
@@ -24,7 +25,12 @@ from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
 from automodel_trainer.models.lora.adapter_files import CONFIG_NAME as ADAPTER_CONFIG
 from automodel_trainer.models.lora.adapter_files import read_config
-from automodel_trainer.models.lora.from_peft import GivenPeftModel, is_peft_model, take_peft_model
+from automodel_trainer.models.lora.from_peft import (
+    GivenPeftModel,
+    check_no_peft_layers,
+    is_peft_model,
+    take_peft_model,
+)
 from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
@@ -76,6 +82,12 @@ class BuiltModule(Objective, pl.LightningModule):
                 raise ValueError("The PeftModel has an adapter already: leave out lora, or give its base model.")
             self._given_peft = take_peft_model(model)
             model, lora = self._given_peft.base, self._given_peft.lora
+        if not isinstance(model, (str, os.PathLike, PreTrainedModel)):
+            raise ValueError(
+                f"model is a {type(model).__name__}. Give a folder, a Hub id, a transformers PreTrainedModel or a "
+                "PeftModel; of a model that torch.compile or DDP has wrapped, the model inside."
+            )
+        check_no_peft_layers(model)
         if isinstance(model, PreTrainedModel) and (revision is not None or config_overrides):
             raise ValueError(
                 "revision and config_overrides apply to a model that is still to be loaded, and this one is an object. "
@@ -92,6 +104,7 @@ class BuiltModule(Objective, pl.LightningModule):
         self.config_overrides = config_overrides or {}
         self.allow_unused_weights = allow_unused_weights
         self.model: Any = None
+        self.register_load_state_dict_pre_hook(_into_model)
 
     @cached_property
     def source(self) -> Path | None:
@@ -376,4 +389,17 @@ class BuiltModule(Objective, pl.LightningModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict with Hugging Face keys into the model; see `torch.nn.Module.load_state_dict`."""
-        return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+        target = self.model.state_dict()
+        placed = {name: like(value, target.get(name)) for name, value in state_dict.items()}
+        return self.model.load_state_dict(placed, strict=strict, assign=assign)
+
+
+def _into_model(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename Hugging Face keys to those of `module.model`, which torch looks for if `module` is part of another module.
+
+    Averaged copies of a module (`torch.optim.swa_utils.AveragedModel`) are loaded so.
+    """
+    target = module.model.state_dict() if module.model is not None else {}
+    names = [name for name in state if name.startswith(prefix)]
+    renamed = {name.removeprefix(prefix): state.pop(name) for name in names}
+    state |= {f"{prefix}model.{name}": like(value, target.get(name)) for name, value in renamed.items()}

@@ -24,6 +24,7 @@ from automodel_trainer.callbacks.watch import place_table
 from automodel_trainer.callbacks.watchdog import Watchdog
 from automodel_trainer.distributed.phase import current, during_phase, enter_phase
 from tests.callbacks.runs import train
+from tests.kept_groups import own_groups
 from tests.pool import RankPool
 from tests.processes import Job
 
@@ -53,33 +54,43 @@ def accident(root: Path, kind: str, rank: int = 1) -> None:
     train(root, [Watchdog(silence=silence), Accident(kind, rank)], devices=2, strategy="fsdp2")
 
 
-def test_a_hang_says_where_and_ends(tmp_path: Path) -> None:
-    job = Job(tmp_path, accident, tmp_path, "hangs", world_size=2)
+@pytest.fixture(scope="module")
+def accidents(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Job, Path]]:
+    """Jobs and their folders. They begin together, for they mostly wait."""
+    jobs = {}
+    for kind, rank in (("hangs", 1), ("raises", 1), ("raises", 0)):
+        folder = tmp_path_factory.mktemp(f"{kind}-{rank}")
+        jobs[kind, rank] = Job(folder, accident, folder, kind, rank, world_size=2), folder
+    return jobs
+
+
+def test_a_hang_says_where_and_ends(accidents: dict[tuple[str, int], tuple[Job, Path]]) -> None:
+    job, folder = accidents["hangs", 1]
     assert job.wait() == [1, 1]
     log = job.log()
     assert re.search(r"The job ends: rank [01] has not moved for \d+ s \(step of step 3\)", log), log
     for rank in (0, 1):
         assert re.search(rf"^{rank} +3 +step +\d+ s +- +python3.11/threading.py:\d+ wait$", log, re.MULTILINE), log
-    stacks = sorted((tmp_path / "stacks").glob("*/rank-*.txt"))
+    stacks = sorted((folder / "stacks").glob("*/rank-*.txt"))
     assert [file.name for file in stacks] == ["rank-00000.txt", "rank-00001.txt"]
     assert all("in on_train_batch_start" in file.read_text() for file in stacks)
     assert "The job ends" not in job.log(1), "one rank speaks for all"
 
 
-def test_a_rank_that_raises_ends_the_others(tmp_path: Path) -> None:
-    job = Job(tmp_path, accident, tmp_path, "raises", world_size=2)
-    job.until("waits")
+def test_a_rank_that_raises_ends_the_others(accidents: dict[tuple[str, int], tuple[Job, Path]]) -> None:
+    job, _ = accidents["raises", 1]
     assert job.wait() == [1, 1]
     log = job.log()
+    assert "waits" in log
     assert "rank 1 raised\nTraceback" in log
     assert log.index("RuntimeError: on purpose, on one rank only") < log.index("rank  step  phase"), "traceback first"
     assert "RuntimeError: on purpose" in job.log(1)
 
 
-def test_rank_0_that_raises_ends_the_others(tmp_path: Path) -> None:
-    job = Job(tmp_path, accident, tmp_path, "raises", 0, world_size=2)
-    job.until("waits", rank=1)
+def test_rank_0_that_raises_ends_the_others(accidents: dict[tuple[str, int], tuple[Job, Path]]) -> None:
+    job, _ = accidents["raises", 0]
     assert job.wait() == [1, 1]
+    assert "waits" in job.log(1)
     assert "Rank 1 ends: rank 0 raised\nTraceback" in job.log(1)
     assert "RuntimeError: on purpose" in job.log(0)
 
@@ -173,6 +184,7 @@ def test_a_phase_inside_a_phase() -> None:
     assert current.phase == "save", "where it failed"
 
 
+@own_groups
 def waits_alone(folder: Path) -> tuple[str, str]:
     """The first of two ranks in a collective; the other comes once that has been seen."""
     seen, found = folder / "seen", ("", "")

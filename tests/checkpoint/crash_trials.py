@@ -22,7 +22,7 @@ import torch
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.record import RecordedFile
-from automodel_trainer.checkpoint.runs import find_last, step_of
+from automodel_trainer.checkpoint.runs import find_last
 from tests.callbacks.runs import train
 from tests.pool import _free_port, meet_at_once
 
@@ -168,6 +168,10 @@ def waited_in(log: Path) -> str:
     """Where a rank was that did not notice: the innermost functions of its main thread."""
     stack = log.read_text().rpartition("(most recent call first):\n")[2].splitlines()
     return " < ".join(line.split(" in ")[-1] for line in stack[:4])
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def outcome_of(folder: Path) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from automodel_trainer import (
     OptimizerConfig,
     SchedulerConfig,
     TextDataModule,
+    TokenDataModule,
     Trainer,
 )
 from automodel_trainer.callbacks import DCPCheckpoint
@@ -466,7 +467,7 @@ def test_every_setting_is_on_the_list() -> None:
     settings += [f"model.lora.{field.name}" for field in fields(LoRAConfig)]
     settings += [f"model.optimizer.{field.name}" for field in fields(OptimizerConfig)]
     settings += [f"model.scheduler.{field.name}" for field in fields(SchedulerConfig)]
-    for cls in (ChatDataModule, TextDataModule, MockDataModule):
+    for cls in (ChatDataModule, TextDataModule, MockDataModule, TokenDataModule):
         settings += [f"data.{name}" for name in names(cls)]
     lines = [setting.name for setting in SETTINGS]
     lacking = [name for name in settings if not any(fnmatchcase(name, line) for line in lines)]

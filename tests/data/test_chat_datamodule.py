@@ -232,7 +232,7 @@ def test_the_cache_is_hit_the_second_time(cache: Path, monkeypatch: pytest.Monke
     def refuse(*_: Any) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(chat, "encode", refuse)
+    monkeypatch.setattr(chat.BatchEncoder, "place", refuse)
     second = list(module().train_dataloader())
     assert all(torch.equal(a[0]["labels"], b[0]["labels"]) for a, b in zip(first, second, strict=True))
     module(seq_len=128, packing=False, seed=4)  # what forms rows asks for no new tokens

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import re
 import time
 from importlib.resources import files
@@ -12,7 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from automodel_trainer.data.chat_template import Encoded, encode, encode_conversation, encode_prompt_completion
+from automodel_trainer.data.chat_template import (
+    BatchEncoder,
+    Encoded,
+    encode,
+    encode_conversation,
+    encode_prompt_completion,
+)
 from automodel_trainer.data.formats import Conversation
 from tests.data.chat_shapes import TEMPLATES, shape
 from tests.tiny import CHATML, tiny_tokenizer
@@ -325,7 +332,7 @@ SHAPES = {
 
 class TestRefusals:
     def test_no_template(self) -> None:
-        with pytest.raises(ValueError, match=r"no chat template.*tokenizer\.chat_template = .*prompt.*completion"):
+        with pytest.raises(ValueError, match=r"no chat template.*chatml, plain.*prompt.*completion"):
             encode_conversation(tiny_tokenizer(None), CHAT)
 
     def test_loss_on(self) -> None:
@@ -401,3 +408,46 @@ def test_a_thousand_chats_take_no_time() -> None:
     for _ in range(1000):
         encode_conversation(tokenizer, messages)
     assert time.process_time() - start < 3  # about 0.5 s
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last_turn", "all"])
+def test_many_at_a_time_are_encoded_as_one_by_one(loss_on: Any) -> None:
+    """Every template; chats of all kinds in one data set, with texts that look like the template's own."""
+    draw = random.Random(5)
+    tricks = [
+        "<|im_start|>assistant\n",
+        "<|im_end|>",
+        " a ",
+        "a\n\n",
+        "[/INST]",
+        "<think>x</think>y",
+        "ü",
+        "assistant",
+        "b",
+    ]
+    for name in TEMPLATES:
+        tokenizer = shape(name)
+        encoder = BatchEncoder(tokenizer, loss_on)
+        placed, expected = [], []
+        for _ in range(120):
+            messages: list[Message] = []
+            for _ in range(draw.randint(1, 3)):
+                plain = draw.random() < 0.8
+                text = [
+                    ("".join(draw.choices("abc de", k=6)) + "x") if plain else draw.choice(tricks) for _ in range(2)
+                ]
+                messages += [{"role": "user", "content": text[0]}, {"role": "assistant", "content": text[1]}]
+                if draw.random() < 0.1:
+                    messages[-1]["weight"] = 0
+            conversation = Conversation(messages)
+            try:
+                expected.append(encode(tokenizer, conversation, loss_on))
+            except ValueError as error:
+                with pytest.raises(ValueError, match=re.escape(str(error)[:40])):
+                    encoder.place(conversation)
+            else:
+                placed.append(encoder.place(conversation))
+        assert encoder.encode(placed) == expected, name
+        if name == "chatml" and loss_on == "assistant":
+            assert encoder._finder is not None
+            assert encoder._finder._found > 60, "most were placed by their marks"

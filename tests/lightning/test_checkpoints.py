@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from safetensors.torch import load_file
 
 from automodel_trainer import CausalLMModule, LoRAConfig, MockDataModule
 from automodel_trainer.callbacks import DCPCheckpoint
@@ -74,6 +75,23 @@ def test_averaged_weights_are_saved_and_resumed(tmp_path: Path) -> None:
         make(tmp_path).test(tested := WeightAtTest(), ckpt_path=path, verbose=False)
         assert torch.equal(tested.tested, ends[name]), "the checkpoint holds the average"
     assert torch.equal(ends["whole"], ends["parts"])
+
+
+def test_averaged_weights_of_a_hugging_face_model(tmp_path: Path) -> None:
+    """The model/ folder of a checkpoint holds the average, and the run goes on with both."""
+    data = MockDataModule(264, seq_len=16, micro_batch_size=2, num_samples=8)
+    ends = {}
+    for name, epochs in (("whole", [2]), ("parts", [1, 2])):
+        path: Any = None
+        for until in epochs:
+            module = CausalLMModule(tiny_model(), tokenizer=tiny_tokenizer(), lr=0.1, scheduler="constant")
+            callbacks = [EMAWeightAveraging(decay=0.5), DCPCheckpoint()]
+            options = {"limit_train_batches": 4, "limit_val_batches": 0, "callbacks": callbacks}
+            path = make(tmp_path / name, max_epochs=until, **options).fit(module, data, ckpt_path=path)
+        ends[name] = {key: value.clone() for key, value in module.state_dict().items()}
+        saved = load_file(next((path / "model").glob("*.safetensors")))
+        assert all(torch.equal(saved[key], ends[name][key]) for key in saved)
+    assert all(torch.equal(value, ends["parts"][key]) for key, value in ends["whole"].items())
 
 
 def edited_and_averaged(root: str, strategy: str) -> tuple[bool, float]:

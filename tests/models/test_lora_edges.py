@@ -258,6 +258,12 @@ def test_peft_models_that_are_refused(tmp_path: Path) -> None:
         CausalLMModule(theirs_of(tmp_path), lora=LoRAConfig())
     with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*LoRAConfig\(rank=2"):
         CausalLMModule(theirs_of(tmp_path, init_lora_weights="pissa"))
+    inside = Transformers.from_pretrained(tmp_path)
+    inside.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], lora_alpha=5))
+    with pytest.raises(ValueError, match=r"q_proj.*LoRAConfig\(rank=2, alpha=5, target_modules=\['q_proj'\]\)"):
+        CausalLMModule(inside)
+    with pytest.raises(ValueError, match=r"model is a OptimizedModule.*the model inside"):
+        CausalLMModule(torch.compile(tiny_model()))  # type: ignore[arg-type]
     frozen = theirs_of(tmp_path)
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match="is_trainable=True"):

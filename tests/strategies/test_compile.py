@@ -11,6 +11,7 @@ from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MegatronFSD
 from automodel_trainer.strategies.base.compile import compile_blocks
 from automodel_trainer.strategies.tensor import collectives
 from tests.harness import check_steps, close, make_strategy
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.strategies.test_parity import reference, train
 from tests.tiny import tiny_model
@@ -18,7 +19,7 @@ from tests.tiny import tiny_model
 COMPILED = "compile=true,compile_backend=aot_eager"
 
 
-@pytest.mark.parametrize("spec", ["auto", "ddp", "fsdp2:activation_checkpointing=full"])
+@pytest.mark.parametrize("spec", ["auto", more("ddp"), "fsdp2:activation_checkpointing=full"])
 def test_one_device(spec: str) -> None:
     separator = "," if ":" in spec else ":"
     check_steps(train(f"{spec}{separator}{COMPILED}", 1, 4, "llama", tied=True), reference("llama", tied=True))
@@ -27,33 +28,29 @@ def test_one_device(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "family"),
     [
-        ("fsdp2:activation_checkpointing=selective", "gemma3_text"),
+        ("fsdp2", "llama"),
+        ("fsdp2:activation_checkpointing=selective", "gemma3_text"),  # windows and full attention
         ("fsdp2:tp=2", "llama"),
-        ("fsdp2:tp=2,activation_checkpointing=full", "qwen3"),
+        more("fsdp2:tp=2,activation_checkpointing=full", "qwen3"),
         ("fsdp2:tp=2,activation_checkpointing=selective", "qwen3"),
-        ("fsdp2:tp=2,sequence_parallel=false", "phi3"),
+        ("fsdp2:tp=2,sequence_parallel=false,activation_checkpointing=full", "phi3"),
     ],
 )
 def test_ranks(pool: RankPool, spec: str, family: str) -> None:
-    for result in pool.run(2, train, f"{spec},{COMPILED}", 2, 4, family, False):
+    """All blocks share one graph."""
+    separator = "," if ":" in spec else ":"
+    for graphs, breaks, result in pool.run(2, train_and_count, f"{spec}{separator}{COMPILED}", family):
+        assert (graphs, breaks) == (1, 0)
         check_steps(result, reference(family, tied=False))
 
 
-def count_graphs(spec: str) -> tuple[int, int]:
-    """Graphs that training two micro-batches compiled, and times that dynamo gave up on a piece of code."""
+def train_and_count(spec: str, family: str) -> tuple[int, int, Any]:
+    """Graphs that training two micro-batches compiled, times that dynamo gave up on a piece of code, and the run."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    train(spec, 2, 4, "llama", False)
+    result = train(spec, 2, 4, family, False)
     counters: Any = torch._dynamo.utils.counters
-    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-
-
-@pytest.mark.parametrize("spec", ["fsdp2", "fsdp2:tp=2", "fsdp2:tp=2,activation_checkpointing=selective"])
-def test_blocks_share_one_graph(pool: RankPool, spec: str) -> None:
-    separator = "," if ":" in spec else ":"
-    for graphs, breaks in pool.run(2, count_graphs, f"{spec}{separator}{COMPILED}"):
-        assert breaks == 0
-        assert graphs == 1
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), result
 
 
 def collective_gradients(rows: int) -> dict[str, float]:

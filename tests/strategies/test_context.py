@@ -77,7 +77,7 @@ def train(spec: str, world_size: int, family: str, form: str, overrides: dict[st
         ("fsdp2:cp=2", 4, "qwen3_moe", "plain, ragged", MOE),  # dp_shard=2 × cp=2
         ("fsdp2:cp=2", 2, "gpt_oss", "plain, ragged", {"num_local_experts": 4}),  # each head has a sink
         ("hsdp:cp=2", 4, "gpt_neox", "packed", {}),
-        ("fsdp2:cp=2,cp_attention=ring", 2, "llama", "plain", {}),
+        more("fsdp2:cp=2,cp_attention=ring", 2, "llama", "plain", {}),
         ("fsdp2:cp=2,cp_attention=ring", 2, "qwen3", "packed, ragged", {}),
         ("fsdp2:cp=2,cp_attention=ring,activation_checkpointing=selective", 2, "llama", "padded", {}),
         ("fsdp2:cp=4,cp_attention=ring", 4, "llama", "plain, ragged", {}),

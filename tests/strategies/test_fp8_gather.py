@@ -18,7 +18,7 @@ from automodel_trainer.models.kernels.fp8 import convert_to_fp8
 from automodel_trainer.models.quantization.fp8_layers import Fp8Layers, check_gathered, fp8_layers
 from tests.beside import use
 from tests.callbacks import runs
-from tests.harness import Batch, NextToken, make_strategy, random_rows, relative_error, train_steps
+from tests.harness import Batch, NextToken, make_strategy, once, random_rows, relative_error, train_steps
 from tests.pool import RankPool
 from tests.tiny import tiny_model
 
@@ -38,11 +38,17 @@ def rows_of(step: int, order_of: int = 1) -> list[Batch]:
 
 
 def train(
-    spec: str, world_size: int, family: str, gather: bool | str, precision: str = "fp32", order_of: int = 1
+    spec: str,
+    world_size: int,
+    family: str,
+    gather: bool | str,
+    precision: str = "fp32",
+    order_of: int = 1,
+    layers: int = 2,
 ) -> dict[str, Any]:
     use("torchao")
     strategy = make_strategy(spec, world_size, precision)
-    model = tiny_model(family, tie_word_embeddings=family == "qwen2")
+    model = tiny_model(family, tie_word_embeddings=family == "qwen2", num_hidden_layers=layers)
     if family == "qwen2":  # with biases, which are gathered as they are
         randomise_biases(model)
     convert_to_fp8(model, "tensorwise", CPU, emulate=True, all_gather=gather)
@@ -87,6 +93,11 @@ def check(results: list[Any], expected: Any, loss: float, rest: float) -> None:
         assert worst < rest
 
 
+@once
+def train_alone(pool: RankPool, spec: str, family: str, order_of: int, layers: int) -> dict[str, Any]:
+    return pool.run(1, train, spec, 1, family, "auto", order_of=order_of, layers=layers)[0]
+
+
 @pytest.mark.parametrize(
     ("spec", "world_size", "family"),
     [
@@ -99,14 +110,15 @@ def check(results: list[Any], expected: Any, loss: float, rest: float) -> None:
 )  # fmt: skip
 def test_ranks_train_as_one_that_casts_whole_weights(pool: RankPool, spec: str, world_size: int, family: str) -> None:
     """With accumulation and clipping; what layers multiply with are the codes of the whole weight."""
-    alone = "fsdp2:compile=true,compile_backend=aot_eager" if "compile" in spec else "auto"
-    expected = pool.run(1, train, alone, 1, family, "auto", order_of=world_size)[0]
-    results = pool.run(world_size, train, spec, world_size, family, True)
+    compiled = "compile" in spec  # which takes long for a block
+    alone, layers = ("fsdp2:compile=true,compile_backend=aot_eager", 1) if compiled else ("auto", 2)
+    expected = train_alone(pool, alone, family, world_size, layers)
+    results = pool.run(world_size, train, spec, world_size, family, True, layers=layers)
     check(results, expected, 1e-5, 1e-3)
     assert not expected["seen"]
-    assert "14 weights gathered in fp8" in results[0]["text"]
+    assert f"{7 * layers} weights gathered in fp8" in results[0]["text"]
     assert "gathered" not in expected["text"]
-    if "compile" not in spec:
+    if not compiled:
         check_codes(results[-1]["seen"], family, torch.float32)
 
 

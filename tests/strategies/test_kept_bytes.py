@@ -1,4 +1,7 @@
-"""Bytes that a block keeps from its forward to its backward, with activation checkpointing."""
+"""Bytes that a block keeps from its forward to its backward, with activation checkpointing.
+
+The compiler decides what is kept, so each case compiles a model, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -97,10 +100,9 @@ def test_full_checkpointing_keeps_the_block_s_input() -> None:
 
 def test_selective_checkpointing_keeps_no_cheap_matmuls() -> None:
     """The results of adapters are as wide as those of their frozen weights, and cheap."""
-    plain, selective = kept("separate", mode=None), kept("separate", mode="selective")
-    fused = kept("fused", mode="selective")
+    selective, fused = kept("separate", mode="selective"), kept("fused", mode="selective")
     # q, k and v; attention; the output projection; gate and up; down; the input: 1.5 + 1 + 1 + 7 + 1 + 1
-    assert selective < 12.6 < 14 > plain
+    assert selective < 12.6
     assert abs(selective - fused) < 1
 
 

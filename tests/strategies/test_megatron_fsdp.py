@@ -25,6 +25,7 @@ from tests.harness import (
     NextToken,
     check_steps,
     make_strategy,
+    once,
     random_rows,
     reference_steps,
     relative_error,
@@ -166,6 +167,7 @@ def train(spec: str, world_size: int, micro: int, family: str, lora: dict[str, A
         return {"history": history, "weights": {n: whole(p).clone() for n, p in model.named_parameters()}}
 
 
+@once
 def reference(family: str, **sizes: Any) -> Any:
     model = tiny_model(family, **sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=EPS)

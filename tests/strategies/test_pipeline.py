@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.harness import NextToken, check_steps, full, make_strategy, random_rows, relative_error, stack
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.strategies.pipeline_runs import MOE, build, reference, train
 
@@ -68,11 +69,11 @@ TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
     ("spec", "world_size", "family", "options"),
     [
         ("3d:pp=2", 2, "llama", UNTIED),
-        ("3d:pp=2", 2, "llama", TIED),
+        more("3d:pp=2", 2, "llama", TIED),
         ("3d:pp=2,schedule=gpipe", 2, "qwen3", {**TIED, "num_hidden_layers": 3}),
         ("3d:pp=2,schedule=interleaved_1f1b", 2, "gemma3_text", TIED),
         ("3d:pp=2,schedule=interleaved_zero_bubble", 2, "llama", UNTIED),
-        ("3d:pp=2,schedule=zbv", 2, "qwen3", TIED),
+        more("3d:pp=2,schedule=zbv", 2, "qwen3", TIED),
         ("3d:pp=2,schedule=dualpipev", 2, "gpt_neox", {}),
         ("3d:pp=2,schedule=looped_bfs", 2, "phi3", {}),
         ("3d:pp=2", 2, "gpt2", {**TIED, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
@@ -83,10 +84,11 @@ TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
         ("pp_tp_dp:pp=2", 4, "llama", TIED),
         ("3d:pp=2,dp_replicate=2,schedule=zbv", 4, "qwen3", TIED),
         ("3d:pp=2,schedule=interleaved_1f1b,reshard_after_forward=true", 4, "gemma3_text", TIED),
-        ("3d:pp=2,tp=2", 4, "llama", TIED),
+        more("3d:pp=2,tp=2", 4, "llama", TIED),
         ("3d:pp=2,tp=2,schedule=interleaved_1f1b,sequence_parallel=false", 4, "phi3", {}),
-        ("3d:pp=2,tp=2,schedule=zbv", 4, "qwen3", UNTIED),
-        ("3d:pp=2,cp=2", 4, "llama", UNTIED),
+        more("3d:pp=2,tp=2,schedule=zbv", 4, "qwen3", UNTIED),
+        ("3d:pp=2,tp=2,schedule=zbv", 4, "llama", TIED),
+        more("3d:pp=2,cp=2", 4, "llama", UNTIED),
         ("3d:pp=2,cp=2,schedule=zbv,cp_attention=ring", 4, "qwen3", TIED),
         ("3d:pp=2,activation_checkpointing=full,schedule=zbv", 4, "llama", TIED),
         ("3d:pp=2,activation_checkpointing=selective,cp=2", 4, "qwen3", TIED),

@@ -17,6 +17,7 @@ from automodel_trainer.nn.deferred_logits import defer_logits
 from automodel_trainer.strategies import Parallel3DStrategy
 from tests.harness import NextToken, check_steps, make_strategy, random_rows, stack
 from tests.limits import Limits
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.strategies import pipeline_runs
 from tests.strategies.pipeline_runs import (
@@ -40,9 +41,10 @@ TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 @pytest.mark.parametrize(
     ("spec", "world_size", "family", "options"),
     [
-        ("3d:pp=2", 2, "gemma3_text", TIED),
+        more("3d:pp=2", 2, "gemma3_text", TIED),
         ("3d:pp=2,schedule=interleaved_1f1b,activation_checkpointing=full", 2, "llama", {**TIED, "lora": True}),
-        ("3d:pp=2,schedule=zbv", 2, "llama", TIED),
+        more("3d:pp=2,schedule=zbv", 2, "llama", TIED),
+        ("3d:pp=2,schedule=zbv", 2, "gemma3_text", TIED),
         ("3d:pp=2,activation_checkpointing=selective", 4, "qwen3", UNTIED),
         ("3d:pp=2,tp=2,activation_checkpointing=full", 4, "llama", UNTIED),
     ],

@@ -89,12 +89,12 @@ def reference(family: str, **overrides: Any) -> Any:
 @pytest.mark.parametrize(
     ("spec", "world_size", "family", "overrides"),
     [
-        ("fsdp2:tp=2", 2, "llama", {"tie_word_embeddings": True}),
+        more("fsdp2:tp=2", 2, "llama", {"tie_word_embeddings": True}),
         more("fsdp2:tp=2,sequence_parallel=false", 2, "llama", {"tie_word_embeddings": False}),
         ("fsdp2:tp=2", 2, "llama", {"attention_bias": True, "mlp_bias": True, "vocab_size": 265}),
         ("fsdp2:tp=2,sequence_parallel=false", 2, "llama", {"attention_bias": True, "mlp_bias": True}),
         ("fsdp2:tp=4", 4, "llama", {**WIDE, "vocab_size": 266, "tie_word_embeddings": True}),
-        ("fsdp2:tp=2", 4, "llama", {"vocab_size": 265, "tie_word_embeddings": True}),
+        more("fsdp2:tp=2", 4, "llama", {"vocab_size": 265, "tie_word_embeddings": True}),
         ("fsdp2:tp=2,activation_checkpointing=full", 4, "qwen3", {"tie_word_embeddings": True}),
         ("fsdp2:tp=2,dp_replicate=2", 4, "qwen3", {}),
         ("fsdp2:tp=2", 2, "gemma3_text", {"tie_word_embeddings": True}),

@@ -35,6 +35,7 @@ from tests.harness import (
     stack,
     widened,
 )
+from tests.kept_groups import own_groups
 from tests.pool import RankPool
 from tests.strategies.test_tensor import LATENT, MOE, adam
 from tests.test_trainer import Curve, chats, module, quiet
@@ -146,6 +147,7 @@ def test_optimizer_state_of_packed_experts_reshards(pool: RankPool, tmp_path: Pa
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
+@own_groups
 def sharded_loss(vocab_size: int, dtype: torch.dtype) -> Any:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))

@@ -75,6 +75,22 @@ def test_the_tokenizer_that_was_trained_with_lies_everywhere(tmp_path: Path, lor
     assert template(tmp_path / "plain" / "checkpoints" / "latest" / "model") == template(folder)
 
 
+def test_a_built_in_template_is_handed_over(tmp_path: Path) -> None:
+    """A tokenizer without a template: the error lists the built-in ones, and the chosen one lies in the checkpoint."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer(None).save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"no chat template.*chatml, plain"):
+        fit(tmp_path / "none", CausalLMModule(tmp_path / "base"))
+    for name in ("plain", "chatml"):
+        root = tmp_path / name
+        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_ledger": False}
+        trainer = Trainer(accelerator="cpu", devices=1, max_steps=1, default_root_dir=root, **quiet)
+        trainer.fit(CausalLMModule(tmp_path / "base"), ChatDataModule(CHATS, seq_len=64, chat_template=name))
+        assert ("### Assistant" in template(root / "checkpoints" / "latest" / "model")) == (name == "plain")
+    with pytest.raises(ValueError, match=r"no file and no template\. Allowed: chatml, plain"):
+        ChatDataModule(CHATS, tokenizer=tiny_tokenizer(), chat_template="chatlm").prepare()
+
+
 def test_two_vocabularies_are_an_error(tmp_path: Path) -> None:
     added = tiny_tokenizer()
     added.add_tokens(["<new>"])

@@ -25,6 +25,29 @@ def is_peft_model(model: object) -> bool:
     return any(cls.__name__ == "PeftModel" and cls.__module__.split(".")[0] == "peft" for cls in type(model).__mro__)
 
 
+def check_no_peft_layers(model: object) -> None:
+    """Refuse a model with PEFT's layers inside, but no `PeftModel` around it: `add_adapter`, or a `PeftModel`'s base.
+
+    Raises:
+        ValueError: there are such layers; the message writes out the LoRAConfig that does the same.
+    """
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    name = next((name for name, module in modules if type(module).__module__.startswith("peft.tuners.")), None)
+    if name is None:
+        return
+    found = getattr(model, "peft_config", None)
+    config = next(iter(found.values()), None) if isinstance(found, dict) else None
+    same = ""
+    if config is not None and hasattr(config, "lora_alpha"):
+        targets = config.target_modules
+        targets = sorted(targets) if isinstance(targets, (set, list)) else targets
+        same = f"LoRAConfig(rank={config.r}, alpha={config.lora_alpha}, target_modules={targets!r})"
+    raise ValueError(
+        f"{type(model).__name__} has PEFT's layers inside ({name}), and no PeftModel around it says what is trained. "
+        f"Give the PeftModel (peft.get_peft_model), or a model without them and lora={same or 'LoRAConfig(…)'}."
+    )
+
+
 @dataclass
 class GivenPeftModel:
     """A `PeftModel` that the user gave.

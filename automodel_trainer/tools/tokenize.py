@@ -1,0 +1,198 @@
+"""`amt tokenize`: write raw text as shards of tokens (Megatron's .bin and .idx), on all cores.
+
+amt tokenize 'corpus/*.jsonl.zst' --tokenizer my-model --output tokens/
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from automodel_trainer.data.documents import document_end, encode_documents
+from automodel_trainer.data.files import ALLOWED, DataFile, find_files, names_of
+from automodel_trainer.data.readers import read_rows
+from automodel_trainer.data.token_files import TokenFileWriter
+
+CHARACTERS = 1 << 20  # of the texts that a process tokenizes at a time
+AHEAD = 3  # such parts in flight for each process
+_tokenizer: Any = None  # of a worker process
+
+
+def tokenize_files(
+    data: str,
+    tokenizer: str,
+    output: Path,
+    column: str = "text",
+    workers: int | None = None,
+    shard_bytes: int = 2 << 30,
+) -> dict[str, Any]:
+    """Tokenize texts and write them in their order. Memory is bounded by a few megabytes for each process.
+
+    Args:
+        data: a file, folder, pattern or URL of texts.
+        tokenizer: folder or Hub id of a tokenizer.
+        output: the folder for the shards; it must not hold any.
+        column: the column with the text.
+        workers: processes; None: one for each core.
+        shard_bytes: size of a shard's tokens.
+
+    Returns:
+        `tokens`, `documents`, `seconds`, and the prefixes of the `shards`.
+
+    Raises:
+        ValueError: no data, no such column, no EOS token, or `output` holds shards.
+    """
+    found = find_files(data)
+    if found is None:
+        raise ValueError(f"no such file or folder: {data}. Allowed: {ALLOWED}.")
+    output.mkdir(parents=True, exist_ok=True)
+    if there := sorted(output.glob("*.bin")):
+        raise ValueError(f"{output} holds {names_of([file.name for file in there])}: give an empty folder.")
+    _start(tokenizer)
+    document_end(_tokenizer)
+    size = len(_tokenizer)
+    count = workers or len(os.sched_getaffinity(0))
+    begun, shards = time.monotonic(), _Shards(output, size, shard_bytes)
+    context = multiprocessing.get_context("spawn" if count > 1 else None)
+    with _bar() as bar:
+        task = bar.add_task("tokenizing", total=len(found.files), speed="")
+        try:
+            parts = _parts(found.files, column, lambda number: bar.update(task, completed=number))
+            for lengths, tokens in _encoded(parts, count, tokenizer, context):
+                shards.add(lengths, tokens)
+                speed = shards.tokens / max(1e-9, time.monotonic() - begun)
+                bar.update(task, speed=f"{shards.tokens:,} tokens, {speed:,.0f} tokens/s")
+            shards.close()
+        except BaseException:
+            shards.abandon()
+            raise
+        bar.update(task, completed=len(found.files))
+    if shards.tokens == 0:
+        raise ValueError(f"no row of {data} has any text in column {column!r}.")
+    return {
+        "tokens": shards.tokens,
+        "documents": shards.documents,
+        "seconds": time.monotonic() - begun,
+        "shards": shards.prefixes,
+    }
+
+
+class _Shards:
+    """Writes shard after shard."""
+
+    def __init__(self, output: Path, vocabulary: int, limit: int) -> None:
+        self.output, self.vocabulary, self.limit = output, vocabulary, limit
+        self.tokens = self.documents = 0
+        self.prefixes: list[Path] = []
+        self._writer: TokenFileWriter | None = None
+
+    def add(self, lengths: list[int], tokens: np.ndarray) -> None:
+        """Add the tokens of some documents."""
+        if self._writer is None:
+            self.prefixes.append(self.output / f"shard-{len(self.prefixes):05d}")
+            self._writer = TokenFileWriter(self.prefixes[-1], self.vocabulary)
+        self._writer.add(lengths, tokens)
+        self.tokens, self.documents = self.tokens + len(tokens), self.documents + len(lengths)
+        if self._writer.bytes >= self.limit:
+            self.close()
+
+    def close(self) -> None:
+        """Complete the shard that is open."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def abandon(self) -> None:
+        """Remove the shard that is open."""
+        if self._writer is not None:
+            self._writer.abandon()
+
+
+def _parts(files: Sequence[DataFile], column: str, done: Any) -> Iterator[list[str]]:
+    texts: list[str] = []
+    size = 0
+    for number, file in enumerate(files):
+        done(number)
+        for rows in read_rows(file):
+            if rows and not any(column in row for row in rows):
+                raise ValueError(f"{file.path} has no column {column!r}; its columns are {sorted(rows[0])}.")
+            for row in rows:
+                text = row.get(column)
+                if text:
+                    texts.append(text)
+                    size += len(text)
+                if size >= CHARACTERS:
+                    yield texts
+                    texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def _encoded(
+    parts: Iterator[list[str]], count: int, tokenizer: str, context: Any
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    if count == 1:
+        yield from map(_encode, parts)
+        return
+    with context.Pool(count, _start, (tokenizer,)) as pool:
+        waiting: deque[Any] = deque()
+        for part in parts:
+            waiting.append(pool.apply_async(_encode, (part,)))
+            if len(waiting) >= AHEAD * count:
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
+
+
+def _start(tokenizer: str) -> None:
+    global _tokenizer
+    from transformers import AutoTokenizer
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is one core
+    _tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+
+
+def _encode(texts: list[str]) -> tuple[list[int], np.ndarray]:
+    documents = encode_documents(_tokenizer, texts)  # type: ignore[arg-type]
+    lengths = [len(ids) for ids in documents]
+    tokens = np.fromiter((token for ids in documents for token in ids), np.uint32, sum(lengths))
+    return lengths, tokens
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("files {task.fields[speed]}"),
+        TimeRemainingColumn(), transient=True,
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="amt tokenize", description="Write raw text as shards of tokens, on all cores."
+    )
+    parser.add_argument(
+        "data", help="a file, folder, pattern or URL of texts (jsonl, parquet, csv, txt, …, compressed)"
+    )
+    parser.add_argument("--tokenizer", required=True, help="folder or Hub id of a tokenizer or model")
+    parser.add_argument("--output", required=True, type=Path, help="the folder for the shards")
+    parser.add_argument("--column", default="text", help="the column with the text (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--shard-gb", type=float, default=2.0, help="size of a shard (default: %(default)s)")
+    args = parser.parse_args(argv)
+    shard_bytes = int(args.shard_gb * 2**30)
+    done = tokenize_files(args.data, args.tokenizer, args.output, args.column, args.workers, shard_bytes)
+    speed = done["tokens"] / done["seconds"]
+    print(
+        f"{done['tokens']:,} tokens of {done['documents']:,} documents in {len(done['shards'])} shard(s) in "
+        f"{args.output} ({speed:,.0f} tokens/s). Train on them with TokenDataModule(train={str(args.output)!r})."
+    )

@@ -1,0 +1,157 @@
+"""Corpora of tokens: Megatron's files, plain files, splits and blends, and `amt tokenize`, against the raw text."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from automodel_trainer import CausalLMModule, TextDataModule, TokenDataModule, Trainer
+from automodel_trainer.data.token_files import TokenFile, TokenFileWriter, parse_split
+from automodel_trainer.tools.tokenize import main, tokenize_files
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TEXTS = [f"document {i} " + "word " * (i * 7 % 23) for i in range(40)]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> tuple[Path, Path]:
+    """Raw text in two files, and a tokenizer."""
+    for number, part in enumerate((TEXTS[:25], TEXTS[25:])):
+        (tmp_path / f"part{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return tmp_path, tmp_path / "tokenizer"
+
+
+def rows_of(data: Any) -> list[list[int]]:
+    data.setup("fit")
+    rows = data.rows["train"]
+    return [[i for document in row for i in document.input_ids.tolist()] for row in rows.fetch(range(len(rows)))]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tokenized_text_trains_as_the_text_itself(corpus: tuple[Path, Path], workers: int, tmp_path: Path) -> None:
+    """The same rows, cut into several shards; the same boundaries of documents."""
+    folder, tokenizer = corpus
+    done = tokenize_files(f"{folder}/part*.jsonl", str(tokenizer), tmp_path / "out", workers=workers, shard_bytes=500)
+    assert len(done["shards"]) >= 1
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    text = TextDataModule([{"text": text} for text in TEXTS], tokenizer=tiny_tokenizer(), seq_len=32, cache=False)
+    tokens = TokenDataModule(tmp_path / "out", tokenizer=tiny_tokenizer(), seq_len=32)
+    assert rows_of(tokens) == rows_of(text)
+    assert done["tokens"] == sum(map(len, rows_of(text)))
+    assert done["documents"] == len(TEXTS)
+    first, second = (data.rows["train"].fetch([3])[0] for data in (tokens, text))
+    assert [d.input_ids.tolist() for d in first] == [d.input_ids.tolist() for d in second]
+    with pytest.raises(ValueError, match=r"out holds shard-00000\.bin"):
+        tokenize_files(f"{folder}/part*.jsonl", str(tokenizer), tmp_path / "out")
+    arguments = ["--tokenizer", str(tokenizer), "--output", str(tmp_path / "b"), "--column", "body"]
+    with pytest.raises(ValueError, match=r"part0\.jsonl has no column 'body'; its columns are \['text'\]"):
+        main([str(folder / "part0.jsonl"), *arguments, "--workers", "1"])
+    assert not list((tmp_path / "b").iterdir())
+
+
+def megatron(prefix: Path, documents: list[list[list[int]]], dtype: Any = np.uint16, code: int = 8) -> None:
+    """As Megatron writes it: documents of several sequences, written here with struct alone."""
+    sequences = [sequence for document in documents for sequence in document]
+    tokens = np.concatenate([np.array(sequence, dtype) for sequence in sequences])
+    tokens.tofile(f"{prefix}.bin")
+    lengths = [len(sequence) for sequence in sequences]
+    starts = [sum(lengths[:i]) * np.dtype(dtype).itemsize for i in range(len(lengths))]
+    bounds = [sum(len(d) for d in documents[:i]) for i in range(len(documents) + 1)]
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(bounds))
+    body = struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(starts)}q", *starts)
+    Path(f"{prefix}.idx").write_bytes(head + body + struct.pack(f"<{len(bounds)}q", *bounds))
+
+
+def test_megatron_files(tmp_path: Path) -> None:
+    documents = [[[1, 2, 3], [4, 5]], [[6]], [[7, 8, 9, 10]], [[11, 12], [13]]]
+    for dtype, code in ((np.uint16, 8), (np.int32, 4)):
+        megatron(tmp_path / "m", documents, dtype, code)
+        file = TokenFile(tmp_path / "m")
+        assert file.documents == 4
+        assert [d.input_ids.tolist() for d in file.fetch(range(6))] == [s for d in documents for s in d]
+        assert file.sample_ids.tolist() == [0, 0, 1, 2, 3, 3]
+        assert file.highest() == (13, 3)
+    data = TokenDataModule(tmp_path / "m", split="2,1,1", seq_len=4)
+    data.setup("fit")
+    found = {
+        split: [[d.input_ids.tolist() for d in row] for row in rows.fetch(range(len(rows)))]
+        for split, rows in data.rows.items()
+    }
+    assert found == {
+        "train": [[[1, 2, 3, 4]], [[5], [6]]],
+        "validation": [[[7, 8, 9, 10]]],
+        "test": [[[11, 12, 13]]],
+    }
+    blend = [
+        {"path": tmp_path / "m", "weight": 1, "name": "a"},
+        {"path": f"{tmp_path}/m.bin", "weight": 1, "name": "b"},
+    ]
+    mixed = TokenDataModule(blend, seq_len=4)
+    mixed.setup("fit")
+    assert mixed.rows["train"].shares["a"][0] == pytest.approx(0.5)  # type: ignore[attr-defined]
+
+
+def test_plain_files(tmp_path: Path) -> None:
+    """nanoGPT has no header, llm.c has one; documents end with EOS."""
+    tokens = [5, 6, 4, 7, 4, 8, 9]
+    np.array(tokens, np.uint16).tofile(tmp_path / "nano.bin")
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    (tmp_path / "llmc.bin").write_bytes(header.tobytes() + np.array(tokens, np.uint16).tobytes())
+    for name in ("nano.bin", "llmc.bin"):
+        file = TokenFile(tmp_path / name, end=4)
+        assert [d.input_ids.tolist() for d in file.fetch(range(len(file)))] == [[5, 6, 4], [7, 4], [8, 9]]
+        assert len(TokenFile(tmp_path / name)) == 1, "without an end they are one"
+    assert TokenFile(tmp_path / "nano.bin", end=9).documents == 1
+
+
+def test_it_trains_and_resumes(tmp_path: Path) -> None:
+    writer = TokenFileWriter(tmp_path / "t", 264)
+    draw = np.random.default_rng(0)
+    for _ in range(30):
+        ids = draw.integers(6, 264, 20)
+        writer.add([len(ids)], ids)
+    writer.close()
+
+    def fit(steps: int, **options: Any) -> float:
+        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_ledger": False}
+        root = {"default_root_dir": tmp_path, "log_every_n_steps": 1}
+        trainer = Trainer(accelerator="cpu", devices=1, max_steps=steps, **root, **quiet)  # type: ignore[arg-type]
+        data = TokenDataModule(tmp_path / "t", split="9,1", seq_len=16)
+        trainer.fit(CausalLMModule(tiny_model(), tokenizer=tiny_tokenizer(), scheduler="constant"), data, **options)
+        return float(trainer.callback_metrics["train_loss"])
+
+    whole = fit(6)
+    fit(3)
+    assert fit(6, ckpt_path="last") == whole
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    megatron(tmp_path / "m", [[[1, 2, 3]]])
+    index = (tmp_path / "m.idx").read_bytes()
+    for data, message in (
+        (b"nothing", "no index of Megatron"),
+        (index[:9] + struct.pack("<Q", 7) + index[17:], "version 7"),
+        (index[:40], "is cut off"),
+    ):
+        (tmp_path / "m.idx").write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            TokenFile(tmp_path / "m")
+    (tmp_path / "m.idx").write_bytes(index)
+    (tmp_path / "m.bin").write_bytes(b"\0\0")
+    with pytest.raises(ValueError, match="is shorter than"):
+        TokenFile(tmp_path / "m")
+    with pytest.raises(ValueError, match="no file of tokens"):
+        TokenFile(tmp_path / "none")
+    (tmp_path / "odd.bin").write_bytes(b"\0\0\0")
+    with pytest.raises(ValueError, match="no whole number of uint16"):
+        TokenFile(tmp_path / "odd.bin")
+    for split in ("a", "1,2,3,4", "-1,2", ""):
+        with pytest.raises(ValueError, match="is no split"):
+            parse_split(split)
