@@ -79,7 +79,10 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 def tiny(family: str) -> PreTrainedConfig:
     """A small config of a family, with a layer of each kind."""
     config = AutoConfig.for_model(family, **CORRECTIONS.get(family, {}))
-    return small_copy(config, "AutoModelForCausalLM", vocab_size=264).config
+    small = small_copy(config, "AutoModelForCausalLM", vocab_size=264)
+    if small.config_class is not type(config):
+        raise ValueError(f"{type(small).__name__} is built of a part of its config, which no auto class knows")
+    return small.config
 
 
 def module_of(config: PreTrainedConfig, **options: Any) -> CausalLMModule:

@@ -37,6 +37,8 @@ def initialize_weights(
         ValueError: the model has no rule for some of its parameters.
     """
     model.to_empty(device=device)
+    for _, buffer in _own_buffers(model):
+        buffer.fill_(_unset(buffer.dtype))
     drawn: set[int] = set()  # a tied weight is drawn once, by the first module that holds it
     left: list[str] = []
     for name, module in model.named_modules():
@@ -45,10 +47,12 @@ def initialize_weights(
         if own or dict(module.named_buffers(recurse=False)):
             left += _draw(model, module, own, device, seed_of(seed, name))
     left = _draw_by_parents(model, [name for name in left if name not in added], device, seed)
+    _fill_buffers_by_parents(model, device, seed)
+    buffers = {name: b for name, b in _own_buffers(model) if _is_unset(b)}
     if strict:
-        _refuse(model, left)
-    for name in left:
-        model.get_parameter(name).zero_()
+        _refuse(model, [*left, *buffers])
+    for tensor in (*map(model.get_parameter, left), *buffers.values()):
+        tensor.zero_()
     tie_weights(model)
 
 
@@ -97,6 +101,22 @@ def _draw_by_parents(model: PreTrainedModel, names: Sequence[str], device: torch
     return left
 
 
+def _fill_buffers_by_parents(model: PreTrainedModel, device: torch.device, seed: int) -> None:
+    """Fill buffers that a module around their own has the rule for; the innermost is asked first."""
+    left = [name for name, buffer in _own_buffers(model) if _is_unset(buffer)]
+    if not left:
+        return
+    drawn = [parameter for parameter in model.parameters() if not is_loaded(parameter)]
+    for parameter in drawn:
+        mark_loaded(parameter, True)
+    while left := [".".join(name.split(".")[:-1]) for name in left if name]:
+        for parent in sorted(set(left)):
+            _draw(model, model.get_submodule(parent), {}, device, seed_of(seed, parent))
+        left = [name for name in left if any(_is_unset(b) for _, b in _own_buffers(model.get_submodule(name)))]
+    for parameter in drawn:
+        mark_loaded(parameter, False)
+
+
 def _refuse(model: PreTrainedModel, left: Sequence[str]) -> None:
     if left:
         raise ValueError(
@@ -136,6 +156,20 @@ def _draw(
             parameter.to_local().copy_(shard.to_local())
             owner._parameters[key] = parameter
     return left
+
+
+def _own_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The buffers that hold numbers, by name: one that was not filled shows."""
+    return [(name, buffer) for name, buffer in model.named_buffers() if buffer.dtype is not torch.bool]
+
+
+def _unset(dtype: torch.dtype) -> float | int:
+    return torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+def _is_unset(buffer: torch.Tensor) -> bool:
+    missing = buffer.isnan() if buffer.is_floating_point() else buffer == _unset(buffer.dtype)
+    return bool(missing.any())
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

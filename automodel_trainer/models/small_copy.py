@@ -59,7 +59,10 @@ def small_copy(
     Raises:
         ValueError: it would not be small, or would lack a kind of layer, or does not run.
     """
-    whole = build_on_meta(auto_class, config, dtype, attention, trust_remote_code)
+    try:
+        whole = build_on_meta(auto_class, config, dtype, attention, trust_remote_code)
+    except Exception as error:
+        raise ValueError(f"{auto_class} could not build the model to check it ({first_line(error)})") from error
     first: Exception | None = None
     for size in SIZES:
         try:

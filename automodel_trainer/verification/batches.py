@@ -94,5 +94,13 @@ def renumber(objective: Objective, steps: list[list[MicroBatch]], config: PreTra
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         for part in {id(config): config, id(text): text}.values():
             old = getattr(part, name, None)
-            setattr(part, name, numbers.get(old) if isinstance(old, int) else None)
+            _set_id(part, name, numbers.get(old) if isinstance(old, int) else None)
     return len(used)
+
+
+def _set_id(config: PreTrainedConfig, name: str, value: int | None) -> None:
+    """Set a special token. Some configs refuse None: there it is the first token."""
+    try:
+        setattr(config, name, value)
+    except Exception:  # of the validator of each config class
+        setattr(config, name, 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import masking_utils
 
 from automodel_trainer import CausalLMModule, ChatDataModule, TextDataModule, Trainer
@@ -169,3 +170,14 @@ def test_random_weights_that_a_parent_draws() -> None:
         assert router.std().item() == pytest.approx(0.02, rel=0.3)
     with pytest.raises(ValueError, match=r"no rule to draw random values of .*alpha_p"):
         AutoModelForCausalLM.from_config(tiny_config("apertus"))
+
+
+def test_buffers_that_a_parent_fills() -> None:
+    """A buffer that no checkpoint holds is as the constructor makes it, wherever the rule for it is."""
+    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+    config = tiny_config("falcon_h1", ssm_multipliers=[0.5, 2.0, 3.0, 4.0, 5.0], **sizes)
+    ours = dict(AutoModelForCausalLM.from_config(config).named_buffers())
+    theirs = dict(transformers.AutoModelForCausalLM.from_config(config).named_buffers())
+    assert ours.keys() == theirs.keys()
+    for name, buffer in theirs.items():
+        torch.testing.assert_close(ours[name], buffer)
