@@ -180,7 +180,7 @@ def f(x, self):
 
 FAMILIES = re.compile(
     r"\b(llama|qwen|gemma|mistral|mixtral|phi-?\d|gpt_?-?(2|neox|oss|j)|deepseek|falcon|smollm|olmo|lfm|granite|bloom|glm"
-    r"|bert|mamba)\w*",
+    r"|bert|mamba(?![_-]))\w*",  # `mamba_…` are fields of configs, and mamba-ssm is a package
     re.IGNORECASE,
 )
 
