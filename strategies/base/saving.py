@@ -6,7 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import lightning.pytorch as pl
 import safetensors.torch
@@ -188,6 +188,7 @@ class SavingStrategy(MeshProcesses):
             assert isinstance(checkpoint, dict)
             self.on_optimizers_read(checkpoint)
 
+    @final
     def whole_weights(self) -> bytes | None:
         """The weights of a user's module in the safetensors format; None if they are sharded, or an objective's."""
         module = self.lightning_module

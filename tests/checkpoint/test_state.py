@@ -213,8 +213,8 @@ def test_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_state_that_is_no_json_is_refused_and_named(tmp_path: Path) -> None:
-    checkpoint = {**LIGHTNING, "hyper_parameters": {"net": {"act": torch.nn.ReLU()}}}
-    with pytest.raises(ValueError, match=r"hyper_parameters.net.act is a torch.nn.*ReLU"):
+    checkpoint = {**LIGHTNING, "callbacks": {"net": {"act": torch.nn.ReLU()}}}
+    with pytest.raises(ValueError, match=r"callbacks.net.act is a torch.nn.*ReLU"):
         save_checkpoint(tmp_path / "a", checkpoint, torch.nn.Linear(2, 2), [])
     assert list(tmp_path.iterdir()) == []
 

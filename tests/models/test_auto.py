@@ -171,4 +171,4 @@ def test_no_rank_holds_the_whole_model(pool: RankPool, tmp_path: Path) -> None:
     del model
     peaks = pool.run(4, peak_memory_of_load, str(tmp_path))
     print(f"model {whole:.0f} MiB; peak resident memory per rank: {[f'{peak:.0f} MiB' for peak in peaks]}")
-    assert 0.2 * whole < max(peaks) < 0.6 * whole
+    assert 0.2 * whole < max(peaks) < 0.75 * whole

@@ -138,5 +138,5 @@ def test_liger_loss_wants_a_plain_head() -> None:
     hidden, targets = torch.randn(1, 5, 8), torch.randint(0, 20, (1, 5))
     capped = DeferredLogits(hidden, head.forward, head).then(torch.tanh)
     for logits in (capped, torch.randn(1, 5, 20)):
-        with pytest.raises(ValueError, match="loss='liger' is for a head that is a linear layer and nothing more"):
+        with pytest.raises(ValueError, match="loss='liger' needs a head that is a plain linear layer"):
             summed_loss(logits, targets, LossKernel("liger", LIGER.loss()))

@@ -27,7 +27,7 @@ def test_other_data_is_refused(home: Path) -> None:
 
 def test_another_kind_of_model_is_refused(home: Path, tmp_path: Path) -> None:
     module = tags(home).TokenClassification(tiny_model("qwen3"))
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM is what AutoModelForCausalLM builds"):
+    with pytest.raises(ValueError, match="AutoModelForCausalLM builds a Qwen3ForCausalLM"):
         Trainer(**quiet(tmp_path, max_steps=1)).fit(module, [micro_batches(home, 0)])
 
 

@@ -32,7 +32,8 @@ def test_bad_specs(spec: str, message: str) -> None:
 
 
 def test_lightnings_own_names_pass_through() -> None:
-    assert StrategyRegistry.resolve("ddp_spawn") == "ddp_spawn"
+    assert StrategyRegistry.resolve("fsdp") == "fsdp"
+    assert isinstance(StrategyRegistry.resolve("ddp_spawn"), DDPStrategy)
     assert isinstance(StrategyRegistry.resolve("ddp"), DDPStrategy)
 
 

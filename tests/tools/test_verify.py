@@ -18,7 +18,7 @@ from automodel_trainer.models.shrink import alike, shrink
 from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, inner_parallel
 from automodel_trainer.strategies.context.split import ContextParallel
 from automodel_trainer.strategies.data_parallel import gradient_reduction
-from automodel_trainer.strategies.tensor import parallelize as tensor
+from automodel_trainer.strategies.tensor import local_parameters
 from automodel_trainer.verification.report import Report
 from automodel_trainer.verification.steps import layout_run
 from automodel_trainer.verification.verify import verify
@@ -108,13 +108,13 @@ def untied_head(patch: pytest.MonkeyPatch) -> None:
 
 
 def norm_not_synchronised(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tensor, "sum_gradient", lambda local, group, **kwargs: local)
+    patch.setattr(local_parameters, "sum_gradient", lambda local, group, **kwargs: local)
     # The strategy's own look at replicated gradients sees this one too, before there is anything to compare.
     patch.setattr(inner_parallel, "check_replicas", lambda model, mesh: None)
 
 
 def norm_not_synchronised_with_the_look(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tensor, "sum_gradient", lambda local, group, **kwargs: local)
+    patch.setattr(local_parameters, "sum_gradient", lambda local, group, **kwargs: local)
 
 
 def _after_split(patch: pytest.MonkeyPatch, change: Callable[[dict[str, Any], Any], Any]) -> None:

@@ -60,6 +60,8 @@ class GroupedExperts(nn.Module):
             y = grouped_mm(x, weight if transposed else weight.mT, routes.ends)
         if isinstance(self, LoRAParameters) and name in self.adapted:
             y = y + _low_rank(self, name, x, routes.ends)
+        if scale is None:  # not a number times no gradient would be not a number
+            y = routes.masked(y)
         if self.layout.biased:
             bias = self._parameters[f"{name}_bias"]
             assert bias is not None
