@@ -1,4 +1,4 @@
-"""A part of docs/models.md is measured again. CI sets `AMT_MATRIX_PART` to the number of its run, so all have a turn."""
+"""A part of docs/models.md is measured again. CI sets `AMT_MATRIX_PART` to the number of its run: all have a turn."""
 
 from __future__ import annotations
 
