@@ -129,7 +129,7 @@ def check_ended(job: Job) -> None:
     assert job.wait(600) != [0]
     log, seen = job.log(), time.time()
     pids = re.findall(r"PID (\d+)", log)
-    assert len(pids) == 2
+    assert pids, log
     while any(runs(pid) for pid in pids) and time.time() - seen < 300:
         time.sleep(0.1)
     assert not any(runs(pid) for pid in pids)
