@@ -14,34 +14,13 @@ from automodel_trainer.distributed.launch import launched_sizes
 from tests.processes import Job, in_folder, run_code, torchrun
 
 SCRIPT = """
-import os
 import sys
-import threading
 import time
-from lightning.pytorch.callbacks import Callback
-from automodel_trainer import CausalLMModule, DDPStrategy, FSDP2Strategy, MockDataModule, Trainer
+from automodel_trainer import CausalLMModule, FSDP2Strategy, MockDataModule, Trainer
 from tests.tiny import tiny_model
 
-
-class Accident(Callback):
-    def on_train_batch_start(self, trainer, *args):
-        print("PID", os.getpid(), flush=True)
-        if trainer.global_rank == 0:
-            time.sleep(1)
-            raise RuntimeError("on purpose, on one rank only")
-        threading.Event().wait(3000)
-
-
-def fails(root):
-    trainer = Trainer(
-        strategy=DDPStrategy(), accelerator="cpu", devices=2, max_steps=2, logger=False, callbacks=[Accident()],
-        default_root_dir=root, enable_progress_bar=False,
-    )
-    data = MockDataModule(vocab_size=260, seq_len=16, global_batch_size=4, num_samples=16)
-    trainer.fit(CausalLMModule(tiny_model(), lr=1e-2), data)
-
-
-def trains(launcher, root):
+if __name__ == "__main__":
+    launcher, root = sys.argv[1:]
     trainer = Trainer(
         strategy=FSDP2Strategy(launcher=launcher), accelerator="cpu", devices=2, max_steps=2, logger=False,
         default_root_dir=root, log_every_n_steps=1, enable_progress_bar=False,
@@ -49,12 +28,6 @@ def trains(launcher, root):
     data = MockDataModule(vocab_size=260, seq_len=16, global_batch_size=4, num_samples=16)
     path = trainer.fit(CausalLMModule(tiny_model(), lr=1e-2), data)
     print("PATH", path, "WORLD", trainer.world_size, "LOSS", "train_loss" in trainer.callback_metrics)
-
-
-if __name__ == "__main__":
-    root, *launchers = sys.argv[1:]
-    for launcher in launchers:
-        fails(root) if launcher == "fails" else trains(launcher, root)
 """
 
 
@@ -66,14 +39,10 @@ def started(code: str, folder: Path, *arguments: str) -> Job:
     return Job(folder, in_folder, folder, environment, run_code, code, script, *arguments)
 
 
-@pytest.mark.parametrize("launcher", ["fork", "spawn"])
+@pytest.mark.parametrize("launcher", ["fork", "spawn", "subprocess"])
 def test_devices_starts_processes(launcher: str, tmp_path: Path) -> None:
-    job = started(SCRIPT, tmp_path, str(tmp_path / "run"), launcher)
+    job = started(SCRIPT, tmp_path, launcher, str(tmp_path / "run"))
     assert job.wait(240) == [0], job.log()
-    check_trained(job, tmp_path)
-
-
-def check_trained(job: Job, tmp_path: Path) -> None:
     assert f"PATH {tmp_path / 'run/checkpoints/step-00000002'} WORLD 2 LOSS True" in job.log()
     assert (tmp_path / "run/checkpoints/step-00000002/rank-00001.json").is_file()
 
@@ -106,6 +75,30 @@ def test_srun_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched_sizes("auto", 1) == ("auto", 1)
 
 
+RAISES = """
+import os, sys, threading, time
+from lightning.pytorch.callbacks import Callback
+from automodel_trainer import CausalLMModule, DDPStrategy, MockDataModule, Trainer
+from tests.tiny import tiny_model
+
+class Accident(Callback):
+    def on_train_batch_start(self, trainer, *args):
+        print("PID", os.getpid(), flush=True)
+        if trainer.global_rank == 0:
+            time.sleep(1)
+            raise RuntimeError("on purpose, on one rank only")
+        threading.Event().wait(3000)
+
+if __name__ == "__main__":
+    trainer = Trainer(
+        strategy=DDPStrategy(), accelerator="cpu", devices=2, max_steps=2, logger=False, callbacks=[Accident()],
+        default_root_dir=sys.argv[1], enable_progress_bar=False,
+    )
+    data = MockDataModule(vocab_size=260, seq_len=16, global_batch_size=4, num_samples=16)
+    trainer.fit(CausalLMModule(tiny_model(), lr=1e-2), data)
+"""
+
+
 def runs(pid: str) -> bool:
     """Whether there is such a process; one that has ended and that nobody has asked about does not count."""
     with suppress(OSError):
@@ -113,23 +106,17 @@ def runs(pid: str) -> bool:
     return False
 
 
-def test_devices_starts_scripts_and_a_rank_that_raises_takes_the_other_along(tmp_path: Path) -> None:
-    """Rank 0, in a second `fit`. It has started the other: nobody but the watchdog would see to that."""
-    job = started(SCRIPT, tmp_path, str(tmp_path / "run"), "subprocess", "fails")
-    check_ended(job)
-    check_trained(job, tmp_path)
-
-
-def test_under_torchrun_a_rank_that_raises_takes_the_other_along(tmp_path: Path) -> None:
-    arguments = (SCRIPT, tmp_path / "train.py", str(tmp_path / "run"), "fails")
-    check_ended(Job(tmp_path, torchrun, 0, run_code, *arguments))
-
-
-def check_ended(job: Job) -> None:
+@pytest.mark.parametrize("launcher", ["devices", "torchrun"])
+def test_a_rank_that_raises_takes_the_others_along(launcher: str, tmp_path: Path) -> None:
+    """Rank 0. With `devices=2` it has started the other: nobody but the watchdog would see to that."""
+    if launcher == "devices":
+        job = started(RAISES, tmp_path, str(tmp_path / "run"))
+    else:
+        job = Job(tmp_path, torchrun, 0, run_code, RAISES, tmp_path / "train.py", str(tmp_path / "run"))
     assert job.wait(600) != [0]
     log, seen = job.log(), time.time()
     pids = re.findall(r"PID (\d+)", log)
-    assert pids, log
+    assert len(pids) == 2
     while any(runs(pid) for pid in pids) and time.time() - seen < 300:
         time.sleep(0.1)
     assert not any(runs(pid) for pid in pids)

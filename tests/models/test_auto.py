@@ -169,6 +169,8 @@ def test_no_rank_holds_the_whole_model(pool: RankPool, tmp_path: Path) -> None:
     whole = sum(p.numel() * 4 for p in model.parameters()) / 2**20
     model.save_pretrained(tmp_path)
     del model
+    tiny_model().save_pretrained(tmp_path / "small")
+    pool.run(4, peak_memory_of_load, str(tmp_path / "small"))  # what a rank's first load takes once, for its process
     peaks = pool.run(4, peak_memory_of_load, str(tmp_path))
     print(f"model {whole:.0f} MiB; peak resident memory per rank: {[f'{peak:.0f} MiB' for peak in peaks]}")
-    assert 0.2 * whole < max(peaks) < 0.75 * whole
+    assert 0.2 * whole < max(peaks) < 0.6 * whole
