@@ -7,13 +7,11 @@ and mixed values are therefore stored as JSON (the feature `datasets.Json`), and
 
 from __future__ import annotations
 
-import atexit
 import errno
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,10 @@ from typing import Any
 import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, Json, Value
-from filelock import FileLock
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from automodel_trainer.data.files import DataFile, names_of
+from automodel_trainer.data.locked_folder import lock_in
 from automodel_trainer.data.readers import TYPED, Row, read_rows, read_tables, schema_of
 
 _VERSION = 1
@@ -52,19 +50,14 @@ def dataset_of_files(files: Sequence[DataFile]) -> tuple[Dataset, list[tuple[int
     states = [[str(part) for part in file.state] for file in files]
     root = Path(datasets.config.HF_DATASETS_CACHE) / "automodel_trainer"
     name = hashlib.sha256(json.dumps([_VERSION, identity]).encode()).hexdigest()[:32]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f"{name}.lock")
-        lock.acquire()
-    except OSError as error:
-        root = Path(tempfile.mkdtemp(prefix="automodel_trainer"))
-        atexit.register(shutil.rmtree, root, ignore_errors=True)
-        rank_zero_warn(
-            f"The cache of datasets cannot be written ({error}): {names_of(files)} is read into {root} for this run "
-            "only. Set HF_HOME or HF_DATASETS_CACHE to a folder that can be written to keep it."
-        )
-        lock = FileLock(root / f"{name}.lock")
-        lock.acquire()
+    root, lock = lock_in(
+        root,
+        name,
+        lambda error, temporary: (
+            f"The cache of datasets cannot be written ({error}): {names_of(files)} is read into {temporary} for this "
+            "run only. Set HF_HOME or HF_DATASETS_CACHE to a folder that can be written to keep it."
+        ),
+    )
     with lock:
         target, note = root / f"{name}.arrow", root / f"{name}.json"
         known = json.loads(note.read_text()) if note.is_file() and target.is_file() else None

@@ -6,7 +6,6 @@ It is safe to delete at any time: the next run builds it again.
 
 from __future__ import annotations
 
-import atexit
 import errno
 import hashlib
 import json
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
-from filelock import FileLock
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from automodel_trainer.data.arrow_rows import no_space
+from automodel_trainer.data.locked_folder import lock_in
 from automodel_trainer.data.sources import quiet
 
 FORMAT_VERSION = 2
@@ -74,32 +72,22 @@ def load_or_build(key: str, build: Callable[[Path], Dataset]) -> Dataset:
     """
     folder = cache_root() / key
     if not folder.is_dir():
-        folder, lock = _locked(folder)
+        wanted = folder.parent
+        root, lock = lock_in(
+            wanted,
+            key,
+            lambda error, temporary: (
+                f"The token cache {wanted} cannot be written ({error}): tokens are kept in {temporary} for this "
+                "run only. Set AMT_CACHE to a folder that can be written, or cache=False to keep them in memory."
+            ),
+        )
+        folder = root / key
         with lock:
             if not folder.is_dir():
                 _write(folder, build)
     dataset = load_from_disk(str(folder))
     assert isinstance(dataset, Dataset)
     return dataset
-
-
-def _locked(folder: Path) -> tuple[Path, FileLock]:
-    """Lock a cache that is to be built. Where the cache cannot be written, it is a temporary one for this run."""
-    lock = FileLock(f"{folder}.lock")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        temporary = Path(tempfile.mkdtemp(prefix="automodel_trainer"))
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        rank_zero_warn(
-            f"The token cache {folder.parent} cannot be written ({error}): tokens are kept in {temporary} for this run "
-            "only. Set AMT_CACHE to a folder that can be written, or cache=False to keep them in memory."
-        )
-        folder = temporary / folder.name
-        lock = FileLock(f"{folder}.lock")
-        lock.acquire()
-    return folder, lock
 
 
 def _write(folder: Path, build: Callable[[Path], Dataset]) -> None:
