@@ -14,6 +14,7 @@ import gc
 import importlib
 import multiprocessing.connection
 import os
+import queue
 import random
 import shutil
 import signal
@@ -25,6 +26,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +104,18 @@ class _Team:
             "MASTER_PORT": str(_free_port()),
             "TORCHELASTIC_RUN_ID": "pool",
         }
-        for queue in self._jobs:
-            queue.put((self._fresh, environment, function, args, kwargs))
+        # Bytes, each rank's own (a tensor's memory is taken over once): what cannot be pickled is an error here,
+        # and what cannot be read is the rank's error, not its end.
+        for jobs in self._jobs:
+            jobs.put((self._fresh, environment, bytes(ForkingPickler.dumps((function, args, kwargs)))))
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         in_group: set[bool] = set()
         stuck = ""
         while len(results) + len(errors) < self.size:
             try:
-                rank, result, error, initialized = self._results.get(timeout=_TIMEOUT if not errors else 20)
-            except Exception:  # ranks that wait for a dead one never answer
+                rank, result, error, initialized = self._next_result(_TIMEOUT if not errors else 20)
+            except TimeoutError:  # ranks that wait for a dead one never answer
                 stuck = self._ask(set(range(self.size)) - results.keys() - errors.keys())
                 self.close()
                 self._start()
@@ -125,6 +129,17 @@ class _Team:
         if len(results) < self.size:
             raise TimeoutError(f"{function.__name__} did not finish:\n{stuck}")
         return [results[rank] for rank in range(self.size)]
+
+    def _next_result(self, seconds: float) -> tuple[int, Any, str | None, bool]:
+        """Of the rank that answers next. Raises TimeoutError after `seconds`, and at once where a process has ended."""
+        end = time.monotonic() + seconds
+        while True:
+            ended = any(not process.is_alive() for process in self._processes)
+            try:
+                return self._results.get(timeout=1)
+            except queue.Empty:
+                if ended or time.monotonic() > end:
+                    raise TimeoutError from None
 
     def _ask(self, ranks: set[int]) -> str:
         """Where ranks are that do not answer, or how they ended."""
@@ -158,19 +173,21 @@ def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
     gc.set_threshold(20_000, 10, 10)  # a seventh of a job's time went into looking for garbage
     own_environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     while True:
-        fresh, environment, function, args, kwargs = jobs.get()
+        fresh, environment, call = jobs.get()
         _reset({**own_environment, **environment})
-        alone = kept_groups.has_own_groups(function)
-        if fresh or alone:
-            kept_groups.forget()
-        kept_groups.begin()
+        alone = False
         try:
+            function, args, kwargs = ForkingPickler.loads(call)
+            alone = kept_groups.has_own_groups(function)
+            if fresh or alone:
+                kept_groups.forget()
+            kept_groups.begin()
             result, error = function(*args, **kwargs), None
         except BaseException:
             result, error = None, traceback.format_exc()
         if error or alone:  # other ranks may wait for this one: they see that its connections end
             kept_groups.forget()
-        args, kwargs = (), {}
+        function, args, kwargs, call = None, (), {}, b""
         gc.collect()  # a process group has threads and connections until nothing refers to it
         results.put((rank, result, error, dist.is_initialized()))
 

@@ -232,7 +232,8 @@ def test_from_yaml(home: Path) -> None:
 @pytest.mark.parametrize("strategy", ["fsdp2:tp=2", "fsdp2:cp=2"])
 def test_verify(pool: RankPool, home: Path, strategy: str) -> None:
     """A head with dropout of its own, labels that are no token ids."""
-    pool.run(2, import_tags, home)
+    for ranks in (1, 2):  # the reference's and the layout's
+        pool.run(ranks, import_tags, home)
     model = AutoModelForTokenClassification.from_config(tiny_config("qwen3", num_labels=LABELS), dtype=torch.float32)
     report = verify(tags(home).TokenClassification(model), micro_batches(home, 0), strategy, launch=pool.run)
     assert report.passed, [q for q in report.quantities if not q.passed]

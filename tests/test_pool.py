@@ -99,6 +99,30 @@ def test_after_an_accident_all_groups_are_new(pool: RankPool, error: bool) -> No
         pool.run(2, sharded_sum, "fsdp2:tp=2")  # hangs or raises where one rank has other groups
 
 
+class OnlyHere:
+    """What no other process can read."""
+
+    def __reduce__(self) -> Any:
+        return __import__, ("a_module_of_nobody",)
+
+
+def test_what_a_rank_cannot_read_is_its_error(pool: RankPool) -> None:
+    with pytest.raises(AssertionError, match="No module named 'a_module_of_nobody'"):
+        pool.run(1, print, OnlyHere())
+    assert pool.run(1, abs, -3) == [3]
+
+
+def test_a_rank_that_ends_is_noticed(pool: RankPool) -> None:
+    with pytest.raises(TimeoutError, match="rank 1: ended with code 5"):
+        pool.run(2, end_rank_1)
+    pool.run(2, sharded_sum, "fsdp2:tp=2")
+
+
+def end_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        os._exit(5)
+
+
 def changes_much() -> None:
     os.environ["LEFT_BY_A_JOB"] = "1"
     os.environ["WORLD_SIZE"] = "7"
