@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint import check_checkpoint
+from automodel_trainer.checkpoint.own_saving import save_by_export
 from automodel_trainer.checkpoint.saved_weights import like
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.build import add_adapters, build_pretrained, check_purpose, fill_from_folder, load_config
@@ -34,7 +35,8 @@ from automodel_trainer.models.lora.from_peft import (
 from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
-from automodel_trainer.models.sidecars import has_tokenizer
+from automodel_trainer.models.record import recorded
+from automodel_trainer.models.sidecars import ModelFolder, has_tokenizer
 from automodel_trainer.modules.isolation import isolation_of, packs
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.nn.deferred_logits import defer_logits
@@ -112,7 +114,9 @@ class BuiltModule(Objective, pl.LightningModule):
         (reference,) = self._reference
         if isinstance(reference, (str, os.PathLike)):
             return resolve_folder(reference, self.revision)
-        name = reference.name_or_path
+        name, kept = reference.name_or_path, recorded(reference, ModelFolder)
+        if kept is not None and kept.name == name:
+            return kept.folder
         return Path(name) if name and os.path.isdir(name) else None
 
     @property
@@ -227,6 +231,7 @@ class BuiltModule(Objective, pl.LightningModule):
             defer_logits(self.model)
         if self.neftune_alpha:
             add_neftune(self.model.get_input_embeddings(), self.neftune_alpha)
+        save_by_export(self.model)
         self.model.train()
 
     def _check_options(self) -> None:
