@@ -53,6 +53,7 @@ class MeshProcesses(ParallelStrategy):
         self.timeout = timeout
         self.num_nodes = 1
         self._device_mesh: DeviceMesh | None = None
+        self._group: Any = None
         self._owns_group = False
 
     # --- what a strategy may override ---------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ class MeshProcesses(ParallelStrategy):
             dist.destroy_process_group()  # a forked worker inherits that of an earlier run on one device
         if not dist.is_initialized():
             self._init_process_group()
-        self._device_mesh = self.build_mesh()
+        self._device_mesh, self._group = self.build_mesh(), dist.group.WORLD
 
     def _init_process_group(self) -> None:
         environment = self.cluster_environment
@@ -237,8 +238,8 @@ class MeshProcesses(ParallelStrategy):
     @property
     @final
     def has_started(self) -> bool:
-        """Whether the processes and the mesh exist."""
-        return self._device_mesh is not None
+        """Whether the processes and the mesh exist, and belong to the process group that runs now."""
+        return self._device_mesh is not None and dist.is_initialized() and self._group is dist.group.WORLD
 
     @final
     def start(self, precision: str | int | None = None, device: Device = "auto") -> Self:
@@ -260,6 +261,8 @@ class MeshProcesses(ParallelStrategy):
         """
         if self.has_started:
             return self
+        if self._device_mesh is not None:  # of a group that has ended
+            self.forget_run()
         if self._accelerator is not None:
             raise ValueError(
                 f"This {type(self).__name__} belongs to a Trainer, which starts it in fit. Build the model in the "
@@ -290,7 +293,7 @@ class MeshProcesses(ParallelStrategy):
 
     def forget_run(self) -> None:
         """Release the processes and the mesh. The requested layout remains, ready for another run."""
-        self._device_mesh = None
+        self._device_mesh = self._group = None
         self._launcher = self._accelerator = self._precision_plugin = None
         self._lightning_module = self._model = None
         self._optimizers, self._lightning_optimizers, self.lr_scheduler_configs = [], [], []
