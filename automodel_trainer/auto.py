@@ -245,6 +245,34 @@ def finished(model: PreTrainedModel, layout: Layout | None) -> PreTrainedModel:
     return model
 
 
+def add_lora(model: PreTrainedModel, lora: LoRAConfig) -> PreTrainedModel:
+    """Freeze a model that is loaded, and give it adapters, in place. `save_pretrained` then writes the adapter.
+
+    Args:
+        model: whole, with its weights. For a sharded model, give `lora=` to `from_pretrained`.
+        lora: what to adapt, and how.
+
+    Returns:
+        the model.
+
+    Raises:
+        ValueError: the model is sharded or on meta, or the configuration does not fit it.
+    """
+    from torch.distributed.tensor import DTensor
+
+    from automodel_trainer.models.lora import apply_lora, finish_lora, lora_of
+
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or isinstance(parameter, DTensor):
+            where = "on meta" if parameter.is_meta else "sharded"
+            raise ValueError(f"{name} is {where}. Give lora= to from_pretrained, which builds such a model adapted.")
+    if lora_of(model) is not None:
+        raise ValueError("The model has adapters already.")
+    device = next(model.parameters()).device
+    finish_lora(apply_lora(model, lora).to(device))
+    return finished(model, None)
+
+
 def builder(auto_class: str) -> type[AutoBuilder]:
     """The class of this project for a transformers auto class of this name, also one that is not listed above.
 

@@ -17,6 +17,8 @@ An entry is found by its type, and the package that makes an entry owns the type
 | `quantization_config.ReadDense` | `fill_from_folder` | the checkpoint's weights were quantized, and are dense now |
 | `sidecars.ModelFolder` | `build_pretrained` | where the model was read from |
 | `_masks.PackingWithoutSync` | `packing_without_sync` | documents of packed rows are found without a wait |
+| `DefersLogits` | `chunked_loss` | its head can defer its logits |
+| `Checkpointed` | `checkpoint_when_asked` | its blocks are checkpointed |
 | `CompiledBlock`, on a block | `compile_blocks` | the training forward of this block is compiled |
 """
 

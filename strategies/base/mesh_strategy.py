@@ -17,7 +17,9 @@ from automodel_trainer._lightning import forget_optimizers, synchronize_layers
 from automodel_trainer.checkpoint.given import note_given
 from automodel_trainer.distributed.mesh import ParallelDims
 from automodel_trainer.distributed.stage_names import pipeline_of
+from automodel_trainer.models.record import record_of
 from automodel_trainer.strategies.base._transformers_marks import mark_as_sharded
+from automodel_trainer.strategies.base.activation_checkpointing import Checkpointed, checkpoint_when_asked
 from automodel_trainer.strategies.base.compile import wants_compile
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part
 from automodel_trainer.strategies.base.precision import MeshPrecision
@@ -121,6 +123,10 @@ class MeshStrategy(StepRunner, SavingStrategy):
         sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         if self.world_size > 1 and (sharded or pipeline_of(model) is not None):
             mark_as_sharded(model, self.dims)
+        if self.dims.tp * self.dims.cp > 1:
+            checkpoint_when_asked(model)
+            if getattr(self, "activation_checkpointing", None):
+                record_of(model).keep(Checkpointed())
 
     # --- helpers for layouts ------------------------------------------------------------------------------------------
 

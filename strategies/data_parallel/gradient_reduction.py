@@ -15,13 +15,14 @@ def average_over(modules: Iterable[nn.Module], ranks: int) -> None:
     """Make FSDP2 divide the summed gradients of these units by `ranks`.
 
     Experts need it: they are sharded over fewer ranks than the rows are, and see the tokens of all of them. It is a
-    plain sum, divided afterwards: gloo has no scaled sum, and NCCL's gives zeros in bf16 up to torch 2.13
-    (pytorch#190747).
+    plain sum, divided afterwards by a hook. gloo has no scaled sum, and NCCL's gives zeros in bf16 up to torch 2.13
+    (pytorch#190747). FSDP2's own factor is applied twice where a single rank holds the unit (torch 2.13).
     """
     for module in modules:
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(float(ranks))
+            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            module.set_all_reduce_hook(lambda gradients: gradients.div_(ranks))
 
 
 def average_unsharded_gradients(module: nn.Module, world_size: int) -> None:
