@@ -41,6 +41,7 @@ def test_the_page(tmp_path: Path) -> None:
 
 
 def test_parts_do_not_import_the_trainer() -> None:
+    """In a process of its own, which has imported nothing yet."""
     subprocess.run([sys.executable, "-c", PARTS], check=True)
 
 

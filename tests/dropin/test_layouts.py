@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from automodel_trainer.checkpoint.stream import stream_weights, weight_info
 from automodel_trainer.distributed.agreement import rank
 from automodel_trainer.strategies import StrategyRegistry
 from automodel_trainer.strategies.base.clip import clip_grad_norm_
+from tests.harness import once
 from tests.limits import check_run, close
+from tests.matrix import more
 from tests.pool import RankPool
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
 ROWS = torch.arange(6, 54).view(4, 12)
@@ -74,12 +77,12 @@ def loop(model: PreTrainedModel, rows: torch.Tensor, clip: Any = torch.nn.utils.
 
 def generated(model: PreTrainedModel) -> list[torch.Tensor]:
     model.eval()
-    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
     return [
         model.generate(**LEFT, **options),
         model.generate(**LEFT, **options, use_cache=False),
         model.generate(**LEFT, **options, num_beams=2),
-        model.generate(**LEFT, **options, eos_token_id=[3, 5]),
+        model.generate(**LEFT, **options, stop_strings=["a", "the"], tokenizer=tiny_tokenizer()),
     ]
 
 
@@ -128,35 +131,45 @@ def weights_of(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-LAYOUTS = [
-    ("ddp", 2, "dense"), ("fsdp2", 2, "dense"), ("fsdp2:tp=2", 2, "dense"), ("fsdp2:cp=2", 2, "dense"),
-    ("hsdp", 4, "dense"), ("fsdp2:tp=2", 4, "moe"), ("fsdp2:ep=2", 2, "moe"), ("3d:pp=2", 2, "dense"),
-]  # fmt: skip
+@pytest.fixture(scope="module")
+def wanted(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """What one device makes of a base: losses and weights, in fp64 and fp32, and what it generates."""
 
-
-def test_a_plain_loop_on_every_layout(pool: RankPool, bases: Path, tmp_path: Path) -> None:
-    wanted: dict[str, Any] = {}
-    for kind in ("dense", "moe"):
-        start = plain(bases / kind)
+    @once
+    def of(kind: str) -> Any:
+        start, folder = plain(bases / kind), tmp_path_factory.mktemp("wanted")
         runs = [alone(start, dtype) for dtype in (torch.float64, torch.float32)]
-        files = [weights_of(model, tmp_path / kind / str(i)) for i, (_, model) in enumerate(runs)]
-        wanted[kind] = runs[0][0], runs[1][0], *files, generated(start), load_file(bases / kind / "model.safetensors")
-    for index, (spec, world_size, kind) in enumerate(LAYOUTS):
-        out = tmp_path / str(index)
-        exact, near, exact_weights, near_weights, tokens, untouched = wanted[kind]
-        for seen in pool.run(world_size, on_ranks, spec, bases / kind, out, None):
-            assert seen["untouched"].keys() == untouched.keys(), spec
-            assert all(torch.equal(seen["untouched"][name], tensor) for name, tensor in untouched.items()), spec
-            if "losses" in seen:
-                check_run(seen["losses"], exact, near, ROWS.numel(), "loss")
-                check_run(seen["weights"], exact_weights, near_weights, ROWS.numel())
-                assert all(torch.equal(a, b) for a, b in zip(seen["generated"], tokens)), spec
-            assert seen["info"] == {name: (tuple(t.shape), t.dtype) for name, t in seen["weights"].items()}, spec
-            assert seen["bf16"] == {torch.bfloat16}
-            assert seen["names"] == list(seen["info"])
-        saved = load_file(out / "saved" / "model.safetensors")
-        assert saved.keys() == seen["weights"].keys(), spec
-        assert all(torch.equal(saved[name], tensor) for name, tensor in seen["weights"].items()), spec
+        files = [weights_of(model, folder / str(i)) for i, (_, model) in enumerate(runs)]
+        return runs[0][0], runs[1][0], *files, generated(start), load_file(bases / kind / "model.safetensors")
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("spec", "world_size", "kind"),
+    [
+        ("ddp", 2, "dense"), ("fsdp2", 2, "dense"), ("fsdp2:tp=2", 2, "dense"), ("fsdp2:ep=2", 2, "moe"),
+        ("3d:pp=2", 2, "dense"), more("fsdp2:cp=2", 2, "dense"), more("hsdp", 4, "dense"),
+        more("fsdp2:tp=2", 4, "moe"),
+    ],
+)  # fmt: skip
+def test_a_plain_loop_on_every_layout(
+    pool: RankPool, bases: Path, tmp_path: Path, wanted: Callable[[str], Any], spec: str, world_size: int, kind: str
+) -> None:
+    exact, near, exact_weights, near_weights, tokens, untouched = wanted(kind)
+    for seen in pool.run(world_size, on_ranks, spec, bases / kind, tmp_path, None):
+        assert seen["untouched"].keys() == untouched.keys()
+        assert all(torch.equal(seen["untouched"][name], tensor) for name, tensor in untouched.items())
+        if "losses" in seen:
+            check_run(seen["losses"], exact, near, ROWS.numel(), "loss")
+            check_run(seen["weights"], exact_weights, near_weights, ROWS.numel())
+            assert all(torch.equal(a, b) for a, b in zip(seen["generated"], tokens))
+        assert seen["info"] == {name: (tuple(t.shape), t.dtype) for name, t in seen["weights"].items()}
+        assert seen["bf16"] == {torch.bfloat16}
+        assert seen["names"] == list(seen["info"])
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == seen["weights"].keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in seen["weights"].items())
 
 
 def test_adapters_in_a_plain_loop(pool: RankPool, bases: Path, tmp_path: Path) -> None:
