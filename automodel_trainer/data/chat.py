@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from automodel_trainer.data.base import MicroBatchDataModule, check_packing
@@ -170,7 +170,8 @@ class ChatDataModule(MicroBatchDataModule):
     def _validation_rows(self, train: Any) -> Dataset | None:
         if self.validation is None:
             return load_validation_rows(train)
-        first = next(iter(self.validation.values())) if isinstance(self.validation, dict) else self.validation
+        named = isinstance(self.validation, dict) and not isinstance(self.validation, DatasetDict)
+        first = next(iter(self.validation.values())) if named else self.validation
         return load_rows(first, "validation")
 
     def _whole(self, split: str, rows: Dataset) -> Rows:
