@@ -170,8 +170,9 @@ class ChatDataModule(MicroBatchDataModule):
     def _validation_rows(self, train: Any) -> Dataset | None:
         if self.validation is None:
             return load_validation_rows(train)
-        named = isinstance(self.validation, dict) and not isinstance(self.validation, DatasetDict)
-        first = next(iter(self.validation.values())) if named else self.validation
+        given: Any = self.validation
+        named = isinstance(given, dict) and not isinstance(given, DatasetDict)
+        first = next(iter(given.values())) if named else given
         return load_rows(first, "validation")
 
     def _whole(self, split: str, rows: Dataset) -> Rows:

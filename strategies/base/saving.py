@@ -96,7 +96,8 @@ class SavingStrategy(MeshProcesses):
             # Workers build batches before Lightning tells the sampler the epoch.
             set_epoch = getattr(getattr(dataloader, "sampler", None), "set_epoch", None)
             if callable(set_epoch):
-                set_epoch(trainer.fit_loop.epoch_progress.current.processed)
+                epoch: Any = trainer.fit_loop.epoch_progress.current
+                set_epoch(epoch.processed)
         return dataloader
 
     def teardown(self) -> None:
