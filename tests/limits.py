@@ -246,6 +246,36 @@ def close(
     check_within(name, error, SAFETY * unit * terms**0.5, f"{SAFETY:g} times the roundoff of sums of {terms} terms")
 
 
+def check_step(got: tuple[Tensor | float, Mapping[str, Tensor]], want: Any, tokens: int, grown: float = 1.0) -> None:
+    """Hold the loss and the gradients of one step against another way to compute them, both in fp32.
+
+    Args:
+        got: the loss, and gradients by the names of their parameters.
+        want: the same of the other way.
+        tokens: of the step.
+        grown: by how much the model makes rounding grow, where `CHAIN` is not the whole of it.
+    """
+    (loss, gradients), (wanted, exact) = got, want
+    limit, because = SAFETY * grown * roundoff(tokens), f"{SAFETY * grown:g} times the roundoff of {tokens} tokens' sum"
+    check_within("loss", abs(float(loss) - float(wanted)) / abs(float(wanted)), limit, because)
+    assert gradients.keys() == exact.keys()
+    step = {"gradients": exact}
+    for name, error in gradient_errors({"gradients": gradients}, step).items():
+        check_within(f"gradient of {name}", error, limit, because)
+
+
+def check_losses(got: Sequence[float], want: Sequence[float], tokens: int) -> None:
+    """Hold losses of a few steps, each over `tokens`, against another way to compute them, both in fp32.
+
+    Errors of weights add up over the steps.
+    """
+    assert len(got) == len(want)
+    for index, (found, wanted) in enumerate(zip(got, want), start=1):
+        limit = SAFETY * roundoff(tokens) * index**0.5
+        because = f"{SAFETY:g} times the roundoff of {tokens} tokens' sum, over {index} steps"
+        check_within(f"loss of step {index}", abs(found - wanted) / abs(wanted), limit, because)
+
+
 def check_run(
     got: Mapping[str, Any], exact: Mapping[str, Any], near: Mapping[str, Any], terms: int, kind: str = "weights"
 ) -> None:
