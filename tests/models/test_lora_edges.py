@@ -225,7 +225,7 @@ def test_every_rank_s_peft_model_has_the_trained_values(pool: RankPool, tmp_path
     assert first == second
     assert first
     assert all("lora_" in name for name in first)
-    assert torch.equal(found, other)
+    close(found, other, CHAIN * WIDTH)
 
 
 def resized_on_stages(base: Path, adapter: Path, folder: Path) -> None:

@@ -25,6 +25,7 @@ from automodel_trainer.strategies.base.compile import compile_blocks
 from automodel_trainer.trainer import Trainer
 from tests.harness import close, relative_error
 from tests.limits import CHAIN, WIDTH, check_losses, check_step
+from tests.matrix import more
 from tests.models.test_lora_peft import IDS, base, disturb, peft_model
 from tests.tiny import tiny_model
 
@@ -66,7 +67,7 @@ def one_step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("family", [more("llama"), "qwen2", "phi3"])
 def test_three_steps_are_peft_s(tmp_path: Path, family: str) -> None:
     model = build(tmp_path / "base", family, layers=2 if family == "llama" else 1)
     save_adapter(model, tmp_path / "adapter")

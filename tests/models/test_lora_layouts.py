@@ -39,6 +39,7 @@ from tests.harness import (
     stack,
 )
 from tests.limits import computing, exactly
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.routers import decided, separated
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -160,7 +161,7 @@ COMPILED = "fsdp2:compile=true,compile_backend=aot_eager"
         ("fsdp2", 1, "separate", "dora-head"),
         ("fsdp2", 2, "separate", "plain"),
         (COMPILED, 1, "widened", "block"),
-        (COMPILED, 1, "widened", "block-head"),
+        more(COMPILED, 1, "widened", "block-head"),
         (f"{COMPILED},activation_checkpointing=full", 1, "widened", "block"),
     ],
 )
