@@ -9,8 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from automodel_trainer.auto import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
     from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule, TokenDataModule
-    from automodel_trainer.models import AutoModelForCausalLM
     from automodel_trainer.models.kernels import KernelsConfig
     from automodel_trainer.models.lora import LoRAConfig
     from automodel_trainer.modules import CausalLMModule, HuggingFaceModule, OptimizerConfig, SchedulerConfig
@@ -24,7 +30,11 @@ if TYPE_CHECKING:
     from automodel_trainer.trainer import Trainer
 
 _HOMES = {
-    "AutoModelForCausalLM": "models",
+    "AutoModel": "auto",
+    "AutoModelForCausalLM": "auto",
+    "AutoModelForImageTextToText": "auto",
+    "AutoModelForSequenceClassification": "auto",
+    "AutoModelForTokenClassification": "auto",
     "CausalLMModule": "modules",
     "ChatDataModule": "data",
     "DDPStrategy": "strategies",
@@ -44,7 +54,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "CausalLMModule",
     "ChatDataModule",
     "DDPStrategy",

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import safetensors.torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core import saving
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as EpochLoop
 from lightning.pytorch.overrides.distributed import prepare_for_backward
@@ -29,6 +30,7 @@ __all__ = [
     "forget_optimizers",
     "install_quiet_epoch_loop",
     "keep_quiet_about_trees",
+    "last_checkpoints",
     "prepare_for_backward",
     "read_more_in_load_from_checkpoint",
     "sync_rank_zero",
@@ -133,6 +135,15 @@ def read_more_in_load_from_checkpoint(reads: Callable[[Any], bool], read: Callab
         return theirs(path_or_url, map_location=map_location, weights_only=weights_only)
 
     saving.pl_load = load
+
+
+def last_checkpoints(trainer: pl.Trainer) -> set[str]:
+    """What Lightning takes for the last checkpoints of its own callbacks, wherever they were written."""
+    found = {getattr(callback, "ckpt_path", None) for callback in trainer.checkpoint_callbacks}  # OnExceptionCheckpoint
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            found |= callback._find_last_checkpoints(trainer)
+    return {path for path in found if path}
 
 
 def uncompiled(model: Any) -> Any:

@@ -28,7 +28,7 @@ from automodel_trainer.checkpoint.weight_stream import (
 )
 from automodel_trainer.distributed.agreement import on_all_ranks, rank
 from automodel_trainer.models._transformers import converts_weights, original_weight_names, tied_weight_names
-from automodel_trainer.models.auto import empty_model
+from automodel_trainer.models.build import empty_model
 from automodel_trainer.models.files import INDEX_NAME, resolve_folder
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, lora_of, untied_head
 from automodel_trainer.models.lora.adapter_files import read_config, read_tensors, save_adapter, trained_tensors

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint import check_checkpoint
-from automodel_trainer.checkpoint.saved_weights import like
+from automodel_trainer.checkpoint.edited_weights import like
 from automodel_trainer.models._masks import packing_without_sync
-from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
+from automodel_trainer.models.build import add_adapters, build_pretrained, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.generation import check_generation_config
 from automodel_trainer.models.isolation import Isolation
@@ -246,15 +246,17 @@ class BuiltModule(Objective, pl.LightningModule):
         (reference,) = self._reference
         if isinstance(reference, PreTrainedModel):
             return self._adopt(reference)
-        return builder(self.auto_class).from_pretrained(
-            self.source or reference,
+        assert self.source is not None
+        return build_pretrained(
+            self.auto_class,
+            self.source,
+            self.model_config,
             self.strategy,
             allow_missing_weights=self.new_modules,
             allow_unused_weights=self.allow_unused_weights,
             trust_remote_code=self.trust_remote_code,
             lora=self.lora,
             kernels=self.kernels,
-            **self.config_overrides,
         )
 
     def _adopt(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -268,8 +270,8 @@ class BuiltModule(Objective, pl.LightningModule):
             if self.kernels.fp8 is not None:
                 raise ValueError(
                     f"fp8={self.kernels.fp8!r} casts frozen weights while they are read, and this model is already "
-                    f"loaded. Build it with builder({self.auto_class!r}).from_pretrained(lora=…, kernels="
-                    "KernelsConfig(fp8=…)) of automodel_trainer.models instead."
+                    f"loaded. Build it with automodel_trainer.auto.builder({self.auto_class!r})"
+                    ".from_pretrained(lora=…, kernels=KernelsConfig(fp8=…)) instead."
                 )
             apply_kernels(model, self.kernels, self.strategy.root_device)
             self.strategy.parallelize(model)

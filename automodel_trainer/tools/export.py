@@ -15,9 +15,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from automodel_trainer.auto import builder
 from automodel_trainer.checkpoint.sources import is_adapter, model_folder
 from automodel_trainer.checkpoint.weight_stream import Weights
-from automodel_trainer.models.auto import builder
 from automodel_trainer.models.auto_classes import auto_class_of_folder, auto_class_of_task, transformers_class
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora import LoRAConfig

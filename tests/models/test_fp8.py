@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer import AutoModelForCausalLM
 from automodel_trainer.models.kernels import choose as kernels
 from automodel_trainer.models.kernels.choose import KernelsConfig, apply_kernels
 from automodel_trainer.models.kernels.fp8 import RECIPES, convert_to_fp8

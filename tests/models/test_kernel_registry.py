@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
+from automodel_trainer import AutoModelForCausalLM
 from automodel_trainer.callbacks.ledger_text import ledger_rows
-from automodel_trainer.models import AutoModelForCausalLM
 from automodel_trainer.models.kernels import (
     Fp8Recipe,
     KernelLibrary,

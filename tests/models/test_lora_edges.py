@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM as Transformers
 
+from automodel_trainer import AutoModelForCausalLM
 from automodel_trainer.checkpoint.merge import merge
 from automodel_trainer.data import MockDataModule
-from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, describe_lora, finish_lora
 from automodel_trainer.models.lora.adapter_files import save_adapter
 from automodel_trainer.models.lora.targets import candidates

@@ -17,10 +17,9 @@ import transformers
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
-from automodel_trainer import CausalLMModule, MockDataModule, Trainer
+from automodel_trainer import AutoModelForCausalLM, CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.callbacks.ledger_text import ledger_rows
 from automodel_trainer.distributed._dtensor import local_tensor
-from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.kernels.choose import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.adapter_files import trained_tensors

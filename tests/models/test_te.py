@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from automodel_trainer.models import AutoModelForCausalLM
+from automodel_trainer import AutoModelForCausalLM
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, attention, kernels_in_use
 from automodel_trainer.models.kernels.libraries import _transformer_engine
 from automodel_trainer.models.kernels.libraries._transformer_engine import TRANSFORMER_ENGINE
@@ -122,7 +122,7 @@ def test_checkpoint(tmp_path: Path) -> None:
         swapped = tiny_model("llama")
     apply_kernels(swapped, ALL, GPU)
     assert list(swapped.state_dict()) == list(model.state_dict())
-    from automodel_trainer.models.auto import fill_from_folder
+    from automodel_trainer.models.build import fill_from_folder
 
     fill_from_folder(swapped, tmp_path / "a", None)
     swapped.set_attn_implementation("sdpa")

@@ -18,9 +18,10 @@ from automodel_trainer.models.kernels.fp8 import convert_to_fp8
 from automodel_trainer.models.quantization.fp8_layers import Fp8Layers, check_gathered, fp8_layers
 from tests.beside import use
 from tests.callbacks import runs
-from tests.harness import Batch, NextToken, make_strategy, once, random_rows, relative_error, train_steps
+from tests.harness import Batch, NextToken, adamw, make_strategy, once, random_rows, relative_error, train_steps
 from tests.limits import check_casts
 from tests.pool import RankPool
+from tests.strategies.test_parity import EPS, LR
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def train(
         convert_to_fp8(model, "tensorwise", CPU, emulate=True, all_gather=gather)
     model = strategy.parallelize(model.train())
     seen = watch(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer = adamw(model.parameters(), LR, EPS)
     result = train_steps(strategy, NextToken(model), optimizer, lambda s: rows_of(s, order_of), MICRO)
     return {**result, "seen": seen, "text": str(fp8_layers(model))}
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import transformers
@@ -20,7 +19,7 @@ from automodel_trainer.models.auto_classes import (
     auto_classes_of,
     transformers_class,
 )
-from automodel_trainer.models.files import TensorSlice, resolve_folder, slices_of, weight_files
+from automodel_trainer.models.files import TensorSlice, slices_of, weight_files
 from automodel_trainer.models.initialize import initialize_missing, initialize_weights
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.layout import Layout
@@ -41,132 +40,89 @@ from automodel_trainer.models.stage_names import held_elsewhere
 from automodel_trainer.models.unused_weights import check_unused
 
 
-class AutoBuilder:
-    """Builds the model that transformers' auto class of the same name builds, sharded if asked.
+def build_pretrained(
+    auto_class: str,
+    folder: Path,
+    config: PreTrainedConfig,
+    strategy: Layout | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    allow_missing_weights: bool | Collection[str] = False,
+    allow_unused_weights: bool = False,
+    device: torch.device | str = "cpu",
+    lora: LoRAConfig | None = None,
+    kernels: KernelsConfig | None = None,
+) -> PreTrainedModel:
+    """Build the model of a folder and stream its weights into it. Collective.
 
-    The result is the transformers model itself: the same class, forward, state-dict keys and `generate`. With a
-    strategy (whose processes have started) the model is laid out on its mesh, and no rank ever holds all of it. A
-    subclass names the auto class; `builder(name)` makes one.
-    """
-
-    auto_class: ClassVar[str]
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        strategy: Layout | None = None,
-        dtype: torch.dtype | str | None = None,
-        *,
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-        allow_missing_weights: bool | Collection[str] = False,
-        allow_unused_weights: bool = False,
-        device: torch.device | str = "cpu",
-        lora: LoRAConfig | None = None,
-        kernels: KernelsConfig | None = None,
-        **config_overrides: Any,
-    ) -> PreTrainedModel:
-        """Build a model and stream its checkpoint into it.
-
-        Args:
-            pretrained_model_name_or_path: a folder with config.json and safetensors, or a Hub id.
-            strategy: the layout; None builds the plain model on `device`.
-            dtype: of the parameters. None takes the dtype of the strategy's precision; without a strategy, that of the
-                checkpoint.
-            attn_implementation: transformers' name of an attention kernel; None lets transformers choose.
-            trust_remote_code: run model code that comes with the checkpoint.
-            revision: branch, tag or commit of a Hub repository.
-            allow_missing_weights: True initialises weights that the checkpoint lacks, instead of raising. Names of
-                modules allow it for these only, and they must then be trained.
-            allow_unused_weights: load a part of what the checkpoint holds (the text model without its vision tower,
-                say). The rest is not trained, and missing in what is saved.
-            device: where to build without a strategy.
-            lora: adapters to train on the frozen model.
-            kernels: the kernels to compute with; None leaves the choice to transformers.
-            config_overrides: attributes of the model's config to change.
-
-        Raises:
-            ValueError: the folder or repository does not exist, weights are missing or damaged, a config attribute is
-                unknown, or this device, model or layout does not have a kernel that was asked for.
-        """
-        folder = resolve_folder(pretrained_model_name_or_path, revision)
-        files = weight_files(folder)
-        config = load_config(folder, trust_remote_code, config_overrides)
-        model = build_on_meta(
-            cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
-        )
-        model.config.name_or_path = str(folder)
-        if model.can_generate() and (folder / "generation_config.json").is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-        if lora is not None:
-            add_adapters(model, lora, strategy)
-        if kernels is not None:
-            apply_kernels(model, kernels, _device(strategy, device))
-        options: dict[str, Any] = {"allow_missing_weights": allow_missing_weights}
-        options |= {"allow_unused_weights": allow_unused_weights, "trust_remote_code": trust_remote_code}
-        fill_from_folder(model, folder, strategy, device, files=files, **options)
-        return model
-
-    @classmethod
-    def from_config(
-        cls,
-        config: PreTrainedConfig,
-        strategy: Layout | None = None,
-        dtype: torch.dtype | str | None = None,
-        *,
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        lora: LoRAConfig | None = None,
-        kernels: KernelsConfig | None = None,
-        strict: bool = True,
-    ) -> PreTrainedModel:
-        """Build a model with random weights. The same `seed` gives the same weights under every strategy.
-
-        Args:
-            config: of the model.
-            seed: of the random weights.
-            strict: False starts parameters at zero that the model has no rule for.
-            strategy, dtype, attn_implementation, trust_remote_code, device, lora, kernels: see `from_pretrained`.
-
-        Raises:
-            ValueError: this device, model or layout does not have a kernel that was asked for; or the model has no rule
-                to draw some of its parameters.
-        """
-        model = build_on_meta(
-            cls.auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
-        )
-        if lora is not None:
-            add_adapters(model, lora, strategy)
-        if kernels is not None:
-            apply_kernels(model, kernels, _device(strategy, device))
-        if strategy is not None:
-            strategy.parallelize(model)
-        check_gathered(model)
-        initialize_weights(model, _device(strategy, device), seed, adapter_names(model), strict)
-        finish_lora(model)
-        if strategy is not None:
-            strategy.finalize_parameters(model)
-        return model
-
-
-class AutoModelForCausalLM(AutoBuilder):
-    """Builds the model that `transformers.AutoModelForCausalLM` builds, sharded if asked: see `AutoBuilder`."""
-
-    auto_class = "AutoModelForCausalLM"
-
-
-def builder(auto_class: str) -> type[AutoBuilder]:
-    """The builder of a transformers auto class.
+    Args:
+        auto_class: name of the transformers auto class that builds it.
+        folder: with safetensors.
+        config: of the model.
+        strategy, dtype, …: see `automodel_trainer.AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        ValueError: transformers has no such class.
+        ValueError: weights are missing or damaged, or this device, model or layout does not have a kernel that was
+            asked for.
     """
-    transformers_class(auto_class)
-    return type(auto_class, (AutoBuilder,), {"auto_class": auto_class})
+    files = weight_files(folder)
+    model = build_on_meta(
+        auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
+    )
+    model.config.name_or_path = str(folder)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    if lora is not None:
+        add_adapters(model, lora, strategy)
+    if kernels is not None:
+        apply_kernels(model, kernels, _device(strategy, device))
+    options: dict[str, Any] = {"allow_missing_weights": allow_missing_weights}
+    options |= {"allow_unused_weights": allow_unused_weights, "trust_remote_code": trust_remote_code}
+    fill_from_folder(model, folder, strategy, device, files=files, **options)
+    return model
+
+
+def build_random(
+    auto_class: str,
+    config: PreTrainedConfig,
+    strategy: Layout | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    lora: LoRAConfig | None = None,
+    kernels: KernelsConfig | None = None,
+    strict: bool = True,
+) -> PreTrainedModel:
+    """Build a model with random weights. The same `seed` gives the same weights under every strategy. Collective.
+
+    Args:
+        auto_class: name of the transformers auto class that builds it.
+        config, strategy, …: see `automodel_trainer.AutoModelForCausalLM.from_config`.
+
+    Raises:
+        ValueError: this device, model or layout does not have a kernel that was asked for; or the model has no rule
+            to draw some of its parameters.
+    """
+    model = build_on_meta(
+        auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
+    )
+    if lora is not None:
+        add_adapters(model, lora, strategy)
+    if kernels is not None:
+        apply_kernels(model, kernels, _device(strategy, device))
+    if strategy is not None:
+        strategy.parallelize(model)
+    check_gathered(model)
+    initialize_weights(model, _device(strategy, device), seed, adapter_names(model), strict)
+    finish_lora(model)
+    if strategy is not None:
+        strategy.finalize_parameters(model)
+    return model
 
 
 def check_purpose(model: PreTrainedModel, auto_class: str) -> None:
@@ -226,7 +182,7 @@ def fill_from_folder(
         strategy: the layout; None leaves the model whole on `device`.
         device: where to put it without a strategy.
         files: the weight files, if they have been checked already.
-        allow_missing_weights: see `AutoBuilder.from_pretrained`.
+        allow_missing_weights: see `automodel_trainer.AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         ValueError: the folder lacks weights that the model needs, or random weights would stay frozen.
