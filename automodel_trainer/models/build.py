@@ -11,7 +11,6 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from automodel_trainer.distributed.stage_names import held_elsewhere
 from automodel_trainer.models._transformers import load_weights, places_of, tied_weight_names
 from automodel_trainer.models.auto_classes import (
     PURPOSES,
@@ -37,6 +36,7 @@ from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization.quantize import quantized_weights
 from automodel_trainer.models.quantization_config import ReadDense, forget_quantization, quantization_in
 from automodel_trainer.models.record import record_of
+from automodel_trainer.models.stage_names import held_elsewhere
 from automodel_trainer.models.unused_weights import check_unused
 
 
