@@ -40,7 +40,7 @@ class CausalLMModule(HuggingFaceModule):
     _sources: SourceLosses | None = None
     _saved_sources: dict[str, Any] | None = None
 
-    def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
+    def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Any]:
         inputs, labels = super().split(micro_batch)
         # Training needs no cache, and with a cache transformers ignores the document boundaries of packed rows.
         inputs["use_cache"] = False

@@ -23,16 +23,16 @@ class Groups(NamedTuple):
     """Where the losses of tokens are added up, besides their sum.
 
     Attributes:
-        index: the group of each token, int64 `[n]`.
+        of: the group of each token, int64 `[n]`.
         sums: fp64 `[groups]`; losses are added in place, on the device.
     """
 
-    index: Tensor
+    of: Tensor
     sums: Tensor
 
     def add(self, losses: Tensor, start: int = 0) -> None:
         """Add the losses `[m]` of the tokens from `start` on."""
-        part = self.index[start : start + len(losses)]
+        part = self.of[start : start + len(losses)]
         self.sums.index_add_(0, part, losses.detach().to(self.sums.dtype))
 
 
@@ -58,7 +58,7 @@ def linear_cross_entropy(
     if kind == "cpu":  # drop tokens without a label; on a GPU `nonzero` would wait for the device
         rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
         hidden, targets = hidden[rows], targets[rows]
-        groups = None if groups is None else Groups(groups.index[rows], groups.sums)
+        groups = None if groups is None else Groups(groups.of[rows], groups.sums)
     total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, groups)
     return total
 
