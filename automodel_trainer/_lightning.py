@@ -25,6 +25,7 @@ __all__ = [
     "DDPForwardRedirection",
     "NotebookLauncher",
     "SubprocessLauncher",
+    "assigned_checkpoint",
     "defaults_from_env_vars",
     "drop_advertisement",
     "forget_optimizers",
@@ -135,6 +136,11 @@ def read_more_in_load_from_checkpoint(reads: Callable[[Any], bool], read: Callab
         return theirs(path_or_url, map_location=map_location, weights_only=weights_only)
 
     saving.pl_load = load
+
+
+def assigned_checkpoint(trainer: pl.Trainer) -> Any:
+    """The checkpoint that a user set by `trainer.ckpt_path = …`, which `fit` restores; None if nobody did."""
+    return trainer.ckpt_path if trainer._checkpoint_connector._user_managed else None
 
 
 def last_checkpoints(trainer: pl.Trainer) -> set[str]:

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import automodel_trainer.load_from_checkpoint  # noqa: F401  Lightning's loader learns of checkpoint folders
 from automodel_trainer._lightning import (
+    assigned_checkpoint,
     defaults_from_env_vars,
     drop_advertisement,
     install_quiet_epoch_loop,
@@ -265,10 +266,13 @@ class Trainer(SavesPretrained):
         self.resume, self.extra_steps = "all", 0
         self.resumed_path = saved_before_restart()
         if self.resumed_path is None:
-            self.resumed_path = checkpoint_path(self, ckpt_path)
+            assigned = assigned_checkpoint(self) if ckpt_path is None else None
+            self.resumed_path = checkpoint_path(self, assigned or ckpt_path)
             if self.resumed_path is not None and resume != "all":
                 check_folder(self.resumed_path, resume)
                 self.resume = resume
+            if assigned is not None:
+                return None  # Lightning has it
         return None if self.resume == "weights" else self.resumed_path
 
     @without("data")

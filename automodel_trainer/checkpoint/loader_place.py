@@ -111,7 +111,8 @@ class Place:
 
     def __init__(self, loader: Loader, batches: Callable[[], int], share: tuple[int, int]) -> None:
         self.loader, self.share, self._batches = loader, share, batches
-        self._name = "batch_sampler" if getattr(loader, "batch_sampler", None) is not None else "sampler"
+        makes_batches = getattr(loader, "batch_sampler", None) is not None
+        self._name = "numbers" if isinstance(loader, Steps) else "batch_sampler" if makes_batches else "sampler"
         sampler = getattr(loader, self._name)
         owners = (loader, getattr(loader, "sampler", None), sampler)
         found = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None}

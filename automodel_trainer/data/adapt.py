@@ -85,13 +85,13 @@ class Steps:
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
-        self.sampler: Iterable[int] = range(len(batches))
+        self.numbers: Iterable[int] = range(len(batches))
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        return (self.batches[number] for number in self.sampler)
+        return (self.batches[number] for number in self.numbers)
 
 
 def group_micro_batches(loader: DataLoader, count: int) -> DataLoader:

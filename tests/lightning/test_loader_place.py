@@ -155,5 +155,11 @@ def test_lightnings_callback_too(tmp_path: Path) -> None:
     saves = ModelCheckpoint(dirpath=tmp_path / "theirs", every_n_train_steps=2, save_top_k=-1, filename="{step}")
     options = {"limit_train_batches": 1.0, "limit_val_batches": 0}
     make(tmp_path, **options, callbacks=[saves]).fit(whole := Seen(), LOADERS["own generator"]())
-    make(tmp_path, **options).fit(rest := Seen(), LOADERS["own generator"](), ckpt_path=tmp_path / "theirs/step=4.ckpt")
+    path = tmp_path / "theirs" / "step=4.ckpt"
+    make(tmp_path, **options).fit(rest := Seen(), LOADERS["own generator"](), ckpt_path=path)
     assert rest.rows == whole.rows[4:]
+    trainer = make(tmp_path, **options)
+    trainer.ckpt_path = path
+    trainer.fit(rest := Seen(), LOADERS["own generator"]())
+    assert rest.rows == whole.rows[4:]
+    assert trainer.resumed_path == str(path)
