@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.checkpoint.export import conversion_groups
 from automodel_trainer.checkpoint.weights import named_tensors
-from automodel_trainer.distributed.stage_names import WholeTensors, of_all_stages, pipeline_of
 from automodel_trainer.models._transformers import converts_weights, original_weight_names
 from automodel_trainer.models.lora import adapters, lora_of
 from automodel_trainer.models.lora.adapter_files import PREFIX, trained_tensors
 from automodel_trainer.models.lora.functional import adapted_weight, direction_norm
 from automodel_trainer.models.lora.initialize import whole
 from automodel_trainer.models.lora.layers import dense
+from automodel_trainer.models.stage_names import WholeTensors, of_all_stages, pipeline_of
 
 
 class WeightInfo(NamedTuple):

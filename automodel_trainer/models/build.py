@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from automodel_trainer.distributed.stage_names import held_elsewhere
 from automodel_trainer.models._transformers import (
     load_weights,
     places_of,
@@ -45,6 +44,7 @@ from automodel_trainer.models.quantization.quantize import quantized_weights
 from automodel_trainer.models.quantization_config import ReadDense, forget_quantization, quantization_in
 from automodel_trainer.models.record import record_of
 from automodel_trainer.models.sidecars import remember_folder
+from automodel_trainer.models.stage_names import held_elsewhere
 from automodel_trainer.models.unused_weights import check_unused
 
 MayBeMissing = bool | Collection[str] | Literal["head"]

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint import check_checkpoint
+from automodel_trainer.checkpoint.edited_weights import like
 from automodel_trainer.checkpoint.own_saving import save_by_export
-from automodel_trainer.checkpoint.saved_weights import like
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.build import add_adapters, build_pretrained, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder

@@ -11,15 +11,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.nn._torch import foreach_mul_, foreach_norm
 from automodel_trainer.nn.uneven import holds_nothing
 
 _Group = tuple[DeviceMesh | None, tuple[int, ...]]  # a mesh, and those of its axes that shard
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor `[…]`; a plain tensor is returned as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from automodel_trainer._lightning import forget_optimizers, synchronize_layers
 from automodel_trainer.checkpoint.given import note_given
 from automodel_trainer.distributed.mesh import ParallelDims
-from automodel_trainer.distributed.stage_names import pipeline_of
 from automodel_trainer.models.record import record_of
+from automodel_trainer.models.stage_names import pipeline_of
 from automodel_trainer.strategies.base._transformers_marks import mark_as_sharded
 from automodel_trainer.strategies.base.activation_checkpointing import Checkpointed, checkpoint_when_asked
 from automodel_trainer.strategies.base.compile import wants_compile

@@ -204,8 +204,9 @@ class MeshProcesses(ParallelStrategy):
         """
         super().setup_environment()
         configure_allocator(self.root_device)  # before anything is allocated
-        reset_seed()
         self.set_world_ranks()
+        if self.world_size > 1:  # ranks that were started at different moments draw the same numbers from here on
+            reset_seed()
         self.choose_sizes()
         self.dims  # noqa: B018  raises for sizes that do not fit, before any process waits for another
         if self.world_size == 1:  # Lightning takes a process group for several ranks

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.distributed.mesh import ParallelDims
-from automodel_trainer.distributed.stage_names import mark, pipeline_of
+from automodel_trainer.models.stage_names import mark, pipeline_of
 from automodel_trainer.nn.flops import keep_training_cost
 from automodel_trainer.nn.step_cache import unchanged_weights
-from automodel_trainer.strategies.base.clip import clip_grads_, local_tensor, total_grad_norm
+from automodel_trainer.strategies.base.clip import clip_grads_, total_grad_norm
 from automodel_trainer.strategies.base.mesh_strategy import MicroBatch, Objective, Part
 from automodel_trainer.strategies.data_parallel._fsdp import initialize_sharding, reduce_gradients
 from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy

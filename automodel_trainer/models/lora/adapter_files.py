@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from automodel_trainer.distributed.stage_names import WholeTensors, names_of_all_stages, of_all_stages
 from automodel_trainer.models.auto_classes import peft_task
 from automodel_trainer.models.files import check_safetensors, resolve_folder
 from automodel_trainer.models.lora.config import LoRAConfig
@@ -26,6 +25,7 @@ from automodel_trainer.models.lora.layers import LINEAR, Adapter, adapters
 from automodel_trainer.models.lora.targets import Target, some
 from automodel_trainer.models.record import recorded
 from automodel_trainer.models.sidecars import ModelFolder
+from automodel_trainer.models.stage_names import WholeTensors, names_of_all_stages, of_all_stages
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
