@@ -87,7 +87,7 @@ class AutoBuilder:
 
         arguments = sort_arguments(kwargs, dtype)
         if arguments.only_transformers:
-            ours = {"strategy": strategy, "lora": lora, "kernels": kernels, "device": device}
+            ours: dict[str, Any] = {"strategy": strategy, "lora": lora, "kernels": kernels, "device": device}
             ours |= {"allow_missing_weights": allow_missing_weights, "allow_unused_weights": allow_unused_weights}
             refuse_together(arguments.only_transformers, {name: value for name, value in ours.items() if value})
             given = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
@@ -269,7 +269,9 @@ def add_lora(model: PreTrainedModel, lora: LoRAConfig) -> PreTrainedModel:
     if lora_of(model) is not None:
         raise ValueError("The model has adapters already.")
     device = next(model.parameters()).device
-    finish_lora(apply_lora(model, lora).to(device))
+    apply_lora(model, lora)
+    model.to(device)  # type: ignore[arg-type]
+    finish_lora(model)
     return finished(model, None)
 
 

@@ -23,8 +23,8 @@ from automodel_trainer.models.lora import lora_of
 
 def save_by_export(model: PreTrainedModel) -> None:
     """Let `model.save_pretrained` and `model.push_to_hub` write the whole model, or its adapter, on any layout."""
-    model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
-    model.push_to_hub = MethodType(push_to_hub, model)  # type: ignore[method-assign]
+    own: Any = model
+    own.save_pretrained, own.push_to_hub = MethodType(save_pretrained, model), MethodType(push_to_hub, model)
 
 
 def save_pretrained(
@@ -53,10 +53,14 @@ def save_pretrained(
         name = "variant" if kwargs.get("variant") else "distributed_checkpoint"
         raise ValueError(f"{name}= is not honoured for a model that is sharded or has adapters. Leave it out.")
     if state_dict is not None and lora_of(self) is None and not _sharded(state_dict):
-        options = {"is_main_process": is_main_process, "push_to_hub": push_to_hub, "max_shard_size": max_shard_size}
+        options: Any = {
+            "is_main_process": is_main_process,
+            "push_to_hub": push_to_hub,
+            "max_shard_size": max_shard_size,
+        }
         type(self).save_pretrained(self, save_directory, state_dict=state_dict, **options, **kwargs)
         return
-    export_pretrained(self, save_directory, max_shard_size=max_shard_size)
+    export_pretrained(self, Path(save_directory), max_shard_size=max_shard_size)
     if push_to_hub and rank() == 0:
         _upload(Path(save_directory), kwargs)
 

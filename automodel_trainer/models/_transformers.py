@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,11 +180,12 @@ def read_generation_config(
     elif (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     elif (folder / "config.json").is_file():  # older checkpoints keep their settings there
-        options = {"config_file_name": "config.json", "_from_model_config": True}
+        options: Any = {"config_file_name": "config.json", "_from_model_config": True}
         model.generation_config = GenerationConfig.from_pretrained(folder, **options)
     if trust_remote_code and (folder / "custom_generate" / "generate.py").is_file():
-        own = model.load_custom_generate(str(folder), trust_remote_code=True)
-        model.generate = partial(own, model=model)
+        generating: Any = model
+        own = generating.load_custom_generate(str(folder), trust_remote_code=True)
+        generating.generate = partial(own, model=model)
 
 
 def tie_weights(model: PreTrainedModel) -> None:

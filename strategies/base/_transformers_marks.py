@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -18,9 +20,10 @@ def mark_as_sharded(model: PreTrainedModel, dims: ParallelDims) -> None:
         model: laid out over several ranks.
         dims: the sizes of its mesh.
     """
-    model._is_distributed_loading_by_transformers = True
-    model._tp_size = dims.tp
-    model._fsdp_size = dims.dp_shard * dims.cp
+    marked: Any = model
+    marked._is_distributed_loading_by_transformers = True
+    marked._tp_size = dims.tp
+    marked._fsdp_size = dims.dp_shard * dims.cp
     model.config.distributed_config = DistributedConfig(
         tp_size=dims.tp, fsdp_size=dims.dp_shard * dims.cp, dp_replicate_size=dims.dp_replicate
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -22,7 +23,11 @@ def average_over(modules: Iterable[nn.Module], ranks: int) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            module.set_all_reduce_hook(lambda gradients: gradients.div_(ranks))
+            module.set_all_reduce_hook(partial(_divide, by=ranks))
+
+
+def _divide(gradients: Tensor, by: int) -> None:
+    gradients /= by
 
 
 def average_unsharded_gradients(module: nn.Module, world_size: int) -> None:
