@@ -9,11 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule, TokenDataModule
-    from automodel_trainer.models import AutoModelForCausalLM
+    from automodel_trainer.data import (
+        ChatDataModule,
+        ImageTextDataModule,
+        MockDataModule,
+        TextDataModule,
+        TokenDataModule,
+    )
+    from automodel_trainer.models import AutoModelForCausalLM, AutoModelForImageTextToText
     from automodel_trainer.models.kernels import KernelsConfig
     from automodel_trainer.models.lora import LoRAConfig
-    from automodel_trainer.modules import CausalLMModule, HuggingFaceModule, OptimizerConfig, SchedulerConfig
+    from automodel_trainer.modules import (
+        CausalLMModule,
+        HuggingFaceModule,
+        ImageTextModule,
+        OptimizerConfig,
+        SchedulerConfig,
+    )
     from automodel_trainer.strategies import (
         DDPStrategy,
         FSDP2Strategy,
@@ -25,11 +37,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AutoModelForCausalLM": "models",
+    "AutoModelForImageTextToText": "models",
     "CausalLMModule": "modules",
     "ChatDataModule": "data",
     "DDPStrategy": "strategies",
     "FSDP2Strategy": "strategies",
     "HuggingFaceModule": "modules",
+    "ImageTextDataModule": "data",
+    "ImageTextModule": "modules",
     "KernelsConfig": "models.kernels",
     "LoRAConfig": "models.lora",
     "MegatronFSDPStrategy": "strategies",
@@ -45,11 +60,14 @@ _HOMES = {
 
 __all__ = [
     "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
     "CausalLMModule",
     "ChatDataModule",
     "DDPStrategy",
     "FSDP2Strategy",
     "HuggingFaceModule",
+    "ImageTextDataModule",
+    "ImageTextModule",
     "KernelsConfig",
     "LoRAConfig",
     "MegatronFSDPStrategy",

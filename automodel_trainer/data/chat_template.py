@@ -94,9 +94,9 @@ class BatchEncoder:
                 continue
             ids, offsets = next(batch)
             if self.loss_on == "all":
-                found.append(_all_but_bos(self.tokenizer, ids))
+                found.append(all_but_bos(self.tokenizer, ids))
             else:
-                found.append(Encoded(ids, _overlapping(offsets, item[1])))
+                found.append(Encoded(ids, overlapping(offsets, item[1])))
         return found
 
 
@@ -133,7 +133,7 @@ def encode_conversation(
         )
     chat = RenderedChat(tokenizer, messages, tools)
     if loss_on == "all":
-        return _all_but_bos(tokenizer, _tokenize(tokenizer, chat.text, []).input_ids)
+        return all_but_bos(tokenizer, _tokenize(tokenizer, chat.text, []).input_ids)
     spans = assistant_spans(chat, special_tokens(tokenizer, len(tokenizer)), last_turn=loss_on == "last_turn")
     return _tokenize(tokenizer, chat.text, spans)
 
@@ -164,7 +164,7 @@ def encode_prompt_completion(
     while input_ids and input_ids[-1] == eos:  # some tokenizers and rows add EOS themselves: keep one
         input_ids, trained = input_ids[:-1], trained[:-1]
     encoded = Encoded([*input_ids, eos], [*trained, True])
-    return _all_but_bos(tokenizer, encoded.input_ids) if loss_on == "all" else encoded
+    return all_but_bos(tokenizer, encoded.input_ids) if loss_on == "all" else encoded
 
 
 @lru_cache(maxsize=8)
@@ -185,7 +185,8 @@ def _check_loss_on(loss_on: str) -> None:
         raise ValueError(f"loss_on={loss_on!r} is unknown. Allowed: {', '.join(map(repr, get_args(LossOn)))}.")
 
 
-def _all_but_bos(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> Encoded:
+def all_but_bos(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> Encoded:
+    """A sample of which every token but BOS is trained."""
     bos = tokenizer.bos_token_id
     if bos == tokenizer.eos_token_id:  # the same token ends documents: only the first one is BOS
         return Encoded(input_ids, [i > 0 or token != bos for i, token in enumerate(input_ids)])
@@ -205,10 +206,10 @@ def _tokenize(
         return_attention_mask=False,
         verbose=False,
     )
-    return Encoded(tokens["input_ids"], _overlapping(tokens["offset_mapping"], spans))
+    return Encoded(tokens["input_ids"], overlapping(tokens["offset_mapping"], spans))
 
 
-def _overlapping(offsets: list[Span], spans: list[Span]) -> list[bool]:
+def overlapping(offsets: list[Span], spans: list[Span]) -> list[bool]:
     """Whether each token overlaps a span.
 
     Byte-level tokenizers may trim spaces from the offsets, so that a token of spaces is empty. We therefore let each

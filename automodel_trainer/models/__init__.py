@@ -1,5 +1,5 @@
 """Models: one builder for all of them, reading weights, writing weights. Start with `auto.py`."""
 
-from automodel_trainer.models.auto import AutoModelForCausalLM, builder
+from automodel_trainer.models.auto import AutoModelForCausalLM, AutoModelForImageTextToText, builder
 
-__all__ = ["AutoModelForCausalLM", "builder"]
+__all__ = ["AutoModelForCausalLM", "AutoModelForImageTextToText", "builder"]

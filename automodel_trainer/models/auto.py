@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ from automodel_trainer.models.lora import (
     finish_lora,
     untied_head,
 )
+from automodel_trainer.models.parts import freeze_parts
 from automodel_trainer.models.quantization.checkpoint import check_leftovers, dense_weights, quantization_of
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization.quantize import quantized_weights
@@ -66,6 +67,7 @@ class AutoBuilder:
         device: torch.device | str = "cpu",
         lora: LoRAConfig | None = None,
         kernels: KernelsConfig | None = None,
+        freeze: Sequence[str] = (),
         **config_overrides: Any,
     ) -> PreTrainedModel:
         """Build a model and stream its checkpoint into it.
@@ -85,6 +87,8 @@ class AutoBuilder:
             device: where to build without a strategy.
             lora: adapters to train on the frozen model.
             kernels: the kernels to compute with; None leaves the choice to transformers.
+            freeze: parts of a vision-language model not to train: "vision", "projector", "language", or globs over the
+                names of parameters.
             config_overrides: attributes of the model's config to change.
 
         Raises:
@@ -100,6 +104,8 @@ class AutoBuilder:
         model.config.name_or_path = str(folder)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        if freeze:
+            freeze_parts(model, freeze)
         if lora is not None:
             add_adapters(model, lora, strategy)
         if kernels is not None:
@@ -159,6 +165,12 @@ class AutoModelForCausalLM(AutoBuilder):
     auto_class = "AutoModelForCausalLM"
 
 
+class AutoModelForImageTextToText(AutoBuilder):
+    """Builds what `transformers.AutoModelForImageTextToText` builds, sharded if asked: see `AutoBuilder`."""
+
+    auto_class = "AutoModelForImageTextToText"
+
+
 def builder(auto_class: str) -> type[AutoBuilder]:
     """The builder of a transformers auto class.
 
@@ -192,7 +204,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False, task: str | None 
         task: PEFT's `task_type` of an adapter for the model; None takes the auto class from the folder's config.
     """
     config = load_config(folder, trust_remote_code, {})
-    auto_class = auto_class_of_task(task) or auto_class_of(config)
+    auto_class = auto_class_of_task(task, config) or auto_class_of(config)
     return build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
 
 
