@@ -157,6 +157,7 @@ class ImageTextDataModule(ChatDataModule):
             self.min_pixels,
             self.max_pixels,
         )
+        self.load_tokenizer()
         encoder = self.encoder
 
         def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:

@@ -117,5 +117,11 @@ def frozen_parts(model: nn.Module) -> FrozenParts | None:
     return recorded(model, FrozenParts)
 
 
+def describe_frozen(model: nn.Module) -> str | None:
+    """For the ledger: which parts are frozen, and by which option; None if `freeze` says nothing."""
+    frozen = frozen_parts(model)
+    return None if frozen is None else f"{', '.join(frozen.asked)} (freeze={list(frozen.asked)})"
+
+
 def _inside(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")

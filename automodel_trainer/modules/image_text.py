@@ -119,6 +119,16 @@ class ImageTextModule(CausalLMModule):
         for name in ("processor", "tokenizer"):
             self.__dict__.pop(name, None)
 
+    def _check_options(self) -> None:
+        super()._check_options()
+        dims = self.strategy.dims
+        for axis, what in (("cp", "splits each sequence, and pictures are not split yet"), ("pp", "cuts a model of one stack")):
+            if (size := getattr(dims, axis, 1)) > 1:
+                raise ValueError(
+                    f"{axis}={size} {what}: it does not work with {type(self).__name__}. Set {axis}=1; dp_shard, "
+                    "dp_replicate and tp work."
+                )
+
     # --- the model ------------------------------------------------------------------------------------------------
 
     @cached_property

@@ -29,14 +29,8 @@ def objective_of(model: nn.Module) -> type[HuggingFaceModule]:
 
 
 def objective_named(source: str | os.PathLike[str]) -> type[HuggingFaceModule]:
-    """The objective of the model in a folder or Hub repository. The default where no config can be read.
-
-    Raises:
-        ValueError: there is no such folder or repository.
-    """
-    folder = resolve_folder(source)
+    """The objective of the model in a folder or Hub repository. The default where no config can be read."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        return objective_for(AutoConfig.from_pretrained(resolve_folder(source)))
     except (OSError, ValueError, KeyError):  # none, damaged, or with code of its own: building the model says so
         return DEFAULT_OBJECTIVE
-    return objective_for(config)
