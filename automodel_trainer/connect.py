@@ -133,7 +133,7 @@ def _objective_for(model: Any) -> pl.LightningModule:
     if isinstance(model, (str, os.PathLike)):
         return objective_named(model)(model)
     if isinstance(model, nn.Module) and hasattr(model, "config"):
-        return objective_of(model)(model)
+        return objective_of(model)(model)  # type: ignore[arg-type]
     raise TypeError(
         f"model is a {type(model).__name__}. It must be a `LightningModule`, a transformers `PreTrainedModel`, or a "
         "Hub id or folder. Write a LightningModule around a plain torch module: it says what the loss is."

@@ -1,4 +1,6 @@
-"""Data modules for chats, pictures with text, raw text and random tokens. A batch is the list of micro-batches of one optimizer step.
+"""Data modules for chats, pictures with text, raw text and random tokens.
+
+A batch is the list of micro-batches of one optimizer step.
 
 Start with `base.py` (what all data modules share) and `batches.py` (the tensors of a micro-batch).
 """

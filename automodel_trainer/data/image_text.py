@@ -19,7 +19,7 @@ from automodel_trainer.data.built_in_templates import set_template
 from automodel_trainer.data.chat import ChatDataModule
 from automodel_trainer.data.formats import Conversation, format_of
 from automodel_trainer.data.packing import pack
-from automodel_trainer.data.pictures.collate import PictureCollate
+from automodel_trainer.data.pictures.collate import PictureCollate, crossing
 from automodel_trainer.data.pictures.encode import PictureEncoder
 from automodel_trainer.data.pictures.files import Pictures, as_png
 from automodel_trainer.data.pictures.rows import RowReader, as_text
@@ -83,10 +83,11 @@ class ImageTextDataModule(ChatDataModule):
         if image_root is not None and not Path(image_root).expanduser().is_dir():
             raise ValueError(f"image_root={str(image_root)!r} is no folder.")
         super().__init__(train, validation, overlong=overlong, **kwargs)
-        self.processor = processor
+        self.processor: Any = processor
         self.image_root = None if image_root is None else Path(image_root).expanduser()
         self.image_mark = image_mark
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self._crossed: str | None = None  # the model's input for cross-attention, once samples were made
         self.rope_index: Callable[[Mapping[str, Any]], Any] | None = None
 
     # --- the processor --------------------------------------------------------------------------------------------
@@ -210,7 +211,26 @@ class ImageTextDataModule(ChatDataModule):
         for count in np.unique(store.pictures)[:4]:
             index = int(np.flatnonzero(store.pictures == count)[0])
             if count:
-                collate([store.fetch([index])], int(store.lengths[index]), self.pad_id())
+                made = collate([store.fetch([index])], int(store.lengths[index]), self.pad_id())
+                self._crossed = crossing(made)
+
+    def setup(self, stage: str | None = None) -> None:
+        """See `MicroBatchDataModule.setup`.
+
+        Raises:
+            ValueError: as there; or rows without pictures would share a micro-batch with some, and see them.
+        """
+        super().setup(stage)
+        if self._crossed is None or (self.micro_batch_size == 1 and self.dp_size == 1):
+            return
+        for split, rows in self.rows.items():
+            pictured = getattr(rows, "pictured", None)
+            if pictured is not None and pictured.any() and not pictured.all():
+                raise ValueError(
+                    f"{split}: {int((~pictured).sum()):,} of {len(pictured):,} rows have no pictures, and this model "
+                    f"sees pictures by cross-attention ({self._crossed}): beside rows with pictures, others are not "
+                    "what they are alone. Train rows with pictures only, or micro_batch_size=1 on one device."
+                )
 
     def group(self, store: TokenStore, kept: np.ndarray) -> list[list[int]]:
         """Which samples share a row. Where some rows have no picture, each has room for the blank one."""

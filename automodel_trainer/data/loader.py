@@ -19,6 +19,7 @@ from automodel_trainer.data.batches import MicroBatch, collate_packed, collate_p
 from automodel_trainer.data.packing import epoch_order
 from automodel_trainer.data.rows import Rows
 
+
 class Lacking(NamedTuple):
     """Which micro-batches of a step must run the vision tower although their rows have no pictures.
 
@@ -275,7 +276,7 @@ class _Ranks(NamedTuple):
             return Lacking()
         has = np.where(batch >= 0, pictured[batch], False)
         by_rank = np.stack([has[rank :: self.size] for rank in range(self.size)])  # [ranks, rows]
-        found = by_rank.reshape(self.size, -1, self.rows).any(-1)  # [ranks, micro-batches]
+        found: np.ndarray = np.any(by_rank.reshape(self.size, -1, self.rows), axis=-1)  # [ranks, micro-batches]
         wanted = np.ones_like(found[0]) if self.always else found.any(0)
         return Lacking((wanted & ~found[self.rank]).tolist(), bool(self.always and not found.any()))
 

@@ -23,7 +23,7 @@ class RopeIndex:
     def __init__(self, model: PreTrainedModel) -> None:
         if not has_rope_index(model):
             raise ValueError(f"{type(model).__name__} counts its tokens in one dimension.")
-        self.model = model.base_model
+        self.model: Any = model.base_model
         self.takes = tuple(inspect.signature(self.model.get_rope_index).parameters)
 
     def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -35,6 +35,7 @@ class RopeIndex:
         Returns:
             int64 `[3, b, s]`. Those of padding mean nothing.
         """
+        positions: Tensor
         positions, _ = self.model.get_rope_index(**{name: inputs[name] for name in self.takes if name in inputs})
         return positions
 

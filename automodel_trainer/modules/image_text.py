@@ -122,11 +122,15 @@ class ImageTextModule(CausalLMModule):
     def _check_options(self) -> None:
         super()._check_options()
         dims = self.strategy.dims
-        for axis, what in (("cp", "splits each sequence, and pictures are not split yet"), ("pp", "cuts a model of one stack")):
+        reasons = {
+            "cp": "splits sequences over ranks, and there is no rule to split pictures",
+            "pp": "splits one stack of layers over ranks, and this model has a tower beside it",
+        }
+        for axis, what in reasons.items():
             if (size := getattr(dims, axis, 1)) > 1:
                 raise ValueError(
                     f"{axis}={size} {what}: it does not work with {type(self).__name__}. Set {axis}=1; dp_shard, "
-                    "dp_replicate and tp work."
+                    "dp_replicate and tp work with pictures."
                 )
 
     # --- the model ------------------------------------------------------------------------------------------------
@@ -157,20 +161,21 @@ class ImageTextModule(CausalLMModule):
         Raises:
             ValueError: packed rows with pictures have one position for each token, and the model has several.
         """
-        ids, positions = micro_batch["input_ids"], micro_batch.get("position_ids")
+        ids = micro_batch["input_ids"]
+        positions: Any = micro_batch.get("position_ids")
         more: MicroBatch = {}
         for name in TOKEN_TYPES:
             if name in self.model_inputs and micro_batch.get(name) is None:
                 more[name] = torch.zeros_like(ids)  # every token is text
-        if self.rope_index is not None and isinstance(positions, Tensor) and positions.ndim == 2:
-            if micro_batch.get("packed") is not False and micro_batch.get("attention_mask") is None:
-                if self.pictures_in(micro_batch):
-                    raise ValueError(
-                        f"{type(self.outline).__name__} counts tokens in time, height and width, and these packed rows "
-                        f"with pictures have position_ids {list(positions.shape)}. Give [4, rows, tokens]: the place "
-                        "in the document, and what the model's get_rope_index says of each document."
-                    )
-                more["position_ids"] = positions.expand(4, -1, -1)
+        one_document = micro_batch.get("packed") is False or micro_batch.get("attention_mask") is not None
+        if self.rope_index is not None and not one_document and getattr(positions, "ndim", 0) == 2:
+            if self.pictures_in(micro_batch):
+                raise ValueError(
+                    f"{type(self.outline).__name__} counts tokens in time, height and width, and these packed rows "
+                    f"with pictures have position_ids {list(positions.shape)}. Give [4, rows, tokens]: the place in "
+                    "the document, and what the model's get_rope_index says of each document."
+                )
+            more["position_ids"] = positions.expand(4, -1, -1)
         return super().split({**micro_batch, **more})
 
     @cached_property
@@ -238,5 +243,3 @@ class ImageTextModule(CausalLMModule):
         for name in ("processor", "outline", "rope_index"):
             light.__dict__.pop(name, None)
         return light
-
-

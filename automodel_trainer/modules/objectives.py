@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from automodel_trainer.models.auto_classes import WITH_PICTURES, auto_class_of, auto_classes_of
@@ -22,7 +22,7 @@ def objective_for(config: PreTrainedConfig) -> type[HuggingFaceModule]:
     return ImageTextModule if auto_class_of(config) == WITH_PICTURES else DEFAULT_OBJECTIVE
 
 
-def objective_of(model: nn.Module) -> type[HuggingFaceModule]:
+def objective_of(model: Any) -> type[HuggingFaceModule]:
     """The objective of a loaded model, perhaps with PEFT's adapters, by its class."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return ImageTextModule if WITH_PICTURES in auto_classes_of(base)[:1] else DEFAULT_OBJECTIVE

@@ -125,7 +125,11 @@ def parameter_groups(
     groups: dict[tuple[bool, bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (parameter.ndim >= 2, isinstance(parameter, DTensor), learning_rate_of(model, name, lr_of(name) if lr_of else lr))
+            key = (
+                parameter.ndim >= 2,
+                isinstance(parameter, DTensor),
+                learning_rate_of(model, name, lr_of(name) if lr_of else lr),
+            )
             groups.setdefault(key, []).append(parameter)
     if not groups:
         raise ValueError("No parameter of the model is trainable: nothing to optimize. Set requires_grad on some.")

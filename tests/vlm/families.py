@@ -230,8 +230,10 @@ class NoVideos:
 
 def without_videos(kind: Any, **parts: Any) -> Any:
     """A processor of this class that does not ask for the class of its part for videos."""
-    own = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None, "__module__": __name__})
-    globals()[kind.__name__] = own  # so that it can be pickled
+    own = globals().get(kind.__name__)
+    if own is None:
+        own = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None, "__module__": __name__})
+        globals()[kind.__name__] = own  # so that it can be pickled
     with mock.patch("transformers.models.smolvlm.processing_smolvlm.num2words"):  # it spells the length of a video
         return own(video_processor=NoVideos(), **parts)
 
@@ -240,7 +242,12 @@ def model_of(family: str, seed: int = 3) -> PreTrainedModel:
     """A model with random weights in fp32."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForImageTextToText.from_config(config_of(family), dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_config(config_of(family), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():  # a gate that starts at zero would hide what is behind it
+                if parameter.unique().numel() == 1:
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
+        return model
 
 
 def folder_of(family: str, parent: Path) -> Path:

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from automodel_trainer import ChatDataModule, CausalLMModule, ImageTextDataModule, ImageTextModule
+from automodel_trainer import CausalLMModule, ChatDataModule, ImageTextDataModule, ImageTextModule
 from automodel_trainer.connect import connect
 from automodel_trainer.data.formats import detect_format
 from automodel_trainer.data.pictures.files import ORIENTATION, Pictures
@@ -106,6 +106,8 @@ def test_bad_pictures_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 USER = {"role": "user", "content": "<image>look"}
 ANSWER = {"role": "assistant", "content": "yes"}
+OPENAI = {"type": "image_url", "image_url": {"url": "a"}}
+SHAREGPT = [{"from": "human", "value": "<image>look"}, {"from": "gpt", "value": "yes"}]
 SHOWN = [{"type": "image"}, {"type": "text", "text": "look"}]
 
 
@@ -117,8 +119,8 @@ SHOWN = [{"type": "image"}, {"type": "text", "text": "look"}]
         ({"messages": [{**USER, "content": "look"}, ANSWER], "images": ["a"]}, ["a"]),  # as TRL: first in the turn
         ({"messages": [{**USER, "content": SHOWN}, ANSWER], "image": "a"}, ["a"]),
         ({"messages": [{**USER, "content": [{"type": "image", "image": "a"}, SHOWN[1]]}, ANSWER]}, ["a"]),
-        ({"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "a"}}, SHOWN[1]]}, ANSWER]}, ["a"]),
-        ({"conversations": [{"from": "human", "value": "<image>look"}, {"from": "gpt", "value": "yes"}], "image": "a"}, ["a"]),
+        ({"messages": [{**USER, "content": [OPENAI, SHOWN[1]]}, ANSWER]}, ["a"]),
+        ({"conversations": SHAREGPT, "image": "a"}, ["a"]),
         ({"prompt": "<image>look", "completion": "yes", "images": ["a"]}, ["a"]),
         ({"question": "<image>look", "answer": "yes", "image": "a"}, ["a"]),
         ({"prompt": [USER], "completion": [ANSWER], "images": ["a"]}, ["a"]),
@@ -148,7 +150,7 @@ def test_several_pictures_keep_their_order() -> None:
         ({"messages": [USER, ANSWER], "images": ["a", "b"]}, r"1 mark\(s\) .* 2 picture\(s\)"),
         ({"messages": [USER, ANSWER], "images": []}, r"1 mark\(s\) .* 0 picture\(s\)"),
         ({"messages": [{**USER, "content": [{"type": "video", "video": "a"}]}, ANSWER]}, "type 'video'"),
-        ({"messages": [USER, {**ANSWER, "content": "<image>"}], "images": ["a", "b"]}, "assistant's turn has a picture"),
+        ({"messages": [USER, {**ANSWER, "content": "<image>"}], "images": ["a", "b"]}, "turn has a picture"),
         ({"messages": [ANSWER], "images": ["a"]}, "no user's turn"),
     ],
 )  # fmt: skip
@@ -199,7 +201,7 @@ def test_refusals_of_the_data_module(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             prepared(rows, **options)
-    with pytest.raises(ValueError, match="would train on the text alone. Use ImageTextDataModule"):
+    with pytest.raises(ValueError, match=r"would train on the text alone\. Use ImageTextDataModule"):
         ChatDataModule([{**chat, "images": ["a.png"]}], tokenizer=tiny_tokenizer()).prepare()
     parts = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ANSWER]
     with pytest.raises(ValueError, match="Use ImageTextDataModule"):
@@ -219,7 +221,7 @@ def test_a_picture_that_changed_is_found(tmp_path: Path) -> None:
     )
     dm.prepare()
     saved(tmp_path / "1.png", picture(200, 30))
-    with pytest.raises(ValueError, match="row 1 of the data: .* were planned from the sizes"):
+    with pytest.raises(ValueError, match=r"row 1 of the data: .* were planned from the sizes"):
         list(dm.train_dataloader())
 
 

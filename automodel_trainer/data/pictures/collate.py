@@ -92,14 +92,21 @@ class PictureCollate:
                 end = start + len(document.input_ids)
                 batch["position_ids"][1:, row, start:end] = several[:, number][:, real[number]]
         rest = {key: value for key, value in made.items() if key not in (*_OWN, *tokenwise)}
-        if crossed := [key for key, value in tokenwise.items() if value.ndim > 2]:
+        if crossed := crossing(tokenwise):
             if self.packed:
                 raise ValueError(
                     f"packing=True puts several documents into a row, and this model sees pictures by cross-attention "
-                    f"({crossed[0]}): those of the whole row. Set packing='auto' or packing=False."
+                    f"({crossed}): those of the whole row. Set packing='auto' or packing=False."
                 )
             rest = {key: _by_row(value, [row for row, _, _ in places], rows) for key, value in rest.items()}
         return {**batch, **rest}
+
+
+def crossing(inputs: Mapping[str, Any]) -> str | None:
+    """The input that says which token sees which picture, of a model that sees them by cross-attention."""
+    found = (k for k, v in inputs.items() if k not in _OWN and isinstance(v, Tensor) and v.ndim > 2)
+    ids = inputs.get("input_ids")
+    return next((k for k in found if ids is None or inputs[k].shape[:2] == ids.shape), None)
 
 
 def _pictured(document: Any) -> bool:

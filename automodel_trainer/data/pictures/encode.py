@@ -95,9 +95,10 @@ class PictureEncoder:
             expanded, return_offsets_mapping=True, return_attention_mask=False, verbose=False, **self._options(text)
         )
         ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
-        encoded = all_but_bos(self.tokenizer, ids) if self.loss_on == "all" else Encoded(ids, overlapping(offsets, moved))
+        everything = self.loss_on == "all"
+        trained = all_but_bos(self.tokenizer, ids).trained if everything else overlapping(offsets, moved)
         shown = overlapping(offsets, placed) if placed else [False] * len(ids)
-        return Planned(Encoded(ids, [t and not s for t, s in zip(encoded.trained, shown)]), text)
+        return Planned(Encoded(ids, [t and not s for t, s in zip(trained, shown)]), text)
 
     def inputs(self, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Any:
         """What the processor makes of planned texts and their pictures, padded: tensors by name.

@@ -1,4 +1,4 @@
-"""Read pictures: files, bytes, data URLs and `PIL` images. Whatever cannot be read as it is meant is refused by name."""
+"""Read pictures: files, bytes, data URLs and `PIL` images. What cannot be read as it is meant is refused by name."""
 
 from __future__ import annotations
 
@@ -154,9 +154,10 @@ def _checked(image: Image.Image, name: str) -> Image.Image:
         )
     if width < 1 or height < 1:
         raise ValueError(f"{name} has no pixels ({width} × {height}).")
-    if getattr(image, "n_frames", 1) > 1 and image.format not in _STILL:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in _STILL:
         raise ValueError(
-            f"{name} is animated or has several pages ({image.n_frames} frames, {image.format}), and a model sees one: "
+            f"{name} is animated or has several pages ({frames} frames, {image.format}), and a model sees one: "
             "save the frame that is meant as a picture."
         )
     if image.mode in _DEEP:

@@ -72,7 +72,9 @@ class PictureStore(TokenStore):
             if self.pictures[index]:
                 found = documents[place]
                 pictures = self._pictures_of(found.sample_id)
-                documents[place] = PictureDocument(*found, self._texts[int(index)]["text"], pictures)
+                documents[place] = PictureDocument(
+                    found.input_ids, found.trained, found.sample_id, self._texts[int(index)]["text"], pictures
+                )
         return documents
 
 
