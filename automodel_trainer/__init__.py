@@ -9,6 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from automodel_trainer.auto import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        add_lora,
+    )
+    from automodel_trainer.checkpoint import load_checkpoint, save_checkpoint
+    from automodel_trainer.checkpoint.stream import stream_weights, weight_info
     from automodel_trainer.data import (
         ChatDataModule,
         ImageTextDataModule,
@@ -16,7 +26,8 @@ if TYPE_CHECKING:
         TextDataModule,
         TokenDataModule,
     )
-    from automodel_trainer.models import AutoModelForCausalLM, AutoModelForImageTextToText
+    from automodel_trainer.data.chat_template import encode_conversation as encode_chat
+    from automodel_trainer.data.packing import pack
     from automodel_trainer.models.kernels import KernelsConfig
     from automodel_trainer.models.lora import LoRAConfig
     from automodel_trainer.modules import (
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
         OptimizerConfig,
         SchedulerConfig,
     )
+    from automodel_trainer.modules.chunked_loss import chunked_loss
     from automodel_trainer.strategies import (
         DDPStrategy,
         FSDP2Strategy,
@@ -33,11 +45,15 @@ if TYPE_CHECKING:
         MeshStrategy,
         StrategyRegistry,
     )
+    from automodel_trainer.strategies.base.clip import clip_grad_norm_
     from automodel_trainer.trainer import Trainer
 
 _HOMES = {
-    "AutoModelForCausalLM": "models",
-    "AutoModelForImageTextToText": "models",
+    "AutoModel": "auto",
+    "AutoModelForCausalLM": "auto",
+    "AutoModelForImageTextToText": "auto",
+    "AutoModelForSequenceClassification": "auto",
+    "AutoModelForTokenClassification": "auto",
     "CausalLMModule": "modules",
     "ChatDataModule": "data",
     "DDPStrategy": "strategies",
@@ -56,11 +72,23 @@ _HOMES = {
     "TextDataModule": "data",
     "TokenDataModule": "data",
     "Trainer": "trainer",
+    "add_lora": "auto",
+    "chunked_loss": "modules.chunked_loss",
+    "clip_grad_norm_": "strategies.base.clip",
+    "encode_chat": "data.chat_template:encode_conversation",
+    "load_checkpoint": "checkpoint",
+    "pack": "data.packing",
+    "save_checkpoint": "checkpoint",
+    "stream_weights": "checkpoint.stream",
+    "weight_info": "checkpoint.stream",
 }
 
 __all__ = [
+    "AutoModel",
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "CausalLMModule",
     "ChatDataModule",
     "DDPStrategy",
@@ -79,13 +107,23 @@ __all__ = [
     "TextDataModule",
     "TokenDataModule",
     "Trainer",
+    "add_lora",
+    "chunked_loss",
+    "clip_grad_norm_",
+    "encode_chat",
+    "load_checkpoint",
+    "pack",
+    "save_checkpoint",
+    "stream_weights",
+    "weight_info",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home, _, known_as = _HOMES[name].partition(":")
+    return getattr(import_module(f"{__name__}.{home}"), known_as or name)
 
 
 def __dir__() -> list[str]:

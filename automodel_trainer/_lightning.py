@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import safetensors.torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core import saving
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as EpochLoop
 from lightning.pytorch.overrides.distributed import prepare_for_backward
@@ -24,11 +25,13 @@ __all__ = [
     "DDPForwardRedirection",
     "NotebookLauncher",
     "SubprocessLauncher",
+    "assigned_checkpoint",
     "defaults_from_env_vars",
     "drop_advertisement",
     "forget_optimizers",
     "install_quiet_epoch_loop",
     "keep_quiet_about_trees",
+    "last_checkpoints",
     "prepare_for_backward",
     "read_more_in_load_from_checkpoint",
     "sync_rank_zero",
@@ -133,6 +136,20 @@ def read_more_in_load_from_checkpoint(reads: Callable[[Any], bool], read: Callab
         return theirs(path_or_url, map_location=map_location, weights_only=weights_only)
 
     saving.pl_load = load
+
+
+def assigned_checkpoint(trainer: pl.Trainer) -> Any:
+    """The checkpoint that a user set by `trainer.ckpt_path = …`, which `fit` restores; None if nobody did."""
+    return trainer.ckpt_path if trainer._checkpoint_connector._user_managed else None
+
+
+def last_checkpoints(trainer: pl.Trainer) -> set[str]:
+    """What Lightning takes for the last checkpoints of its own callbacks, wherever they were written."""
+    found = {getattr(callback, "ckpt_path", None) for callback in trainer.checkpoint_callbacks}  # OnExceptionCheckpoint
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            found |= callback._find_last_checkpoints(trainer)
+    return {path for path in found if path}
 
 
 def uncompiled(model: Any) -> Any:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from automodel_trainer._lightning import last_checkpoints
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.remote import fetch, is_remote, local_root
@@ -27,35 +30,53 @@ def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) ->
     Raises:
         ValueError: `path` is "last", "best" or "last-whole", and there is no such checkpoint.
     """
-    callback = trainer.checkpoint_callback
     if is_remote(path):
         return str(fetch(str(path), local_root(trainer.default_root_dir) / "downloads"))
     if path not in ("last", "last-whole", "best", "auto"):
         return None if path is None else str(path)
-    if callback is None:  # this run saves nothing; an earlier one may have
-        callback = DCPCheckpoint()
-    if not isinstance(callback, DCPCheckpoint):
+    callbacks = trainer.checkpoint_callbacks or [DCPCheckpoint()]  # one that saves nothing; an earlier run may have
+    if not any(isinstance(callback, DCPCheckpoint) for callback in callbacks):
         if path in ("last-whole", "auto"):
             raise ValueError(
                 f"ckpt_path={path!r} is for checkpoints of DCPCheckpoint, and this run has a "
-                f"{type(callback).__name__}. Give 'last', 'best' or a path, or use DCPCheckpoint."
+                f"{type(callbacks[0]).__name__}. Give 'last', 'best' or a path, or use DCPCheckpoint."
             )
-        return str(path)
+        if len(callbacks) == 1 or path == "last":
+            return str(path)
     root = trainer.default_root_dir
-    if path == "best":
-        # This run's; in a new process what is on disk. Without a monitor the newest is the best, as in Lightning.
-        in_memory = callback.best_model_path
-        found = Path(in_memory) if in_memory else callback.find_best(root)
-        if found is None and callback.monitor is None:
-            found = callback.find_last(root)
-    else:
-        found = callback.find_last(root, whole=path != "last")
+    found = _best(callbacks, root) if path == "best" else _last(trainer, callbacks, whole=path != "last")
     if found is None and path != "auto":
         raise ValueError(
             f"ckpt_path={path!r}: there is no checkpoint under {trainer.default_root_dir}. Leave ckpt_path out to "
             "start from the beginning (or give 'auto'), or give default_root_dir or the checkpoint's folder."
         )
     return None if found is None else str(found)
+
+
+def _best(callbacks: Sequence[Any], root: str) -> Path | None:
+    """The best checkpoint of this run; in a new process what `DCPCheckpoint` has on disk.
+
+    A callback that monitors a metric goes before those that do not, of which the newest is the best, as in Lightning.
+    """
+    monitoring = [callback for callback in callbacks if getattr(callback, "monitor", None) is not None]
+    chosen = monitoring or callbacks
+    in_memory = next(filter(None, (getattr(callback, "best_model_path", "") for callback in chosen)), None)
+    if in_memory:
+        return Path(in_memory)
+    ours = [callback for callback in chosen if isinstance(callback, DCPCheckpoint)]
+    found = [callback.find_best(root) for callback in ours]
+    found += [callback.find_last(root) for callback in ours if callback.monitor is None]
+    return next(filter(None, found), None)
+
+
+def _last(trainer: pl.Trainer, callbacks: Sequence[Any], whole: bool) -> Path | None:
+    """The newest checkpoint of all callbacks; with `whole` the newest undamaged one of `DCPCheckpoint`."""
+    root = trainer.default_root_dir
+    found = [callback.find_last(root, whole) for callback in callbacks if isinstance(callback, DCPCheckpoint)]
+    if not whole:
+        found += [Path(path) for path in last_checkpoints(trainer)]
+    there = [path for path in found if path is not None and path.exists()]
+    return max(there, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def check_resume(path: str | os.PathLike[str] | None, resume: str) -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import automodel_trainer.load_from_checkpoint  # noqa: F401  Lightning's loader learns of checkpoint folders
 from automodel_trainer._lightning import (
+    assigned_checkpoint,
     defaults_from_env_vars,
     drop_advertisement,
     install_quiet_epoch_loop,
@@ -117,6 +118,7 @@ class Trainer(SavesPretrained):
         model_registry: str | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self._fits_min_steps = min_steps is not None and max_epochs is None and max_steps == -1 and max_time is None
         max_epochs = _upper_limit(max_epochs, max_steps, min_epochs, min_steps, max_time)
         devices, num_nodes = launched_sizes(devices, num_nodes)
         accelerator, strategy = resolve_devices(accelerator, strategy)
@@ -244,6 +246,8 @@ class Trainer(SavesPretrained):
             self.accumulate_grad_batches = self.requested_accumulation
             self.gradient_clip_val = self.requested_gradient_clip_val
         self._training_data = datamodule or loader
+        if self._fits_min_steps:
+            self.fit_loop.max_epochs = self._epochs_for_min_steps()
         upload_folders(self.loggers)
         super().fit(
             module,
@@ -262,10 +266,13 @@ class Trainer(SavesPretrained):
         self.resume, self.extra_steps = "all", 0
         self.resumed_path = saved_before_restart()
         if self.resumed_path is None:
-            self.resumed_path = checkpoint_path(self, ckpt_path)
+            assigned = assigned_checkpoint(self) if ckpt_path is None else None
+            self.resumed_path = checkpoint_path(self, assigned or ckpt_path)
             if self.resumed_path is not None and resume != "all":
                 check_folder(self.resumed_path, resume)
                 self.resume = resume
+            if assigned is not None:
+                return None  # Lightning has it
         return None if self.resume == "weights" else self.resumed_path
 
     @without("data")
@@ -368,6 +375,17 @@ class Trainer(SavesPretrained):
         by_steps = None if self.max_steps in (-1, None) else self.max_steps
         return min((n for n in (by_epochs, by_steps) if n is not None), default=None)
 
+    def _epochs_for_min_steps(self) -> int:
+        """As many epochs as `min_steps` needs, where nothing limits the run from above."""
+        steps = self._steps_per_epoch()
+        if steps is None:
+            raise ValueError(
+                f"min_steps={self.min_steps} needs an upper limit too, because it is not known here how many steps an "
+                f"epoch has: give max_steps, max_epochs (-1: none) or max_time. The default of {DEFAULT_EPOCHS} epochs "
+                "may have fewer steps."
+            )
+        return max(DEFAULT_EPOCHS, self.min_epochs or 0, -(-(self.min_steps or 0) // steps))
+
     def _steps_per_epoch(self) -> int | None:
         data = getattr(self, "_training_data", None)
         steps = data.steps_per_epoch if isinstance(data, MicroBatchDataModule) else len_or_none(data)
@@ -397,6 +415,8 @@ class Trainer(SavesPretrained):
     def _evaluation_arguments(
         self, model: Model | None, data: Any, dataloaders: Any, datamodule: Any, role: str, ckpt_path: Any
     ) -> dict[str, Any]:
+        if model is None and ckpt_path is None and len(self.checkpoint_callbacks) > 1:
+            ckpt_path = "best"  # Lightning would look at the first callback alone
         path = checkpoint_path(self, ckpt_path)
         data = one_of("data", data, "dataloaders", dataloaders)
         if model is None:
@@ -426,9 +446,4 @@ def _upper_limit(
         return max_epochs
     if max_time is not None:
         return -1
-    if min_steps is not None:
-        raise ValueError(
-            f"min_steps={min_steps} needs an upper limit too: give max_steps, max_epochs (-1: none) or max_time. The "
-            f"default of {DEFAULT_EPOCHS} epochs may have fewer steps."
-        )
     return max(DEFAULT_EPOCHS, min_epochs or 0)

@@ -28,8 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM as Plain
 from transformers import LlamaConfig
 
-from automodel_trainer import CausalLMModule, LoRAConfig, Trainer
-from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer import AutoModelForCausalLM, CausalLMModule, LoRAConfig, Trainer
 from automodel_trainer.modules.loss import next_token_targets, supervised_tokens, token_losses
 from automodel_trainer.modules.optim import SchedulerConfig, build_optimizer, build_scheduler
 

@@ -10,9 +10,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from automodel_trainer.callbacks.continued_loops import new_data, place_in_epoch, refuse_other_batches
+from automodel_trainer.callbacks.continued_loops import new_data, place_in_epoch, place_of, refuse_other_batches
 from automodel_trainer.callbacks.run_settings import Settings, run_settings
 from automodel_trainer.checkpoint.given import continued_schedule, given_options, given_schedule
+from automodel_trainer.checkpoint.loader_place import begins_anew, why_forgotten
 from automodel_trainer.checkpoint.settings import Change, Meaning, changes, refuse
 from automodel_trainer.checkpoint.state import RUN_KEY, read_lightning_state
 from automodel_trainer.checkpoint.weights import load_weights
@@ -43,10 +44,12 @@ class ContinueRun(Callback):
         self.step = 0
         self.resume = "all"
         self._settings: Settings = {}
+        self._midway: tuple[int, bool] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Compare the settings, before anything is built or read."""
         self.checkpoint, self.changes, self.step, self._settings = None, [], 0, {}
+        self._midway = None
         strategy = trainer.strategy
         if not isinstance(strategy, MeshStrategy):
             return
@@ -56,7 +59,10 @@ class ContinueRun(Callback):
         self._settings = run_settings(trainer, pl_module)
         self.resume = getattr(trainer, "resume", "all")
         path = getattr(trainer, "resumed_path", None)
-        if not path or not (Path(path) / "trainer.json").is_file():
+        if not path:
+            return
+        if not (Path(path) / "trainer.json").is_file():  # a file of Lightning's
+            strategy.on_read = self._note_place
             return
         self.checkpoint = Path(path)
         state = read_lightning_state(self.checkpoint)
@@ -81,6 +87,12 @@ class ContinueRun(Callback):
         told = any(getattr(callback, "tells_changes", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if not told and (rows := changed_rows(self.changes)):
             rank_zero_info("\n".join([f"Changed since {self.checkpoint}:", *(f"  {text}" for text in rows)]))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say that an epoch begins anew, if its loader does not know its place."""
+        midway, self._midway = self._midway, None
+        if midway is not None and (reason := why_forgotten(trainer.train_dataloader, midway[1])) is not None:
+            rank_zero_warn(begins_anew(midway[0], reason))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -141,8 +153,13 @@ class ContinueRun(Callback):
         if loader is not None:
             saved = checkpoint[type(trainer.datamodule).__qualname__]["train_loader"]  # type: ignore[attr-defined]
             place_in_epoch(checkpoint, loader, saved["batches_yielded"])
-        elif any(change.name == "data.rows_per_batch" for change in self.changes):
+            return
+        if any(change.name == "data.rows_per_batch" for change in self.changes):
             refuse_other_batches(checkpoint, self.checkpoint)
+        self._note_place(checkpoint)
+
+    def _note_place(self, checkpoint: dict[str, Any]) -> None:
+        self._midway = place_of(checkpoint)
 
     def _continue_schedules(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         """Change the state of the schedules that Lightning is about to restore. Optimizers have theirs already."""

@@ -45,14 +45,23 @@ def place_in_epoch(checkpoint: dict[str, Any], loader: MicroBatchLoader, saved: 
         counted[name] += shift
 
 
+def place_of(checkpoint: dict[str, Any]) -> tuple[int, bool] | None:
+    """How many batches of an epoch were taken, and whether loaders saved their places; None between epochs."""
+    saved = checkpoint["loops"]["fit_loop"]
+    progress = saved["epoch_loop.batch_progress"]
+    batches: int = progress["current"]["ready"]
+    if not batches or progress["is_last_batch"]:
+        return None
+    return batches, bool(saved["state_dict"].get("combined_loader"))
+
+
 def refuse_other_batches(checkpoint: dict[str, Any], folder: object) -> None:
     """Refuse another batch size of a user's own loader in the middle of an epoch: its rows cannot be told apart.
 
     Raises:
         ValueError: the checkpoint is in the middle of an epoch.
     """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    if progress["current"]["ready"] and not progress["is_last_batch"]:
+    if place_of(checkpoint) is not None:
         raise ValueError(
             f"{folder} is in the middle of an epoch, and the batches of this run's loader have another size: which of "
             "its rows were trained cannot be told. Set the old batch size and accumulation, go on from a checkpoint at "

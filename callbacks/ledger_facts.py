@@ -21,7 +21,7 @@ from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.callbacks.watchdog import Watchdog
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.data.mixture import MixtureRows
-from automodel_trainer.distributed.stage_names import of_all_stages
+from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.models._transformers import (
     attention_in_use,
     experts_in_use,
@@ -34,9 +34,9 @@ from automodel_trainer.models.parts import describe_frozen
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.models.quantization_config import ReadDense
 from automodel_trainer.models.record import recorded
+from automodel_trainer.models.stage_names import of_all_stages
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.base.allocator import allocator_of
-from automodel_trainer.strategies.base.clip import local_tensor
 from automodel_trainer.strategies.base.compile import effective_options
 
 Facts = dict[str, Any]

@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from automodel_trainer.callbacks.heat_map import heat_map
 from automodel_trainer.callbacks.layout import sum_over_ranks, trained_model
-from automodel_trainer.distributed.stage_names import from_all_stages
 from automodel_trainer.models._experts import stacked_experts
+from automodel_trainer.models.stage_names import from_all_stages
 from automodel_trainer.strategies import MeshStrategy
 
 

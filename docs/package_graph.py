@@ -27,6 +27,7 @@ HOLDS = {
     "callbacks": "checkpoints, preemption, watchdog, ledger, progress",
     "verification": "a layout against one device, on a small copy",
     "modules": "training objectives, loss, optimizer, schedule",
+    "auto": "the auto classes of transformers, with layouts",
     "strategies": "how a model lies on devices, and one step",
     "checkpoint": "safetensors and JSON: write, read, merge, export",
     "data": "rows to packed micro-batches",

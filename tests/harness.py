@@ -22,7 +22,9 @@ from automodel_trainer.strategies import MeshStrategy, Objective, StrategyRegist
 from automodel_trainer.strategies.base.precision import canonical_precision
 from tests.limits import (
     check_decided,
+    check_losses,
     check_run,
+    check_step,
     check_steps,
     close,
     computing,
@@ -35,7 +37,17 @@ from tests.limits import (
 from tests.routers import decided
 
 # Tests have these from here too.
-__all__ = ["check_decided", "check_run", "check_steps", "close", "relative_error", "widened", "with_limits"]
+__all__ = [
+    "check_decided",
+    "check_losses",
+    "check_run",
+    "check_step",
+    "check_steps",
+    "close",
+    "relative_error",
+    "widened",
+    "with_limits",
+]
 
 Batch = dict[str, Any]
 Result = TypeVar("Result")

@@ -246,6 +246,70 @@ def close(
     check_within(name, error, SAFETY * unit * terms**0.5, f"{SAFETY:g} times the roundoff of sums of {terms} terms")
 
 
+def check_step(got: tuple[Tensor | float, Mapping[str, Tensor]], want: Any, tokens: int, grown: float = 1.0) -> None:
+    """Hold the loss and the gradients of one step against another way to compute them, both in fp32.
+
+    Args:
+        got: the loss, and gradients by the names of their parameters.
+        want: the same of the other way.
+        tokens: of the step.
+        grown: by how much the model makes rounding grow, where `CHAIN` is not the whole of it.
+    """
+    (loss, gradients), (wanted, exact) = got, want
+    limit, because = SAFETY * grown * roundoff(tokens), f"{SAFETY * grown:g} times the roundoff of {tokens} tokens' sum"
+    check_within("loss", abs(float(loss) - float(wanted)) / abs(float(wanted)), limit, because)
+    assert gradients.keys() == exact.keys()
+    step = {"gradients": exact}
+    for name, error in gradient_errors({"gradients": gradients}, step).items():
+        check_within(f"gradient of {name}", error, limit, because)
+
+
+def check_losses(got: Sequence[float], want: Sequence[float], tokens: int) -> None:
+    """Hold losses of a few steps, each over `tokens`, against another way to compute them, both in fp32.
+
+    Errors of weights add up over the steps.
+    """
+    assert len(got) == len(want)
+    for index, (found, wanted) in enumerate(zip(got, want), start=1):
+        limit = SAFETY * roundoff(tokens) * index**0.5
+        because = f"{SAFETY:g} times the roundoff of {tokens} tokens' sum, over {index} steps"
+        check_within(f"loss of step {index}", abs(found - wanted) / abs(wanted), limit, because)
+
+
+def check_casts(got: Mapping[str, Any], want: Mapping[str, Any], exact: Mapping[str, Any], tokens: int) -> None:
+    """Hold a run that casts to 8 bits against another way to compute the same run.
+
+    Where rounding moves a number over the middle between two values of the narrow type, it is cast to the other one.
+    With e4m3's 3 bits of mantissa and numbers that are off by r, this befalls a share 2 · 2⁴ · r of all. In the first
+    step the two runs are as far apart as casting so many of the numbers costs, in random directions. Later ones begin
+    with other weights: they are held to what the casts cost altogether.
+
+    Args:
+        got: of `train_steps`.
+        want: the same.
+        exact: of a run that casts nothing: it shows what casting all of the numbers costs.
+        tokens: of a step.
+    """
+    share = SAFETY * (2 * 2**4 * roundoff(tokens)) ** 0.5
+    steps = list(zip(got["history"], want["history"], exact["history"], strict=True))
+    of_loss = max(abs(wanted["loss"] - truth["loss"]) for _, wanted, truth in steps)  # one step may be right by luck
+    for index, (found, wanted, truth) in enumerate(steps):
+        assert found["gradients"].keys() == wanted["gradients"].keys()
+        part = 1.0 if index else share
+        cost = part * run_error(wanted["gradients"], truth["gradients"])
+        because, at = f"{part:.2f} times what the casts cost", f"of step {index + 1}"
+        check_within(f"loss {at}", abs(found["loss"] - wanted["loss"]), part * of_loss, because)
+        check_within(f"gradient norm {at}", abs(found["norm"] / wanted["norm"] - 1), cost, because)
+        check_within(f"gradients {at}", run_error(found["gradients"], wanted["gradients"]), cost, because)
+    cost = run_error(want["weights"], exact["weights"])
+    check_within("weights", run_error(got["weights"], want["weights"]), cost, "what the casts cost")
+
+
+def run_error(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
+    """Relative error of all tensors together."""
+    return relative_error(*(torch.cat([run[name].double().flatten() for name in want]) for run in (got, want)))
+
+
 def check_run(
     got: Mapping[str, Any], exact: Mapping[str, Any], near: Mapping[str, Any], terms: int, kind: str = "weights"
 ) -> None:

@@ -22,7 +22,7 @@ from automodel_trainer import (
     Trainer,
 )
 from automodel_trainer.checkpoint.merge import merge
-from automodel_trainer.distributed.stage_names import WholeTensors
+from automodel_trainer.models.stage_names import WholeTensors
 from automodel_trainer.verification.verify import verify
 from tests.harness import full, relative_error
 from tests.pool import RankPool

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint.weights import named_tensors, whole
 from automodel_trainer.distributed.agreement import on_all_ranks, rank
-from automodel_trainer.distributed.stage_names import WholeTensors
 from automodel_trainer.models._transformers import converts_weights, original_weight_names
 from automodel_trainer.models.files import INDEX_NAME
 from automodel_trainer.models.lora import lora_of
 from automodel_trainer.models.lora.adapter_files import save_adapter
 from automodel_trainer.models.sidecars import copy_sidecars, is_weight_file
+from automodel_trainer.models.stage_names import WholeTensors
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from automodel_trainer.checkpoint.weight_stream import (
 )
 from automodel_trainer.distributed.agreement import on_all_ranks, rank
 from automodel_trainer.models._transformers import converts_weights, original_weight_names, tied_weight_names
-from automodel_trainer.models.auto import empty_model
+from automodel_trainer.models.build import empty_model
 from automodel_trainer.models.files import INDEX_NAME, resolve_folder
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, lora_of, untied_head
 from automodel_trainer.models.lora.adapter_files import read_config, read_tensors, save_adapter, trained_tensors
@@ -122,6 +122,7 @@ def _merge_adapter(
                 _merge_file(weights, header, target / file.name, updates, advance)
         _write_index(source, target, weights)
         copy_sidecars(model, target, source=source, dtype=kept)
+        # The adapter's own tokenizer is the one that was trained with. It replaces the base's.
         for pattern in _TOKENIZER_FILES:
             for file in resolve_folder(adapter).glob(pattern):
                 shutil.copyfile(file, target / file.name)
@@ -202,6 +203,7 @@ class Updates:
         source = self.source_of.get(name)
         if source is None:
             return tensor.to(dtype)
+        # Adding to codes, without their scales, would make noise.
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise ValueError(f"The base's {name} is {tensor.dtype}: merge into an unquantized base model.")
         adapter = self.adapters.get(source)
@@ -212,6 +214,7 @@ class Updates:
             weight = tensor.float().mT if adapter.is_transposed else tensor.float()
             merged = merged_weight(adapter, self._factors(adapter), weight, self.config.init)
             return (merged.mT.contiguous() if adapter.is_transposed else merged).to(dtype)
+        # Both need the whole weight: DoRA its rows' norms, PiSSA its principal components.
         if adapter.magnitude is not None or self.config.init == "pissa":
             raise ValueError(
                 f"{source} is stored in several parts, and DoRA and PiSSA adapters cannot be merged into parts. Use "

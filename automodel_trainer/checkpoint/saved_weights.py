@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from automodel_trainer.checkpoint.edited_weights import like
 from automodel_trainer.checkpoint.weight_stream import Weights
 from automodel_trainer.checkpoint.weights import load_weights
 from automodel_trainer.models.lora import lora_of
-from automodel_trainer.nn.uneven import is_uneven
 
 
 class SavedWeights(MutableMapping[str, Tensor]):
@@ -94,26 +93,6 @@ def load_state(module: nn.Module, state: Mapping[str, Any], strict: bool, whole:
         module.load_state_dict(values, strict=strict)
     except RuntimeError as error:
         raise ValueError(f"The checkpoint does not fit {type(module).__name__}: {error}") from error
-
-
-def like(value: Any, target: Any) -> Any:
-    """`value`, distributed like `target` if that is a DTensor and `value` a whole tensor of its shape.
-
-    Raises:
-        ValueError: `target` is sharded unevenly (Megatron-FSDP).
-    """
-    if not isinstance(target, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
-        return value
-    if is_uneven(target):
-        raise ValueError(
-            "This layout shards weights unevenly, so edited weights cannot be loaded into it. Use strategy='fsdp2', or "
-            "leave checkpoint['state_dict'] as it is."
-        )
-    if value.shape != target.shape:
-        return value  # load_state_dict names both shapes
-    mesh = target.device_mesh
-    on_mesh = value.to(mesh.device_type, target.dtype)
-    return distribute_tensor(on_mesh, mesh, target.placements).to(target.device)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from automodel_trainer.checkpoint.edited_weights import check_tensors, holding
 from automodel_trainer.checkpoint.host_copies import Copy, keep
 from automodel_trainer.checkpoint.record import Entry, write_json, write_safetensors
 from automodel_trainer.distributed.agreement import gather, rank, world_size
@@ -110,31 +111,24 @@ def snapshot_weights(
     Args:
         module: the module to save.
         copy: copies tensors to host memory, so that training can change the originals. The default makes no copy.
-        edited: weights to write instead of the module's (a hook changed them): all of them, by name.
+        edited: weights to write instead of the module's (a hook changed them): all of them, by name. Of a model with
+            adapters, frozen weights may be missing.
 
     Raises:
-        ValueError: `edited` was given for a model with adapters, or holds what is not a tensor.
+        ValueError: `edited` holds what is not a tensor, or changes what a checkpoint of adapters does not hold.
     """
     if edited is not None:
-        return snapshot_tensors(_edited(module, edited), copy, "weights")
+        check_tensors(edited)
     if lora_of(module) is not None:
-        tensors, config = gather_adapter(module)  # these are copies already, of a few MB
+        with holding(module, edited or {}):
+            tensors, config = gather_adapter(module)  # these are copies already, of a few MB
         first = rank() == 0
         return WeightSnapshot({ADAPTER_WEIGHTS: tensors} if first else {}, adapter=config if first else None)
-    return snapshot_tensors(named_tensors(module), copy, "weights")
-
-
-def _edited(module: nn.Module, edited: Mapping[str, Any]) -> dict[str, Tensor]:
-    if lora_of(module) is not None:
-        raise ValueError(
-            "on_save_checkpoint changed checkpoint['state_dict'] of a model with adapters, of which only the adapters "
-            "are saved. Leave it as it is."
-        )
-    for name, value in edited.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"on_save_checkpoint set state_dict[{name!r}] to a {type(value).__name__}, not a tensor.")
+    if edited is None:
+        return snapshot_tensors(named_tensors(module), copy, "weights")
     aliases = module.state_dict().keys() - named_tensors(module).keys()  # a tied tensor is written once
-    return {name: value.detach() for name, value in edited.items() if name not in aliases}
+    kept = {name: value.detach() for name, value in edited.items() if name not in aliases}
+    return snapshot_tensors(kept, copy, "weights")
 
 
 def snapshot_tensors(tensors: Mapping[str, Tensor], copy: Copy, kind: str) -> WeightSnapshot:

@@ -88,12 +88,13 @@ class Steps:
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
+        self.numbers: Iterable[int] = range(len(batches))
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
+        return (self.batches[number] for number in self.numbers)
 
 
 def group_micro_batches(loader: DataLoader, count: int) -> DataLoader:

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
+from datasets import DatasetDict
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -133,7 +134,7 @@ class MicroBatchDataModule(LightningDataModule):
 
     def evaluation_rows(self, split: str, data: Any, build: Callable[[str, Any], Rows]) -> dict[str, Rows]:
         """The rows of a split: of one set, or of several by name (`{name: data}`)."""
-        if isinstance(data, dict):
+        if isinstance(data, dict) and not isinstance(data, DatasetDict):  # which holds splits, one of them this
             return {f"{split}/{name}": build(f"{split}/{name}", part) for name, part in data.items()}
         return {split: build(split, data)}
 

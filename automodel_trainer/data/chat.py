@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from automodel_trainer.data.base import MicroBatchDataModule, check_packing
@@ -182,7 +182,9 @@ class ChatDataModule(MicroBatchDataModule):
     def _validation_rows(self, train: Any) -> Dataset | None:
         if self.validation is None:
             return load_validation_rows(train)
-        first = next(iter(self.validation.values())) if isinstance(self.validation, dict) else self.validation
+        given: Any = self.validation
+        named = isinstance(given, dict) and not isinstance(given, DatasetDict)
+        first = next(iter(given.values())) if named else given
         return self.read(first, "validation")
 
     def _whole(self, split: str, rows: Dataset) -> Rows:

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from automodel_trainer.data.batches import MicroBatch, collate_packed, collate_padded, padded_width
+from automodel_trainer.data.mixture import MixtureRows
 from automodel_trainer.data.packing import epoch_order
 from automodel_trainer.data.rows import Rows
 
@@ -320,7 +321,14 @@ class _Steps(Dataset):
 
     def __getitem__(self, step: Step) -> list[MicroBatch]:
         rows, width, lacking = step
-        return micro_batches(self.rows.fetch(rows), self.micro_batch_size, width, self.pad_id, self.collate, lacking)
+        documents = self.rows.fetch(rows)
+        batches = micro_batches(documents, self.micro_batch_size, width, self.pad_id, self.collate, lacking)
+        if isinstance(self.rows, MixtureRows):
+            sources = torch.from_numpy(self.rows.sources_of(rows))
+            for batch, part in zip(batches, sources.split(self.micro_batch_size)):
+                added = len(batch["input_ids"]) - len(part)  # a row for a blank picture, which trains nothing
+                batch["sources"] = torch.cat([part, part[-1:].expand(added)])
+        return batches
 
 
 def micro_batches(

@@ -179,13 +179,18 @@ class MixtureRows:
         for place, number in enumerate(rows):
             if number >= 0:
                 epoch, row = divmod(int(number), len(self))
-                source = int(np.searchsorted(self._starts, row, side="right")) - 1
+                source = int(self.sources_of([row])[0])
                 own = self._row(source, epoch * int(self.counts[source]) + row - int(self._starts[source]))
                 wanted.setdefault(source, []).append((place, own))
         for source, pairs in wanted.items():
             for (place, _), documents in zip(pairs, self.rows[source].fetch([own for _, own in pairs])):
                 found[place] = documents
         return found
+
+    def sources_of(self, rows: Sequence[int]) -> np.ndarray:
+        """The source of each row, numbered as in `fetch`: int64 `[len(rows)]`. The filler's is the first."""
+        within = np.maximum(np.asarray(rows, dtype=np.int64), 0) % len(self)
+        return np.searchsorted(self._starts, within, side="right") - 1
 
     def _rows_of(self, source: int, epoch: int) -> np.ndarray:
         count, size = int(self.counts[source]), len(self.rows[source])

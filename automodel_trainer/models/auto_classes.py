@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,17 @@ CLASSIFIERS = ("AutoModelForTokenClassification", "AutoModelForSequenceClassific
 _OTHERS = {
     "AutoModelForMaskedLM": names.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 }
+
+
+_HEADS_IN_CHECKPOINTS = re.compile(r"(LM|LMHead|ToText|Seq2Seq|PreTraining)$")
+
+
+def may_bring_a_head(auto_class: str) -> bool:
+    """Whether an auto class gives the body of a checkpoint a new head (or none), as classifiers do.
+
+    The heads of language models are in their checkpoints.
+    """
+    return _HEADS_IN_CHECKPOINTS.search(auto_class) is None
 
 
 def transformers_class(auto_class: str) -> Any:

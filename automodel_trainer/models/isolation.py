@@ -100,7 +100,7 @@ def prove_isolation(
             return Isolation(auto_class, None, str(error), checked=False)
         found = _Proof(model, inputs_of, by_length, seed).run()
         if found.packed and not found.padded_obstacle:
-            break
+            break  # one proof is enough; a failure may be a router's near tie
     return found
 
 
@@ -129,6 +129,7 @@ class _Proof:
             text = f"{self.name} does not run on rows of text alone ({first_line(error)})"
             return Isolation(self.name, None, text, checked=False)
         self.spread = float(torch.cat([d for row in self.alone for d in row]).float().std())
+        # Random weights can make logits that are all equal, or that overflow. Then nothing follows from them.
         if not 1e-6 < self.spread < 1e6:
             text = f"the logits of a small copy of {self.name} are no numbers to compare"
             return Isolation(self.name, None, text, checked=False)
@@ -166,6 +167,7 @@ class _Proof:
                     f"in {self.name} a document changes the logits of the next in its row by {moved:.2g} of their "
                     f"spread ({layers})"
                 )
+        # Documents that do not see each other may still be wrong: positions that count on, for one.
         apart = max(self._apart(a, b) for x, y in zip(logits, self.alone) for a, b in zip(x, y))
         self.error = max(self.error, apart)
         if apart > self.tolerance:
@@ -184,7 +186,7 @@ class _Proof:
     def _padded(self) -> str | None:
         """Why padded rows are not right; None if they are."""
         documents = [d for row in self.documents for d in row]
-        width = max(map(len, documents)) + 3
+        width = max(map(len, documents)) + 3  # so that the longest row is padded too
         ids = torch.stack([nn.functional.pad(d, (0, width - len(d)), value=int(self.tokens[0])) for d in documents])
         mask = torch.stack([(torch.arange(width) < len(d)).long() for d in documents])
         positions = torch.arange(width).expand(len(documents), -1)
@@ -245,6 +247,7 @@ class _Proof:
         return self.tokens[torch.randint(len(self.tokens), (length,), generator=self.generator)]
 
     def _apart(self, a: Tensor, b: Tensor) -> float:
+        # A number that is none counts as a difference: a row whose tokens see nothing has such logits.
         return float((a.float() - b.float()).abs().nan_to_num(nan=torch.inf).max()) / self.spread
 
 

@@ -12,8 +12,10 @@ from transformers import PreTrainedConfig
 
 HEAD_DIM = 16
 MIN_LAYERS = 2
+# Multi-head latent attention (arXiv 2405.04434) has sizes of its own, which do not follow from the hidden size.
 _MLA = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Names of the numbers of heads, their size, and the number of groups; each family has its own.
 _STATE_SPACE_HEADS = (
     ("mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
     ("mamba_num_heads", "mamba_head_dim", "n_groups"),
@@ -61,6 +63,7 @@ def shrink(
             kept[:] = _shrink_depth(text, max(layers, MIN_LAYERS))
         if width:
             _shrink_width(text, ranks)
+    # Token ids of the batches must exist, and the vocabulary must be cut by as many ranks as before.
     for name in ("vocab_size", "vocab_size_per_layer_input"):
         if isinstance(value := getattr(text, name, None), int):
             setattr(text, name, alike(value, max(vocab_size, 4 * HEAD_DIM), ranks))
@@ -68,7 +71,7 @@ def shrink(
         if isinstance(value := getattr(text, name, None), int):
             setattr(text, name, min(value, max(2, length // 3)))
     _silence_noise(text)
-    text.use_cache = False
+    text.use_cache = False  # keys and values are kept for generation only
     return config
 
 
@@ -96,7 +99,7 @@ def _one_size_of_layers(config: PreTrainedConfig, kept: list[int]) -> Iterator[N
         yield
         return
     sizes = {int(layer): size for layer, size in config.to_dict()["per_layer_config"].items()}
-    config.per_layer_config = None
+    config.per_layer_config = None  # reading a size that layers do not share raises
     yield
     own = {}
     for new, old in enumerate(kept):
@@ -124,6 +127,7 @@ def _shrink_depth(config: PreTrainedConfig, layers: int) -> list[int]:
     }
     for name, value in per_layer.items():
         setattr(config, name, [value[i] for i in keep])
+    # These count layers, or name them by index.
     if isinstance(dense := getattr(config, "first_k_dense_replace", None), int):
         config.first_k_dense_replace = min(dense, 1)
     if getattr(config, "mlp_only_layers", None):
@@ -167,6 +171,7 @@ def _shrink_heads(config: PreTrainedConfig, ranks: int) -> None:
     config.num_attention_heads = small_keys * groups
     if getattr(config, "num_key_value_heads", None) is not None:
         config.num_key_value_heads = small_keys
+    # Some configs compute it from the other sizes; under latent attention it is the size of the rotated part.
     if getattr(config, "head_dim", None) is not None and not isinstance(getattr(type(config), "head_dim", 0), property):
         config.head_dim = _MLA["qk_rope_head_dim"] if latent else HEAD_DIM
     config.hidden_size = HEAD_DIM * config.num_attention_heads
@@ -180,6 +185,7 @@ def _heads(heads: int, key_heads: int, ranks: int) -> tuple[int, int]:
     def same(small: int, large: int) -> bool:
         return all((small % n == 0) == (large % n == 0) for n in sizes)
 
+    # At least two of each, where the original has them: with one, a mistake in their order would not show.
     options = [
         (k, g)
         for k in range(min(2, key_heads), key_heads + 1)
@@ -203,6 +209,7 @@ def _shrink_linear_heads(config: PreTrainedConfig, ranks: int) -> None:
 def _shrink_state_spaces(config: PreTrainedConfig) -> None:
     """Heads, groups and states of state space layers, whose names differ from family to family."""
     hidden = config.hidden_size
+    # The layers' inner width is the hidden size times this factor; heads times their size must give it again.
     expand = _first(config, ("mamba_expand", "expand", "expand_factor"))
     inner = int(expand * hidden) if expand else 4 * HEAD_DIM
     for heads, head, groups in _STATE_SPACE_HEADS:
@@ -239,6 +246,7 @@ def _shrink_experts(config: PreTrainedConfig, ranks: int) -> None:
     chosen = getattr(config, "num_experts_per_tok", None)
     if chosen:
         config.num_experts_per_tok = chosen = min(chosen, 2)
+    # Groups of experts are chosen first (arXiv 2412.19437): so few experts make one.
     for name in ("n_group", "topk_group"):
         if getattr(config, name, None):
             setattr(config, name, 1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from automodel_trainer.models._masks import packing_without_sync
-from automodel_trainer.models.auto import build_on_meta
+from automodel_trainer.models.build import build_on_meta
 from automodel_trainer.models.initialize import initialize_weights
 from automodel_trainer.models.shrink import shrink
 

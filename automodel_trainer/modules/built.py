@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint import check_checkpoint
-from automodel_trainer.checkpoint.saved_weights import like
+from automodel_trainer.checkpoint.edited_weights import like
+from automodel_trainer.checkpoint.own_saving import save_by_export
 from automodel_trainer.models._masks import packing_without_sync
-from automodel_trainer.models.auto import add_adapters, builder, check_purpose, fill_from_folder, load_config
+from automodel_trainer.models.build import add_adapters, build_pretrained, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.generation import check_generation_config
 from automodel_trainer.models.isolation import Isolation
@@ -35,7 +36,8 @@ from automodel_trainer.models.parts import freeze_parts
 from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
-from automodel_trainer.models.sidecars import has_tokenizer
+from automodel_trainer.models.record import recorded
+from automodel_trainer.models.sidecars import ModelFolder, has_tokenizer
 from automodel_trainer.modules.isolation import isolation_of, packs
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.nn.deferred_logits import defer_logits
@@ -114,7 +116,9 @@ class BuiltModule(Objective, pl.LightningModule):
         (reference,) = self._reference
         if isinstance(reference, (str, os.PathLike)):
             return resolve_folder(reference, self.revision)
-        name = reference.name_or_path
+        name, kept = reference.name_or_path, recorded(reference, ModelFolder)
+        if kept is not None and kept.name == name:
+            return kept.folder
         return Path(name) if name and os.path.isdir(name) else None
 
     @property
@@ -238,6 +242,7 @@ class BuiltModule(Objective, pl.LightningModule):
             defer_logits(self.model)
         if self.neftune_alpha:
             add_neftune(self.model.get_input_embeddings(), self.neftune_alpha)
+        save_by_export(self.model)
         self.model.train()
 
     def _check_options(self) -> None:
@@ -257,8 +262,11 @@ class BuiltModule(Objective, pl.LightningModule):
         (reference,) = self._reference
         if isinstance(reference, PreTrainedModel):
             return self._adopt(reference)
-        return builder(self.auto_class).from_pretrained(
-            self.source or reference,
+        assert self.source is not None
+        return build_pretrained(
+            self.auto_class,
+            self.source,
+            self.model_config,
             self.strategy,
             allow_missing_weights=self.new_modules,
             allow_unused_weights=self.allow_unused_weights,
@@ -266,7 +274,6 @@ class BuiltModule(Objective, pl.LightningModule):
             lora=self.lora,
             kernels=self.kernels,
             freeze=self.frozen,
-            **self.config_overrides,
         )
 
     def _adopt(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -280,8 +287,8 @@ class BuiltModule(Objective, pl.LightningModule):
             if self.kernels.fp8 is not None:
                 raise ValueError(
                     f"fp8={self.kernels.fp8!r} casts frozen weights while they are read, and this model is already "
-                    f"loaded. Build it with builder({self.auto_class!r}).from_pretrained(lora=…, kernels="
-                    "KernelsConfig(fp8=…)) of automodel_trainer.models instead."
+                    f"loaded. Build it with automodel_trainer.auto.builder({self.auto_class!r})"
+                    ".from_pretrained(lora=…, kernels=KernelsConfig(fp8=…)) instead."
                 )
             apply_kernels(model, self.kernels, self.strategy.root_device)
             self.strategy.parallelize(model)

@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from automodel_trainer.data.mixture import MixtureRows
 from automodel_trainer.models.kernels import kernels_in_use
 from automodel_trainer.models.packed_inputs import document_inputs, lengths_of
+from automodel_trainer.modules.evaluation import as_list
 from automodel_trainer.modules.hugging_face import HuggingFaceModule
 from automodel_trainer.modules.isolation import packs
 from automodel_trainer.modules.loss import next_token_targets, summed_loss, supervised_tokens, token_losses
 from automodel_trainer.modules.metrics import TokenMetrics
+from automodel_trainer.modules.source_losses import SourceLosses
 from automodel_trainer.nn.constants import IGNORE_INDEX
 from automodel_trainer.strategies.base.objective import MicroBatch
+
+_SOURCES_KEY = "source_losses"
 
 
 class CausalLMModule(HuggingFaceModule):
     """Trains a causal language model on next-token prediction.
 
-    The loss is the sum of token losses divided by the supervised tokens of the *global* batch. It takes the arguments
-    of `HuggingFaceModule`.
+    The loss is the sum of token losses divided by the supervised tokens of the *global* batch. Of a mixture the loss of
+    each source is logged as `train_loss/NAME`, without auxiliary losses. It takes the arguments of `HuggingFaceModule`.
     """
 
     auto_class = "AutoModelForCausalLM"
     defers_logits = True
     takes_document_lengths = True
     predicts_next_token = True
+    _sources: SourceLosses | None = None
+    _saved_sources: dict[str, Any] | None = None
 
-    def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
+    def split(self, micro_batch: MicroBatch) -> tuple[dict[str, Any], Any]:
         inputs, labels = super().split(micro_batch)
         # Training needs no cache, and with a cache transformers ignores the document boundaries of packed rows.
         inputs["use_cache"] = False
         targets = next_token_targets(labels)
+        sources = None
+        if self._sources is not None and "sources" in micro_batch:
+            sources = micro_batch["sources"][:, None].expand_as(targets)
         if self.gives_document_lengths and packs(micro_batch):
             lengths = micro_batch.get("document_lengths") or lengths_of(micro_batch["position_ids"])
-            return document_inputs(inputs, lengths), targets.view(1, -1)
-        return inputs, targets
+            inputs, targets = document_inputs(inputs, lengths), targets.view(1, -1)
+            sources = None if sources is None else sources.reshape(1, -1)
+        return inputs, targets if sources is None else (targets, sources)
 
-    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        loss = summed_loss(outputs.logits, targets, kernels_in_use(self.model).loss)
+    def loss(self, outputs: Any, targets: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        groups = None
+        if isinstance(targets, tuple):
+            targets, sources = targets
+            assert self._sources is not None, "split gives sources only then"
+            groups = self._sources.groups(sources)
+        loss = summed_loss(outputs.logits, targets, kernels_in_use(self.model).loss, groups)
         balance = getattr(outputs, "aux_loss", None)  # mixture-of-experts models with output_router_logits=True
         if balance is not None:
             # The sum is later divided by the tokens of the global batch, so this averages over tokens.
@@ -51,6 +69,48 @@ class CausalLMModule(HuggingFaceModule):
 
     def count(self, micro_batch: MicroBatch) -> Tensor:
         return supervised_tokens(micro_batch["labels"])
+
+    # --- the loss of each source of a mixture ---------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        rows = getattr(getattr(self.trainer, "datamodule", None), "rows", {}).get("train")
+        self._sources = None
+        if not isinstance(rows, MixtureRows):
+            return
+        if (kernel := kernels_in_use(self.model).loss) is not None:
+            rank_zero_warn(
+                f"The loss of each source is not logged: kernels loss={kernel.name!r} computes the sum of all tokens "
+                "alone. Use kernels: {loss: chunked} for it."
+            )
+            return
+        self._sources = SourceLosses([source.name for source in rows.sources], self.strategy)
+        if self._saved_sources is not None:
+            self._sources.restore(self._saved_sources)
+            self._saved_sources = None
+
+    def training_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> None:
+        if self._sources is not None:
+            self._sources.count(as_list(batch))
+        super().training_step(batch, batch_idx)
+
+    def _log_window(self) -> None:
+        super()._log_window()
+        if self._sources is not None:
+            self.log_dict({f"train_loss/{name}": loss for name, loss in self._sources.pop().items()})
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._sources = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self._sources is not None:
+            checkpoint[_SOURCES_KEY] = self._sources.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._saved_sources = checkpoint.get(_SOURCES_KEY)
 
     def build_metrics(self) -> Metric:
         return TokenMetrics()

@@ -40,14 +40,16 @@ class EvaluatedModule(BuiltModule):
     def validation_step(
         self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._evaluate(batch, self._metrics_of(dataloader_idx, self.trainer.num_val_batches))
+        trainer = self.trainer
+        self._evaluate(batch, self._metrics_of(dataloader_idx, trainer.num_val_batches, trainer.val_dataloaders))
 
     def test_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, self._metrics_of(dataloader_idx, self.trainer.num_test_batches))
+        trainer = self.trainer
+        self._evaluate(batch, self._metrics_of(dataloader_idx, trainer.num_test_batches, trainer.test_dataloaders))
 
-    def _metrics_of(self, loader: int, batches: Any) -> list[Metric]:
-        """What a batch of a loader counts for: all loaders together and, if there are several, its own."""
-        if not isinstance(batches, list) or len(batches) == 1:
+    def _metrics_of(self, loader: int, batches: Any, loaders: Any) -> list[Metric]:
+        """What a batch of a loader counts for: all loaders together and, if they have names or are several, its own."""
+        if not isinstance(loaders, Mapping) and (not isinstance(batches, list) or len(batches) == 1):
             return [self.metrics]
         if loader not in self._of_loader:
             self._of_loader[loader] = self.build_metrics().to(self.strategy.root_device)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from automodel_trainer.data.image_text import ImageTextDataModule
-from automodel_trainer.models.auto import build_on_meta
+from automodel_trainer.models.build import build_on_meta
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.isolation import Isolation
 from automodel_trainer.models.parts import ModelParts

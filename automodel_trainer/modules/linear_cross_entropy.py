@@ -7,7 +7,7 @@ Cross-Entropy (arXiv 2411.09009) and Liger Kernel (arXiv 2410.10989).
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,26 @@ from automodel_trainer.nn._torch import FAST_MATH
 from automodel_trainer.nn.constants import IGNORE_INDEX
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+class Groups(NamedTuple):
+    """Where the losses of tokens are added up, besides their sum.
+
+    Attributes:
+        of: the group of each token, int64 `[n]`.
+        sums: fp64 `[groups]`; losses are added in place, on the device.
+    """
+
+    of: Tensor
+    sums: Tensor
+
+    def add(self, losses: Tensor, start: int = 0) -> None:
+        """Add the losses `[m]` of the tokens from `start` on."""
+        part = self.of[start : start + len(losses)]
+        self.sums.index_add_(0, part, losses.detach().to(self.sums.dtype))
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, groups: Groups | None = None
+) -> Tensor:
     """The cross-entropy of the logits `hidden · weightᵀ + bias`, summed over the targets that are not −100.
 
     Args:
@@ -27,6 +46,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
         weight: `[v, h]`.
         bias: `[v]`, or None.
         targets: int64 `[n]`.
+        groups: where the loss of each token is also added up.
 
     Returns:
         0-dim, fp32 or wider. It can be differentiated once, with respect to hidden, weight and bias.
@@ -38,7 +58,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     if kind == "cpu":  # drop tokens without a label; on a GPU `nonzero` would wait for the device
         rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
         hidden, targets = hidden[rows], targets[rows]
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets)
+        groups = None if groups is None else Groups(groups.of[rows], groups.sums)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, groups)
     return total
 
 
@@ -53,8 +74,10 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 class _LinearCrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        by_hidden, by_weight, by_bias, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, groups: Groups | None
+    ) -> Tensor:
+        by_hidden, by_weight, by_bias, *_ = ctx.needs_input_grad
         loss_and_gradient = _loss_and_gradient if hidden.device.type == "cpu" else _compiled()
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -66,6 +89,8 @@ class _LinearCrossEntropy(Function):
             part = hidden[start : start + rows]
             losses, gradient = loss_and_gradient(F.linear(part, weight, bias), targets[start : start + rows])
             total += losses.sum()
+            if groups is not None:
+                groups.add(losses, start)
             if of_hidden is not None:
                 torch.mm(gradient, weight, out=of_hidden[start : start + rows])
             if of_weight is not None:
@@ -79,7 +104,7 @@ class _LinearCrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         gradients = ctx.saved_tensors
-        return (*(g if g is None else g * grad.to(g.dtype) for g in gradients), None)
+        return (*(g if g is None else g * grad.to(g.dtype) for g in gradients), None, None)
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

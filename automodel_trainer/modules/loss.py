@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from automodel_trainer.models.kernels.library import LossKernel
-from automodel_trainer.modules.linear_cross_entropy import chunk_rows, linear_cross_entropy
+from automodel_trainer.modules.linear_cross_entropy import Groups, chunk_rows, linear_cross_entropy
 from automodel_trainer.nn.constants import IGNORE_INDEX
 from automodel_trainer.nn.deferred_logits import DeferredLogits
 from automodel_trainer.strategies.tensor.loss_parallel import sharded_argmax, sharded_logits, sharded_token_losses
@@ -40,27 +40,35 @@ def supervised_tokens(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
-def summed_loss(logits: Logits, targets: Tensor, kernel: LossKernel | None = None) -> Tensor:
+def summed_loss(
+    logits: Logits, targets: Tensor, kernel: LossKernel | None = None, groups: Groups | None = None
+) -> Tensor:
     """The sum of `token_losses`, 0-dim.
 
     Args:
         logits: of `[b, s, v]`.
         targets: `[b, s]`, from `next_token_targets`.
         kernel: a kernel library's loss, for `DeferredLogits`; None uses `linear_cross_entropy.py`.
+        groups: where the losses are also added up; not with a kernel library's loss, which gives their sum alone.
 
     Raises:
         ValueError: a kernel library's loss was asked for, and the head is more than a plain linear layer.
     """
     if isinstance(logits, DeferredLogits) and (weight := logits.plain_weight) is not None:
         bias: Any = getattr(logits.layer, "bias", None)
-        compute = linear_cross_entropy if kernel is None else kernel.function
-        return compute(logits.hidden.flatten(0, -2), weight, bias, targets.flatten())
+        hidden, wanted = logits.hidden.flatten(0, -2), targets.flatten()
+        if kernel is not None:
+            return kernel.function(hidden, weight, bias, wanted)
+        return linear_cross_entropy(hidden, weight, bias, wanted, groups)
     if kernel is not None:
         raise ValueError(
             f"kernels loss={kernel.name!r} needs a head that is a plain linear layer. This one is cut over ranks, "
             "adapted, or followed by a scale or a cap. Use 'chunked'."
         )
-    return token_losses(logits, targets).sum()
+    losses = token_losses(logits, targets)
+    if groups is not None:
+        groups.add(losses)
+    return losses.sum()
 
 
 def token_losses(logits: Logits, targets: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 from automodel_trainer.checkpoint.sources import is_adapter, model_folder
 from automodel_trainer.checkpoint.weight_stream import Weights
 from automodel_trainer.models._transformers import converts_weights, original_weight_names, tied_weight_names
-from automodel_trainer.models.auto import empty_model
 from automodel_trainer.models.auto_classes import auto_class_of_folder, transformers_class
+from automodel_trainer.models.build import empty_model
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora.adapter_files import read_config, read_tensors
 from automodel_trainer.models.sidecars import has_tokenizer

@@ -1,6 +1,6 @@
 """`amt export`: write a checkpoint as a model folder, and check that it computes the same.
 
-amt export runs/sft/checkpoints/latest --output model --dtype bfloat16 --check
+amt export runs/sft/checkpoints/latest --output model --dtype bfloat16 --check --gguf
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import torch
 import transformers
 from torch import Tensor
 
+from automodel_trainer.auto import builder
 from automodel_trainer.checkpoint.sources import is_adapter, model_folder
 from automodel_trainer.checkpoint.weight_stream import Weights
-from automodel_trainer.models.auto import builder
 from automodel_trainer.models.auto_classes import auto_class_of_folder, auto_class_of_task, transformers_class
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.adapter_files import read_config
 from automodel_trainer.models.sidecars import has_tokenizer
 from automodel_trainer.tools.check_export import check_export
+from automodel_trainer.tools.gguf_file import check_gguf_can_be_written, write_gguf
 from automodel_trainer.tools.merge import arguments, merge_as_asked
+from automodel_trainer.tools.serve_check import ENGINES, check_engine, compare_served
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -109,8 +111,9 @@ def _load_source(
     lora, auto_class = None, None
     if is_adapter(folder):
         lora, config = LoRAConfig(adapter=str(folder)), read_config(folder)
-        auto_class = auto_class_of_task(config.get("task_type"))
         folder = resolve_folder(base or config["base_model_name_or_path"])
+        of_base = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        auto_class = auto_class_of_task(config.get("task_type"), of_base)
     auto_class = auto_class or auto_class_of_folder(folder, trust_remote_code=trust_remote_code)
     return (
         builder(auto_class)
@@ -149,9 +152,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = arguments("amt export", "Write a checkpoint, or an adapter and its base model, for any program to load.")
     parser.add_argument("--check", action="store_true", help="load it with transformers and compare with the source")
+    parser.add_argument("--gguf", action="store_true", help="also write model.gguf, read back with transformers")
+    parser.add_argument("--serve", choices=ENGINES, help="compare log-probabilities with those of a serving engine")
     args = parser.parse_args(argv)
+    if args.gguf:
+        check_gguf_can_be_written()
+    if args.serve:
+        check_engine(args.serve)
     folder = merge_as_asked(args)
     print(f"Exported to {folder}.")
+    if args.gguf:
+        print(f"Wrote {write_gguf(folder)}: transformers reads the same weights and config from it.")
     if args.check:
         findings = check_export(args.source, folder, args.base, args.trust_remote_code)
         print("\n".join(map(str, findings)))
@@ -164,3 +175,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{folder} does not compute the same as {args.source}: {result}. Do not use it. If rounding to --dtype "
                 "is the cause, export without --dtype."
             )
+    if args.serve:
+        served = compare_served(folder, [ids[0].tolist() for ids in _prompts(folder, args.trust_remote_code)])
+        print(served)
+        if not served.mean <= served.limit:
+            raise ValueError(f"{args.serve} computes something else of {folder}: {served}.")

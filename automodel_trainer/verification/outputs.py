@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from automodel_trainer.distributed.stage_names import modules_around_layers
+from automodel_trainer.models.stage_names import modules_around_layers
 from automodel_trainer.nn.deferred_logits import DeferredLogits
 from automodel_trainer.strategies import MeshStrategy
 

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from automodel_trainer.distributed.stage_names import held_elsewhere
+from automodel_trainer.auto import builder
 from automodel_trainer.models._masks import packing_without_sync
-from automodel_trainer.models.auto import builder
+from automodel_trainer.models.stage_names import held_elsewhere
 from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.modules.optim import build_optimizer, trainable
 from automodel_trainer.strategies import MeshStrategy

@@ -11,15 +11,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.nn._torch import foreach_mul_, foreach_norm
 from automodel_trainer.nn.uneven import holds_nothing
 
 _Group = tuple[DeviceMesh | None, tuple[int, ...]]  # a mesh, and those of its axes that shard
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor `[…]`; a plain tensor is returned as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -60,6 +56,26 @@ def clip_grads_(parameters: Iterable[Tensor], max_norm: float, total_norm: Tenso
             by_kind[grad.device, grad.dtype].append(grad)
     for (device, _), grads in by_kind.items():
         foreach_mul_(grads, coefficient.to(device))
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale all gradients so that their L2 norm is at most `max_norm`, for any mix of meshes. Collective.
+
+    torch's function of this name refuses parameters of several meshes, such as split experts. A pipeline's stages are
+    not all here: `strategy.clip_grad_norm_` covers those too.
+
+    Args:
+        parameters: those whose gradients to scale.
+        max_norm: the largest norm allowed; None or 0: only measure.
+
+    Returns:
+        the norm before, 0-dim.
+    """
+    parameters = list(parameters)
+    norm = total_grad_norm(parameters)
+    if max_norm:
+        clip_grads_(parameters, max_norm, norm)
+    return norm
 
 
 def _sharding(grad: Tensor) -> _Group:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from automodel_trainer.checkpoint import remove_checkpoint, save_checkpoint
 from automodel_trainer.checkpoint.lightning_file import load_optimizer_states, read_lightning_file
+from automodel_trainer.checkpoint.loader_place import Place, can_remember
 from automodel_trainer.checkpoint.optimizer import load_optimizers
 from automodel_trainer.checkpoint.remote import RemoteRuns, fetch, is_remote, mirror, scratch
 from automodel_trainer.checkpoint.rng import set_rng_state
@@ -42,6 +43,7 @@ class SavingStrategy(MeshProcesses):
 
     _restores_late: bool | None = None
     _handed: Mapping[str, Any] | None = None
+    _places: tuple[Place, ...] = ()
 
     @property
     @abstractmethod
@@ -78,6 +80,32 @@ class SavingStrategy(MeshProcesses):
             assert module is not None
             self._restores_late = any(parameter.is_meta for parameter in module.parameters())
         return self._restores_late
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Let a user's training loader remember its place in the epoch, until `teardown`."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.training and can_remember(dataloader):
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+
+            def taken() -> int:
+                alone = trainer.train_dataloader is dataloader  # beside others it may have been through its rows before
+                return progress.current.ready if alone and not progress.is_last_batch else 0
+
+            self._places += (Place(dataloader, taken, (self.dp_rank, self.dp_size)),)  # type: ignore[attr-defined]
+            # Workers build batches before Lightning tells the sampler the epoch.
+            set_epoch = getattr(getattr(dataloader, "sampler", None), "set_epoch", None)
+            if callable(set_epoch):
+                epoch: Any = trainer.fit_loop.epoch_progress.current
+                set_epoch(epoch.processed)
+        return dataloader
+
+    def teardown(self) -> None:
+        """Leave the user's loaders as they were."""
+        for place in self._places:
+            place.forget()
+        self._places = ()
+        super().teardown()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The weights as `on_save_checkpoint` hooks see them: this rank's tensors, sharded as they are."""

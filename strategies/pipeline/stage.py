@@ -41,18 +41,27 @@ class _Leaving(nn.Module):
 
 
 class _Empty(nn.Module):
-    """Stands in for an embedding: hidden states `[b, s, h]` that nothing reads, one element in memory."""
+    """Stands in for an embedding: hidden states `[b, s, h]` that nothing reads, one element in memory.
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
+    Args:
+        width: h.
+        weight: an empty tensor: some models ask an embedding or a head for the dtype or device of its weight.
+    """
+
+    def __init__(self, width: int, weight: Tensor) -> None:
         super().__init__()
-        self.width, self.dtype = width, dtype
+        self.width, self.weight = width, weight
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros((), dtype=self.dtype, device=ids.device).expand(*ids.shape, self.width)
+        return torch.zeros((), dtype=self.weight.dtype, device=ids.device).expand(*ids.shape, self.width)
 
 
 class _Pass(nn.Module):
-    """Stands in for a norm or head of another stage: returns its input."""
+    """Stands in for a norm or head of another stage: returns its input. See `_Empty` for `weight`."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return first_argument(args, kwargs)
@@ -169,17 +178,18 @@ class SplitModel:
         """The modules to swap for a stage, by name, with their stand-ins."""
         parts, stage = self.split.parts, turn.stage
         arriving = _Arriving(turn.hidden)
+        weight = torch.empty(0, dtype=self.dtype, device=next(self.model.parameters()).device)
         for index in range(self.split.stages[-1].layers.stop):  # all layers of the model
             if index not in stage.layers:
                 yield f"{parts.layers}.{index}", arriving if index < stage.layers.start else leaving
         if not stage.first:
             for name in parts.before:
                 if not (stage.last and name in parts.after):  # a module can be on both sides of the layers
-                    yield name, _Empty(self.width, self.dtype) if name in self.split.tables else _Pass()
+                    yield name, _Empty(self.width, weight) if name in self.split.tables else _Pass(weight)
         if not stage.last:
             for name in parts.after:
                 if not (stage.first and name in parts.before):
-                    yield name, _Pass()
+                    yield name, _Pass(weight)
 
     def parameters_of(self, stage: Stage) -> Iterator[nn.Parameter]:
         """The parameters that a stage uses at the moment, each once. FSDP2 swaps them when it gathers."""

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from automodel_trainer.distributed.stage_names import own_runs_of_layers
+from automodel_trainer.models.stage_names import own_runs_of_layers
 from automodel_trainer.nn.wrap import wrap
 from automodel_trainer.strategies.tensor.collectives import gather_sequence, slice_sequence
 from automodel_trainer.strategies.tensor.layers import on_hidden_states, on_output

@@ -26,8 +26,8 @@ from tests.pool import RankPool
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, logger="lightning.pytorch")  # until the end of the test
 
 
 def every_step(**options: Any) -> DCPCheckpoint:

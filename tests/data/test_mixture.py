@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
 
-from automodel_trainer import CausalLMModule, ChatDataModule, TextDataModule, Trainer
+from automodel_trainer import CausalLMModule, ChatDataModule, TextDataModule, TokenDataModule, Trainer
 from automodel_trainer.data.loader import MicroBatchLoader
 from automodel_trainer.data.mixture import MixtureRows, Source, parse_sources
 from automodel_trainer.data.rows import RandomRows
@@ -111,3 +112,24 @@ def test_a_run_trains_on_it_and_names_the_validation_sets(tmp_path: Path, capsys
     text.setup("fit")
     assert list(text.val_dataloader()) == ["one"]
     assert shares(text.rows["train"]) == pytest.approx([0.5, 0.5])  # type: ignore[arg-type]
+
+
+def test_validation_sets_have_names_without_a_mixture(tmp_path: Path) -> None:
+    """Of every data module; a single one too. A `DatasetDict` holds splits, not sets."""
+    tokenizer = tiny_tokenizer()
+    np.arange(5, 15, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+    text = [{"text": "z" * 30}]
+    common: dict[str, Any] = {"tokenizer": tokenizer, "seq_len": 64}
+    modules = {
+        "chat": ChatDataModule(chats("aa", 2), {"a": chats("bb", 2), "b": chats("cc", 1)}, **common),
+        "text": TextDataModule(text, {"a": text, "b": text}, **common),
+        "tokens": TokenDataModule(tmp_path / "tokens.bin", dict.fromkeys("ab", tmp_path / "tokens.bin"), **common),
+        "alone": TextDataModule(text, {"a": text}, **common),
+        "splits": ChatDataModule(chats("aa", 2), DatasetDict(validation=Dataset.from_list(chats("bb", 2))), **common),
+    }
+    module = CausalLMModule(tiny_model(), tokenizer=tokenizer)
+    trainer = Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    for name, data in modules.items():
+        found = trainer.validate(module, data, verbose=False)[0]
+        names = {key.partition("/")[2] for key in found if key.startswith("val_loss/")}
+        assert names == {"alone": {"a"}, "splits": set()}.get(name, {"a", "b"}), name

@@ -111,7 +111,15 @@ def test_lower_limits_are_kept(tmp_path: Path) -> None:
     trainer = make(tmp_path, max_epochs=None, min_epochs=5, callbacks=[StopAlways()], enable_checkpointing=False)
     trainer.fit(BoringModel())
     assert trainer.current_epoch == 5
-    for limits in ({"min_steps": 9}, {"min_epochs": 5, "max_epochs": 3}, {"min_steps": 5, "max_steps": 3}):
+    rows = [torch.ones(2, 32)] * 2
+    options: dict[str, Any] = {"max_epochs": None, "limit_val_batches": 0, "enable_checkpointing": False}
+    for least, epochs in ((9, 5), (4, 3)):  # the default is 3 epochs
+        trainer = make(tmp_path, min_steps=least, callbacks=[StopAlways()] if least == 9 else None, **options)
+        trainer.fit(BoringModel(), rows)
+        assert trainer.current_epoch == epochs
+    with pytest.raises(ValueError, match=r"min_steps=9 needs an upper limit"):
+        make(tmp_path, min_steps=9, **options).fit(BoringModel())
+    for limits in ({"min_epochs": 5, "max_epochs": 3}, {"min_steps": 5, "max_steps": 3}):
         with pytest.raises(ValueError, match=r"min_(steps|epochs)="):
             make(tmp_path, **{"max_epochs": None, **limits})
     assert make(tmp_path, max_epochs=None, min_steps=9, max_steps=10).min_steps == 9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from automodel_trainer import CausalLMModule, LoRAConfig, MockDataModule
 from automodel_trainer.callbacks import DCPCheckpoint
+from automodel_trainer.resume import checkpoint_path
 from tests.harness import random_rows, stack
 from tests.lightning.boring import loader, make, weight
 from tests.pool import RankPool
@@ -355,10 +357,50 @@ def test_without_a_model_the_best_is_tested(tmp_path: Path, monitor: str | None)
 
 
 def test_both_kinds_side_by_side(tmp_path: Path) -> None:
-    theirs, ours = ModelCheckpoint(dirpath=tmp_path / "theirs", monitor="val_loss"), DCPCheckpoint(save_top_k=1)
-    for callbacks in ([theirs, ours], [ours, theirs]):
-        trainer = make(tmp_path / str(len(list(tmp_path.iterdir()))), max_epochs=2, callbacks=callbacks)
+    """The best is that of the callback that monitors, and the last the newest of all, in either order."""
+    theirs = ModelCheckpoint(dirpath=tmp_path / "theirs", monitor="val_loss", save_last=True)
+    ours = DCPCheckpoint(save_top_k=1)
+    for number, callbacks in enumerate(([theirs, ours], [ours, theirs])):
+        trainer = make(tmp_path / str(number), max_epochs=2, callbacks=callbacks)
         trainer.fit(Known(), loader(), loader())
         assert trainer.checkpoint_callback is callbacks[0]
-        expected = 1.0 if callbacks[0] is theirs else 2.0
-        assert trainer.test(dataloaders=loader(), ckpt_path="best", verbose=False)[0]["w"] == pytest.approx(expected)
+        for given, expected in (({}, 1.0), ({"ckpt_path": "best"}, 1.0), ({"ckpt_path": "last"}, 2.0)):
+            tested = trainer.test(dataloaders=loader(), **given, verbose=False)[0]["w"]
+            assert tested == pytest.approx(expected), (number, given)
+        older = tmp_path / str(number) / "checkpoints" / "step-00000004"
+        os.utime(older, (0, 0))
+        assert checkpoint_path(trainer, "last") == str(tmp_path / "theirs" / "last.ckpt")
+    monitors = ModelCheckpoint(dirpath=tmp_path / "other", monitor="val_loss")
+    with pytest.raises(ValueError, match=r"there is no checkpoint"):  # in a new process nobody knows which is the best
+        checkpoint_path(make(tmp_path / "0", callbacks=[DCPCheckpoint(), monitors]), "best")
+
+
+class Halved(CausalLMModule):
+    """Saves half of each adapter, and no frozen weight."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value / 2 for name, value in state.items() if "lora_" in name}
+
+
+class Touched(CausalLMModule):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["state_dict"]["model.norm.weight"] = checkpoint["state_dict"]["model.norm.weight"] + 1
+
+
+def test_hooks_change_adapters(tmp_path: Path) -> None:
+    data = MockDataModule(264, seq_len=16, micro_batch_size=2, num_samples=4)
+    module = Halved(tiny_model(), tokenizer=tiny_tokenizer(), lora=LoRAConfig(rank=2), lr=0.1)
+    path = make(tmp_path, limit_val_batches=0).fit(module, data)
+    assert path is not None
+    saved = load_file(path / "model" / "adapter_model.safetensors")
+    live = {name: value for name, value in module.state_dict().items() if "lora_" in name}
+    assert len(saved) == len(live) > 0
+    for name, value in live.items():
+        assert torch.equal(saved[f"base_model.model.{name}"], value / 2), name
+        assert value.any(), name
+    touched = Touched(tiny_model(), tokenizer=tiny_tokenizer(), lora=LoRAConfig(rank=2))
+    with pytest.raises(ValueError, match=r"changed or added .*model.norm.weight.* holds only its adapters"):
+        make(tmp_path / "b", limit_val_batches=0).fit(touched, data)

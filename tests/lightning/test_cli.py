@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from safetensors.torch import load_file
@@ -65,6 +66,23 @@ def test_amt_fit_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (module.lora.rank, module.lr) == (4, 1e-3)
     adapter = json.loads(Path("run/checkpoints/latest/model/adapter_config.json").read_text())
     assert adapter["r"] == 4
+
+
+def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--model=org/name", "--data=chats.jsonl", "--lora=4", "--lr=1e-3", "--strategy=fsdp2"]
+    with pytest.raises(SystemExit) as ended:
+        run(["fit", *short, "--print_config"])
+    assert ended.value.code in (0, None)
+    text = capsys.readouterr().out
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    config = yaml.safe_load(text)
+    assert config["model"]["init_args"]["model"] == "org/name"
+    assert config["model"]["init_args"]["lora"]["rank"] == 4
+    assert config["data"]["init_args"]["train"] == "chats.jsonl"
+    with pytest.raises(SystemExit):
+        run(["fit", "--config", str(file), "--print_config"])
+    assert capsys.readouterr().out == text
 
 
 def test_help_lists_options_in_groups(capsys: pytest.CaptureFixture[str]) -> None:

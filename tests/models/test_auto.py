@@ -16,7 +16,7 @@ import transformers
 from torch.distributed.tensor import DTensor
 
 from automodel_trainer import AutoModelForCausalLM
-from automodel_trainer.strategies.base.clip import local_tensor
+from automodel_trainer.distributed._dtensor import local_tensor
 from tests.harness import make_strategy
 from tests.pool import RankPool
 from tests.tiny import tiny_config, tiny_model

@@ -16,7 +16,7 @@ from automodel_trainer.models.kernels.experts import GroupedExperts, swap_expert
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
 from automodel_trainer.models.lora.layers import LoRAParameters
 from tests.beside import use
-from tests.limits import relative_error
+from tests.limits import check_step, close
 from tests.strategies.test_expert import FAMILIES
 from tests.tiny import tiny_model
 
@@ -40,10 +40,7 @@ def loss_and_gradients(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor
 
 
 def check_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    (loss, gradients), (wanted, exact) = loss_and_gradients(model), loss_and_gradients(other)
-    assert abs(loss - wanted) < 1e-5
-    assert gradients.keys() == exact.keys()
-    assert not {n: e for n in exact if (e := relative_error(gradients[n], exact[n])) > 1e-5}
+    check_step(loss_and_gradients(model), loss_and_gradients(other), 34)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "LoRA"])
@@ -99,7 +96,7 @@ def test_choices_of_experts_held_elsewhere_count_as_zeros() -> None:
         swap_experts(nn.ModuleList([half]))
         here = (chosen >= first) & (chosen < first + 2)
         total += half(x, torch.where(here, chosen - first, 2), weights * here)
-    assert relative_error(total, whole(x, chosen, weights)) < 1e-5
+    close(total, whole(x, chosen, weights))
 
 
 def test_choice_and_ledger() -> None:

@@ -10,9 +10,8 @@ import torch
 import transformers
 from transformers import masking_utils
 
-from automodel_trainer import CausalLMModule, ChatDataModule, TextDataModule, Trainer
+from automodel_trainer import AutoModelForCausalLM, CausalLMModule, ChatDataModule, TextDataModule, Trainer
 from automodel_trainer.models import _masks, isolation
-from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.packed_inputs import document_inputs, lengths_of
 from automodel_trainer.modules import isolation as kept
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer

@@ -22,6 +22,7 @@ from automodel_trainer.models.kernels.norm import swap_norms
 from automodel_trainer.models.kernels.rope import restore_rope, swap_rope
 from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.beside import folder_of
+from tests.limits import SAFETY, check_step, check_within, roundoff
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,8 @@ def test_the_same_numbers() -> None:
     errors = json.loads(done.stdout.splitlines()[-1])
     assert len(errors) == 14
     for name, found in errors.items():
-        assert all(error < 1e-5 for error in found), (name, found)
+        for error in found:
+            check_within(name, error, SAFETY * roundoff(64), "of sums over the 61 rows or the 64 numbers of a row")
 
 
 class Normed(Function):
@@ -81,7 +83,7 @@ def test_the_compiler_looks_into_them(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = SimpleNamespace(LigerRMSNormFunction=Normed, LigerSiLUMulFunction=Gated, LigerRopeFunction=Rotated)
     ops.LigerLayerNormFunction = ops.LigerGELUMulFunction = None
     monkeypatch.setattr(LIGER, "load", lambda: ops)
-    ids, losses = torch.randint(5, 260, (2, 16)), []
+    ids, steps = torch.randint(5, 260, (2, 16)), []
     for compiled in (False, True):
         model = tiny_model("qwen3", num_hidden_layers=3).train()
         swap_norms(model, LIGER.norm)
@@ -93,9 +95,9 @@ def test_the_compiler_looks_into_them(monkeypatch: pytest.MonkeyPatch) -> None:
             compile_blocks(model, "aot_eager")
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        losses.append(loss.item())
+        steps.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
     restore_rope(model)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    check_step(steps[1], steps[0], 32)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer import AutoModelForCausalLM
 from automodel_trainer.models.lora import (
     LoRAConfig,
     adapter_names,

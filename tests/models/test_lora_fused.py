@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer import AutoModelForCausalLM
 from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig, describe_lora
 from automodel_trainer.models.lora.adapter_files import save_adapter
@@ -24,7 +24,8 @@ from automodel_trainer.nn.step_cache import unchanged_weights
 from automodel_trainer.strategies.base.compile import compile_blocks
 from automodel_trainer.trainer import Trainer
 from tests.harness import close, relative_error
-from tests.limits import CHAIN
+from tests.limits import CHAIN, WIDTH, check_losses, check_step
+from tests.matrix import more
 from tests.models.test_lora_peft import IDS, base, disturb, peft_model
 from tests.tiny import tiny_model
 
@@ -59,7 +60,14 @@ def three_steps(model: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in trained.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def one_step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", [more("llama"), "qwen2", "phi3"])
 def test_three_steps_are_peft_s(tmp_path: Path, family: str) -> None:
     model = build(tmp_path / "base", family, layers=2 if family == "llama" else 1)
     save_adapter(model, tmp_path / "adapter")
@@ -74,9 +82,10 @@ def test_three_steps_are_peft_s(tmp_path: Path, family: str) -> None:
     losses, trained = three_steps(model)
     their_losses, theirs = three_steps(reference)
 
-    assert losses == pytest.approx(their_losses, rel=1e-6)
+    check_losses(losses, their_losses, IDS.numel())
     assert trained.keys() == theirs.keys()
-    assert max(relative_error(trained[name], theirs[name]) for name in trained) < 1e-5
+    for name in trained:  # three gradients of so many tokens
+        close(trained[name], theirs[name], 3 * CHAIN * IDS.numel(), name)
 
 
 def test_weights_keep_their_names_and_values(tmp_path: Path) -> None:
@@ -97,7 +106,7 @@ def test_moved_and_loaded_weights_are_the_ones_used(tmp_path: Path) -> None:
     doubled = model.to(torch.float64)
     plain = build(tmp_path / "base", choice="separate").to(torch.float64)
     plain.load_state_dict(doubled.state_dict())
-    assert relative_error(doubled(IDS).logits, plain(IDS).logits) < 1e-12
+    close(doubled(IDS).logits, plain(IDS).logits, CHAIN * WIDTH)
 
 
 def test_a_copy_computes_with_its_own_weights(tmp_path: Path) -> None:
@@ -107,7 +116,7 @@ def test_a_copy_computes_with_its_own_weights(tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.zero_()
     compile_blocks(copied, "aot_eager")
-    assert relative_error(copied(IDS).logits, plain(IDS).logits) < 1e-5
+    close(copied(IDS).logits, plain(IDS).logits, CHAIN * WIDTH)
 
 
 def test_two_forwards_before_their_backwards(tmp_path: Path) -> None:
@@ -127,7 +136,7 @@ def test_compiled_as_a_whole_by_the_user_it_follows_the_optimizer(tmp_path: Path
     disturb(model)
     plain = build(tmp_path / "b", choice="separate")
     plain.load_state_dict(model.state_dict())
-    assert relative_error(whole(IDS).logits, plain(IDS).logits) < 1e-5
+    close(whole(IDS).logits, plain(IDS).logits, CHAIN * WIDTH)
 
 
 GROUPS = [3, 1, 2, 1]  # layers of a llama's block that share an input: q, k, v; o; gate, up; down
@@ -183,17 +192,14 @@ def test_dropout_is_on_the_update_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)  # one of so many numbers might be kept, and would count a million times
     model = compiled(tmp_path / "base", dropout=0.999999)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    assert relative_error(model(IDS).logits, plain(IDS).logits) < 1e-5
+    close(model(IDS).logits, plain(IDS).logits, CHAIN * WIDTH)
     assert relative_error(model.eval()(IDS).logits, plain(IDS).logits) > 1e-3
 
 
 def test_gradients_under_dropout(tmp_path: Path) -> None:
     """So little of it that nothing is dropped, but its way is taken."""
     model, plain = compiled(tmp_path / "a", dropout=1e-9), build(tmp_path / "b", choice="separate")
-    for m in (model, plain):
-        m(input_ids=IDS, labels=IDS).loss.backward()
-    pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True)]
-    assert max(relative_error(a, b) for a, b in pairs if a is not None) < 1e-5
+    check_step(*(one_step(m) for m in (model, plain)), IDS.numel())
 
 
 @pytest.mark.parametrize(
@@ -225,13 +231,7 @@ def test_a_block_that_the_compiler_cannot_take_whole(tmp_path: Path) -> None:
         layer.self_attn.k_proj.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
     torch._dynamo.utils.counters.clear()
     for _ in range(3):
-        losses = [m(input_ids=IDS, labels=IDS).loss for m in (model, plain)]
-        for m, loss in zip((model, plain), losses):
-            m.zero_grad()
-            loss.backward()
-        pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True)]
-        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
-        assert max(relative_error(a, b) for a, b in pairs if a is not None) < 1e-5
+        check_step(*(one_step(m) for m in (model, plain)), IDS.numel())
     assert torch._dynamo.utils.counters["frames"]["total"] < 40
 
 
@@ -250,9 +250,10 @@ def test_one_of_a_group_can_be_called_alone(tmp_path: Path) -> None:
     for group_ in (group, model.model.layers[0].mlp.gate_proj.fused):
         group_.kept_fresh = True
     refresh([group])
-    plain = attention.v_proj(x)
+    plain = attention.v_proj(x).detach()
     run = torch.compile(lambda x: (attention.v_proj(x), attention.v_proj(x)), backend="aot_eager")
-    assert all(relative_error(out, plain) < 1e-5 for out in run(x))
+    for out in run(x):
+        close(out.detach(), plain)
 
 
 def test_what_cannot_be_fused_is_named(tmp_path: Path) -> None:

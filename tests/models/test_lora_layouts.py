@@ -17,14 +17,13 @@ import transformers
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
-from automodel_trainer import CausalLMModule, MockDataModule, Trainer
+from automodel_trainer import AutoModelForCausalLM, CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.callbacks.ledger_text import ledger_rows
-from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.models.kernels.choose import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.adapter_files import trained_tensors
 from automodel_trainer.models.lora.initialize import whole
-from automodel_trainer.strategies.base.clip import local_tensor
 from tests.beside import use
 from tests.harness import (
     NextToken,
@@ -39,6 +38,7 @@ from tests.harness import (
     stack,
 )
 from tests.limits import computing, exactly
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.routers import decided, separated
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -160,7 +160,7 @@ COMPILED = "fsdp2:compile=true,compile_backend=aot_eager"
         ("fsdp2", 1, "separate", "dora-head"),
         ("fsdp2", 2, "separate", "plain"),
         (COMPILED, 1, "widened", "block"),
-        (COMPILED, 1, "widened", "block-head"),
+        more(COMPILED, 1, "widened", "block-head"),
         (f"{COMPILED},activation_checkpointing=full", 1, "widened", "block"),
     ],
 )

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from automodel_trainer import AutoModelForCausalLM
 from automodel_trainer.checkpoint.optimizer import load_optimizers, snapshot_optimizers
-from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig, adapters
 from automodel_trainer.models.lora.adapter_files import save_adapter
 from automodel_trainer.models.quantization import quantize

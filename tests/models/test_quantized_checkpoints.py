@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from automodel_trainer import AutoModelForCausalLM
 from automodel_trainer.checkpoint.export import export_pretrained
 from automodel_trainer.checkpoint.merge import merge
-from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.files import slices_of
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.adapter_files import save_adapter

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from automodel_trainer.models.auto import AutoModelForCausalLM
+from automodel_trainer import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig, adapters
 from automodel_trainer.models.quantization.quantize import is_quantized
 from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor, quantize

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from automodel_trainer.models import AutoModelForCausalLM
+from automodel_trainer import AutoModelForCausalLM
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, attention, kernels_in_use
 from automodel_trainer.models.kernels.libraries import _transformer_engine
 from automodel_trainer.models.kernels.libraries._transformer_engine import TRANSFORMER_ENGINE
@@ -22,9 +22,10 @@ from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.strategies.base.activation_checkpointing import apply_activation_checkpointing
 from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.beside import use
-from tests.harness import close, full, relative_error
+from tests.harness import check_step, check_steps, close, relative_error
 from tests.models import transformer_engine_stand_in as stand_in
 from tests.pool import RankPool
+from tests.strategies.test_parity import reference
 from tests.tiny import tiny_model
 
 GPU = torch.device("cuda")
@@ -41,13 +42,6 @@ def step(model: Any, rows: int = 4, length: int = 32) -> tuple[Tensor, dict[str,
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def same(found: Any, wanted: Any, tolerance: float = 1e-5) -> None:
-    assert found[0] == pytest.approx(wanted[0].item(), rel=tolerance)
-    assert found[1].keys() == wanted[1].keys()
-    for name, gradient in wanted[1].items():
-        assert relative_error(found[1][name], gradient) < tolerance, name
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "qwen2", "nemotron", "gpt_neox"])
@@ -71,7 +65,7 @@ def test_the_same_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     causal = _transformer_engine.causal_attention
     monkeypatch.setattr(_transformer_engine, "causal_attention", lambda *a: (called.append("te"), causal(*a))[1])
-    same(step(model), step(plain))
+    check_step(step(model), step(plain), 128)
     assert list(model.state_dict()) == names
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert called == ["te", "te"]
@@ -116,7 +110,7 @@ def test_odd_numbers_of_tokens_are_not_multiplied_in_fp8() -> None:
     swap_linear_layers(model, TRANSFORMER_ENGINE, "current")
     with pytest.warns(UserWarning, match="no multiple of 8 is not multiplied in fp8"):
         found = step(model, rows=1, length=13)
-    same(found, step(tiny_model("llama"), rows=1, length=13))
+    check_step(found, step(tiny_model("llama"), rows=1, length=13), 13)
 
 
 def test_checkpoint(tmp_path: Path) -> None:
@@ -128,11 +122,11 @@ def test_checkpoint(tmp_path: Path) -> None:
         swapped = tiny_model("llama")
     apply_kernels(swapped, ALL, GPU)
     assert list(swapped.state_dict()) == list(model.state_dict())
-    from automodel_trainer.models.auto import fill_from_folder
+    from automodel_trainer.models.build import fill_from_folder
 
     fill_from_folder(swapped, tmp_path / "a", None)
     swapped.set_attn_implementation("sdpa")
-    same(step(swapped), step(plain))
+    check_step(step(swapped), step(plain), 128)
     swapped.save_pretrained(tmp_path / "b")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
     torch.testing.assert_close(again.state_dict(), plain.state_dict())
@@ -153,7 +147,7 @@ def test_adapters(first: str) -> None:
     layers = [module for module in model.modules() if isinstance(module, SwappedLinear)]
     assert len(layers) == 14
     assert all(type(layer.lora_A) is nn.Linear for layer in layers)
-    same(step(model), step(plain))
+    check_step(step(model), step(plain), 128)
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
@@ -168,7 +162,7 @@ def test_compiled_blocks() -> None:
             counters.clear()
             compile_blocks(model, "aot_eager")
         results.append(step(model))
-    same(results[1], results[0], 1e-4)
+    check_step(results[1], results[0], 128)
     assert 0 < counters["stats"]["unique_graphs"] < 12
 
 
@@ -248,9 +242,6 @@ def trained_on_ranks(spec: str, world_size: int, config: KernelsConfig) -> Any:
 @pytest.mark.parametrize("spec", ["fsdp2", "fsdp2:tp=2", "fsdp2:tp=2,activation_checkpointing=full"])
 def test_layouts(pool: RankPool, spec: str) -> None:
     """Weights that come, go and are cut over ranks, with biases that are added once."""
-    expected = trained_on_ranks("auto", 1, KernelsConfig())
+    expected = reference("qwen2", tied=False)
     for result in pool.run(2, trained_on_ranks, spec, 2, KernelsConfig(norm="te", linear="te")):
-        for got, want in zip(result["history"], expected["history"]):
-            assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
-        for name, gradient in expected["history"][0]["gradients"].items():
-            assert relative_error(full(result["history"][0]["gradients"][name]), gradient) < 1e-4, name
+        check_steps(result, expected)

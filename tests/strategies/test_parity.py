@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from automodel_trainer.strategies.base.clip import local_tensor
+from automodel_trainer.distributed._dtensor import local_tensor
 from tests.harness import (
     Batch,
     NextToken,

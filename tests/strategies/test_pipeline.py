@@ -78,6 +78,7 @@ TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
         ("3d:pp=2,schedule=looped_bfs", 2, "phi3", {}),
         ("3d:pp=2", 2, "gpt2", {**TIED, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
         ("3d:pp=2", 2, "qwen3_moe", MOE),
+        ("3d:pp=2", 2, "mamba", {"state_size": 8}),  # asks the head for its dtype
         ("3d:pp=2,schedule=zbv", 2, "llama", {**UNTIED, "lora": True}),
         ("3d:pp=2", 2, "qwen3", {**TIED, "lora": True}),
         ("3d:pp=4", 4, "gemma3_text", TIED),

@@ -45,8 +45,9 @@ TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
         ("3d:pp=2,schedule=interleaved_1f1b,activation_checkpointing=full", 2, "llama", {**TIED, "lora": True}),
         more("3d:pp=2,schedule=zbv", 2, "llama", TIED),
         ("3d:pp=2,schedule=zbv", 2, "gemma3_text", TIED),
-        ("3d:pp=2,activation_checkpointing=selective", 4, "qwen3", UNTIED),
-        ("3d:pp=2,tp=2,activation_checkpointing=full", 4, "llama", UNTIED),
+        ("3d:pp=2,activation_checkpointing=selective", 2, "qwen3", UNTIED),
+        more("3d:pp=2,activation_checkpointing=selective", 4, "qwen3", UNTIED),
+        more("3d:pp=2,tp=2,activation_checkpointing=full", 4, "llama", UNTIED),
     ],
 )
 def test_compiled_stages(pool: RankPool, spec: str, world_size: int, family: str, options: dict[str, Any]) -> None:

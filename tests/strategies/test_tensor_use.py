@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from automodel_trainer import ChatDataModule, Trainer
+from automodel_trainer import AutoModelForCausalLM, ChatDataModule, Trainer
 from automodel_trainer.checkpoint.optimizer import load_optimizers, snapshot_optimizers
+from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.distributed.agreement import on_all_ranks
-from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.modules.loss import predictions, token_losses
 from automodel_trainer.strategies import FSDP2Strategy
-from automodel_trainer.strategies.base.clip import local_tensor
 from automodel_trainer.strategies.tensor.check import check_gates
 from automodel_trainer.strategies.tensor.plan import expand_plan
 from automodel_trainer.strategies.tensor.size import choose_tp

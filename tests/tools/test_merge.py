@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from automodel_trainer import AutoModelForCausalLM
 from automodel_trainer.checkpoint.safetensors_stream import SafetensorsWriter
-from automodel_trainer.models.auto import AutoModelForCausalLM
 from automodel_trainer.models.lora import LoRAConfig, adapters
 from automodel_trainer.models.lora.adapter_files import save_adapter
 from automodel_trainer.tools.merge import main, merge

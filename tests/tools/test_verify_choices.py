@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from automodel_trainer.models import auto
+from automodel_trainer.models import build
+from automodel_trainer.strategies import FSDP2Strategy
 from automodel_trainer.verification import steps as verify_steps
 from automodel_trainer.verification.choices import Choice, ChoiceRecorder, Margin
 from automodel_trainer.verification.flips import Flip, Flips, by_rounding, first_flips
@@ -211,7 +212,7 @@ class Both:
         self.seeds, self.sign, self.defect = seeds, sign, defect
 
     def __call__(self, patch: pytest.MonkeyPatch) -> None:
-        original, initialize = Qwen3MoeTopKRouter.forward, auto.initialize_weights
+        original, initialize = Qwen3MoeTopKRouter.forward, build.initialize_weights
         drawn: list[int] = []
 
         def forward(router: Any, hidden: torch.Tensor) -> Any:
@@ -228,7 +229,7 @@ class Both:
             initialize(model, device, seed, *rest)
 
         patch.setattr(Qwen3MoeTopKRouter, "forward", forward)
-        patch.setattr(auto, "initialize_weights", note)
+        patch.setattr(build, "initialize_weights", note)
         if self.defect is not None:
             self.defect(patch)
 
@@ -270,9 +271,7 @@ def shifted_on_one_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def not_averaged(patch: pytest.MonkeyPatch) -> None:
-    from automodel_trainer.strategies.data_parallel import gradient_reduction
-
-    patch.setattr(gradient_reduction, "sum_gradients", lambda model: None)
+    patch.setattr(FSDP2Strategy, "gradient_scale", 1.0)
 
 
 @pytest.mark.parametrize(

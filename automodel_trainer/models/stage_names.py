@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -10,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from automodel_trainer.models.record import record_of, recorded
+
 T = TypeVar("T")
-_ATTRIBUTE = "_pipeline"
 
 
 class Stages(Protocol):
@@ -36,14 +38,26 @@ class Stages(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SplitOver:
+    """On a model: this rank holds some stages of it.
+
+    Args:
+        pipeline: the ranks that hold all stages.
+    """
+
+    pipeline: Stages
+
+
 def mark(model: nn.Module, pipeline: Stages) -> None:
     """Record on `model` that this rank holds some stages of it."""
-    object.__setattr__(model, _ATTRIBUTE, pipeline)
+    record_of(model).keep(SplitOver(pipeline))
 
 
 def pipeline_of(model: nn.Module) -> Stages | None:
     """The pipeline that `model` is split over; None for a whole model."""
-    return model.__dict__.get(_ATTRIBUTE)
+    split = recorded(model, SplitOver)
+    return split.pipeline if split is not None else None
 
 
 def from_all_stages(model: nn.Module, value: T) -> list[T]:

@@ -1,0 +1,86 @@
+"""What `on_save_checkpoint` hooks made of the weights in `checkpoint["state_dict"]`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from automodel_trainer.models.lora.adapter_files import trained_tensors
+from automodel_trainer.nn.text import listed
+from automodel_trainer.nn.uneven import is_uneven
+
+
+def check_tensors(edited: Mapping[str, Any]) -> None:
+    """Raise ValueError if a hook left something else than tensors."""
+    for name, value in edited.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"on_save_checkpoint set state_dict[{name!r}] to a {type(value).__name__}, not a tensor.")
+
+
+def like(value: Any, target: Any) -> Any:
+    """`value`, distributed like `target` if that is a DTensor and `value` a whole tensor of its shape.
+
+    Raises:
+        ValueError: `target` is sharded unevenly (Megatron-FSDP).
+    """
+    if not isinstance(target, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if is_uneven(target):
+        raise ValueError(
+            "This layout shards weights unevenly, so edited weights cannot be loaded into it. Use strategy='fsdp2', or "
+            "leave checkpoint['state_dict'] as it is."
+        )
+    if value.shape != target.shape:
+        return value  # load_state_dict names both shapes
+    mesh = target.device_mesh
+    on_mesh = value.to(mesh.device_type, target.dtype)
+    return distribute_tensor(on_mesh, mesh, target.placements).to(target.device)
+
+
+@contextmanager
+@torch.no_grad()
+def holding(module: nn.Module, edited: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the adapters of a model hold the edited values while they are gathered. Frozen weights may be left out.
+
+    Args:
+        module: a model with adapters.
+        edited: what the hook left; whole tensors, or sharded as the module's.
+
+    Raises:
+        ValueError: a weight was changed that a checkpoint of adapters does not hold.
+    """
+    state = module.state_dict(keep_vars=True)
+    adapters = set(map(id, trained_tensors(module).values()))
+    trained = {name: value for name, value in state.items() if id(value) in adapters}
+    changed = sorted(
+        name for name, value in edited.items() if name not in trained and not _same(value, state.get(name))
+    )
+    if changed:
+        raise ValueError(
+            f"on_save_checkpoint changed or added {listed(changed)} in checkpoint['state_dict'], and a checkpoint of "
+            "this model holds only its adapters. Leave the other weights as they are, or leave them out."
+        )
+    mine = {name: tensor.detach() for name, tensor in trained.items() if name in edited}
+    before = {name: tensor.clone() for name, tensor in mine.items()}
+    try:
+        for name, tensor in mine.items():
+            tensor.copy_(like(edited[name], tensor))
+        yield
+    finally:
+        for name, tensor in mine.items():
+            tensor.copy_(before[name])
+
+
+def _same(value: Tensor, own: Any) -> bool:
+    if not isinstance(own, Tensor) or value.shape != own.shape:
+        return False
+    if isinstance(value, DTensor) != isinstance(own, DTensor):
+        return False
+    mine, theirs = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in (own, value))
+    shared = mine.data_ptr() == theirs.data_ptr() and mine.stride() == theirs.stride()
+    return shared or (mine.device == theirs.device and bool(torch.equal(mine, theirs)))
