@@ -23,8 +23,8 @@ class RopeIndex:
     def __init__(self, model: PreTrainedModel) -> None:
         if not has_rope_index(model):
             raise ValueError(f"{type(model).__name__} counts its tokens in one dimension.")
-        self.model: Any = model.base_model
-        self.takes = tuple(inspect.signature(self.model.get_rope_index).parameters)
+        self._compute: Any = model.base_model.get_rope_index
+        self.takes = tuple(inspect.signature(self._compute).parameters)
 
     def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
         """Time, height and width of every token.
@@ -36,7 +36,7 @@ class RopeIndex:
             int64 `[3, b, s]`. Those of padding mean nothing.
         """
         positions: Tensor
-        positions, _ = self.model.get_rope_index(**{name: inputs[name] for name in self.takes if name in inputs})
+        positions, _ = self._compute(**{name: inputs[name] for name in self.takes if name in inputs})
         return positions
 
 
