@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ class RopeIndex:
     def __init__(self, model: PreTrainedModel) -> None:
         if not has_rope_index(model):
             raise ValueError(f"{type(model).__name__} counts its tokens in one dimension.")
-        self._compute: Any = model.base_model.get_rope_index
+        self._compute = cast(Any, model.base_model).get_rope_index
         self.takes = tuple(inspect.signature(self._compute).parameters)
 
     def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
