@@ -109,7 +109,7 @@ class AutoBuilder:
             lora=lora,
             kernels=kernels,
         )
-        return finished(built, layout)
+        return finished(built, layout, kernels)
 
     @classmethod
     def from_config(
@@ -161,7 +161,7 @@ class AutoBuilder:
             strict=strict,
             options=kwargs,
         )
-        return finished(built, layout)
+        return finished(built, layout, kernels)
 
 
 class AutoModel(AutoBuilder, transformers.AutoModel):  # type: ignore[misc]
@@ -227,11 +227,11 @@ def started(strategy: str | Layout | None, dtype: Any = None) -> Layout | None:
     return layout
 
 
-def finished(model: PreTrainedModel, layout: Layout | None) -> PreTrainedModel:
+def finished(model: PreTrainedModel, layout: Layout | None, kernels: KernelsConfig | None = None) -> PreTrainedModel:
     """The model, ready for other people's loops.
 
     It gets methods of its own to save itself where transformers would not save it right. If it is sharded,
-    transformers' Trainer is told.
+    transformers' Trainer is told. A loss that kernels choose is the one that `model(labels=…)` computes.
     """
     from automodel_trainer.models.lora import lora_of
 
@@ -239,6 +239,10 @@ def finished(model: PreTrainedModel, layout: Layout | None) -> PreTrainedModel:
         from automodel_trainer.checkpoint.own_saving import save_by_export
 
         save_by_export(model)
+    if kernels is not None and kernels.loss not in ("auto", "whole"):
+        from automodel_trainer.modules.chunked_loss import compute_loss_in_chunks
+
+        compute_loss_in_chunks(model)
     tell = getattr(layout, "tell_transformers", None)
     if tell is not None:
         tell(model)

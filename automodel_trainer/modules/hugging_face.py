@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -133,8 +135,7 @@ class HuggingFaceModule(EvaluatedModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.optimizer_config, self.model, self.lr, self.lr_of())
-        planned = getattr(self.trainer, "planned_steps", lambda: None)()
-        scheduler = build_scheduler(self.scheduler_config, optimizer, planned)
+        scheduler = build_scheduler(self.scheduler_config, optimizer, _planned_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_of(self) -> Callable[[str], float] | None:
@@ -262,3 +263,15 @@ class HuggingFaceModule(EvaluatedModule):
 
 def _plain(config: Any) -> Any:
     return asdict(config) if is_dataclass(config) and not isinstance(config, type) else str(config)
+
+
+def _planned_steps(trainer: pl.Trainer) -> int | None:
+    """The optimizer steps of a run, or None if they are not known. Lightning's own Trainer counts one per batch."""
+    ours = getattr(trainer, "planned_steps", None)
+    if ours is not None:
+        steps: int | None = ours()
+        return steps
+    if trainer.max_steps > 0:
+        return trainer.max_steps
+    counted = trainer.estimated_stepping_batches
+    return int(counted) if math.isfinite(counted) else None

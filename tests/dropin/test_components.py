@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -12,7 +13,16 @@ import pytest
 import torch
 import transformers
 
-from automodel_trainer import LoRAConfig, add_lora, chunked_loss, pack
+from automodel_trainer import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    KernelsConfig,
+    LoRAConfig,
+    add_lora,
+    chunked_loss,
+    pack,
+)
+from automodel_trainer.models.lora import apply_lora
 from tests.limits import close
 from tests.processes import call, run_code
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -35,9 +45,10 @@ def test_the_page(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "my-model")
     turns = [{"role": "user", "content": "what is two plus two?"}, {"role": "assistant", "content": "it is four"}]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(20)))
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     call(tmp_path, run_code, "\n".join(BLOCKS), tmp_path / "page.py")
     assert (tmp_path / "my-adapter-alone" / "adapter_model.safetensors").is_file()
+    assert list((tmp_path / "runs" / "lightning").rglob("manifest.json"))
 
 
 def test_parts_do_not_import_the_trainer() -> None:
@@ -70,3 +81,27 @@ def test_parts_refuse_by_name(tmp_path: Path) -> None:
         empty = transformers.AutoModelForCausalLM.from_config(tiny_model("llama").config)
     with pytest.raises(ValueError, match="on meta"):
         add_lora(empty, LoRAConfig(rank=2))
+
+
+def test_a_loss_that_kernels_choose(tmp_path: Path) -> None:
+    """`model(labels=…)` computes it, and a copy of the model computes with weights of its own."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, kernels=KernelsConfig(loss="chunked"))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(6, 54).view(4, 12)
+    for more in ({}, {"num_items_in_batch": 7}):
+        ours, theirs = (m(input_ids=ids, labels=ids, **more) for m in (model, plain))
+        close(ours.loss, theirs.loss, terms=ids.numel())
+    ours.loss.backward()
+    theirs.loss.backward()
+    close(model.lm_head.weight.grad, plain.lm_head.weight.grad, terms=ids.numel())
+    assert not torch.is_tensor(ours.logits)
+    close(ours.logits[:, 0], theirs.logits[:, 0])
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+        assert copied(input_ids=ids).logits.abs().max() == copied(input_ids=ids, labels=ids).logits[0].abs().max() == 0
+        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="has another loss"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, kernels=KernelsConfig(loss="chunked"))
+    assert torch.equal(apply_lora(plain, LoRAConfig(rank=2))(input_ids=ids).logits, model(input_ids=ids).logits)

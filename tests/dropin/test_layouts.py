@@ -173,7 +173,8 @@ def test_a_plain_loop_on_every_layout(
 
 
 def test_adapters_in_a_plain_loop(pool: RankPool, bases: Path, tmp_path: Path) -> None:
-    for spec, kind in (("fsdp2", "dense"), ("ddp", "dense"), ("fsdp2:tp=2", "dense"), ("fsdp2", "moe")):
+    layouts = [("fsdp2", "dense"), ("ddp", "dense"), ("fsdp2:tp=2", "dense"), ("fsdp2", "moe"), ("3d:pp=2", "dense")]
+    for spec, kind in layouts:
         out = tmp_path / f"{spec}-{kind}".replace(":", "-")
         lora = LORA if kind == "dense" else LoRAConfig(rank=4)
         seen = pool.run(2, on_ranks, spec, bases / kind, out, lora)[0]
@@ -181,7 +182,8 @@ def test_adapters_in_a_plain_loop(pool: RankPool, bases: Path, tmp_path: Path) -
         for dtype in (torch.float64, torch.float32):
             model = PeftModel.from_pretrained(plain(bases / kind), out / "init", is_trainable=True)
             runs.append(alone(model, dtype))  # type: ignore[arg-type]
-        check_run(seen["losses"], runs[0][0], runs[1][0], ROWS.numel(), "loss")
+        if "losses" in seen:  # a pipeline refuses plain loops
+            check_run(seen["losses"], runs[0][0], runs[1][0], ROWS.numel(), "loss")
         merged = PeftModel.from_pretrained(plain(bases / kind), out / "saved").merge_and_unload()
         merged = weights_of(merged, out / "merged")
         assert merged.keys() == seen["weights"].keys()
