@@ -15,11 +15,29 @@ if TYPE_CHECKING:
         AutoModelForImageTextToText,
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
+        add_lora,
     )
-    from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule, TokenDataModule
+    from automodel_trainer.checkpoint import load_checkpoint, save_checkpoint
+    from automodel_trainer.checkpoint.stream import stream_weights, weight_info
+    from automodel_trainer.data import (
+        ChatDataModule,
+        ImageTextDataModule,
+        MockDataModule,
+        TextDataModule,
+        TokenDataModule,
+    )
+    from automodel_trainer.data.chat_template import encode_conversation as encode_chat
+    from automodel_trainer.data.packing import pack
     from automodel_trainer.models.kernels import KernelsConfig
     from automodel_trainer.models.lora import LoRAConfig
-    from automodel_trainer.modules import CausalLMModule, HuggingFaceModule, OptimizerConfig, SchedulerConfig
+    from automodel_trainer.modules import (
+        CausalLMModule,
+        HuggingFaceModule,
+        ImageTextModule,
+        OptimizerConfig,
+        SchedulerConfig,
+    )
+    from automodel_trainer.modules.chunked_loss import chunked_loss
     from automodel_trainer.strategies import (
         DDPStrategy,
         FSDP2Strategy,
@@ -27,6 +45,7 @@ if TYPE_CHECKING:
         MeshStrategy,
         StrategyRegistry,
     )
+    from automodel_trainer.strategies.base.clip import clip_grad_norm_
     from automodel_trainer.trainer import Trainer
 
 _HOMES = {
@@ -40,6 +59,8 @@ _HOMES = {
     "DDPStrategy": "strategies",
     "FSDP2Strategy": "strategies",
     "HuggingFaceModule": "modules",
+    "ImageTextDataModule": "data",
+    "ImageTextModule": "modules",
     "KernelsConfig": "models.kernels",
     "LoRAConfig": "models.lora",
     "MegatronFSDPStrategy": "strategies",
@@ -51,6 +72,15 @@ _HOMES = {
     "TextDataModule": "data",
     "TokenDataModule": "data",
     "Trainer": "trainer",
+    "add_lora": "auto",
+    "chunked_loss": "modules.chunked_loss",
+    "clip_grad_norm_": "strategies.base.clip",
+    "encode_chat": "data.chat_template:encode_conversation",
+    "load_checkpoint": "checkpoint",
+    "pack": "data.packing",
+    "save_checkpoint": "checkpoint",
+    "stream_weights": "checkpoint.stream",
+    "weight_info": "checkpoint.stream",
 }
 
 __all__ = [
@@ -64,6 +94,8 @@ __all__ = [
     "DDPStrategy",
     "FSDP2Strategy",
     "HuggingFaceModule",
+    "ImageTextDataModule",
+    "ImageTextModule",
     "KernelsConfig",
     "LoRAConfig",
     "MegatronFSDPStrategy",
@@ -75,13 +107,23 @@ __all__ = [
     "TextDataModule",
     "TokenDataModule",
     "Trainer",
+    "add_lora",
+    "chunked_loss",
+    "clip_grad_norm_",
+    "encode_chat",
+    "load_checkpoint",
+    "pack",
+    "save_checkpoint",
+    "stream_weights",
+    "weight_info",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home, _, known_as = _HOMES[name].partition(":")
+    return getattr(import_module(f"{__name__}.{home}"), known_as or name)
 
 
 def __dir__() -> list[str]:

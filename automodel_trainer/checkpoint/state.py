@@ -90,7 +90,7 @@ Mirror = Callable[[Path, dist.ProcessGroup | None], None]
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: str | Path,
     lightning_checkpoint: dict[str, Any],
     module: nn.Module,
     optimizers: Sequence[Optimizer],
@@ -120,6 +120,7 @@ def save_checkpoint(
         ValueError: neither JSON nor safetensors can hold some state. The message names it.
         CheckpointError: a file could not be written on some rank. Raised on every rank.
     """
+    folder = Path(folder)
     write_snapshot(take_snapshot(folder, lightning_checkpoint, module, optimizers), folder, mirror=mirror)
 
 
@@ -185,7 +186,7 @@ def write_snapshot(
         mirror(folder, group)
 
 
-def load_checkpoint(folder: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+def load_checkpoint(folder: str | Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """Read a checkpoint, written on any layout, into `module` and `optimizers` on their current layout. Collective.
 
     Without optimizers (evaluation), only weights are read. On the same number of ranks, the random generators continue
@@ -202,6 +203,7 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizers: Sequence[Optimi
     Raises:
         ValueError: the checkpoint is damaged (the message names the file), or of another model or optimizer.
     """
+    folder = Path(folder)
     checkpoint = open_checkpoint(folder)
     on_all_ranks(partial(load_weights, module, folder / "model"), folder)
     if optimizers:

@@ -94,6 +94,7 @@ class BatchEncoder:
                 return_token_type_ids=False,
                 verbose=False,
             )
+<<<<<<< HEAD
             batch = iter(zip(tokens["input_ids"], tokens.encodings))
         return [self._sample(item, *(() if isinstance(item, Encoded) else next(batch))) for item in placed]
 
@@ -107,6 +108,20 @@ class BatchEncoder:
         if trained is None:
             trained = np.array(_overlapping(encoding.offsets, item[1]), dtype=bool)
         return Sample(ids, trained)
+=======
+        batch = iter(zip(tokens["input_ids"], tokens["offset_mapping"]))
+        found = []
+        for item in placed:
+            if isinstance(item, Encoded):
+                found.append(item)
+                continue
+            ids, offsets = next(batch)
+            if self.loss_on == "all":
+                found.append(all_but_bos(self.tokenizer, ids))
+            else:
+                found.append(Encoded(ids, overlapping(offsets, item[1])))
+        return found
+>>>>>>> main
 
 
 def encode_conversation(
@@ -142,7 +157,7 @@ def encode_conversation(
         )
     chat = RenderedChat(tokenizer, messages, tools)
     if loss_on == "all":
-        return _all_but_bos(tokenizer, _tokenize(tokenizer, chat.text, []).input_ids)
+        return all_but_bos(tokenizer, _tokenize(tokenizer, chat.text, []).input_ids)
     spans = assistant_spans(chat, special_tokens(tokenizer, len(tokenizer)), last_turn=loss_on == "last_turn")
     return _tokenize(tokenizer, chat.text, spans)
 
@@ -173,7 +188,7 @@ def encode_prompt_completion(
     while input_ids and input_ids[-1] == eos:  # some tokenizers and rows add EOS themselves: keep one
         input_ids, trained = input_ids[:-1], trained[:-1]
     encoded = Encoded([*input_ids, eos], [*trained, True])
-    return _all_but_bos(tokenizer, encoded.input_ids) if loss_on == "all" else encoded
+    return all_but_bos(tokenizer, encoded.input_ids) if loss_on == "all" else encoded
 
 
 @lru_cache(maxsize=8)
@@ -194,7 +209,8 @@ def _check_loss_on(loss_on: str) -> None:
         raise ValueError(f"loss_on={loss_on!r} is unknown. Allowed: {', '.join(map(repr, get_args(LossOn)))}.")
 
 
-def _all_but_bos(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> Encoded:
+def all_but_bos(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> Encoded:
+    """A sample of which every token but BOS is trained."""
     bos = tokenizer.bos_token_id
     if bos == tokenizer.eos_token_id:  # the same token ends documents: only the first one is BOS
         return Encoded(input_ids, [i > 0 or token != bos for i, token in enumerate(input_ids)])
@@ -214,9 +230,10 @@ def _tokenize(
         return_attention_mask=False,
         verbose=False,
     )
-    return Encoded(tokens["input_ids"], _overlapping(tokens["offset_mapping"], spans))
+    return Encoded(tokens["input_ids"], overlapping(tokens["offset_mapping"], spans))
 
 
+<<<<<<< HEAD
 def _between_edges(encoding: Any, spans: list[Span]) -> np.ndarray | None:
     """`_overlapping`, where every span begins and ends with a token; None where one does not.
 
@@ -241,6 +258,9 @@ def _between_edges(encoding: Any, spans: list[Span]) -> np.ndarray | None:
 
 
 def _overlapping(offsets: list[Span], spans: list[Span]) -> list[bool]:
+=======
+def overlapping(offsets: list[Span], spans: list[Span]) -> list[bool]:
+>>>>>>> main
     """Whether each token overlaps a span.
 
     Byte-level tokenizers may trim spaces from the offsets, so that a token of spaces is empty. We therefore let each

@@ -28,10 +28,17 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     Returns:
         The indices of the samples in each row.
 
+    Raises:
+        ValueError: a sample is empty or does not fit into a row.
+
     Source: Gupta & Ho, "A new heuristic algorithm for the one-dimensional bin-packing problem", 1999.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    assert len(lengths) == 0 or (lengths.min() > 0 and lengths.max() <= capacity), "a sample does not fit into a row"
+    for sample in np.flatnonzero((lengths < 1) | (lengths > capacity))[:1]:
+        raise ValueError(
+            f"sample {sample} has {lengths[sample]} tokens, and a row has {capacity}. Truncate or split longer "
+            "samples, leave out empty ones, or give a larger capacity."
+        )
     samples: dict[int, list[int]] = {}  # samples of one length are interchangeable: search over lengths
     for sample in np.argsort(-lengths, kind="stable").tolist():
         samples.setdefault(int(lengths[sample]), []).append(sample)

@@ -21,7 +21,14 @@ Encoder = Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]
 
 
 def tokenize(
-    rows: Dataset, encode: Encoder, *, tokenizer: Any, settings: dict[str, Any], masked: bool, cache: bool
+    rows: Dataset,
+    encode: Encoder,
+    *,
+    tokenizer: Any,
+    settings: dict[str, Any],
+    masked: bool,
+    cache: bool,
+    more: dict[str, Any] | None = None,
 ) -> tuple[Dataset, str]:
     """Encode all rows, or read the result from the cache.
 
@@ -32,6 +39,7 @@ def tokenize(
         settings: every other value that the samples depend on; part of the key.
         masked: whether the samples have a `trained` column.
         cache: False keeps the samples in memory and uses no cache.
+        more: the types of other columns that `encode` returns, as `datasets` has them.
 
     Returns:
         The samples, at least one, and their fingerprint. The columns are `input_ids`, `length`, `sample_id` and, if
@@ -50,7 +58,7 @@ def tokenize(
             batch_size=100,
             with_indices=True,
             remove_columns=rows.column_names,
-            features=_features(masked),
+            features=Features({**_features(masked), **(more or {})}),
             load_from_cache_file=False,  # we have a cache of our own
             new_fingerprint=key,  # otherwise `datasets` would hash the encoder with everything it refers to
             num_proc=_processes(len(rows)),

@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -32,6 +34,7 @@ __all__ = [
     "initialize_module",
     "load_weights",
     "original_weight_names",
+    "read_generation_config",
     "tie_weights",
     "tied_weight_names",
 ]
@@ -159,6 +162,30 @@ def forget_ties(model: PreTrainedModel) -> None:
     """Let no weights of a model be tied from now on. Parameters that are shared stay so until they are replaced."""
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
     model.all_tied_weights_keys = {}
+
+
+def read_generation_config(
+    model: PreTrainedModel, folder: Path, given: GenerationConfig | None, trust_remote_code: bool
+) -> None:
+    """Give a model the generation config of its folder, or a copy of the `given` one, as `from_pretrained` does.
+
+    Args:
+        model: that can generate.
+        folder: of the model.
+        given: replaces the folder's.
+        trust_remote_code: use a `generate` of the folder's own.
+    """
+    if given is not None:
+        model.generation_config = GenerationConfig.from_dict(given.to_dict())
+    elif (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    elif (folder / "config.json").is_file():  # older checkpoints keep their settings there
+        options: Any = {"config_file_name": "config.json", "_from_model_config": True}
+        model.generation_config = GenerationConfig.from_pretrained(folder, **options)
+    if trust_remote_code and (folder / "custom_generate" / "generate.py").is_file():
+        generating: Any = model
+        own = generating.load_custom_generate(str(folder), trust_remote_code=True)
+        generating.generate = partial(own, model=model)
 
 
 def tie_weights(model: PreTrainedModel) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from automodel_trainer.models._transformers import load_weights, places_of, tied_weight_names
+from automodel_trainer.models._transformers import (
+    load_weights,
+    places_of,
+    read_generation_config,
+    tied_weight_names,
+)
 from automodel_trainer.models.auto_classes import (
     PURPOSES,
     auto_class_of,
@@ -19,7 +25,7 @@ from automodel_trainer.models.auto_classes import (
     auto_classes_of,
     transformers_class,
 )
-from automodel_trainer.models.files import TensorSlice, slices_of, weight_files
+from automodel_trainer.models.files import TensorSlice, floating_dtypes, slices_of, weight_files
 from automodel_trainer.models.initialize import initialize_missing, initialize_weights
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.layout import Layout
@@ -31,13 +37,19 @@ from automodel_trainer.models.lora import (
     finish_lora,
     untied_head,
 )
+from automodel_trainer.models.new_heads import new_heads, tell_new_heads
+from automodel_trainer.models.parts import freeze_parts
 from automodel_trainer.models.quantization.checkpoint import check_leftovers, dense_weights, quantization_of
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization.quantize import quantized_weights
 from automodel_trainer.models.quantization_config import ReadDense, forget_quantization, quantization_in
 from automodel_trainer.models.record import record_of
+from automodel_trainer.models.sidecars import remember_folder
 from automodel_trainer.models.stage_names import held_elsewhere
 from automodel_trainer.models.unused_weights import check_unused
+
+MayBeMissing = bool | Collection[str] | Literal["head"]
+"""Which weights a checkpoint may lack: all, those in these modules, or a head of the model's own choice."""
 
 
 def build_pretrained(
@@ -49,18 +61,28 @@ def build_pretrained(
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-    allow_missing_weights: bool | Collection[str] = False,
+    allow_missing_weights: MayBeMissing = False,
     allow_unused_weights: bool = False,
     device: torch.device | str = "cpu",
     lora: LoRAConfig | None = None,
     kernels: KernelsConfig | None = None,
+    freeze: Sequence[str] = (),
+    name: str | None = None,
+    revision: str | None = None,
+    generation_config: GenerationConfig | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
-    """Build the model of a folder and stream its weights into it. Collective.
+    """Build the model of a folder and stream its weights into it, in evaluation mode. Collective.
 
     Args:
         auto_class: name of the transformers auto class that builds it.
         folder: with safetensors.
         config: of the model.
+        name: what the user calls the model, a Hub id say; None: the folder.
+        revision: of the Hub repository.
+        generation_config: replaces the folder's.
+        freeze: parts of a vision-language model that are not trained; see `freeze_parts`.
+        options: of the auto class's `from_config`.
         strategy, dtype, …: see `automodel_trainer.AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -68,20 +90,29 @@ def build_pretrained(
             asked for.
     """
     files = weight_files(folder)
-    model = build_on_meta(
-        auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
-    )
-    model.config.name_or_path = str(folder)
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    held = _parameter_dtype(dtype, strategy, config, files)
+    config.name_or_path = str(folder)  # code that comes with the checkpoint is looked for there
+    model = build_on_meta(auto_class, config, held, attn_implementation, trust_remote_code, **options)
+    remember_folder(model, folder, name or str(folder), revision)
+    if model.can_generate():
+        read_generation_config(model, folder, generation_config, trust_remote_code)
+    if freeze:
+        freeze_parts(model, freeze)
     if lora is not None:
         add_adapters(model, lora, strategy)
     if kernels is not None:
         apply_kernels(model, kernels, _device(strategy, device))
-    options: dict[str, Any] = {"allow_missing_weights": allow_missing_weights}
-    options |= {"allow_unused_weights": allow_unused_weights, "trust_remote_code": trust_remote_code}
-    fill_from_folder(model, folder, strategy, device, files=files, **options)
-    return model
+    fill_from_folder(
+        model,
+        folder,
+        strategy,
+        device,
+        files=files,
+        allow_missing_weights=allow_missing_weights,
+        allow_unused_weights=allow_unused_weights,
+        trust_remote_code=trust_remote_code,
+    )
+    return model.eval()
 
 
 def build_random(
@@ -97,24 +128,27 @@ def build_random(
     lora: LoRAConfig | None = None,
     kernels: KernelsConfig | None = None,
     strict: bool = True,
+    **options: Any,
 ) -> PreTrainedModel:
     """Build a model with random weights. The same `seed` gives the same weights under every strategy. Collective.
 
     Args:
         auto_class: name of the transformers auto class that builds it.
+        options: of the auto class's `from_config`.
         config, strategy, …: see `automodel_trainer.AutoModelForCausalLM.from_config`.
 
     Raises:
         ValueError: this device, model or layout does not have a kernel that was asked for; or the model has no rule
             to draw some of its parameters.
     """
-    model = build_on_meta(
-        auto_class, config, _parameter_dtype(dtype, strategy, config), attn_implementation, trust_remote_code
-    )
+    held = _parameter_dtype(dtype, strategy, config)
+    model = build_on_meta(auto_class, config, held, attn_implementation, trust_remote_code, **options)
     if lora is not None:
         add_adapters(model, lora, strategy)
     if kernels is not None:
         apply_kernels(model, kernels, _device(strategy, device))
+    if strategy is None and torch.device(device).type == "meta":
+        return model
     if strategy is not None:
         strategy.parallelize(model)
     check_gathered(model)
@@ -148,7 +182,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False, task: str | None 
         task: PEFT's `task_type` of an adapter for the model; None takes the auto class from the folder's config.
     """
     config = load_config(folder, trust_remote_code, {})
-    auto_class = auto_class_of_task(task) or auto_class_of(config)
+    auto_class = auto_class_of_task(task, config) or auto_class_of(config)
     return build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
 
 
@@ -170,7 +204,7 @@ def fill_from_folder(
     device: torch.device | str = "cpu",
     *,
     files: list[Path] | None = None,
-    allow_missing_weights: bool | Collection[str] = False,
+    allow_missing_weights: MayBeMissing = False,
     allow_unused_weights: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
@@ -212,6 +246,9 @@ def fill_from_folder(
         check_leftovers(unused, slices_of(files), folder)
     if not (allow_unused_weights or allow_missing_weights):
         check_unused(model, unused, folder, trust_remote_code)
+    if allow_missing_weights == "head":
+        allow_missing_weights = new_heads(model, missing)
+        tell_new_heads(model, allow_missing_weights, folder)
     new = {name for name in missing if _is_new(name, allow_missing_weights)}
     if missing - new:
         raise ValueError(
@@ -251,7 +288,7 @@ def _without_embeddings(
     return read
 
 
-def _is_new(name: str, allowed: bool | Collection[str]) -> bool:
+def _is_new(name: str, allowed: MayBeMissing) -> bool:
     return allowed if isinstance(allowed, bool) else name.startswith(tuple(f"{module}." for module in allowed))
 
 
@@ -265,27 +302,44 @@ def _check_trained(model: PreTrainedModel, new: set[str], folder: Path) -> None:
         )
 
 
-def load_config(folder: Path, trust_remote_code: bool, overrides: dict[str, Any]) -> PreTrainedConfig:
+def load_config(
+    folder: Path,
+    trust_remote_code: bool,
+    overrides: dict[str, Any],
+    *,
+    given: PreTrainedConfig | str | os.PathLike[str] | None = None,
+    code_revision: str | None = None,
+) -> PreTrainedConfig:
     """The config of a model's folder, with some attributes changed.
 
     Args:
         folder: with config.json.
         trust_remote_code: run configuration code that comes with it.
         overrides: attributes to change.
+        given: a config to use instead (a copy of it), or the folder or Hub id of one.
+        code_revision: of configuration code in another repository.
 
     Raises:
         ValueError: there is no config.json, or the config does not have an attribute.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    unknown = [key for key in overrides if not hasattr(config, key)]
+    if isinstance(given, PreTrainedConfig):
+        config = copy.deepcopy(given)
+        unknown = [key for key in overrides if not hasattr(config, key)]
+        for key, value in overrides.items():
+            setattr(config, key, value)
+    else:
+        if given is None and not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
+        options = {"trust_remote_code": trust_remote_code, "code_revision": code_revision}
+        config, unused = AutoConfig.from_pretrained(
+            folder if given is None else given, return_unused_kwargs=True, **options, **overrides
+        )
+        unknown = [key for key in overrides if key in unused]
     if unknown:
         raise ValueError(
-            f"{type(config).__name__} has no attribute {unknown}. Give attributes that this model's config has."
+            f"{type(config).__name__} has no attribute {unknown}, and from_pretrained no argument of that name. Give "
+            "attributes that this model's config has."
         )
-    for key, value in overrides.items():
-        setattr(config, key, value)
     return config
 
 
@@ -295,9 +349,10 @@ def build_on_meta(
     dtype: torch.dtype,
     attn_implementation: str | None,
     trust_remote_code: bool,
+    **options: Any,
 ) -> PreTrainedModel:
-    """The model of a config on meta: no parameter has values."""
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    """The model of a config on meta: no parameter has values. `options` are those of transformers' `from_config`."""
+    options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
         model: PreTrainedModel = transformers_class(auto_class).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code, **options
@@ -306,7 +361,9 @@ def build_on_meta(
     return model
 
 
-def _parameter_dtype(dtype: torch.dtype | str | None, strategy: Layout | None, config: PreTrainedConfig) -> torch.dtype:
+def _parameter_dtype(
+    dtype: torch.dtype | str | None, strategy: Layout | None, config: PreTrainedConfig, files: Sequence[Path] = ()
+) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if isinstance(dtype, str) and dtype != "auto":
@@ -316,13 +373,14 @@ def _parameter_dtype(dtype: torch.dtype | str | None, strategy: Layout | None, c
         return found
     if strategy is not None and dtype is None:
         return strategy.dtypes.parameters
-    return _own_dtype(config)
+    return _own_dtype(config, files)
 
 
-def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
+def _own_dtype(config: PreTrainedConfig, files: Sequence[Path]) -> torch.dtype:
     """The dtype that a checkpoint says its weights have; that of its text model if only that says it.
 
-    Codes of quantized weights are no dtype to compute in. Such checkpoints are dense bf16 unless they say otherwise.
+    If the config says nothing, it is that of the first weights in the files, as in transformers. Codes of quantized
+    weights are no dtype to compute in. Such checkpoints are dense bf16 unless they say otherwise.
     """
     named = (getattr(part, "dtype", None) for part in (config, config.get_text_config()))
     for name in (name for name in named if name is not None):
@@ -331,7 +389,9 @@ def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
             raise ValueError(f"The config says dtype={name!r}, which is not a torch dtype. Give dtype=torch.bfloat16.")
         if dtype.is_floating_point and dtype.itemsize > 1:
             return dtype
-    return torch.bfloat16 if quantization_in(config.to_dict()) else torch.float32
+    if quantization_in(config.to_dict()):
+        return torch.bfloat16
+    return next((dtype for file in files[:1] for dtype in floating_dtypes(file)), torch.float32)
 
 
 def _device(strategy: Layout | None, device: torch.device | str) -> torch.device:

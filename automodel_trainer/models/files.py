@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -26,25 +27,46 @@ _WANTED = [
     "*.py",
     "LICENSE*",
 ]
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors format's own limit
 
 
-def resolve_folder(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve_folder(
+    path_or_id: str | os.PathLike[str], revision: str | None = None, *, subfolder: str | None = None, **hub: Any
+) -> Path:
     """The local folder of a model: the path itself, or the Hub repository `path_or_id`, downloaded.
+
+    Args:
+        path_or_id: a folder, or the id of a repository.
+        revision: branch, tag or commit of the repository.
+        subfolder: of the folder or repository that holds the model.
+        hub: more options of `huggingface_hub.snapshot_download`: token, cache_dir, local_files_only, force_download.
 
     Raises:
         ValueError: there is no such folder, and no such repository can be reached.
     """
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
+        folder = folder / (subfolder or "")
+        if not folder.is_dir():
+            raise ValueError(f"{path_or_id} has no subfolder={subfolder!r}.")
         return folder
+    patterns = [f"{subfolder}/{pattern}" for pattern in _WANTED] if subfolder else _WANTED
     try:
-        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns, **hub)) / (
+            subfolder or ""
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model={str(path_or_id)!r} is neither a folder here nor a Hub repository that can be reached. "
             f"Give a folder with config.json and safetensors, or an id such as 'org/name'. ({error})"
         ) from error
+
+
+def floating_dtypes(file: Path) -> list[torch.dtype]:
+    """The dtypes of the tensors in a safetensors file that weights can be computed in, in the order of the file."""
+    found = (_DTYPES.get(part.get_dtype()) for part in slices_of([file]).values())
+    return [dtype for dtype in found if dtype is not None]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -173,7 +195,10 @@ def _files_of_index(index: Path) -> list[Path]:
 def _no_weights(folder: Path) -> str:
     found = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".h5", ".ckpt"})
     other = (
-        f" There are {', '.join(found)}, which are not read (pickle can run code): convert them first." if found else ""
+        f" There are {', '.join(found)}, which are not read (pickle can run code). Convert them: load the "
+        "model with transformers' own class, and save it with save_pretrained."
+        if found
+        else ""
     )
     return f"{folder} holds no weights: neither {WEIGHTS_NAME} nor {INDEX_NAME}.{other}"
 

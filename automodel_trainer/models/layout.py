@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ class Layout(Protocol):
     @property
     def dtypes(self) -> HeldDtypes:
         """The dtypes of this run's precision."""
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The object of rank `src`, on every rank. Collective."""
 
     def parallelize(self, model: nn.Module) -> nn.Module:
         """Lay a model (on meta or real) out on the mesh, in place."""

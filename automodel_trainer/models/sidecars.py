@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.models.auto_classes import auto_class_of, auto_classes_of
 from automodel_trainer.models.quantization_config import without_quantization
+from automodel_trainer.models.record import record_of, recorded
 
 # Weights in any format, and files that may run code when they are read (pickle).
 _WEIGHTS = {
@@ -25,9 +27,27 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "voc
 _UNCHANGED = ("architectures", "transformers_version", "_name_or_path")  # config keys that training does not change
 
 
+@dataclass(frozen=True)
+class ModelFolder:
+    """In a model's record: the folder that it was read from, and the name and revision that the user gave."""
+
+    folder: Path
+    name: str
+    revision: str | None = None
+
+
+def remember_folder(model: PreTrainedModel, folder: Path, name: str, revision: str | None = None) -> None:
+    """Keep the folder that a model is read from, and give the model the name that the user gave: a Hub id, say."""
+    record_of(model).keep(ModelFolder(folder, name, revision))
+    model.config.name_or_path = model.name_or_path = name
+
+
 def source_folder(model: PreTrainedModel) -> Path | None:
     """The local folder that a model came from, or None if it is gone. A Hub id is looked up in the local cache only."""
     name = getattr(model.config, "name_or_path", "") or getattr(model, "name_or_path", "")
+    kept = recorded(model, ModelFolder)
+    if kept is not None and kept.name == name and kept.folder.is_dir():
+        return kept.folder
     if not name:
         return None
     folder = Path(name)

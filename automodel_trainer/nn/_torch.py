@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "FAST_MATH",
     "FakeTensorMode",
+    "after_backward",
     "allow_side_effects_in_checkpoints",
     "prefer_recomputing",
     "pytree",
@@ -85,6 +86,11 @@ def prefer_recomputing() -> None:
     because the gradients of the factors read the input of every layer.
     """
     torch._functorch.config.ban_recompute_materialized_backward = False
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Call `call` when the backward that runs now has ended. Call it from a hook."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def set_allocator(settings: str) -> None:

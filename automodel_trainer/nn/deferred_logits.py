@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -127,12 +129,19 @@ def defer_logits(model: nn.Module) -> None:
     head = get() if get is not None else None
     if head is None:
         return
-    original = head.forward
+    head.forward = MethodType(partial(_deferring, head.__dict__.get("forward")), head)
 
-    def forward(hidden: Tensor) -> Any:
-        return DeferredLogits(hidden, original, head) if _state.deferring else original(hidden)
 
-    head.forward = forward
+def _deferring(wrapped: _Change | None, head: nn.Module, hidden: Tensor) -> Any:
+    """The forward of a head: a method, so that a copy of the model has one of its own."""
+    forward = MethodType(type(head).forward, head) if wrapped is None else wrapped
+    return DeferredLogits(hidden, forward, head) if _state.deferring else forward(hidden)
+
+
+def defer_from_now(deferring: bool) -> bool:
+    """Begin or end to defer logits, where a context cannot be used; returns what was before."""
+    before, _state.deferring = _state.deferring, deferring
+    return before
 
 
 @contextmanager

@@ -111,8 +111,9 @@ def _load_source(
     lora, auto_class = None, None
     if is_adapter(folder):
         lora, config = LoRAConfig(adapter=str(folder)), read_config(folder)
-        auto_class = auto_class_of_task(config.get("task_type"))
         folder = resolve_folder(base or config["base_model_name_or_path"])
+        of_base = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        auto_class = auto_class_of_task(config.get("task_type"), of_base)
     auto_class = auto_class or auto_class_of_folder(folder, trust_remote_code=trust_remote_code)
     return (
         builder(auto_class)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
+from automodel_trainer.models.record import record_of, recorded
 from automodel_trainer.nn._torch import CHECKPOINT_MISSES_FUNCTIONS, EXPENSIVE_OPERATIONS, MATMULS
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.wrap import wrap
@@ -47,6 +49,35 @@ def apply_activation_checkpointing(
         )
     for block in blocks:
         wrap(block, partial(_checkpointed, block, mode))
+
+
+class Checkpointed:
+    """In a model's record: its blocks are checkpointed."""
+
+
+def checkpoint_when_asked(model: nn.Module) -> None:
+    """Let `model.activation_checkpointing_enable()`, transformers' method, checkpoint the blocks of a cut model.
+
+    transformers checkpoints the forward of a block's class, inside what a layout has put around it: then the
+    recomputation would not find this rank's part of the parameters.
+    """
+    model.activation_checkpointing_enable = MethodType(_enable, model)  # type: ignore[assignment]
+    model.gradient_checkpointing_enable = MethodType(_enable, model)  # type: ignore[assignment]
+
+
+def _enable(self: nn.Module, *_: Any, every_n_layers: int = 1, offload: bool = False, **__: Any) -> None:
+    """Checkpoint every block. The way torch recomputes (`use_reentrant`) does not change what is computed.
+
+    Raises:
+        ValueError: only some blocks, or host memory, were asked for.
+    """
+    if every_n_layers != 1 or offload:
+        raise ValueError(
+            "Under tp and cp every block is checkpointed, on the device: leave out every_n_layers, offload."
+        )
+    if recorded(self, Checkpointed) is None:
+        apply_activation_checkpointing(self, "full")
+        record_of(self).keep(Checkpointed())
 
 
 def _checkpointed(block: nn.Module, mode: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

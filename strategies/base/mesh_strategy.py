@@ -10,10 +10,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from automodel_trainer._lightning import forget_optimizers, synchronize_layers
 from automodel_trainer.checkpoint.given import note_given
 from automodel_trainer.distributed.mesh import ParallelDims
+from automodel_trainer.models.record import record_of
+from automodel_trainer.models.stage_names import pipeline_of
+from automodel_trainer.strategies.base._transformers_marks import mark_as_sharded
+from automodel_trainer.strategies.base.activation_checkpointing import Checkpointed, checkpoint_when_asked
 from automodel_trainer.strategies.base.compile import wants_compile
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part
 from automodel_trainer.strategies.base.precision import MeshPrecision
@@ -107,6 +113,20 @@ class MeshStrategy(StepRunner, SavingStrategy):
             ValueError: `compile` is unknown, or it is True and this run cannot compile.
         """
         return wants_compile(self.compile, self.compile_backend, self.root_device)
+
+    @final
+    def tell_transformers(self, model: PreTrainedModel) -> None:
+        """Let transformers' Trainer and TRL's know that `model` is sharded, so that they neither wrap nor move it.
+
+        A replicated model is none of their business: they may wrap it in DDP.
+        """
+        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        if self.world_size > 1 and (sharded or pipeline_of(model) is not None):
+            mark_as_sharded(model, self.dims)
+        if self.dims.tp * self.dims.cp > 1:
+            checkpoint_when_asked(model)
+            if getattr(self, "activation_checkpointing", None):
+                record_of(model).keep(Checkpointed())
 
     # --- helpers for layouts ------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from datetime import timedelta
-from typing import Any, Literal, final
+from typing import Any, Literal, Self, final
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,13 @@ from automodel_trainer.distributed.mesh import DATA_AXES, TOKEN_AXES, ParallelDi
 from automodel_trainer.distributed.rendezvous import agent_store
 from automodel_trainer.strategies.base.allocator import configure_allocator
 from automodel_trainer.strategies.base.precision import Dtypes, dtypes_of
+from automodel_trainer.strategies.base.start import (
+    Device,
+    accelerator_of,
+    environment,
+    precision_plugin,
+    ranks_per_node,
+)
 
 Launcher = Literal["auto", "subprocess", "fork", "spawn"]
 
@@ -46,6 +53,8 @@ class MeshProcesses(ParallelStrategy):
         self.timeout = timeout
         self.num_nodes = 1
         self._device_mesh: DeviceMesh | None = None
+        self._group: Any = None
+        self._owns_group = False
 
     # --- what a strategy may override ---------------------------------------------------------------------------------
 
@@ -208,7 +217,7 @@ class MeshProcesses(ParallelStrategy):
             dist.destroy_process_group()  # a forked worker inherits that of an earlier run on one device
         if not dist.is_initialized():
             self._init_process_group()
-        self._device_mesh = self.build_mesh()
+        self._device_mesh, self._group = self.build_mesh(), dist.group.WORLD
 
     def _init_process_group(self) -> None:
         environment = self.cluster_environment
@@ -227,9 +236,65 @@ class MeshProcesses(ParallelStrategy):
         os.environ.update(MASTER_ADDR=environment.main_address, MASTER_PORT=str(environment.main_port))
         dist.init_process_group(store=agent_store(self.timeout), **options)
 
+    @property
+    @final
+    def has_started(self) -> bool:
+        """Whether the processes and the mesh exist, and belong to the process group that runs now."""
+        return self._device_mesh is not None and dist.is_initialized() and self._group is dist.group.WORLD
+
+    @final
+    def start(self, precision: str | int | None = None, device: Device = "auto") -> Self:
+        """Start without a Trainer: the process group, the mesh, this rank's device. Collective.
+
+        The ranks are those of a running process group; else those that torchrun or srun started; else this process is
+        the only one. A second call does nothing.
+
+        Args:
+            precision: as `Trainer(precision=…)` takes it; None: fp32.
+            device: "auto" takes the GPU if there is one.
+
+        Returns:
+            the strategy.
+
+        Raises:
+            ValueError: the sizes do not fit the number of ranks, the precision is not offered, or a Trainer has taken
+                this strategy.
+        """
+        if self.has_started:
+            return self
+        if self._device_mesh is not None:  # of a group that has ended
+            self.forget_run()
+        if self._accelerator is not None:
+            raise ValueError(
+                f"This {type(self).__name__} belongs to a Trainer, which starts it in fit. Build the model in the "
+                "module's configure_model, or give fit the model's folder; or make another strategy and start() it."
+            )
+        where = environment()
+        per_node, accelerator = ranks_per_node(where), accelerator_of(device)
+        self.num_nodes = where.world_size() // per_node
+        cuda = accelerator.name() == "cuda"
+        self.parallel_devices = [torch.device("cuda", i) if cuda else torch.device("cpu") for i in range(per_node)]
+        self._owns_group = not dist.is_initialized()
+        try:
+            self.cluster_environment, self.accelerator = where, accelerator
+            self.precision_plugin = precision_plugin(precision)
+            self.setup_environment()
+        except ValueError:
+            self.forget_run()
+            raise
+        return self
+
+    @final
+    def stop(self) -> None:
+        """End what `start` began, the process group too unless it ran before. Models keep their tensors. Collective."""
+        self.forget_run()
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self._owns_group = False
+
     def forget_run(self) -> None:
         """Release the processes and the mesh. The requested layout remains, ready for another run."""
-        self._device_mesh = None
+        self._device_mesh = self._group = None
         self._launcher = self._accelerator = self._precision_plugin = None
         self._lightning_module = self._model = None
         self._optimizers, self._lightning_optimizers, self.lr_scheduler_configs = [], [], []

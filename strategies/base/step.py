@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from automodel_trainer.distributed.phase import enter_phase
 from automodel_trainer.nn.deferred_logits import deferred_logits
 from automodel_trainer.nn.step_cache import unchanged_weights
-from automodel_trainer.strategies.base.clip import clip_grads_, total_grad_norm
+from automodel_trainer.strategies.base.clip import clip_grad_norm_
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part
 
 
@@ -24,6 +24,7 @@ class StepRunner:
     """
 
     root_device: Any  # the strategy defines it
+    needs_every_gradient = False  # a step whose forward leaves out a trained parameter hangs or fails on several ranks
 
     @property
     def gradient_scale(self) -> float:
@@ -98,8 +99,4 @@ class StepRunner:
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
         """Clip gradients to `max_norm` (None or 0: measure only); return the global norm before clipping, 0-dim."""
         enter_phase("clip")
-        parameters = list(parameters)
-        norm = total_grad_norm(parameters)
-        if max_norm:
-            clip_grads_(parameters, max_norm, norm)
-        return norm
+        return clip_grad_norm_(parameters, max_norm)

@@ -14,6 +14,7 @@ from automodel_trainer._lightning import DDPForwardRedirection, prepare_for_back
 from automodel_trainer.distributed.mesh import ParallelDims
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy, Objective
 from automodel_trainer.strategies.base.precision import MeshPrecision
+from automodel_trainer.strategies.data_parallel.plain_ddp import AverageAfterBackward
 
 
 class DDPStrategy(MeshStrategy):
@@ -46,6 +47,7 @@ class DDPStrategy(MeshStrategy):
             "bucket_cap_mb": bucket_cap_mb,
         }
         self._wrapped: DistributedDataParallel | None = None
+        self._plain: list[AverageAfterBackward] = []
 
     def convert_precision(self, plugin: Precision) -> Precision:
         """Keep Lightning's plugin (autocast), unless the whole model is held in one dtype ("bf16-true", "64-true").
@@ -56,6 +58,11 @@ class DDPStrategy(MeshStrategy):
         plugin = super().convert_precision(plugin)
         whole = isinstance(plugin, (HalfPrecision, DoublePrecision))
         return MeshPrecision(str(plugin.precision)) if whole else plugin
+
+    @property
+    def needs_every_gradient(self) -> bool:  # type: ignore[override]
+        """DDP waits for the gradient of every parameter, unless it searches for those that have none."""
+        return self.dp_size > 1 and not self.ddp_options["find_unused_parameters"]
 
     @property
     def gradient_scale(self) -> float:
@@ -73,6 +80,11 @@ class DDPStrategy(MeshStrategy):
         self.compile_model(model)
         return model  # wrapped in `layout`: DDP needs real parameters
 
+    def finalize_parameters(self, model: nn.Module) -> None:
+        """Average the gradients of a model that a user's own loop calls. A Trainer wraps the model instead."""
+        if self.dp_size > 1 and self.lightning_module is None:
+            self._plain.append(AverageAfterBackward(model))
+
     def layout(self, module: pl.LightningModule) -> None:
         """Move the module to its device and wrap an objective's model, or a user's whole module, in DDP."""
         if not isinstance(module, Objective):
@@ -87,6 +99,8 @@ class DDPStrategy(MeshStrategy):
             self.model = self._wrap(module)
 
     def _wrap(self, module: nn.Module) -> DistributedDataParallel:
+        while self._plain:
+            self._plain.pop().remove()
         device_ids = [self.root_device.index] if self.root_device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=device_ids, **self.ddp_options)
 
@@ -117,6 +131,7 @@ class DDPStrategy(MeshStrategy):
         """See `MeshStrategy.forget_run`."""
         super().forget_run()
         self._wrapped = None
+        self._plain = []
 
     def teardown(self) -> None:
         """Unwrap the module, then tear down as usual."""

@@ -173,11 +173,8 @@ class FSDP2Strategy(InnerParallelStrategy):
         )
 
     @final
-    def shard(self, model: nn.Module, *, sum_gradients: bool = True) -> None:
+    def shard(self, model: nn.Module) -> None:
         """Shard `model` over the mesh. If nothing needs FSDP2, only move a real model to this rank's device.
-
-        Args:
-            sum_gradients: sum gradients over ranks instead of averaging them.
 
         Raises:
             ValueError: CPU offload of quantized weights on one rank, or fp8_all_gather=true where it cannot work.
@@ -188,7 +185,7 @@ class FSDP2Strategy(InnerParallelStrategy):
             return
         user = self.lightning_module is not None and not isinstance(self.lightning_module, Objective)
         alone = self.world_size == 1 and not user  # a user's optimizer may hold shards beside the adapters
-        self.shards.apply(model, self.shard_mesh, self.dtypes, sum_gradients=sum_gradients, alone=alone)
+        self.shards.apply(model, self.shard_mesh, self.dtypes, alone=alone)
         gather_in_fp8(
             model,
             self.shard_mesh,
@@ -258,8 +255,6 @@ class FSDP2Strategy(InnerParallelStrategy):
         parts = list(parts_of(module))
         taken = [part for part in parts if is_laid_out(part)]  # `configure_model` did it
         fresh = [part for part in parts if not is_laid_out(part)]
-        for part in taken:  # they were laid out as an objective's model, whose gradients are summed
-            gradient_reduction.average_gradients(part)
         for part in fresh:
             self.broadcast_from_rank_zero(part)
         self.allow_async_tp()
@@ -272,9 +267,7 @@ class FSDP2Strategy(InnerParallelStrategy):
                 self.cut_matrices(model)
         self.checkpoint_activations(module, before_tp=False)
         for part in fresh if self.needs_shards else ():
-            self.shard(part, sum_gradients=False)
-        if self.shards.experts is not None:
-            gradient_reduction.average_over(self.shards.experts.modules, self.dp_size)
+            self.shard(part)
         gradient_reduction.average_unsharded_gradients(module, self.world_size)
         # Whatever is not sharded (buffers, parameters of the module itself) still has to move to the device.
         apply_to_tensors(module, lambda t: t if isinstance(t, DTensor) else t.to(self.root_device))
@@ -295,6 +288,11 @@ class FSDP2Strategy(InnerParallelStrategy):
         return models
 
     # --- running a step -----------------------------------------------------------------------------------------------
+
+    @property
+    def gradient_scale(self) -> float:
+        """The number of ranks that FSDP2 averages over: those that compute different tokens."""
+        return float(self.dp_size * self.dims.cp)
 
     def gradient_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """See `StepRunner.gradient_sync`."""

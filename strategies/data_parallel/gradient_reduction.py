@@ -1,43 +1,33 @@
-"""How FSDP2 reduces gradients over ranks: sums for an objective, averages for a user's own LightningModule."""
+"""How gradients are averaged over ranks, where that is not FSDP2's own average."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-
-
-def sum_gradients(model: nn.Module) -> None:
-    """Make FSDP2 sum gradients over ranks, by a plain sum.
-
-    gloo has no scaled sum, and NCCL's gives zeros in bf16 up to torch 2.13 (pytorch#190747).
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-
-
-def average_gradients(model: nn.Module) -> None:
-    """Make FSDP2 average gradients over ranks, which is its default. Undoes `sum_gradients`."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(None)  # type: ignore[arg-type]
 
 
 def average_over(modules: Iterable[nn.Module], ranks: int) -> None:
     """Make FSDP2 divide the summed gradients of these units by `ranks`.
 
-    Experts need it: they are sharded over fewer ranks than the rows are, and see the tokens of all of them.
+    Experts need it: they are sharded over fewer ranks than the rows are, and see the tokens of all of them. It is a
+    plain sum, divided afterwards by a hook. gloo has no scaled sum, and NCCL's gives zeros in bf16 up to torch 2.13
+    (pytorch#190747). FSDP2's own factor is applied twice where a single rank holds the unit (torch 2.13).
     """
     for module in modules:
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(float(ranks))
+            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            module.set_all_reduce_hook(partial(_divide, by=ranks))
+
+
+def _divide(gradients: Tensor, by: int) -> None:
+    gradients /= by
 
 
 def average_unsharded_gradients(module: nn.Module, world_size: int) -> None:

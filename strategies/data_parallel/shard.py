@@ -62,15 +62,14 @@ class Shards:
         self._keeps_copies = False
         self._self_casting: list[Adapter] = []
 
-    def apply(
-        self, model: nn.Module, mesh: DeviceMesh, dtypes: Dtypes, *, sum_gradients: bool = True, alone: bool = False
-    ) -> None:
+    def apply(self, model: nn.Module, mesh: DeviceMesh, dtypes: Dtypes, *, alone: bool = False) -> None:
         """Make `model` (on meta or real) and each of its blocks a unit of FSDP2, in place.
+
+        Gradients are averaged over the ranks of the mesh, as FSDP2 does it.
 
         Args:
             mesh: the 1-D mesh to shard over; for HSDP a 2-D mesh (replicate, shard).
             dtypes: dtypes of parameters and computation.
-            sum_gradients: sum gradients over ranks, as an objective needs it, instead of averaging them.
             alone: whether one device trains this model and the optimizer holds nothing else.
 
         Raises:
@@ -98,8 +97,8 @@ class Shards:
         # backward, because backward begins where forward ended.
         fully_shard(model, reshard_after_forward=False, **options)
         _prefetch(blocks, self.options.forward_prefetch, self.options.backward_prefetch)
-        if sum_gradients and (mesh.size() > 1 or self.experts is not None):
-            gradient_reduction.sum_gradients(model)
+        if self.experts is not None:
+            gradient_reduction.average_over(self.experts.modules, mesh.size())
 
     def _shard_experts(self, model: nn.Module, options: dict[str, Any]) -> None:
         """Make the experts of each layer a unit of their own: they are sharded over fewer ranks than the rest."""

@@ -263,6 +263,14 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
                 "(nn.ModuleList). Use strategy='fsdp2'."
             )
         mfsdp.shard_model(model, self.buffer_mesh, units, self.options, self.root_device)
+        model.register_forward_pre_hook(self._refuse_a_plain_loop)
+
+    def _refuse_a_plain_loop(self, model: nn.Module, _: Any) -> None:
+        if torch.is_grad_enabled() and model.training and not self._in_step:
+            raise ValueError(
+                "megatron_fsdp needs hooks between forward and backward, so a model of it cannot be trained by calling "
+                "loss.backward(). Use strategy.forward_backward, the Trainer, or strategy='fsdp2'."
+            )
 
     def layout(self, module: pl.LightningModule) -> None:
         """See `MeshStrategy.layout`. A model that was built with its values is finalized here."""

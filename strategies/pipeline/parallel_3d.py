@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.distributed.mesh import ParallelDims
-from automodel_trainer.models.stage_names import mark
+from automodel_trainer.models.stage_names import mark, pipeline_of
 from automodel_trainer.nn.flops import keep_training_cost
 from automodel_trainer.nn.step_cache import unchanged_weights
 from automodel_trainer.strategies.base.clip import clip_grads_, total_grad_norm
@@ -215,7 +215,7 @@ class Parallel3DStrategy(FSDP2Strategy):
         own = stages_of(self.schedule, dist.get_rank(group), self.dims.pp, self.stages_per_rank)
         keep_training_cost(model)  # FLOPs are counted for the whole model, so before layers are removed
         split = split_model(model, parts, counts, own)
-        stage_model = SplitModel(model, split, self.dtypes.compute, self._whole_forward)
+        stage_model = SplitModel(model, split, self.dtypes.compute, partial(self._whole_forward, model))
         self._pipeline = Pipeline(
             stage_model,
             group,
@@ -229,9 +229,14 @@ class Parallel3DStrategy(FSDP2Strategy):
             generate: Any = model.generate
             model.generate = partial(generate, use_cache=False)  # type: ignore[assignment]
 
+    def _pipeline_of(self, model: nn.Module) -> Pipeline | None:
+        """The pipeline of this model, where the strategy has laid out several."""
+        found = pipeline_of(model)
+        return found if isinstance(found, Pipeline) else self._pipeline
+
     def _splits(self, model: nn.Module) -> bool:
         """Whether `model` has been split already."""
-        return self._pipeline is not None and self._pipeline.model.model is model
+        return pipeline_of(model) is not None
 
     def _counts(self, model: nn.Module, parts: ModelParts) -> list[int]:
         """The number of layers of every stage."""
@@ -279,7 +284,7 @@ class Parallel3DStrategy(FSDP2Strategy):
             ValueError: the schedule cannot run this number of micro-batches, an input cannot be padded or split, or the
                 tensor-parallel plan is wrong.
         """
-        pipeline = self._pipeline
+        pipeline = self._pipeline = self._pipeline_of(objective.model)
         if pipeline is None:
             return super().forward_backward(objective, micro_batches, num_tokens)
         check_micro_batches(self.schedule, self.dims.pp, self.stages_per_rank, len(micro_batches))
@@ -360,9 +365,10 @@ class Parallel3DStrategy(FSDP2Strategy):
             return super().from_logits(compute, shape, dtype)
         return self._pipeline.from_last(compute, shape, dtype)
 
-    def _whole_forward(self, inputs: dict[str, Any]) -> Any:
+    def _whole_forward(self, whole: nn.Module, inputs: dict[str, Any]) -> Any:
         """Run one micro-batch through all stages. It is called for forwards of the model outside of a training step."""
-        assert self._pipeline is not None
+        pipeline = pipeline_of(whole)  # a reference model, say, has one of its own
+        assert isinstance(pipeline, Pipeline)
         if torch.is_grad_enabled():
             raise ValueError(
                 "A model in pipeline stages can be called as a whole only without gradients. Use torch.no_grad(), or "
@@ -373,7 +379,7 @@ class Parallel3DStrategy(FSDP2Strategy):
                 "A model in pipeline stages needs input_ids and supports no cache. Pass input_ids, and set "
                 "use_cache=False."
             )
-        model = self._pipeline.model
+        model = pipeline.model
         inputs = {**inputs, "use_cache": False}
 
         def forward(stage: Stage, hidden: Tensor | None) -> Any:
@@ -381,7 +387,7 @@ class Parallel3DStrategy(FSDP2Strategy):
             return output.logits if stage.last else output
 
         shape = (*inputs["input_ids"].shape, model.width)
-        return CausalLMOutputWithPast(logits=self._pipeline.evaluate(forward, shape, self._share_logits))
+        return CausalLMOutputWithPast(logits=pipeline.evaluate(forward, shape, self._share_logits))
 
 
 @dataclass

@@ -17,7 +17,6 @@ from automodel_trainer import CausalLMModule, Trainer, cli
 from automodel_trainer.models.shrink import alike, shrink
 from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, inner_parallel
 from automodel_trainer.strategies.context.split import ContextParallel
-from automodel_trainer.strategies.data_parallel import gradient_reduction
 from automodel_trainer.strategies.tensor import local_parameters
 from automodel_trainer.verification.report import Report
 from automodel_trainer.verification.steps import layout_run
@@ -89,7 +88,7 @@ def not_reduced(patch: pytest.MonkeyPatch) -> None:
 
 
 def averaged(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gradient_reduction, "sum_gradients", lambda model: None)
+    patch.setattr(FSDP2Strategy, "gradient_scale", 1.0)
 
 
 def normalised_per_rank(patch: pytest.MonkeyPatch) -> None:

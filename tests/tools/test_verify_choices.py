@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from automodel_trainer.models import build
+from automodel_trainer.strategies import FSDP2Strategy
 from automodel_trainer.verification import steps as verify_steps
 from automodel_trainer.verification.choices import Choice, ChoiceRecorder, Margin
 from automodel_trainer.verification.flips import Flip, Flips, by_rounding, first_flips
@@ -270,9 +271,7 @@ def shifted_on_one_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def not_averaged(patch: pytest.MonkeyPatch) -> None:
-    from automodel_trainer.strategies.data_parallel import gradient_reduction
-
-    patch.setattr(gradient_reduction, "sum_gradients", lambda model: None)
+    patch.setattr(FSDP2Strategy, "gradient_scale", 1.0)
 
 
 @pytest.mark.parametrize(

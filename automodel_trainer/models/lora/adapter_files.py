@@ -24,6 +24,7 @@ from automodel_trainer.models.lora.initialize import assign, whole
 from automodel_trainer.models.lora.layers import LINEAR, Adapter, adapters
 from automodel_trainer.models.lora.targets import Target, some
 from automodel_trainer.models.record import recorded
+from automodel_trainer.models.sidecars import ModelFolder
 from automodel_trainer.models.stage_names import WholeTensors, names_of_all_stages, of_all_stages
 
 CONFIG_NAME = "adapter_config.json"
@@ -290,10 +291,12 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
     trained = [name for name, is_trained in held.items() if is_trained]
     saved = sorted({name.rpartition(".")[0] for name in trained if ".lora_" not in name and "lora_" not in name})
     source = getattr(getattr(model, "config", None), "name_or_path", None)
+    read_from = recorded(model, ModelFolder)
     return {
         "peft_type": "LORA",
         "task_type": peft_task(model),
         "base_model_name_or_path": source or None,
+        "revision": read_from.revision if read_from is not None and read_from.name == source else None,
         "inference_mode": True,
         "bias": "none",
         "fan_in_fan_out": any(a.transposed for a in found),

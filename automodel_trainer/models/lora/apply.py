@@ -78,6 +78,9 @@ def apply_lora(
         else:
             owner, _, name = target.name.rpartition(".")
             adapt_parameter(model.get_submodule(owner), name, target.rank, target.scaling, dtype=dtype)
+    for adapter in adapters(model):  # until `finish_lora`, a model with its weights computes what it did
+        if not adapter.b.weight.is_meta:
+            nn.init.zeros_(adapter.b.weight)
     record_of(model).keep(replace(config, modules_to_save=saved))
     if config.quantize:
         prepare_quantization(model, config.quantize, quantizable_weights(model))
