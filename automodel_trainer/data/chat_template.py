@@ -94,7 +94,6 @@ class BatchEncoder:
                 return_token_type_ids=False,
                 verbose=False,
             )
-<<<<<<< HEAD
             batch = iter(zip(tokens["input_ids"], tokens.encodings))
         return [self._sample(item, *(() if isinstance(item, Encoded) else next(batch))) for item in placed]
 
@@ -102,26 +101,12 @@ class BatchEncoder:
         if isinstance(item, Encoded):
             return Sample(item.input_ids, np.array(item.trained, dtype=bool))
         if self.loss_on == "all":
-            return Sample(ids, np.array(_all_but_bos(self.tokenizer, ids).trained, dtype=bool))
+            return Sample(ids, np.array(all_but_bos(self.tokenizer, ids).trained, dtype=bool))
         # The offsets of all tokens are a Python object for each: ask for those at the edges of spans alone.
         trained = _between_edges(encoding, item[1])
         if trained is None:
-            trained = np.array(_overlapping(encoding.offsets, item[1]), dtype=bool)
+            trained = np.array(overlapping(encoding.offsets, item[1]), dtype=bool)
         return Sample(ids, trained)
-=======
-        batch = iter(zip(tokens["input_ids"], tokens["offset_mapping"]))
-        found = []
-        for item in placed:
-            if isinstance(item, Encoded):
-                found.append(item)
-                continue
-            ids, offsets = next(batch)
-            if self.loss_on == "all":
-                found.append(all_but_bos(self.tokenizer, ids))
-            else:
-                found.append(Encoded(ids, overlapping(offsets, item[1])))
-        return found
->>>>>>> main
 
 
 def encode_conversation(
@@ -233,9 +218,8 @@ def _tokenize(
     return Encoded(tokens["input_ids"], overlapping(tokens["offset_mapping"], spans))
 
 
-<<<<<<< HEAD
 def _between_edges(encoding: Any, spans: list[Span]) -> np.ndarray | None:
-    """`_overlapping`, where every span begins and ends with a token; None where one does not.
+    """`overlapping`, where every span begins and ends with a token; None where one does not.
 
     Args:
         encoding: a `tokenizers.Encoding`.
@@ -257,10 +241,7 @@ def _between_edges(encoding: Any, spans: list[Span]) -> np.ndarray | None:
     return trained
 
 
-def _overlapping(offsets: list[Span], spans: list[Span]) -> list[bool]:
-=======
 def overlapping(offsets: list[Span], spans: list[Span]) -> list[bool]:
->>>>>>> main
     """Whether each token overlaps a span.
 
     Byte-level tokenizers may trim spaces from the offsets, so that a token of spaces is empty. We therefore let each
