@@ -195,6 +195,13 @@ class ImageTextModule(CausalLMModule):
             if key in self.model_inputs and key not in _NOT_OF_PICTURES and value is not None
         ]  # fmt: skip
 
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """See `Objective.loss`. Rows without pictures may reach nothing that is trained: then no gradient is made."""
+        loss = super().loss(outputs, targets)
+        if loss.requires_grad or not torch.is_grad_enabled():
+            return loss
+        return loss + torch.zeros_like(loss, requires_grad=True)
+
     def after_backward(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Without a picture in the global batch, tower and projector have no gradient, as on one device."""
         if any(micro_batch.get("only_blank_pictures") for micro_batch in micro_batches):
