@@ -11,6 +11,7 @@ from transformers import AutoProcessor
 
 from automodel_trainer import ImageTextDataModule, ImageTextModule, LoRAConfig, Trainer
 from automodel_trainer.callbacks import HFExport
+from automodel_trainer.checkpoint.merge import merge
 from tests.test_trainer import quiet
 from tests.vlm.families import folder_of, processor_of, rows
 
@@ -45,5 +46,6 @@ def test_the_processor_lies_everywhere(way: str, tmp_path: Path) -> None:
     checkpoint = trainer.fit(module, data)
     trainer.save_pretrained(tmp_path / "saved")
     assert checkpoint is not None
-    for place in (checkpoint / "model", tmp_path / "exported", tmp_path / "saved"):
+    merge(checkpoint, tmp_path / "merged")  # what `amt export` writes
+    for place in (checkpoint / "model", tmp_path / "exported", tmp_path / "saved", tmp_path / "merged"):
         check(place)
