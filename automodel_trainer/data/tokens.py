@@ -114,9 +114,11 @@ def check_columns(wanted: list[str], available: list[str]) -> None:
 
 
 def _with_counts(samples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    # Arrays, because Arrow copies them whole and a list one object at a time.
+    samples["input_ids"] = [np.array(ids, dtype=np.int32) for ids in samples["input_ids"]]
     counts = {"length": [len(ids) for ids in samples["input_ids"]]}
     if "trained" in samples:
-        counts["supervised"] = [sum(trained[1:]) for trained in samples["trained"]]
+        counts["supervised"] = [int(np.count_nonzero(trained[1:])) for trained in samples["trained"]]
     return {**samples, **counts}
 
 

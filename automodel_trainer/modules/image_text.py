@@ -113,6 +113,11 @@ class ImageTextModule(CausalLMModule):
         """What is saved with the model: the processor, which holds the tokenizer."""
         return self.processor if self._has_processor else super().saved_tokenizer
 
+    @property
+    def brings_tokenizer(self) -> bool:
+        """See `BuiltModule.brings_tokenizer`; the same of the processor."""
+        return super().brings_tokenizer or self._processor is not None or "processor" in self.__dict__
+
     def adopt_processor(self, processor: ProcessorMixin) -> None:
         """Take the processor that the data is made with: checkpoints and exports get it."""
         self._processor = processor

@@ -23,8 +23,8 @@ from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.adapter_files import read_config
 from automodel_trainer.models.sidecars import has_tokenizer
+from automodel_trainer.tools._gguf import check_gguf_can_be_written, write_gguf
 from automodel_trainer.tools.check_export import check_export
-from automodel_trainer.tools.gguf_file import check_gguf_can_be_written, write_gguf
 from automodel_trainer.tools.merge import arguments, merge_as_asked
 from automodel_trainer.tools.serve_check import ENGINES, check_engine, compare_served
 
