@@ -200,7 +200,7 @@ class ImageTextModule(CausalLMModule):
             if key in self.model_inputs and key not in _NOT_OF_PICTURES and value is not None
         ]  # fmt: skip
 
-    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
         """See `Objective.loss`. Rows without pictures may reach nothing that is trained: then no gradient is made."""
         loss = super().loss(outputs, targets)
         if loss.requires_grad or not torch.is_grad_enabled():
