@@ -19,12 +19,24 @@ if TYPE_CHECKING:
     )
     from automodel_trainer.checkpoint import load_checkpoint, save_checkpoint
     from automodel_trainer.checkpoint.stream import stream_weights, weight_info
-    from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule, TokenDataModule
+    from automodel_trainer.data import (
+        ChatDataModule,
+        ImageTextDataModule,
+        MockDataModule,
+        TextDataModule,
+        TokenDataModule,
+    )
     from automodel_trainer.data.chat_template import encode_conversation as encode_chat
     from automodel_trainer.data.packing import pack
     from automodel_trainer.models.kernels import KernelsConfig
     from automodel_trainer.models.lora import LoRAConfig
-    from automodel_trainer.modules import CausalLMModule, HuggingFaceModule, OptimizerConfig, SchedulerConfig
+    from automodel_trainer.modules import (
+        CausalLMModule,
+        HuggingFaceModule,
+        ImageTextModule,
+        OptimizerConfig,
+        SchedulerConfig,
+    )
     from automodel_trainer.modules.chunked_loss import chunked_loss
     from automodel_trainer.strategies import (
         DDPStrategy,
@@ -47,6 +59,8 @@ _HOMES = {
     "DDPStrategy": "strategies",
     "FSDP2Strategy": "strategies",
     "HuggingFaceModule": "modules",
+    "ImageTextDataModule": "data",
+    "ImageTextModule": "modules",
     "KernelsConfig": "models.kernels",
     "LoRAConfig": "models.lora",
     "MegatronFSDPStrategy": "strategies",
@@ -80,6 +94,8 @@ __all__ = [
     "DDPStrategy",
     "FSDP2Strategy",
     "HuggingFaceModule",
+    "ImageTextDataModule",
+    "ImageTextModule",
     "KernelsConfig",
     "LoRAConfig",
     "MegatronFSDPStrategy",

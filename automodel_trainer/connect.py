@@ -15,8 +15,11 @@ from transformers import PreTrainedModel
 from automodel_trainer._lightning import uncompiled
 from automodel_trainer.data.adapt import as_datamodule, group_micro_batches
 from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.data.chat import ChatDataModule
+from automodel_trainer.data.image_text import ImageTextDataModule
+from automodel_trainer.data.mixture import MixtureRows
 from automodel_trainer.models.limits import is_rotary, position_limit, vocabulary_size
-from automodel_trainer.modules import DEFAULT_OBJECTIVE, HuggingFaceModule
+from automodel_trainer.modules import HuggingFaceModule, ImageTextModule, objective_named, objective_of
 from automodel_trainer.modules.built import BuiltModule
 from automodel_trainer.strategies import Objective
 
@@ -43,22 +46,62 @@ def connect(
     if data is not None and datamodule is not None:
         raise ValueError("Give data or datamodule=, not both.")
     module: Any = model if isinstance(uncompiled(model), pl.LightningModule) else _objective_for(model)
-    datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role)
+    kind = module.data_class if isinstance(module, HuggingFaceModule) else ChatDataModule
+    datamodule, loader = (datamodule, None) if datamodule is not None else as_datamodule(data, role, kind)
     if isinstance(module, HuggingFaceModule) and role == "train":
         check_causal(module)
     if isinstance(datamodule, MicroBatchDataModule):
         if isinstance(uncompiled(module), Objective):
             _check_labels(module, datamodule)
-            if datamodule.tokenizer is None:
-                datamodule.tokenizer = module.tokenizer_or_none
-            elif isinstance(module, BuiltModule):
-                module.adopt_tokenizer(datamodule.load_tokenizer())
+            share_tokenizer(module, datamodule)
         if isinstance(module, HuggingFaceModule):
             choose_rows(module, datamodule)
         datamodule.prepare()
+        if isinstance(module, ImageTextModule) and role == "train" and not _has_pictures(datamodule):
+            module.without_pictures()
         if isinstance(module, Objective):
             check_sizes(module, datamodule)
     return module, datamodule, loader
+
+
+def share_tokenizer(module: Objective, datamodule: MicroBatchDataModule) -> None:
+    """Let model and data have one tokenizer, or processor: the data's if it was given one, otherwise the model's.
+
+    Raises:
+        ValueError: there is none, or the two differ.
+    """
+    if isinstance(datamodule, ImageTextDataModule):
+        _share_processor(module, datamodule)
+    elif datamodule.tokenizer is None:
+        datamodule.tokenizer = module.tokenizer_or_none
+    elif isinstance(module, BuiltModule):
+        module.adopt_tokenizer(datamodule.load_tokenizer())
+
+
+def _share_processor(module: Objective, datamodule: ImageTextDataModule) -> None:
+    """`share_tokenizer` of data with pictures.
+
+    Raises:
+        ValueError: the model reads text alone, or has no processor.
+    """
+    if not isinstance(module, ImageTextModule):
+        raise ValueError(
+            f"ImageTextDataModule gives pictures, and {type(module).__name__} trains models of text alone. Give a "
+            "vision-language model (ImageTextModule), or ChatDataModule for conversations without pictures."
+        )
+    if datamodule.processor is None:
+        datamodule.processor = module.processor
+    else:
+        module.adopt_processor(datamodule.load_processor())
+    datamodule.load_tokenizer()
+    datamodule.rope_index = module.rope_index
+
+
+def _has_pictures(datamodule: MicroBatchDataModule) -> bool:
+    """Whether a row that is trained on has pictures."""
+    train = datamodule.rows.get("train")
+    pictured = train.pictured_of(0) if isinstance(train, MixtureRows) else getattr(train, "pictured", None)
+    return pictured is not None and bool(pictured.any())
 
 
 def check_sizes(module: Objective, datamodule: MicroBatchDataModule) -> None:
@@ -96,9 +139,10 @@ def choose_rows(module: HuggingFaceModule, datamodule: MicroBatchDataModule) -> 
 
 
 def _objective_for(model: Any) -> pl.LightningModule:
-    named = isinstance(model, (str, os.PathLike))
-    if named or (isinstance(model, nn.Module) and hasattr(model, "config")):
-        return DEFAULT_OBJECTIVE(model)
+    if isinstance(model, (str, os.PathLike)):
+        return objective_named(model)(model)
+    if isinstance(model, nn.Module) and hasattr(model, "config"):
+        return objective_of(model)(model)  # type: ignore[arg-type]
     raise TypeError(
         f"model is a {type(model).__name__}. It must be a `LightningModule`, a transformers `PreTrainedModel`, or a "
         "Hub id or folder. Write a LightningModule around a plain torch module: it says what the loss is."

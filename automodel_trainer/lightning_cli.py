@@ -7,7 +7,7 @@ import inspect
 import re
 import warnings
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -26,9 +26,15 @@ from automodel_trainer.callbacks import (
 )
 from automodel_trainer.checkpoint.remote import local_root
 from automodel_trainer.cli_help import help_text
-from automodel_trainer.data import ChatDataModule, MockDataModule, TextDataModule, TokenDataModule
-from automodel_trainer.modules import DEFAULT_OBJECTIVE
-from automodel_trainer.short_options import expand
+from automodel_trainer.data import (
+    ChatDataModule,
+    ImageTextDataModule,
+    MockDataModule,
+    TextDataModule,
+    TokenDataModule,
+)
+from automodel_trainer.modules import DEFAULT_OBJECTIVE, HuggingFaceModule, objective_named
+from automodel_trainer.short_options import expand, named_model
 from automodel_trainer.trainer import Trainer
 
 CONFIG_NAME = "config.yaml"
@@ -40,6 +46,7 @@ __all__ = [
     "ChatDataModule",
     "DCPCheckpoint",
     "HFExport",
+    "ImageTextDataModule",
     "Ledger",
     "MockDataModule",
     "Preemption",
@@ -108,15 +115,20 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class AmtCLI(LightningCLI):
-    """`model:` is the default objective and `data:` a ChatDataModule unless a `class_path` says otherwise."""
+    """`model:` and `data:` are the objective and data module of the named model unless a `class_path` says otherwise.
+
+    Attributes:
+        objective: of the model that the arguments name; `_cli` sets it before they are parsed.
+    """
 
     trainer: Trainer
+    objective: ClassVar[type[HuggingFaceModule]] = DEFAULT_OBJECTIVE
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults(
             {
-                "model": {"class_path": f"automodel_trainer.{DEFAULT_OBJECTIVE.__name__}"},
-                "data": {"class_path": "automodel_trainer.ChatDataModule"},
+                "model": {"class_path": f"automodel_trainer.{self.objective.__name__}"},
+                "data": {"class_path": f"automodel_trainer.{self.objective.data_class.__name__}"},
             }
         )
 
@@ -152,6 +164,8 @@ def build(config: dict[str, Any] | list[str]) -> tuple[Trainer, pl.LightningModu
 
 def _cli(args: dict[str, Any] | list[str], run: bool) -> AmtCLI:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    named = named_model(args)
+    AmtCLI.objective = DEFAULT_OBJECTIVE if named is None else objective_named(named)
     return AmtCLI(
         model_class=pl.LightningModule,
         datamodule_class=pl.LightningDataModule,

@@ -43,7 +43,7 @@ class SavesPretrained(pl.Trainer):
         export_pretrained(
             module.model,
             folder,
-            tokenizer=module.tokenizer_or_none,
+            tokenizer=module.saved_tokenizer,
             source=module.source,
             dtype=dtype,
             max_shard_size=max_shard_size,
@@ -71,7 +71,7 @@ class SavesPretrained(pl.Trainer):
             module.source,
             local_only(save_directory, "merge_and_save"),
             dtype,
-            tokenizer=module.tokenizer_or_none,
+            tokenizer=module.saved_tokenizer,
             trust_remote_code=module.trust_remote_code,
         )
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 SHORT = {
     "model": "model.model",
@@ -56,6 +61,29 @@ def _expanded(argv: list[str]) -> Iterator[str]:
             value = next(rest, "")
         long = name if name in _OWN and _names_a_class(value) else SHORT[name]
         yield f"--{long}={value}"
+
+
+def named_model(args: dict[str, Any] | list[str]) -> str | None:
+    """The folder or Hub id of the model that a configuration names; None if it names none.
+
+    Args:
+        args: a configuration, or arguments in their long form, of which the last one counts. A `--config` is read.
+    """
+    if isinstance(args, dict):
+        section = args.get("model")
+        while isinstance(section, dict):
+            section = section.get("init_args", {}).get("model") or section.get("model")
+        return section if isinstance(section, str) else None
+    found = None
+    for word, following in pairwise([*args, ""]):
+        name, equals, value = word.partition("=")
+        value = value if equals else following
+        if name in ("--model.model", "--model.init_args.model"):
+            found = value
+        elif name in ("--config", "-c") and Path(value).is_file():
+            config = yaml.safe_load(Path(value).read_text())
+            found = named_model(config if isinstance(config, dict) else {}) or found
+    return found
 
 
 def _names_a_class(value: str) -> bool:

@@ -30,6 +30,7 @@ from automodel_trainer.models._transformers import (
 )
 from automodel_trainer.models.kernels import KernelsInUse, kernels_in_use
 from automodel_trainer.models.lora import describe_lora, starts_without_gradient
+from automodel_trainer.models.parts import describe_frozen
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.models.quantization_config import ReadDense
 from automodel_trainer.models.record import recorded
@@ -88,6 +89,7 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
         "experts": next((text for m in inner if (text := _experts(m))), None),
         "fp8": next((str(layers) for m in inner if (layers := fp8_layers(m))), None),
         "read_dense": next((read.method for m in inner if (read := recorded(m, ReadDense))), None),
+        "frozen_parts": next((text for m in inner if (text := describe_frozen(m))), None),
         "lora": next((text for m in inner if (text := describe_lora(m))), None),
     }
 

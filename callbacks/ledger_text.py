@@ -25,6 +25,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
         ("parameters", _parameters(model)),
         ("per device", ", ".join(f"{name} {_memory(facts[key]['bytes'])}" for name, key in MEMORY)),
     ]
+    if model.get("frozen_parts"):
+        rows.append(("frozen", model["frozen_parts"]))
     if model["lora"]:
         rows.append(("adapters", model["lora"]))
     if model["tied"] or model["untied"]:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 from tests import matrix, rounding
 from tests.pool import RankPool
+from tests.store import bucket, server  # noqa: F401
 
 rounding.install()
 # An example takes as long as the machine is busy.

@@ -11,6 +11,8 @@ import yaml
 from tests.beside import folder_of, use
 from tests.processes import amt
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.vlm.families import model_of, processor_of
+from tests.vlm.families import rows as pictures
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -23,6 +25,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chat = [{"role": "user", "content": "what is two plus two?"}, {"role": "assistant", "content": "it is four"}]
     rows = "".join(json.dumps({"messages": chat}) + "\n" for _ in range(200))
     (folder / "chats.jsonl").write_text(rows)
+    model_of("llava").save_pretrained(folder / "vlm")
+    processor_of("llava").save_pretrained(folder / "vlm")
+    (folder / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pictures(folder, 60)))
     (folder / "text.jsonl").write_text(
         "".join(json.dumps({"text": "two and two are four. " * 20}) + "\n" for _ in range(200))
     )
@@ -42,6 +47,9 @@ def overrides(config: Path, home: Path) -> list[str]:
     data = content["data"]
     text = "TextDataModule" in str(data.get("class_path"))
     options["data.train"] = str(home / ("text.jsonl" if text else "chats.jsonl"))
+    if config.stem.startswith("vlm"):
+        options |= {"model.model": str(home / "vlm"), "data.train": str(home / "pictures.jsonl")}
+        options["data.num_workers"] = "1"
     options |= {"data.seq_len": "256", "data.global_batch_size": "4", "data.micro_batch_size": "2"}
     if "validation" in data:
         options["data.validation"] = str(home / "chats.jsonl")

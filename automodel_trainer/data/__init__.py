@@ -1,4 +1,6 @@
-"""Data modules for chats, raw text and random tokens. A batch is the list of micro-batches of one optimizer step.
+"""Data modules for chats, pictures with text, raw text and random tokens.
+
+A batch is the list of micro-batches of one optimizer step.
 
 Start with `base.py` (what all data modules share) and `batches.py` (the tensors of a micro-batch).
 """
@@ -11,14 +13,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from automodel_trainer.data.base import MicroBatchDataModule
     from automodel_trainer.data.chat import ChatDataModule
+    from automodel_trainer.data.image_text import ImageTextDataModule
     from automodel_trainer.data.mock import MockDataModule
     from automodel_trainer.data.text import TextDataModule
     from automodel_trainer.data.tokenized import TokenDataModule
 
-__all__ = ["ChatDataModule", "MicroBatchDataModule", "MockDataModule", "TextDataModule", "TokenDataModule"]
+__all__ = [
+    "ChatDataModule",
+    "ImageTextDataModule",
+    "MicroBatchDataModule",
+    "MockDataModule",
+    "TextDataModule",
+    "TokenDataModule",
+]
 
 _HOME = {
     "ChatDataModule": "chat",
+    "ImageTextDataModule": "image_text",
     "MicroBatchDataModule": "base",
     "MockDataModule": "mock",
     "TextDataModule": "text",

@@ -15,13 +15,16 @@ from torch.utils.data import DataLoader
 from automodel_trainer.data.chat import ChatDataModule
 
 
-def as_datamodule(data: Any, role: str = "train") -> tuple[pl.LightningDataModule | None, Any]:
+def as_datamodule(
+    data: Any, role: str = "train", kind: Callable[..., pl.LightningDataModule] = ChatDataModule
+) -> tuple[pl.LightningDataModule | None, Any]:
     """Make a data module from data sets and paths; pass loaders through.
 
     Args:
         data: a path or Hub id, a `Dataset` or `DatasetDict`, a list of rows, of batches or of loaders, a DataLoader or
             another iterable, or a LightningDataModule.
         role: "train", "validation", "test" or "predict": what to use a data set without splits for.
+        kind: the data module of data sets and paths.
 
     Returns:
         (data module, None) or (None, loader). Both are None if `data` is None.
@@ -36,7 +39,7 @@ def as_datamodule(data: Any, role: str = "train") -> tuple[pl.LightningDataModul
     rows = isinstance(data, list) and bool(data) and isinstance(data[0], dict) and "input_ids" not in data[0]
     if isinstance(data, (str, os.PathLike, Dataset, DatasetDict)) or rows:
         evaluated = {} if role == "train" else {"test" if role == "test" else "validation": data}
-        return ChatDataModule(data, **evaluated), None
+        return kind(data, **evaluated), None
     if isinstance(data, list):
         return None, as_loaders(data)
     if isinstance(data, Iterable):

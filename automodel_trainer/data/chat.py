@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -13,7 +13,7 @@ from automodel_trainer.data.base import MicroBatchDataModule, check_packing
 from automodel_trainer.data.built_in_templates import set_template
 from automodel_trainer.data.chat_template import BatchEncoder, Encoded
 from automodel_trainer.data.checks import check_samples
-from automodel_trainer.data.formats import format_of
+from automodel_trainer.data.formats import format_of, refuse_pictures
 from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.mixture import check_temperature, parse_sources
 from automodel_trainer.data.packing import pack
@@ -65,6 +65,8 @@ class ChatDataModule(MicroBatchDataModule):
         ValueError: the data cannot be used for training (no rows, unknown columns, no supervised token, all samples
             too long), or an option has a bad value.
     """
+
+    rows_class: ClassVar[Any] = SampleRows
 
     def __init__(
         self,
@@ -138,7 +140,7 @@ class ChatDataModule(MicroBatchDataModule):
         return rows
 
     def _training_source(self, train: Any) -> dict[str, Rows]:
-        store, key = self._samples(load_rows(train, "train"))
+        store, key = self._samples(self.read(train, "train"))
         everything = np.arange(len(store))
         if self.val_split:
             held_out = split_ids(len(store), self.val_split, self.seed)
@@ -147,11 +149,21 @@ class ChatDataModule(MicroBatchDataModule):
                 "validation": self._rows("validation", store, held_out, key),
             }
         rows = {"train": self._rows("train", store, everything, key)}
-        found = load_validation_rows(train) if self.validation is None else None
+        found = self._validation_rows(train) if self.validation is None else None
         return rows if found is None else {**rows, "validation": self._whole("validation", found)}
 
     def _evaluation(self, split: str, data: Any) -> Rows:
-        return self._whole(split, load_rows(data, split.partition("/")[0]))
+        return self._whole(split, self.read(data, split.partition("/")[0]))
+
+    def read(self, data: Any, split: str) -> Dataset:
+        """The rows of one split of a source; see `load_rows`.
+
+        Raises:
+            ValueError: they cannot be read, or hold what this data module would leave out.
+        """
+        rows = load_rows(data, split)
+        refuse_pictures(rows.column_names, self.columns)
+        return rows
 
     def sample_prompts(self, count: int) -> list[str]:
         """At most `count` prompts to try a model on: first user turns of the validation data, or of the train data."""
@@ -159,7 +171,7 @@ class ChatDataModule(MicroBatchDataModule):
         train = self.train if sources is None else sources[0].path
         rows = self._validation_rows(train)
         if rows is None:
-            rows = load_rows(train, "train")
+            rows = self.read(train, "train")
             if self.val_split:
                 rows = rows.select(split_ids(len(rows), self.val_split, self.seed))
         form = format_of(rows, self.columns)
@@ -173,7 +185,7 @@ class ChatDataModule(MicroBatchDataModule):
         given: Any = self.validation
         named = isinstance(given, dict) and not isinstance(given, DatasetDict)
         first = next(iter(given.values())) if named else given
-        return load_rows(first, "validation")
+        return self.read(first, "validation")
 
     def _whole(self, split: str, rows: Dataset) -> Rows:
         store, key = self._samples(rows)
@@ -242,7 +254,7 @@ class ChatDataModule(MicroBatchDataModule):
         if without:
             rank_zero_warn(f"{split}: left out {without:,} samples without a supervised token.")
         lengths = np.minimum(store.lengths[kept], self.seq_len)
-        packed = pack(lengths, self.seq_len) if self.packs else range(len(kept))
+        packed = self.group(store, kept) if self.packs else range(len(kept))
         groups = [kept[group].reshape(-1) for group in packed]
         tokens = int(lengths.sum())
         stats = RowStats(
@@ -263,7 +275,11 @@ class ChatDataModule(MicroBatchDataModule):
             self.overlong,
             self.val_split and (self.val_split, self.seed),  # without a split, the rows do not depend on the seed
         )
-        return SampleRows(store, groups, self.seq_len, stats, digest(*made_by))
+        return self.rows_class(store, groups, self.seq_len, stats, digest(*made_by))
+
+    def group(self, store: TokenStore, kept: np.ndarray) -> list[list[int]]:
+        """Which samples share a row: positions in `kept`, the samples of a split that are not left out."""
+        return pack(np.minimum(store.lengths[kept], self.seq_len), self.seq_len)
 
     def _report_overlong(self, split: str, store: TokenStore, overlong: np.ndarray, total: int) -> None:
         if len(overlong) == 0:

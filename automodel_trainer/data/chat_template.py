@@ -11,6 +11,7 @@ import re
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from automodel_trainer.data.assistant_spans import assistant_spans
@@ -27,6 +28,13 @@ class Encoded(NamedTuple):
 
     input_ids: list[int]
     trained: list[bool]
+
+
+class Sample(NamedTuple):
+    """As `Encoded`, with the marks as a bool array `[n]`: a list holds a Python object for each token."""
+
+    input_ids: list[int]
+    trained: np.ndarray
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, loss_on: LossOn = "assistant") -> Encoded:
@@ -74,30 +82,31 @@ class BatchEncoder:
             self._finder = TurnFinder(special, self.loss_on == "last_turn")
         return chat.text, self._finder.spans(chat)
 
-    def encode(self, placed: list[tuple[str, list[Span]] | Encoded]) -> list[Encoded]:
+    def encode(self, placed: list[tuple[str, list[Span]] | Encoded]) -> list[Sample]:
         """Tokenize what `place` returned, in one call of the tokenizer."""
         texts = [item[0] for item in placed if not isinstance(item, Encoded)]
-        tokens: Any = {"input_ids": [], "offset_mapping": []}
+        batch: Any = iter(())
         if texts:
             tokens = self.tokenizer(
                 texts,
                 add_special_tokens=False,
-                return_offsets_mapping=True,
                 return_attention_mask=False,
+                return_token_type_ids=False,
                 verbose=False,
             )
-        batch = iter(zip(tokens["input_ids"], tokens["offset_mapping"]))
-        found = []
-        for item in placed:
-            if isinstance(item, Encoded):
-                found.append(item)
-                continue
-            ids, offsets = next(batch)
-            if self.loss_on == "all":
-                found.append(_all_but_bos(self.tokenizer, ids))
-            else:
-                found.append(Encoded(ids, _overlapping(offsets, item[1])))
-        return found
+            batch = iter(zip(tokens["input_ids"], tokens.encodings))
+        return [self._sample(item, *(() if isinstance(item, Encoded) else next(batch))) for item in placed]
+
+    def _sample(self, item: tuple[str, list[Span]] | Encoded, ids: Any = None, encoding: Any = None) -> Sample:
+        if isinstance(item, Encoded):
+            return Sample(item.input_ids, np.array(item.trained, dtype=bool))
+        if self.loss_on == "all":
+            return Sample(ids, np.array(all_but_bos(self.tokenizer, ids).trained, dtype=bool))
+        # The offsets of all tokens are a Python object for each: ask for those at the edges of spans alone.
+        trained = _between_edges(encoding, item[1])
+        if trained is None:
+            trained = np.array(overlapping(encoding.offsets, item[1]), dtype=bool)
+        return Sample(ids, trained)
 
 
 def encode_conversation(
@@ -133,7 +142,7 @@ def encode_conversation(
         )
     chat = RenderedChat(tokenizer, messages, tools)
     if loss_on == "all":
-        return _all_but_bos(tokenizer, _tokenize(tokenizer, chat.text, []).input_ids)
+        return all_but_bos(tokenizer, _tokenize(tokenizer, chat.text, []).input_ids)
     spans = assistant_spans(chat, special_tokens(tokenizer, len(tokenizer)), last_turn=loss_on == "last_turn")
     return _tokenize(tokenizer, chat.text, spans)
 
@@ -164,7 +173,7 @@ def encode_prompt_completion(
     while input_ids and input_ids[-1] == eos:  # some tokenizers and rows add EOS themselves: keep one
         input_ids, trained = input_ids[:-1], trained[:-1]
     encoded = Encoded([*input_ids, eos], [*trained, True])
-    return _all_but_bos(tokenizer, encoded.input_ids) if loss_on == "all" else encoded
+    return all_but_bos(tokenizer, encoded.input_ids) if loss_on == "all" else encoded
 
 
 @lru_cache(maxsize=8)
@@ -185,7 +194,8 @@ def _check_loss_on(loss_on: str) -> None:
         raise ValueError(f"loss_on={loss_on!r} is unknown. Allowed: {', '.join(map(repr, get_args(LossOn)))}.")
 
 
-def _all_but_bos(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> Encoded:
+def all_but_bos(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> Encoded:
+    """A sample of which every token but BOS is trained."""
     bos = tokenizer.bos_token_id
     if bos == tokenizer.eos_token_id:  # the same token ends documents: only the first one is BOS
         return Encoded(input_ids, [i > 0 or token != bos for i, token in enumerate(input_ids)])
@@ -205,10 +215,33 @@ def _tokenize(
         return_attention_mask=False,
         verbose=False,
     )
-    return Encoded(tokens["input_ids"], _overlapping(tokens["offset_mapping"], spans))
+    return Encoded(tokens["input_ids"], overlapping(tokens["offset_mapping"], spans))
 
 
-def _overlapping(offsets: list[Span], spans: list[Span]) -> list[bool]:
+def _between_edges(encoding: Any, spans: list[Span]) -> np.ndarray | None:
+    """`overlapping`, where every span begins and ends with a token; None where one does not.
+
+    Args:
+        encoding: a `tokenizers.Encoding`.
+        spans: in order, not overlapping.
+    """
+    trained = np.zeros(len(encoding), dtype=bool)
+    for start, stop in spans:
+        if start == stop:
+            continue
+        first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
+        if first is None or last is None:
+            return None
+        begins, ends = encoding.token_to_chars(first)[0], encoding.token_to_chars(last)[1]
+        before = encoding.token_to_chars(first - 1) if first else None
+        after = encoding.token_to_chars(last + 1) if last + 1 < len(trained) else None
+        if (begins, ends) != (start, stop) or (before or (0, 0))[1] > start or (after or (stop, stop))[0] < stop:
+            return None
+        trained[first : last + 1] = True
+    return trained
+
+
+def overlapping(offsets: list[Span], spans: list[Span]) -> list[bool]:
     """Whether each token overlaps a span.
 
     Byte-level tokenizers may trim spaces from the offsets, so that a token of spaces is empty. We therefore let each

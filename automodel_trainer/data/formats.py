@@ -21,6 +21,9 @@ from datasets import Dataset
 from automodel_trainer.data.arrow_rows import has_exact_values
 from automodel_trainer.data.messages import Message, parse_messages, parse_tools
 
+PICTURE_COLUMNS = ("images", "image")
+"""Columns that hold the pictures of a row."""
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -134,6 +137,16 @@ def detect_format(column_names: Iterable[str], columns: Mapping[str, str] | None
     raise ValueError(
         f"No chat format fits the columns {found}{f' with columns={mapped}' if mapped else ''}. {_how_to_map()}"
     )
+
+
+def refuse_pictures(column_names: Iterable[str], columns: Mapping[str, str] | None = None) -> None:
+    """Raise ValueError if rows of conversations have a column of pictures, which would be left out of the text."""
+    found = [name for name in PICTURE_COLUMNS if name in column_names and name not in (columns or {}).values()]
+    if found:
+        raise ValueError(
+            f"The data has a column of pictures ({found[0]!r}), and ChatDataModule would train on the text alone. Use "
+            "ImageTextDataModule with a vision-language model, or remove the column."
+        )
 
 
 def _check_mapping(found: list[str], mapped: dict[str, str]) -> None:

@@ -7,9 +7,9 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,23 @@ from automodel_trainer.data.mixture import MixtureRows
 from automodel_trainer.data.packing import epoch_order
 from automodel_trainer.data.rows import Rows
 
-Step = tuple[list[int], int]
-"""The numbers of this rank's rows in one global batch (-1 = filler), and their width in tokens."""
+
+class Lacking(NamedTuple):
+    """Which micro-batches of a step must run the vision tower although their rows have no pictures.
+
+    Attributes:
+        here: of each of this rank's micro-batches, whether it lacks pictures that another rank has there.
+        everywhere: no row of the global batch has pictures, and the layout runs the tower all the same.
+    """
+
+    here: Sequence[bool] = ()
+    everywhere: bool = False
+
+
+Step = tuple[list[int], int, Lacking]
+"""The numbers of this rank's rows in one global batch (-1 = filler), their width in tokens, and what lacks pictures."""
+Collate = Callable[..., MicroBatch]
+"""Makes a micro-batch of rows, their width and the id for padding; with pictures, also of `needs_pictures`."""
 
 
 class MicroBatchLoader:
@@ -53,6 +68,8 @@ class MicroBatchLoader:
         num_workers: processes that build micro-batches; 0 builds them in this process.
         limit: maximum number of batches per epoch; None: no limit.
         positions: how many positions the model has; None: no limit.
+        collate: makes a micro-batch; None: `collate_packed` or `collate_padded`.
+        always_pictures: the layout needs a gradient of every parameter in every step.
 
     Attributes:
         epoch: the current epoch, from 0.
@@ -77,11 +94,15 @@ class MicroBatchLoader:
         num_workers: int = 0,
         limit: int | None = None,
         positions: int | None = None,
+        collate: Collate | None = None,
+        always_pictures: bool = False,
     ) -> None:
         assert global_batch_size % (micro_batch_size * dp_size) == 0, "checked by the data module"
         self.rows = rows
         self.global_batch_size = global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.micro_batch_size = micro_batch_size
+        self.always_pictures = always_pictures
         self.seed, self.shuffle, self.packed = seed, shuffle, packed
         self.drop_last = drop_last
         self.epoch = epoch
@@ -89,8 +110,9 @@ class MicroBatchLoader:
         self._limit = limit
         self._resumed = False
         self._begin_epoch()
+        collate = collate or partial(collate_packed if packed else collate_padded, positions=positions)
         self._loader = step_loader(
-            _Steps(rows, micro_batch_size, packed, pad_id, positions), sampler=_Epoch(self), num_workers=num_workers
+            _Steps(rows, micro_batch_size, pad_id, collate), sampler=_Epoch(self), num_workers=num_workers
         )
 
     def __len__(self) -> int:
@@ -146,7 +168,8 @@ class MicroBatchLoader:
         lengths = self._lengths(self.epoch)
         # A mixture has other rows in each epoch, so it counts them on.
         offset = self.epoch * len(self.rows) if hasattr(self.rows, "lengths_of") else 0
-        return _shares(left, lengths, self.rows.width, offset, self.packed, self.dp_rank, self.dp_size)
+        ranks = _Ranks(self.dp_rank, self.dp_size, self.micro_batch_size, self.always_pictures)
+        return _shares(left, lengths, self._pictured(self.epoch), self.rows.width, offset, self.packed, ranks)
 
     def global_batches(self, epoch: int) -> np.ndarray:
         """Row numbers of all global batches of an epoch: int64 `[len(self), global_batch_size]`; -1 is a filler."""
@@ -164,6 +187,11 @@ class MicroBatchLoader:
     def _lengths(self, epoch: int) -> np.ndarray:
         of_epoch = getattr(self.rows, "lengths_of", None)
         return self.rows.lengths if of_epoch is None else of_epoch(epoch)
+
+    def _pictured(self, epoch: int) -> np.ndarray | None:
+        """Whether each row has pictures, bool `[n]`; None if none can have one."""
+        of_epoch = getattr(self.rows, "pictured_of", None)
+        return getattr(self.rows, "pictured", None) if of_epoch is None else of_epoch(epoch)
 
     def _cut(self, order: np.ndarray, count: int) -> np.ndarray:
         """`order` as `count` global batches; the last one is filled up with -1."""
@@ -231,12 +259,42 @@ def other_data_message(changed: str = "") -> str:
     )
 
 
+class _Ranks(NamedTuple):
+    """One of several data-parallel ranks, and the rows of its micro-batches."""
+
+    rank: int
+    size: int
+    rows: int
+    always: bool
+
+    def of(self, batch: np.ndarray) -> np.ndarray:
+        """This rank's rows of a global batch."""
+        return batch[self.rank :: self.size]
+
+    def lacking(self, batch: np.ndarray, pictured: np.ndarray | None) -> Lacking:
+        """What this rank's micro-batches of a global batch lack."""
+        if pictured is None or self.size == 1:
+            return Lacking()
+        has = np.where(batch >= 0, pictured[batch], False)
+        by_rank = np.stack([has[rank :: self.size] for rank in range(self.size)])  # [ranks, rows]
+        found: np.ndarray = np.any(by_rank.reshape(self.size, -1, self.rows), axis=-1)  # [ranks, micro-batches]
+        wanted = np.ones_like(found[0]) if self.always else found.any(0)
+        return Lacking((wanted & ~found[self.rank]).tolist(), bool(self.always and not found.any()))
+
+
 def _shares(
-    batches: np.ndarray, lengths: np.ndarray, width: int, offset: int, packed: bool, dp_rank: int, dp_size: int
+    batches: np.ndarray,
+    lengths: np.ndarray,
+    pictured: np.ndarray | None,
+    width: int,
+    offset: int,
+    packed: bool,
+    ranks: _Ranks,
 ) -> Iterator[Step]:
     for batch in batches:
         wide = width if packed else padded_width(int(lengths[batch[batch >= 0]].max()), width)
-        yield np.where(batch >= 0, batch + offset, -1)[dp_rank::dp_size].tolist(), wide
+        own = ranks.of(np.where(batch >= 0, batch + offset, -1)).tolist()
+        yield own, wide, ranks.lacking(batch, pictured)
 
 
 class _Epoch:
@@ -258,24 +316,28 @@ class _Epoch:
 class _Steps(Dataset):
     """Builds the micro-batches of one step, in the worker processes."""
 
-    def __init__(
-        self, rows: Rows, micro_batch_size: int, packed: bool, pad_id: int, positions: int | None = None
-    ) -> None:
-        self.rows, self.micro_batch_size, self.pad_id = rows, micro_batch_size, pad_id
-        self.collate = partial(collate_packed if packed else collate_padded, positions=positions)
+    def __init__(self, rows: Rows, micro_batch_size: int, pad_id: int, collate: Collate) -> None:
+        self.rows, self.micro_batch_size, self.pad_id, self.collate = rows, micro_batch_size, pad_id, collate
 
     def __getitem__(self, step: Step) -> list[MicroBatch]:
-        rows, width = step
-        batches = micro_batches(self.rows.fetch(rows), self.micro_batch_size, width, self.pad_id, self.collate)
+        rows, width, lacking = step
+        documents = self.rows.fetch(rows)
+        batches = micro_batches(documents, self.micro_batch_size, width, self.pad_id, self.collate, lacking)
         if isinstance(self.rows, MixtureRows):
             sources = torch.from_numpy(self.rows.sources_of(rows))
             for batch, part in zip(batches, sources.split(self.micro_batch_size)):
-                batch["sources"] = part
+                added = len(batch["input_ids"]) - len(part)  # a row for a blank picture, which trains nothing
+                batch["sources"] = torch.cat([part, part[-1:].expand(added)])
         return batches
 
 
 def micro_batches(
-    rows: list, size: int, width: int, pad_id: int, collate: Callable = collate_packed
+    rows: list,
+    size: int,
+    width: int,
+    pad_id: int,
+    collate: Collate = collate_packed,
+    lacking: Lacking = Lacking(),  # noqa: B008
 ) -> list[MicroBatch]:
     """Split rows into micro-batches.
 
@@ -284,9 +346,14 @@ def micro_batches(
         size: rows per micro-batch.
         width: tokens per row.
         pad_id: token id for padding.
-        collate: `collate_packed` or `collate_padded`.
+        collate: `collate_packed`, `collate_padded`, or one that knows pictures.
+        lacking: which micro-batches must have a picture that their rows have not.
     """
-    return [collate(rows[start : start + size], width, pad_id) for start in range(0, len(rows), size)]
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    if not lacking.here:
+        return [collate(part, width, pad_id) for part in parts]
+    made = [collate(part, width, pad_id, needs_pictures=lacks) for part, lacks in zip(parts, lacking.here)]
+    return [{**part, "only_blank_pictures": True} for part in made] if lacking.everywhere else made
 
 
 def step_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:

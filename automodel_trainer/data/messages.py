@@ -118,7 +118,9 @@ def _text(content: Any, role: str, i: int) -> str:
         return "".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
     if role == "tool":
         return json.dumps(content, ensure_ascii=False)
-    raise ValueError(f"message {i} ({role}) has content that is not text: {str(content)[:200]!r}")
+    pictures = isinstance(content, list) and any("image" in str(p.get("type")) for p in content if isinstance(p, dict))
+    how = " Use ImageTextDataModule with a vision-language model for messages with pictures." if pictures else ""
+    raise ValueError(f"message {i} ({role}) has content that is not text: {str(content)[:200]!r}.{how}")
 
 
 def _is_text(part: Any) -> bool:

@@ -164,6 +164,14 @@ class MixtureRows:
         """Tokens per row in an epoch, int64 `[len(self)]`."""
         return np.concatenate([part.lengths[self._rows_of(number, epoch)] for number, part in enumerate(self.rows)])
 
+    def pictured_of(self, epoch: int) -> np.ndarray | None:
+        """Whether each row of an epoch has pictures, bool `[len(self)]`; None if none can have one."""
+        parts = [getattr(part, "pictured", None) for part in self.rows]
+        if all(part is None for part in parts):
+            return None
+        known = [np.zeros(len(rows), bool) if part is None else part for part, rows in zip(parts, self.rows)]
+        return np.concatenate([part[self._rows_of(number, epoch)] for number, part in enumerate(known)])
+
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
         """The documents of rows, numbered on over epochs: `epoch · len(self) + row`; −1 is the filler."""
         found: list[list[Document]] = [[] for _ in rows]

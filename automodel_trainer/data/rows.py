@@ -96,13 +96,13 @@ class TokenStore:
     """
 
     def __init__(self, dataset: Dataset) -> None:
-        self.lengths = _integers(dataset, "length")
-        self.sample_ids = _integers(dataset, "sample_id")
+        self.lengths = integers(dataset, "length")
+        self.sample_ids = integers(dataset, "sample_id")
         columns = [name for name in ("input_ids", "trained") if name in dataset.column_names]
         self._all_trained = "trained" not in columns
-        self.supervised = self.lengths - 1 if self._all_trained else _integers(dataset, "supervised")
+        self.supervised = self.lengths - 1 if self._all_trained else integers(dataset, "supervised")
         self.empty_turns = (
-            _integers(dataset, "empty_turns")
+            integers(dataset, "empty_turns")
             if "empty_turns" in dataset.column_names
             else np.zeros(len(dataset), np.int64)
         )
@@ -303,6 +303,8 @@ def digest(*parts: object) -> str:
 
 
 def _cut(document: Document, start: int, end: int) -> Document:
+    if start == 0 and len(document.input_ids) <= end:
+        return document
     return Document(document.input_ids[start:end], document.trained[start:end], document.sample_id)
 
 
@@ -311,5 +313,6 @@ def _join(left: Document, right: Document) -> Document:
     return Document(ids, np.concatenate([left.trained, right.trained]), left.sample_id)
 
 
-def _integers(dataset: Dataset, column: str) -> np.ndarray:
+def integers(dataset: Dataset, column: str) -> np.ndarray:
+    """A column of whole numbers: int64 `[n]`."""
     return dataset.select_columns([column]).with_format("arrow")[:][column].to_numpy().astype(np.int64)

@@ -82,6 +82,13 @@ def places_of(rows: Dataset) -> list[tuple[int, str]] | None:
     return _PLACES.get(rows)
 
 
+def keep_places(rows: Dataset, of: Dataset) -> Dataset:
+    """`rows`, which came from `of` row by row, with its places."""
+    if (places := places_of(of)) is not None:
+        _PLACES[rows] = places
+    return rows
+
+
 def describe_place(places: Sequence[tuple[int, str]] | None, index: int) -> str:
     """Where a row came from, for messages; `places` is what `places_of` returned. Rows count from 0."""
     if not places:

@@ -21,7 +21,14 @@ Encoder = Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]
 
 
 def tokenize(
-    rows: Dataset, encode: Encoder, *, tokenizer: Any, settings: dict[str, Any], masked: bool, cache: bool
+    rows: Dataset,
+    encode: Encoder,
+    *,
+    tokenizer: Any,
+    settings: dict[str, Any],
+    masked: bool,
+    cache: bool,
+    more: dict[str, Any] | None = None,
 ) -> tuple[Dataset, str]:
     """Encode all rows, or read the result from the cache.
 
@@ -32,6 +39,7 @@ def tokenize(
         settings: every other value that the samples depend on; part of the key.
         masked: whether the samples have a `trained` column.
         cache: False keeps the samples in memory and uses no cache.
+        more: the types of other columns that `encode` returns, as `datasets` has them.
 
     Returns:
         The samples, at least one, and their fingerprint. The columns are `input_ids`, `length`, `sample_id` and, if
@@ -50,7 +58,7 @@ def tokenize(
             batch_size=100,
             with_indices=True,
             remove_columns=rows.column_names,
-            features=_features(masked),
+            features=Features({**_features(masked), **(more or {})}),
             load_from_cache_file=False,  # we have a cache of our own
             new_fingerprint=key,  # otherwise `datasets` would hash the encoder with everything it refers to
             num_proc=_processes(len(rows)),
@@ -106,9 +114,11 @@ def check_columns(wanted: list[str], available: list[str]) -> None:
 
 
 def _with_counts(samples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    # Arrays, because Arrow copies them whole and a list one object at a time.
+    samples["input_ids"] = [np.array(ids, dtype=np.int32) for ids in samples["input_ids"]]
     counts = {"length": [len(ids) for ids in samples["input_ids"]]}
     if "trained" in samples:
-        counts["supervised"] = [sum(trained[1:]) for trained in samples["trained"]]
+        counts["supervised"] = [int(np.count_nonzero(trained[1:])) for trained in samples["trained"]]
     return {**samples, **counts}
 
 

@@ -69,7 +69,15 @@ class TurnFinder:
 
 
 def _is_plain(message: Message) -> bool:
-    return isinstance(message.get("content"), str) and bool(message["content"]) and message.keys() <= _PLAIN
+    return bool(_text_of(message)) and message.keys() <= _PLAIN
+
+
+def _text_of(message: Message) -> str | None:
+    """The content, if it is text or one part of text."""
+    content = message.get("content")
+    if isinstance(content, list) and len(content) == 1 and content[0].get("type") == "text":
+        content = content[0].get("text")
+    return content if isinstance(content, str) else None
 
 
 def _learned(chat: RenderedChat, turns: list[Message], spans: list[Span]) -> Marks | None:
@@ -81,9 +89,11 @@ def _learned(chat: RenderedChat, turns: list[Message], spans: list[Span]) -> Mar
         without = chat.render(chat.messages[:place])
         prompt = chat.render(chat.messages[:place], add_generation_prompt=True)
         written = chat.text[start:stop]
-        if not without or not prompt or not prompt.startswith(without) or not written.startswith(message["content"]):
+        content = _text_of(message)
+        assert content is not None, "plain messages have text"
+        if not without or not prompt or not prompt.startswith(without) or not written.startswith(content):
             return None
-        found.add(Marks(prompt[len(without) :], written[len(message["content"]) :]))
+        found.add(Marks(prompt[len(without) :], written[len(content) :]))
     marks = found.pop() if len(found) == 1 else None
     if marks is None or not marks.before or not marks.after:
         return None
@@ -97,8 +107,9 @@ def _placed(text: str, turns: list[Message], marks: Marks) -> list[Span] | None:
     spans, place = [], 0
     for message in turns:
         start = text.index(marks.before, place) + len(marks.before)
-        if not text.startswith(message["content"] + marks.after, start):
+        content = _text_of(message) or ""
+        if not text.startswith(content + marks.after, start):
             return None
-        place = start + len(message["content"]) + len(marks.after)
+        place = start + len(content) + len(marks.after)
         spans.append((start, place))
     return spans

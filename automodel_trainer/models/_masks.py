@@ -54,7 +54,8 @@ def packing_without_sync(model: PreTrainedModel) -> None:
     def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         positions = kwargs.get("position_ids")
         masking_utils.find_packed_sequence_indices = _one_document if positions is None else _document_indices
-        if isinstance(positions, Tensor) and positions.ndim == 2:
+        if isinstance(positions, Tensor) and positions.ndim in (2, 3):
+            positions = positions if positions.ndim == 2 else positions[0]  # several for a token: the first ones count
             for namespace, name, make in makers:
                 namespace[name] = partial(_make_mask, make, positions)
 
@@ -80,6 +81,14 @@ def _makers(model: PreTrainedModel) -> Iterator[tuple[dict[str, Any], str, Calla
 
 
 def _make_mask(make: Callable[..., Any], positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("or_mask_function") is not None and kwargs.get("attention_mask") is None:
+        # Transformers would ask such a function for places in a document, and it knows places in the row (the tokens of
+        # one picture see each other). So documents are kept apart here, by places in the row.
+        apart = masking_utils.packed_sequence_mask_function(_document_indices(positions))
+        own = kwargs.get("and_mask_function")
+        kwargs["and_mask_function"] = apart if own is None else masking_utils.and_masks(own, apart)
+        kwargs["position_ids"] = None
+        return make(*args, **kwargs)
     if len(args) < 5 and kwargs.get("position_ids") is None:  # the fifth argument
         kwargs["position_ids"] = positions
     return make(*args, **kwargs)

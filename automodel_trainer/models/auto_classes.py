@@ -31,19 +31,20 @@ class Purpose:
         return any(class_name in ([listed] if isinstance(listed, str) else listed) for listed in self.models.values())
 
 
-# The first one is assumed if a folder does not say what its model is for.
+# The first that builds a class is taken: some classes are listed for text alone too, and would lose their pictures.
 PURPOSES = {
+    "AutoModelForImageTextToText": Purpose(names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "CAUSAL_LM"),
     "AutoModelForCausalLM": Purpose(names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "CAUSAL_LM"),
     "AutoModelForTokenClassification": Purpose(names.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "TOKEN_CLS"),
     "AutoModelForSequenceClassification": Purpose(names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "SEQ_CLS"),
     "AutoModelForQuestionAnswering": Purpose(names.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, "QUESTION_ANS"),
     "AutoModelForSeq2SeqLM": Purpose(names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "SEQ_2_SEQ_LM"),
 }
-ASSUMED = next(iter(PURPOSES))
+ASSUMED = "AutoModelForCausalLM"  # if a folder does not say what its model is for
+WITH_PICTURES = "AutoModelForImageTextToText"
 CLASSIFIERS = ("AutoModelForTokenClassification", "AutoModelForSequenceClassification")  # integer labels are classes
 # Of auto classes that no objective here uses, for messages.
 _OTHERS = {
-    "AutoModelForImageTextToText": names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     "AutoModelForMaskedLM": names.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 }
 
@@ -80,9 +81,16 @@ def auto_classes_of(model: nn.Module) -> list[str]:
 
 
 def auto_class_of(config: PreTrainedConfig) -> str:
-    """The auto class that builds the model of a saved config, by its `architectures` and `auto_map`."""
+    """The auto class that builds the model of a saved config, by its `architectures` and `auto_map`.
+
+    A config without either is of a vision-language model if it has a tower and transformers lists its type so.
+    """
     custom = [name for name in getattr(config, "auto_map", None) or {} if name in PURPOSES]
-    return next(iter([*_named(getattr(config, "architectures", None) or ()), *custom]), ASSUMED)
+    named = [*_named(getattr(config, "architectures", None) or ()), *custom]
+    sees = getattr(config, "vision_config", None) is not None
+    if not named and sees and config.model_type in PURPOSES[WITH_PICTURES].models:
+        return WITH_PICTURES
+    return next(iter(named), ASSUMED)
 
 
 def auto_class_of_folder(folder: str | os.PathLike[str], **options: Any) -> str:
@@ -104,9 +112,16 @@ def peft_task(model: nn.Module) -> str | None:
     return PURPOSES[found[0]].peft_task if found else None
 
 
-def auto_class_of_task(task: str | None) -> str | None:
-    """The auto class for PEFT's `task_type`; None if there is none."""
-    return next((name for name, purpose in PURPOSES.items() if purpose.peft_task == task), None)
+def auto_class_of_task(task: str | None, config: PreTrainedConfig | None = None) -> str | None:
+    """The auto class for PEFT's `task_type`; None if there is none.
+
+    Args:
+        task: PEFT's name. It is the same for models of text and those with pictures.
+        config: of the base model. Its own auto class is taken if it has that task.
+    """
+    fitting = [name for name, purpose in PURPOSES.items() if purpose.peft_task == task]
+    own = None if config is None else auto_class_of(config)
+    return own if own in fitting else next((name for name in fitting if name != WITH_PICTURES), None)
 
 
 def _named(class_names: Iterable[str]) -> list[str]:

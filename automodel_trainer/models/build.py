@@ -38,6 +38,7 @@ from automodel_trainer.models.lora import (
     untied_head,
 )
 from automodel_trainer.models.new_heads import new_heads, tell_new_heads
+from automodel_trainer.models.parts import freeze_parts
 from automodel_trainer.models.quantization.checkpoint import check_leftovers, dense_weights, quantization_of
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization.quantize import quantized_weights
@@ -65,6 +66,7 @@ def build_pretrained(
     device: torch.device | str = "cpu",
     lora: LoRAConfig | None = None,
     kernels: KernelsConfig | None = None,
+    freeze: Sequence[str] = (),
     name: str | None = None,
     revision: str | None = None,
     generation_config: GenerationConfig | None = None,
@@ -79,6 +81,7 @@ def build_pretrained(
         name: what the user calls the model, a Hub id say; None: the folder.
         revision: of the Hub repository.
         generation_config: replaces the folder's.
+        freeze: parts of a vision-language model that are not trained; see `freeze_parts`.
         options: of the auto class's `from_config`.
         strategy, dtype, …: see `automodel_trainer.AutoModelForCausalLM.from_pretrained`.
 
@@ -93,6 +96,8 @@ def build_pretrained(
     remember_folder(model, folder, name or str(folder), revision)
     if model.can_generate():
         read_generation_config(model, folder, generation_config, trust_remote_code)
+    if freeze:
+        freeze_parts(model, freeze)
     if lora is not None:
         add_adapters(model, lora, strategy)
     if kernels is not None:
@@ -177,7 +182,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False, task: str | None 
         task: PEFT's `task_type` of an adapter for the model; None takes the auto class from the folder's config.
     """
     config = load_config(folder, trust_remote_code, {})
-    auto_class = auto_class_of_task(task) or auto_class_of(config)
+    auto_class = auto_class_of_task(task, config) or auto_class_of(config)
     return build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
 
 

@@ -19,7 +19,8 @@ def document_inputs(inputs: dict[str, Any], lengths: Sequence[Sequence[int]]) ->
     The kernels of linear attention take one row, so the rows `[b, s]` become one of `[1, b · s]`.
 
     Args:
-        inputs: `input_ids` and `position_ids` `[b, s]`; what is no tensor `[b, s]` stays as it is.
+        inputs: `input_ids` and `position_ids` `[b, s]`, or `[k, b, s]` of a model with several positions for a token;
+            what is no tensor `[b, s]` stays as it is.
         lengths: of the documents of each row, on the host; padding at the end of a row is a document of its own.
 
     Returns:
@@ -32,6 +33,8 @@ def document_inputs(inputs: dict[str, Any], lengths: Sequence[Sequence[int]]) ->
     starts = torch.cat([flat.new_zeros(1), flat.cumsum(0)]).to(torch.int32)
     numbers = torch.repeat_interleave(torch.arange(len(flat), dtype=torch.int32), flat)[None]
     rows = {k: v.reshape(1, -1) if isinstance(v, Tensor) and v.shape == ids.shape else v for k, v in inputs.items()}
+    if isinstance(several := inputs.get("position_ids"), Tensor) and several.ndim == 3:
+        rows["position_ids"] = several.reshape(len(several), 1, -1)
     starts, numbers = (t.to(ids.device, non_blocking=True) for t in (starts, numbers))
     width = ids.shape[1]
     return rows | {
@@ -44,8 +47,12 @@ def document_inputs(inputs: dict[str, Any], lengths: Sequence[Sequence[int]]) ->
 
 
 def lengths_of(position_ids: Tensor) -> list[list[int]]:
-    """The lengths of the documents of each row, of positions `[b, s]` that restart at each. Waits for the device."""
-    rows = position_ids.cpu()
+    """The lengths of the documents of each row, of positions that restart at each. Waits for the device.
+
+    Args:
+        position_ids: `[b, s]`, or `[k, b, s]` of which the first count the tokens of a document.
+    """
+    rows = (position_ids if position_ids.ndim == 2 else position_ids[0]).cpu()
     starts = torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1
     starts[:, 0] = True
     ends = [[*row.nonzero().flatten().tolist(), rows.shape[1]] for row in starts]

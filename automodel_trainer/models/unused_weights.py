@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from automodel_trainer.models._transformers import ignores, places_of
-from automodel_trainer.models.auto_classes import auto_class_that_builds
+from automodel_trainer.models.auto_classes import WITH_PICTURES, auto_class_that_builds
 from automodel_trainer.nn.text import listed
 
 
@@ -48,6 +48,8 @@ def check_unused(model: PreTrainedModel, unused: set[str], folder: Path, trust_r
     if lost:
         auto = auto_class_that_builds(name)
         how = f"{auto} builds it: write an objective with auto_class = {auto!r}. " if auto else ""
+        if auto == WITH_PICTURES:
+            how = "ImageTextModule trains it whole. "
         raise ValueError(
             f"{folder} is a {name}. {_class_name(model)} has no place for {len(lost)} of its weights "
             f"({listed(lost, 3)}), so they would be missing in what is saved. {name} keeps them. {how}To train "

@@ -32,6 +32,7 @@ from automodel_trainer.models.lora.from_peft import (
     is_peft_model,
     take_peft_model,
 )
+from automodel_trainer.models.parts import freeze_parts
 from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
@@ -57,6 +58,7 @@ class BuiltModule(Objective, pl.LightningModule):
             already loaded.
     """
 
+    frozen: Sequence[str] = ()  # parts of the model that are not trained; see `freeze_parts`
     _rows_are_safe = False  # not known yet
 
     def __init__(
@@ -136,7 +138,11 @@ class BuiltModule(Objective, pl.LightningModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use.
+        """The tokenizer, loaded on first use; see `load_tokenizer`."""
+        return self.load_tokenizer()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was given, or the model's own.
 
         Raises:
             ValueError: no tokenizer was given, and the model has no folder or its folder holds no tokenizer.
@@ -164,6 +170,16 @@ class BuiltModule(Objective, pl.LightningModule):
         """
         had = self._tokenizer is not None or (self.source is not None and has_tokenizer(self.source))
         return self.tokenizer if had else None
+
+    @property
+    def saved_tokenizer(self) -> Any:
+        """What makes the model's inputs and is saved with it: the tokenizer, or None as `tokenizer_or_none`."""
+        return self.tokenizer_or_none
+
+    @property
+    def brings_tokenizer(self) -> bool:
+        """Whether what is saved with the model may be another than the one in the folder that it came from."""
+        return self._tokenizer is not None or "tokenizer" in self.__dict__
 
     def adopt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take the tokenizer that the data is made with: checkpoints and exports get it with its chat template.
@@ -262,6 +278,7 @@ class BuiltModule(Objective, pl.LightningModule):
             trust_remote_code=self.trust_remote_code,
             lora=self.lora,
             kernels=self.kernels,
+            freeze=self.frozen,
         )
 
     def _adopt(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -286,6 +303,8 @@ class BuiltModule(Objective, pl.LightningModule):
         forget_quantization(model.config)  # transformers leaves it there when it has dequantized the weights
         # Optimizer state follows the parameters: a bf16 checkpoint is trained from fp32 master weights.
         hold_in(model, dtype)
+        if self.frozen:
+            freeze_parts(model, self.frozen)
         if self.lora is not None:
             add_adapters(model, self.lora, self.strategy)
         apply_kernels(model, self.kernels, self.strategy.root_device)

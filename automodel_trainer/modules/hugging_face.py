@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint.state import TOKENIZER_KEY
 from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.data.chat import ChatDataModule
 from automodel_trainer.data.sizes import check_micro_batch
 from automodel_trainer.models.auto_classes import CLASSIFIERS
 from automodel_trainer.models.kernels import KernelsConfig
@@ -63,12 +64,17 @@ class HuggingFaceModule(EvaluatedModule):
         revision: branch, tag or commit of a Hub repository.
         config_overrides: attributes of the model's config to change.
 
+    Attributes:
+        data_class: the data module of data that are given to `fit` as a path or rows.
+
     `lora`, `optimizer`, `scheduler` and `kernels` may be dicts of the options of their classes, as in YAML.
     Raises:
         ValueError: as `BuiltModule`.
         allow_unused_weights: train a part of what the checkpoint holds (the text model without its vision tower, say).
             The rest is missing in what is saved.
     """
+
+    data_class: ClassVar[type[MicroBatchDataModule]] = ChatDataModule
 
     def __init__(
         self,
@@ -128,9 +134,13 @@ class HuggingFaceModule(EvaluatedModule):
         )
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.optimizer_config, self.model, self.lr)
+        optimizer = build_optimizer(self.optimizer_config, self.model, self.lr, self.lr_of())
         scheduler = build_scheduler(self.scheduler_config, optimizer, _planned_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_of(self) -> Callable[[str], float] | None:
+        """The peak learning rate of a parameter, by its name; None: `lr` for all."""
+        return None
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -162,6 +172,7 @@ class HuggingFaceModule(EvaluatedModule):
         assert not isinstance(optimizer, list)
         tokens = strategy.sum_over_rows(count_all(self, micro_batches))
         loss_sum = strategy.forward_backward(self, micro_batches, tokens)
+        self.after_backward(micro_batches)
         self._grad_norm = strategy.clip_grad_norm_(parameters_of(optimizer), self._clip_value)
         lr = optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # the scheduler overwrites a tensor in place
@@ -169,6 +180,9 @@ class HuggingFaceModule(EvaluatedModule):
         scheduler.step()  # type: ignore[union-attr, call-arg]
         optimizer.zero_grad()
         self._observe(loss_sum, tokens, micro_batches)
+
+    def after_backward(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Look at the gradients of a step before they are clipped. The default does nothing."""
 
     @property
     def _clip_value(self) -> float:
@@ -229,8 +243,8 @@ class HuggingFaceModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the sums that the next log step averages, so that a resumed run logs the same numbers. Collective."""
-        if self._tokenizer is not None or "tokenizer" in self.__dict__:  # else it is untouched in the model's folder
-            checkpoint[TOKENIZER_KEY] = self.tokenizer
+        if self.brings_tokenizer:  # else it is untouched in the model's folder
+            checkpoint[TOKENIZER_KEY] = self.saved_tokenizer
         if self._window:
             loss_sum, tokens = self._window.sums()
             whole = self.strategy.sum_over_tokens(loss_sum.clone())

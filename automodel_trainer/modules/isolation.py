@@ -110,6 +110,7 @@ def packs(micro_batch: MicroBatch) -> bool:
         return bool(micro_batch["packed"])
     if micro_batch.get("attention_mask") is not None:
         return False
-    if not isinstance(positions, Tensor) or positions.ndim != 2:
+    if not isinstance(positions, Tensor) or positions.ndim not in (2, 3):
         return False
+    positions = positions if positions.ndim == 2 else positions[0]  # several for each token: the first ones count
     return bool((torch.diff(positions, dim=-1) != 1).any())

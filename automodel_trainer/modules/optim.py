@@ -56,7 +56,10 @@ class SchedulerConfig:
 
 
 def build_optimizer(
-    config: OptimizerConfig | str | Callable[[list[dict[str, Any]]], Optimizer], model: nn.Module, lr: float
+    config: OptimizerConfig | str | Callable[[list[dict[str, Any]]], Optimizer],
+    model: nn.Module,
+    lr: float,
+    lr_of: Callable[[str], float] | None = None,
 ) -> Optimizer:
     """The optimizer over the trainable parameters of `model`.
 
@@ -64,12 +67,13 @@ def build_optimizer(
         config: a configuration, a class path, or a callable that takes parameter groups.
         model: laid out; the optimizer updates this rank's shards.
         lr: the peak learning rate.
+        lr_of: that of a parameter by its name; None: `lr` for all.
 
     Raises:
         ValueError: nothing is trainable, the optimizer cannot be imported, or it does not take an argument.
     """
     if callable(config):
-        return compiled_apart(config(parameter_groups(model, None, lr)))
+        return compiled_apart(config(parameter_groups(model, None, lr, lr_of)))
     if isinstance(config, str):
         config = OptimizerConfig(name=config)
     cls = _import_optimizer(config.name)
@@ -82,7 +86,7 @@ def build_optimizer(
             f"Allowed: {', '.join(k for k in accepted if k != 'params')}."
         )
     args = dict(config.args)
-    groups = parameter_groups(model, config.weight_decay if "weight_decay" in accepted else None, lr)
+    groups = parameter_groups(model, config.weight_decay if "weight_decay" in accepted else None, lr, lr_of)
     if "fused" in accepted and not {"fused", "foreach"} & args.keys():
         args["fused"] = True
     return compiled_apart(cls(groups, lr=lr, **args))  # type: ignore[call-arg]
@@ -102,7 +106,9 @@ def compiled_apart(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def parameter_groups(model: nn.Module, weight_decay: float | None, lr: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float | None, lr: float, lr_of: Callable[[str], float] | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups: with and without weight decay, one for each learning rate that LoRA asks for.
 
     DTensors and plain tensors get separate groups, because a fused optimizer kernel takes only one kind.
@@ -111,6 +117,7 @@ def parameter_groups(model: nn.Module, weight_decay: float | None, lr: float) ->
         model: its trainable parameters are grouped.
         weight_decay: of parameters with 2 or more dimensions; None leaves it out of the groups.
         lr: the peak learning rate, from which LoRA's are derived.
+        lr_of: that of a parameter by its name; None: `lr` for all.
 
     Raises:
         ValueError: no parameter is trainable.
@@ -118,7 +125,11 @@ def parameter_groups(model: nn.Module, weight_decay: float | None, lr: float) ->
     groups: dict[tuple[bool, bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (parameter.ndim >= 2, isinstance(parameter, DTensor), learning_rate_of(model, name, lr))
+            key = (
+                parameter.ndim >= 2,
+                isinstance(parameter, DTensor),
+                learning_rate_of(model, name, lr_of(name) if lr_of else lr),
+            )
             groups.setdefault(key, []).append(parameter)
     if not groups:
         raise ValueError("No parameter of the model is trainable: nothing to optimize. Set requires_grad on some.")

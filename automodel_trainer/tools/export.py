@@ -23,8 +23,8 @@ from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.adapter_files import read_config
 from automodel_trainer.models.sidecars import has_tokenizer
+from automodel_trainer.tools._gguf import check_gguf_can_be_written, write_gguf
 from automodel_trainer.tools.check_export import check_export
-from automodel_trainer.tools.gguf_file import check_gguf_can_be_written, write_gguf
 from automodel_trainer.tools.merge import arguments, merge_as_asked
 from automodel_trainer.tools.serve_check import ENGINES, check_engine, compare_served
 
@@ -111,8 +111,9 @@ def _load_source(
     lora, auto_class = None, None
     if is_adapter(folder):
         lora, config = LoRAConfig(adapter=str(folder)), read_config(folder)
-        auto_class = auto_class_of_task(config.get("task_type"))
         folder = resolve_folder(base or config["base_model_name_or_path"])
+        of_base = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        auto_class = auto_class_of_task(config.get("task_type"), of_base)
     auto_class = auto_class or auto_class_of_folder(folder, trust_remote_code=trust_remote_code)
     return (
         builder(auto_class)

@@ -17,7 +17,7 @@ import yaml
 
 from automodel_trainer.data.adapt import as_datamodule
 from automodel_trainer.lightning_cli import build
-from automodel_trainer.modules import DEFAULT_OBJECTIVE, HuggingFaceModule
+from automodel_trainer.modules import HuggingFaceModule, objective_named
 from automodel_trainer.trainer import Trainer
 from automodel_trainer.verification.ranks import Processes
 from automodel_trainer.verification.verify import LENGTH, verify
@@ -68,7 +68,8 @@ def _from_arguments(args: argparse.Namespace) -> tuple[HuggingFaceModule, Any, A
     else:
         if not args.data:
             raise ValueError("amt verify --model also needs --data.")
-        module, (datamodule, loader) = DEFAULT_OBJECTIVE(args.model), as_datamodule(args.data)
+        module = objective_named(args.model)(args.model)
+        datamodule, loader = as_datamodule(args.data, kind=module.data_class)
         data, strategy = datamodule or loader, args.strategy or "fsdp2"
     if not isinstance(module, HuggingFaceModule):
         raise ValueError(

@@ -58,13 +58,14 @@ class Objective:
         """The keyword arguments of the model's forward, and the targets of `loss`.
 
         The default returns the keys in `model_inputs`, and `labels` `[b, s]` unchanged. Positions that restart nowhere
-        are left to the model: some families do not count from 0, and without positions attention needs no mask.
+        are left to the model: some families do not count from 0, and without positions attention needs no mask. Those
+        with several numbers for each token (`[k, b, s]`) are kept.
         Targets must be aligned with the model's logits: shift them here, before the sequence is split over ranks.
         Context parallel splits every target of shape `[b, s]` and pads it with −100.
         """
         inputs = {key: micro_batch[key] for key in self.model_inputs if micro_batch.get(key) is not None}
-        if micro_batch.get("packed") is False:
-            inputs.pop("position_ids", None)
+        if micro_batch.get("packed") is False and isinstance(p := inputs.get("position_ids"), Tensor) and p.ndim < 3:
+            del inputs["position_ids"]
         return inputs, micro_batch["labels"]
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:

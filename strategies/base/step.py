@@ -24,6 +24,7 @@ class StepRunner:
     """
 
     root_device: Any  # the strategy defines it
+    needs_every_gradient = False  # a step whose forward leaves out a trained parameter hangs or fails on several ranks
 
     @property
     def gradient_scale(self) -> float:

@@ -60,6 +60,11 @@ class DDPStrategy(MeshStrategy):
         return MeshPrecision(str(plugin.precision)) if whole else plugin
 
     @property
+    def needs_every_gradient(self) -> bool:  # type: ignore[override]
+        """DDP waits for the gradient of every parameter, unless it searches for those that have none."""
+        return self.dp_size > 1 and not self.ddp_options["find_unused_parameters"]
+
+    @property
     def gradient_scale(self) -> float:
         """The number of ranks: DDP averages over them, and an objective needs the sum."""
         return float(self.dp_size)

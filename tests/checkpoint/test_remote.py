@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +16,6 @@ from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint.remote import RemoteRuns, fetch
 from tests.callbacks.runs import train
 from tests.pool import RankPool
-
-pytest.importorskip("s3fs")
-server_module = pytest.importorskip("moto.server")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    """The environment variables that lead to it."""
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server.stop()
-
-
-@pytest.fixture
-def bucket(server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    for name, value in server.items():
-        monkeypatch.setenv(name, value)
-    name = "s3://" + "".join(c for c in request.node.name if c.isalnum())[:40].lower()
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
-    return name
 
 
 def there(url: str) -> list[str]:

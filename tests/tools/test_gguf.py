@@ -13,9 +13,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from automodel_trainer.tools import gguf_file, serve_check
+from automodel_trainer.tools import _gguf as gguf_file
+from automodel_trainer.tools import serve_check
+from automodel_trainer.tools._gguf import write_gguf
 from automodel_trainer.tools.export import main
-from automodel_trainer.tools.gguf_file import write_gguf
 from tests.tiny import CHATML, tiny_model
 
 TEXT = "the 12 cats the 345 the"

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.models.lora.config import LoRAConfig
 from automodel_trainer.models.lora.layers import LINEAR
+from automodel_trainer.models.parts import ModelParts, frozen_parts
 
 ALL_LINEAR = "all-linear"
 
@@ -32,7 +33,7 @@ def candidates(model: nn.Module) -> dict[str, bool]:
 
     Returns:
         name -> whether `all-linear` includes it. That is linear layers and fused expert weights, without the head and
-        without single matrices such as a router's.
+        without single matrices such as a router's. What `freeze_parts` froze is left out.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found: dict[str, bool] = {}
@@ -44,7 +45,18 @@ def candidates(model: nn.Module) -> dict[str, bool]:
                 fused = parameter.ndim == 3 and getattr(module, "num_experts", None) == parameter.shape[0]
                 if name and (fused or (parameter.ndim == 2 and key == "weight")):
                     found[f"{name}.{key}"] = fused
-    return found
+    return _without_frozen(model, found)
+
+
+def _without_frozen(model: nn.Module, found: dict[str, bool]) -> dict[str, bool]:
+    """`found` without weights that the user froze, and without those of parts that `all-linear` does not mean."""
+    frozen = frozen_parts(model)
+    if frozen is None:
+        return found
+    assert isinstance(model, PreTrainedModel)
+    parts = ModelParts(model)
+    kept = {n: meant for n, meant in found.items() if n not in frozen.names and f"{n}.weight" not in frozen.names}
+    return {name: meant and parts.of(name) not in frozen.apart for name, meant in kept.items()}
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:

@@ -1,7 +1,8 @@
 """`amt export --gguf`: a GGUF file of an exported model, for llama.cpp and what builds on it.
 
-The file is read back with transformers, and every weight and every value of the config is compared. So a family works
-here if transformers reads it from GGUF as it is; all others are refused.
+The names of the format are those of gguf 0.19 and of transformers 5.23. The file is read back with transformers, and
+every weight and every value of the config is compared. So a family works here if transformers reads it from GGUF as it
+is; all others are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from automodel_trainer.checkpoint.weight_stream import Weights
 from automodel_trainer.models.sidecars import has_tokenizer
 from automodel_trainer.nn.text import listed
-from automodel_trainer.tools.gguf_tokenizer import add_tokenizer
+from automodel_trainer.tools._gguf_tokenizer import add_tokenizer
 
 FILE = "model.gguf"
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

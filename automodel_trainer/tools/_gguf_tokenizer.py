@@ -1,4 +1,7 @@
-"""The tokenizer in a GGUF file. llama.cpp splits text by rules that it knows by name, so only those can be written."""
+"""The tokenizer in a GGUF file. llama.cpp splits text by rules that it knows by name, so only those can be written.
+
+The names are those of gguf 0.19 and of its llama.cpp.
+"""
 
 from __future__ import annotations
 

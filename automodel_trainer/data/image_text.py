@@ -1,0 +1,349 @@
+"""ImageTextDataModule: conversations with pictures, for vision-language models."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from automodel_trainer.data.built_in_templates import set_template
+from automodel_trainer.data.chat import ChatDataModule
+from automodel_trainer.data.formats import Conversation, format_of
+from automodel_trainer.data.packing import pack
+from automodel_trainer.data.pictures.collate import PictureCollate, crossing
+from automodel_trainer.data.pictures.encode import PictureEncoder
+from automodel_trainer.data.pictures.files import Pictures, as_png
+from automodel_trainer.data.pictures.rows import RowReader, as_text
+from automodel_trainer.data.pictures.store import Picture, PictureDocument, PictureRows, PictureStore
+from automodel_trainer.data.rows import TokenStore
+from automodel_trainer.data.sources import describe_place, keep_places, load_rows, load_validation_rows, places_of
+from automodel_trainer.data.tokens import tokenize
+
+BLANK = 32
+"""Pixels on each side of the blank picture that a rank without pictures gives its tower."""
+
+
+class ImageTextDataModule(ChatDataModule):
+    """Conversations with pictures, for supervised fine-tuning of vision-language models.
+
+    Rows are those of `ChatDataModule` with pictures: parts of a message (`{"type": "image", …}`, OpenAI's
+    `image_url`), or a column `images` or `image` with `<image>` in the text (LLaVA, TRL). Rows without pictures may
+    stand beside them. Samples are planned from the headers of their pictures; pictures are decoded in the loader's
+    workers, and never cached. Only text of the assistant is trained. It takes the arguments of `ChatDataModule` and:
+
+    Args:
+        processor: a processor or the path of one. None: the model's, set by the Trainer.
+        image_root: the folder that paths of pictures are relative to and must not leave. None: the folder of the file
+            that a row is in.
+        image_mark: the text that stands for a picture of the column.
+        min_pixels, max_pixels: scale pictures to so many pixels at least and at most, before the processor does what
+            its own settings say. None: no limit.
+        overlong: what to do with samples longer than `seq_len`: "drop" them, or stop with an "error". They are
+            reported in either case, and never cut: a picture cannot be.
+
+    Raises:
+        ValueError: as `ChatDataModule`; or a picture cannot be read, or a row's marks and pictures differ in number.
+    """
+
+    rows_class: ClassVar[Any] = PictureRows
+
+    def __init__(
+        self,
+        train: str | Any,
+        validation: str | Any | None = None,
+        *,
+        processor: str | Any | None = None,
+        image_root: str | os.PathLike[str] | None = None,
+        image_mark: str = "<image>",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        overlong: Literal["drop", "error"] = "drop",
+        **kwargs: Any,
+    ) -> None:
+        if overlong not in ("drop", "error"):
+            raise ValueError(f"overlong={overlong!r}: a sample with pictures is not cut. Allowed: 'drop', 'error'.")
+        if kwargs.get("tokenizer") is not None:
+            raise ValueError("ImageTextDataModule takes a processor=, which has the tokenizer, and no tokenizer=.")
+        if not image_mark:
+            raise ValueError("image_mark is empty: give the text that stands for a picture, such as '<image>'.")
+        for name, pixels in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if pixels is not None and pixels < 1:
+                raise ValueError(f"{name}={pixels} must be at least 1.")
+        if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
+            raise ValueError(f"min_pixels={min_pixels} must not be more than max_pixels={max_pixels}.")
+        if image_root is not None and not Path(image_root).expanduser().is_dir():
+            raise ValueError(f"image_root={str(image_root)!r} is no folder.")
+        super().__init__(train, validation, overlong=overlong, **kwargs)
+        self.processor: Any = processor
+        self.image_root = None if image_root is None else Path(image_root).expanduser()
+        self.image_mark = image_mark
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self._crossed: str | None = None  # the model's input for cross-attention, once samples were made
+        self.rope_index: Callable[[Mapping[str, Any]], Any] | None = None
+
+    # --- the processor --------------------------------------------------------------------------------------------
+
+    def load_processor(self) -> Any:
+        """The processor, loaded first if a path was given, with `chat_template` if one was.
+
+        Raises:
+            ValueError: there is no processor, or no such template.
+        """
+        if isinstance(self.processor, str | os.PathLike):
+            from transformers import AutoProcessor
+
+            self.processor = AutoProcessor.from_pretrained(self.processor)
+        if self.processor is None:
+            raise ValueError(
+                "ImageTextDataModule has no processor: pass `processor=`, or use the data module with a Trainer and a "
+                "vision-language model that has one."
+            )
+        if self.chat_template is not None:
+            set_template(self.processor.tokenizer, self.chat_template)
+            self.processor.chat_template = self.processor.tokenizer.chat_template
+        return self.processor
+
+    def load_tokenizer(self) -> Any:
+        """The processor's tokenizer.
+
+        Raises:
+            ValueError: there is no processor.
+        """
+        self.tokenizer = self.load_processor().tokenizer
+        return self.tokenizer
+
+    @cached_property
+    def encoder(self) -> PictureEncoder:
+        """Plans samples with the processor."""
+        return PictureEncoder(self.load_processor(), self.loss_on)
+
+    @cached_property
+    def blank(self) -> PictureDocument:
+        """A document with a small blank picture and nothing to train."""
+        parts = [{"type": "image"}, {"type": "text", "text": "."}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]
+        planned = self.encoder.plan(Conversation(messages), [(BLANK, BLANK)])
+        ids = np.array(planned.encoded.input_ids)
+        picture = Picture(Pictures(), PILImage.new("RGB", (BLANK, BLANK)), "the blank picture")
+        return PictureDocument(ids, np.zeros(len(ids), bool), -1, planned.text, [picture])
+
+    # --- rows -----------------------------------------------------------------------------------------------------
+
+    def read(self, data: Any, split: str) -> Dataset:
+        """The rows of one split, with pictures as files or bytes. See `load_rows`."""
+        return _undecoded(load_rows(_serializable(data), split))
+
+    def _validation_rows(self, train: Any) -> Dataset | None:
+        if self.validation is not None:
+            return super()._validation_rows(train)
+        found = load_validation_rows(_serializable(train))
+        return None if found is None else _undecoded(found)
+
+    def _samples(self, rows: Dataset) -> tuple[TokenStore, str]:
+        """All rows as planned samples, and their fingerprint."""
+        source = _Source(
+            rows.with_format(None),
+            RowReader(format_of(rows, self.columns), self.image_mark),
+            places_of(rows),
+            self.image_root or (Path("/") if _has_pictures(rows.features) else None),
+            self.min_pixels,
+            self.max_pixels,
+        )
+        self.load_tokenizer()
+        encoder = self.encoder
+
+        def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            made: dict[str, list[Any]] = {"input_ids": [], "trained": [], "text": [], "pictures": [], "empty_turns": []}
+            for position, index in enumerate(indices):
+                row = {name: values[position] for name, values in batch.items()}
+                try:
+                    conversation, sources = source.reader.read(row)
+                    reader = source.pictures(index)
+                    planned = encoder.plan(conversation, [reader.size(s) for s in sources])
+                except ValueError as error:
+                    raise ValueError(f"{source.place(index)}: {error}") from error
+                made["input_ids"].append(planned.encoded.input_ids)
+                made["trained"].append(planned.encoded.trained)
+                made["text"].append(planned.text if sources else "")
+                made["pictures"].append(len(sources))
+                made["empty_turns"].append(0)
+            return {**made, "sample_id": indices}
+
+        settings = {
+            "kind": "image-text",
+            "loss_on": self.loss_on,
+            "columns": self.columns,
+            "mark": self.image_mark,
+            "root": str(self.image_root),
+            "pixels": [self.min_pixels, self.max_pixels],
+            "processor": _content(self.load_processor()),
+        }
+        samples, key = tokenize(
+            rows,
+            encode_batch,
+            tokenizer=encoder.tokenizer,
+            settings=settings,
+            masked=True,
+            cache=self.cache,
+            more={"text": Value("string"), "pictures": Value("int32")},
+        )
+        store = PictureStore(samples, source.of)
+        self._check(store)
+        self._check_plan(store)
+        return store, key
+
+    def _check_plan(self, store: PictureStore) -> None:
+        """Make the tensors of a few samples, so that a plan that does not hold is known before training.
+
+        Raises:
+            ValueError: as `PictureCollate`.
+        """
+        collate = self._collate()
+        for count in np.unique(store.pictures)[:4]:
+            index = int(np.flatnonzero(store.pictures == count)[0])
+            if count:
+                made = collate([store.fetch([index])], int(store.lengths[index]), self.pad_id())
+                self._crossed = crossing(made)
+
+    def setup(self, stage: str | None = None) -> None:
+        """See `MicroBatchDataModule.setup`.
+
+        Raises:
+            ValueError: as there; or rows without pictures would share a micro-batch with some, and see them.
+        """
+        super().setup(stage)
+        if self._crossed is None or (self.micro_batch_size == 1 and self.dp_size == 1):
+            return
+        for split, rows in self.rows.items():
+            pictured = getattr(rows, "pictured", None)
+            if pictured is not None and pictured.any() and not pictured.all():
+                raise ValueError(
+                    f"{split}: {int((~pictured).sum()):,} of {len(pictured):,} rows have no pictures, and this model "
+                    f"sees pictures by cross-attention ({self._crossed}): beside rows with pictures, others are not "
+                    "what they are alone. Train rows with pictures only, or micro_batch_size=1 on one device."
+                )
+
+    def group(self, store: TokenStore, kept: np.ndarray) -> list[list[int]]:
+        """Which samples share a row. Where some rows have no picture, each has room for the blank one."""
+        assert isinstance(store, PictureStore)
+        groups = super().group(store, kept)
+        pictured = [bool(store.pictures[kept[group]].any()) for group in groups]
+        if all(pictured) or not any(pictured):
+            return groups
+        lengths, room = store.lengths[kept], self.seq_len - len(self.blank.input_ids)
+        if room < self.seq_len // 2:  # it would cost too much: a rank without pictures takes a row more instead
+            return groups
+        fits = np.flatnonzero(lengths <= room)
+        longer = [[int(index)] for index in np.flatnonzero(lengths > room)]
+        return longer + [fits[group].tolist() for group in pack(lengths[fits], room)]
+
+    def sample_prompts(self, count: int) -> list[str]:
+        """At most `count` prompts to try a model on: first user turns of rows without pictures."""
+        rows = self._validation_rows(self.train)
+        rows = self.read(self.train, "train") if rows is None else rows
+        reader, found = RowReader(format_of(rows, self.columns), self.image_mark), []
+        for index in range(min(len(rows), 100 * count)):
+            conversation, sources = reader.read(rows[index])
+            turns = [m["content"] for m in as_text(conversation.messages) if m["role"] == "user"] if not sources else []
+            found += turns[:1]
+            if len(found) == count:
+                break
+        return found
+
+    def _layout(self) -> dict[str, Any]:
+        strategy: Any = getattr(self.trainer, "strategy", None)
+        always = bool(getattr(strategy, "needs_every_gradient", False))
+        return {**super()._layout(), "collate": self._collate(), "always_pictures": always}
+
+    def _collate(self) -> PictureCollate:
+        return PictureCollate(self.encoder, self.rope_index, self.packs, self.blank, self.positions)
+
+
+@dataclass
+class _Source:
+    """Where the pictures of rows are.
+
+    Attributes:
+        rows: the data.
+        reader: finds the pictures of a row.
+        places: where each file begins in the rows; None: they come from no file.
+        root: the folder of all pictures; None: that of the file of a row.
+        min_pixels, max_pixels: see `Pictures`.
+    """
+
+    rows: Dataset
+    reader: RowReader
+    places: Sequence[tuple[int, str]] | None
+    root: Path | None
+    min_pixels: int | None
+    max_pixels: int | None
+
+    def place(self, index: int) -> str:
+        """Where a row came from, for messages."""
+        return describe_place(self.places, index)
+
+    def pictures(self, index: int) -> Pictures:
+        """How the pictures of a row are read."""
+        root = self.root
+        if root is None and self.places:
+            root = Path(next(path for start, path in reversed(self.places) if start <= index)).parent
+        return Pictures(root, self.min_pixels, self.max_pixels)
+
+    def of(self, index: int) -> list[Picture]:
+        """The pictures of a row, which are not read yet."""
+        reader, place = self.pictures(index), self.place(index)
+        return [Picture(reader, source, place) for source in self.reader.read(self.rows[index]).sources]
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    """Rows whose columns of `datasets.Image` give files and bytes, not pictures."""
+    if not _has_pictures(rows.features):
+        return rows
+    return keep_places(rows.cast(Features({name: _as_bytes(kind) for name, kind in rows.features.items()})), rows)
+
+
+def _has_pictures(feature: Any) -> bool:
+    return "Image(" in repr(feature)
+
+
+def _as_bytes(feature: Any) -> Any:
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _as_bytes(kind) for name, kind in feature.items()}
+    if isinstance(feature, list):
+        return [_as_bytes(kind) for kind in feature]
+    if hasattr(feature, "feature") and _has_pictures(feature):
+        return type(feature)(_as_bytes(feature.feature))
+    return feature
+
+
+def _serializable(data: Any) -> Any:
+    """Rows in memory with pictures and bytes as data URLs: they are stored as JSON."""
+    if isinstance(data, list):
+        return [_serializable(item) for item in data]
+    if isinstance(data, dict):
+        return {key: _serializable(value) for key, value in data.items()}
+    if isinstance(data, PILImage.Image):
+        return _data_url(as_png(data))
+    return _data_url(data) if isinstance(data, bytes) else data
+
+
+def _data_url(data: bytes) -> str:
+    return f"data:image/any;base64,{base64.b64encode(data).decode()}"
+
+
+def _content(processor: Any) -> dict[str, Any]:
+    """Everything that decides what a processor makes of a picture's size."""
+    settings = processor.image_processor.to_dict()
+    own = {k: v for k, v in vars(processor).items() if isinstance(v, str | int | float | bool | list | dict)}
+    return json.loads(json.dumps({"class": type(processor).__name__, "pictures": settings, **own}, default=str))

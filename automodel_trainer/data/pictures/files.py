@@ -1,0 +1,198 @@
+"""Read pictures: files, bytes, data URLs and `PIL` images. What cannot be read as it is meant is refused by name."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+_STILL = ("MPO",)  # of phones: the first frame is the photograph, the others belong to it
+ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How the pictures of a data set are read.
+
+    Args:
+        root: the folder that paths are relative to, and that they must not leave; None: no path is allowed.
+        min_pixels, max_pixels: pictures are scaled to so many pixels at least and at most, before the processor sees
+            them; None: no limit.
+    """
+
+    root: Path | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def size(self, source: Any) -> tuple[int, int]:
+        """Width and height of a picture as the processor will see it, from its header.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        with self._opened(source) as image:
+            width, height = image.size
+            return self._scaled(*((height, width) if _orientation(image) in _TURNED else (width, height)))
+
+    def read(self, source: Any) -> Image.Image:
+        """The picture, upright, in RGB.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        name = _name(source)
+        with self._opened(source) as image:
+            turned = _orientation(image)
+            try:
+                image.load()
+                if turned != 1:
+                    image = ImageOps.exif_transpose(image)
+                image = image.convert("RGB")
+            except (OSError, ValueError, SyntaxError, EOFError) as error:
+                raise ValueError(f"{name} cannot be decoded, it may be truncated: {error}") from error
+        size = self._scaled(*image.size)
+        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+    def _scaled(self, width: int, height: int) -> tuple[int, int]:
+        pixels = width * height
+        if self.max_pixels is not None and pixels > self.max_pixels:
+            factor = math.sqrt(self.max_pixels / pixels)
+            return max(1, math.floor(width * factor)), max(1, math.floor(height * factor))
+        if self.min_pixels is not None and pixels < self.min_pixels:
+            factor = math.sqrt(self.min_pixels / pixels)
+            return math.ceil(width * factor), math.ceil(height * factor)
+        return width, height
+
+    def _opened(self, source: Any) -> Image.Image:
+        if isinstance(source, Image.Image):
+            return _checked(source.copy(), _name(source))
+        name = _name(source)
+        data = self._data(source)
+        try:
+            image = Image.open(data)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{name} is no picture that Pillow knows.") from error
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{name} is too large to be decoded safely: {error}") from error
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"{name} cannot be read: {error}") from error
+        return _checked(image, name)
+
+    def _data(self, source: Any) -> Any:
+        """A path or a stream of bytes."""
+        if isinstance(source, bytes):
+            return io.BytesIO(source)
+        if isinstance(source, str | os.PathLike):
+            text = str(source)
+            if text.startswith("data:"):
+                return io.BytesIO(_of_data_url(text))
+            if "://" in text:
+                raise ValueError(
+                    f"{_name(source)} is on the network, and training reads no network. Download the picture and give "
+                    "its path."
+                )
+            return self._inside(text)
+        if isinstance(source, dict):  # of `datasets.Image`
+            if source.get("bytes") is not None:
+                return io.BytesIO(source["bytes"])
+            if source.get("path"):
+                return self._data(source["path"])
+        raise ValueError(f"a picture is a {type(source).__name__}: {str(source)[:80]!r}. {ALLOWED}")
+
+    def _inside(self, path: str) -> Path:
+        if self.root is None:
+            raise ValueError(
+                f"picture {path!r} is a path, and these rows come from no file whose folder it could be in: give "
+                "image_root."
+            )
+        root = self.root.resolve()
+        found = (root / path).resolve()  # an absolute path stays as it is
+        if not found.is_relative_to(root):
+            raise ValueError(
+                f"picture {path!r} leads out of image_root={str(self.root)!r}. Give the folder that holds all pictures "
+                "as image_root."
+            )
+        if not found.is_file():
+            raise ValueError(f"picture {path!r} does not exist in {self.root}.")
+        return found
+
+
+ALLOWED = (
+    "Allowed: a path inside image_root, bytes, a data URL (data:image/png;base64,…), a PIL image, or a value of "
+    "datasets.Image."
+)
+
+
+def as_png(image: Image.Image) -> bytes:
+    """A picture in memory as the bytes of a file, upright.
+
+    Raises:
+        ValueError: it has several frames or deep pixels.
+    """
+    upright = ImageOps.exif_transpose(_checked(image, _name(image)))
+    stream = io.BytesIO()
+    (upright if upright.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else upright.convert("RGB")).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _checked(image: Image.Image, name: str) -> Image.Image:
+    width, height = image.size
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ValueError(
+            f"{name} has {width:,} × {height:,} pixels, more than {limit:,}: too large to be decoded safely. Make it "
+            "smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+        )
+    if width < 1 or height < 1:
+        raise ValueError(f"{name} has no pixels ({width} × {height}).")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in _STILL:
+        raise ValueError(
+            f"{name} is animated or has several pages ({frames} frames, {image.format}), and a model sees one: "
+            "save the frame that is meant as a picture."
+        )
+    if image.mode in _DEEP:
+        raise ValueError(
+            f"{name} has pixels of mode {image.mode!r} (16 bits or more), which 8-bit RGB would clip: convert it first."
+        )
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 if there is none. It reads no pixels."""
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except (OSError, ValueError, SyntaxError, TypeError):
+        return 1
+
+
+def _of_data_url(url: str) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ValueError(f"a picture's data URL begins {url[:40]!r}: it must be data:image/…;base64,…")
+    try:
+        return base64.b64decode(body, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"a picture's data URL ({url[:40]!r}) is no valid base64: {error}") from error
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, str | os.PathLike):
+        text = str(source)
+        return f"picture {text[:40] + '…' if text.startswith('data:') else text!r}"
+    if isinstance(source, dict) and source.get("path"):
+        return f"picture {source['path']!r}"
+    if isinstance(source, bytes | dict):
+        return "a picture given as bytes"
+    return f"a {type(source).__name__}"

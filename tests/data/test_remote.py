@@ -1,0 +1,49 @@
+"""Data in object storage: an S3-compatible store on this machine."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import fsspec
+import pytest
+
+from automodel_trainer import TextDataModule
+from automodel_trainer.data.sources import load_rows
+from tests.tiny import tiny_tokenizer
+
+TEXTS = [f"document {i} " + "word " * (i % 7) for i in range(30)]
+
+
+def test_text_is_read_and_streamed_from_a_store(bucket: str) -> None:
+    """A folder of files in two formats, whole and as a stream: the same rows; the stream goes on exactly."""
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    lines = ["".join(json.dumps({"text": text}) + "\n" for text in part) for part in (TEXTS[:20], TEXTS[20:])]
+    fs.pipe(f"{bucket}/corpus/a.jsonl", lines[0].encode())
+    fs.pipe(f"{bucket}/corpus/b.jsonl.gz", gzip.compress(lines[1].encode()))
+    for url in (f"{bucket}/corpus", f"{bucket}/corpus/*.jsonl*"):
+        assert load_rows(url)["text"][:] == TEXTS
+    options = {"tokenizer": tiny_tokenizer(), "seq_len": 32, "micro_batch_size": 2}
+    local = TextDataModule([{"text": text} for text in TEXTS], streaming=True, shuffle_buffer=8, **options)  # type: ignore
+    remote = TextDataModule(f"{bucket}/corpus", streaming=True, shuffle_buffer=8, **options)  # type: ignore[arg-type]
+    for data in (local, remote):
+        data.setup("fit")
+    here, there = iter(local.build_train_loader()), iter(loader := remote.build_train_loader())
+    seen = []
+    for step in range(12):
+        (ours,), (theirs,) = next(here), next(there)
+        assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
+        seen.append(theirs["input_ids"].tolist())
+        if step == 4:
+            place = loader.state_dict()
+    again = remote.build_train_loader()
+    again.load_state_dict(place)
+    assert [batch[0]["input_ids"].tolist() for _, batch in zip(range(7), again)] == seen[5:]
+    with pytest.raises(ValueError, match=r"s3://.*nothing"):
+        load_rows(f"{bucket}/nothing.jsonl")
+
+
+def test_a_mixture_is_not_streamed() -> None:
+    sources = [{"path": "a.jsonl", "weight": 1}, {"path": "b.jsonl", "weight": 1}]
+    with pytest.raises(ValueError, match=r"a mixture is not streamed: set streaming=False, or tokenize first"):
+        TextDataModule(sources, streaming=True)

@@ -1,0 +1,222 @@
+"""`Trainer.fit` with a vision-language model from a folder: what it trains, saves, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image as PILImage
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from automodel_trainer import ImageTextDataModule, ImageTextModule, LoRAConfig, Trainer
+from automodel_trainer.lightning_cli import build
+from automodel_trainer.tools.generate import generate
+from automodel_trainer.tools.preview import main as preview
+from automodel_trainer.verification.verify import verify
+from tests.harness import Stop, once
+from tests.test_trainer import module as text_module
+from tests.test_trainer import quiet
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.vlm.families import ALONE, folder_of, model_of, processor_of, rows
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and rows."""
+    folder = tmp_path_factory.mktemp("vlm")
+    (folder / "pictures.jsonl").write_text("\n".join(map(json.dumps, rows(folder))))
+    return folder
+
+
+def data(home: Path, **options: Any) -> ImageTextDataModule:
+    return ImageTextDataModule(str(home / "pictures.jsonl"), **{"seq_len": 256, "global_batch_size": 2, **options})
+
+
+def reloaded(folder: Path) -> tuple[Any, Any]:
+    """The model and the processor of an export, which transformers must find whole."""
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def inputs(processor: Any, home: Path) -> Any:
+    line = json.loads((home / "pictures.jsonl").read_text().splitlines()[0])["messages"][0]
+    parts = [{**p, "image": PILImage.open(home / p["image"])} if "image" in p else p for p in line["content"]]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def test_a_folder_and_a_file_are_enough(home: Path, tmp_path: Path) -> None:
+    folder = folder_of("llava", home)
+    trainer = Trainer(**quiet(tmp_path, max_steps=2))
+    checkpoint = trainer.fit(str(folder), str(home / "pictures.jsonl"))
+    module = trainer.lightning_module
+    assert isinstance(module, ImageTextModule)
+    before = dict(AutoModelForImageTextToText.from_pretrained(folder).named_parameters())
+    moved = {n.split(".")[1] for n, p in module.model.named_parameters() if not p.detach().equal(before[n])}
+    assert moved == {"language_model", "multi_modal_projector", "weight"}
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert ledger["model"]["frozen_parts"] == "vision (freeze=['vision'])"
+    exported = tmp_path / "export"
+    trainer.save_pretrained(exported)
+    model, processor = reloaded(exported)
+    for name, parameter in module.model.named_parameters():
+        assert model.get_parameter(name).detach().equal(parameter.detach()), name
+    assert processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}]).count("<image>") == 1
+    assert checkpoint is not None
+    reloaded(checkpoint / "model")
+
+
+@pytest.mark.parametrize("family", [family for family in ALONE if family != "llava"])
+def test_exports_are_whole(family: str, home: Path, tmp_path: Path) -> None:
+    trainer = Trainer(**quiet(tmp_path, max_steps=1, enable_checkpointing=False))
+    trainer.fit(ImageTextModule(folder_of(family, home)), data(home))
+    trainer.save_pretrained(tmp_path / "export")
+    model, processor = reloaded(tmp_path / "export")
+    got = model(**inputs(processor, home)).logits
+    want = trainer.lightning_module.model.eval()(**inputs(processor_of(family), home)).logits
+    torch.testing.assert_close(got, want)
+
+
+def test_adapters_are_of_the_language_model_and_peft_reads_them(home: Path, tmp_path: Path) -> None:
+    folder = folder_of("llava", home)
+    trainer = Trainer(**quiet(tmp_path, max_steps=2))
+    checkpoint = trainer.fit(ImageTextModule(folder, lora=LoRAConfig(rank=2), lr=1e-2), data(home))
+    module = trainer.lightning_module
+    trained = {n for n, p in module.model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".language_model." in name for name in trained)
+    assert checkpoint is not None
+    processor = AutoProcessor.from_pretrained(checkpoint / "model")
+    base = AutoModelForImageTextToText.from_pretrained(folder)
+    given = inputs(processor, home)
+    want = module.model.eval()(**given).logits
+    torch.testing.assert_close(PeftModel.from_pretrained(base, checkpoint / "model")(**given).logits, want)
+    merged, _ = reloaded(trainer.merge_and_save(tmp_path / "merged"))
+    torch.testing.assert_close(merged(**given).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_resumes_in_the_middle_of_an_epoch(home: Path, tmp_path: Path) -> None:
+    def run(name: str, stop: int | None = None, **options: Any) -> tuple[Any, Path | None]:
+        callbacks = [] if stop is None else [Stop(stop)]
+        trainer = Trainer(**quiet(tmp_path / name, max_steps=4, callbacks=callbacks))
+        path = trainer.fit(ImageTextModule(folder_of("llava", home), lr=1e-3), data(home, packing=False), **options)
+        return trainer.lightning_module.model, path
+
+    whole, _ = run("whole")
+    _, path = run("part", stop=1)
+    assert path is not None
+    resumed, _ = run("part", ckpt_path=path)
+    for name, parameter in whole.named_parameters():
+        assert resumed.get_parameter(name).detach().equal(parameter.detach()), name
+
+
+def test_learning_rates_and_parts(home: Path, tmp_path: Path) -> None:
+    rates = {"language": 1e-3, "projector": 1e-2}
+    trainer = Trainer(**quiet(tmp_path, max_steps=1, enable_checkpointing=False))
+    trainer.fit(ImageTextModule(folder_of("llava", home), lr=rates, scheduler="constant"), data(home))
+    names = {id(p): n for n, p in trainer.lightning_module.model.named_parameters()}
+    for group in trainer.optimizers[0].param_groups:
+        for parameter in group["params"]:
+            part = "projector" if "projector" in names[id(parameter)] else "language"
+            assert group["lr"] == rates[part], names[id(parameter)]
+
+    def refused(match: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            Trainer(**quiet(tmp_path, max_steps=1)).fit(
+                ImageTextModule(folder_of("llava", home), **options), data(home)
+            )
+
+    refused("lr=.* says nothing of .*projector", lr={"language": 1e-3})
+    refused("'vision' is no part of what is trained", lr={"vision": 1e-3, "*": 1e-4})
+    refused("freeze: 'tower' is no part of this model. Allowed: vision, projector, language", freeze=["tower"])
+    refused("leaves nothing to train", freeze=["vision", "projector", "language"])
+    refused("must be a list", freeze="vision")
+
+
+def test_text_alone_trains_the_language_model(home: Path, tmp_path: Path) -> None:
+    chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}] * 4
+    for family in ("llava", "gemma3"):
+        trainer = Trainer(**quiet(tmp_path, max_steps=1, enable_checkpointing=False))
+        trainer.fit(ImageTextModule(folder_of(family, home)), ImageTextDataModule(chats, seq_len=64))
+        trained = {n for n, p in trainer.lightning_module.model.named_parameters() if p.requires_grad}
+        assert not any("projector" in name or "vision" in name for name in trained)
+
+
+def test_what_does_not_fit_is_refused(home: Path, tmp_path: Path) -> None:
+    def fit(*arguments: Any) -> None:
+        Trainer(**quiet(tmp_path, max_steps=1)).fit(*arguments)
+
+    with pytest.raises(ValueError, match="Use ImageTextDataModule"):
+        fit(text_module(tiny_model(), tokenizer=tiny_tokenizer()), str(home / "pictures.jsonl"))
+    bare = tmp_path / "bare"
+    model_of("llava").save_pretrained(bare)
+    with pytest.raises(ValueError, match="holds no processor"):
+        fit(str(bare), str(home / "pictures.jsonl"))
+
+
+def test_the_command_line_chooses_by_the_config(home: Path, tmp_path: Path) -> None:
+    folder = folder_of("llava", home)
+    rest = ["--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}", "--model.freeze=[vision, projector]"]
+    _, module, dm = build([f"--model={folder}", f"--data={home / 'pictures.jsonl'}", "--data.max_pixels=5000", *rest])
+    assert isinstance(module, ImageTextModule)
+    assert module.frozen == ("vision", "projector")
+    assert isinstance(dm, ImageTextDataModule)
+    assert dm.max_pixels == 5000
+    written = {
+        "model": {"model": str(folder), "lr": {"language": 1e-5, "projector": 1e-4}},
+        "data": {"train": "a.jsonl"},
+    }
+    _, module, dm = build(written)
+    assert isinstance(module, ImageTextModule)
+    assert module.rates == {"language": 1e-5, "projector": 1e-4}
+    assert isinstance(dm, ImageTextDataModule)
+
+
+def test_a_picture_is_asked_about(home: Path) -> None:
+    folder = folder_of("gemma3", home)
+    image = next(home.glob("*.png"))
+    (answer,) = generate(folder, "what is it?", images=[image], max_new_tokens=4)
+    processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
+    with PILImage.open(image) as opened:
+        parts = [{"type": "image", "image": opened}, {"type": "text", "text": "what is it?"}]
+        given = processor.apply_chat_template(
+            [{"role": "user", "content": parts}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    new = model.generate(**given, max_new_tokens=4, do_sample=False)[0, given["input_ids"].shape[1] :]
+    assert answer == processor.decode(new, skip_special_tokens=True)
+    text = home / "text"
+    tiny_model().save_pretrained(text)
+    tiny_tokenizer().save_pretrained(text)
+    with pytest.raises(ValueError, match="--image is for models that see pictures"):
+        generate(text, "what is it?", images=[image])
+
+
+def test_a_preview_shows_rows_with_pictures(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of("idefics3", home)
+    preview([f"--model={folder}", f"--data={home / 'pictures.jsonl'}", "--data.seq_len=512"])
+    shown = capsys.readouterr().out
+    assert "2 documents" in shown
+    assert "«" in shown or "<image>" in shown
+
+
+def test_verify_is_refused(home: Path) -> None:
+    with pytest.raises(ValueError, match="no small copy of a model with a vision tower"):
+        verify(ImageTextModule(folder_of("llava", home)), data(home))
+
+
+def test_two_pictures_of_one_model_are_told_apart(home: Path) -> None:
+    """The same text with another picture has another loss: pictures reach the model."""
+    processor, model = processor_of("llava"), once(model_of)("llava")
+    given = inputs(processor, home)
+    other = {**given, "pixel_values": given["pixel_values"].flip(-1)}
+    assert not torch.allclose(model(**given).logits, model(**other).logits)

@@ -1,0 +1,231 @@
+"""Reading pictures and rows: every form that people write, and what is refused by name."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+
+from automodel_trainer import CausalLMModule, ChatDataModule, ImageTextDataModule, ImageTextModule
+from automodel_trainer.connect import connect
+from automodel_trainer.data.formats import detect_format
+from automodel_trainer.data.pictures.files import ORIENTATION, Pictures
+from automodel_trainer.data.pictures.rows import RowReader
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.vlm.families import model_of, picture, processor_of
+
+
+def saved(path: Path, image: PILImage.Image, **options: Any) -> str:
+    image.save(path, **options)
+    return path.name
+
+
+def test_a_header_says_the_size_of_the_decoded_picture(tmp_path: Path) -> None:
+    exif = PILImage.Exif()
+    exif[ORIENTATION] = 6  # turned by a quarter
+    noise = picture(30, 50)
+    files = {
+        "plain.png": (noise, {}),
+        "turned.jpg": (noise, {"exif": exif}),
+        "turned.png": (noise, {"exif": exif}),
+        "cmyk.jpg": (noise.convert("CMYK"), {}),
+        "palette.gif": (noise.convert("P"), {}),
+        "grey.png": (noise.convert("L"), {}),
+        "alpha.png": (noise.convert("RGBA"), {}),
+        "photo.webp": (noise, {}),
+    }
+    reader = Pictures(tmp_path)
+    for name, (image, options) in files.items():
+        saved(tmp_path / name, image, **options)
+        read = reader.read(name)
+        assert read.size == reader.size(name) == ((30, 50) if "turned" in name else (50, 30)), name
+        assert read.mode == "RGB", name
+    np.testing.assert_array_equal(np.array(reader.read("plain.png")), np.array(noise))
+    np.testing.assert_array_equal(np.array(reader.read("turned.png")), np.rot90(np.array(noise), -1))
+    for source in (noise, (tmp_path / "plain.png").read_bytes(), {"bytes": (tmp_path / "plain.png").read_bytes()}):
+        np.testing.assert_array_equal(np.array(reader.read(source)), np.array(noise))
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "plain.png").read_bytes()).decode()
+    np.testing.assert_array_equal(np.array(reader.read(url)), np.array(noise))
+
+
+def test_limits_of_pixels_hold_for_header_and_picture(tmp_path: Path) -> None:
+    saved(tmp_path / "a.png", picture(300, 200))
+    for reader, low, high in ((Pictures(tmp_path, None, 1000), 800, 1000), (Pictures(tmp_path, 10**5), 10**5, 102_000)):
+        size = reader.size("a.png")
+        assert reader.read("a.png").size == size
+        assert low <= size[0] * size[1] <= high
+        assert size[1] / size[0] == pytest.approx(1.5, rel=0.06)
+
+
+def test_bad_pictures_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "whole.png", picture(60, 60))
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    frames = [picture(20, 20, seed=i) for i in range(3)]
+    saved(tmp_path / "moves.gif", frames[0], save_all=True, append_images=frames[1:])
+    saved(tmp_path / "deep.png", PILImage.fromarray(np.full((9, 9), 60_000, np.uint16)))
+    outside = tmp_path.parent / "outside.png"
+    outside.write_bytes(data)
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link.png").symlink_to(outside)
+    reader = Pictures(tmp_path)
+    for source, message in (
+        ("cut.png", r"'cut.png' cannot be decoded, it may be truncated"),
+        ("text.png", "'text.png' is no picture that Pillow knows"),
+        ("empty.png", "'empty.png' is no picture that Pillow knows"),
+        ("moves.gif", r"'moves.gif' is animated or has several pages \(3 frames, GIF\)"),
+        ("deep.png", "'deep.png' has pixels of mode"),
+        ("none.png", "'none.png' does not exist in"),
+        ("../outside.png", "leads out of image_root"),
+        (str(outside), "leads out of image_root"),
+        ("https://example.org/a.png", "is on the network"),
+        ("data:image/png,abc", "it must be data:image/…;base64,…"),
+        ("data:image/png;base64,*", "no valid base64"),
+        (7, "a picture is a int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reader.read(source)
+    with pytest.raises(ValueError, match="leads out of image_root"):
+        Pictures(root).size("link.png")
+    with pytest.raises(ValueError, match="give image_root"):
+        Pictures().size("whole.png")
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="too large to be decoded safely"):
+        reader.size("whole.png")
+
+
+USER = {"role": "user", "content": "<image>look"}
+ANSWER = {"role": "assistant", "content": "yes"}
+OPENAI = {"type": "image_url", "image_url": {"url": "a"}}
+SHAREGPT = [{"from": "human", "value": "<image>look"}, {"from": "gpt", "value": "yes"}]
+SHOWN = [{"type": "image"}, {"type": "text", "text": "look"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "sources"),
+    [
+        ({"messages": [USER, ANSWER], "images": ["a"]}, ["a"]),
+        ({"messages": json.dumps([USER, ANSWER]), "image": "a"}, ["a"]),
+        ({"messages": [{**USER, "content": "look"}, ANSWER], "images": ["a"]}, ["a"]),  # as TRL: first in the turn
+        ({"messages": [{**USER, "content": SHOWN}, ANSWER], "image": "a"}, ["a"]),
+        ({"messages": [{**USER, "content": [{"type": "image", "image": "a"}, SHOWN[1]]}, ANSWER]}, ["a"]),
+        ({"messages": [{**USER, "content": [OPENAI, SHOWN[1]]}, ANSWER]}, ["a"]),
+        ({"conversations": SHAREGPT, "image": "a"}, ["a"]),
+        ({"prompt": "<image>look", "completion": "yes", "images": ["a"]}, ["a"]),
+        ({"question": "<image>look", "answer": "yes", "image": "a"}, ["a"]),
+        ({"prompt": [USER], "completion": [ANSWER], "images": ["a"]}, ["a"]),
+    ],
+)  # fmt: skip
+def test_forms_of_rows(row: dict[str, Any], sources: list[str]) -> None:
+    found = RowReader(detect_format(row)).read(row)
+    assert found.sources == sources
+    assert [(m["role"], m["content"]) for m in found.conversation.messages] == [
+        ("user", SHOWN),
+        ("assistant", [{"type": "text", "text": "yes"}]),
+    ]
+
+
+def test_several_pictures_keep_their_order() -> None:
+    parts = [{"type": "image", "image": "own"}, {"type": "text", "text": "and <image> and "}, {"type": "image"}]
+    row = {"messages": [{"role": "user", "content": parts}, ANSWER], "images": ["first", "second"]}
+    found = RowReader(detect_format(row)).read(row)
+    assert found.sources == ["own", "first", "second"]
+    kinds = [part.get("text", "picture") for part in found.conversation.messages[0]["content"]]
+    assert kinds == ["picture", "and ", "picture", " and ", "picture"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER, ANSWER], "images": ["a", "b"]}, r"1 mark\(s\) .* 2 picture\(s\)"),
+        ({"messages": [USER, ANSWER], "images": []}, r"1 mark\(s\) .* 0 picture\(s\)"),
+        ({"messages": [{**USER, "content": [{"type": "video", "video": "a"}]}, ANSWER]}, "type 'video'"),
+        ({"messages": [USER, {**ANSWER, "content": "<image>"}], "images": ["a", "b"]}, "turn has a picture"),
+        ({"messages": [ANSWER], "images": ["a"]}, "no user's turn"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RowReader(detect_format(row)).read(row)
+
+
+def test_sources_of_rows_become_the_same_tensors(tmp_path: Path) -> None:
+    image = picture(40, 60)
+    name = saved(tmp_path / "a.png", image)
+    data = (tmp_path / name).read_bytes()
+    chat = {"messages": [USER, ANSWER]}
+    (tmp_path / "train.jsonl").write_text(json.dumps({**chat, "images": [name]}))
+    typed = Features({"messages": List({"role": Value("string"), "content": Value("string")}), "images": List(Image())})
+    whole = Dataset.from_list([{**chat, "images": [{"bytes": data, "path": None}]}], features=typed)
+    whole.to_parquet(str(tmp_path / "train.parquet"))
+    made = []
+    for train in (
+        str(tmp_path / "train.jsonl"),
+        str(tmp_path / "train.parquet"),
+        whole,
+        [{**chat, "images": [image]}],
+        [{**chat, "image": data}],
+    ):
+        dm = ImageTextDataModule(train, processor=processor_of("llava"), seq_len=64, packing=False, cache=False)
+        made.append(dm.first_batch()[0])
+    for batch in made[1:]:
+        for key in ("input_ids", "labels", "pixel_values"):
+            assert batch[key].equal(made[0][key]), key
+
+
+def test_refusals_of_the_data_module(tmp_path: Path) -> None:
+    saved(tmp_path / "a.png", picture(40, 60))
+    chat = {"messages": [USER, ANSWER]}
+
+    def prepared(rows: list[dict[str, Any]], **options: Any) -> None:
+        dm = ImageTextDataModule(rows, processor=processor_of("llava"), cache=False, **options)
+        dm.prepare()
+
+    for rows, options, message in (
+        ([{**chat, "images": ["a.png"]}], {}, "row 0 of the data: .*give image_root"),
+        ([{**chat, "images": ["b.png"]}], {"image_root": tmp_path}, "row 0 of the data: .*does not exist"),
+        ([{**chat, "images": ["a.png"]}], {"image_root": tmp_path, "seq_len": 8}, "no sample is left"),
+        ([{**chat, "images": ["a.png"]}], {"image_root": tmp_path / "none"}, "is no folder"),
+        ([{**chat, "images": ["a.png"]}], {"overlong": "truncate"}, "is not cut"),
+        ([{"messages": [{"role": "user", "content": "a <image>"}, ANSWER]}], {"image_mark": "@"}, "wrote 1 marks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepared(rows, **options)
+    with pytest.raises(ValueError, match=r"would train on the text alone\. Use ImageTextDataModule"):
+        ChatDataModule([{**chat, "images": ["a.png"]}], tokenizer=tiny_tokenizer()).prepare()
+    parts = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ANSWER]
+    with pytest.raises(ValueError, match="Use ImageTextDataModule"):
+        ChatDataModule([{"messages": parts}], tokenizer=tiny_tokenizer()).prepare()
+    with pytest.raises(ValueError, match="trains models of text alone"):
+        connect(CausalLMModule(tiny_model()), None, ImageTextDataModule([{**chat, "image": "a.png"}]))
+    with pytest.raises(ValueError, match="names no folder with a processor"):
+        connect(ImageTextModule(model_of("llava")), None, ImageTextDataModule([{**chat, "image": "a.png"}]))
+
+
+def test_a_picture_that_changed_is_found(tmp_path: Path) -> None:
+    for number in range(2):
+        saved(tmp_path / f"{number}.png", picture(40, 60))
+    rows = [{"messages": [USER, ANSWER], "images": [f"{number}.png"]} for number in range(2)]
+    dm = ImageTextDataModule(
+        rows, processor=processor_of("idefics3"), seq_len=256, image_root=tmp_path, cache=False, packing=False
+    )
+    dm.prepare()
+    saved(tmp_path / "1.png", picture(200, 30))
+    with pytest.raises(ValueError, match=r"row 1 of the data: .* were planned from the sizes"):
+        list(dm.train_dataloader())
+
+
+def test_bytes_may_be_in_memory() -> None:
+    stream = io.BytesIO()
+    picture(12, 9).save(stream, "PNG")
+    assert Pictures().size(stream.getvalue()) == (9, 12)

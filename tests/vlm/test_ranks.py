@@ -1,0 +1,134 @@
+"""Training with pictures on several ranks is that on one device, also where a rank has none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+
+from automodel_trainer import ImageTextDataModule, ImageTextModule, LoRAConfig, Trainer
+from tests.harness import full
+from tests.pool import RankPool
+from tests.test_trainer import quiet
+from tests.vlm.families import model_of, processor_of, rows
+
+STEPS = 3
+
+
+class Case(NamedTuple):
+    """A family on a layout of two ranks."""
+
+    family: str
+    spec: str = "fsdp2"
+    lora: bool = False
+    packing: bool = False
+    rows: str = "mixed"
+    freeze: tuple[str, ...] = ("vision",)
+
+
+CASES = [
+    *(Case(family) for family in ("qwen3_vl", "gemma3", "idefics3", "internvl")),
+    Case("mllama", rows="pictured"),
+    Case("qwen3_vl", "ddp"),
+    Case("llava", "ddp", packing=True),
+    Case("qwen3_vl", lora=True, packing=True),
+    Case("llava", "ddp", lora=True),
+    Case("llava_onevision", packing=True),
+    Case("llava", "hsdp:dp_replicate=2"),
+    Case("qwen3_vl", freeze=("*.embed_tokens.*",)),  # the tower is trained, and a rank without pictures gives it zeros
+    Case("internvl", "ddp", freeze=("language",)),
+    *(Case(family, "fsdp2_tp:tp=2", packing=True) for family in ("qwen3_vl", "gemma3", "llava")),
+]
+REFUSED = {"fsdp2_cp:cp=2": "no rule to split pictures", "3d:pp=2": "has a tower beside it"}
+
+
+class Run(NamedTuple):
+    """The loss and the gradient norm of every step, and the trained weights at the end."""
+
+    seen: list[tuple[float, float]]
+    weights: dict[str, Tensor]
+
+
+class Steps(pl.Callback):
+    """The loss, the gradient norm and the weights of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float]] = []
+        self.weights: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        metrics = trainer.callback_metrics
+        self.seen.append((float(metrics["train_loss"]), float(metrics["grad_norm"])))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.weights = {n: full(p).detach().clone() for n, p in pl_module.model.named_parameters() if p.requires_grad}
+
+
+def run(root: Path, case: Case, devices: int = 2) -> Run:
+    """Train on rows with and without pictures: a step has either kind on either rank."""
+    torch.manual_seed(0)
+    steps = Steps()
+    path = str(root / f"{case.rows}.jsonl")
+    dm = ImageTextDataModule(path, seq_len=160, global_batch_size=2, packing=case.packing, cache=False)
+    module = ImageTextModule(
+        model_of(case.family),
+        processor=processor_of(case.family),
+        lr=1e-3,
+        scheduler="constant",
+        lora=LoRAConfig(rank=2) if case.lora else None,
+        freeze=case.freeze,
+        optimizer={"args": {"eps": 1e-3}},
+    )
+    trainer = Trainer(
+        **quiet(
+            root / str(devices), strategy=case.spec if devices > 1 else "auto", devices=devices, max_steps=STEPS,
+            callbacks=[steps], enable_checkpointing=False,
+        )
+    )  # fmt: skip
+    trainer.fit(module, dm)
+    return Run(steps.seen, steps.weights)
+
+
+def on_ranks(root: Path, cases: list[Case]) -> list[Run]:
+    """The cases on the ranks of this job, one after the other; then layouts that are refused."""
+    found = [run(root, case) for case in cases]
+    for spec, message in REFUSED.items():
+        with pytest.raises(ValueError, match=message):
+            run(root, Case("llava", spec))
+    return found
+
+
+def written(root: Path) -> None:
+    """Rows in an order in which steps of two rows have none, one or two with pictures."""
+    made = rows(root, 12)
+    (root / "mixed.jsonl").write_text("\n".join(json.dumps(made[i]) for i in (0, 2, 6, 10, 3, 1)))
+    (root / "pictured.jsonl").write_text("\n".join(json.dumps(made[i]) for i in (0, 1, 3, 4, 5, 7)))
+
+
+def assert_same(got: Run, want: Run, case: Case) -> None:
+    for mine, theirs in zip(got.seen, want.seen, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-5), case
+    assert got.weights.keys() == want.weights.keys(), case
+    for name, weight in want.weights.items():
+        error = float((got.weights[name] - weight).abs().max())
+        assert error <= 2e-6 + 1e-4 * float(weight.abs().max()), f"{case} {name}: {error}"
+
+
+def test_two_ranks_are_one_device(pool: RankPool, tmp_path: Path) -> None:
+    written(tmp_path)
+    for case, got in zip(CASES, pool.run(2, on_ranks, tmp_path, CASES)[0]):
+        assert_same(got, run(tmp_path, case, devices=1), case)
+
+
+def test_text_beside_pictures_is_refused_where_it_would_see_them(tmp_path: Path) -> None:
+    written(tmp_path)
+    dm = ImageTextDataModule(
+        str(tmp_path / "mixed.jsonl"), seq_len=160, micro_batch_size=2, packing=False, processor=processor_of("mllama")
+    )
+    with pytest.raises(ValueError, match=r"train: 3 of 6 rows have no pictures, .*cross_attention_mask"):
+        dm.setup("fit")
