@@ -53,12 +53,7 @@ def connect(
     if isinstance(datamodule, MicroBatchDataModule):
         if isinstance(uncompiled(module), Objective):
             _check_labels(module, datamodule)
-            if isinstance(datamodule, ImageTextDataModule):
-                _share_processor(module, datamodule)
-            elif datamodule.tokenizer is None:
-                datamodule.tokenizer = module.tokenizer_or_none
-            elif isinstance(module, BuiltModule):
-                module.adopt_tokenizer(datamodule.load_tokenizer())
+            share_tokenizer(module, datamodule)
         if isinstance(module, HuggingFaceModule):
             choose_rows(module, datamodule)
         datamodule.prepare()
@@ -69,8 +64,22 @@ def connect(
     return module, datamodule, loader
 
 
+def share_tokenizer(module: Objective, datamodule: MicroBatchDataModule) -> None:
+    """Let model and data have one tokenizer, or processor: the data's if it was given one, otherwise the model's.
+
+    Raises:
+        ValueError: there is none, or the two differ.
+    """
+    if isinstance(datamodule, ImageTextDataModule):
+        _share_processor(module, datamodule)
+    elif datamodule.tokenizer is None:
+        datamodule.tokenizer = module.tokenizer_or_none
+    elif isinstance(module, BuiltModule):
+        module.adopt_tokenizer(datamodule.load_tokenizer())
+
+
 def _share_processor(module: Objective, datamodule: ImageTextDataModule) -> None:
-    """Let model and data have one processor: the data's if it was given one, otherwise the model's.
+    """`share_tokenizer` of data with pictures.
 
     Raises:
         ValueError: the model reads text alone, or has no processor.

@@ -67,7 +67,7 @@ class HFExport(Callback):
         export_pretrained(
             pl_module.model,  # type: ignore[arg-type]
             folder,
-            tokenizer=getattr(pl_module, "tokenizer_or_none", None),
+            tokenizer=getattr(pl_module, "saved_tokenizer", getattr(pl_module, "tokenizer_or_none", None)),
             source=getattr(pl_module, "source", None),
             dtype=self.dtype,
         )

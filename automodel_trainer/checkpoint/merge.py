@@ -37,7 +37,10 @@ from automodel_trainer.models.lora.initialize import principal_factors
 from automodel_trainer.models.lora.layers import Adapter
 from automodel_trainer.models.sidecars import copy_sidecars
 
-_TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*")
+_TOKENIZER_FILES = (
+    "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*",
+    "processor_config.json", "*preprocessor_config.json",
+)  # fmt: skip
 _KEPT = 4  # number of updates of fused weights to keep: the parts of a fused weight are not adjacent in the files
 
 
@@ -122,7 +125,7 @@ def _merge_adapter(
                 _merge_file(weights, header, target / file.name, updates, advance)
         _write_index(source, target, weights)
         copy_sidecars(model, target, source=source, dtype=kept)
-        # The adapter's own tokenizer is the one that was trained with. It replaces the base's.
+        # The adapter's own tokenizer or processor is the one that was trained with. It replaces the base's.
         for pattern in _TOKENIZER_FILES:
             for file in resolve_folder(adapter).glob(pattern):
                 shutil.copyfile(file, target / file.name)

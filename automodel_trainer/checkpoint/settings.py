@@ -49,87 +49,87 @@ _ROWS = "it decides what the rows of the data are, so the place in the data is l
 _OTHER_FUNCTION = "the model would compute something else with the same weights"
 
 
-def _all(meaning: Meaning, reason: str, prefix: str, names: str) -> tuple[Setting, ...]:
-    return tuple(Setting(f"{prefix}{name}", meaning, reason) for name in names.split())
-
-
-SETTINGS: tuple[Setting, ...] = (
+# What a difference means, the settings' common beginning, their names, and the reason.
+_TABLE: tuple[tuple[Meaning, str, str, str], ...] = (
     # --- optimization
-    Setting("model.lr", _TAKEN, "with the schedule, from the first step on; the optimizer's moments stay"),
-    Setting("model.optimizer.name", _REFUSED, "the optimizer's state means nothing to another optimizer"),
-    *_all(_TAKEN, "", "model.optimizer.", "weight_decay args args.*"),
-    Setting("model.optimizer", _TAKEN),
-    *_all(
+    (_TAKEN, "model.", "lr", "with the schedule, from the first step on; the optimizer's moments stay"),
+    (_REFUSED, "model.", "optimizer.name", "the optimizer's state means nothing to another optimizer"),
+    (_TAKEN, "model.optimizer.", "weight_decay args args.*", ""),
+    (_TAKEN, "model.", "optimizer", ""),
+    (
         _TAKEN,
-        "the step keeps its number; its learning rate is the new schedule's",
         "model.",
         "scheduler scheduler.name scheduler.warmup_steps scheduler.warmup_ratio scheduler.min_lr_ratio "
         "scheduler.decay_ratio",
+        "the step keeps its number; its learning rate is the new schedule's",
     ),
-    *_all(_TAKEN, "", "model.", "gradient_clip_val neftune_alpha"),
+    (_TAKEN, "model.", "gradient_clip_val neftune_alpha", ""),
     # --- the model
-    Setting("model.model", _TAKEN, "weights come from the checkpoint; those of a frozen base must be the same"),
-    Setting("model.base_weights", _REFUSED, "the adapters were trained on other base weights"),
-    *_all(_TAKEN, "", "model.", "revision trust_remote_code allow_unused_weights kernels.*"),
-    *_all(
+    (_TAKEN, "model.", "model", "weights come from the checkpoint; those of a frozen base must be the same"),
+    (_REFUSED, "model.", "base_weights", "the adapters were trained on other base weights"),
+    (_TAKEN, "model.", "revision trust_remote_code allow_unused_weights kernels.*", ""),
+    (
         _TAKEN,
-        "",
         "model.config.",
         "*drop* *loss* *coef* *_token_id use_cache output_* initializer_* return_dict *_implementation dtype",
+        "",
     ),
-    Setting("model.config.*", _REFUSED, _OTHER_FUNCTION),
-    Setting("model.tokenizer", _REFUSED, "the model has learned other tokens: the embeddings would be mixed up"),
-    Setting("model.lora", _REFUSED, "adapters and the whole model are trained by different weights"),
-    *_all(_REFUSED, _OTHER_ADAPTER, "model.lora.", "rank alpha target_modules exclude use_rslora use_dora"),
-    *_all(_REFUSED, "other weights are trained", "model.lora.", "modules_to_save"),
-    *_all(_REFUSED, _BEGUN, "model.lora.", "init adapter seed"),
-    *_all(_TAKEN, "", "model.lora.", "dropout lr_ratio modules_to_save_lr quantize"),
+    (_REFUSED, "model.", "config.*", _OTHER_FUNCTION),
+    (_REFUSED, "model.", "tokenizer", "the model has learned other tokens: the embeddings would be mixed up"),
+    (_REFUSED, "model.", "lora", "adapters and the whole model are trained by different weights"),
+    (_REFUSED, "model.lora.", "rank alpha target_modules exclude use_rslora use_dora", _OTHER_ADAPTER),
+    (_REFUSED, "model.lora.", "modules_to_save", "other weights are trained"),
+    (_REFUSED, "model.lora.", "init adapter seed", _BEGUN),
+    (_TAKEN, "model.lora.", "dropout lr_ratio modules_to_save_lr quantize", ""),
     # --- the data
-    *_all(
+    (
         _TAKEN,
-        "each row of an epoch is seen once, and the schedule spans the steps that are left",
         "data.",
         "micro_batch_size global_batch_size drop_last",
+        "each row of an epoch is seen once, and the schedule spans the steps that are left",
     ),
-    Setting("data.seed", _TAKEN, "the epoch under way keeps its order; later ones have the new one"),
-    *_all(_TAKEN, "", "data.", "num_workers cache validation test"),
-    Setting("data.rows", _DATA, "the training rows are others"),
-    *_all(_DATA, _ROWS, "data.", "seq_len packing loss_on val_split columns overlong text_column shuffle_buffer"),
-    *_all(
+    (_TAKEN, "data.", "seed", "the epoch under way keeps its order; later ones have the new one"),
+    (_TAKEN, "data.", "num_workers cache validation test", ""),
+    (_DATA, "data.", "rows", "the training rows are others"),
+    (_DATA, "data.", "seq_len packing loss_on val_split columns overlong text_column shuffle_buffer", _ROWS),
+    (
         _DATA,
-        _ROWS,
         "data.",
         "temperature split document_end token_dtype streaming vocab_size num_samples chat_template class",
+        _ROWS,
     ),
-    Setting("data.train", _TAKEN, "if the rows are the same; a stream is told by its name"),
-    Setting("data.stream", _DATA, "a stream's place is that in its source"),
-    Setting("data.val_samples", _TAKEN),
-    Setting("data.rows_per_batch", _TAKEN, "in a loader of your own only between epochs"),
+    (_TAKEN, "data.", "train", "if the rows are the same; a stream is told by its name"),
+    (_DATA, "data.", "stream", "a stream's place is that in its source"),
+    (_TAKEN, "data.", "val_samples", ""),
+    (_TAKEN, "data.", "rows_per_batch", "in a loader of your own only between epochs"),
     # --- the run
-    *_all(
+    (
         _TAKEN,
-        "the schedule spans the new length, from the first step on",
         "trainer.",
         "max_steps max_epochs limit_train_batches overfit_batches",
+        "the schedule spans the new length, from the first step on",
     ),
-    Setting("trainer.accumulate_grad_batches", _TAKEN, "as a batch size"),
-    *_all(_TAKEN, "", "trainer.", "max_time min_epochs min_steps gradient_clip_val gradient_clip_algorithm"),
-    *_all(
+    (_TAKEN, "trainer.", "accumulate_grad_batches", "as a batch size"),
+    (_TAKEN, "trainer.", "max_time min_epochs min_steps gradient_clip_val gradient_clip_algorithm", ""),
+    (
         _TAKEN,
-        "weights and optimizer state are read into the new layout",
         "trainer.",
         "strategy accelerator devices num_nodes layout precision sync_batchnorm plugins",
+        "weights and optimizer state are read into the new layout",
     ),
-    *_all(
+    (
         _TAKEN,
-        "",
         "trainer.",
-        "logger callbacks fast_dev_run limit_val_batches limit_test_batches limit_predict_batches val_check_interval "
-        "check_val_every_n_epoch num_sanity_val_steps log_every_n_steps enable_checkpointing enable_progress_bar "
-        "enable_model_summary enable_ledger enable_throughput deterministic benchmark inference_mode "
-        "use_distributed_sampler profiler detect_anomaly barebones reload_dataloaders_every_n_epochs "
-        "default_root_dir enable_autolog_hparams model_registry",
+        "logger callbacks fast_dev_run limit_val_batches limit_test_batches limit_predict_batches "
+        "val_check_interval check_val_every_n_epoch num_sanity_val_steps log_every_n_steps "
+        "enable_checkpointing enable_progress_bar enable_model_summary enable_ledger enable_throughput "
+        "deterministic benchmark inference_mode use_distributed_sampler profiler detect_anomaly barebones "
+        "reload_dataloaders_every_n_epochs default_root_dir enable_autolog_hparams model_registry",
+        "",
     ),
+)
+SETTINGS = tuple(
+    Setting(f"{prefix}{name}", meaning, reason) for meaning, prefix, names, reason in _TABLE for name in names.split()
 )
 BASE = "model.base_weights"
 

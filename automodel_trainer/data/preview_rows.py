@@ -160,7 +160,8 @@ def read_rows(micro_batches: Sequence[dict[str, Any]], tokenizer: PreTrainedToke
 
 def _position_ids(micro_batch: dict[str, Any]) -> list[list[int]]:
     if "position_ids" in micro_batch:
-        return micro_batch["position_ids"].tolist()
+        positions = micro_batch["position_ids"]
+        return (positions if positions.ndim == 2 else positions[0]).tolist()  # several for a token: the first count it
     rows, length = micro_batch["input_ids"].shape
     return [list(range(length)) for _ in range(rows)]
 

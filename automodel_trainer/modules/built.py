@@ -176,6 +176,11 @@ class BuiltModule(Objective, pl.LightningModule):
         """What makes the model's inputs and is saved with it: the tokenizer, or None as `tokenizer_or_none`."""
         return self.tokenizer_or_none
 
+    @property
+    def brings_tokenizer(self) -> bool:
+        """Whether what is saved with the model may be another than the one in the folder that it came from."""
+        return self._tokenizer is not None or "tokenizer" in self.__dict__
+
     def adopt_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take the tokenizer that the data is made with: checkpoints and exports get it with its chat template.
 

@@ -243,7 +243,7 @@ class HuggingFaceModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the sums that the next log step averages, so that a resumed run logs the same numbers. Collective."""
-        if self._tokenizer is not None or "tokenizer" in self.__dict__:  # else it is untouched in the model's folder
+        if self.brings_tokenizer:  # else it is untouched in the model's folder
             checkpoint[TOKENIZER_KEY] = self.saved_tokenizer
         if self._window:
             loss_sum, tokens = self._window.sums()

@@ -113,6 +113,11 @@ class ImageTextModule(CausalLMModule):
         """What is saved with the model: the processor, which holds the tokenizer."""
         return self.processor if self._has_processor else super().saved_tokenizer
 
+    @property
+    def brings_tokenizer(self) -> bool:
+        """See `BuiltModule.brings_tokenizer`; the same of the processor."""
+        return super().brings_tokenizer or self._processor is not None or "processor" in self.__dict__
+
     def adopt_processor(self, processor: ProcessorMixin) -> None:
         """Take the processor that the data is made with: checkpoints and exports get it."""
         self._processor = processor
@@ -194,6 +199,13 @@ class ImageTextModule(CausalLMModule):
             key for key, value in micro_batch.items()
             if key in self.model_inputs and key not in _NOT_OF_PICTURES and value is not None
         ]  # fmt: skip
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """See `Objective.loss`. Rows without pictures may reach nothing that is trained: then no gradient is made."""
+        loss = super().loss(outputs, targets)
+        if loss.requires_grad or not torch.is_grad_enabled():
+            return loss
+        return loss + torch.zeros_like(loss, requires_grad=True)
 
     def after_backward(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Without a picture in the global batch, tower and projector have no gradient, as on one device."""

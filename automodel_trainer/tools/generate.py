@@ -1,6 +1,7 @@
 """`amt generate`: ask the model in a Hugging Face folder and see its answer token by token.
 
 amt generate --model runs/quickstart/export --prompt "What does `math.hypot` do in Python?"
+amt generate --model runs/vlm/export --image cat.jpg --prompt "What is this?"
 amt generate --model runs/quickstart/export            # a conversation, one line at a time
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from automodel_trainer.data.pictures.files import Pictures
 from automodel_trainer.models.generation import encode, generation_config
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ def generate(
     model: str | Path,
     prompt: str | None,
     *,
+    images: Sequence[str | Path] = (),
     system: str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -38,6 +41,7 @@ def generate(
         model: a folder with config, tokenizer and weights, or the id of a model in the local cache.
         prompt: the prompt. None: read one per line from standard input, as turns of one conversation. An empty line
             starts a new conversation.
+        images: pictures that the first prompt shows, for a vision-language model.
         system: a system message at the start of the conversation. The model must have a chat template.
         max_new_tokens: maximum number of tokens per answer.
         temperature: 0 always takes the most likely token (greedy); above 0, tokens are sampled.
@@ -59,6 +63,8 @@ def generate(
         )
     check_folder(model)
     loaded, tokenizer = load(model, device=device, dtype=dtype)
+    processor = _processor(model, loaded, tokenizer, images)
+    pictures = [Pictures(Path(path).expanduser().parent).read(Path(path).name) for path in images]
     if system is not None and not tokenizer.chat_template:
         raise ValueError(f"{model} has no chat template, so it does not support a system message. Leave out `system`.")
     if seed is not None:
@@ -74,7 +80,8 @@ def generate(
             conversation = list(opening)
             continue
         conversation.append({"role": "user", "content": line})
-        answers.append(_answer(loaded, tokenizer, conversation, config))
+        inputs = encode(tokenizer, conversation) if processor is None else shown(processor, conversation, pictures)
+        answers.append(_answer(loaded, tokenizer, inputs, config))
         conversation.append({"role": "assistant", "content": answers[-1]})
     return answers
 
@@ -129,15 +136,49 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[Any, PreTra
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
+def shown(processor: Any, conversation: Sequence[dict[str, str]], pictures: Sequence[Any]) -> Any:
+    """What a vision-language model reads of a conversation whose first prompt shows pictures: tensors `[1, …]`."""
+    messages: list[dict[str, Any]] = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in conversation]
+    first = next(message for message in messages if message["role"] == "user")
+    first["content"] = [*({"type": "image", "image": picture} for picture in pictures), *first["content"]]
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def _processor(model: str | Path, loaded: Any, tokenizer: Any, images: Sequence[str | Path]) -> Any:
+    """The processor of a vision-language model that has a chat template; None for a model of text.
+
+    Raises:
+        ValueError: there are pictures, and the model sees none or has no template for them.
+    """
+    from automodel_trainer.models.auto_classes import WITH_PICTURES, auto_classes_of
+    from automodel_trainer.models.files import resolve_folder
+    from automodel_trainer.models.processors import has_processor, load_processor
+
+    sees = WITH_PICTURES in auto_classes_of(loaded)
+    if images and not sees:
+        raise ValueError(f"--image is for models that see pictures, and {model} is a {type(loaded).__name__}.")
+    if not sees or not (images or has_processor(resolve_folder(model))):
+        return None
+    processor = load_processor(model)
+    if processor.chat_template is None:
+        if images:
+            raise ValueError(f"{model} has no chat template, which says where pictures stand in a prompt.")
+        return None
+    tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
+    return processor
+
+
 def _answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    conversation: list[dict[str, str]],
+    inputs: Any,
     config: GenerationConfig,
 ) -> str:
     from transformers import TextStreamer
 
-    inputs = encode(tokenizer, conversation).to(model.device)
+    inputs = inputs.to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = model.generate(**inputs, generation_config=config, streamer=streamer)
     new_tokens = output[0, inputs["input_ids"].shape[1] :]
@@ -162,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="amt generate", description="Answer prompts with a model folder.")
     parser.add_argument("--model", required=True, help="folder with config, tokenizer and safetensors")
     parser.add_argument("--prompt", help="the prompt; without it, prompts are read from the terminal")
+    parser.add_argument("--image", dest="images", action="append", default=[], help="a picture; may be repeated")
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")

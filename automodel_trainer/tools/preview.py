@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from automodel_trainer.connect import check_sizes, choose_rows
+from automodel_trainer.connect import check_sizes, choose_rows, share_tokenizer
 from automodel_trainer.data import MicroBatchDataModule
 from automodel_trainer.data.preview import preview
 from automodel_trainer.lightning_cli import build
@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> None:
             f"amt preview cannot show {type(data).__name__}. Use a data module of automodel_trainer, for example "
             "ChatDataModule."
         )
-    if data.tokenizer is None and isinstance(module, HuggingFaceModule):
-        data.tokenizer = module.tokenizer
+    if isinstance(module, HuggingFaceModule):
+        share_tokenizer(module, data)
     if isinstance(module, HuggingFaceModule):
         choose_rows(module, data)
         data.prepare()

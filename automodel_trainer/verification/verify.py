@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from automodel_trainer.models.shrink import shrink
 from automodel_trainer.models.small_copy import small_copy
-from automodel_trainer.modules import HuggingFaceModule
+from automodel_trainer.modules import HuggingFaceModule, ImageTextModule
 from automodel_trainer.strategies import MeshStrategy, StrategyRegistry
 from automodel_trainer.verification.batches import first_steps, renumber
 from automodel_trainer.verification.ranks import Launcher, Processes
@@ -58,6 +58,11 @@ def verify(
         ValueError: the layout refuses this model, the data has no labels, or `full` needs more GPUs than there are.
     """
     began = time.monotonic()
+    if isinstance(module, ImageTextModule):
+        raise ValueError(
+            "verify trains a small copy of a language model, and there is no small copy of a model with a vision tower "
+            "yet. Verify its language model alone (CausalLMModule), or compare a few steps with one device."
+        )
     strategy = fresh(strategy)
     devices = devices or _fewest_devices(strategy)
     strategy.parallel_devices = [torch.device("cpu")] * devices

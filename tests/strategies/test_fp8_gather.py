@@ -184,6 +184,7 @@ def test_other_layouts_compute_as_without_it(pool: RankPool, tmp_path: Path, str
         assert all(torch.equal(got["weights"][name], weight) for name, weight in want["weights"].items())
 
 
+@pytest.mark.exact
 def test_checkpoints_hold_plain_weights(pool: RankPool, tmp_path: Path) -> None:
     """transformers reads what was trained; a run goes on where it was, with the gather or without, on one rank too."""
     whole = pool.run(2, fit, tmp_path / "whole", "fsdp2", 2, True, 4)[0]

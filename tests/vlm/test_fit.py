@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image as PILImage
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from automodel_trainer import ImageTextDataModule, ImageTextModule, LoRAConfig, Trainer
 from automodel_trainer.lightning_cli import build
+from automodel_trainer.tools.generate import generate
+from automodel_trainer.tools.preview import main as preview
+from automodel_trainer.verification.verify import verify
 from tests.harness import Stop, once
 from tests.test_trainer import module as text_module
 from tests.test_trainer import quiet
@@ -40,10 +44,8 @@ def reloaded(folder: Path) -> tuple[Any, Any]:
 
 
 def inputs(processor: Any, home: Path) -> Any:
-    from PIL import Image
-
     line = json.loads((home / "pictures.jsonl").read_text().splitlines()[0])["messages"][0]
-    parts = [{**p, "image": Image.open(home / p["image"])} if "image" in p else p for p in line["content"]]
+    parts = [{**p, "image": PILImage.open(home / p["image"])} if "image" in p else p for p in line["content"]]
     return processor.apply_chat_template(
         [{"role": "user", "content": parts}], tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -174,6 +176,42 @@ def test_the_command_line_chooses_by_the_config(home: Path, tmp_path: Path) -> N
     assert isinstance(module, ImageTextModule)
     assert module.rates == {"language": 1e-5, "projector": 1e-4}
     assert isinstance(dm, ImageTextDataModule)
+
+
+def test_a_picture_is_asked_about(home: Path) -> None:
+    folder = folder_of("gemma3", home)
+    image = next(home.glob("*.png"))
+    (answer,) = generate(folder, "what is it?", images=[image], max_new_tokens=4)
+    processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
+    with PILImage.open(image) as opened:
+        parts = [{"type": "image", "image": opened}, {"type": "text", "text": "what is it?"}]
+        given = processor.apply_chat_template(
+            [{"role": "user", "content": parts}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    new = model.generate(**given, max_new_tokens=4, do_sample=False)[0, given["input_ids"].shape[1] :]
+    assert answer == processor.decode(new, skip_special_tokens=True)
+    text = home / "text"
+    tiny_model().save_pretrained(text)
+    tiny_tokenizer().save_pretrained(text)
+    with pytest.raises(ValueError, match="--image is for models that see pictures"):
+        generate(text, "what is it?", images=[image])
+
+
+def test_a_preview_shows_rows_with_pictures(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of("idefics3", home)
+    preview([f"--model={folder}", f"--data={home / 'pictures.jsonl'}", "--data.seq_len=512"])
+    shown = capsys.readouterr().out
+    assert "2 documents" in shown
+    assert "«" in shown or "<image>" in shown
+
+
+def test_verify_is_refused(home: Path) -> None:
+    with pytest.raises(ValueError, match="no small copy of a model with a vision tower"):
+        verify(ImageTextModule(folder_of("llava", home)), data(home))
 
 
 def test_two_pictures_of_one_model_are_told_apart(home: Path) -> None:

@@ -28,6 +28,7 @@ class Case(NamedTuple):
     lora: bool = False
     packing: bool = False
     rows: str = "mixed"
+    freeze: tuple[str, ...] = ("vision",)
 
 
 CASES = [
@@ -39,6 +40,8 @@ CASES = [
     Case("llava", "ddp", lora=True),
     Case("llava_onevision", packing=True),
     Case("llava", "hsdp:dp_replicate=2"),
+    Case("qwen3_vl", freeze=("*.embed_tokens.*",)),  # the tower is trained, and a rank without pictures gives it zeros
+    Case("internvl", "ddp", freeze=("language",)),
     *(Case(family, "fsdp2_tp:tp=2", packing=True) for family in ("qwen3_vl", "gemma3", "llava")),
 ]
 REFUSED = {"fsdp2_cp:cp=2": "no rule to split pictures", "3d:pp=2": "has a tower beside it"}
@@ -78,6 +81,7 @@ def run(root: Path, case: Case, devices: int = 2) -> Run:
         lr=1e-3,
         scheduler="constant",
         lora=LoRAConfig(rank=2) if case.lora else None,
+        freeze=case.freeze,
         optimizer={"args": {"eps": 1e-3}},
     )
     trainer = Trainer(
