@@ -15,8 +15,8 @@ before = set(sys.modules)
 from automodel_trainer import AutoModel, AutoModelForCausalLM
 assert issubclass(AutoModelForCausalLM, Theirs)
 print(*sorted(set(sys.modules) - before))
-from automodel_trainer import add_lora, chunked_loss, clip_grad_norm_, encode_chat, load_checkpoint, pack, save_checkpoint
-from automodel_trainer import stream_weights, weight_info
+from automodel_trainer import add_lora, chunked_loss, clip_grad_norm_, encode_chat
+from automodel_trainer import load_checkpoint, pack, save_checkpoint, stream_weights, weight_info
 assert "automodel_trainer.trainer" not in sys.modules
 assert not any(name.startswith("automodel_trainer.callbacks") for name in sys.modules)
 """
