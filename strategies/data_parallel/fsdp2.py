@@ -104,6 +104,7 @@ class FSDP2Strategy(InnerParallelStrategy):
         )
         self.ep = ep
         self._expert_mesh: DeviceMesh | None = None
+        self._averaged_over = 1.0  # ranks; asked for in every step
         self.reshard_after_forward = reshard_after_forward
         self.forward_prefetch, self.backward_prefetch = forward_prefetch, backward_prefetch
         self.cpu_offload = cpu_offload
@@ -115,6 +116,11 @@ class FSDP2Strategy(InnerParallelStrategy):
         )
 
     # --- laying out ---------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """See `MeshProcesses.setup_environment`."""
+        super().setup_environment()
+        self._averaged_over = float(self.dp_size * self.dims.cp)
 
     def parallelize(self, model: nn.Module) -> nn.Module:
         """Lay `model` out on the mesh, in place. Read top to bottom, this is the order of everything applied.
@@ -292,7 +298,7 @@ class FSDP2Strategy(InnerParallelStrategy):
     @property
     def gradient_scale(self) -> float:
         """The number of ranks that FSDP2 averages over: those that compute different tokens."""
-        return float(self.dp_size * self.dims.cp)
+        return self._averaged_over
 
     def gradient_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """See `StepRunner.gradient_sync`."""
