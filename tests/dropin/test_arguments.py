@@ -27,6 +27,7 @@ from automodel_trainer import (
     LoRAConfig,
 )
 from automodel_trainer.auto import builder
+from automodel_trainer.checkpoint.stream import stream_weights, weight_info
 from automodel_trainer.models.sidecars import source_folder
 from tests.tiny import tiny_config, tiny_model
 
@@ -262,3 +263,22 @@ def test_calls_of_other_libraries(folder: Path) -> None:
     reference = copy.deepcopy(model)
     model.push_to_hub, reference.push_to_hub  # noqa: B018  are there
     assert torch.equal(model.generate(IDS[:1], max_new_tokens=3), reference.generate(IDS[:1], max_new_tokens=3))
+
+
+def test_a_model_of_images_and_text(tmp_path: Path) -> None:
+    """It loads as in transformers, and what is streamed is what transformers saves."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **vision, "image_size": 16, "patch_size": 8},
+        text_config=tiny_config("llama").to_dict(),
+        image_token_id=5,
+    )
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    ours = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    inputs = {"input_ids": torch.tensor([[7, 5, 5, 5, 5, 8]]), "pixel_values": torch.ones(1, 3, 16, 16)}
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
+    saved, streamed = load_file(tmp_path / "model.safetensors"), dict(stream_weights(ours))
+    assert streamed.keys() == saved.keys() == weight_info(ours).keys()
+    assert all(torch.equal(streamed[name], tensor) for name, tensor in saved.items())

@@ -17,6 +17,7 @@ from transformers import DataCollatorForLanguageModeling, TrainingArguments, set
 from transformers.distributed import DistributedConfig
 
 from automodel_trainer import AutoModelForCausalLM, AutoModelForSequenceClassification, LoRAConfig
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -109,9 +110,8 @@ def run(kinds: list[str], spec: str | None, base: Path, out: Path) -> dict[str, 
     [
         ("fsdp2", 2, ["hf", "lora", "sft", "packed", "dpo", "reward"]),
         ("fsdp2:tp=2", 2, ["hf", "lora", "sft"]),
-        ("fsdp2:tp=2", 4, ["hf", "sft"]),
+        more("fsdp2:tp=2", 4, ["hf", "sft"]),
     ],
-    ids=["fsdp2", "tp", "fsdp2-tp"],
 )
 def test_as_on_one_device(
     pool: RankPool, base: Path, tmp_path: Path, spec: str, world_size: int, kinds: list[str]
