@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, Literal, Self, final
 
 import torch
@@ -31,6 +32,12 @@ from automodel_trainer.strategies.base.start import (
 )
 
 Launcher = Literal["auto", "subprocess", "fork", "spawn"]
+
+
+@lru_cache(maxsize=16)
+def _resolved(dims: ParallelDims, world_size: int) -> ParallelDims:
+    """`dims.resolve`, which every step asks for several times."""
+    return dims.resolve(world_size)
 
 
 class MeshProcesses(ParallelStrategy):
@@ -96,7 +103,7 @@ class MeshProcesses(ParallelStrategy):
         Raises:
             ValueError: the sizes do not fit the number of ranks.
         """
-        return self.requested_dims.resolve(self.world_size)
+        return _resolved(self.requested_dims, self.world_size)
 
     @property
     @final

