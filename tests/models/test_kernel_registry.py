@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
@@ -279,8 +280,10 @@ def test_no_other_file_names_a_library() -> None:
 def test_the_record_is_copied_with_the_model_and_is_all_that_is_attached(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, lora=LoRAConfig(rank=3), kernels=KernelsConfig())
-    assert vars(model).keys() - vars(AutoModelForCausalLM.from_pretrained(tmp_path)).keys() == {ATTRIBUTE}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert vars(model).keys() - vars(plain).keys() == {ATTRIBUTE, "save_pretrained", "push_to_hub"}
     copied = copy.deepcopy(model)
+    assert copied.save_pretrained.__self__ is copied
     config = lora_of(copied)
     assert config is not None
     assert config.rank == 3
