@@ -104,7 +104,6 @@ class FSDP2Strategy(InnerParallelStrategy):
         )
         self.ep = ep
         self._expert_mesh: DeviceMesh | None = None
-        self._averaged_over = 1.0  # ranks; asked for in every step
         self.reshard_after_forward = reshard_after_forward
         self.forward_prefetch, self.backward_prefetch = forward_prefetch, backward_prefetch
         self.cpu_offload = cpu_offload
@@ -116,11 +115,6 @@ class FSDP2Strategy(InnerParallelStrategy):
         )
 
     # --- laying out ---------------------------------------------------------------------------------------------------
-
-    def setup_environment(self) -> None:
-        """See `MeshProcesses.setup_environment`."""
-        super().setup_environment()
-        self._averaged_over = float(self.dp_size * self.dims.cp)
 
     def parallelize(self, model: nn.Module) -> nn.Module:
         """Lay `model` out on the mesh, in place. Read top to bottom, this is the order of everything applied.
@@ -298,7 +292,7 @@ class FSDP2Strategy(InnerParallelStrategy):
     @property
     def gradient_scale(self) -> float:
         """The number of ranks that FSDP2 averages over: those that compute different tokens."""
-        return self._averaged_over
+        return float(self.dp_size * self.dims.cp)
 
     def gradient_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """See `StepRunner.gradient_sync`."""
