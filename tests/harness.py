@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from automodel_trainer.modules.loss import next_token_targets, token_losses
 from automodel_trainer.strategies import MeshStrategy, Objective, StrategyRegistry
-from automodel_trainer.strategies.base.precision import canonical_precision
+from automodel_trainer.strategies.base.start import precision_plugin
 from tests.limits import (
     check_decided,
     check_losses,
@@ -57,12 +56,10 @@ def make_strategy(spec: str, world_size: int, precision: str = "fp32") -> MeshSt
     """A strategy as the Trainer would have set it up on `world_size` CPU ranks (this process being one of them)."""
     strategy = StrategyRegistry.get(spec)
     assert isinstance(strategy, MeshStrategy)
-    plugin = Precision()
-    plugin.precision = canonical_precision(precision)
     strategy.parallel_devices = [torch.device("cpu")] * world_size
     strategy.cluster_environment = TorchElasticEnvironment() if world_size > 1 else LightningEnvironment()
     strategy.accelerator = CPUAccelerator()
-    strategy.precision_plugin = plugin
+    strategy.precision_plugin = precision_plugin(precision)
     strategy.setup_environment()
     return strategy
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.models.lora.adapter_files import trained_tensors
 from automodel_trainer.nn.text import listed
 from automodel_trainer.nn.uneven import is_uneven
@@ -81,6 +82,6 @@ def _same(value: Tensor, own: Any) -> bool:
         return False
     if isinstance(value, DTensor) != isinstance(own, DTensor):
         return False
-    mine, theirs = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in (own, value))
-    shared = mine.data_ptr() == theirs.data_ptr() and mine.stride() == theirs.stride()
-    return shared or (mine.device == theirs.device and bool(torch.equal(mine, theirs)))
+    mine, given = local_tensor(own), local_tensor(value)
+    shared = mine.data_ptr() == given.data_ptr() and mine.stride() == given.stride()
+    return shared or (mine.device == given.device and bool(torch.equal(mine, given)))

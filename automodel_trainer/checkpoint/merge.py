@@ -32,7 +32,7 @@ from automodel_trainer.models.build import empty_model
 from automodel_trainer.models.files import INDEX_NAME, resolve_folder
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, lora_of, untied_head
 from automodel_trainer.models.lora.adapter_files import read_config, read_tensors, save_adapter, trained_tensors
-from automodel_trainer.models.lora.functional import adapted_weight, direction_norm
+from automodel_trainer.models.lora.functional import adapted_weight, merged_linear
 from automodel_trainer.models.lora.initialize import principal_factors
 from automodel_trainer.models.lora.layers import Adapter
 from automodel_trainer.models.sidecars import copy_sidecars
@@ -249,9 +249,8 @@ class Updates:
         if source not in self._deltas:
             factors = self._factors(adapter)
             zero = torch.zeros(self.model.get_parameter(source).shape)
-            transposed = bool(getattr(adapter.module, "is_transposed", False))
             a, b = factors["lora_A.weight"], factors["lora_B.weight"]
-            update = adapted_weight(zero, a, b, adapter.scaling, transposed)
+            update = adapted_weight(zero, a, b, adapter.scaling, adapter.has_transposed_experts)
             while len(self._deltas) >= _KEPT:
                 self._deltas.pop(next(iter(self._deltas)))
             self._deltas[source] = original_weight_names(self.model, {source: update})
@@ -274,10 +273,7 @@ def merged_weight(adapter: Adapter, factors: Mapping[str, Tensor], weight: Tenso
     if init == "pissa":  # PiSSA subtracts the initial factors from the base before training
         first_a, first_b = principal_factors(weight, adapter.rank, scaling)
         weight = weight - scaling * first_b @ first_a
-    merged = adapted_weight(weight, a, b, scaling)
-    if "lora_magnitude_vector" in factors:
-        merged *= (factors["lora_magnitude_vector"] / direction_norm(weight, a, b, scaling))[:, None]
-    return merged
+    return merged_linear(weight, a, b, scaling, factors.get("lora_magnitude_vector"))
 
 
 def _merge_file(weights: Weights, header: Header, target: Path, updates: Updates, advance: Advance) -> None:

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from automodel_trainer.checkpoint.export import conversion_groups
 from automodel_trainer.checkpoint.weights import named_tensors
 from automodel_trainer.models._transformers import converts_weights, original_weight_names
-from automodel_trainer.models.lora import adapters, lora_of
+from automodel_trainer.models.lora import adapter_names, adapters, lora_of
 from automodel_trainer.models.lora.adapter_files import PREFIX, trained_tensors
-from automodel_trainer.models.lora.functional import adapted_weight, direction_norm
+from automodel_trainer.models.lora.functional import adapted_weight, merged_linear
 from automodel_trainer.models.lora.initialize import whole
 from automodel_trainer.models.lora.layers import dense
 from automodel_trainer.models.stage_names import WholeTensors, of_all_stages, pipeline_of
@@ -86,9 +86,8 @@ class _Streamed:
         self.alone = not merge_adapters and lora_of(model) is not None
         trained = trained_tensors(model) if lora_of(model) is not None else {}
         own: dict[str, Tensor] = {} if self.alone else named_tensors(model)
-        parts = {id(parameter) for adapter in adapters(model) for parameter in adapter.parameters}
-        own = {name: tensor for name, tensor in own.items() if id(tensor) not in parts}
-        own = {name: tensor for name, tensor in own.items() if ".lora_" not in name}
+        of_adapters = adapter_names(model)
+        own = {name: tensor for name, tensor in own.items() if name not in of_adapters}
         self.whole = WholeTensors(model, {**own, **trained} if self.alone else {**trained, **own}, whole)
         names = of_all_stages(model, dict.fromkeys(trained if self.alone else own))
         self.meta = {
@@ -117,11 +116,8 @@ class _Streamed:
         exact = weight.float()
         if not found.linear:
             return adapted_weight(exact, a, b, found.scaling, found.transposed).to(weight.dtype)
-        matrix = exact.mT if found.transposed else exact
-        merged = adapted_weight(matrix, a, b, found.scaling)
-        if found.magnitude is not None:
-            magnitude = self._get(found.magnitude).float()
-            merged = merged * (magnitude / direction_norm(matrix, a, b, found.scaling))[:, None]
+        magnitude = None if found.magnitude is None else self._get(found.magnitude).float()
+        merged = merged_linear(exact.mT if found.transposed else exact, a, b, found.scaling, magnitude)
         return (merged.mT.contiguous() if found.transposed else merged).to(weight.dtype)
 
     def _get(self, name: str) -> Tensor:
@@ -142,15 +138,12 @@ def _factors_of(model: PreTrainedModel) -> dict[str, _Factors]:
     found = {}
     for adapter in adapters(model):
         prefix = adapter.peft_prefix
-        transposed = (
-            adapter.is_transposed if adapter.is_linear else bool(getattr(adapter.module, "is_transposed", False))
-        )
         found[adapter.target + (".weight" if adapter.is_linear else "")] = _Factors(
             f"{prefix}lora_A.weight",
             f"{prefix}lora_B.weight",
             f"{prefix}lora_magnitude_vector" if adapter.magnitude is not None else None,
             adapter.scaling,
-            transposed,
+            adapter.is_transposed or adapter.has_transposed_experts,
             adapter.is_linear,
         )
     return found

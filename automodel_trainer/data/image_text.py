@@ -25,7 +25,14 @@ from automodel_trainer.data.pictures.files import Pictures, as_png
 from automodel_trainer.data.pictures.rows import RowReader, as_text
 from automodel_trainer.data.pictures.store import Picture, PictureDocument, PictureRows, PictureStore
 from automodel_trainer.data.rows import TokenStore
-from automodel_trainer.data.sources import describe_place, keep_places, load_rows, load_validation_rows, places_of
+from automodel_trainer.data.sources import (
+    describe_place,
+    file_of,
+    keep_places,
+    load_rows,
+    load_validation_rows,
+    places_of,
+)
 from automodel_trainer.data.tokens import tokenize
 
 BLANK = 32
@@ -295,7 +302,7 @@ class _Source:
         """How the pictures of a row are read."""
         root = self.root
         if root is None and self.places:
-            root = Path(next(path for start, path in reversed(self.places) if start <= index)).parent
+            root = Path(file_of(self.places, index)[1]).parent
         return Pictures(root, self.min_pixels, self.max_pixels)
 
     def of(self, index: int) -> list[Picture]:

@@ -89,11 +89,16 @@ def keep_places(rows: Dataset, of: Dataset) -> Dataset:
     return rows
 
 
+def file_of(places: Sequence[tuple[int, str]], index: int) -> tuple[int, str]:
+    """The file that a row came from: the number of its first row, and its path."""
+    return next((start, path) for start, path in reversed(places) if start <= index)
+
+
 def describe_place(places: Sequence[tuple[int, str]] | None, index: int) -> str:
     """Where a row came from, for messages; `places` is what `places_of` returned. Rows count from 0."""
     if not places:
         return f"row {index} of the data"
-    start, path = next((start, path) for start, path in reversed(places) if start <= index)
+    start, path = file_of(places, index)
     if len(places) == 1:
         return f"row {index} of the data ({path})"
     return f"row {index} of the data (row {index - start} of {path})"

@@ -114,8 +114,13 @@ def draw(
 
 
 def default_device() -> torch.device:
-    """The device on which a new module would be built now: torch's default, or meta in `init_empty_weights()`."""
-    return nn.Linear(1, 1).weight.device
+    """The device on which a new module would be built now: torch's default, or meta in `init_empty_weights()`.
+
+    No random number is drawn: what the caller draws afterwards stays as it would be.
+    """
+    module = nn.Module()
+    module.register_parameter("probe", nn.Parameter(torch.empty(0)))
+    return module.get_parameter("probe").device
 
 
 def _base_of(adapter: Path, hub: dict[str, Any]) -> tuple[str, Path, str | None]:

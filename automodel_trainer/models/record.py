@@ -1,8 +1,9 @@
 """What was done to a model, in one record on the model itself.
 
-Nothing else of ours is attached to a Hugging Face model, but for two methods (`checkpoint/own_saving.py`). The record
-is an attribute, not a table beside the models, so that a copy (`copy.deepcopy`, a pickle, a model under fake tensors)
-has a record of its own. `state_dict` and `config` do not see it.
+The record is an attribute, not a table beside the models, so that a copy (`copy.deepcopy`, a pickle, a model under
+fake tensors) has a record of its own. `state_dict` and `config` do not see it. What else we attach to a Hugging Face
+model replaces transformers' own methods (to save, to checkpoint activations, to compute the loss), or tells
+transformers' Trainer that the model is sharded.
 
 An entry is found by its type, and the package that makes an entry owns the type:
 

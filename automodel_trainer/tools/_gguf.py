@@ -23,6 +23,7 @@ from automodel_trainer.nn.text import listed
 from automodel_trainer.tools._gguf_tokenizer import add_tokenizer
 
 FILE = "model.gguf"
+_OTHER_WAY = "Use llama.cpp's convert_hf_to_gguf.py on the exported folder."
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 # Of a config: names, defaults of generation and training, and what GGUF keeps with the tokenizer.
@@ -133,9 +134,6 @@ def _architecture(config: Any) -> tuple[str, bool]:
     return kind, processor is LlamaTensorProcessor
 
 
-_OTHER_WAY = "Use llama.cpp's convert_hf_to_gguf.py on the exported folder."
-
-
 def _names(weights: Weights, arch: str, config: Any) -> dict[str, str]:
     """Maps each weight to its name in GGUF. A tied head is left out: readers take the embeddings."""
     import gguf
@@ -163,7 +161,7 @@ def _add_config(writer: Any, arch: str, config: Any) -> None:
     layers = set(getattr(config, "layer_types", None) or ("full_attention",))
     if layers != {"full_attention"}:
         raise ValueError(f"--gguf writes models with full attention in every layer; this has {layers}. {_OTHER_WAY}")
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = _head_dim(config)
     values: dict[str, Any] = {"rope.dimension_count": head}
     if head * config.num_attention_heads != config.hidden_size:
         values |= {"attention.key_length": head, "attention.value_length": head}
@@ -207,7 +205,11 @@ def _check(folder: Path, file: Path) -> None:
 def _values(config: Any) -> dict[str, Any]:
     """What of a config the format has to keep."""
     found = {k: v for k, v in config.to_dict().items() if not any(fnmatchcase(k, ignored) for ignored in _NOT_KEPT)}
-    return {**found, "head_dim": found.get("head_dim") or config.hidden_size // config.num_attention_heads}
+    return {**found, "head_dim": _head_dim(config)}
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _same(value: Any, other: Any) -> bool:

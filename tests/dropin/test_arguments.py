@@ -84,6 +84,16 @@ def test_arguments_are_honoured(folder: Path) -> None:
     assert torch.equal(logits(inner), logits(model))
 
 
+def test_no_random_number_is_drawn(folder: Path) -> None:
+    """What a script draws after the model is what it draws after transformers' own."""
+    drawn = []
+    for auto in (AutoModelForCausalLM, Theirs):
+        torch.manual_seed(0)
+        auto.from_pretrained(folder)
+        drawn.append(torch.rand(()))
+    assert drawn[0] == drawn[1]
+
+
 def test_arguments_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     from_pretrained = AutoModelForCausalLM.from_pretrained
     lora = LoRAConfig(rank=2)

@@ -63,6 +63,21 @@ def adapted_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float, transpo
     return torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=scaling)
 
 
+def merged_linear(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
+    """The weight of a linear layer with its adapter in it, `[out, in]`.
+
+    Args:
+        weight: the base weight, fp32 `[out, in]`.
+        a, b: `[rank, in]` and `[out, rank]`.
+        scaling: alpha / rank.
+        magnitude: DoRA's, `[out]`; None without DoRA.
+    """
+    merged = adapted_weight(weight, a, b, scaling)
+    if magnitude is not None:
+        merged *= (magnitude / direction_norm(weight, a, b, scaling))[:, None]
+    return merged
+
+
 def direction_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """‖weight + scaling · B·A‖ of every output row, `[out]`, by which DoRA divides. A constant for autograd (§4.3)."""
     with torch.no_grad():

@@ -176,6 +176,11 @@ class Adapter:
         return isinstance(self.module, LoRAConv1D)
 
     @property
+    def has_transposed_experts(self) -> bool:
+        """Whether the adapted weight is fused experts `[experts, in, out]`."""
+        return not self.is_linear and bool(getattr(self.module, "is_transposed", False))
+
+    @property
     def magnitude(self) -> nn.Parameter | None:
         """The magnitude vector `[out]` of DoRA; None without DoRA."""
         return getattr(self.module, "lora_magnitude_vector", None) if self.is_linear else None
