@@ -110,6 +110,8 @@ def parallelized(spec: str, family: str, **overrides: Any) -> str:
         ("fsdp2:cp=2,cp_attention=ulysses", "llama", {"num_attention_heads": 1, "num_key_value_heads": 1}, "'ring'"),
         ("fsdp2:cp=2,cp_attention=tree", "llama", {}, "Allowed: auto, ulysses, ring"),
         ("fsdp2:cp=2", "lfm2", {"layer_types": ["conv", "full_attention"]}, "conv"),
+        ("fsdp2:cp=2", "roberta", {"is_decoder": True}, "count positions by itself"),  # from the padding id on
+        ("fsdp2:cp=2", "bert", {"is_decoder": True}, "accepted"),  # learned positions
     ],
 )
 def test_refusals(pool: RankPool, spec: str, family: str, overrides: dict[str, Any], words: str) -> None:
