@@ -1,6 +1,7 @@
 """Write docs/models.md: what works for every family of transformers that AutoModelForCausalLM builds.
 
 python docs/model_matrix.py                                      # hours on two cores
+python docs/model_matrix.py --jobs 16                            # 16 families side by side
 python docs/model_matrix.py --minutes 5                          # stops early with exit code 3; run it again to go on
 python docs/model_matrix.py --families llama mamba2 --columns packed "tp=2" --again
 
@@ -26,6 +27,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -319,29 +321,39 @@ def write_page(results: dict[tuple[str, str], Cell]) -> None:
     PAGE.write_text(before + START + "\n" + text + "\n" + END + rest.partition(END)[2])
 
 
+def _measure_all(left: dict[str, list[str]], args: argparse.Namespace) -> bool:
+    """Measure families, several side by side, and keep each result as it comes. False if time ran out."""
+    end = time.monotonic() + 60 * args.minutes
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
+        running = {pool.submit(_measure_before, end, family, columns): family for family, columns in left.items()}
+        done = [_keep(args.file, running[future], future.result()) for future in as_completed(running)]
+    return all(done)
+
+
+def _measure_before(end: float, family: str, columns: Sequence[str]) -> dict[str, Cell] | None:
+    return measure(family, columns) if time.monotonic() < end else None
+
+
+def _keep(path: Path, family: str, cells: dict[str, Cell] | None) -> bool:
+    with path.open("a") as file:
+        for column, cell in (cells or {}).items():
+            file.write(json.dumps({"family": family, "column": column, "cell": cell}) + "\n")
+            print(f"{family}, {column}: {cell}", flush=True)
+    return cells is not None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="*", default=families(), help="all by default")
     parser.add_argument("--columns", nargs="*", default=list(COLUMNS), help=f"of {', '.join(COLUMNS)}")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time, with exit code 3")
+    parser.add_argument("--jobs", type=int, default=1, help="families measured side by side")
     parser.add_argument("--again", action="store_true", help="also cells that are there")
     parser.add_argument("--file", type=Path, default=RESULTS, help="where results are kept")
     args = parser.parse_args()
-    end = time.monotonic() + 60 * args.minutes
     results = load(args.file)
-    complete = True
-    for family in args.families:
-        columns = [c for c in args.columns if args.again or (family, c) not in results]
-        if not columns:
-            continue
-        if time.monotonic() > end:
-            complete = False
-            break
-        cells = measure(family, columns)
-        with args.file.open("a") as file:
-            for column, cell in cells.items():
-                file.write(json.dumps({"family": family, "column": column, "cell": cell}) + "\n")
-                print(f"{family}, {column}: {cell}", flush=True)
+    left = {family: [c for c in args.columns if args.again or (family, c) not in results] for family in args.families}
+    complete = _measure_all({f: columns for f, columns in left.items() if columns}, args)
     results = load(args.file)
     if args.file == RESULTS:
         write_page(results)
