@@ -173,7 +173,7 @@ COMPILED = "fsdp2:compile=true,compile_backend=aot_eager"
     [
         ("fsdp2", 1, "separate", "plain"),
         ("fsdp2", 1, "separate", "experts"),
-        ("fsdp2", 1, "separate", "dora"),
+        more("fsdp2", 1, "separate", "dora"),
         ("fsdp2", 1, "separate", "dora-head"),
         ("fsdp2", 2, "separate", "plain"),
         more(COMPILED, 1, "widened", "block"),
