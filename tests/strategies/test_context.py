@@ -72,8 +72,8 @@ def train(spec: str, world_size: int, family: str, form: str, overrides: dict[st
         ("fsdp2:cp=2", 2, "phi3", "padded, ragged", {}),
         ("fsdp2:cp=2,activation_checkpointing=full", 2, "qwen3", "packed, ragged", {}),
         ("fsdp2:cp=4", 4, "qwen3", "packed", SINGLE_KV),  # fewer kv heads than ranks
-        ("fsdp2:cp=4", 4, "gemma3_text", "packed", WINDOW),
-        more("fsdp2:cp=2", 2, "gemma3_text", "padded", WINDOW),
+        more("fsdp2:cp=4", 4, "gemma3_text", "packed", WINDOW),
+        ("fsdp2:cp=2", 2, "gemma3_text", "padded", WINDOW),
         ("fsdp2:cp=2", 4, "qwen3_moe", "plain, ragged", MOE),  # dp_shard=2 × cp=2
         ("fsdp2:cp=2", 2, "gpt_oss", "plain, ragged", {"num_local_experts": 4}),  # each head has a sink
         ("hsdp:cp=2", 4, "gpt_neox", "packed", {}),

@@ -24,6 +24,7 @@ from automodel_trainer.verification.report import Report
 from automodel_trainer.verification.steps import layout_run
 from automodel_trainer.verification.verify import verify
 from tests.harness import Batch
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.strategies.test_context import rows_of
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -67,7 +68,7 @@ def with_defect(defect: Callable[[pytest.MonkeyPatch], None], function: Callable
         ("fsdp2:cp=2,cp_attention=ring", "qwen3", {}, "padded, ragged"),
         ("ddp", "llama", {}, "plain"),
         ("fsdp2:tp=2", "qwen3", {"tie_word_embeddings": True}, "packed"),
-        ("fsdp2:tp=2,cp=2", "gemma3_text", {"sliding_window": 300}, "packed"),
+        more("fsdp2:tp=2,cp=2", "gemma3_text", {"sliding_window": 300}, "packed"),
         ("3d:pp=2,tp=2,schedule=zbv", "gemma3_text", {"num_hidden_layers": 4}, "packed"),
     ],
 )
