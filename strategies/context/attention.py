@@ -241,7 +241,7 @@ class _Named:
         return getattr(self._config, name)
 
 
-def refuse_unsplittable(model: PreTrainedModel) -> None:
+def refuse_unsplittable(model: nn.Module) -> None:
     """Raise for models whose sequence cannot be split over cp ranks."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
