@@ -44,6 +44,8 @@ def initialize_weights(
     for name, module in model.named_modules():
         own = {_joined(name, k): p for k, p in module.named_parameters(recurse=False) if id(p) not in drawn}
         drawn |= {id(p) for p in own.values()}
+        if own and own.keys() <= set(added):
+            continue  # a rule that goes by names would take an adapter for the layer that it adapts
         if own or dict(module.named_buffers(recurse=False)):
             left += _draw(model, module, own, device, seed_of(seed, name))
     left = _draw_by_parents(model, [name for name in left if name not in added], device, seed)

@@ -29,7 +29,10 @@ def check_shards(model: PreTrainedModel) -> None:
 
 def _in_shards(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The logits for rows `[b, s]` of which a process holds all shards, one after another along the batch."""
-    replace_attention(model)
+    try:
+        replace_attention(model)
+    except ValueError:  # `install_attention` says it of the model itself
+        return logits_of(model(input_ids=ids))
     rows, length = ids.shape
     chunks = torch.arange(length).chunk(2 * SHARDS)
     shards = [torch.cat([chunks[i], chunks[2 * SHARDS - 1 - i]]) for i in range(SHARDS)]

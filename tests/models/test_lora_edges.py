@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig
 from transformers import AutoModelForCausalLM as Transformers
 
 from automodel_trainer import AutoModelForCausalLM
@@ -293,3 +294,12 @@ class Scaled(torch.nn.Linear):
 def test_linear_layers_that_return_something_else_are_single_matrices() -> None:
     model = torch.nn.ModuleDict({"router": Router(4, 3), "scaled": Scaled(4, 3), "plain": torch.nn.Linear(4, 3)})
     assert candidates(model) == {"router.weight": False, "scaled": True, "plain": True}
+
+
+def test_a_model_s_rules_do_not_draw_adapters() -> None:
+    """This family looks for the biases of gates by the names of modules, and adapters inside of them have none."""
+    config = AutoConfig.for_model(
+        "xlstm", hidden_size=32, embedding_dim=32, num_heads=4, num_hidden_layers=1, num_blocks=1, vocab_size=32
+    )
+    model = AutoModelForCausalLM.from_config(config, lora=LoRAConfig(rank=2))
+    assert all(p.isfinite().all() for p in model.parameters())
