@@ -135,8 +135,8 @@ def saved_before_restart() -> str | None:
 def requeued_checkpoint(trainer: pl.Trainer, path: str | os.PathLike[str] | None) -> str | None:
     """In a Slurm job without a `ckpt_path`, the checkpoint of the run that was queued again; else None.
 
-    Where `hpc_ckpt_*` is a link into the folder of a run, it is the newest undamaged checkpoint of that run: it may have
-    gone on since.
+    Where `hpc_ckpt_*` is a link into the folder of a run, it is the newest undamaged checkpoint of that run, which may
+    have gone on since.
     """
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if path is not None or not (isinstance(environment, SLURMEnvironment) or SLURMEnvironment.detect()):

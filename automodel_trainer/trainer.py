@@ -38,7 +38,13 @@ from automodel_trainer.data.adapt import as_loaders, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.distributed.launch import launched_sizes
 from automodel_trainer.modules import HuggingFaceModule
-from automodel_trainer.resume import check_folder, check_resume, checkpoint_path, requeued_checkpoint, saved_before_restart
+from automodel_trainer.resume import (
+    check_folder,
+    check_resume,
+    checkpoint_path,
+    requeued_checkpoint,
+    saved_before_restart,
+)
 from automodel_trainer.saves import SavesPretrained
 from automodel_trainer.strategies import MeshStrategy, Objective
 from automodel_trainer.strategies.base.precision import canonical_precision
