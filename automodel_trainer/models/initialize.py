@@ -142,9 +142,15 @@ def _draw(
         assert whole is not None
         if _is_plain(whole):
             whole.fill_(torch.nan)
+    others = [p for p in module.parameters(recurse=False) if not is_loaded(p)]
+    tied = [p for p in others if not any(p is owner._parameters[key] for owner, key in places.values())]
+    for parameter in tied:  # the first module that holds it has drawn it
+        mark_loaded(parameter, True)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         initialize_module(model, module)
+    for parameter in tied:
+        mark_loaded(parameter, False)
     left = []
     for name, parameter in own.items():
         owner, key = places[name]

@@ -22,6 +22,7 @@ _STATE_SPACE_HEADS = (
     ("n_mamba_heads", "mamba_headdim", "mamba_ngroups"),
     ("num_heads", "head_dim", "n_groups"),
 )
+_DEPTHS = ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
 _NOISE = ("dropout", "drop_path", "pdrop", "layerdrop", "jitter")
 _WIDTHS = (
     "intermediate_size",
@@ -134,8 +135,17 @@ def _shrink_depth(config: PreTrainedConfig, layers: int) -> list[int]:
         config.mlp_only_layers = [new for new, old in enumerate(keep) if old in config.mlp_only_layers]
     if shared := getattr(config, "num_kv_shared_layers", None):
         config.num_kv_shared_layers = sum(i >= depth - shared for i in keep)
-    config.num_hidden_layers = len(keep)
+    _set_depth(config, len(keep))
     return keep
+
+
+def _set_depth(config: PreTrainedConfig, layers: int) -> None:
+    """Set the number of layers; where a config counts those of an encoder and of a decoder apart, of both."""
+    counts = [name for name in _DEPTHS if isinstance(getattr(config, name, None), int)]
+    for name in counts:
+        setattr(config, name, layers)
+    if config.num_hidden_layers != layers:
+        config.num_hidden_layers = layers
 
 
 def _kinds(config: PreTrainedConfig, depth: int) -> list[Any]:
