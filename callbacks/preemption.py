@@ -37,8 +37,9 @@ class Preemption(Callback):
 
     A second Ctrl-C stops the process at once, wherever it is, without a save.
 
-    In a Slurm job (`SLURMEnvironment(auto_requeue=True)`, the default under srun) the requeue signal, SIGUSR1, also lets
-    Slurm queue the job again. The next start finds the checkpoint, without a `ckpt_path`, by the link `hpc_ckpt_1.ckpt`.
+    In a Slurm job (`SLURMEnvironment(auto_requeue=True)`, the default under srun) the requeue signal, SIGUSR1, also
+    lets Slurm queue the job again. The next start finds the checkpoint, without a `ckpt_path`, by the link
+    `hpc_ckpt_1.ckpt`.
 
     A stopped run leaves a file `<default_root_dir>/requeue` with the reason, except after Ctrl-C. The next run removes
     it. `Trainer.exit_code` is the exit code for the scheduler.
