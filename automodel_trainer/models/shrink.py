@@ -14,6 +14,7 @@ HEAD_DIM = 16
 MIN_LAYERS = 2
 # Multi-head latent attention (arXiv 2405.04434) has sizes of its own, which do not follow from the hidden size.
 _MLA = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+_QUERY = ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim")  # the whole and its parts
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Names of the numbers of heads, their size, and the number of groups; each family has its own.
 _STATE_SPACE_HEADS = (
@@ -101,7 +102,11 @@ def _one_size_of_layers(config: PreTrainedConfig, kept: list[int]) -> Iterator[N
         return
     sizes = {int(layer): size for layer, size in config.to_dict()["per_layer_config"].items()}
     config.per_layer_config = None  # reading a size that layers do not share raises
+    both = any(_is_whole_query({name: getattr(config, name, 0) for name in _QUERY} | size) for size in sizes.values())
     yield
+    if both:  # a quarter is rotated: the part must be exact
+        config.qk_nope_head_dim = 3 * config.qk_rope_head_dim
+        config.head_dim = 4 * config.qk_rope_head_dim
     own = {}
     for new, old in enumerate(kept):
         own[new] = dict(sizes.get(old, {}))
@@ -110,6 +115,12 @@ def _one_size_of_layers(config: PreTrainedConfig, kept: list[int]) -> Iterator[N
                 common = getattr(config, name, None)
                 own[new][name] = 2 * common if name == "head_dim" and common else common or value
     config.per_layer_config = {layer: size for layer, size in own.items() if size}
+
+
+def _is_whole_query(size: dict[str, Any]) -> bool:
+    """Whether the heads of a layer with latent attention are as wide as both parts of a query, and not as one."""
+    whole, *parts = (size.get(name) or 0 for name in _QUERY)
+    return bool(all(parts)) and whole == sum(parts)
 
 
 def alike(value: int, least: int, modulus: int) -> int:

@@ -270,6 +270,23 @@ def test_a_plan_that_forgets_a_sum_is_found(pool: RankPool, spec: str, world: in
     assert pool.run(world, wrong_plan, spec, {}) == [""] * world
 
 
+def shapes_that_do_not_match() -> str:
+    strategy = make_strategy("fsdp2:tp=2", 2)
+    model = strategy.parallelize(tiny_model("doge"))
+    try:
+        strategy.forward_backward(NextToken(model), [stack(random_rows(2, 13, seed=0))], torch.tensor(10))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_plan_with_shapes_that_do_not_match_is_refused(pool: RankPool) -> None:
+    """The model's own plan cuts heads, and not what it makes for each of them."""
+    for said in pool.run(2, shapes_that_do_not_match):
+        assert "tp > 1 cuts DogeForCausalLM by its tp_plan" in said
+        assert "set tp=1 and shard with fsdp2" in said
+
+
 def packed_plan() -> None:
     """A fused projection cut half by half, by the user's own rule."""
     plan = {"model.layers.*.mlp.gate_up_proj": "packed_colwise", "model.layers.*.mlp.down_proj": "rowwise"}

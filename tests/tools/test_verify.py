@@ -239,6 +239,12 @@ def test_shrink_takes_configs_that_count_layers_apart() -> None:
     assert isinstance(shrink(config, ranks=4, length=64, vocab_size=100), type(config))
 
 
+def test_shrink_keeps_heads_as_wide_as_both_parts_of_a_query() -> None:
+    config = AutoConfig.for_model("dots3_note_text")
+    small = shrink(config, ranks=4, length=64, vocab_size=100)
+    assert small.head_dim == small.qk_nope_head_dim + small.qk_rope_head_dim
+
+
 def test_a_padding_id_that_no_row_uses_stays_one() -> None:
     config = tiny_config(pad_token_id=200, bos_token_id=None, eos_token_id=7)
     ids = torch.tensor([[7, 9, 9, 3]])
