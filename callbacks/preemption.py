@@ -99,7 +99,7 @@ class Preemption(Callback):
     def reasons(self) -> tuple[str, ...]:
         """The reasons to stop. If ranks have different reasons, the last one in this order counts."""
         extra = self._requeue_signal
-        return (TIME, *self.signals) if extra in (None, *self.signals) else (TIME, *self.signals, extra)
+        return (TIME, *self.signals) if extra is None or extra in self.signals else (TIME, *self.signals, extra)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start the clock. From here on the requeue signal is remembered, until a step has ended."""
