@@ -78,16 +78,28 @@ def shrink(
 
 
 def _shrink_width(text: PreTrainedConfig, ranks: int) -> None:
+    hidden = text.hidden_size
     if getattr(text, "num_attention_heads", None):
         _shrink_heads(text, ranks)
     else:  # layers without attention
         text.hidden_size = 4 * HEAD_DIM
+    _follow(text, hidden)
     _shrink_linear_heads(text, ranks)
     for name in _WIDTHS:
         if isinstance(value := getattr(text, name, None), int):
             setattr(text, name, alike(value, 4 * HEAD_DIM, ranks))
     _shrink_experts(text, ranks)
     _shrink_state_spaces(text)
+
+
+def _follow(config: PreTrainedConfig, hidden: int) -> None:
+    """Shrink what is a multiple of the hidden size, which was `hidden`, with it."""
+    for name in ("embedding_dim", "attention_hidden_size"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value and value % hidden == 0:
+            setattr(config, name, value // hidden * config.hidden_size)
+            if isinstance(getattr(config, "attention_head_dim", None), int):
+                config.attention_head_dim = getattr(config, name) // config.num_attention_heads
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models._transformers import forget_absent_ties
+from automodel_trainer.models.small_copy import first_line
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.strategies.tensor.sequence import stacks
 
@@ -194,8 +195,9 @@ def _traced(model: nn.Module, layers: str) -> ModelParts:
         model.eval()(input_ids=torch.zeros(1, 4, dtype=torch.long, device=device), use_cache=False)
     except Exception as error:
         raise ValueError(
-            f"pp > 1: {type(model).__name__} declares no pp_plan that covers its parameters, and running it without "
-            f"its layers to find its parts failed: {error}. Give the model a `_pp_plan`, or use fsdp2."
+            f"pp > 1: {type(model).__name__} declares no pp_plan that covers its parameters, and its forward does not "
+            f"run with stand-ins that return hidden states in place of its layers ({first_line(error)}). Use fsdp2 "
+            "or tp instead, or give the model a `_pp_plan`."
         ) from error
     finally:
         config.pad_token_id = padding

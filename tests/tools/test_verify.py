@@ -245,6 +245,14 @@ def test_shrink_keeps_heads_as_wide_as_both_parts_of_a_query() -> None:
     assert small.head_dim == small.qk_nope_head_dim + small.qk_rope_head_dim
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "factor"), [("xlstm", "embedding_dim", 1), ("zamba2", "attention_hidden_size", 2)]
+)
+def test_shrink_keeps_multiples_of_the_hidden_size(family: str, name: str, factor: int) -> None:
+    small = shrink(AutoConfig.for_model(family), ranks=4, length=64, vocab_size=100)
+    assert getattr(small, name) == factor * small.hidden_size <= 512
+
+
 def test_a_padding_id_that_no_row_uses_stays_one() -> None:
     config = tiny_config(pad_token_id=200, bos_token_id=None, eos_token_id=7)
     ids = torch.tensor([[7, 9, 9, 3]])
