@@ -16,6 +16,8 @@ MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, documents
 _CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _LLMC = {20240520: np.uint16, 20240801: np.uint32}  # magic numbers of llm.c: its header is 256 int32
+_HIGH_HALVES = 4  # the high halves of ids below 2^18 are less
+_SAMPLE = 1024  # numbers of a part that is looked at: an even number
 PIECE = 1 << 16  # tokens of a piece, where documents are not told apart
 
 
@@ -25,7 +27,7 @@ class TokenFile:
     Args:
         path: a `.bin` file, or a Megatron prefix (the path without `.bin`).
         end: id of the token that ends a document, to find the documents of a plain file; None: they are not told apart.
-        dtype: of a plain file without a header: "uint16" or "uint32".
+        dtype: of a plain file without a header: "uint16" or "uint32". None: uint16, unless its tokens look wider.
 
     Attributes:
         lengths: tokens of each piece, int64 `[n]`.
@@ -33,10 +35,10 @@ class TokenFile:
         documents: number of documents.
 
     Raises:
-        ValueError: a file is missing, damaged, or of another format.
+        ValueError: a file is missing, damaged, or of another format or width.
     """
 
-    def __init__(self, path: str | os.PathLike[str], end: int | None = None, dtype: str = "uint16") -> None:
+    def __init__(self, path: str | os.PathLike[str], end: int | None = None, dtype: str | None = None) -> None:
         text = os.fspath(path)
         prefix = text.removesuffix(".bin").removesuffix(".idx")
         self.path, self.index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
@@ -74,16 +76,20 @@ class TokenFile:
             np.searchsorted(bounds, np.arange(sequences), side="right") - 1
         )  # the document of each sequence
 
-    def _read_plain(self, end: int | None, dtype: str) -> None:
+    def _read_plain(self, end: int | None, dtype: str | None) -> None:
         header = np.fromfile(self.path, np.int32, 256)
         kind = _LLMC.get(int(header[0])) if len(header) == 256 else None
         offset = 1024 if kind is not None else 0
-        chosen = np.dtype(kind or dtype)
-        if (self.path.stat().st_size - offset) % chosen.itemsize:
+        chosen = np.dtype(kind or dtype or np.uint16)
+        size = self.path.stat().st_size - offset
+        if size % chosen.itemsize:
             raise ValueError(
-                f"{self.path} is no whole number of {chosen} tokens. Give its dtype (token_dtype='uint32')."
+                f"{self.path} is no whole number of {chosen} tokens: {size:,} bytes of tokens, {chosen.itemsize} each. "
+                "Copy it again if it is cut off, or set token_dtype to what it holds (allowed: 'uint16', 'uint32')."
             )
         self._tokens = np.memmap(self.path, chosen, "r", offset)
+        if kind is None and dtype is None:
+            self._refuse_wider()
         total = len(self._tokens)
         ends = [np.arange(PIECE, total, PIECE), [total]]
         stops = np.empty(0, np.int64)
@@ -95,6 +101,23 @@ class TokenFile:
         self._starts = np.concatenate([[0], bounds[:-1]]).astype(np.int64) if total else bounds
         self.lengths = bounds - self._starts
         self.sample_ids = np.searchsorted(stops, self._starts, side="right")
+
+    def _refuse_wider(self) -> None:
+        """Refuse a file that was read as uint16 and holds wider numbers: every second one would be a false token."""
+        if not _looks_wider(self._tokens):
+            return
+        text = (
+            f"{self.path} has no header, and is read as uint16 without token_dtype. But almost every second number is "
+        )
+        if _looks_wider(self._tokens.view(np.uint32)):
+            raise ValueError(
+                f"{text}0, as in tokens of 8 bytes. Allowed: uint16 and uint32. Write it anew: "
+                "np.fromfile(path, np.int64).astype(np.uint32).tofile(new), and set token_dtype='uint32'."
+            )
+        raise ValueError(
+            f"{text}below {_HIGH_HALVES}, as in tokens of 4 bytes. Set token_dtype='uint32', or token_dtype='uint16' "
+            "if these are its tokens."
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -132,6 +155,17 @@ class TokenFile:
             start = len(self._tokens) * part // 64
             digest.update(self._tokens[start : start + 4096].tobytes())
         return digest.hexdigest()[:32]
+
+
+def _looks_wider(numbers: np.ndarray) -> bool:
+    """Whether numbers are the halves of wider ones: almost every second is small, and the others are not. A sample."""
+    if len(numbers) < 16 or len(numbers) % 2:
+        return False
+    starts = range(0, len(numbers), max(_SAMPLE, len(numbers) // 128 * 2))
+    pairs = np.concatenate([numbers[start : start + _SAMPLE] for start in starts]).reshape(-1, 2)
+    return any(
+        (pairs[:, 1] < bound).mean() >= 0.99 and (pairs[:, 0] < bound).mean() < 0.75 for bound in (1, _HIGH_HALVES)
+    )
 
 
 class TokenFileWriter:

@@ -34,7 +34,8 @@ class TokenDataModule(MicroBatchDataModule):
             "auto": lay them end to end if the model can keep them apart.
         document_end: id of the token that ends a document in a plain file; "eos": the tokenizer's; None: the documents
             of a plain file are not told apart.
-        token_dtype: of a plain file without a header: `uint16` or `uint32`.
+        token_dtype: of a plain file without a header: `uint16` or `uint32`. None: uint16; a file that looks like wider
+            tokens is refused.
         seed: determines the order of the rows in each epoch.
         num_workers: processes that build micro-batches ahead of time.
         drop_last: drop the last global batch of an epoch if it is incomplete, instead of filling it up.
@@ -56,7 +57,7 @@ class TokenDataModule(MicroBatchDataModule):
         global_batch_size: int | None = None,
         packing: bool | Literal["auto"] = "auto",
         document_end: int | str | None = "eos",
-        token_dtype: str = "uint16",
+        token_dtype: str | None = None,
         seed: int = 0,
         num_workers: int = 0,
         drop_last: bool = False,
@@ -71,8 +72,8 @@ class TokenDataModule(MicroBatchDataModule):
             num_workers=num_workers,
             drop_last=drop_last,
         )
-        if token_dtype not in ("uint16", "uint32"):
-            raise ValueError(f"token_dtype={token_dtype!r} is unknown. Allowed: 'uint16', 'uint32'.")
+        if token_dtype not in (None, "uint16", "uint32"):
+            raise ValueError(f"token_dtype={token_dtype!r} is unknown. Allowed: 'uint16', 'uint32', or null.")
         if isinstance(document_end, str) and document_end != "eos":
             raise ValueError(f"document_end={document_end!r} is unknown. Allowed: a token id, 'eos', or null.")
         check_packing(packing)

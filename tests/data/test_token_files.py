@@ -111,6 +111,29 @@ def test_plain_files(tmp_path: Path) -> None:
     assert TokenFile(tmp_path / "nano.bin", end=9).documents == 1
 
 
+def test_a_plain_file_of_wider_tokens_is_refused(tmp_path: Path) -> None:
+    """Read as uint16 it would be twice as long, and every second token 0."""
+    draw = np.random.default_rng(0)
+    for name, high in (("small", 65), ("large", 1 << 18)):
+        draw.integers(0, high, 9999).astype(np.uint32).tofile(tmp_path / f"{name}.bin")
+        with pytest.raises(ValueError, match=rf"{name}\.bin has no header.*Set token_dtype='uint32', or token_dt"):
+            TokenDataModule(tmp_path / f"{name}.bin", document_end=None).build_rows()
+        assert int(TokenFile(tmp_path / f"{name}.bin", dtype="uint32").lengths.sum()) == 9999
+        assert int(TokenFile(tmp_path / f"{name}.bin", dtype="uint16").lengths.sum()) == 2 * 9999, "as asked"
+    draw.integers(0, 50257, 9999).tofile(tmp_path / "eight.bin")
+    with pytest.raises(ValueError, match=r"tokens of 8 bytes.*astype\(np.uint32\)"):
+        TokenFile(tmp_path / "eight.bin")
+    for high in (4, 65, 50257):
+        draw.integers(0, high, 10_000).astype(np.uint16).tofile(tmp_path / "right.bin")
+        assert int(TokenFile(tmp_path / "right.bin").lengths.sum()) == 10_000
+    with pytest.raises(ValueError, match=r"token_dtype='int64' is unknown\. Allowed: 'uint16', 'uint32', or null"):
+        TokenDataModule(tmp_path / "right.bin", token_dtype="int64")
+    narrow = TokenDataModule(tmp_path / "right.bin", token_dtype="uint32", document_end=None)
+    narrow.prepare()
+    with pytest.raises(ValueError, match="the model's vocab_size is 50,257"):
+        narrow.check_sizes(50257, None, False)
+
+
 def test_it_trains_and_resumes(tmp_path: Path) -> None:
     writer = TokenFileWriter(tmp_path / "t", 264)
     draw = np.random.default_rng(0)
