@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import json
 import lzma
+import os
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -108,6 +111,8 @@ class _Named:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError) and (text := _encoding_fault(self.file, error)):
+            raise ValueError(text) from None
         if isinstance(error, _Fault):
             raise ValueError(str(error)) from None
         if isinstance(error, (OSError, EOFError, ValueError, lzma.LZMAError, pa.ArrowException)):
@@ -118,6 +123,46 @@ class _Named:
 
 class _Fault(ValueError):
     """A message that names the file already."""
+
+
+def _encoding_fault(file: DataFile, error: ValueError) -> str | None:
+    """What to say if a file of text could not be read because it is not UTF-8; None if that was not the reason."""
+    if file.format in TYPED:
+        return None
+    encoding = "latin1"
+    with opened(file) as stream:
+        if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            encoding = "utf-16"
+        elif not isinstance(error, UnicodeDecodeError) and "invalid UTF8" not in str(error):  # of Arrow
+            return None
+    if (found := _first_bad_byte(file)) is None:
+        return None
+    line, offset, byte = found
+    unpack = "Decompress it, and convert" if file.compression else "Convert"
+    guess = "" if encoding == "utf-16" else ", with its encoding in place of latin1 if it is another"
+    return (
+        f"{file.path} line {line} is not UTF-8 text: byte {offset:,} of the file is 0x{byte:02x}. {unpack} it{guess}: "
+        f"iconv -f {encoding} -t utf-8 {shlex.quote(os.path.basename(file.path))} > converted"
+    )
+
+
+def _first_bad_byte(file: DataFile) -> tuple[int, int, int] | None:
+    """Line, offset and value of the first byte that is not UTF-8; None if all are."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line, start = 1, 0
+    with opened(file) as stream:
+        while True:
+            data = stream.read(1 << 20)
+            kept = decoder.getstate()[0]  # of a character that the last part cut
+            try:
+                decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                place = error.start - len(kept)
+                return line + data[: max(0, place)].count(b"\n"), start + place, (kept + data)[error.start]
+            if not data:
+                return None
+            line += data.count(b"\n")
+            start += len(data)
 
 
 def _ipc(source: Any) -> Any:
@@ -165,8 +210,6 @@ def _lines(stream: BinaryIO, first: bytes) -> Iterator[bytes]:
 def _parsed(line: bytes, path: str, number: int) -> Any:
     try:
         return json.loads(line.rstrip())
-    except UnicodeDecodeError as error:
-        raise _Fault(f"{path} line {number} is not UTF-8 text ({error.reason} at byte {error.start} of it).") from None
     except json.JSONDecodeError as error:
         raise _Fault(
             f"{path} line {number + error.lineno - 1} is not valid JSON: {error.msg} at column {error.colno}."
@@ -210,6 +253,7 @@ def _csv(stream: BinaryIO, path: str, delimiter: str = ",") -> Iterator[list[Row
         raise _Fault(f"{path} has two columns of one name: {names.column_names}.")
     reader = pc.open_csv(
         _Joined(head, stream),
+        read_options=pc.ReadOptions(use_threads=False),  # with threads, errors do not name the row
         parse_options=pc.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pc.ConvertOptions(column_types=dict.fromkeys(names.column_names, pa.string())),
     )
@@ -240,10 +284,7 @@ def _tsv(stream: BinaryIO, path: str) -> Iterator[list[Row]]:
 
 
 def _text(stream: BinaryIO, path: str) -> Iterator[list[Row]]:
-    try:
-        yield [{"text": stream.read().decode("utf-8-sig")}]
-    except UnicodeDecodeError as error:
-        raise _Fault(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    yield [{"text": stream.read().decode("utf-8-sig")}]
 
 
 _READERS: dict[str, Any] = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _tsv, "text": _text}

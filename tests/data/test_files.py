@@ -226,7 +226,20 @@ def test_broken_files_are_named_with_the_row(tmp_path: Path) -> None:
         "i.parquet": (b"nothing", r"i\.parquet cannot be read"),
         "j.arrow": (b"nothing of arrow", r"j\.arrow cannot be read"),
         "k.jsonl.zst": (good, r"k\.jsonl\.zst cannot be read"),
-        "l.txt": (b"\xff\xfe", r"l\.txt is not UTF-8"),
+        "l.txt": (
+            b"\xff\xfe",
+            r"l\.txt line 1 is not UTF-8 text: byte 0 of the file is 0xff\. Convert it: iconv -f utf-16",
+        ),
+        "m.csv": (
+            b"a,b\n" + b"1,2\n" * 3 + b"\xe9,1\n",
+            r"m\.csv line 5 is not UTF-8 text: byte 16 .* is 0xe9\..*latin1",
+        ),
+        "n.csv": (b"\xe9,b\n1,2\n", r"n\.csv line 1 is not UTF-8 text: byte 0 .*iconv -f latin1 -t utf-8 n\.csv"),
+        "o.tsv.gz": (
+            gzip.compress(b"a\tb\n\xe9\t1\n"),
+            r"o\.tsv\.gz line 2 is not UTF-8 .*Decompress it, and convert it",
+        ),
+        "p.jsonl": ('{"a": 1}\n'.encode("utf-16"), r"p\.jsonl line 1 is not UTF-8 .*iconv -f utf-16"),
     }
     for name, (data, message) in broken.items():
         (tmp_path / name).write_bytes(data)
