@@ -18,7 +18,13 @@ from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.mixture import check_temperature, parse_sources
 from automodel_trainer.data.packing import pack
 from automodel_trainer.data.rows import Rows, RowStats, SampleRows, TokenStore, digest
-from automodel_trainer.data.sources import describe_place, load_rows, load_validation_rows, places_of
+from automodel_trainer.data.sources import (
+    describe_place,
+    load_rows,
+    load_validation_rows,
+    places_of,
+    refuse_other_columns,
+)
 from automodel_trainer.data.tokens import check_share, split_ids, tokenize
 
 CHECKED = 200
@@ -195,6 +201,7 @@ class ChatDataModule(MicroBatchDataModule):
         """All rows as tokens, and their fingerprint."""
         tokenizer, loss_on = self.load_tokenizer(), self.loss_on
         form = format_of(rows, self.columns)
+        refuse_other_columns(rows, form.data_columns)
         places = places_of(rows)
 
         encoder = BatchEncoder(tokenizer, loss_on)

@@ -60,6 +60,11 @@ class Format:
     columns: Mapping[str, str] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
 
+    @property
+    def data_columns(self) -> list[str]:
+        """The data set's names of the required columns."""
+        return [self.columns.get(name, name) for name in self.required]
+
     def to_messages(self, row: Mapping[str, Any], index: int | None = None) -> Conversation:
         """Convert one row to a conversation.
 

@@ -32,6 +32,7 @@ from automodel_trainer.data.sources import (
     load_rows,
     load_validation_rows,
     places_of,
+    refuse_other_columns,
 )
 from automodel_trainer.data.tokens import tokenize
 
@@ -157,9 +158,11 @@ class ImageTextDataModule(ChatDataModule):
 
     def _samples(self, rows: Dataset) -> tuple[TokenStore, str]:
         """All rows as planned samples, and their fingerprint."""
+        form = format_of(rows, self.columns)
+        refuse_other_columns(rows, form.data_columns)
         source = _Source(
             rows.with_format(None),
-            RowReader(format_of(rows, self.columns), self.image_mark),
+            RowReader(form, self.image_mark),
             places_of(rows),
             self.image_root or (Path("/") if _has_pictures(rows.features) else None),
             self.min_pixels,

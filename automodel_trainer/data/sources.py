@@ -104,6 +104,45 @@ def describe_place(places: Sequence[tuple[int, str]] | None, index: int) -> str:
     return f"row {index} of the data (row {index - start} of {path})"
 
 
+def refuse_other_columns(rows: Dataset, wanted: Sequence[str]) -> None:
+    """Raise ValueError if rows came from several files, and a wanted column has values in some of them and not in all.
+
+    Args:
+        rows: the data.
+        wanted: columns that every row needs.
+    """
+    places = places_of(rows) or []
+    ends = [*(start for start, _ in places[1:]), len(rows)]
+    parts = [(start, end, path) for (start, path), end in zip(places, ends) if end > start]
+    if len(parts) < 2:
+        return
+    lacking = next((part for part in parts if any(_all_null(rows, part, column) for column in wanted)), None)
+    if lacking is None:
+        return
+    missing = [column for column in wanted if _all_null(rows, lacking, column)]
+    other = next((part for part in parts if not any(_all_null(rows, part, column) for column in missing)), None)
+    if other is None:
+        return
+    (_, _, one), (_, _, two) = other, lacking
+    raise ValueError(
+        f"the files have different columns: {one} has {_columns(rows, other)}, and {two} has "
+        f"{_columns(rows, lacking)}, without {missing}. Files of one folder or pattern are read as one table of one "
+        f"format. Make them a mixture (train: [{{path: {os.path.basename(one)}}}, {{path: {os.path.basename(two)}}}]), "
+        "or put them into separate folders."
+    )
+
+
+def _all_null(rows: Dataset, part: tuple[int, int, str], column: str) -> bool:
+    """Whether a column has no value in the rows of a file. Most often the first row says no."""
+    start, end, _ = part
+    chosen = rows.select_columns([column]).with_format("arrow")
+    return all(chosen[a:b][column].null_count == b - a for a, b in ((start, start + 1), (start, end)))
+
+
+def _columns(rows: Dataset, part: tuple[int, int, str]) -> list[str]:
+    return [column for column in rows.column_names if not _all_null(rows, part, column)]
+
+
 def open_stream(data: Any, split: str = "train") -> IterableDataset:
     """Open a source as a stream, which is read during training and never loaded whole.
 

@@ -101,7 +101,7 @@ class TokenStream:
             self.source.load_state_dict(copy.deepcopy(at["source"]))
             rows = iter(self.source)
             found_text = False
-            while block := [row[self.text_column] for row in islice(rows, self.block_size)]:
+            while block := [self._text(row, at["read"] + i) for i, row in enumerate(islice(rows, self.block_size))]:
                 found_text = found_text or any(block)
                 behind = copy.deepcopy(self.source.state_dict())
                 yield block, self._order(len(block), at), at
@@ -110,6 +110,14 @@ class TokenStream:
             if not found_text:  # never true on resume: a saved position comes after some text
                 raise ValueError(f"no row of the stream has any text in column {self.text_column!r}.")
             at = {**self.beginning(), "epoch": at["epoch"] + 1}
+
+    def _text(self, row: dict[str, Any], number: int) -> str | None:
+        if self.text_column not in row:
+            raise ValueError(
+                f"row {number} of the stream has no column {self.text_column!r}; its columns are {sorted(row)}. Stream "
+                "files that have the column, or set text_column."
+            )
+        return row[self.text_column]  # type: ignore[no-any-return]
 
     def _order(self, count: int, at: Position) -> np.ndarray:
         if self.block_size == 1:

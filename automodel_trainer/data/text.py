@@ -13,7 +13,7 @@ from automodel_trainer.data.base import MicroBatchDataModule, TrainLoader, check
 from automodel_trainer.data.documents import document_end, encode_documents
 from automodel_trainer.data.mixture import check_temperature, parse_sources
 from automodel_trainer.data.rows import Rows, StreamRows, TokenStore, digest
-from automodel_trainer.data.sources import load_rows, load_validation_rows, open_stream
+from automodel_trainer.data.sources import load_rows, load_validation_rows, open_stream, refuse_other_columns
 from automodel_trainer.data.stream import StreamLoader, TokenStream
 from automodel_trainer.data.tokens import check_columns, check_share, split_ids, tokenize
 
@@ -212,6 +212,7 @@ class TextDataModule(MicroBatchDataModule):
 
     def _pieces(self, rows: Dataset) -> tuple[TokenStore, str]:
         check_columns([self.text_column], rows.column_names)
+        refuse_other_columns(rows, [self.text_column])
         tokenizer, column = self.load_tokenizer(), self.text_column
         document_end(tokenizer)  # fail early if there is no EOS token
 

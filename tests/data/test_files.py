@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from automodel_trainer import ChatDataModule
+from automodel_trainer import ChatDataModule, TextDataModule
 from automodel_trainer.data.arrow_rows import dataset_of_rows
 from automodel_trainer.data.files import split_of
 from automodel_trainer.data.formats import format_of
@@ -249,6 +249,30 @@ def test_broken_files_are_named_with_the_row(tmp_path: Path) -> None:
     write(tmp_path / "two" / "b.jsonl", rows=[{"messages": [{"role": "king", "content": "q"}]}])
     with pytest.raises(ValueError, match=r"row 3 of the data \(row 0 of .*b\.jsonl\).*unknown role 'king'"):
         ChatDataModule(tmp_path / "two", tokenizer=tiny_tokenizer(), seq_len=256).prepare()
+
+
+def test_files_of_other_columns_are_named(tmp_path: Path) -> None:
+    """Chats would stop at the first row without a conversation, and texts would be left out without a word."""
+    chats = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    write(tmp_path / "a.jsonl", rows=[chats] * 3)
+    (tmp_path / "b.csv").write_text("prompt,response\nq,a\n")
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl has \['messages'\], and .*b\.csv has \['prompt', 'response'\]"
+    ) as e:
+        ChatDataModule(tmp_path, tokenizer=tiny_tokenizer(), seq_len=256).prepare()
+    assert "(train: [{path: a.jsonl}, {path: b.csv}]), or put them into separate folders" in str(e.value)
+    mixture = [{"path": tmp_path / "a.jsonl"}, {"path": tmp_path / "b.csv"}]
+    ChatDataModule(mixture, tokenizer=tiny_tokenizer(), seq_len=256).prepare()
+    write(tmp_path / "texts" / "a.jsonl", rows=[{"text": "t"}, {"text": None}])
+    write(tmp_path / "texts" / "b.jsonl", rows=[{"text": None}, {"text": "t"}])
+    TextDataModule(tmp_path / "texts", tokenizer=tiny_tokenizer(), seq_len=8).prepare()
+    write(tmp_path / "texts" / "c.jsonl", rows=[{"content": "t"}])
+    with pytest.raises(ValueError, match=r"c\.jsonl has \['content'\], without \['text'\]"):
+        TextDataModule(tmp_path / "texts", tokenizer=tiny_tokenizer(), seq_len=8).prepare()
+    stream = TextDataModule(tmp_path / "texts", tokenizer=tiny_tokenizer(), seq_len=8, streaming=True)
+    stream.prepare()
+    with pytest.raises(ValueError, match=r"row 4 of the stream has no column 'text'; its columns are \['content'\]"):
+        stream._stream._blocks(stream._stream.beginning()).__next__()  # type: ignore[union-attr]
 
 
 def test_a_changed_file_is_read_again_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
