@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     train, unseen = (read(arguments.output / "data" / f"{split}.jsonl") for split in ("train", "validation"))
     unseen = unseen[:: max(1, len(unseen) // arguments.limit)] if arguments.limit else unseen
-    given, blind = answers(arguments.output / "export", unseen), commonest(train)
+    given, blind = answers(arguments.output / "hf", unseen), commonest(train)
     sheet = arguments.output / "answers.png"
     draw(unseen, given, sheet)
     for question, answer in list(zip(unseen, given))[:: max(1, len(unseen) // 6)][:6]:
