@@ -19,6 +19,8 @@ from lightning.pytorch.overrides.distributed import prepare_for_backward
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher, _WorkerOutput
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector as CheckpointConnector
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.argparse import _defaults_from_env_vars
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
@@ -27,14 +29,19 @@ __all__ = [
     "DDPForwardRedirection",
     "NotebookLauncher",
     "SubprocessLauncher",
+    "answer_requeue_signal",
     "assigned_checkpoint",
+    "attached_trainer",
     "defaults_from_env_vars",
     "drop_advertisement",
     "forget_optimizers",
     "end_ranks_on_sigterm",
+    "hpc_checkpoint",
+    "install_checkpoint_connector",
     "install_quiet_epoch_loop",
     "keep_quiet_about_trees",
     "last_checkpoints",
+    "next_hpc_checkpoint",
     "prepare_for_backward",
     "read_more_in_load_from_checkpoint",
     "sync_rank_zero",
@@ -166,6 +173,43 @@ def read_more_in_load_from_checkpoint(reads: Callable[[Any], bool], read: Callab
 def assigned_checkpoint(trainer: pl.Trainer) -> Any:
     """The checkpoint that a user set by `trainer.ckpt_path = …`, which `fit` restores; None if nobody did."""
     return trainer.ckpt_path if trainer._checkpoint_connector._user_managed else None
+
+
+def answer_requeue_signal(trainer: pl.Trainer, handler: Callable[[int, Any], None]) -> None:
+    """Let `handler` answer Slurm's requeue signal. Lightning would save in the middle of a step, on its own rank."""
+    trainer._signal_connector._slurm_sigusr_handler_fn = handler  # type: ignore[method-assign,assignment]
+
+
+def hpc_checkpoint(trainer: pl.Trainer) -> str | None:
+    """The newest `hpc_ckpt_*.ckpt` in `default_root_dir`, as Lightning finds it."""
+    return trainer._checkpoint_connector._hpc_resume_path
+
+
+def next_hpc_checkpoint(trainer: pl.Trainer) -> str:
+    """The path of the next `hpc_ckpt_*.ckpt`."""
+    return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+
+
+class _CheckpointConnector(CheckpointConnector):
+    """Lightning's connector, which looks for `hpc_ckpt_*` in `fit` alone.
+
+    Lightning's `test(model)` in a Slurm job tests the weights of such a checkpoint and not those of `model`.
+    """
+
+    @property
+    def _hpc_resume_path(self) -> str | None:
+        evaluates = self.trainer.state.fn is not None and self.trainer.state.fn != TrainerFn.FITTING
+        return None if evaluates and self.trainer.state.status == TrainerStatus.RUNNING else super()._hpc_resume_path
+
+
+def install_checkpoint_connector(trainer: pl.Trainer) -> None:
+    """Replace the Trainer's checkpoint connector. Call it before the first run."""
+    trainer._checkpoint_connector = _CheckpointConnector(trainer)
+
+
+def attached_trainer(module: pl.LightningModule | None) -> pl.Trainer | None:
+    """The Trainer that a module is attached to; None if there is none yet."""
+    return None if module is None else module._trainer
 
 
 def last_checkpoints(trainer: pl.Trainer) -> set[str]:

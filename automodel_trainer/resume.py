@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from automodel_trainer._lightning import last_checkpoints
+from automodel_trainer._lightning import hpc_checkpoint, last_checkpoints
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.remote import fetch, is_remote, local_root
@@ -25,11 +26,15 @@ def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) ->
     Args:
         trainer: its `default_root_dir` holds the runs.
         path: a folder, a URL, "last", "best", "last-whole" (the newest undamaged), or "auto" (the same, or None if
-            there is none).
+            there is none), or "hpc" (what a Slurm job that was queued again goes on from).
 
     Raises:
-        ValueError: `path` is "last", "best" or "last-whole", and there is no such checkpoint.
+        ValueError: `path` is "last", "best", "last-whole" or "hpc", and there is no such checkpoint.
     """
+    if path == "hpc":
+        path = hpc_checkpoint(trainer)
+        if path is None:
+            raise ValueError(f"ckpt_path='hpc': there is no hpc_ckpt_*.ckpt in {trainer.default_root_dir}.")
     if is_remote(path):
         return str(fetch(str(path), local_root(trainer.default_root_dir) / "downloads"))
     if path not in ("last", "last-whole", "best", "auto"):
@@ -120,12 +125,41 @@ def saved_before_restart() -> str | None:
     run = begin_fit()
     if run is None:
         return None
+    checkpoint = _newest_whole(run)
+    if checkpoint is None:
+        return None
+    rank_zero_info(f"torchrun has restarted this run: it resumes from {checkpoint}.")
+    return str(checkpoint)
+
+
+def requeued_checkpoint(trainer: pl.Trainer, path: str | os.PathLike[str] | None) -> str | None:
+    """In a Slurm job without a `ckpt_path`, the checkpoint of the run that was queued again; else None.
+
+    Where `hpc_ckpt_*` is a link into the folder of a run, it is the newest undamaged checkpoint of that run, which may
+    have gone on since.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if path is not None or not (isinstance(environment, SLURMEnvironment) or SLURMEnvironment.detect()):
+        return None
+    found = hpc_checkpoint(trainer)
+    if found is None:
+        return None
+    whole = _newest_whole(Path(found).resolve().parent) if os.path.islink(found) else Path(found)
+    if whole is None:
+        raise ValueError(
+            f"{found} says that this run was queued again, and its checkpoints are gone. Remove the link to start from "
+            "the beginning, or give ckpt_path."
+        )
+    rank_zero_info(f"Slurm has started this run again: it resumes from {whole}. For a new run remove {found}.")
+    return str(whole) if os.path.islink(found) else found
+
+
+def _newest_whole(run: Path) -> Path | None:
     for checkpoint in reversed(saved_in(run)):
         try:
             check_checkpoint(checkpoint)
         except ValueError as error:
             rank_zero_warn(f"Skipping a damaged checkpoint: {error}")
         else:
-            rank_zero_info(f"torchrun has restarted this run: it resumes from {checkpoint}.")
-            return str(checkpoint)
+            return checkpoint
     return None

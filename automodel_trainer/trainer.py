@@ -23,6 +23,7 @@ from automodel_trainer._lightning import (
     defaults_from_env_vars,
     drop_advertisement,
     end_ranks_on_sigterm,
+    install_checkpoint_connector,
     install_quiet_epoch_loop,
     keep_quiet_about_trees,
     uncompiled,
@@ -31,13 +32,20 @@ from automodel_trainer.accelerators import resolve_devices
 from automodel_trainer.callbacks._loggers import upload_folders
 from automodel_trainer.callbacks.defaults import default_callbacks
 from automodel_trainer.callbacks.preemption import preemption_of
+from automodel_trainer.callbacks.requeue import asks_for_requeue
 from automodel_trainer.checkpoint.remote import is_remote, local_root
 from automodel_trainer.connect import Model, accumulating, connect, without
 from automodel_trainer.data.adapt import as_loaders, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.distributed.launch import launched_sizes
 from automodel_trainer.modules import HuggingFaceModule
-from automodel_trainer.resume import check_folder, check_resume, checkpoint_path, saved_before_restart
+from automodel_trainer.resume import (
+    check_folder,
+    check_resume,
+    checkpoint_path,
+    requeued_checkpoint,
+    saved_before_restart,
+)
 from automodel_trainer.saves import SavesPretrained
 from automodel_trainer.strategies import MeshStrategy, Objective
 from automodel_trainer.strategies.base.precision import canonical_precision
@@ -45,6 +53,7 @@ from automodel_trainer.verification.ranks import Launcher
 from automodel_trainer.verification.report import Report
 from automodel_trainer.verification.verify import verify
 
+LOG_EVERY = 10
 DEFAULT_EPOCHS = 3  # if neither epochs, steps nor time are given; Hugging Face's Trainer has the same default
 
 
@@ -95,7 +104,7 @@ class Trainer(SavesPretrained):
         val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int | None = None,
-        log_every_n_steps: int = 10,
+        log_every_n_steps: int = LOG_EVERY,
         enable_checkpointing: bool | None = None,
         enable_progress_bar: bool | None = None,
         enable_model_summary: bool = False,
@@ -148,6 +157,7 @@ class Trainer(SavesPretrained):
                 garbage_collection=not barebones,
                 max_time=max_time,
                 folders=isinstance(strategy, MeshStrategy),
+                requeues=asks_for_requeue(plugins) and not fast_dev_run,
             ),
             fast_dev_run=fast_dev_run,
             max_epochs=max_epochs,
@@ -164,7 +174,7 @@ class Trainer(SavesPretrained):
             val_check_interval=val_check_interval,
             check_val_every_n_epoch=check_val_every_n_epoch,
             num_sanity_val_steps=num_sanity_val_steps,
-            log_every_n_steps=log_every_n_steps if not barebones else None,
+            log_every_n_steps=None if barebones and log_every_n_steps == LOG_EVERY else log_every_n_steps,
             enable_checkpointing=enable_checkpointing,
             enable_progress_bar=enable_progress_bar,
             enable_model_summary=enable_model_summary,
@@ -187,6 +197,7 @@ class Trainer(SavesPretrained):
         )
         install_quiet_epoch_loop(self)
         end_ranks_on_sigterm(self)
+        install_checkpoint_connector(self)
         if is_remote(self.default_root_dir):
             rank_zero_info(
                 f"Checkpoints and Lightning's logs go to {self.default_root_dir}; the ledger, the configuration and "
@@ -218,7 +229,8 @@ class Trainer(SavesPretrained):
             val_dataloaders, datamodule: as Lightning has them; `val_dataloaders` may be a list of batches.
             ckpt_path: the checkpoint to resume from: a folder, a URL, `"last"`, `"best"`, `"last-whole"` (the newest
                 that is not damaged; `"last"` raises if the newest is damaged and names the file), or `"auto"` (the
-                same, or none if there is none). After a restart by torchrun, the run's own last checkpoint is used.
+                same, or none if there is none). After a restart by torchrun, the run's own last checkpoint is used;
+                so it is without a `ckpt_path` in a job that Slurm has queued again (`"hpc"`).
             weights_only: as Lightning has it.
             resume: what to take from the checkpoint of `ckpt_path`. "all" goes on where it was. "data" keeps weights,
                 optimizer and step, and begins with the first row and epoch of other data. "weights" starts a new run
@@ -269,7 +281,7 @@ class Trainer(SavesPretrained):
         self.resumed_path = saved_before_restart()
         if self.resumed_path is None:
             assigned = assigned_checkpoint(self) if ckpt_path is None else None
-            self.resumed_path = checkpoint_path(self, assigned or ckpt_path)
+            self.resumed_path = checkpoint_path(self, assigned or ckpt_path) or requeued_checkpoint(self, ckpt_path)
             if self.resumed_path is not None and resume != "all":
                 check_folder(self.resumed_path, resume)
                 self.resume = resume

@@ -47,6 +47,8 @@ def place_in_epoch(checkpoint: dict[str, Any], loader: MicroBatchLoader, saved: 
 
 def place_of(checkpoint: dict[str, Any]) -> tuple[int, bool] | None:
     """How many batches of an epoch were taken, and whether loaders saved their places; None between epochs."""
+    if "loops" not in checkpoint:  # a `.ckpt` that another program wrote
+        return None
     saved = checkpoint["loops"]["fit_loop"]
     progress = saved["epoch_loop.batch_progress"]
     batches: int = progress["current"]["ready"]

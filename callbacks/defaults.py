@@ -26,6 +26,7 @@ def default_callbacks(
     garbage_collection: bool = False,
     max_time: Duration | None = None,
     folders: bool = True,
+    requeues: bool = False,
 ) -> list[Callback]:
     """The user's callbacks, with the default ones added unless the user gave one of that kind.
 
@@ -42,6 +43,7 @@ def default_callbacks(
         max_time: add a Preemption with this time limit.
         folders: the strategy writes checkpoint folders. Otherwise no DCPCheckpoint is added, and Lightning adds its
             ModelCheckpoint.
+        requeues: Slurm queues the run again on a signal: add a Preemption, which saves for it.
 
     Raises:
         ValueError: `max_time` is not a duration, or the user's Preemption has a limit of its own.
@@ -65,7 +67,7 @@ def default_callbacks(
         callbacks.insert(0, Watchdog())  # first, to record the phase before another callback can hang in it
     if garbage_collection and missing(GarbageCollection):
         callbacks.append(GarbageCollection())
-    if (checkpointing or max_time is not None) and missing(Preemption):
+    if (checkpointing or requeues or max_time is not None) and missing(Preemption):
         callbacks.append(Preemption())
     if max_time is not None:
         next(callback for callback in callbacks if isinstance(callback, Preemption)).set_limit(max_time)

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from automodel_trainer._lightning import answer_requeue_signal
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
+from automodel_trainer.callbacks.requeue import requeue, requeue_signal, save_for_requeue
 from automodel_trainer.callbacks.time_limit import Duration, TimeLimit
 from automodel_trainer.checkpoint.remote import local_root
 from automodel_trainer.distributed.launch import in_notebook
@@ -34,6 +36,10 @@ class Preemption(Callback):
     time left.
 
     A second Ctrl-C stops the process at once, wherever it is, without a save.
+
+    In a Slurm job (`SLURMEnvironment(auto_requeue=True)`, the default under srun) the requeue signal, SIGUSR1, also
+    lets Slurm queue the job again. The next start finds the checkpoint, without a `ckpt_path`, by the link
+    `hpc_ckpt_1.ckpt`.
 
     A stopped run leaves a file `<default_root_dir>/requeue` with the reason, except after Ctrl-C. The next run removes
     it. `Trainer.exit_code` is the exit code for the scheduler.
@@ -76,6 +82,8 @@ class Preemption(Callback):
         self._flag: torch.Tensor | None = None
         self._work: dist.Work | None = None
         self._limit_val_batches: Any = None
+        self._requeue_signal: str | None = None
+        self._requeued = False
 
     def set_limit(self, max_time: Duration) -> None:
         """Set the limit from `Trainer(max_time=)`.
@@ -90,23 +98,27 @@ class Preemption(Callback):
     @property
     def reasons(self) -> tuple[str, ...]:
         """The reasons to stop. If ranks have different reasons, the last one in this order counts."""
-        return (TIME, *self.signals)
+        extra = self._requeue_signal
+        return (TIME, *self.signals) if extra is None or extra in self.signals else (TIME, *self.signals, extra)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Start the clock."""
+        """Start the clock. From here on the requeue signal is remembered, until a step has ended."""
+        self._received, self._requeued, self._requeue_signal = 0, False, requeue_signal(trainer)
+        if self._requeue_signal is not None and stage == "fit":
+            answer_requeue_signal(trainer, self._on_signal)
         if self.limit is not None:
             self.limit.start()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the signal handlers, and create the process group in which ranks agree."""
-        self.stopped_by, self._received, self._work = None, 0, None
+        self.stopped_by, self._work = None, None
         if trainer.is_global_zero:
             _marker(trainer).unlink(missing_ok=True)
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")  # NCCL cannot reduce tensors on the CPU
         # Lightning has just installed its own handlers. Ours replace them until the run ends.
         if threading.current_thread() is threading.main_thread():
-            for name in self.signals:
+            for name in self.reasons[1:]:
                 number = getattr(signal, name)
                 self._previous[number] = signal.getsignal(number)
                 self._install(number, self._on_signal)
@@ -131,9 +143,12 @@ class Preemption(Callback):
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
-        if self.stopped_by not in (None, "SIGINT") and trainer.is_global_zero:
-            _marker(trainer).parent.mkdir(parents=True, exist_ok=True)
-            _marker(trainer).write_text(f"{self.stopped_by}\n")
+        if self.stopped_by not in (None, "SIGINT", self._requeue_signal) and trainer.is_global_zero:
+            self._leave_marker(trainer)
+
+    def _leave_marker(self, trainer: pl.Trainer) -> None:
+        _marker(trainer).parent.mkdir(parents=True, exist_ok=True)
+        _marker(trainer).write_text(f"{self.stopped_by}\n")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Restore the signal handlers."""
@@ -141,7 +156,12 @@ class Preemption(Callback):
         self._restore_handlers()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restore the signal handlers."""
+        """Restore the signal handlers, and let Slurm queue the job again if that is why it stopped."""
+        if stage == "fit" and self.stopped_by is not None and self.stopped_by == self._requeue_signal:
+            if trainer.is_global_zero:  # not earlier: Slurm ends the job
+                self._requeued = requeue(trainer)
+            if trainer.is_global_zero and not self._requeued:
+                self._leave_marker(trainer)
         # Not earlier: until Lightning removes its own handlers, they would answer a second signal with a broadcast
         # that the other ranks do not expect.
         self._restore_handlers()
@@ -150,10 +170,12 @@ class Preemption(Callback):
     def exit_code(self) -> int:
         """The exit code for a stopped run: 75 asks the scheduler to start it again, 130 means Ctrl-C; otherwise 0.
 
+        It is 0 if Slurm has queued the job again already.
+
         Under torchrun it is always 0. torchrun would take any other code for a crash, restart the run on the machine
         that it must leave, and exit with 1 itself. Use the marker file there.
         """
-        if self.stopped_by is None or "TORCHELASTIC_RUN_ID" in os.environ:
+        if self.stopped_by is None or self._requeued or "TORCHELASTIC_RUN_ID" in os.environ:
             return 0
         return 128 + signal.SIGINT if self.stopped_by == "SIGINT" else REQUEUE
 
@@ -201,8 +223,11 @@ class Preemption(Callback):
         savers = _savers(trainer)
         for saver in savers:  # Lightning calls checkpoint callbacks last, so they will save this step
             saver.request_save(trainer)
+        requeues = self.stopped_by == self._requeue_signal
+        if requeues:
+            save_for_requeue(trainer)
         what = "max_time is almost over" if self.stopped_by == TIME else f"{self.stopped_by} received"
-        if savers:
+        if savers or requeues:
             rank_zero_info(f"{what}: saving a checkpoint and stopping.")
         else:
             rank_zero_warn(f"{what}: stopping. There is no DCPCheckpoint, so nothing is saved.")

@@ -91,7 +91,16 @@ def _data(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
     else:
         given["stream"] = given.get("train")
     tokenizer = datamodule.tokenizer if hasattr(datamodule.tokenizer, "get_vocab") else tokenizer_of(module)
-    return _named("data", given) | _tokenizer(tokenizer)
+    return _named("data", given) | _tokenizer(tokenizer) | _processor(getattr(datamodule, "processor", None))
+
+
+def _processor(processor: Any) -> Settings:
+    """What a processor does to pictures; not how it is called, which depends on the version of transformers."""
+    pictures = getattr(processor, "image_processor", None)
+    if pictures is None:
+        return {}
+    does = {key: value for key, value in pictures.to_dict().items() if not key.endswith(("_type", "_class", "_map"))}
+    return {"model.processor": _digest(sorted((key, _plain(value)) for key, value in does.items()))}
 
 
 def _tokenizer(tokenizer: Any) -> Settings:

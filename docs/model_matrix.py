@@ -57,7 +57,9 @@ LIMIT = 150  # seconds a cell
 UNFINISHED = 3
 CORRECTIONS: dict[str, dict[str, Any]] = {
     # Defaults that transformers itself cannot build or run.
-    "deepseek_v2": {"num_experts_per_tok": 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "moe_intermediate_size": 1408},
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -71,10 +73,12 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
         name: {"is_decoder": True}
         for name in (
             "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
-            "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta",
-            "xlm-roberta-xl", "xmod",
+            "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta",
+            "xlm-roberta-xl",
         )
     },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
 }  # fmt: skip
 
 

@@ -15,7 +15,13 @@ from automodel_trainer.distributed.mesh import ParallelDims, submesh
 from automodel_trainer.nn.deferred_logits import deferred_logits
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part
-from automodel_trainer.strategies.context.attention import CPAttention, check_method, install_attention
+from automodel_trainer.strategies.context.attention import (
+    CPAttention,
+    check_method,
+    install_attention,
+    refuse_unsplittable,
+)
+from automodel_trainer.strategies.context.rehearsal import check_shards
 from automodel_trainer.strategies.context.split import ContextParallel
 from automodel_trainer.strategies.tensor.async_tp import enable_async_tp
 from automodel_trainer.strategies.tensor.check import check_replicas
@@ -154,6 +160,8 @@ class InnerParallelStrategy(MeshStrategy):
             ValueError: the model mixes tokens outside of attention, or cp does not divide its heads.
         """
         if self.dims.cp > 1:
+            refuse_unsplittable(model)
+            check_shards(model)  # type: ignore[arg-type]
             # Sequence parallel splits a shard once more, so its length must be a multiple of tp.
             method = install_attention(model, self.dims.cp, self.dims.tp, self.cp_attention)  # type: ignore[arg-type]
             self._context = ContextParallel(self.device_mesh["cp"], method, multiple_of=self.dims.tp)

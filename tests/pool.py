@@ -46,9 +46,12 @@ CONTEXT.set_forkserver_preload(
         "automodel_trainer.lightning_cli",
         "transformers.models.llama.modeling_llama",
         "torch._dynamo",
+        "torch._inductor.compile_fx",  # which aot_eager has too, and torchao
         "torch.distributed.checkpoint",
+        "torch.distributed.tensor.experimental",
         "torch.distributed.tensor.parallel",
         "peft",
+        "networkx",
     ]
 )
 _TIMEOUT = 600  # seconds that a job may take before the pool is declared stuck: a busy machine takes its time

@@ -45,10 +45,14 @@ def started(code: str, folder: Path, *arguments: str) -> Job:
     return Job(folder, in_folder, folder, environment, run_code, code, script, *arguments)
 
 
-@pytest.mark.parametrize("launcher", ["fork", "spawn", "subprocess"])
+@pytest.mark.parametrize("launcher", ["fork", "spawn"])  # subprocesses: below
 def test_devices_starts_processes(launcher: str, tmp_path: Path) -> None:
     job = started(SCRIPT, tmp_path, launcher, str(tmp_path / "run"))
     assert job.wait(240) == [0], job.log()
+    check_trained(job, tmp_path)
+
+
+def check_trained(job: Job, tmp_path: Path) -> None:
     assert f"PATH {tmp_path / 'run/checkpoints/step-00000002'} WORLD 2 LOSS True" in job.log()
     assert (tmp_path / "run/checkpoints/step-00000002/rank-00001.json").is_file()
 
@@ -98,7 +102,7 @@ class Accident(Callback):
 if __name__ == "__main__":
     trainer = Trainer(
         strategy=DDPStrategy(), accelerator="cpu", devices=2, max_steps=2, logger=False, callbacks=[Accident()],
-        default_root_dir=sys.argv[1], enable_progress_bar=False,
+        default_root_dir=sys.argv[-1], enable_progress_bar=False,
     )
     data = MockDataModule(vocab_size=260, seq_len=16, global_batch_size=4, num_samples=16)
     trainer.fit(CausalLMModule(tiny_model(), lr=1e-2), data)
@@ -114,13 +118,18 @@ def runs(pid: str) -> bool:
 
 @pytest.mark.parametrize("launcher", ["devices", "torchrun"])
 def test_a_rank_that_raises_takes_the_others_along(launcher: str, tmp_path: Path) -> None:
-    """Rank 0. With `devices=2` it has started the other: nobody but the watchdog would see to that."""
+    """Rank 0. With `devices=2` it has started the other: nobody but the watchdog would see to that.
+
+    Before that a run of the same processes ends well.
+    """
     if launcher == "devices":
-        job = started(RAISES, tmp_path, str(tmp_path / "run"))
+        job = started(f"{SCRIPT}\n{RAISES}", tmp_path, "subprocess", str(tmp_path / "run"))
     else:
         job = Job(tmp_path, torchrun, 0, run_code, RAISES, tmp_path / "train.py", str(tmp_path / "run"))
     assert job.wait(600) != [0]
     log, seen = job.log(), time.time()
+    if launcher == "devices":
+        check_trained(job, tmp_path)
     pids = re.findall(r"PID (\d+)", log)
     assert len(pids) == 2
     while any(runs(pid) for pid in pids) and time.time() - seen < 300:

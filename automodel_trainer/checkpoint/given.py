@@ -28,7 +28,7 @@ def note_given(optimizers: Sequence[Optimizer], schedulers: Sequence[Any] = ()) 
     for optimizer in optimizers:
         _OPTIONS[optimizer] = [_options(group) for group in optimizer.param_groups]
     for scheduler in schedulers:
-        _SCHEDULES[scheduler] = _copied(scheduler.state_dict())
+        _SCHEDULES[scheduler] = _copied(scheduler.state_dict() or {})
 
 
 def given_options(optimizer: Optimizer) -> list[Options] | None:
@@ -92,7 +92,7 @@ def continued_schedule(
         for _ in range(steps):
             scheduler.step()
     counted = {"_step_count": saved["_step_count"]} if "_step_count" in saved else {}
-    return {**scheduler.state_dict(), **counted}
+    return {**(scheduler.state_dict() or {}), **counted}
 
 
 def _continued_plateau(

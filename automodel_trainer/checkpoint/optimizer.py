@@ -326,7 +326,8 @@ def _load_groups(
     if len(now["groups"]) != len(saved["groups"]):
         raise ValueError(
             f"{folder} holds {len(saved['groups'])} parameter groups, but the run has {len(now['groups'])}. Resume "
-            "with the same groups."
+            "with the same groups (the same parts in lr={…}, the same weight-decay groups), or start a new run from "
+            "the checkpoint's weights: fit(resume='weights'), --resume weights."
         )
     given = given_options(optimizer)
     for i, (group, own, other) in enumerate(zip(optimizer.param_groups, now["groups"], saved["groups"])):

@@ -53,6 +53,12 @@ _OTHER_FUNCTION = "the model would compute something else with the same weights"
 _TABLE: tuple[tuple[Meaning, str, str, str], ...] = (
     # --- optimization
     (_TAKEN, "model.", "lr", "with the schedule, from the first step on; the optimizer's moments stay"),
+    (
+        _TAKEN,
+        "model.",
+        "lr.*",
+        "for the same parts, each with its schedule; other parts are other groups of the optimizer, which is refused",
+    ),
     (_REFUSED, "model.", "optimizer.name", "the optimizer's state means nothing to another optimizer"),
     (_TAKEN, "model.optimizer.", "weight_decay args args.*", ""),
     (_TAKEN, "model.", "optimizer", ""),
@@ -76,6 +82,8 @@ _TABLE: tuple[tuple[Meaning, str, str, str], ...] = (
     ),
     (_REFUSED, "model.", "config.*", _OTHER_FUNCTION),
     (_REFUSED, "model.", "tokenizer", "the model has learned other tokens: the embeddings would be mixed up"),
+    (_REFUSED, "model.", "processor", "the model has learned pictures that were prepared otherwise"),
+    (_REFUSED, "model.", "freeze", "other weights are trained"),
     (_REFUSED, "model.", "lora", "adapters and the whole model are trained by different weights"),
     (_REFUSED, "model.lora.", "rank alpha target_modules exclude use_rslora use_dora", _OTHER_ADAPTER),
     (_REFUSED, "model.lora.", "modules_to_save", "other weights are trained"),
@@ -98,6 +106,8 @@ _TABLE: tuple[tuple[Meaning, str, str, str], ...] = (
         "temperature split document_end token_dtype streaming vocab_size num_samples chat_template class",
         _ROWS,
     ),
+    (_DATA, "data.", "image_mark min_pixels max_pixels", _ROWS),
+    (_TAKEN, "data.", "image_root processor", "if the rows and what prepares their pictures are the same"),
     (_TAKEN, "data.", "train", "if the rows are the same; a stream is told by its name"),
     (_DATA, "data.", "stream", "a stream's place is that in its source"),
     (_TAKEN, "data.", "val_samples", ""),

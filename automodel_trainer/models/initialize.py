@@ -44,6 +44,8 @@ def initialize_weights(
     for name, module in model.named_modules():
         own = {_joined(name, k): p for k, p in module.named_parameters(recurse=False) if id(p) not in drawn}
         drawn |= {id(p) for p in own.values()}
+        if own and own.keys() <= set(added):
+            continue  # a rule that goes by names would take an adapter for the layer that it adapts
         if own or dict(module.named_buffers(recurse=False)):
             left += _draw(model, module, own, device, seed_of(seed, name))
     left = _draw_by_parents(model, [name for name in left if name not in added], device, seed)
@@ -142,9 +144,15 @@ def _draw(
         assert whole is not None
         if _is_plain(whole):
             whole.fill_(torch.nan)
+    others = [p for p in module.parameters(recurse=False) if not is_loaded(p)]
+    tied = [p for p in others if not any(p is owner._parameters[key] for owner, key in places.values())]
+    for parameter in tied:  # the first module that holds it has drawn it
+        mark_loaded(parameter, True)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         initialize_module(model, module)
+    for parameter in tied:
+        mark_loaded(parameter, False)
     left = []
     for name, parameter in own.items():
         owner, key = places[name]

@@ -14,6 +14,7 @@ HEAD_DIM = 16
 MIN_LAYERS = 2
 # Multi-head latent attention (arXiv 2405.04434) has sizes of its own, which do not follow from the hidden size.
 _MLA = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+_QUERY = ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim")  # the whole and its parts
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Names of the numbers of heads, their size, and the number of groups; each family has its own.
 _STATE_SPACE_HEADS = (
@@ -22,6 +23,7 @@ _STATE_SPACE_HEADS = (
     ("n_mamba_heads", "mamba_headdim", "mamba_ngroups"),
     ("num_heads", "head_dim", "n_groups"),
 )
+_DEPTHS = ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
 _NOISE = ("dropout", "drop_path", "pdrop", "layerdrop", "jitter")
 _WIDTHS = (
     "intermediate_size",
@@ -76,16 +78,28 @@ def shrink(
 
 
 def _shrink_width(text: PreTrainedConfig, ranks: int) -> None:
+    hidden = text.hidden_size
     if getattr(text, "num_attention_heads", None):
         _shrink_heads(text, ranks)
     else:  # layers without attention
         text.hidden_size = 4 * HEAD_DIM
+    _follow(text, hidden)
     _shrink_linear_heads(text, ranks)
     for name in _WIDTHS:
         if isinstance(value := getattr(text, name, None), int):
             setattr(text, name, alike(value, 4 * HEAD_DIM, ranks))
     _shrink_experts(text, ranks)
     _shrink_state_spaces(text)
+
+
+def _follow(config: PreTrainedConfig, hidden: int) -> None:
+    """Shrink what is a multiple of the hidden size, which was `hidden`, with it."""
+    for name in ("embedding_dim", "attention_hidden_size"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value and value % hidden == 0:
+            setattr(config, name, value // hidden * config.hidden_size)
+            if isinstance(getattr(config, "attention_head_dim", None), int):
+                config.attention_head_dim = getattr(config, name) // config.num_attention_heads
 
 
 @contextmanager
@@ -100,7 +114,11 @@ def _one_size_of_layers(config: PreTrainedConfig, kept: list[int]) -> Iterator[N
         return
     sizes = {int(layer): size for layer, size in config.to_dict()["per_layer_config"].items()}
     config.per_layer_config = None  # reading a size that layers do not share raises
+    both = any(_is_whole_query({name: getattr(config, name, 0) for name in _QUERY} | size) for size in sizes.values())
     yield
+    if both:  # a quarter is rotated: the part must be exact
+        config.qk_nope_head_dim = 3 * config.qk_rope_head_dim
+        config.head_dim = 4 * config.qk_rope_head_dim
     own = {}
     for new, old in enumerate(kept):
         own[new] = dict(sizes.get(old, {}))
@@ -109,6 +127,12 @@ def _one_size_of_layers(config: PreTrainedConfig, kept: list[int]) -> Iterator[N
                 common = getattr(config, name, None)
                 own[new][name] = 2 * common if name == "head_dim" and common else common or value
     config.per_layer_config = {layer: size for layer, size in own.items() if size}
+
+
+def _is_whole_query(size: dict[str, Any]) -> bool:
+    """Whether the heads of a layer with latent attention are as wide as both parts of a query, and not as one."""
+    whole, *parts = (size.get(name) or 0 for name in _QUERY)
+    return bool(all(parts)) and whole == sum(parts)
 
 
 def alike(value: int, least: int, modulus: int) -> int:
@@ -134,8 +158,17 @@ def _shrink_depth(config: PreTrainedConfig, layers: int) -> list[int]:
         config.mlp_only_layers = [new for new, old in enumerate(keep) if old in config.mlp_only_layers]
     if shared := getattr(config, "num_kv_shared_layers", None):
         config.num_kv_shared_layers = sum(i >= depth - shared for i in keep)
-    config.num_hidden_layers = len(keep)
+    _set_depth(config, len(keep))
     return keep
+
+
+def _set_depth(config: PreTrainedConfig, layers: int) -> None:
+    """Set the number of layers; where a config counts those of an encoder and of a decoder apart, of both."""
+    counts = [name for name in _DEPTHS if isinstance(getattr(config, name, None), int)]
+    for name in counts:
+        setattr(config, name, layers)
+    if config.num_hidden_layers != layers:
+        config.num_hidden_layers = layers
 
 
 def _kinds(config: PreTrainedConfig, depth: int) -> list[Any]:

@@ -10,12 +10,14 @@ folder is written under a temporary name and renamed when it is complete, so a f
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,12 +114,27 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    quantized = _auto_class().from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with _read_once():
+        quantized = _auto_class().from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = _plain_model(quantized)
     _complete_tokenizer(tokenizer, max_length=model.config.max_position_embeddings)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers takes the file apart for the config, the weights and the tokenizer each, which takes ten seconds,
+    and makes the table of names anew for every module."""
+    import gguf
+
+    own: Any = (gguf.GGUFReader, gguf.get_tensor_name_map)
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, own)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = own  # type: ignore[misc]
 
 
 def _plain_model(quantized: PreTrainedModel) -> PreTrainedModel:

@@ -77,7 +77,7 @@ def _window(labels: Tensor, length: int) -> int:
 
 
 def renumber(objective: Objective, steps: list[list[MicroBatch]], config: PreTrainedConfig) -> int:
-    """Renumber the token ids in use from 0, in place, in batches and config. Returns how many ids are in use.
+    """Renumber the token ids in use from 0, in place, in batches and config. Returns how many ids there are now.
 
     A vocabulary of a hundred thousand would make up most of a small model, and most of its time.
     """
@@ -94,13 +94,8 @@ def renumber(objective: Objective, steps: list[list[MicroBatch]], config: PreTra
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         for part in {id(config): config, id(text): text}.values():
             old = getattr(part, name, None)
-            _set_id(part, name, numbers.get(old) if isinstance(old, int) else None)
-    return len(used)
-
-
-def _set_id(config: PreTrainedConfig, name: str, value: int | None) -> None:
-    """Set a special token. Some configs refuse None: there it is the first token."""
-    try:
-        setattr(config, name, value)
-    except Exception:  # of the validator of each config class
-        setattr(config, name, 0)
+            if isinstance(old, int):  # one that no batch uses stays one: some models look for their padding id
+                setattr(part, name, numbers.setdefault(old, len(numbers)))
+            elif old is not None:
+                setattr(part, name, None)
+    return len(numbers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 # As a part of the norm of all gradients. A gradient that is zero but for rounding has a meaningless relative error, so
 # no gradient is divided by less than this.
-FLOOR = 1e-4
+_FLOOR = 1e-4
 
 
 class KeptTensors:
@@ -49,16 +49,32 @@ def scalar_error(value: Tensor, reference: Tensor) -> float:
     return abs(float(value) - float(reference)) / max(abs(float(reference)), 1e-12)
 
 
-def errors_by_name(values: dict[str, Tensor], expected: dict[str, Tensor], total: float = 0.0) -> dict[str, float]:
+def gradient_errors(values: dict[str, Tensor], expected: dict[str, Tensor], total: float) -> dict[str, float]:
+    """The relative error of every gradient; see `_errors`. `total` is the norm of all of `expected`."""
+    return _errors(values, expected, lambda _: _FLOOR * total)
+
+
+def weight_errors(values: dict[str, Tensor], expected: dict[str, Tensor], lr: float) -> dict[str, float]:
+    """The relative error of every weight; see `_errors`. `lr` is how far a step moves an entry at most.
+
+    A bias that starts at zero and has no gradient but rounding (that of keys: softmax takes no notice of it) is
+    rounding itself. So no weight is divided by less than a full step.
+    """
+    return _errors(values, expected, lambda weight: lr * math.sqrt(weight.numel()))
+
+
+def _errors(
+    values: dict[str, Tensor], expected: dict[str, Tensor], floor: Callable[[Tensor], float]
+) -> dict[str, float]:
     """The relative error of every tensor, in the order of the model. It is infinite where only one of the two has it.
 
     Args:
         values: of the layout, by name.
         expected: of one device, by name.
-        total: the norm of all of `expected`; see `FLOOR`. 0 sets no floor.
+        floor: the smallest number to divide by, of an expected tensor.
     """
     errors = {
-        name: relative_error(value, expected[name], FLOOR * total) if name in expected else math.inf
+        name: relative_error(value, expected[name], floor(expected[name])) if name in expected else math.inf
         for name, value in values.items()
     }
     return errors | {name: math.inf for name in expected if name not in values}

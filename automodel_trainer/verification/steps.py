@@ -29,10 +29,11 @@ from automodel_trainer.verification.choices import Choice, ChoiceRecorder, Margi
 from automodel_trainer.verification.errors import (
     KeptTensors,
     common_scale,
-    errors_by_name,
+    gradient_errors,
     kept_tensors,
     relative_error,
     scalar_error,
+    weight_errors,
 )
 from automodel_trainer.verification.flips import Comparer, Flips, load_choices, save_choices
 from automodel_trainer.verification.outputs import OutputRecorder, whole_output
@@ -183,14 +184,14 @@ def layout_run(job: Job, folder: Path) -> Comparison:
             result.norm.append(scalar_error(norm, reference[f"norm/{step}"]))
             gradients = {name: _full(grad) for name, grad in _gradients(model)}
             expected = _held(model, reference.below(f"gradient/{step}/"))
-            result.gradients.append(errors_by_name(gradients, expected, float(reference[f"norm/{step}"])))
+            result.gradients.append(gradient_errors(gradients, expected, float(reference[f"norm/{step}"])))
             if step == 0:
                 result.scale = common_scale(gradients, expected)
             strategy.clip_grad_norm_(parameters, module.gradient_clip_val)
             optimizer.step()
             optimizer.zero_grad()
         weights = {name: _full(p.detach()) for name, p in model.named_parameters()}
-        result.weights = errors_by_name(weights, _held(model, reference.below("weight/")))
+        result.weights = weight_errors(weights, _held(model, reference.below("weight/")), LR)
         result.outputs = _compare_outputs(recorder.outputs[0], reference, strategy)
         result.flips = comparer.found
     return result

@@ -152,6 +152,32 @@ class MeshProcesses(ParallelStrategy):
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 
+    # A single process needs no launcher that tells it its rank: a script in a Slurm job may run without srun.
+
+    @property
+    def _alone(self) -> bool:
+        return self.num_processes * self.num_nodes == 1
+
+    @property
+    def local_rank(self) -> int:
+        """The rank of this process on its node."""
+        return 0 if self._alone else super().local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """The rank of this node."""
+        return 0 if self._alone else super().node_rank
+
+    @property
+    def global_rank(self) -> int:
+        """The rank of this process among all."""
+        return 0 if self._alone else super().global_rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+        return 1 if self._alone else super().world_size
+
     @property
     @final
     def num_processes(self) -> int:

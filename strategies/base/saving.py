@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from automodel_trainer._lightning import attached_trainer
 from automodel_trainer.checkpoint import remove_checkpoint, save_checkpoint
 from automodel_trainer.checkpoint.lightning_file import load_optimizer_states, read_lightning_file
 from automodel_trainer.checkpoint.loader_place import Place, can_remember
@@ -174,8 +175,8 @@ class SavingStrategy(MeshProcesses):
             checkpoint = (
                 on_all_ranks(lambda: read_lightning_file(path), path) if path.is_file() else open_checkpoint(path)
             )
-        module = self.lightning_module
-        if module is not None and module.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+        trainer = attached_trainer(self.lightning_module)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
             raise ValueError(
                 f"{path} was saved with weights_only=True: the checkpoint contains only the model, and training cannot "
                 "go on from it. Give it as the model (its model/ folder) to start a new run from these weights."

@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from automodel_trainer.models._transformers import attention_in_use
 from automodel_trainer.nn.documents import set_documents
 from automodel_trainer.strategies.context.ring_attention import ring_attention
-from automodel_trainer.strategies.context.ulysses import ulysses_attention
+from automodel_trainer.strategies.context.ulysses import stacked_attention, ulysses_attention
 
 CPAttention = Literal["auto", "ulysses", "ring"]
 Method = Literal["ulysses", "ring"]
@@ -46,7 +46,7 @@ class Sequences:
     """What attention needs to know about the whole micro-batch; `s` is the padded length.
 
     Args:
-        group: the ranks that hold its shards.
+        group: the ranks that hold its shards; None: this process holds all, one after another along the batch.
         method: how attention communicates.
         order: int64 `[s]`, the global index of every token in rank-major order (rank 0's shard, rank 1's, …).
         position_ids: int64 `[b, s]`, in natural order.
@@ -118,7 +118,7 @@ def install_attention(model: PreTrainedModel, size: int, tp: int = 1, method: CP
         ValueError: the model mixes tokens outside of attention, does not use transformers' attention functions, or has
             a number of heads that ulysses cannot split.
     """
-    _refuse_unsplittable(model)
+    refuse_unsplittable(model)
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads // tp
     if method == "ulysses" and heads % size:
@@ -127,18 +127,28 @@ def install_attention(model: PreTrainedModel, size: int, tp: int = 1, method: CP
             f"cp_attention='ulysses' splits heads over cp={size} ranks, but there are {heads} heads (after tp={tp}). "
             f"Allowed: cp in {fits}; or cp_attention='ring', which works for any number of heads."
         )
+    replace_attention(model)
+    return method if method != "auto" else ("ulysses" if heads % size == 0 else "ring")
+
+
+def replace_attention(model: PreTrainedModel) -> None:
+    """Put the wrapper around the attention function of `model`.
+
+    Raises:
+        ValueError: the model does not use transformers' attention functions.
+    """
     inner = attention_in_use(model)
     if not inner.startswith(_PREFIX):
         _register(inner)
         # A composite model keeps the implementation in its text config too.
+        config = model.config.get_text_config(decoder=True)
         keys = [key for key in model.config.sub_configs if getattr(model.config, key, None) is config]
         model.set_attn_implementation({"": _PREFIX + inner, **dict.fromkeys(keys, _PREFIX + inner)})
         if attention_in_use(model) == inner:
             raise ValueError(
-                f"cp={size} replaces transformers' attention function, and {type(model).__name__} does not call it. "
+                f"cp > 1 replaces transformers' attention function, and {type(model).__name__} does not call it. "
                 "Set cp=1."
             )
-    return method if method != "auto" else ("ulysses" if heads % size == 0 else "ring")
 
 
 def _register(inner: str) -> None:
@@ -191,6 +201,8 @@ def _attention(
         out: Tensor = kernel(layer, q, k, v, attention_mask, **kwargs, **sinks)[0]
         return out
 
+    if _active.group is None:
+        return stacked_attention(query, key, value, attend, _active.order, sinks=all_sinks), None
     return ulysses_attention(query, key, value, attend, _active.group, sinks=all_sinks), None
 
 
@@ -229,7 +241,7 @@ class _Named:
         return getattr(self._config, name)
 
 
-def _refuse_unsplittable(model: PreTrainedModel) -> None:
+def refuse_unsplittable(model: nn.Module) -> None:
     """Raise for models whose sequence cannot be split over cp ranks."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -269,6 +281,7 @@ def _whole_mask(sequences: Sequences, inner: str, mask_function: Callable[..., A
     set_documents(sequences.documents)  # the model's own call saw a shard's positions only
     build = ALL_MASK_ATTENTION_FUNCTIONS[inner]
     lengths = {"q_length": sequences.length, "kv_length": sequences.length}
+    lengths |= {"batch_size": len(sequences.position_ids)} if "batch_size" in arguments else {}
     return build(mask_function=mask_function, **{**arguments, **lengths})
 
 

@@ -58,6 +58,30 @@ def ulysses_attention(
     return _sequence_for_heads(attend(*whole, **extra), size, group)
 
 
+def stacked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attend: Callable[..., Tensor],
+    order: Tensor,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """What `ulysses_attention` computes, in a process that holds all n shards, one after another along the batch.
+
+    Args:
+        query, key, value: `[n·b, h, s/n, d]`.
+        attend, sinks: see `ulysses_attention`.
+        order: int64 `[s]`, the place in its row of every token of the shards.
+
+    Returns:
+        `[n·b, s/n, h, d]`.
+    """
+    shards = order.numel() // query.shape[2]
+    whole = [torch.cat(t.chunk(shards), dim=2)[:, :, order.argsort()] for t in (query, key, value)]
+    extra = {} if sinks is None else {"s_aux": sinks}
+    return torch.cat(attend(*whole, **extra)[:, order].chunk(shards, dim=1))
+
+
 def _heads_for_sequence(tensor: Tensor, size: int, group: Any) -> Tensor:
     """`[b, h, s/n, d]` to `[b, h/n, s, d]` in natural order."""
     b, h, s, d = tensor.shape

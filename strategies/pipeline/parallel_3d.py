@@ -29,6 +29,7 @@ from automodel_trainer.strategies.inner_parallel import forward_for_loss
 from automodel_trainer.strategies.pipeline.batches import same_shape
 from automodel_trainer.strategies.pipeline.picture import legend, schedule_facts, text_picture
 from automodel_trainer.strategies.pipeline.pipeline import Pipeline
+from automodel_trainer.strategies.pipeline.rehearsal import check_stages
 from automodel_trainer.strategies.pipeline.schedule import (
     check_micro_batches,
     min_micro_batches,
@@ -208,6 +209,7 @@ class Parallel3DStrategy(FSDP2Strategy):
     def _split_layers(self, model: nn.Module) -> None:
         """Remove other ranks' stages from `model`, in place, and make its forward run the pipeline."""
         parts = find_parts(model)
+        check_stages(model)
         counts = self._counts(model, parts)
         self._stage_costs = stage_costs(model, parts, counts)
         _check_trainable(model, parts, counts)

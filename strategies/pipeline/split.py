@@ -7,6 +7,7 @@ layer numbers, layer kinds (sliding and full attention) and state-dict keys do n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models._transformers import forget_absent_ties
+from automodel_trainer.models.small_copy import first_line
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.strategies.tensor.sequence import stacks
 
@@ -96,7 +98,17 @@ class Absent(nn.Module):
     def __init__(self, kept: dict[str, nn.Parameter]) -> None:
         super().__init__()
         for name, parameter in kept.items():
-            self.register_parameter(name, parameter)
+            path, _, key = name.rpartition(".")
+            self._inner(path).register_parameter(key, parameter)
+
+    def _inner(self, path: str) -> nn.Module:
+        """The module of that name in here, which is empty if it is new."""
+        module: nn.Module = self
+        for key in filter(None, path.split(".")):
+            if key not in module._modules:
+                module.add_module(key, nn.Module())
+            module = module.get_submodule(key)
+        return module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Never called: stages swap these modules out while they run."""
@@ -165,7 +177,8 @@ def _traced(model: nn.Module, layers: str) -> ModelParts:
     # The model may be on meta, where values cannot be read: do not look for documents, or for padding.
     packing_without_sync(model)  # type: ignore[arg-type]
     config: Any = model.config
-    padding, config.pad_token_id = getattr(config, "pad_token_id", None), None
+    padding = getattr(config, "pad_token_id", None)
+    _without_padding(config)
     stack = model.get_submodule(layers)
     calls: list[str] = []
     handles = [
@@ -182,8 +195,9 @@ def _traced(model: nn.Module, layers: str) -> ModelParts:
         model.eval()(input_ids=torch.zeros(1, 4, dtype=torch.long, device=device), use_cache=False)
     except Exception as error:
         raise ValueError(
-            f"pp > 1: {type(model).__name__} declares no pp_plan that covers its parameters, and running it without "
-            f"its layers to find its parts failed: {error}. Give the model a `_pp_plan`, or use fsdp2."
+            f"pp > 1: {type(model).__name__} declares no pp_plan that covers its parameters, and its forward does not "
+            f"run with stand-ins that return hidden states in place of its layers ({first_line(error)}). Use fsdp2 "
+            "or tp instead, or give the model a `_pp_plan`."
         ) from error
     finally:
         config.pad_token_id = padding
@@ -197,12 +211,23 @@ def _traced(model: nn.Module, layers: str) -> ModelParts:
             f"{layers} that way. Use fsdp2, or tp."
         )
     first, last = calls.index(Marker.NAME), len(calls) - 1 - calls[::-1].index(Marker.NAME)
-    parts = ModelParts(layers, tuple(dict.fromkeys(calls[:first])), tuple(dict.fromkeys(calls[last + 1 :])))
+    parts = ModelParts(layers, _outermost(calls[:first]), _outermost(calls[last + 1 :]))
     if missing := _unplaced(model, parts):
         raise ValueError(
             f"pp > 1: {type(model).__name__} runs {missing[0]} neither before nor after its layers. Use fsdp2, or tp."
         )
     return parts
+
+
+def _outermost(names: Sequence[str]) -> tuple[str, ...]:
+    """Each name once, without those of modules inside of others."""
+    once = dict.fromkeys(names)
+    return tuple(n for n in once if not any(n.startswith(f"{other}.") for other in once))
+
+
+def _without_padding(config: Any) -> None:
+    with suppress(Exception):  # of the validator of a config that must have an id for it
+        config.pad_token_id = None
 
 
 class Marker(nn.Module):

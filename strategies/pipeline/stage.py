@@ -41,7 +41,7 @@ class _Leaving(nn.Module):
 
 
 class _Empty(nn.Module):
-    """Stands in for an embedding: hidden states `[b, s, h]` that nothing reads, one element in memory.
+    """Stands in for an embedding: hidden states `[b, s, h]` that nothing reads. Some models scale them in place.
 
     Args:
         width: h.
@@ -53,7 +53,7 @@ class _Empty(nn.Module):
         self.width, self.weight = width, weight
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros((), dtype=self.weight.dtype, device=ids.device).expand(*ids.shape, self.width)
+        return torch.zeros(*ids.shape, self.width, dtype=self.weight.dtype, device=ids.device)
 
 
 class _Pass(nn.Module):

@@ -10,7 +10,7 @@ Source: Megatron-LM, arXiv 1909.08053; sequence parallel, arXiv 2205.05198.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from automodel_trainer.models.small_copy import first_line
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.parameters import replace_parameters
 from automodel_trainer.nn.wrap import wrap
@@ -27,6 +28,8 @@ from automodel_trainer.strategies.tensor.layers import joint_entries, wrap_entry
 from automodel_trainer.strategies.tensor.local_parameters import Held, with_local_parameters
 from automodel_trainer.strategies.tensor.plan import TensorPlan, expand_plan
 from automodel_trainer.strategies.tensor.sequence import SequenceParallel
+
+_SHAPES = ("must match", "doesn't match", "is invalid for input of size", "cannot be multiplied", "not broadcastable")
 
 
 def tensor_parallel(
@@ -64,8 +67,33 @@ def tensor_parallel(
         wrap_entry(modules[name], mesh.get_group())
     if sequence:
         sequence.install()
+    for block in find_blocks(model):
+        wrap(block, _explained(type(model).__name__, sequence_parallel))
     _use_local_parameters(model, expanded, mesh.get_group())
     _distribute(model, mesh, expanded)
+
+
+def _explained(name: str, sequence_parallel: bool) -> Callable[..., Any]:
+    """Runs a block, and says what to do if its shapes do not match: it is the first forward that tells."""
+
+    def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _SHAPES):
+                raise
+            parts = (
+                "Between its layers a rank has a part of the sequence, which the model may combine with a whole one: "
+                "set sequence_parallel=False. If that fails too, the plan does not fit it: set"
+                if sequence_parallel
+                else "So the plan does not fit it: set"
+            )
+            raise ValueError(
+                f"tp > 1 cuts {name} by its tp_plan, and then shapes in a layer do not match ({first_line(error)}). "
+                f"{parts} tp=1 and shard with fsdp2, or give a tp_plan."
+            ) from error
+
+    return around
 
 
 def _distribute(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:

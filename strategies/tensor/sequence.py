@@ -95,8 +95,6 @@ class SequenceParallel:
             for layers in own_runs_of_layers(self._model, stack) or [range(len(blocks))]:
                 wrap(blocks[layers[0]], self._first)
                 wrap(blocks[layers[-1]], self._last)
-            for block in blocks:
-                wrap(block, _noted)
 
     def _first(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         args, kwargs = on_hidden_states(self._enter, args, kwargs)
@@ -133,18 +131,6 @@ class SequenceParallel:
             return on_output(lambda x: slice_sequence(x.reshape(shape), self.group), output)
 
         return forward
-
-
-def _noted(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run a block, and add a hint to errors such as shapes that do not match."""
-    try:
-        return original(*args, **kwargs)
-    except RuntimeError as error:
-        error.add_note(
-            "This block ran on a part of the sequence (sequence_parallel=True). If shapes do not match, the model "
-            "combines parts and whole sequences between its layers: set sequence_parallel=False."
-        )
-        raise
 
 
 def works_on_parts(module: nn.Module) -> bool:

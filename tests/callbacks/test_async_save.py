@@ -23,6 +23,7 @@ from automodel_trainer.checkpoint.manifest import read_manifest
 from automodel_trainer.checkpoint.record import RecordedFile
 from automodel_trainer.checkpoint.state import RUN_KEY
 from tests.callbacks.runs import train, written
+from tests.matrix import more
 from tests.pool import RankPool
 
 
@@ -70,7 +71,7 @@ def both_ways(root: Path, devices: int, strategy: str) -> bool:
     return sync == background
 
 
-@pytest.mark.parametrize(("devices", "strategy"), [(1, "auto"), (2, "ddp"), (4, "hsdp")])
+@pytest.mark.parametrize(("devices", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp2"), more(4, "hsdp")])
 def test_what_is_written_is_the_moment_of_the_save(pool: RankPool, tmp_path: Path, devices: int, strategy: str) -> None:
     """Weights, optimizer, loops, random numbers (dropout is on): training has gone on when they are written."""
     assert all(pool.run(devices, both_ways, tmp_path, devices, strategy))

@@ -22,6 +22,7 @@ from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.record import RecordedFile
 from automodel_trainer.checkpoint.state import RUN_KEY
 from tests.callbacks.runs import train
+from tests.matrix import more
 from tests.pool import RankPool
 
 
@@ -69,26 +70,40 @@ def resume_each(root: Path, steps: list[int], devices: int = 1, strategy: str = 
     return wrong
 
 
+MIDDLE = {"val_check_interval": 3}  # of an epoch
+END = {"val_check_interval": 1.0}
+ACROSS = {"val_check_interval": 4, "check_val_every_n_epoch": None}  # epochs
+NEVER = {"limit_val_batches": 0, "max_steps": 8, "max_epochs": None}  # and a stop in the middle of an epoch
+
+
 @pytest.mark.parametrize(
-    "schedule",
+    ("schedule", "steps"),
     [
-        {"val_check_interval": 3},  # in the middle of an epoch
-        {"val_check_interval": 1.0},  # at its end
-        {"val_check_interval": 4, "check_val_every_n_epoch": None},  # across epochs
-        {"limit_val_batches": 0, "max_steps": 8, "max_epochs": None},  # never, and a stop in the middle of an epoch
+        (MIDDLE, [1, 3, 4, 5]),
+        (END, [4, 5, 6]),
+        (ACROSS, [3, 4, 5]),
+        (NEVER, [1, 5]),
+        more(MIDDLE, [6]),
+        more(END, [1, 3]),
+        more(ACROSS, [1, 6]),
+        more(NEVER, [3, 4, 6]),
     ],
     ids=str,
 )
 @pytest.mark.exact
-def test_resumed_is_as_uninterrupted_bit_for_bit(tmp_path: Path, schedule: dict[str, Any]) -> None:
+def test_resumed_is_as_uninterrupted_bit_for_bit(tmp_path: Path, schedule: dict[str, Any], steps: list[int]) -> None:
     """Dropout on. From the middle of an epoch, before and after a validation, and from the end of an epoch."""
-    assert resume_each(tmp_path, [1, 3, 4, 5, 6], **schedule) == []
+    assert resume_each(tmp_path, steps, **schedule) == []
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize(
+    ("strategy", "steps"), [("fsdp2", [3, 5]), ("ddp", [3]), more("ddp", [5])], ids=["fsdp2", "ddp", "ddp, end"]
+)
 @pytest.mark.exact
-def test_resumed_is_as_uninterrupted_on_two_ranks(pool: RankPool, tmp_path: Path, strategy: str) -> None:
-    assert pool.run(2, resume_each, tmp_path, [3, 5], devices=2, strategy=strategy) == [[], []]
+def test_resumed_is_as_uninterrupted_on_two_ranks(
+    pool: RankPool, tmp_path: Path, strategy: str, steps: list[int]
+) -> None:
+    assert pool.run(2, resume_each, tmp_path, steps, devices=2, strategy=strategy) == [[], []]
 
 
 @pytest.mark.exact

@@ -20,6 +20,7 @@ from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.callbacks.preemption import Preemption
 from automodel_trainer.checkpoint import check_checkpoint
 from tests.callbacks.runs import train
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.processes import Job
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -214,7 +215,7 @@ def amt_fit(root: Path, *options: str) -> None:
     main(["fit", "--config", str(root / "run.json"), *options])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), more(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_amt_fit_saves_and_tells_the_scheduler(number: int, code: int, tmp_path: Path) -> None:
     """The signal goes to the whole process group, data worker included, as terminals and torchrun send it."""
     job = Job(tmp_path, amt_fit, tmp_path)

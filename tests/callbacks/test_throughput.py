@@ -252,3 +252,7 @@ def test_tokens_of_all_ranks_count(pool: RankPool, tmp_path: Path) -> None:
 def test_a_peak_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="peak_flops=0"):
         Throughput(peak_flops=0)
+
+
+def test_flops_of_layers_of_several_sizes() -> None:
+    assert flops_per_token(tiny_model("gemma4_text"), 8) > 0

@@ -56,25 +56,12 @@ def accident(root: Path, kind: str, rank: int = 1) -> None:
 
 @pytest.fixture(scope="module")
 def accidents(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Job, Path]]:
-    """Jobs and their folders. They begin together, for they mostly wait."""
+    """Jobs and their folders. They begin together, for they mostly wait: that of the one that hangs is seen last."""
     jobs = {}
     for kind, rank in (("hangs", 1), ("raises", 1), ("raises", 0)):
         folder = tmp_path_factory.mktemp(f"{kind}-{rank}")
         jobs[kind, rank] = Job(folder, accident, folder, kind, rank, world_size=2), folder
     return jobs
-
-
-def test_a_hang_says_where_and_ends(accidents: dict[tuple[str, int], tuple[Job, Path]]) -> None:
-    job, folder = accidents["hangs", 1]
-    assert job.wait() == [1, 1]
-    log = job.log()
-    assert re.search(r"The job ends: rank [01] has not moved for \d+ s \(step of step 3\)", log), log
-    for rank in (0, 1):
-        assert re.search(rf"^{rank} +3 +step +\d+ s +- +python3.11/threading.py:\d+ wait$", log, re.MULTILINE), log
-    stacks = sorted((folder / "stacks").glob("*/rank-*.txt"))
-    assert [file.name for file in stacks] == ["rank-00000.txt", "rank-00001.txt"]
-    assert all("in on_train_batch_start" in file.read_text() for file in stacks)
-    assert "The job ends" not in job.log(1), "one rank speaks for all"
 
 
 def test_a_rank_that_raises_ends_the_others(accidents: dict[tuple[str, int], tuple[Job, Path]]) -> None:
@@ -241,3 +228,16 @@ def test_the_table_is_aligned() -> None:
 def test_silence_is_a_duration() -> None:
     with pytest.raises(ValueError, match="give seconds > 0"):
         Watchdog(silence=0)
+
+
+def test_a_hang_says_where_and_ends(accidents: dict[tuple[str, int], tuple[Job, Path]]) -> None:
+    job, folder = accidents["hangs", 1]
+    assert job.wait() == [1, 1]
+    log = job.log()
+    assert re.search(r"The job ends: rank [01] has not moved for \d+ s \(step of step 3\)", log), log
+    for rank in (0, 1):
+        assert re.search(rf"^{rank} +3 +step +\d+ s +- +python3.11/threading.py:\d+ wait$", log, re.MULTILINE), log
+    stacks = sorted((folder / "stacks").glob("*/rank-*.txt"))
+    assert [file.name for file in stacks] == ["rank-00000.txt", "rank-00001.txt"]
+    assert all("in on_train_batch_start" in file.read_text() for file in stacks)
+    assert "The job ends" not in job.log(1), "one rank speaks for all"

@@ -25,7 +25,7 @@ from tests.checkpoint.crash_trials import trials
 from tests.pool import RankPool
 from tests.processes import call
 
-KILLS = int(os.environ.get("AMT_KILLS", "6"))  # 100 in `make test-matrix`
+KILLS = int(os.environ.get("AMT_KILLS", "4"))  # 100 in `make test-matrix`
 
 
 def crash_trials(folder: Path, kills: int) -> None:

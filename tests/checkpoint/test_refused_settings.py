@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import Callback
 from automodel_trainer import (
     CausalLMModule,
     ChatDataModule,
+    ImageTextDataModule,
+    ImageTextModule,
     LoRAConfig,
     MockDataModule,
     OptimizerConfig,
@@ -207,7 +209,7 @@ def test_a_run_that_saves_nothing_still_finds_the_last_checkpoint(tmp_path: Path
 
 def test_every_setting_is_on_the_list() -> None:
     def names(cls: type) -> list[str]:
-        return [name for name in inspect.signature(cls).parameters if name != "tokenizer"]
+        return [name for name in inspect.signature(cls).parameters if name not in ("tokenizer", "kwargs")]
 
     settings = [f"trainer.{name}" for name in names(Trainer)]
     settings += [f"model.{name}" for name in names(CausalLMModule) if name not in ("kernels", "config_overrides")]
@@ -215,7 +217,8 @@ def test_every_setting_is_on_the_list() -> None:
     settings += [f"model.lora.{field.name}" for field in fields(LoRAConfig)]
     settings += [f"model.optimizer.{field.name}" for field in fields(OptimizerConfig)]
     settings += [f"model.scheduler.{field.name}" for field in fields(SchedulerConfig)]
-    for cls in (ChatDataModule, TextDataModule, MockDataModule, TokenDataModule):
+    settings += [f"model.{name}" for name in names(ImageTextModule)]
+    for cls in (ChatDataModule, TextDataModule, MockDataModule, TokenDataModule, ImageTextDataModule):
         settings += [f"data.{name}" for name in names(cls)]
     lines = [setting.name for setting in SETTINGS]
     lacking = [name for name in settings if not any(fnmatchcase(name, line) for line in lines)]

@@ -36,7 +36,7 @@ def test_a_run_passed_on_from_layout_to_layout_is_one_run(pool: RankPool, tmp_pa
     before, done = None, 0
     for layout, last in CHAINS[kind].items():
         root = tmp_path / str(last)
-        part = train(pool, root, layout, lora, before, every=1, last=last, experts=experts)
+        part = train(pool, root, layout, lora, before, every=last, last=last, experts=experts)
         assert [step for step, _, _ in part["steps"]] == list(range(done + 1, last + 1))
         difference(part, whole, same_layout=False)
         before, done = checkpoint(root, last), last

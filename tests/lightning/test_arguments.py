@@ -199,3 +199,31 @@ def test_a_mac_falls_back_to_the_cpu(tmp_path: Path) -> None:
 def test_a_plain_torch_module_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"model is a Linear. It must be a `LightningModule`"):
         make(tmp_path).fit(torch.nn.Linear(2, 2), loader())  # type: ignore[arg-type]
+
+
+def test_barebones_refuses_what_it_would_ignore(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"log_every_n_steps=1\)` was passed"):
+        Trainer(barebones=True, log_every_n_steps=1)
+
+
+def test_loaders_are_those_of_the_call(tmp_path: Path) -> None:
+    class Module(BoringModel):
+        def on_validation_start(self) -> None:
+            self.seen = [len(self.trainer.val_dataloaders)]
+
+        def on_test_start(self) -> None:
+            self.seen = [len(self.trainer.test_dataloaders)]
+
+        def on_predict_start(self) -> None:
+            self.seen = [len(self.trainer.predict_dataloaders)]
+
+    trainer, module = make(tmp_path), Module()
+    trainer.fit(module, loader(4), loader(3))
+    assert module.seen == [3]
+    for number in (5, 6):
+        trainer.validate(module, loader(number), verbose=False)
+        assert module.seen == [number] == [len(trainer.val_dataloaders)]
+        trainer.test(module, loader(number + 2), verbose=False)
+        assert module.seen == [number + 2]
+        trainer.predict(module, loader(number + 4))
+        assert module.seen == [number + 4]

@@ -404,3 +404,22 @@ def test_hooks_change_adapters(tmp_path: Path) -> None:
     touched = Touched(tiny_model(), tokenizer=tiny_tokenizer(), lora=LoRAConfig(rank=2))
     with pytest.raises(ValueError, match=r"changed or added .*model.norm.weight.* holds only its adapters"):
         make(tmp_path / "b", limit_val_batches=0).fit(touched, data)
+
+
+def test_a_file_without_loops(tmp_path: Path) -> None:
+    """Another program wrote it: weights and optimizers, no place in the data."""
+    module = BoringModel()
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1).state_dict()]
+    state = {"state_dict": module.state_dict(), "optimizer_states": optimizers, "lr_schedulers": []}
+    torch.save({**state, "pytorch-lightning_version": "2.0.0", "epoch": 0, "global_step": 0}, tmp_path / "a.ckpt")
+    trainer = make(tmp_path)
+    trainer.fit(BoringModel(), ckpt_path=tmp_path / "a.ckpt")
+    assert trainer.global_step == 2
+
+
+def test_a_checkpoint_is_opened_before_a_module_is_attached(tmp_path: Path) -> None:
+    """`trainer.strategy.connect(module)`, then `load_checkpoint`, as other programs do."""
+    folder = make(tmp_path).fit(BoringModel())
+    trainer = make(tmp_path)
+    trainer.strategy.connect(BoringModel())
+    assert trainer.strategy.load_checkpoint(folder)["global_step"] == 2

@@ -144,3 +144,34 @@ def test_ddp_spawn_tells_the_parent(tmp_path: Path) -> None:
     path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
     assert Path(path).is_dir()
     assert torch.equal(weight(BoringModel.load_from_checkpoint(path)), weight(module))
+
+
+class Stateless(torch.optim.lr_scheduler.LRScheduler):
+    """A schedule that keeps no state, as Lightning allows one."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.epochs = optimizer, []
+
+    def step(self, epoch: Any = None) -> None:
+        self.epochs.append(epoch)
+
+    def state_dict(self) -> Any:
+        return None
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        pass
+
+
+def test_a_schedule_without_state(tmp_path: Path) -> None:
+    class Module(BoringModel):
+        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+            scheduler.step(epoch=self.current_epoch)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            self.schedule = Stateless(optimizer)
+            return [optimizer], [self.schedule]
+
+    make(tmp_path).fit(Module())
+    make(tmp_path, max_epochs=3).fit(module := Module(), ckpt_path="last")
+    assert module.schedule.epochs == [1, 2]

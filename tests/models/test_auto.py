@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
 
 from automodel_trainer import AutoModelForCausalLM
 from automodel_trainer.distributed._dtensor import local_tensor
@@ -93,13 +94,16 @@ def test_unknown_override(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path, hidden_dimension=3)
 
 
+LAYOUTS = (("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("ddp", 2))
+
+
 def build_sharded(spec: str, world_size: int, folder: str | None, family: str, tied: bool) -> Any:
     torch.manual_seed(world_size)
     strategy = make_strategy(spec, world_size)
     if folder is not None:
         model = AutoModelForCausalLM.from_pretrained(folder, strategy)
     else:
-        model = AutoModelForCausalLM.from_config(tiny_config(family, tie_word_embeddings=tied), strategy, seed=7)
+        model = AutoModelForCausalLM.from_config(random_config(family, tied), strategy, seed=7)
     sharded = all(isinstance(p, DTensor) for p in model.parameters())
     return sharded, model.get_output_embeddings().weight is model.get_input_embeddings().weight, logits(model)
 
@@ -113,13 +117,23 @@ def test_streams_into_shards(pool: RankPool, family: str, tmp_path: Path) -> Non
         assert torch.allclose(result, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("spec", "world_size"), [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("ddp", 2)])
-@pytest.mark.parametrize("tied", [True, False])
-def test_random_weights_do_not_depend_on_the_layout(pool: RankPool, spec: str, world_size: int, tied: bool) -> None:
-    expected = logits(AutoModelForCausalLM.from_config(tiny_config(tie_word_embeddings=tied), seed=7))
-    other = logits(AutoModelForCausalLM.from_config(tiny_config(tie_word_embeddings=tied), seed=8))
+def random_config(family: str, tied: bool) -> PreTrainedConfig:
+    return tiny_config(family, tie_word_embeddings=tied, initializer_range=0.5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "world_size", "family", "tied"),
+    [
+        *((spec, n, "llama", tied) for spec, n in LAYOUTS for tied in (True, False)),
+        ("fsdp2", 2, "phi", True),  # its tied head has a bias of its own
+    ],
+)
+def test_random_weights_do_not_depend_on_the_layout(
+    pool: RankPool, spec: str, world_size: int, family: str, tied: bool
+) -> None:
+    expected, other = (logits(AutoModelForCausalLM.from_config(random_config(family, tied), seed=n)) for n in (7, 8))
     assert not torch.allclose(expected, other, atol=1e-2)
-    for _, is_tied, result in pool.run(world_size, build_sharded, spec, world_size, None, "llama", tied):
+    for _, is_tied, result in pool.run(world_size, build_sharded, spec, world_size, None, family, tied):
         assert is_tied == tied
         assert torch.allclose(result, expected, atol=1e-6)
 

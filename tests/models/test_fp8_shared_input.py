@@ -14,6 +14,7 @@ from automodel_trainer.models.quantization.fp8_weight import E4M3, E5M2
 from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.beside import use
 from tests.harness import check_step, close, relative_error
+from tests.matrix import more
 from tests.models.test_fp8 import CPU, TOLERANCE, step
 from tests.tiny import tiny_model
 
@@ -41,8 +42,15 @@ def test_groups_are_of_one_block_and_one_input() -> None:
     assert found == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2 has biases
-@pytest.mark.parametrize("shape", [(4, 32), (3, 5)])  # 15 tokens: what is summed has to be filled up
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        ("llama", (3, 5)),  # 15 tokens: what is summed has to be filled up
+        ("qwen2", (4, 32)),  # has biases
+        more("llama", (4, 32)),
+        more("qwen2", (3, 5)),
+    ],
+)
 def test_as_close_to_full_precision_as_torchao(family: str, shape: tuple[int, int]) -> None:
     loss, wanted = step(tiny_model(family, use_cache=False, num_hidden_layers=1).train(), shape)
     (_, apart), (ours, together) = (step(converted(family, compiled, layers=1), shape) for compiled in (False, True))

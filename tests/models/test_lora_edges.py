@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig
 from transformers import AutoModelForCausalLM as Transformers
 
 from automodel_trainer import AutoModelForCausalLM
@@ -273,3 +274,32 @@ def test_peft_models_that_are_refused(tmp_path: Path) -> None:
             peft.get_peft_model(Transformers.from_pretrained(tmp_path), prompt),
             MockDataModule(vocab_size=264, seq_len=16, num_samples=2),
         )
+
+
+class Router(torch.nn.Linear):
+    """A linear layer that returns its choice too, as those of some families do."""
+
+    def forward(self, x: Tensor) -> Any:
+        scores = super().forward(x)
+        return scores.argmax(-1), scores
+
+
+class Scaled(torch.nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_linear_layers_that_return_something_else_are_single_matrices() -> None:
+    model = torch.nn.ModuleDict({"router": Router(4, 3), "scaled": Scaled(4, 3), "plain": torch.nn.Linear(4, 3)})
+    assert candidates(model) == {"router.weight": False, "scaled": True, "plain": True}
+
+
+def test_a_model_s_rules_do_not_draw_adapters() -> None:
+    """This family looks for the biases of gates by the names of modules, and adapters inside of them have none."""
+    config = AutoConfig.for_model(
+        "xlstm", hidden_size=32, embedding_dim=32, num_heads=4, num_hidden_layers=1, num_blocks=1, vocab_size=32
+    )
+    model = AutoModelForCausalLM.from_config(config, lora=LoRAConfig(rank=2))
+    assert all(p.isfinite().all() for p in model.parameters())

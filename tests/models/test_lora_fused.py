@@ -156,6 +156,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_factors_are_taken_in_once_per_optimizer_step(tmp_path: Path, taken: list[int]) -> None:
     """And in every forward of whoever does not say what a step is."""
     model = compiled(tmp_path / "base", layers=2)
+    model.enable_input_require_grads()  # of the first block as of the second: the compiler takes one for both
     layers = len(model.model.layers)
 
     def forwards(count: int) -> list[float]:

@@ -18,6 +18,7 @@ from automodel_trainer.models.quantization.quantize import is_quantized
 from automodel_trainer.modules.optim import OptimizerConfig, build_optimizer
 from tests.beside import use
 from tests.harness import NextToken, close, make_strategy, random_rows
+from tests.matrix import more
 from tests.models.test_lora_layouts import train
 from tests.pool import RankPool
 from tests.tiny import tiny_model
@@ -79,13 +80,20 @@ def test_gradients_are_those_of_the_unpacked_base(base: Path) -> None:
         close(packed.b.weight.grad, full.b.weight.grad)
 
 
-@pytest.mark.parametrize(("precision", "dora"), [("fp32", False), ("fp32", True), ("bf16", False)])
-def test_ranks(pool: RankPool, base: Path, precision: str, dora: bool) -> None:
+@pytest.mark.parametrize(
+    ("precision", "dora", "layouts"),
+    [
+        ("fp32", False, [("ddp", 2), ("fsdp2", 4)]),
+        ("fp32", True, [("fsdp2", 2)]),
+        ("bf16", False, [("fsdp2", 2)]),
+        more("fp32", False, [("fsdp2", 2), ("hsdp:dp_replicate=2", 4)]),
+    ],
+)
+def test_ranks(pool: RankPool, base: Path, precision: str, dora: bool, layouts: list[tuple[str, int]]) -> None:
     lora = {"quantize": "nf4", "use_dora": dora}
     tight = 1e-5 if precision == "fp32" else 2e-3
     one = pool.run(1, with_libraries, ["torchao"], train, "fsdp2", 1, precision, base, lora)[0]
-    layouts = [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp:dp_replicate=2", 4)]
-    for spec, world_size in layouts if precision == "fp32" and not dora else layouts[1:2]:
+    for spec, world_size in layouts:
         for result in pool.run(world_size, with_libraries, ["torchao"], train, spec, world_size, precision, base, lora):
             assert result["losses"] == pytest.approx(one["losses"], rel=tight)
     exact = pool.run(1, train, "fsdp2", 1, precision, base, {"use_dora": dora})[0]

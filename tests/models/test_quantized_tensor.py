@@ -17,6 +17,7 @@ from automodel_trainer.models.quantization.quantized_tensor import QuantizedTens
 from tests.beside import use
 from tests.harness import close, make_strategy, relative_error
 from tests.limits import CHAIN
+from tests.matrix import more
 from tests.models.test_lora_layouts import train
 from tests.models.test_qlora import with_libraries
 from tests.pool import RankPool
@@ -119,19 +120,20 @@ def test_logits_and_gradients_are_those_of_the_unpacked_base(bases: Path, packin
         close(one.b.weight.grad, other.b.weight.grad, CHAIN * IDS.numel())
 
 
-LAYOUTS = {
-    "nf4": [("fsdp2", 2), ("fsdp2", 4), ("hsdp:dp_replicate=2", 4)],
-    "bnb-nf4": [("ddp", 2), ("fsdp2", 4), ("fsdp2:cp=2", 2)],
-}
-
-
-@pytest.mark.parametrize("packing", LIBRARIES)
-def test_ranks(pool: RankPool, bases: Path, packing: str) -> None:
+@pytest.mark.parametrize(
+    ("packing", "layouts"),
+    [
+        ("nf4", [("fsdp2", 2), ("hsdp:dp_replicate=2", 4)]),
+        ("bnb-nf4", [("ddp", 2), ("fsdp2", 4), ("fsdp2:cp=2", 2)]),
+        more("nf4", [("fsdp2", 4)]),
+    ],
+)
+def test_ranks(pool: RankPool, bases: Path, packing: str, layouts: list[tuple[str, int]]) -> None:
     use(LIBRARIES[packing])
     job = (with_libraries, [LIBRARIES[packing]], train)
     of_model = ("fp32", bases / "moe", {"quantize": packing})
     (one,) = pool.run(1, *job, "fsdp2", 1, *of_model)
-    for spec, world_size in LAYOUTS[packing]:
+    for spec, world_size in layouts:
         for result in pool.run(world_size, *job, spec, world_size, *of_model):
             assert result["losses"] == pytest.approx(one["losses"], rel=1e-5), spec
             assert result["norms"] == pytest.approx(one["norms"], rel=1e-4), spec

@@ -19,7 +19,7 @@ from tests.tiny import tiny_model
 COMPILED = "compile=true,compile_backend=aot_eager"
 
 
-@pytest.mark.parametrize("spec", ["auto", more("ddp"), "fsdp2:activation_checkpointing=full"])
+@pytest.mark.parametrize("spec", [more("auto"), more("ddp"), "fsdp2:activation_checkpointing=full"])
 def test_one_device(spec: str) -> None:
     separator = "," if ":" in spec else ":"
     check_steps(train(f"{spec}{separator}{COMPILED}", 1, 4, "llama", tied=True), reference("llama", tied=True))
@@ -28,7 +28,7 @@ def test_one_device(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "family"),
     [
-        ("fsdp2", "llama"),
+        more("fsdp2", "llama"),
         ("fsdp2:activation_checkpointing=selective", "gemma3_text"),  # windows and full attention
         ("fsdp2:tp=2", "llama"),
         more("fsdp2:tp=2,activation_checkpointing=full", "qwen3"),
@@ -81,7 +81,7 @@ def collective_gradients(rows: int) -> dict[str, float]:
     return far
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, more(2)])
 def test_compiled_collectives_have_the_same_gradients(pool: RankPool, rows: int) -> None:
     """With one row a part of a sequence is a view of the whole, whose gradient torch 2.11 lost."""
     for far in pool.run(2, collective_gradients, rows):
@@ -104,7 +104,7 @@ class Counted(torch.nn.Module):
 def count_calls(spec: str, world_size: int) -> int:
     torch._dynamo.reset()
     strategy = make_strategy(spec, world_size)
-    model = tiny_model("llama").train()
+    model = tiny_model("llama", num_hidden_layers=1).train()
     counted = model.model.layers[0].mlp.act_fn = Counted(model.model.layers[0].mlp.act_fn)
     model = strategy.parallelize(model)
     model(input_ids=torch.arange(8)[None]).logits.sum().backward()

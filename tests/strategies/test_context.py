@@ -72,8 +72,8 @@ def train(spec: str, world_size: int, family: str, form: str, overrides: dict[st
         ("fsdp2:cp=2", 2, "phi3", "padded, ragged", {}),
         ("fsdp2:cp=2,activation_checkpointing=full", 2, "qwen3", "packed, ragged", {}),
         ("fsdp2:cp=4", 4, "qwen3", "packed", SINGLE_KV),  # fewer kv heads than ranks
-        ("fsdp2:cp=4", 4, "gemma3_text", "packed", WINDOW),
-        more("fsdp2:cp=2", 2, "gemma3_text", "padded", WINDOW),
+        more("fsdp2:cp=4", 4, "gemma3_text", "packed", WINDOW),
+        ("fsdp2:cp=2", 2, "gemma3_text", "padded", WINDOW),
         ("fsdp2:cp=2", 4, "qwen3_moe", "plain, ragged", MOE),  # dp_shard=2 × cp=2
         ("fsdp2:cp=2", 2, "gpt_oss", "plain, ragged", {"num_local_experts": 4}),  # each head has a sink
         ("hsdp:cp=2", 4, "gpt_neox", "packed", {}),
@@ -110,6 +110,8 @@ def parallelized(spec: str, family: str, **overrides: Any) -> str:
         ("fsdp2:cp=2,cp_attention=ulysses", "llama", {"num_attention_heads": 1, "num_key_value_heads": 1}, "'ring'"),
         ("fsdp2:cp=2,cp_attention=tree", "llama", {}, "Allowed: auto, ulysses, ring"),
         ("fsdp2:cp=2", "lfm2", {"layer_types": ["conv", "full_attention"]}, "conv"),
+        ("fsdp2:cp=2", "roberta", {"is_decoder": True}, "count positions by itself"),  # from the padding id on
+        ("fsdp2:cp=2", "bert", {"is_decoder": True}, "accepted"),  # learned positions
     ],
 )
 def test_refusals(pool: RankPool, spec: str, family: str, overrides: dict[str, Any], words: str) -> None:

@@ -20,6 +20,7 @@ from tests.beside import use
 from tests.callbacks import runs
 from tests.harness import Batch, NextToken, adamw, make_strategy, once, random_rows, relative_error, train_steps
 from tests.limits import check_casts
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.strategies.test_parity import EPS, LR
 from tests.tiny import tiny_model
@@ -93,7 +94,7 @@ def train_alone(pool: RankPool, spec: str, family: str, order_of: int, layers: i
 @pytest.mark.parametrize(
     ("spec", "world_size", "family"),
     [
-        ("fsdp2", 2, "llama"),
+        more("fsdp2", 2, "llama"),
         ("fsdp2", 3, "qwen2"),  # uneven shards, biases, a tied embedding
         ("hsdp", 4, "llama"),
         ("fsdp2:reshard_after_forward=false,sync_every_micro_batch=true,forward_prefetch=1", 4, "llama"),

@@ -44,6 +44,7 @@ def kept(kernel: str, *, mode: str | None, compiled: bool = True, packed: bool =
         apply_kernels(model, KernelsConfig(lora=kernel), torch.device("cpu"))
     finish_lora(model)
     packing_without_sync(model)
+    model.enable_input_require_grads()  # of the first block as of the others: the compiler takes one for all
     if mode is not None:
         apply_activation_checkpointing(model, mode)  # type: ignore[arg-type]
     if compiled:

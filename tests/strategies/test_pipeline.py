@@ -80,7 +80,7 @@ TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
         ("3d:pp=2", 2, "qwen3_moe", MOE),
         ("3d:pp=2", 2, "mamba", {"state_size": 8}),  # asks the head for its dtype
         ("3d:pp=2,schedule=zbv", 2, "llama", {**UNTIED, "lora": True}),
-        ("3d:pp=2", 2, "qwen3", {**TIED, "lora": True}),
+        more("3d:pp=2", 2, "qwen3", {**TIED, "lora": True}),
         ("3d:pp=4", 4, "gemma3_text", TIED),
         ("pp_tp_dp:pp=2", 4, "llama", TIED),
         ("3d:pp=2,dp_replicate=2,schedule=zbv", 4, "qwen3", TIED),
@@ -92,7 +92,8 @@ TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
         more("3d:pp=2,cp=2", 4, "llama", UNTIED),
         ("3d:pp=2,cp=2,schedule=zbv,cp_attention=ring", 4, "qwen3", TIED),
         ("3d:pp=2,activation_checkpointing=full,schedule=zbv", 4, "llama", TIED),
-        ("3d:pp=2,activation_checkpointing=selective,cp=2", 4, "qwen3", TIED),
+        ("3d:pp=2,activation_checkpointing=selective", 2, "qwen3", TIED),
+        more("3d:pp=2,activation_checkpointing=selective,cp=2", 4, "qwen3", TIED),
     ],
 )
 def test_parity(pool: RankPool, spec: str, world_size: int, family: str, options: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from automodel_trainer.strategies.pipeline.picture import html_picture, schedule_facts, text_picture
+from automodel_trainer.strategies.pipeline.rehearsal import check_stages
 from automodel_trainer.strategies.pipeline.schedule import (
     SCHEDULES,
     check_micro_batches,
@@ -131,6 +132,26 @@ def test_parts_are_found_by_plan_or_by_running(family: str) -> None:
         ),
     }[family]
     assert (parts.layers, set(parts.before), set(parts.after)) == expected
+
+
+def test_a_head_with_parts_and_a_bias_of_its_own_is_one_part() -> None:
+    with torch.device("meta"):
+        model = tiny_model("bert", is_decoder=True)
+    assert find_parts(model).after == ("cls.predictions",)
+    check_stages(model)
+
+
+def test_what_layers_share_beside_hidden_states_is_refused() -> None:
+    """Each layer of this family also takes an embedding of its own of the tokens."""
+    with torch.device("meta"):
+        model = tiny_model("gemma4_text", hidden_size_per_layer_input=8, vocab_size_per_layer_input=264)
+    with pytest.raises(ValueError, match=r"stages of one layer.* Use fsdp2, or tp"):
+        check_stages(model)
+
+
+def test_a_model_that_scales_its_embeddings_in_place() -> None:
+    with torch.device("meta"):
+        check_stages(tiny_model("ctrl", dff=64, n_embd=32, n_layer=2, n_head=4))
 
 
 def test_encoder_decoders_are_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from automodel_trainer import AutoModelForCausalLM, ChatDataModule, Trainer
@@ -30,11 +30,13 @@ from tests.harness import (
     close,
     full,
     make_strategy,
+    once,
     random_rows,
     stack,
     widened,
 )
 from tests.kept_groups import own_groups
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.strategies.test_tensor import LATENT, MOE, adam
 from tests.test_trainer import Curve, chats, module, quiet
@@ -70,7 +72,7 @@ def fit(spec: Any, root: str, folder: str, precision: str = "32-true") -> dict[s
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("spec", "world"), [("fsdp2_tp", 2), ("fsdp2_tp", 4)])
+@pytest.mark.parametrize(("spec", "world"), [more("fsdp2_tp", 2), ("fsdp2_tp", 4)])
 def test_fsdp2_tp_sizes_itself_and_trains_as_one_device(pool: RankPool, spec: str, world: int, tmp_path: Path) -> None:
     """Two kv heads: tp=2, and what is left of four ranks shards."""
     folder = tmp_path / "model"
@@ -148,10 +150,22 @@ def test_optimizer_state_of_packed_experts_reshards(pool: RankPool, tmp_path: Pa
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
+VOCABS, DTYPES = (32, 33, 5, 3), (torch.float32, torch.bfloat16)  # 5 and 3 leave ranks without a piece
+
+
 @own_groups
-def sharded_loss(vocab_size: int, dtype: torch.dtype) -> Any:
+def sharded_losses() -> dict[tuple[int, torch.dtype], Any]:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    return {(size, dtype): sharded_loss(mesh, size, dtype) for size in VOCABS for dtype in DTYPES}
+
+
+@once
+def on_four_ranks(pool: RankPool) -> list[dict[tuple[int, torch.dtype], Any]]:
+    return pool.run(4, sharded_losses)
+
+
+def sharded_loss(mesh: DeviceMesh, vocab_size: int, dtype: torch.dtype) -> Any:
     whole, targets = logits_and_targets(vocab_size, dtype)
     logits = distribute_tensor(whole, mesh, [Shard(2)], src_data_rank=None).requires_grad_()
     losses = token_losses(logits * 2, targets)
@@ -168,16 +182,15 @@ def logits_and_targets(vocab_size: int, dtype: torch.dtype) -> tuple[torch.Tenso
     return logits, targets
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab_size", [32, 33, 5, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", VOCABS)
 def test_loss_and_predictions_of_sharded_logits(pool: RankPool, vocab_size: int, dtype: torch.dtype) -> None:
-    """5 and 3 leave ranks without a piece of the vocabulary."""
     logits, targets = logits_and_targets(vocab_size, dtype)
     logits.requires_grad_()
     doubled = (logits * 2).float().flatten(0, 1)
     expected = F.cross_entropy(doubled, targets.flatten(), ignore_index=-100, reduction="none")
     (expected * torch.arange(expected.numel())).sum().backward()
-    for losses, gradient, tokens in pool.run(4, sharded_loss, vocab_size, dtype):
+    for losses, gradient, tokens in (found[vocab_size, dtype] for found in on_four_ranks(pool)):
         close(losses, expected.detach(), vocab_size)
         close(gradient.float(), logits.grad.float(), vocab_size, dtype=dtype)  # type: ignore[union-attr]
         assert torch.equal(tokens, logits.argmax(-1))
@@ -255,6 +268,23 @@ def test_a_plan_that_forgets_a_sum_is_found(pool: RankPool, spec: str, world: in
     for said in pool.run(world, wrong_plan, spec, {"model.layers.*.self_attn.q_norm": "replicate"}):
         assert "gradients of model.layers.*.self_attn.q_norm: the plan of Qwen3ForCausalLM" in said
     assert pool.run(world, wrong_plan, spec, {}) == [""] * world
+
+
+def shapes_that_do_not_match() -> str:
+    strategy = make_strategy("fsdp2:tp=2", 2)
+    model = strategy.parallelize(tiny_model("doge"))
+    try:
+        strategy.forward_backward(NextToken(model), [stack(random_rows(2, 13, seed=0))], torch.tensor(10))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_plan_with_shapes_that_do_not_match_is_refused(pool: RankPool) -> None:
+    """The model's own plan cuts heads, and not what it makes for each of them."""
+    for said in pool.run(2, shapes_that_do_not_match):
+        assert "tp > 1 cuts DogeForCausalLM by its tp_plan" in said
+        assert "set tp=1 and shard with fsdp2" in said
 
 
 def packed_plan() -> None:

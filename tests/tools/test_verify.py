@@ -11,17 +11,20 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from automodel_trainer import CausalLMModule, Trainer, cli
 from automodel_trainer.models.shrink import alike, shrink
 from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MeshStrategy, inner_parallel
 from automodel_trainer.strategies.context.split import ContextParallel
 from automodel_trainer.strategies.tensor import local_parameters
+from automodel_trainer.verification.batches import renumber
+from automodel_trainer.verification.errors import weight_errors
 from automodel_trainer.verification.report import Report
 from automodel_trainer.verification.steps import layout_run
 from automodel_trainer.verification.verify import verify
 from tests.harness import Batch
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.strategies.test_context import rows_of
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -65,7 +68,7 @@ def with_defect(defect: Callable[[pytest.MonkeyPatch], None], function: Callable
         ("fsdp2:cp=2,cp_attention=ring", "qwen3", {}, "padded, ragged"),
         ("ddp", "llama", {}, "plain"),
         ("fsdp2:tp=2", "qwen3", {"tie_word_embeddings": True}, "packed"),
-        ("fsdp2:tp=2,cp=2", "gemma3_text", {"sliding_window": 300}, "packed"),
+        more("fsdp2:tp=2,cp=2", "gemma3_text", {"sliding_window": 300}, "packed"),
         ("3d:pp=2,tp=2,schedule=zbv", "gemma3_text", {"num_hidden_layers": 4}, "packed"),
     ],
 )
@@ -228,6 +231,43 @@ def tiny_model_of(config: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model(input_ids=torch.arange(12)[None])
     return model
+
+
+def test_shrink_takes_configs_that_count_layers_apart() -> None:
+    """This one refuses to have its number of layers set."""
+    config = AutoConfig.for_model("prophetnet", num_encoder_layers=6, num_decoder_layers=6)
+    assert isinstance(shrink(config, ranks=4, length=64, vocab_size=100), type(config))
+
+
+def test_shrink_keeps_heads_as_wide_as_both_parts_of_a_query() -> None:
+    config = AutoConfig.for_model("dots3_note_text")
+    small = shrink(config, ranks=4, length=64, vocab_size=100)
+    assert small.head_dim == small.qk_nope_head_dim + small.qk_rope_head_dim
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "factor"), [("xlstm", "embedding_dim", 1), ("zamba2", "attention_hidden_size", 2)]
+)
+def test_shrink_keeps_multiples_of_the_hidden_size(family: str, name: str, factor: int) -> None:
+    small = shrink(AutoConfig.for_model(family), ranks=4, length=64, vocab_size=100)
+    assert getattr(small, name) == factor * small.hidden_size <= 512
+
+
+def test_a_padding_id_that_no_row_uses_stays_one() -> None:
+    config = tiny_config(pad_token_id=200, bos_token_id=None, eos_token_id=7)
+    ids = torch.tensor([[7, 9, 9, 3]])
+    steps = [[{"input_ids": ids, "labels": ids.clone()}]]
+    assert renumber(module_of(), steps, config) == 4
+    assert steps[0][0]["input_ids"].tolist() == [[1, 2, 2, 0]]
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (3, None, 1)
+
+
+def test_weights_that_only_rounding_moves() -> None:
+    """A key's bias starts at zero and has no gradient: what is compared is a full step, not rounding."""
+    weight, rounded = torch.full((4,), 3e-9), torch.full((4,), 4e-9)
+    assert weight_errors({"bias": rounded}, {"bias": weight}, lr=3e-3)["bias"] < 1e-6
+    assert weight_errors({"bias": weight + 3e-5}, {"bias": weight}, lr=3e-3)["bias"] == pytest.approx(1e-2, rel=1e-3)
+    assert weight_errors({"large": weight + 1.01}, {"large": weight + 1}, lr=3e-3)["large"] == pytest.approx(1e-2, 1e-3)
 
 
 def test_alike() -> None:

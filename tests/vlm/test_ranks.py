@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from automodel_trainer import ImageTextDataModule, ImageTextModule, LoRAConfig, Trainer
-from tests.harness import full
+from tests.harness import full, once
 from tests.pool import RankPool
 from tests.test_trainer import quiet
 from tests.vlm.families import model_of, processor_of, rows
@@ -95,6 +95,11 @@ def run(root: Path, case: Case, devices: int = 2) -> Run:
     return Run(steps.seen, steps.weights)
 
 
+@once
+def alone(root: Path, case: Case) -> Run:
+    return run(root, case, devices=1)
+
+
 def on_ranks(root: Path, cases: list[Case]) -> list[Run]:
     """The cases on the ranks of this job, one after the other; then layouts that are refused."""
     found = [run(root, case) for case in cases]
@@ -123,7 +128,7 @@ def assert_same(got: Run, want: Run, case: Case) -> None:
 def test_two_ranks_are_one_device(pool: RankPool, tmp_path: Path) -> None:
     written(tmp_path)
     for case, got in zip(CASES, pool.run(2, on_ranks, tmp_path, CASES)[0]):
-        assert_same(got, run(tmp_path, case, devices=1), case)
+        assert_same(got, alone(tmp_path, case._replace(spec="auto")), case)
 
 
 def test_text_beside_pictures_is_refused_where_it_would_see_them(tmp_path: Path) -> None:

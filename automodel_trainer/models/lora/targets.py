@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from automodel_trainer.models.lora.config import LoRAConfig
 from automodel_trainer.models.lora.layers import LINEAR
@@ -38,7 +40,7 @@ def candidates(model: nn.Module) -> dict[str, bool]:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found: dict[str, bool] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LINEAR):
+        if isinstance(module, LINEAR) and _computes_as_linear(module):
             found[name] = module is not head
         elif not isinstance(module, nn.Embedding):
             for key, parameter in module.named_parameters(recurse=False):
@@ -46,6 +48,23 @@ def candidates(model: nn.Module) -> dict[str, bool]:
                 if name and (fused or (parameter.ndim == 2 and key == "weight")):
                     found[f"{name}.{key}"] = fused
     return _without_frozen(model, found)
+
+
+@torch.no_grad()
+def _computes_as_linear(module: nn.Module) -> bool:
+    """Whether a linear layer, perhaps of a class with a forward of its own, gives `[…, outputs]` for `[…, inputs]`.
+
+    Some routers are linear layers that return their choices, and some layers multiply groups with parts of the weight.
+    """
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    outputs, inputs = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
+    try:
+        found = module(torch.zeros(2, 3, inputs, dtype=weight.dtype, device=weight.device))
+    except Exception:  # of a forward that takes something else
+        return False
+    return isinstance(found, Tensor) and found.shape == (2, 3, outputs)
 
 
 def _without_frozen(model: nn.Module, found: dict[str, bool]) -> dict[str, bool]:

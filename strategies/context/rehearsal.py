@@ -1,0 +1,47 @@
+"""Try a model out on shards of rows, on a small copy and in one process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from automodel_trainer.models.rehearsal import logits_of, rehearse
+from automodel_trainer.strategies.context.attention import Sequences, exchanging, replace_attention
+
+SHARDS = 2
+
+
+def check_shards(model: PreTrainedModel) -> None:
+    """Check that a model gives the same numbers for a row in shards as for the whole row.
+
+    Raises:
+        ValueError: it does not.
+    """
+    found = rehearse(model, "shards", _in_shards)
+    if found is not None:
+        raise ValueError(
+            f"cp > 1 splits rows into shards, and a small copy of {type(model).__name__} on shards {found}. It may "
+            "count positions by itself instead of by position_ids, or mix tokens outside of attention. Set cp=1, and "
+            "use fsdp2 or tp instead."
+        )
+
+
+def _in_shards(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The logits for rows `[b, s]` of which a process holds all shards, one after another along the batch."""
+    try:
+        replace_attention(model)
+    except ValueError:  # `install_attention` says it of the model itself
+        return logits_of(model(input_ids=ids))
+    rows, length = ids.shape
+    chunks = torch.arange(length).chunk(2 * SHARDS)
+    shards = [torch.cat([chunks[i], chunks[2 * SHARDS - 1 - i]]) for i in range(SHARDS)]
+    order = torch.cat(shards)
+    positions = torch.arange(length).expand(rows, -1)
+    with exchanging(Sequences(None, "ulysses", order, positions, None, None)):
+        output = model(
+            input_ids=torch.cat([ids[:, shard] for shard in shards]),
+            position_ids=torch.cat([positions[:, shard] for shard in shards]),
+            attention_mask=torch.ones(SHARDS * rows, length // SHARDS, dtype=torch.long),
+        )
+    return torch.cat(logits_of(output).chunk(SHARDS), dim=1)[:, order.argsort()]
