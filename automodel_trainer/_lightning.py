@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +35,7 @@ __all__ = [
     "defaults_from_env_vars",
     "drop_advertisement",
     "forget_optimizers",
+    "end_ranks_on_sigterm",
     "hpc_checkpoint",
     "install_checkpoint_connector",
     "install_quiet_epoch_loop",
@@ -126,6 +129,28 @@ def install_quiet_epoch_loop(trainer: pl.Trainer) -> None:
     """Replace the Trainer's training epoch loop by `_QuietEpochLoop`. Call it before the first run."""
     old = trainer.fit_loop.epoch_loop
     trainer.fit_loop.epoch_loop = _TrainingEpochLoop(trainer, min_steps=old.min_steps, max_steps=old.max_steps)
+
+
+def end_ranks_on_sigterm(trainer: pl.Trainer) -> None:
+    """Let SIGTERM end this process and those that it started, if there are several ranks. Call it before the first run.
+
+    Lightning's handler broadcasts a tensor, whatever collective the signal interrupts: the ranks wait for each other
+    forever. While the `Preemption` callback trains, its handler is there in place of this one.
+    """
+    connector = trainer._signal_connector
+    of_one_rank = connector._sigterm_notifier_fn
+
+    def handler(signum: int, frame: Any) -> None:
+        if trainer.world_size == 1:
+            of_one_rank(signum, frame)
+            return
+        launcher = trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signal.Signals(signum))
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+
+    connector._sigterm_notifier_fn = handler  # type: ignore[method-assign,assignment]
 
 
 def read_more_in_load_from_checkpoint(reads: Callable[[Any], bool], read: Callable[[Any, Any], dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ from automodel_trainer._lightning import (
     assigned_checkpoint,
     defaults_from_env_vars,
     drop_advertisement,
+    end_ranks_on_sigterm,
     install_checkpoint_connector,
     install_quiet_epoch_loop,
     keep_quiet_about_trees,
@@ -195,6 +196,7 @@ class Trainer(SavesPretrained):
             model_registry=model_registry,
         )
         install_quiet_epoch_loop(self)
+        end_ranks_on_sigterm(self)
         install_checkpoint_connector(self)
         if is_remote(self.default_root_dir):
             rank_zero_info(

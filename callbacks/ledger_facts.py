@@ -35,6 +35,7 @@ from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.models.quantization_config import ReadDense
 from automodel_trainer.models.record import recorded
 from automodel_trainer.models.stage_names import of_all_stages
+from automodel_trainer.modules.idle_parameters import IdleParameters
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.base.allocator import allocator_of
 from automodel_trainer.strategies.base.compile import effective_options
@@ -90,6 +91,7 @@ def model_facts(trainer: pl.Trainer, model: nn.Module) -> Facts:
         "fp8": next((str(layers) for m in inner if (layers := fp8_layers(m))), None),
         "read_dense": next((read.method for m in inner if (read := recorded(m, ReadDense))), None),
         "frozen_parts": next((text for m in inner if (text := describe_frozen(m))), None),
+        "idle": next((list(idle.names) for m in inner if (idle := recorded(m, IdleParameters))), []),
         "lora": next((text for m in inner if (text := describe_lora(m))), None),
     }
 

@@ -27,6 +27,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
     ]
     if model.get("frozen_parts"):
         rows.append(("frozen", model["frozen_parts"]))
+    if idle := model.get("idle"):
+        rows.append(("frozen", f"{len(idle)} parameters that no forward reaches: {listed(idle, 3)}"))
     if model["lora"]:
         rows.append(("adapters", model["lora"]))
     if model["tied"] or model["untied"]:

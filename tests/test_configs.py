@@ -52,8 +52,11 @@ def overrides(config: Path, home: Path) -> list[str]:
         options["data.num_workers"] = "1"
     options |= {"data.seq_len": "256", "data.global_batch_size": "4", "data.micro_batch_size": "2"}
     if "validation" in data:
-        options["data.validation"] = str(home / "chats.jsonl")
-    if "max_steps" in content["trainer"] and isinstance(content["model"].get("scheduler"), dict):
+        options["data.validation"] = (
+            options["data.train"] if config.stem.startswith("vlm") else str(home / "chats.jsonl")
+        )
+    scheduler = content["model"].get("scheduler")
+    if isinstance(scheduler, dict) and "warmup_steps" in scheduler:
         options["model.scheduler.warmup_steps"] = "1"
     return [part for key, value in options.items() for part in (f"--{key}", value)]
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 
+from automodel_trainer import Trainer
 from automodel_trainer.distributed.launch import launched_sizes
 from tests.processes import Job, in_folder, run_code, torchrun
 
@@ -130,3 +136,23 @@ def test_a_rank_that_raises_takes_the_others_along(launcher: str, tmp_path: Path
         time.sleep(0.1)
     assert not any(runs(pid) for pid in pids)
     assert re.findall(r"\w+Error: .*", log)[0] == "RuntimeError: on purpose, on one rank only", log
+
+
+class EndsItself(BoringModel):
+    """Gets SIGTERM in a validation step, as one of several ranks."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        with mock.patch.object(Trainer, "world_size", 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)  # a handler that waits for the other rank stays longer
+
+
+def _validate(root: Path) -> None:
+    Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=root).validate(EndsItself(), verbose=False)
+
+
+def test_sigterm_ends_a_rank_where_nothing_saves(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_validate, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGTERM

@@ -15,12 +15,13 @@ import numpy as np
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from automodel_trainer.data.batches import MicroBatch
 from automodel_trainer.data.built_in_templates import set_template
 from automodel_trainer.data.chat import ChatDataModule
 from automodel_trainer.data.formats import Conversation, format_of
 from automodel_trainer.data.packing import pack
 from automodel_trainer.data.pictures.collate import PictureCollate, crossing
-from automodel_trainer.data.pictures.encode import PictureEncoder
+from automodel_trainer.data.pictures.encode import PictureEncoder, Size
 from automodel_trainer.data.pictures.files import Pictures, as_png
 from automodel_trainer.data.pictures.rows import RowReader, as_text
 from automodel_trainer.data.pictures.store import Picture, PictureDocument, PictureRows, PictureStore
@@ -95,6 +96,7 @@ class ImageTextDataModule(ChatDataModule):
         self.image_root = None if image_root is None else Path(image_root).expanduser()
         self.image_mark = image_mark
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self._blank_size: Size = (BLANK, BLANK)
         self._crossed: str | None = None  # the model's input for cross-attention, once samples were made
         self.rope_index: Callable[[Mapping[str, Any]], Any] | None = None
 
@@ -139,10 +141,16 @@ class ImageTextDataModule(ChatDataModule):
         """A document with a small blank picture and nothing to train."""
         parts = [{"type": "image"}, {"type": "text", "text": "."}]
         messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]
-        planned = self.encoder.plan(Conversation(messages), [(BLANK, BLANK)])
+        size = self._blank_size
+        planned = self.encoder.plan(Conversation(messages), [size])
         ids = np.array(planned.encoded.input_ids)
-        picture = Picture(Pictures(), PILImage.new("RGB", (BLANK, BLANK)), "the blank picture")
+        picture = Picture(Pictures(), PILImage.new("RGB", size), "the blank picture")
         return PictureDocument(ids, np.zeros(len(ids), bool), -1, planned.text, [picture])
+
+    def picture_probe(self) -> MicroBatch:
+        """A micro-batch with one small blank picture, and all of its text trained."""
+        document = self.blank._replace(trained=np.ones(len(self.blank.input_ids), bool))
+        return self._collate()([[document]], len(document.input_ids), self.pad_id())
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
@@ -190,6 +198,7 @@ class ImageTextDataModule(ChatDataModule):
 
         settings = {
             "kind": "image-text",
+            "version": 2,  # 1 wrote parts of text into turns whose template takes text alone
             "loss_on": self.loss_on,
             "columns": self.columns,
             "mark": self.image_mark,
@@ -207,9 +216,17 @@ class ImageTextDataModule(ChatDataModule):
             more={"text": Value("string"), "pictures": Value("int32")},
         )
         store = PictureStore(samples, source.of)
+        self._choose_blank(store)
         self._check(store)
         self._check_plan(store)
         return store, key
+
+    def _choose_blank(self, store: PictureStore) -> None:
+        """A processor that does not resize wants pictures of one size: the blank one has that of the data."""
+        resizes = getattr(self.load_processor().image_processor, "do_resize", True)
+        if not resizes and store.pictures.any():
+            picture = store.fetch([int(np.flatnonzero(store.pictures)[0])])[0].pictures[0]
+            self._blank_size = picture.reader.size(picture.source)
 
     def _check_plan(self, store: PictureStore) -> None:
         """Make the tensors of a few samples, so that a plan that does not hold is known before training.

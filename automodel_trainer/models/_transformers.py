@@ -233,6 +233,11 @@ def attention_of(config: PreTrainedConfig) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
+def set_attention(config: PreTrainedConfig, name: str) -> None:
+    """Let the modules of a config attend with a kernel, which is registered already."""
+    config._attn_implementation = name
+
+
 def experts_in_use(model: PreTrainedModel) -> str | None:
     """The name of the implementation of transformers that computes the experts; None for a model without any."""
     named = any(hasattr(module, "_apply_gate") for module in model.modules())

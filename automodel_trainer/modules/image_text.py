@@ -23,6 +23,7 @@ from automodel_trainer.models.parts import ModelParts
 from automodel_trainer.models.processors import check_processor, has_processor, load_processor
 from automodel_trainer.models.rope_index import RopeIndex, has_rope_index
 from automodel_trainer.modules.causal_lm import CausalLMModule
+from automodel_trainer.modules.idle_parameters import freeze_idle
 from automodel_trainer.strategies.base.objective import DEFAULT_INPUTS, MicroBatch
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
@@ -222,6 +223,14 @@ class ImageTextModule(CausalLMModule):
         if idle and self.model is None:
             self.frozen = (*self.frozen, *sorted(idle))
             rank_zero_info(f"The data has no pictures: {' and '.join(sorted(idle))} of the model stay as they are.")
+
+    def laid_out(self, strategy: Any) -> None:
+        """See `Objective.laid_out`. Parameters of tower and projector that no forward reaches are frozen."""
+        data = getattr(self.trainer, "datamodule", None)
+        parts = ModelParts(self.model)
+        seeing = [n for n, p in self.model.named_parameters() if p.requires_grad and parts.of(n) != "language"]
+        if seeing and isinstance(data, ImageTextDataModule) and strategy.plain_backward:
+            freeze_idle(self, strategy, data.picture_probe(), among=lambda name: parts.of(name) != "language")
 
     def lr_of(self) -> Callable[[str], float]:
         """The learning rate of a parameter, by its name.

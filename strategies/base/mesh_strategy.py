@@ -182,8 +182,15 @@ class MeshStrategy(StepRunner, SavingStrategy):
         """
         if isinstance(module, Objective):
             self.parallelize(module.model)
+            self.tell_laid_out(module)
         else:
             self.lay_out_user_module(module)
+
+    @final
+    def tell_laid_out(self, module: Objective) -> None:
+        """Tell an objective that is to be trained that its model is laid out."""
+        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            module.laid_out(self)
 
     def model_to_device(self) -> None:
         """Move the whole LightningModule to this rank's device."""

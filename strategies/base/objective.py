@@ -96,6 +96,9 @@ class Objective:
             ValueError: it cannot be trained on.
         """
 
+    def laid_out(self, strategy: Any) -> None:
+        """Called on all ranks before training, when the model is laid out and the optimizers are not made yet."""
+
     # --- what tools and callbacks ask -----------------------------------------------------------------------------
 
     @property

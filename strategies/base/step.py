@@ -26,6 +26,8 @@ class StepRunner:
     root_device: Any  # the strategy defines it
     needs_every_gradient = False  # a step whose forward leaves out a trained parameter hangs or fails on several ranks
 
+    plain_backward = True  # `loss.backward()` alone leaves its gradients in `parameter.grad`
+
     @property
     def gradient_scale(self) -> float:
         """The factor on each loss that makes the reduced gradient the *sum* over ranks."""

@@ -90,6 +90,8 @@ class DDPStrategy(MeshStrategy):
         if not isinstance(module, Objective):
             self.parallelize(module)
         self.model_to_device()
+        if isinstance(module, Objective):
+            self.tell_laid_out(module)
         # DDP refuses a module that has nothing to train
         if self.dp_size == 1 or not any(p.requires_grad for p in module.parameters()):
             return

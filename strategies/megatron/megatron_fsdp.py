@@ -61,6 +61,8 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
         ValueError: an option has an unknown value, or two options exclude each other.
     """
 
+    plain_backward = False
+
     def __init__(
         self,
         zero_stage: Literal[0, 1, 2, 3] = 3,

@@ -146,7 +146,12 @@ def test_streamed_weights_are_cast_as_they_come(tmp_path: Path, monkeypatch: pyt
         tmp_path, lora=LoRAConfig(rank=4), kernels=KernelsConfig(fp8="rowwise", attention="eager")
     )
     disturb(model)
-    assert torch.equal(step(model)[0], step(adapted("rowwise"))[0])
+    wanted = dict(adapted("rowwise").named_parameters())
+    cast = {name: weight for name, weight in model.named_parameters() if hasattr(weight, "get_original_weight")}
+    assert len(cast) == 14
+    for name, weight in cast.items():
+        assert torch.equal(weight.get_original_weight(), wanted[name].get_original_weight())
+    assert relative_error(step(model)[0], step(adapted("rowwise"))[0]) < TOLERANCE["rowwise"]
     with pytest.raises(ValueError, match="lora init='pissa' would change them"):
         adapted("rowwise", init="pissa")
 

@@ -13,6 +13,9 @@ from PIL import Image as PILImage
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from automodel_trainer import ImageTextDataModule, ImageTextModule, LoRAConfig, Trainer
+from automodel_trainer.callbacks import Ledger
+from automodel_trainer.data.formats import Conversation
+from automodel_trainer.data.pictures.encode import PictureEncoder
 from automodel_trainer.lightning_cli import build
 from automodel_trainer.tools.generate import generate
 from automodel_trainer.tools.preview import main as preview
@@ -114,6 +117,44 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(home: Path, tmp_path: Path) -> 
     resumed, _ = run("part", ckpt_path=path)
     for name, parameter in whole.named_parameters():
         assert resumed.get_parameter(name).detach().equal(parameter.detach()), name
+
+
+def test_what_no_forward_reaches_is_frozen(home: Path, tmp_path: Path) -> None:
+    """The features come from the tower's last layer but one."""
+    module = ImageTextModule(str(folder_of("llava", home)), freeze=[])
+    trainer = Trainer(**quiet(tmp_path, max_steps=2))
+    trainer.fit(module, data(home))
+    plain = AutoModelForImageTextToText.from_pretrained(folder_of("llava", home))
+    seen = inputs(processor_of("llava"), home)
+    plain(**seen, labels=seen["input_ids"]).loss.backward()
+    reached = {name for name, parameter in plain.named_parameters() if parameter.grad is not None}
+    trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
+    assert trained == reached
+    assert not all(".layers.1." in name for name in reached)
+    facts = next(c.facts for c in trainer.callbacks if isinstance(c, Ledger))
+    assert set(facts["model"]["idle"]) == {name for name, _ in plain.named_parameters()} - reached
+    optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in module.model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("roles", [("assistant",), ("assistant", "system"), ("user", "assistant", "system")])
+def test_turns_are_written_in_the_form_that_the_template_takes(roles: tuple[str, ...], home: Path) -> None:
+    """Many templates write pictures in the user's turns, and the text of the others as it is."""
+    processor = processor_of("llava")
+    whole = processor.chat_template
+    condition = f"{{% if m['content'] is string or m['role'] in {list(roles)} %}}"
+    processor.chat_template = whole.replace("{% if m['content'] is string %}", condition)
+    assert processor.chat_template != whole
+    encoder, reference = PictureEncoder(processor, "assistant"), PictureEncoder(processor_of("llava"), "assistant")
+    turns = [("system", "Be brief."), ("user", "A 'type'?"), ("assistant", "Yes.")]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    assert encoder.plan(Conversation(messages), []) == reference.plan(Conversation(messages), [])
+    shown = [{**messages[1], "content": [{"type": "image"}, *messages[1]["content"]]}, messages[2]]
+    if "user" in roles:
+        with pytest.raises(ValueError, match="takes text alone in turns of 'user'"):
+            encoder.plan(Conversation(shown), [(32, 32)])
+    else:
+        assert encoder.plan(Conversation(shown), [(32, 32)]) == reference.plan(Conversation(shown), [(32, 32)])
 
 
 def test_learning_rates_and_parts(home: Path, tmp_path: Path) -> None:

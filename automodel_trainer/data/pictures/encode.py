@@ -66,7 +66,7 @@ class PictureEncoder:
         self.mark = re.compile(re.escape(token))
         self.token = token
         self._finder = TurnFinder(special_tokens(self.tokenizer, len(self.tokenizer)), loss_on == "last_turn")
-        self._parts: bool | None = None
+        self._parts: dict[str, bool] = {}
         self._replacements: dict[tuple[Size, ...], list[str]] = {}
 
     def plan(self, conversation: Conversation, sizes: Sequence[Size]) -> Planned:
@@ -128,11 +128,19 @@ class PictureEncoder:
                 "This processor has no chat template, so it cannot turn a conversation into tokens. Set one with "
                 "chat_template=, or give rows with one question and its answer."
             )
-        if self._parts is None:
-            self._parts = takes_parts(self.tokenizer)
-        messages = conversation.messages if self._parts else as_text(_without_pictures(conversation.messages))
+        messages = [self._as_the_template_takes_it(message) for message in conversation.messages]
         chat = RenderedChat(self.tokenizer, messages, conversation.tools)
         return chat.text, [] if self.loss_on == "all" else self._finder.spans(chat)
+
+    def _as_the_template_takes_it(self, message: Message) -> Message:
+        """A message in parts, or with its text where the template writes text alone in turns of this role."""
+        role = message["role"]
+        if role not in self._parts:
+            self._parts[role] = takes_parts(self.tokenizer, role)
+        if self._parts[role]:
+            return message
+        _refuse_pictures(message)
+        return as_text([message])[0]
 
     def _joined(self, prompt: str, completion: str) -> tuple[str, list[Span]]:
         """Prompt, completion and EOS, of a base model."""
@@ -197,22 +205,26 @@ def inserted_text(processor: Any, text: str) -> str:
     return found
 
 
-def takes_parts(tokenizer: Any) -> bool:
-    """Whether the chat template writes content that is a list of parts, and not its Python form."""
-    messages = [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}]
+def takes_parts(tokenizer: Any, role: str = "user") -> bool:
+    """Whether the chat template writes content that is a list of parts, and not its Python form, in turns of a role."""
+    turn = {"role": role, "content": [{"type": "text", "text": _PROBE}]}
+    parts = role != "user" and takes_parts(tokenizer)
+    asked = {"role": "user", "content": [{"type": "text", "text": "."}] if parts else "."}
+    chats: dict[str, list[Message]] = {"user": [turn], "system": [turn, asked], "developer": [turn, asked]}
     try:
-        text = RenderedChat(tokenizer, messages, None).text
+        text = RenderedChat(tokenizer, chats.get(role, [asked, turn]), None).text
     except ValueError:
         return False
     return _PROBE in text and "'type'" not in text and '"type"' not in text
 
 
-def _without_pictures(messages: Sequence[Message]) -> list[Message]:
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list) and any(part["type"] == "image" for part in content):
-            raise ValueError("the chat template takes text alone, and the row has pictures. Set chat_template=.")
-    return list(messages)
+def _refuse_pictures(message: Message) -> None:
+    content = message.get("content")
+    if isinstance(content, list) and any(part["type"] == "image" for part in content):
+        raise ValueError(
+            f"the chat template takes text alone in turns of {message['role']!r}, and this one has pictures. Set "
+            "chat_template=."
+        )
 
 
 def _question_and_answer(messages: Sequence[Message], token: str) -> tuple[str, str] | None:

@@ -21,6 +21,7 @@ from automodel_trainer.models.kernels.mlp import swap_gated_mlps
 from automodel_trainer.models.kernels.norm import swap_norms
 from automodel_trainer.models.kernels.registry import find, libraries
 from automodel_trainer.models.kernels.rope import restore_rope, rope_obstacle, swap_rope
+from automodel_trainer.models.kernels.tower_attention import TITLE, install_tower_attention
 from automodel_trainer.models.lora.fuse import Fusion
 from automodel_trainer.models.lora.layers import adapters
 from automodel_trainer.models.record import record_of, recorded
@@ -89,6 +90,8 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
     _choose_attention(model, choices["attention"], device)
     loss = choices["loss"]
     texts = {"loss": _LOSSES.get(loss.name) or _title(loss)}
+    if choices["attention"].is_auto and install_tower_attention(model, device):
+        texts["attention of the tower"] = TITLE
     for part in _COMPILED:
         choices[part], texts[part] = _swap_or_leave(model, choices[part], device)
     texts["linear"] = _choose_linear(model, choices["linear"], kernels, device)

@@ -1,0 +1,50 @@
+"""Pictures of a batch are attended to in one call, each by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from automodel_trainer.models.kernels import tower_attention
+from automodel_trainer.models.kernels.tower_attention import NAME, install_tower_attention
+from tests.harness import close
+from tests.vlm.families import model_of, processor_of
+
+
+def one_call(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, _: Tensor, longest: int, *__: int, scale: float
+) -> Tensor:
+    """What torch's kernel computes from `[tokens, heads, size]`: here with a mask of all tokens."""
+    assert longest == int(starts.diff().max())
+    pictures = torch.bucketize(torch.arange(len(query)), starts, right=True)
+    mask = pictures[:, None] == pictures[None, :]
+    flat = (tensor.transpose(0, 1) for tensor in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*flat, mask, scale=scale).transpose(0, 1)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize("dtypes", [(torch.float32,), ()], ids=["one call", "piece by piece"])
+def test_features_are_those_of_transformers(
+    family: str, dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(family)
+    pictures = [Image.effect_noise(size, 60).convert("RGB") for size in ((64, 96), (128, 64))]
+    made = processor_of(family).image_processor(pictures, return_tensors="pt")
+    wanted = model.get_image_features(**made)
+    monkeypatch.setattr(tower_attention, "_DEVICE", "cpu")
+    monkeypatch.setattr(tower_attention, "_DTYPES", dtypes)
+    monkeypatch.setattr(tower_attention, "_varlen", lambda: one_call)
+    text = model.config.text_config._attn_implementation
+    assert install_tower_attention(model, torch.device("cpu"))
+    assert model.config.vision_config._attn_implementation == NAME
+    assert model.config.text_config._attn_implementation == text
+    for name, feature in enumerate(model.get_image_features(**made).pooler_output):
+        close(feature, wanted.pooler_output[name])
+
+
+def test_other_towers_keep_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tower_attention, "_DEVICE", "cpu")
+    monkeypatch.setattr(tower_attention, "_varlen", lambda: one_call)
+    assert not install_tower_attention(model_of("llava"), torch.device("cpu"))
