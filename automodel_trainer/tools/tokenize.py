@@ -46,7 +46,7 @@ def tokenize_files(
         shard_bytes: size of a shard's tokens.
 
     Returns:
-        `tokens`, `documents`, `seconds`, and the prefixes of the `shards`.
+        `tokens`, `documents`, `without_text` (rows left out), `seconds`, and the prefixes of the `shards`.
 
     Raises:
         ValueError: no data, no such column, no EOS token, or `output` holds shards.
@@ -66,7 +66,8 @@ def tokenize_files(
     with _bar() as bar:
         task = bar.add_task("tokenizing", total=len(found.files), speed="")
         try:
-            parts = _parts(found.files, column, lambda number: bar.update(task, completed=number))
+            seen = [0]
+            parts = _parts(found.files, column, lambda number: bar.update(task, completed=number), seen)
             for lengths, tokens in _encoded(parts, count, tokenizer, context):
                 shards.add(lengths, tokens)
                 speed = shards.tokens / max(1e-9, time.monotonic() - begun)
@@ -81,6 +82,7 @@ def tokenize_files(
     return {
         "tokens": shards.tokens,
         "documents": shards.documents,
+        "without_text": seen[0] - shards.documents,
         "seconds": time.monotonic() - begun,
         "shards": shards.prefixes,
     }
@@ -117,7 +119,8 @@ class _Shards:
             self._writer.abandon()
 
 
-def _parts(files: Sequence[DataFile], column: str, done: Any) -> Iterator[list[str]]:
+def _parts(files: Sequence[DataFile], column: str, done: Any, seen: list[int]) -> Iterator[list[str]]:
+    """The texts in parts; `seen` counts all rows."""
     texts: list[str] = []
     size = 0
     for number, file in enumerate(files):
@@ -125,6 +128,7 @@ def _parts(files: Sequence[DataFile], column: str, done: Any) -> Iterator[list[s
         for rows in read_rows(file):
             if rows and not any(column in row for row in rows):
                 raise ValueError(f"{file.path} has no column {column!r}; its columns are {sorted(rows[0])}.")
+            seen[0] += len(rows)
             for row in rows:
                 text = row.get(column)
                 if not isinstance(text, str | None):
@@ -197,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     shard_bytes = int(args.shard_gb * 2**30)
     done = tokenize_files(args.data, args.tokenizer, args.output, args.column, args.workers, shard_bytes)
     speed = done["tokens"] / done["seconds"]
+    if missing := done["without_text"]:
+        print(f"{missing:,} rows have no text in column {args.column!r} and were left out.")
     print(
         f"{done['tokens']:,} tokens of {done['documents']:,} documents in {len(done['shards'])} shard(s) in "
         f"{args.output} ({speed:,.0f} tokens/s). Train on them with TokenDataModule(train={str(args.output)!r})."

@@ -34,7 +34,9 @@ def rows_of(data: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_tokenized_text_trains_as_the_text_itself(corpus: tuple[Path, Path], workers: int, tmp_path: Path) -> None:
+def test_tokenized_text_trains_as_the_text_itself(
+    corpus: tuple[Path, Path], workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same rows, cut into several shards; the same boundaries of documents."""
     folder, tokenizer = corpus
     done = tokenize_files(f"{folder}/part*.jsonl", str(tokenizer), tmp_path / "out", workers=workers, shard_bytes=500)
@@ -53,6 +55,9 @@ def test_tokenized_text_trains_as_the_text_itself(corpus: tuple[Path, Path], wor
     with pytest.raises(ValueError, match=r"part0\.jsonl has no column 'body'; its columns are \['text'\]"):
         main([str(folder / "part0.jsonl"), *arguments, "--workers", "1"])
     assert not list((tmp_path / "b").iterdir())
+    (folder / "gaps.jsonl").write_text('{"text": "a"}\n{"content": "b"}\n{"text": ""}\n')
+    main([str(folder / "gaps.jsonl"), *arguments[:2], "--output", str(tmp_path / "c"), "--workers", "1"])
+    assert "2 rows have no text in column 'text' and were left out" in capsys.readouterr().out
     (folder / "odd.jsonl").write_text('{"text": 5}\n')
     with pytest.raises(ValueError, match=r"odd\.jsonl: column 'text' must hold texts, found int: '5'"):
         main([str(folder / "odd.jsonl"), *arguments[:4], "--workers", "1"])
