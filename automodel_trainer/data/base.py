@@ -114,12 +114,12 @@ class MicroBatchDataModule(LightningDataModule):
     def training_rows(
         self, train: Any, temperature: float, build: Callable[[Any], dict[str, Rows]], seed: int
     ) -> dict[str, Rows]:
-        """The rows of `train`, which may be a mixture: "train", and "validation" or one of it by name.
+        """The rows of `train`, which may be a mixture: "train", and "validation" and "test", whole or by name.
 
         Args:
             train: a source, or a list of `{path, weight, epochs, name}`.
             temperature: see `MixtureRows`.
-            build: makes the rows of one source: "train", and perhaps "validation".
+            build: makes the rows of one source: "train", and perhaps "validation" and "test".
             seed: see `MixtureRows`.
         """
         sources = parse_sources(train)
@@ -128,8 +128,7 @@ class MicroBatchDataModule(LightningDataModule):
         parts = [build(source.path) for source in sources]
         rows: dict[str, Rows] = {"train": MixtureRows(sources, [part["train"] for part in parts], temperature, seed)}
         for source, part in zip(sources, parts):
-            if "validation" in part:
-                rows[f"validation/{source.name}"] = part["validation"]
+            rows.update({f"{split}/{source.name}": part[split] for split in ("validation", "test") if split in part})
         return rows
 
     def evaluation_rows(self, split: str, data: Any, build: Callable[[str, Any], Rows]) -> dict[str, Rows]:
@@ -317,21 +316,19 @@ class MicroBatchDataModule(LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """The loader of the validation rows, or one by name for each set; an empty list without validation data."""
-        if named := named_splits(self.rows, "validation"):
-            return {name: self._evaluation_loader(key) for name, key in named.items()}
-        if "validation" in self.rows:
-            return self._evaluation_loader("validation")
+        if self._has("validation"):
+            return self._evaluation_loaders("validation")
         # Lightning skips validation if there is no loader. Its warning about that is noise.
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         return []
 
     def test_dataloader(self) -> Any:
-        """The loader of the test rows.
+        """The loader of the test rows, or one by name for each set.
 
         Raises:
             ValueError: there is no test data.
         """
-        return self._evaluation_loader("test")
+        return self._evaluation_loaders("test")
 
     def predict_dataloader(self) -> Any:
         """The loader of the test rows, or of the validation rows if there are none.
@@ -339,7 +336,7 @@ class MicroBatchDataModule(LightningDataModule):
         Raises:
             ValueError: there is neither.
         """
-        return self._evaluation_loader("test" if "test" in self.rows else "validation")
+        return self._evaluation_loaders("test" if self._has("test") else "validation")
 
     def first_batch(self, split: str = "train") -> list[MicroBatch]:
         """The first list of micro-batches that this rank gets, for previews."""
@@ -368,6 +365,15 @@ class MicroBatchDataModule(LightningDataModule):
                 f"and a module that has one."
             )
         return self.tokenizer
+
+    def _has(self, split: str) -> bool:
+        return split in self.rows or bool(named_splits(self.rows, split))
+
+    def _evaluation_loaders(self, split: str) -> Any:
+        """The loader of a split, or one by name for each of its sets."""
+        if named := named_splits(self.rows, split):
+            return {name: self._evaluation_loader(key) for name, key in named.items()}
+        return self._evaluation_loader(split)
 
     def _evaluation_loader(self, split: str) -> MicroBatchLoader:
         # One micro-batch per step: evaluation does not accumulate, and a short last batch needs few filler rows.

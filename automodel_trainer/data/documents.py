@@ -25,9 +25,14 @@ def encode_documents(tokenizer: Any, texts: list[str | None]) -> list[list[int]]
     An empty or missing text has no tokens.
 
     Raises:
-        ValueError: the tokenizer has no EOS token.
+        ValueError: the tokenizer has no EOS token, or a text is none.
     """
     end = document_end(tokenizer)
+    if (odd := next((text for text in texts if not isinstance(text, str | None)), None)) is not None:
+        raise ValueError(
+            f"the text column must hold texts, found {type(odd).__name__}: {str(odd)[:80]!r}. Give the column of the "
+            "text."
+        )
     present = [text for text in texts if text]
     encoded = iter(tokenizer(present, verbose=False)["input_ids"] if present else [])
     return [_ended(next(encoded), end) if text else [] for text in texts]

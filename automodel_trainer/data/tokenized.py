@@ -91,6 +91,8 @@ class TokenDataModule(MicroBatchDataModule):
         Raises:
             ValueError: a file is missing or damaged, or a split has no document.
         """
+        if not self.shares[0]:
+            raise ValueError(f"split={self.split!r} leaves nothing for training. The first number must be above 0.")
         rows = self.training_rows(self.train, self.temperature, self._split_rows, self.seed)
         if self.validation is not None:
             rows.update(self.evaluation_rows("validation", self.validation, lambda split, data: self._whole(data)))
@@ -104,7 +106,12 @@ class TokenDataModule(MicroBatchDataModule):
             parts = [file.pieces_of(*_range(file.documents, begin, begin + share)) for file in files]
             begin += share
             if share and (not any(map(len, parts))):
-                raise ValueError(f"split={self.split!r} leaves no document of {source} for {split}.")
+                count = sum(file.documents for file in files)
+                raise ValueError(
+                    f"split={self.split!r} leaves no document of {source} for {split}: it has {count:,} in "
+                    f"{len(files)} file(s). Give {split} a larger share or 0, or more documents (document_end tells "
+                    "those of a plain file apart)."
+                )
             if share:
                 rows[split] = self._rows(files, parts, split)
         return rows

@@ -127,6 +127,11 @@ def _parts(files: Sequence[DataFile], column: str, done: Any) -> Iterator[list[s
                 raise ValueError(f"{file.path} has no column {column!r}; its columns are {sorted(rows[0])}.")
             for row in rows:
                 text = row.get(column)
+                if not isinstance(text, str | None):
+                    raise ValueError(
+                        f"{file.path}: column {column!r} must hold texts, found {type(text).__name__}: "
+                        f"{str(text)[:80]!r}. Give the column of the text (--column)."
+                    )
                 if text:
                     texts.append(text)
                     size += len(text)

@@ -53,6 +53,11 @@ def test_tokenized_text_trains_as_the_text_itself(corpus: tuple[Path, Path], wor
     with pytest.raises(ValueError, match=r"part0\.jsonl has no column 'body'; its columns are \['text'\]"):
         main([str(folder / "part0.jsonl"), *arguments, "--workers", "1"])
     assert not list((tmp_path / "b").iterdir())
+    (folder / "odd.jsonl").write_text('{"text": 5}\n')
+    with pytest.raises(ValueError, match=r"odd\.jsonl: column 'text' must hold texts, found int: '5'"):
+        main([str(folder / "odd.jsonl"), *arguments[:4], "--workers", "1"])
+    with pytest.raises(ValueError, match="must hold texts, found int: '5'"):
+        TextDataModule(folder / "odd.jsonl", tokenizer=tiny_tokenizer(), cache=False).prepare()
 
 
 def megatron(prefix: Path, documents: list[list[list[int]]], dtype: Any = np.uint16, code: int = 8) -> None:
@@ -92,6 +97,14 @@ def test_megatron_files(tmp_path: Path) -> None:
         {"path": tmp_path / "m", "weight": 1, "name": "a"},
         {"path": f"{tmp_path}/m.bin", "weight": 1, "name": "b"},
     ]
+    shared = TokenDataModule(blend, split="2,1,1", seq_len=4)
+    shared.setup("fit")
+    assert sorted(shared.rows) == ["test/a", "test/b", "train", "validation/a", "validation/b"]
+    assert sorted(shared.test_dataloader()) == sorted(shared.predict_dataloader()) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"leaves no document of .*m for validation: it has 4 in 1 file\(s\)"):
+        TokenDataModule(blend, split="969,30,1", seq_len=4).prepare()
+    with pytest.raises(ValueError, match="leaves nothing for training"):
+        TokenDataModule(blend, split="0,1", seq_len=4).prepare()
     mixed = TokenDataModule(blend, seq_len=4)
     mixed.setup("fit")
     assert mixed.rows["train"].shares["a"][0] == pytest.approx(0.5)  # type: ignore[attr-defined]

@@ -145,10 +145,13 @@ def test_resized_embeddings(tmp_path: Path, tied: bool, saved: list[str]) -> Non
         torch.testing.assert_close(logits(theirs), logits(model))
 
 
-def test_peft_s_adapter_of_a_resized_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [None, ["embed_tokens", "lm_head"]])
+def test_peft_s_adapter_of_a_resized_model(tmp_path: Path, whole: list[str] | None) -> None:
+    """PEFT writes resized embeddings that are trained whole three times."""
     base = tmp_path / "base"
-    tiny_model(tie_word_embeddings=True).save_pretrained(base)
-    theirs = peft.get_peft_model(larger(base), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    tiny_model(tie_word_embeddings=not whole).save_pretrained(base)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole)
+    theirs = peft.get_peft_model(larger(base), config)
     disturb(theirs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -87,7 +87,17 @@ def read_tensors(adapter: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{file.parent} has no {WEIGHTS_NAME}.{pickled if (file.parent / 'adapter_model.bin').is_file() else ''}"
         )
     check_safetensors(file)
-    return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()}
+    return _without_copies({name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()})
+
+
+def _without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` without what PEFT writes twice of embeddings that were resized and are trained whole.
+
+    It reads `lm_head.weight`, and writes the parts of its wrapper beside it: `lm_head.modules_to_save.weight` (the
+    same) and `lm_head.original_module.weight` (not used).
+    """
+    plain = {name: re.sub(r"\.(modules_to_save|original_module)\.", ".", name) for name in tensors}
+    return {name: tensor for name, tensor in tensors.items() if plain[name] == name or plain[name] not in tensors}
 
 
 def adapter_config(config: LoRAConfig) -> LoRAConfig:
