@@ -7,6 +7,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -138,19 +139,19 @@ def end_ranks_on_sigterm(trainer: pl.Trainer) -> None:
     forever. While the `Preemption` callback trains, its handler is there in place of this one.
     """
     connector = trainer._signal_connector
-    of_one_rank = connector._sigterm_notifier_fn
-
-    def handler(signum: int, frame: Any) -> None:
-        if trainer.world_size == 1:
-            of_one_rank(signum, frame)
-            return
-        launcher = trainer.strategy.launcher
-        if launcher is not None:
-            launcher.kill(signal.Signals(signum))
-        signal.signal(signum, signal.SIG_DFL)
-        os.kill(os.getpid(), signum)
-
+    handler = partial(_end_ranks, trainer, connector._sigterm_notifier_fn)
     connector._sigterm_notifier_fn = handler  # type: ignore[method-assign,assignment]
+
+
+def _end_ranks(trainer: pl.Trainer, of_one_rank: Callable[[int, Any], None], signum: int, frame: Any) -> None:
+    if trainer.world_size == 1:
+        of_one_rank(signum, frame)
+        return
+    launcher = trainer.strategy.launcher
+    if launcher is not None:
+        launcher.kill(signal.Signals(signum))
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
 
 
 def read_more_in_load_from_checkpoint(reads: Callable[[Any], bool], read: Callable[[Any, Any], dict[str, Any]]) -> None:

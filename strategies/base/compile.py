@@ -7,6 +7,7 @@ shapes, and `generate` has a new one for every token.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ def compile_blocks(
     allow_side_effects_in_checkpoints()
     prefer_recomputing()
     compiled = torch.compile(_run, backend=backend, options=effective_options(backend, options))
-    for block in blocks:
+    for block in filter(_can_be_compiled, blocks):
         record_of(block).keep(CompiledBlock())  # LoRA fuses the layers of such blocks
         block.forward = _Compiled(block, own_forward(block), compiled)  # type: ignore[method-assign, assignment]
     return len(blocks)
@@ -84,6 +85,14 @@ def compile_blocks(
 def effective_options(backend: str | Callable[..., Any], options: dict[str, Any] | None) -> dict[str, Any] | None:
     """The options that blocks are compiled with: `options`, or the inductor's default if they are None."""
     return FAST_MATH if options is None and backend == "inductor" else options
+
+
+def _can_be_compiled(block: nn.Module) -> bool:
+    """Whether a block computes alike for all batches.
+
+    Blocks of some vision towers are told where pictures begin, and cut their input there: a graph for each batch.
+    """
+    return "cu_seqlens" not in inspect.signature(type(block).forward).parameters
 
 
 def _run(forward: Forward, *args: Any, **kwargs: Any) -> Any:

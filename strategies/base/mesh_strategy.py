@@ -65,6 +65,7 @@ class MeshStrategy(StepRunner, SavingStrategy):
         super().__init__(dims, launcher, process_group_backend, timeout)
         self.compile, self.compile_backend, self.compile_options = compile, compile_backend, compile_options
         self.prepared = PreparedBlocks()
+        self._sets_up_training = False
 
     # --- the contract: what a layout defines --------------------------------------------------------------------------
 
@@ -159,9 +160,10 @@ class MeshStrategy(StepRunner, SavingStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        self._convert(self.lightning_module, training=trainer.state.fn == TrainerFn.FITTING)
+        self._sets_up_training = trainer.state.fn == TrainerFn.FITTING
+        self._convert(self.lightning_module, training=self._sets_up_training)
         self.layout(self.lightning_module)
-        if trainer.state.fn == TrainerFn.FITTING:
+        if self._sets_up_training:
             forget_optimizers(self)
             self.setup_optimizers(trainer)
             note_given(self.optimizers, [config.scheduler for config in self.lr_scheduler_configs])
@@ -188,8 +190,8 @@ class MeshStrategy(StepRunner, SavingStrategy):
 
     @final
     def tell_laid_out(self, module: Objective) -> None:
-        """Tell an objective that is to be trained that its model is laid out."""
-        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+        """Tell an objective that a Trainer is going to train that its model is laid out."""
+        if self._sets_up_training:
             module.laid_out(self)
 
     def model_to_device(self) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from automodel_trainer.models.kernels import tower_attention
 from automodel_trainer.models.kernels.tower_attention import NAME, install_tower_attention
+from automodel_trainer.models.record import CompiledBlock, recorded
+from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.harness import close
 from tests.vlm.families import model_of, processor_of
 
@@ -48,3 +50,10 @@ def test_other_towers_keep_their_attention(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tower_attention, "_DEVICE", "cpu")
     monkeypatch.setattr(tower_attention, "_varlen", lambda: one_call)
     assert not install_tower_attention(model_of("llava"), torch.device("cpu"))
+
+
+def test_blocks_that_cut_their_input_are_not_compiled() -> None:
+    model = model_of("qwen2_5_vl")
+    compile_blocks(model, backend="eager")
+    compiled = {name for name, block in model.named_modules() if recorded(block, CompiledBlock)}
+    assert compiled == {f"model.language_model.layers.{layer}" for layer in range(2)}
