@@ -185,14 +185,13 @@ def _text_config(model: nn.Module) -> dict[str, Any]:
         config = getattr(module, "config", None)
         if hasattr(config, "get_text_config"):
             text = config.get_text_config()  # type: ignore[union-attr, operator]
-            return {name: _size(text, name) for name in _SIZES}
+            apart = getattr(text, "per_layer_attributes", None) or ()
+            return {name: _mean(text, name) if name in apart else getattr(text, name, None) for name in _SIZES}
     return {}
 
 
-def _size(text: Any, name: str) -> Any:
-    """A value of a config; the mean over its layers if each has its own, which such a config lets nobody read."""
-    if name not in (getattr(text, "per_layer_attributes", None) or ()):
-        return getattr(text, name, None)
+def _mean(text: Any, name: str) -> float:
+    """The mean over layers of a size that each has of its own, and that their config lets nobody read as one."""
     layers = range(text.num_hidden_layers)
     return sum(getattr(text.per_layer_config[layer], name) for layer in layers) / len(layers)
 

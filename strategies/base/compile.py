@@ -101,14 +101,17 @@ def _run(forward: Forward, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Compiled:
-    """A block's forward: compiled in training, eager in evaluation."""
+    """A block's forward: compiled in training, eager in evaluation and where no gradient is wanted.
+
+    Other libraries generate in training mode, without gradients: a graph for each length would be compiled.
+    """
 
     def __init__(self, block: nn.Module, forward: Forward, compiled: Callable[..., Any]) -> None:
         self.block, self.forward, self.compiled = block, forward, compiled
         self.fused: list[FusedGroup] | None = None  # found at the first call, once the weights are real
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.block.training:
+        if not (self.block.training and torch.is_grad_enabled()):
             return self.forward(*args, **kwargs)
         if self.fused is None:
             self.fused = fused_groups(self.block)
