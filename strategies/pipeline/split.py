@@ -137,7 +137,9 @@ def find_parts(model: nn.Module) -> ModelParts:
             f"pp > 1 splits one stack of layers, and {kind} has {len(found)} ({', '.join(found) or 'none'}). Use "
             "fsdp2, or tp."
         )
-    return _planned(model, found[0]) or _traced(model, found[0])
+    parts = _planned(model, found[0]) or _traced(model, found[0])
+    _refuse_head_first(model, parts)
+    return parts
 
 
 def _planned(model: nn.Module, layers: str) -> ModelParts | None:
@@ -275,15 +277,30 @@ def split_model(model: nn.Module, parts: ModelParts, counts: Sequence[int], own:
     gone += [] if split.holds_first else [n for n in parts.before if not (split.holds_last and n in parts.after)]
     gone += [] if split.holds_last else [n for n in parts.after if not (split.holds_first and n in parts.before)]
     used = {id(p) for name, p in state.items() if not name.startswith(tuple(f"{n}." for n in gone))}
-    # tied weights, which both ends of the pipeline use
-    ends = {id(p) for name in parts.before for p in model.get_submodule(name).parameters()}
-    ends &= {id(p) for name in parts.after for p in model.get_submodule(name).parameters()}
+    ends = _used_at_both_ends(model, parts)
     if split.holds_first != split.holds_last:
         split.shared = [name for name, p in model.named_parameters() if id(p) in ends]
     for name in gone:
         _remove(model, name, used, split)
     forget_absent_ties(model)  # type: ignore[arg-type]
     return split
+
+
+def _used_at_both_ends(model: nn.Module, parts: ModelParts) -> set[int]:
+    """The ids of tied weights, which both ends of the pipeline use."""
+    ends = {id(p) for name in parts.before for p in model.get_submodule(name).parameters()}
+    return ends & {id(p) for name in parts.after for p in model.get_submodule(name).parameters()}
+
+
+def _refuse_head_first(model: nn.Module, parts: ModelParts) -> None:
+    """A shared weight has the name of its first module. The first stage cannot draw it under the name of the head."""
+    shared, after = _used_at_both_ends(model, parts), tuple(f"{name}." for name in parts.after)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in shared and name.startswith(after):
+            raise ValueError(
+                f"pp > 1: {type(model).__name__} declares its head before its embeddings, and they share {name}. Use "
+                "fsdp2 or tp instead, or train them apart (config_overrides={'tie_word_embeddings': False})."
+            )
 
 
 def _looks_up(module: nn.Module) -> bool:

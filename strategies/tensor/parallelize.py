@@ -30,6 +30,7 @@ from automodel_trainer.strategies.tensor.plan import TensorPlan, expand_plan
 from automodel_trainer.strategies.tensor.sequence import SequenceParallel
 
 _SHAPES = ("must match", "doesn't match", "is invalid for input of size", "cannot be multiplied", "not broadcastable")
+_SHAPES += ("got mixed torch.Tensor and DTensor",)
 
 
 def tensor_parallel(

@@ -134,6 +134,14 @@ def test_parts_are_found_by_plan_or_by_running(family: str) -> None:
     assert (parts.layers, set(parts.before), set(parts.after)) == expected
 
 
+def test_a_tied_head_that_comes_first_is_refused() -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    find_parts(model)
+    model._modules = dict(reversed(model._modules.items()))
+    with pytest.raises(ValueError, match=r"declares its head before its embeddings, and they share lm_head.weight"):
+        find_parts(model)
+
+
 def test_a_head_with_parts_and_a_bias_of_its_own_is_one_part() -> None:
     with torch.device("meta"):
         model = tiny_model("bert", is_decoder=True)
