@@ -29,8 +29,10 @@ from automodel_trainer.strategies.tensor.local_parameters import Held, with_loca
 from automodel_trainer.strategies.tensor.plan import TensorPlan, expand_plan
 from automodel_trainer.strategies.tensor.sequence import SequenceParallel
 
-_SHAPES = ("must match", "doesn't match", "is invalid for input of size", "cannot be multiplied", "not broadcastable")
-_SHAPES += ("got mixed torch.Tensor and DTensor",)
+_SHAPES = (
+    "must match", "doesn't match", "is invalid for input of size", "cannot be multiplied", "not broadcastable",
+    "got mixed torch.Tensor and DTensor",
+)  # fmt: skip
 
 
 def tensor_parallel(
