@@ -77,8 +77,10 @@ def compile_blocks(
     prefer_recomputing()
     options = effective_options(backend, options)
     compiled = torch.compile(_run, backend=backend, options=options)
-    for_any_length = torch.compile(_run_any_length, backend=backend, options=options, dynamic=True)
-    for block in filter(_can_be_compiled, blocks):
+    blocks = [*filter(_can_be_compiled, blocks)]
+    if any(map(reads_boundaries, blocks)):
+        for_any_length = torch.compile(_run_any_length, backend=backend, options=options, dynamic=True)
+    for block in blocks:
         record_of(block).keep(CompiledBlock())  # LoRA fuses the layers of such blocks
         run = for_any_length if reads_boundaries(block) else compiled
         block.forward = _Compiled(block, own_forward(block), run)  # type: ignore[method-assign, assignment]
