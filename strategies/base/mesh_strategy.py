@@ -174,7 +174,7 @@ class MeshStrategy(StepRunner, SavingStrategy):
         if training and self.world_size > 1:
             synchronize_layers(self, module)
         if isinstance(self.precision_plugin, MeshPrecision) and not isinstance(module, Objective):
-            self.precision_plugin.convert_own(module)
+            self.precision_plugin.convert_own(module, self.root_device)
 
     def layout(self, module: pl.LightningModule) -> None:
         """Lay out the parts of `module` that `configure_model` has not laid out yet.

@@ -112,7 +112,7 @@ def check_plugin(plugin: Precision) -> None:
 
 
 class MeshPrecision(Precision):
-    """The precision of a strategy that casts parameters itself (FSDP2's policy). It never uses autocast.
+    """The precision of a strategy that casts parameters itself (FSDP2's policy). Only a user's own module is autocast.
 
     Args:
         precision: Lightning's name for it, such as "bf16-mixed".
@@ -125,14 +125,18 @@ class MeshPrecision(Precision):
         self.precision = precision  # type: ignore[assignment]
         self.dtypes = dtypes_of(precision)
         self.plain: torch.dtype | None = None  # the one dtype of a user's own module; None: inputs are not cast
+        self.autocast_on: str | None = None  # the device on which a user's own module is autocast
 
-    def convert_own(self, module: nn.Module) -> None:
-        """Cast a user's own module for a precision without master weights (bf16-true, 64-true), in place.
+    def convert_own(self, module: nn.Module, device: torch.device) -> None:
+        """Prepare a user's own module for this precision, in place. An objective's model handles this itself.
 
-        Such a module computes in the dtype of its parameters, so its inputs and the tensors that it creates get that
-        dtype too. An objective's model handles this itself.
+        Without master weights (bf16-true, 64-true) the module is cast. It computes in the dtype of its parameters, so
+        its inputs and the tensors that it creates get that dtype too. With master weights (bf16-mixed) its steps are
+        autocast, as under Lightning's own strategies: it may have layers and losses that need fp32.
         """
-        if not self.dtypes.mixed and self.dtypes.parameters != torch.float32:
+        if self.dtypes.mixed:
+            self.autocast_on = device.type
+        elif self.dtypes.parameters != torch.float32:
             self.plain = self.dtypes.parameters
             hold_in(module, self.plain)
 
@@ -147,7 +151,11 @@ class MeshPrecision(Precision):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        """Make new tensors of a user's own module get its dtype; see `convert_own`."""
+        """Autocast a user's own module, or let its new tensors get its dtype; see `convert_own`."""
+        if self.autocast_on is not None:
+            with torch.autocast(self.autocast_on, self.dtypes.compute):
+                yield
+            return
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.plain or before)
         try:

@@ -27,6 +27,7 @@ from automodel_trainer.strategies.data_parallel.shard import (
     ShardedExperts,
     ShardOptions,
     Shards,
+    batch_norm_parameters,
     is_laid_out,
     reshard,
 )
@@ -41,7 +42,7 @@ class FSDP2Strategy(InnerParallelStrategy):
 
     Every block of the model is one unit: its parameters are gathered before its forward and backward and freed after.
     On one device there is nothing to shard. `fully_shard` is then applied only for mixed precision and CPU offload.
-    If only adapters are trained there, they cast their parameters themselves.
+    If only adapters are trained there, they cast their parameters themselves. A user's own LightningModule is autocast.
 
     Args:
         dp_shard: ranks to shard over; -1 takes all remaining ranks.
@@ -183,9 +184,9 @@ class FSDP2Strategy(InnerParallelStrategy):
             if not any(parameter.is_meta for parameter in model.parameters()):
                 model.to(self.root_device)
             return
-        user = self.lightning_module is not None and not isinstance(self.lightning_module, Objective)
-        alone = self.world_size == 1 and not user  # a user's optimizer may hold shards beside the adapters
-        self.shards.apply(model, self.shard_mesh, self.dtypes, alone=alone)
+        alone = self.world_size == 1 and not self._of_a_user  # a user's optimizer may hold shards beside the adapters
+        whole = batch_norm_parameters(model) if self._of_a_user and self.dtypes.mixed else set()
+        self.shards.apply(model, self.shard_mesh, self.dtypes, alone=alone, whole=whole)
         gather_in_fp8(
             model,
             self.shard_mesh,
@@ -202,10 +203,14 @@ class FSDP2Strategy(InnerParallelStrategy):
     @property
     @final
     def needs_shards(self) -> bool:
-        """Whether FSDP2 has anything to do: shard, cast, or offload."""
-        return (
-            self.dp_size * self.dims.cp > 1 or self.dtypes.mixed or self.cpu_offload or self.shards.experts is not None
-        )
+        """Whether FSDP2 has anything to do: shard, cast, or offload. A user's own module on one device is autocast."""
+        casts = self.dtypes.mixed and not (self._of_a_user and self.world_size == 1)
+        return self.dp_size * self.dims.cp > 1 or casts or self.cpu_offload or self.shards.experts is not None
+
+    @property
+    def _of_a_user(self) -> bool:
+        """Whether the model belongs to a user's own LightningModule."""
+        return self.lightning_module is not None and not isinstance(self.lightning_module, Objective)
 
     @property
     @final
@@ -223,7 +228,7 @@ class FSDP2Strategy(InnerParallelStrategy):
         self.shards.to_host(model, self.root_device)
 
     def convert_precision(self, plugin: Precision) -> Precision:
-        """Replace Lightning's plugin: FSDP2 casts parameters, so nothing is autocast.
+        """Replace Lightning's plugin: FSDP2 casts parameters, so only a user's own module is autocast.
 
         Raises:
             ValueError: the precision is not supported, or the plugin is the user's own.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from automodel_trainer.strategies.data_parallel.accumulate_grads_foreach import 
 from automodel_trainer.strategies.expert.parallelize import place_expert
 
 _SMALL = 2**30  # bytes; see `_small`
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,15 @@ class Shards:
         self._keeps_copies = False
         self._self_casting: list[Adapter] = []
 
-    def apply(self, model: nn.Module, mesh: DeviceMesh, dtypes: Dtypes, *, alone: bool = False) -> None:
+    def apply(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        dtypes: Dtypes,
+        *,
+        alone: bool = False,
+        whole: Collection[nn.Parameter] = (),
+    ) -> None:
         """Make `model` (on meta or real) and each of its blocks a unit of FSDP2, in place.
 
         Gradients are averaged over the ranks of the mesh, as FSDP2 does it.
@@ -71,6 +80,7 @@ class Shards:
             mesh: the 1-D mesh to shard over; for HSDP a 2-D mesh (replicate, shard).
             dtypes: dtypes of parameters and computation.
             alone: whether one device trains this model and the optimizer holds nothing else.
+            whole: parameters that stay as they are on every rank. The caller averages their gradients.
 
         Raises:
             ValueError: CPU offload of quantized weights on one rank.
@@ -81,10 +91,11 @@ class Shards:
             "mp_policy": fsdp_policy(dtypes),
             "shard_placement_fn": _shard_dimension,
             "offload_policy": offload if self.options.cpu_offload else OffloadPolicy(),
+            "ignored_params": set(whole),
         }
         if mesh.size(mesh.ndim - 1) == 1:  # nothing to gather: leave out what FSDP2 would only copy
             casting = self._let_cast(model, dtypes.compute) if alone else set()
-            options["ignored_params"] = self._left_alone(model, dtypes.compute) | casting
+            options["ignored_params"] |= self._left_alone(model, dtypes.compute) | casting
             self._keeps_copies = _small(model, dtypes.compute, options["ignored_params"])
         lay_out_gradients_at_once()
         blocks = find_blocks(model)
@@ -184,6 +195,12 @@ class Shards:
 def is_laid_out(model: nn.Module) -> bool:
     """Whether some layout has been applied to this module already."""
     return isinstance(model, FSDPModule) or any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def batch_norm_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of batch norms. Their statistics are fp32, so torch refuses to run them with bf16 parameters."""
+    norms = (module for module in model.modules() if isinstance(module, _BATCH_NORMS))
+    return {parameter for norm in norms for parameter in norm.parameters()}
 
 
 def reshard(module: nn.Module) -> None:

@@ -145,6 +145,61 @@ def test_a_precision_without_master_weights(spec: str, precision: str, tmp_path:
     assert max(moved) > 1e-2
 
 
+class Mixed(pl.LightningModule):
+    """A batch norm, whose statistics are fp32, and a buffer that meets activations in bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+        self.register_buffer("turn", torch.eye(4))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.dtypes: set[torch.dtype] = set()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        answers = self.body(batch[0]) @ self.turn
+        self.dtypes.add(answers.dtype)
+        return nn.functional.cross_entropy(answers * self.scale, batch[0].argmax(1))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit_mixed(spec: str, root: str, kind: type[pl.Trainer] = Trainer) -> dict[str, Tensor]:
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    rows = torch.randn(24, 4, generator=torch.Generator().manual_seed(1)).repeat_interleave(2, 0)  # one of each a rank
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows[rank::2]), batch_size=8)
+    options = {"accelerator": "cpu", "devices": world, "logger": False, "enable_progress_bar": False, "max_epochs": 2}
+    more = {"enable_ledger": False, "strategy": spec, "use_distributed_sampler": False} if kind is Trainer else {}
+    ours = Mixed()
+    trainer = kind(
+        **options, **more, enable_checkpointing=False, enable_model_summary=False, precision="bf16-mixed",
+        default_root_dir=root,
+    )  # fmt: skip
+    trainer.fit(ours, loader)
+    assert ours.dtypes == {torch.bfloat16}
+    return {name: full(tensor).detach().clone() for name, tensor in ours.state_dict().items()}
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("spec", ["auto", "ddp"])
+def test_mixed_precision_is_lightnings(spec: str, tmp_path: Path) -> None:
+    """On one device the weights are plain and the steps are autocast, so nothing is rounded otherwise."""
+    theirs = fit_mixed(spec, str(tmp_path), pl.Trainer)
+    ours = fit_mixed(spec, str(tmp_path))
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_mixed_precision_over_ranks(pool: RankPool, tmp_path: Path) -> None:
+    """Two ranks that see the same rows train as one device does, within the rounding of bf16."""
+    exact = fit_mixed("auto", str(tmp_path))
+    for ours in pool.run(2, fit_mixed, "fsdp2", str(tmp_path)):
+        for name, tensor in exact.items():
+            assert ours[name].dtype == tensor.dtype, name
+            assert (ours[name] - tensor).abs().max() <= 2**-8 * max(1.0, float(tensor.abs().max())), name
+
+
 def test_a_given_model_keeps_its_rotary_frequencies(tmp_path: Path) -> None:
     ours = module(tiny_model())
     Trainer(**quiet(tmp_path, precision="bf16-true", max_steps=1)).fit(ours, steps_of(8))
