@@ -126,7 +126,13 @@ def find_files(data: str | os.PathLike[str]) -> Found | None:
     if not found:
         raise ValueError(f"{data} is not data that can be read. Allowed: {ALLOWED}.")
     for file in found:
-        if file.state[0] == 0:
+        try:
+            empty = file.state[0] == 0
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{file.path} is a link to a file that does not exist. Remove or mend the link."
+            ) from error
+        if empty:
             raise ValueError(f"{file.path} is empty. Allowed: {ALLOWED}, with at least one row.")
     return Found(tuple(found), tuple(name for (_, name), file in zip(visible, files) if file is None))
 
