@@ -109,7 +109,7 @@ class SplitModel:
         self._original = model.forward
         model.forward = self._dispatcher(whole)
         if split.holds_first and has_tower(model):
-            model.get_decoder().register_forward_pre_hook(self._check_features, with_kwargs=True)
+            model.get_decoder().register_forward_pre_hook(self._check_features, with_kwargs=True)  # type: ignore[operator]
 
     def _check_features(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Features of pictures that several layers take must find all these layers on the first stage."""
