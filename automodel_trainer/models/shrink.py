@@ -24,6 +24,7 @@ _STATE_SPACE_HEADS = (
     ("num_heads", "head_dim", "n_groups"),
 )
 _DEPTHS = ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
+_TOWER_DEPTHS = ("depth", "num_hidden_layers", "num_layers", "n_layers", "layers")
 _NOISE = ("dropout", "drop_path", "pdrop", "layerdrop", "jitter")
 _WIDTHS = (
     "intermediate_size",
@@ -59,6 +60,7 @@ def shrink(
     """
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
+    hidden = getattr(text, "hidden_size", None)
     kept = list(range(text.num_hidden_layers))
     with _one_size_of_layers(text, kept):
         if depth:
@@ -74,7 +76,42 @@ def shrink(
             setattr(text, name, min(value, max(2, length // 3)))
     _silence_noise(text)
     text.use_cache = False  # keys and values are kept for generation only
+    for tower in _towers(config, text):
+        if depth:
+            _shrink_tower_depth(tower, getattr(config, "vision_feature_layer", None))
+        if width and getattr(tower, "out_hidden_size", None) == hidden:
+            tower.out_hidden_size = text.hidden_size
+        _silence_noise(tower)
     return config
+
+
+def _towers(config: PreTrainedConfig, text: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The configs of what lies beside the decoder: towers for pictures and sound."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return [part for part in parts if isinstance(part, PreTrainedConfig) and part is not text]
+
+
+def _shrink_tower_depth(tower: PreTrainedConfig, taken: int | list[int] | None) -> None:
+    """Keep a few layers of a tower. Widths stay: pictures of the user's processor must fit.
+
+    Args:
+        taken: which layers' outputs the model takes, counted from the end where negative.
+    """
+    name = next((name for name in _TOWER_DEPTHS if isinstance(getattr(tower, name, None), int)), None)
+    if name is None:
+        return
+    layers = getattr(tower, name)
+    # Lists of layers keep their lengths: each may have modules of its own.
+    named = {
+        key: value
+        for key, value in tower.to_dict().items()
+        if key.endswith(("indexes", "indices", "index")) and isinstance(value, list) and value and max(value) < layers
+    }
+    outputs = [taken] if isinstance(taken, int) else list(taken or ())
+    depth = min(layers, max([MIN_LAYERS, *(len(v) + 1 for v in named.values()), *(abs(v) for v in outputs)]))
+    setattr(tower, name, depth)
+    for key, value in named.items():
+        setattr(tower, key, list(range(depth - len(value), depth)))
 
 
 def _shrink_width(text: PreTrainedConfig, ranks: int) -> None:
@@ -265,7 +302,10 @@ def _first(config: PreTrainedConfig, names: Iterable[str]) -> Any:
 
 
 def _shrink_rope(config: PreTrainedConfig, old: int, new: int) -> None:
-    """Shorten the lists of frequency factors, one for each rotary dimension, that some configs have."""
+    """Shorten the lists of frequency factors, one for each rotary dimension, that some configs have.
+
+    Other lists say how many of these dimensions turn with time, height and width (M-RoPE, arXiv 2409.12191).
+    """
     for name in ("rope_parameters", "rope_scaling"):
         rope = getattr(config, name, None)
         for parameters in [rope, *rope.values()] if isinstance(rope, dict) else []:
@@ -273,6 +313,22 @@ def _shrink_rope(config: PreTrainedConfig, old: int, new: int) -> None:
                 for key, value in parameters.items():
                     if isinstance(value, list) and len(value) == old:
                         parameters[key] = value[:new]
+                    elif _are_shares(value, old) and new * sum(value) // old >= len(value):
+                        parameters[key] = _shares(value, new * sum(value) // old)
+
+
+def _are_shares(value: Any, whole: int) -> bool:
+    """Whether these are numbers of dimensions, which add up to those that are turned: all, or a half or a quarter."""
+    if not isinstance(value, list) or not all(isinstance(v, int) for v in value):
+        return False
+    return 4 * sum(value) in (whole, 2 * whole, 4 * whole)
+
+
+def _shares(sizes: list[int], total: int) -> list[int]:
+    """Whole numbers above zero in about the same proportions, that add up to `total`."""
+    small = [max(1, size * total // sum(sizes)) for size in sizes]
+    small[-1] += total - sum(small)
+    return small
 
 
 def _shrink_experts(config: PreTrainedConfig, ranks: int) -> None:

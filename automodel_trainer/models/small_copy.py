@@ -19,7 +19,7 @@ VOCABULARY = 96
 RANKS = 4
 """Heads and widths of the copy divide by so many, as some families divide their own."""
 LARGEST = 300_000_000
-"""Parameters of a copy that is still run: the towers of a composite model are not made narrow."""
+"""Parameters of a copy that is still run: towers are made shallow, and not narrow."""
 SIZES: tuple[dict[str, Any], ...] = (
     {},
     {"layers": 8},  # kinds of layers that alternate
