@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,28 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from automodel_trainer.checkpoint.remote import RemoteRuns
+from automodel_trainer.checkpoint.writable import check_folder
 from automodel_trainer.distributed.agreement import on_all_ranks
 
+LOST = ", before hours of training are lost"
 _STATE_BYTES = 8  # of optimizer state per trained parameter: two numbers in fp32
-
-
-def check_folder(folder: Path, what: str) -> None:
-    """Check that files can be made in a folder, or in the nearest one above it that exists.
-
-    Raises:
-        ValueError: they cannot; the message names the folder and the reason.
-    """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{what} cannot be written to {folder}: {error.strerror or error} ({existing}). Give a folder that can be "
-            "written, before hours of training are lost."
-        ) from error
 
 
 def check_space(folder: Path, need: int, kept: int, what: str) -> None:
@@ -72,7 +54,7 @@ def check_checkpoints(trainer: pl.Trainer, base: Path, remote: RemoteRuns | None
     """
 
     def look() -> None:
-        check_folder(base, "Checkpoints")
+        check_folder(base, "Checkpoints", LOST)
         need = checkpoint_bytes(trainer.strategy.model or trainer.lightning_module, trainer.optimizers)
         check_space(base, need, 1 + (keep_last or 1), "A checkpoint")
         if remote is not None:

@@ -14,6 +14,7 @@ from automodel_trainer.callbacks.continued_loops import new_data, place_in_epoch
 from automodel_trainer.callbacks.run_settings import Settings, run_settings
 from automodel_trainer.checkpoint.given import continued_schedule, given_options, given_schedule
 from automodel_trainer.checkpoint.loader_place import begins_anew, why_forgotten
+from automodel_trainer.checkpoint.option_groups import GroupOptions
 from automodel_trainer.checkpoint.settings import Change, Meaning, changes, refuse
 from automodel_trainer.checkpoint.state import RUN_KEY, read_lightning_state
 from automodel_trainer.checkpoint.weights import load_weights
@@ -161,10 +162,11 @@ class ContinueRun(Callback):
     def _note_place(self, checkpoint: dict[str, Any]) -> None:
         self._midway = place_of(checkpoint)
 
-    def _continue_schedules(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    def _continue_schedules(
+        self, trainer: pl.Trainer, checkpoint: dict[str, Any], groups: list[list[GroupOptions]]
+    ) -> None:
         """Change the state of the schedules that Lightning is about to restore. Optimizers have theirs already."""
-        run = checkpoint.get(RUN_KEY, {})
-        given, built = run.get("optimizers"), run.get("schedules", [])
+        built = checkpoint.get(RUN_KEY, {}).get("schedules", [])
         saved = checkpoint.get("lr_schedulers", [])
         continued = []
         for number, config in enumerate(trainer.lr_scheduler_configs):
@@ -175,9 +177,11 @@ class ContinueRun(Callback):
                 # Another schedule: it stands where it would stand had it been there from the first step on.
                 counted = self.step if config.interval == "step" else checkpoint.get("epoch", 0)
                 state, then = {"last_epoch": counted // config.frequency}, {}
-            index = trainer.optimizers.index(optimizer) if optimizer in trainer.optimizers else None
-            options = None if given is None or index is None or index >= len(given) else given[index]
-            continued.append(continued_schedule(config.scheduler, state, then.get("state", {}), optimizer, options))
+            had = groups[trainer.optimizers.index(optimizer)] if optimizer in trainer.optimizers else []
+            options = [group.then for group in had if group.then is not None] or None
+            rates = [group.saved.get("lr") for group in had] or None
+            going_on = continued_schedule(config.scheduler, state, then.get("state", {}), optimizer, options, rates)
+            continued.append(going_on)
         checkpoint["lr_schedulers"] = continued
 
 

@@ -20,7 +20,6 @@ from automodel_trainer.callbacks.garbage_collection import GarbageCollection
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks
 from automodel_trainer.callbacks.watchdog import Watchdog
 from automodel_trainer.data.base import MicroBatchDataModule
-from automodel_trainer.data.mixture import MixtureRows
 from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.models._transformers import (
     attention_in_use,
@@ -265,7 +264,8 @@ def _data(trainer: pl.Trainer) -> str:
         size = f", {len(train):,} rows" if train is not None else ""
     except TypeError:  # a stream
         size = ""
-    mixed = "".join(f"; {line}" for line in train.describe_shares()) if isinstance(train, MixtureRows) else ""
+    shares = source.describe_shares() if isinstance(source, MicroBatchDataModule) else []
+    mixed = "".join(f"; {line}" for line in shares)
     return type(source).__name__ + size + mixed
 
 

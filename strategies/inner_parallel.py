@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from automodel_trainer.distributed.mesh import ParallelDims, submesh
+from automodel_trainer.models.parts import has_tower
 from automodel_trainer.nn.deferred_logits import deferred_logits
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part
+from automodel_trainer.strategies.context.at_decoder import split_at_decoder
 from automodel_trainer.strategies.context.attention import (
     CPAttention,
     check_method,
@@ -164,7 +166,10 @@ class InnerParallelStrategy(MeshStrategy):
             check_shards(model)  # type: ignore[arg-type]
             # Sequence parallel splits a shard once more, so its length must be a multiple of tp.
             method = install_attention(model, self.dims.cp, self.dims.tp, self.cp_attention)  # type: ignore[arg-type]
-            self._context = ContextParallel(self.device_mesh["cp"], method, multiple_of=self.dims.tp)
+            at_decoder = has_tower(model)
+            if at_decoder:
+                split_at_decoder(model)  # type: ignore[arg-type]
+            self._context = ContextParallel(self.device_mesh["cp"], method, self.dims.tp, at_decoder)
 
     @final
     def cut_matrices(self, model: nn.Module) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import matrix, rounding
-from tests.pool import RankPool
+from tests.pool import RankPool, forget_compiled, seldom_look_for_garbage
 from tests.store import bucket, server  # noqa: F401
 
 rounding.install()
@@ -37,6 +37,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"is bit for bit, and {rounding.VARIABLE} is set"))
 
 
+def pytest_collection_finish() -> None:
+    seldom_look_for_garbage()
+
+
 def shuffled(items: list[pytest.Item], dice: random.Random) -> list[pytest.Item]:
     """Files stay together: what they share is made once."""
     files: dict[Path, list[pytest.Item]] = {}
@@ -56,6 +60,12 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled() -> None:
+    """A file finds nothing compiled."""
+    forget_compiled()
 
 
 @pytest.fixture(autouse=True)

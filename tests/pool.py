@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._dynamo.utils import counters
 
 from tests import kept_groups, rounding
 
@@ -173,7 +174,7 @@ def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
     meet_at_once()
     kept_groups.install()
     mp.set_start_method("fork", force=True)  # of data workers, as in a process of its own
-    gc.set_threshold(20_000, 10, 10)  # a seventh of a job's time went into looking for garbage
+    seldom_look_for_garbage()
     own_environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     while True:
         fresh, environment, call = jobs.get()
@@ -201,6 +202,7 @@ def _reset(environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
+    forget_compiled()
     gc.collect()  # what the job before had not quite let go of at its end; once frozen it would stay for good
     gc.freeze()  # so that what this job leaves is quickly found
 
@@ -208,6 +210,20 @@ def _reset(environment: dict[str, str]) -> None:
 def threads() -> int:
     """Of a rank's kernels: one, for ranks share the cores; `make test-processors` also tries two."""
     return int(os.environ.get("AMT_TEST_THREADS", "1"))
+
+
+def seldom_look_for_garbage() -> None:
+    """What is imported by now is no garbage, and looking through it again and again took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
+def forget_compiled() -> None:
+    """As in a new process: sizes that differ from earlier ones are compiled as symbols, which takes far longer."""
+    if counters["frames"]:
+        torch._dynamo.reset()
+        counters.clear()
 
 
 def end_with_parent() -> None:

@@ -58,7 +58,12 @@ def kept_options(saved: Options, then: Options | None, now: Options | None) -> O
 
 
 def continued_schedule(
-    scheduler: Any, saved: Options, then: Options, optimizer: Optimizer, given_then: Sequence[Options] | None
+    scheduler: Any,
+    saved: Options,
+    then: Options,
+    optimizer: Optimizer,
+    given_then: Sequence[Options] | None,
+    rates: Sequence[float | None] | None = None,
 ) -> Options:
     """The state that a schedule goes on with, and in its optimizer the learning rate of the next step.
 
@@ -73,11 +78,17 @@ def continued_schedule(
             known. Of another schedule, `saved` holds only the number of steps, as `last_epoch`.
         optimizer: its optimizer, with its state restored.
         given_then: the options that the optimizer of that run was given, by group; None if not known.
+        rates: the learning rate that each group had in the checkpoint; None for a group whose parameters had several.
+            Without it the schedule's own record is taken.
+
+    Raises:
+        ValueError: the learning rates of a `ReduceLROnPlateau` cannot be told.
     """
     now, options = given_schedule(scheduler), given_options(optimizer) or []
     changed = [key for key in saved if key in now and not (then and same(now[key], then.get(key, now[key])))]
     if isinstance(scheduler, ReduceLROnPlateau):
-        return _continued_plateau(saved, {key: now[key] for key in changed}, optimizer, given_then, options)
+        changed_to = {key: now[key] for key in changed}
+        return _continued_plateau(saved, changed_to, optimizer, given_then, options, rates or saved.get("_last_lr"))
     unchanged = bool(then) and not changed and given_then is not None and same([*given_then], options)
     # The state of a LambdaLR does not show its function, so it is always asked again.
     if "last_epoch" not in saved or (unchanged and not isinstance(scheduler, LambdaLR)):
@@ -96,10 +107,22 @@ def continued_schedule(
 
 
 def _continued_plateau(
-    saved: Options, changed: Options, optimizer: Optimizer, then: Sequence[Options] | None, now: Sequence[Options]
+    saved: Options,
+    changed: Options,
+    optimizer: Optimizer,
+    then: Sequence[Options] | None,
+    now: Sequence[Options],
+    rates: Sequence[float | None] | None,
 ) -> Options:
-    rates = saved.get("_last_lr") or [group["lr"] for group in optimizer.param_groups]
-    for group, rate, before, after in zip(optimizer.param_groups, rates, then or now, now):
+    for group, rate, before, after in zip(
+        optimizer.param_groups, rates or [group["lr"] for group in optimizer.param_groups], then or now, now
+    ):
+        if rate is None or "lr" not in before:
+            raise ValueError(
+                "ReduceLROnPlateau has lowered learning rates of parameters that are one group now, so there is no one "
+                "rate to go on with. Keep the groups of the checkpoint, use another schedule, or start a new run from "
+                "the checkpoint's weights: fit(resume='weights'), --resume weights."
+            )
         if not same(before["lr"], after["lr"]):
             _set_lr(group, float(rate) * float(after["lr"]) / float(before["lr"]))
     seen = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_step_count"}

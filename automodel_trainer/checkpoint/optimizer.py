@@ -29,6 +29,7 @@ from automodel_trainer.checkpoint.extra import filled, take_out
 from automodel_trainer.checkpoint.given import Options, given_options, kept_options
 from automodel_trainer.checkpoint.host_copies import Copy, keep
 from automodel_trainer.checkpoint.manifest import OTHER, damage_named, read_json
+from automodel_trainer.checkpoint.option_groups import GroupOptions, options_of_groups
 from automodel_trainer.checkpoint.record import Entry, write_json, write_safetensors
 from automodel_trainer.checkpoint.weights import MAX_FILE_BYTES, split_into_files
 from automodel_trainer.distributed._dtensor import local_tensor, placeable, shard_offsets
@@ -159,11 +160,12 @@ def _united(ranks: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def load_optimizers(
     module: nn.Module, optimizers: Sequence[Optimizer], folder: Path, given: Sequence[Sequence[Options]] | None = None
-) -> None:
+) -> list[list[GroupOptions]]:
     """Read the state into the optimizers, sharded like their parameters. Collective.
 
     An option of a parameter group (`lr`, `betas`, …) that this run was given another value of than the run that wrote
-    the checkpoint keeps its new value. Every other one goes on with its value in the checkpoint.
+    the checkpoint keeps its new value. Every other one goes on with its value in the checkpoint. The groups may hold
+    other parameters than the saved ones: options and state go by the names of parameters.
 
     Args:
         module: the owner of the parameters.
@@ -171,8 +173,11 @@ def load_optimizers(
         folder: the optimizer folder of a checkpoint.
         given: what the groups of each optimizer were given in the run that wrote the checkpoint; None if not known.
 
+    Returns:
+        Of each group of each optimizer, what its parameters had in the checkpoint.
+
     Raises:
-        ValueError: the folder is damaged, or the run has other optimizers, parameter groups or parameters.
+        ValueError: the folder is damaged, or the run has other optimizers or trains other parameters.
     """
     groups = _read_groups(folder / GROUPS)
     if len(groups) != len(optimizers):
@@ -184,10 +189,10 @@ def load_optimizers(
     reader = HuggingFaceStorageReader(str(folder))
     if any(folder.glob("*.safetensors")):  # a checkpoint from before the first step has no state
         saved = read_shapes(reader, folder)
-    parameters = {}
+    parameters, before = {}, []
     here = _united(gather([_groups(module, optimizer) for optimizer in optimizers]))
     for index, (optimizer, now, group) in enumerate(zip(optimizers, here, groups)):
-        _load_groups(optimizer, now, group, folder, given[index] if given else None)
+        before.append(_load_groups(optimizer, now, group, folder, given[index] if given else None))
         parameters.update({f"{index}.{n}": (optimizer, p) for n, p in _named_parameters(module, optimizer).items()})
         optimizer.state.clear()
     trained = {f"{i}.{name}" for i, now in enumerate(here) for group in now["groups"] for name in group["parameters"]}
@@ -225,6 +230,7 @@ def load_optimizers(
         optimizer.state[parameter][key] = _restored(tensor, kind, _scalar_device(optimizer, parameter))
     if (folder / NESTED).is_file():
         _load_nested(decode(read_json(folder / NESTED), folder / NESTED), parameters, targets, folder)
+    return before
 
 
 def _load_nested(
@@ -317,28 +323,28 @@ def _load_groups(
     saved: Mapping[str, Any],
     folder: Path,
     given_then: Sequence[Options] | None,
-) -> None:
+) -> list[GroupOptions]:
+    """Set the options of an optimizer's groups. Returns what these groups had in the checkpoint."""
     if now["optimizer"] != saved["optimizer"]:
         raise ValueError(
             f"{folder} holds state of {saved['optimizer']}, but the run uses {now['optimizer']}. Resume with "
             f"{saved['optimizer']}, or start a new run from the checkpoint's weights (fit(resume='weights'))."
         )
-    if len(now["groups"]) != len(saved["groups"]):
+    trained = {name for group in now["groups"] for name in group["parameters"]}
+    before = {name for group in saved["groups"] for name in group["parameters"]}
+    if difference := trained ^ before:
         raise ValueError(
-            f"{folder} holds {len(saved['groups'])} parameter groups, but the run has {len(now['groups'])}. Resume "
-            "with the same groups (the same parts in lr={…}, the same weight-decay groups), or start a new run from "
-            "the checkpoint's weights: fit(resume='weights'), --resume weights."
+            f"{folder}: {listed(sorted(difference))} is trained in only one of this run and the checkpoint's. Resume "
+            "with the same modules frozen, or start a new run from the checkpoint's weights: fit(resume='weights'), "
+            "--resume weights."
         )
     given = given_options(optimizer)
-    for i, (group, own, other) in enumerate(zip(optimizer.param_groups, now["groups"], saved["groups"])):
-        if difference := set(own["parameters"]) ^ other["parameters"]:
-            raise ValueError(
-                f"{folder}: {listed(sorted(difference))} was trained, or grouped, differently than in this run. Resume "
-                "with the same modules frozen and the same weight-decay groups."
-            )
+    found = options_of_groups(now["groups"], saved["groups"], given_then)
+    for i, (group, options) in enumerate(zip(optimizer.param_groups, found)):
         # A group that a callback added later (BackboneFinetuning) was given nothing by the user.
-        then, now_given = (options[i] if options and i < len(options) else None for options in (given_then, given))
-        group.update(kept_options(other["options"], then, now_given))
+        now_given = given[i] if given and i < len(given) else None
+        group.update(kept_options(options.saved, options.then, now_given))
+    return found
 
 
 def _stored(name: str, value: Any, parameter: Tensor) -> dict[str, Tensor]:

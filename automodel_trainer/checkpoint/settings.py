@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from typing import Any
 
 from automodel_trainer.checkpoint.given import same
@@ -53,12 +54,7 @@ _OTHER_FUNCTION = "the model would compute something else with the same weights"
 _TABLE: tuple[tuple[Meaning, str, str, str], ...] = (
     # --- optimization
     (_TAKEN, "model.", "lr", "with the schedule, from the first step on; the optimizer's moments stay"),
-    (
-        _TAKEN,
-        "model.",
-        "lr.*",
-        "for the same parts, each with its schedule; other parts are other groups of the optimizer, which is refused",
-    ),
+    (_TAKEN, "model.", "lr.*", "by the name of each parameter, also where the parts are others"),
     (_REFUSED, "model.", "optimizer.name", "the optimizer's state means nothing to another optimizer"),
     (_TAKEN, "model.optimizer.", "weight_decay args args.*", ""),
     (_TAKEN, "model.", "optimizer", ""),
@@ -142,6 +138,7 @@ SETTINGS = tuple(
     Setting(f"{prefix}{name}", meaning, reason) for meaning, prefix, names, reason in _TABLE for name in names.split()
 )
 BASE = "model.base_weights"
+SHOWN = 60  # characters of a value
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,12 @@ class Change:
     setting: Setting
 
     def __str__(self) -> str:
-        return f"{self.name} {text_of(self.then)} → {text_of(self.now)}"
+        then, now = _text(self.then), _text(self.now)
+        start = 0
+        if max(len(then), len(now)) > SHOWN:  # where they differ is shown
+            alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(then, now)))
+            start = max(0, alike - SHOWN // 3)
+        return f"{self.name} {_cut(then, start)} → {_cut(now, start)}"
 
 
 def setting_of(name: str) -> Setting:
@@ -210,8 +212,12 @@ def refuse(changed: Iterable[Change], resume: str, checkpoint: object) -> None:
     raise ValueError(f"{checkpoint} cannot go on with what has changed:\n" + "\n".join(lines) + f"\n{way}")
 
 
-def text_of(value: Any) -> str:
-    """A value of a setting as text: numbers short, and anything long cut."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    text = re.sub(r"\s+", " ", text)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+def _text(value: Any) -> str:
+    """A value of a setting as text: numbers short, and all on one line."""
+    return re.sub(r"\s+", " ", f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _cut(text: str, start: int) -> str:
+    """At most `SHOWN` characters of a text, from `start` on."""
+    text = f"…{text[start:]}" if start else text
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"

@@ -12,6 +12,7 @@ from pathlib import Path
 from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.remote import fetch, is_remote
 from automodel_trainer.checkpoint.weight_stream import progress
+from automodel_trainer.checkpoint.writable import check_folder
 from automodel_trainer.models.files import resolve_folder
 
 _ADAPTER = "adapter_config.json"
@@ -73,8 +74,9 @@ def new_folder(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output`. It is renamed to `output` if the block succeeds, and removed if it fails.
 
     Raises:
-        ValueError: `output` exists already.
+        ValueError: `output` exists already, or cannot be made.
     """
+    check_folder(output.parent, output.name)
     if output.exists():
         raise ValueError(f"{output} exists already: give a new folder, or remove it first.")
     output.parent.mkdir(parents=True, exist_ok=True)

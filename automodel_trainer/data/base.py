@@ -223,6 +223,17 @@ class MicroBatchDataModule(LightningDataModule):
         return "\n".join(lines)
 
     @property
+    def source_names(self) -> list[str]:
+        """The names of the sources of a mixture, in the order of the micro-batches' `sources`; empty for another."""
+        rows = self.rows.get("train")
+        return [source.name for source in rows.sources] if isinstance(rows, MixtureRows) else []
+
+    def describe_shares(self) -> list[str]:
+        """A line for each source of a mixture: its share of the tokens, and what upsampling that means."""
+        rows = self.rows.get("train")
+        return rows.describe_shares() if isinstance(rows, MixtureRows) else []
+
+    @property
     def dp_rank(self) -> int:
         """This rank's index among the data-parallel ranks (those that see different data)."""
         return self._data_parallel()[0]

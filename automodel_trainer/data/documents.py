@@ -19,20 +19,34 @@ def document_end(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def check_text(value: Any, column: str, place: str) -> str | None:
+    """A value of the text column: a text, or None if it is missing.
+
+    Args:
+        value: the value.
+        column: the name of the column.
+        place: where the value stands: the row, and the file if there is one.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, str | None):
+        return value
+    raise ValueError(
+        f"{place}: column {column!r} must hold texts, found {type(value).__name__}: {str(value)[:80]!r}. Give the "
+        "column of the text."
+    )
+
+
 def encode_documents(tokenizer: Any, texts: list[str | None]) -> list[list[int]]:
     """The tokens of each text: BOS if the tokenizer adds it, the text, and exactly one EOS.
 
     An empty or missing text has no tokens.
 
     Raises:
-        ValueError: the tokenizer has no EOS token, or a text is none.
+        ValueError: the tokenizer has no EOS token.
     """
     end = document_end(tokenizer)
-    if (odd := next((text for text in texts if not isinstance(text, str | None)), None)) is not None:
-        raise ValueError(
-            f"the text column must hold texts, found {type(odd).__name__}: {str(odd)[:80]!r}. Give the column of the "
-            "text."
-        )
     present = [text for text in texts if text]
     encoded = iter(tokenizer(present, verbose=False)["input_ids"] if present else [])
     return [_ended(next(encoded), end) if text else [] for text in texts]

@@ -324,11 +324,21 @@ class _Steps(Dataset):
         documents = self.rows.fetch(rows)
         batches = micro_batches(documents, self.micro_batch_size, width, self.pad_id, self.collate, lacking)
         if isinstance(self.rows, MixtureRows):
-            sources = torch.from_numpy(self.rows.sources_of(rows))
-            for batch, part in zip(batches, sources.split(self.micro_batch_size)):
-                added = len(batch["input_ids"]) - len(part)  # a row for a blank picture, which trains nothing
-                batch["sources"] = torch.cat([part, part[-1:].expand(added)])
+            add_sources(batches, self.rows.sources_of(rows), self.micro_batch_size)
         return batches
+
+
+def add_sources(batches: Sequence[MicroBatch], sources: np.ndarray, size: int) -> None:
+    """Write down the source of each row of a mixture.
+
+    Args:
+        batches: the micro-batches.
+        sources: the source of each row of all of them, int64 `[rows]`.
+        size: rows per micro-batch.
+    """
+    for batch, part in zip(batches, torch.from_numpy(sources).split(size)):
+        added = len(batch["input_ids"]) - len(part)  # a row for a blank picture, which trains nothing
+        batch["sources"] = torch.cat([part, part[-1:].expand(added)])
 
 
 def micro_batches(

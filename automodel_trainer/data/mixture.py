@@ -78,6 +78,12 @@ def check_temperature(temperature: float) -> float:
     return temperature
 
 
+def tempered(weights: np.ndarray, temperature: float) -> np.ndarray:
+    """Shares from weights: weight ^ (1 / temperature), float64 `[sources]`, of sum 1."""
+    shares = weights.astype(np.float64) ** (1 / temperature)
+    return shares / shares.sum()  # type: ignore[no-any-return]
+
+
 def _name_of(path: Any, number: int) -> str:
     return Path(str(path)).name.split(".")[0] if isinstance(path, str | Path) else f"source{number}"
 
@@ -108,8 +114,7 @@ class MixtureRows:
             repeats = np.array([source.epochs for source in sources], dtype=np.float64)
         else:
             weights = tokens if sources[0].weight is None else np.array([source.weight for source in sources])
-            shares = weights ** (1 / temperature)
-            repeats = shares / shares.sum() * tokens.sum() / tokens
+            repeats = tempered(weights, temperature) * tokens.sum() / tokens
         self.counts = np.maximum(1, np.rint(repeats * sizes)).astype(np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._order = lru_cache(maxsize=4 * len(sources))(self._permutation)
@@ -143,7 +148,7 @@ class MixtureRows:
         parts = [(part.stats, count / len(part)) for part, count in zip(self.rows, self.counts)]
         keys = ("samples", "tokens", "supervised", "capacity")
         sums = {key: round(sum(getattr(stats, key) * repeat for stats, repeat in parts)) for key in keys}
-        left = {key: sum(getattr(stats, key) for stats, _ in parts) for key in ("overlong", "unsupervised")}
+        left = {key: sum(getattr(stats, key) for stats, _ in parts) for key in ("overlong", "unsupervised", "empty")}
         action = next((stats.overlong_action for stats, _ in parts if stats.overlong), "")
         return RowStats(rows=len(self), overlong_action=action, **sums, **left)
 

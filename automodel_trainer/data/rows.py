@@ -26,6 +26,7 @@ class RowStats:
         overlong: number of samples longer than a row.
         overlong_action: what was done with them: "dropped" or "truncated".
         unsupervised: number of samples left out because none of their tokens is trained.
+        empty: number of rows of the data left out because they have no text.
     """
 
     samples: int
@@ -36,6 +37,7 @@ class RowStats:
     overlong: int = 0
     overlong_action: str = ""
     unsupervised: int = 0
+    empty: int = 0
 
     def describe(self) -> str:
         """The statistics in one line of text."""
@@ -47,6 +49,8 @@ class RowStats:
             text += f"; {self.overlong:,} samples longer than seq_len {self.overlong_action}"
         if self.unsupervised:
             text += f"; {self.unsupervised:,} samples without a supervised token left out"
+        if self.empty:
+            text += f"; {self.empty:,} rows without text left out"
         return text
 
 

@@ -5,24 +5,51 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from datasets import IterableDataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from automodel_trainer.data.batches import Document, MicroBatch
 from automodel_trainer.data.cache import cache_key
-from automodel_trainer.data.documents import document_end, encode_documents
-from automodel_trainer.data.loader import micro_batches, step_loader
+from automodel_trainer.data.documents import check_text, document_end, encode_documents
+from automodel_trainer.data.loader import add_sources, micro_batches, step_loader
 
 DOCUMENTS_AT_ONCE = 64
 """Number of documents to tokenize in one call: the tokenizer spreads them over several cores."""
 
 Position = dict[str, Any]
 """A place in the stream, as numbers and strings; see `TokenStream`."""
-StreamRow = tuple[list[Document], Position]
-"""The documents of a row, and the position after it."""
+StreamRow = tuple[list[Document], Position, int]
+"""The documents of a row, the position after it, and the number of its source, which is 0 but in mixtures."""
+
+
+class RowStream(Protocol):
+    """An endless sequence of rows, the same on every rank: a `TokenStream` or a `MixedStream` of several.
+
+    Attributes:
+        seq_len: tokens per row.
+        fingerprint: a hash of the settings that determine the rows.
+        names: of the sources of a mixture; empty for a single stream.
+    """
+
+    seq_len: int
+    fingerprint: str
+    names: tuple[str, ...]
+
+    def beginning(self) -> Position:
+        """The position of the first row."""
+        ...
+
+    def rows(self, position: Position) -> Iterator[StreamRow]:
+        """Yield the rows from a position on."""
+        ...
+
+    def news(self, before: Position, after: Position) -> list[str]:
+        """What a user is told between two positions."""
+        ...
 
 
 class TokenStream:
@@ -50,6 +77,7 @@ class TokenStream:
     ) -> None:
         document_end(tokenizer)
         self.source, self.tokenizer = source, tokenizer
+        self.names: tuple[str, ...] = ()
         self.seq_len, self.text_column = seq_len, text_column
         self.seed, self.block_size = seed, max(1, shuffle_buffer)
         settings = {"kind": "stream", "seq_len": seq_len, "column": text_column, "seed": seed, "block": self.block_size}
@@ -63,10 +91,11 @@ class TokenStream:
 
     def beginning(self) -> Position:
         """The position of the first row."""
-        return {"epoch": 0, "block": 0, "read": 0, "source": copy.deepcopy(self._beginning), "document": 0, "token": 0}
+        place = {"epoch": 0, "block": 0, "read": 0, "source": copy.deepcopy(self._beginning), "document": 0, "token": 0}
+        return {**place, "empty": 0, "empty_with_block": 0}
 
     def rows(self, position: Position) -> Iterator[StreamRow]:
-        """Yield the rows from a position on, each with the position after it.
+        """Yield the rows from a position on, each with the position after it and its source, 0.
 
         Raises:
             ValueError: the stream has no text.
@@ -80,7 +109,7 @@ class TokenStream:
                 row.append(Document(part, np.ones(len(part), dtype=bool), sample_id))
                 start, room = start + len(part), room - len(part)
                 if room == 0:
-                    yield row, {**at, "token": start}
+                    yield row, {**at, "token": start}, 0
                     row, room = [], self.seq_len
 
     def _documents(self, position: Position) -> Iterator[tuple[int, list[int], Position]]:
@@ -104,12 +133,23 @@ class TokenStream:
             while block := [self._text(row, at["read"] + i) for i, row in enumerate(islice(rows, self.block_size))]:
                 found_text = found_text or any(block)
                 behind = copy.deepcopy(self.source.state_dict())
+                empty = at.get("empty", 0) + sum(not text for text in block)
+                at = {**at, "empty_with_block": empty}
                 yield block, self._order(len(block), at), at
                 at = {**at, "block": at["block"] + 1, "read": at["read"] + len(block), "source": behind}
-                at = {**at, "document": 0, "token": 0}
+                at = {**at, "document": 0, "token": 0, "empty": empty}
             if not found_text:  # never true on resume: a saved position comes after some text
                 raise ValueError(f"no row of the stream has any text in column {self.text_column!r}.")
             at = {**self.beginning(), "epoch": at["epoch"] + 1}
+
+    def news(self, before: Position, after: Position) -> list[str]:
+        """What a user is told between two positions: a new epoch, and the first rows of one that have no text."""
+        begun = after["epoch"] > before["epoch"]
+        lines = [f"the stream begins again: epoch {after['epoch'] + 1}"] if begun else []
+        empty = after.get("empty_with_block", 0)
+        if empty and (begun or not before.get("empty_with_block", 0)):
+            lines.append(f"{empty:,} row(s) so far have no text in column {self.text_column!r}; such rows are left out")
+        return lines
 
     def _text(self, row: dict[str, Any], number: int) -> str | None:
         if self.text_column not in row:
@@ -117,7 +157,7 @@ class TokenStream:
                 f"row {number} of the stream has no column {self.text_column!r}; its columns are {sorted(row)}. Stream "
                 "files that have the column, or set text_column."
             )
-        return row[self.text_column]  # type: ignore[no-any-return]
+        return check_text(row[self.text_column], self.text_column, f"row {number} of the stream")
 
     def _order(self, count: int, at: Position) -> np.ndarray:
         if self.block_size == 1:
@@ -144,7 +184,7 @@ class StreamLoader:
 
     def __init__(
         self,
-        stream: TokenStream,
+        stream: RowStream,
         *,
         steps: int,
         micro_batch_size: int,
@@ -170,6 +210,8 @@ class StreamLoader:
             if self.batches_yielded >= self.total:
                 return
             self.batches_yielded += 1
+            for line in self.stream.news(self.position, position):
+                rank_zero_info(line)
             self.position = position
             yield batch
 
@@ -189,10 +231,10 @@ class StreamLoader:
         """
         if state["fingerprint"] != self.stream.fingerprint:
             raise ValueError(
-                "the tokenizer or a setting of the stream (seq_len, text_column, seed, shuffle_buffer) changed since "
-                "the checkpoint was written, so its position in the stream is not valid. Restore them; or keep the "
-                "optimizer and begin with this data (fit(resume='data'), --resume data); or start a new run from the "
-                "checkpoint's weights (resume='weights')."
+                "the tokenizer or a setting of the stream (seq_len, text_column, seed, shuffle_buffer, the sources and "
+                "weights of a mixture) changed since the checkpoint was written, so its position in the stream is not "
+                "valid. Restore them; or keep the optimizer and begin with this data (fit(resume='data'), --resume "
+                "data); or start a new run from the checkpoint's weights (resume='weights')."
             )
         self.batches_yielded = int(state["batches_yielded"])
         self.position = copy.deepcopy(state["position"])
@@ -203,7 +245,7 @@ class _StreamSteps(TorchIterableDataset):
 
     def __init__(
         self,
-        stream: TokenStream,
+        stream: RowStream,
         position: Position,
         global_batch_size: int,
         micro_batch_size: int,
@@ -215,7 +257,11 @@ class _StreamSteps(TorchIterableDataset):
         self.micro_batch_size, self.dp_rank, self.dp_size, self.pad_id = micro_batch_size, dp_rank, dp_size, pad_id
 
     def __iter__(self) -> Iterator[tuple[list[MicroBatch], Position]]:
-        rows = self.stream.rows(self.position)
-        while batch := list(islice(rows, self.global_batch_size)):
-            share = [documents for documents, _ in batch[self.dp_rank :: self.dp_size]]
-            yield micro_batches(share, self.micro_batch_size, self.stream.seq_len, self.pad_id), batch[-1][1]
+        stream = self.stream.rows(self.position)
+        while batch := list(islice(stream, self.global_batch_size)):
+            share = batch[self.dp_rank :: self.dp_size]
+            rows = [documents for documents, _, _ in share]
+            made = micro_batches(rows, self.micro_batch_size, self.stream.seq_len, self.pad_id)
+            if self.stream.names:
+                add_sources(made, np.array([source for _, _, source in share]), self.micro_batch_size)
+            yield made, batch[-1][1]

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from automodel_trainer.data.base import MicroBatchDataModule, TrainLoader, check_packing
-from automodel_trainer.data.documents import document_end, encode_documents
+from automodel_trainer.data.documents import check_text, document_end, encode_documents
+from automodel_trainer.data.mixed_stream import MixedStream, weights_of
 from automodel_trainer.data.mixture import check_temperature, parse_sources
 from automodel_trainer.data.rows import Rows, StreamRows, TokenStore, digest
-from automodel_trainer.data.sources import load_rows, load_validation_rows, open_stream, refuse_other_columns
-from automodel_trainer.data.stream import StreamLoader, TokenStream
+from automodel_trainer.data.sources import (
+    describe_place,
+    load_rows,
+    load_validation_rows,
+    open_stream,
+    places_of,
+    refuse_other_columns,
+)
+from automodel_trainer.data.stream import RowStream, StreamLoader, TokenStream
 from automodel_trainer.data.tokens import check_columns, check_share, split_ids, tokenize
 
 PIECE = 4096
@@ -59,7 +68,8 @@ class TextDataModule(MicroBatchDataModule):
         num_workers: processes that build micro-batches ahead of time; at most 1 if streaming.
         drop_last: drop the last global batch of an epoch if it is incomplete, instead of filling it up.
         cache: keep the tokens on disk and read them from there next time.
-        temperature: of a mixture (`train=[{path, weight, name}, …]`): shares are weight ^ (1 / temperature).
+        temperature: of a mixture (`train=[{path, weight, name}, …]`): shares are weight ^ (1 / temperature). A
+            mixture of streams needs a weight for each source.
 
     Raises:
         ValueError: the data cannot be used for training (no rows, an unknown column, no text), or options contradict
@@ -113,9 +123,9 @@ class TextDataModule(MicroBatchDataModule):
         self.shuffle_buffer = shuffle_buffer
         self.cache = cache
         self.temperature = check_temperature(temperature)
-        if streaming and parse_sources(train) is not None:
-            raise ValueError("a mixture is not streamed: set streaming=False, or tokenize first (amt tokenize).")
-        self._stream: TokenStream | None = None
+        if streaming and (sources := parse_sources(train)) is not None:
+            weights_of(sources)
+        self._stream: RowStream | None = None
 
     def build_rows(self) -> dict[str, Rows]:
         """Read, tokenize and cut the documents of each split; if streaming, only open the stream for training.
@@ -177,8 +187,18 @@ class TextDataModule(MicroBatchDataModule):
 
     def summary(self) -> str:
         """A description of the data, one line per split."""
-        streamed = f"train: streamed in rows of {self.seq_len} tokens" if self.streaming else ""
-        return "\n".join(line for line in (streamed, super().summary()) if line)
+        streamed = [f"train: streamed in rows of {self.seq_len} tokens"] if self.streaming else []
+        shares = [f"  {line}" for line in self.describe_shares()] if self.streaming else []
+        return "\n".join(line for line in (*streamed, *shares, super().summary()) if line)
+
+    @property
+    def source_names(self) -> list[str]:
+        """The names of the sources of a mixture, in the order of the micro-batches' `sources`; empty for another."""
+        return list(self._stream.names) if self._stream is not None else super().source_names
+
+    def describe_shares(self) -> list[str]:
+        """A line for each source of a mixture: its share of the tokens."""
+        return self._stream.describe_shares() if isinstance(self._stream, MixedStream) else super().describe_shares()
 
     def _evaluation(self, split: str, data: Any) -> Rows:
         return self._whole(split, load_rows(data, split.partition("/")[0]))
@@ -190,24 +210,30 @@ class TextDataModule(MicroBatchDataModule):
             found = load_validation_rows(source) if self.validation is None else None
             return rows if found is None else {**rows, "validation": self._whole("validation", found)}
         store, key = self._pieces(train)
-        held_out = np.isin(store.sample_ids, split_ids(len(train), self.val_split, self.seed))
+        taken = split_ids(len(train), self.val_split, self.seed)
+        held_out = np.isin(store.sample_ids, taken)
         key = digest(key, self.val_split, self.seed)
         return {
-            "train": self._rows("train", store, np.flatnonzero(~held_out), key),
-            "validation": self._rows("validation", store, np.flatnonzero(held_out), key),
+            "train": self._rows("train", store, np.flatnonzero(~held_out), key, len(train) - len(taken)),
+            "validation": self._rows("validation", store, np.flatnonzero(held_out), key, len(taken)),
         }
 
     def _whole(self, split: str, rows: Dataset) -> Rows:
         store, key = self._pieces(rows)
-        return self._rows(split, store, np.arange(len(store)), key)
+        return self._rows(split, store, np.arange(len(store)), key, len(rows))
 
-    def _rows(self, split: str, store: TokenStore, pieces: np.ndarray, key: str) -> Rows:
+    def _rows(self, split: str, store: TokenStore, pieces: np.ndarray, key: str, texts: int) -> Rows:
+        """The rows made of some pieces, which come from `texts` rows of the data."""
         if len(pieces) == 0:
             raise ValueError(f"{split}: no row has any text in column {self.text_column!r}.")
         made_by = (key, split, self.seq_len, *(() if self.packs else ("padded",)))
         found = StreamRows(store, pieces, self.seq_len, digest(*made_by), self.packs)
         if len(found) == 0:
             raise ValueError(f"{split}: no document has two tokens, so there is nothing to predict.")
+        empty = texts - len(np.unique(store.sample_ids[pieces]))
+        found.stats = replace(found.stats, empty=empty)
+        if empty:
+            rank_zero_warn(f"{split}: left out {empty:,} of {texts:,} rows without text in {self.text_column!r}.")
         return found
 
     def _pieces(self, rows: Dataset) -> tuple[TokenStore, str]:
@@ -215,10 +241,12 @@ class TextDataModule(MicroBatchDataModule):
         refuse_other_columns(rows, [self.text_column])
         tokenizer, column = self.load_tokenizer(), self.text_column
         document_end(tokenizer)  # fail early if there is no EOS token
+        places = places_of(rows)
 
         def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
             pieces: dict[str, list[Any]] = {"input_ids": [], "sample_id": []}
-            for index, ids in zip(indices, encode_documents(tokenizer, batch[column])):
+            texts = [check_text(x, column, describe_place(places, i)) for i, x in zip(indices, batch[column])]
+            for index, ids in zip(indices, encode_documents(tokenizer, texts)):
                 for start in range(0, len(ids), PIECE):
                     pieces["input_ids"].append(ids[start : start + PIECE])
                     pieces["sample_id"].append(index)
@@ -228,10 +256,16 @@ class TextDataModule(MicroBatchDataModule):
         samples, key = tokenize(rows, encode, tokenizer=tokenizer, settings=settings, masked=False, cache=self.cache)
         return TokenStore(samples), key
 
-    def _open_stream(self) -> TokenStream:
+    def _open_stream(self) -> RowStream:
         rank_zero_info("streaming: every rank reads the whole stream and takes its rows of each global batch")
+        sources = parse_sources(self.train)
+        if sources is None:
+            return self._stream_of(self.train)
+        return MixedStream(sources, [self._stream_of(source.path) for source in sources], self.temperature)
+
+    def _stream_of(self, source: Any) -> TokenStream:
         return TokenStream(
-            open_stream(self.train),
+            open_stream(source),
             self.load_tokenizer(),
             seq_len=self.seq_len,
             text_column=self.text_column,

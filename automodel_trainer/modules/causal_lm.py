@@ -11,7 +11,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from automodel_trainer.data.mixture import MixtureRows
 from automodel_trainer.models.kernels import kernels_in_use
 from automodel_trainer.models.packed_inputs import document_inputs, lengths_of
 from automodel_trainer.modules.evaluation import as_list
@@ -74,9 +73,9 @@ class CausalLMModule(HuggingFaceModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        rows = getattr(getattr(self.trainer, "datamodule", None), "rows", {}).get("train")
+        names = getattr(getattr(self.trainer, "datamodule", None), "source_names", [])
         self._sources = None
-        if not isinstance(rows, MixtureRows):
+        if not names:
             return
         if (kernel := kernels_in_use(self.model).loss) is not None:
             rank_zero_warn(
@@ -84,7 +83,7 @@ class CausalLMModule(HuggingFaceModule):
                 "alone. Use kernels: {loss: chunked} for it."
             )
             return
-        self._sources = SourceLosses([source.name for source in rows.sources], self.strategy)
+        self._sources = SourceLosses(names, self.strategy)
         if self._saved_sources is not None:
             self._sources.restore(self._saved_sources)
             self._saved_sources = None

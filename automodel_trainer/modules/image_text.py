@@ -128,15 +128,14 @@ class ImageTextModule(CausalLMModule):
     def _check_options(self) -> None:
         super()._check_options()
         dims = self.strategy.dims
-        reasons = {
-            "cp": "splits sequences over ranks, and there is no rule to split pictures",
-            "pp": "splits one stack of layers over ranks, and this model has a tower beside it",
-        }
+        reasons = {"pp": "splits one stack of layers over ranks, and this model has a tower beside it"}
+        if any(name in self.model_inputs for name in _CROSS_ATTENTION):
+            reasons["cp"] = "splits sequences over ranks, and this model sees pictures by cross-attention"
         for axis, what in reasons.items():
             if (size := getattr(dims, axis, 1)) > 1:
                 raise ValueError(
                     f"{axis}={size} {what}: it does not work with {type(self).__name__}. Set {axis}=1; dp_shard, "
-                    "dp_replicate and tp work with pictures."
+                    "dp_replicate and tp work with all models that see pictures."
                 )
 
     # --- the model ------------------------------------------------------------------------------------------------

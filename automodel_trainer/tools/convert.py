@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from automodel_trainer.checkpoint.record import write_safetensors
+from automodel_trainer.checkpoint.writable import check_folder
 from automodel_trainer.models.files import WEIGHTS_NAME
 from automodel_trainer.nn.text import listed
 
@@ -76,6 +77,7 @@ def _write(found: Path, output: Path, prefix: str, config: Path | None) -> dict[
         raise ValueError(
             f"--prefix {prefix!r}: {listed(others)} do not begin so. Leave --prefix out, or give what all begin with."
         )
+    check_folder(output, "The model")
     output.mkdir(parents=True)
     if config is not None:
         for path in config.iterdir():

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+_OF_FILES = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def explain_errors(run: Callable[[], None]) -> None:
     """Call `run` and print this project's errors for users without a traceback.
 
-    These are the ValueErrors that the project's own code raises. Any other error is a bug and keeps its traceback.
+    These are the ValueErrors that the project's own code raises, and what the system says of a file that cannot be
+    written or read (no space, no permission, no folder). Any other error is a bug and keeps its traceback.
 
     Raises:
         SystemExit: with code 1, after such an error.
@@ -22,8 +30,17 @@ def explain_errors(run: Callable[[], None]) -> None:
     except ValueError as error:
         if os.environ.get("AMT_TRACEBACK") or not _is_ours(error):
             raise
-        print(f"\namt: {error}\n(set AMT_TRACEBACK=1 to see where it was raised)", file=sys.stderr)
-        raise SystemExit(1) from None
+        _exit(error)
+    except OSError as error:
+        if os.environ.get("AMT_TRACEBACK") or error.errno not in _OF_FILES:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _exit(f"{error.strerror}{where}. Look at the folder: its name, its permissions, and the space on its disk.")
+
+
+def _exit(message: object) -> NoReturn:
+    print(f"\namt: {message}\n(set AMT_TRACEBACK=1 to see where it was raised)", file=sys.stderr)
+    raise SystemExit(1) from None
 
 
 def _is_ours(error: BaseException) -> bool:

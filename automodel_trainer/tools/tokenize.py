@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from automodel_trainer.data.documents import document_end, encode_documents
+from automodel_trainer.checkpoint.writable import check_folder
+from automodel_trainer.data.documents import check_text, document_end, encode_documents
 from automodel_trainer.data.files import ALLOWED, DataFile, find_files, names_of
 from automodel_trainer.data.readers import read_rows
 from automodel_trainer.data.token_files import TokenFileWriter
@@ -54,6 +55,7 @@ def tokenize_files(
     found = find_files(data)
     if found is None:
         raise ValueError(f"no such file or folder: {data}. Allowed: {ALLOWED}.")
+    check_folder(output, "Shards")
     output.mkdir(parents=True, exist_ok=True)
     if there := sorted(output.glob("*.bin")):
         raise ValueError(f"{output} holds {names_of([file.name for file in there])}: give an empty folder.")
@@ -63,15 +65,15 @@ def tokenize_files(
     count = workers or len(os.sched_getaffinity(0))
     begun, shards = time.monotonic(), _Shards(output, size, shard_bytes)
     context = multiprocessing.get_context("spawn" if count > 1 else None)
+    texts = _Texts(found.files, column)
     with _bar() as bar:
         task = bar.add_task("tokenizing", total=len(found.files), speed="")
         try:
-            seen = [0]
-            parts = _parts(found.files, column, lambda number: bar.update(task, completed=number), seen)
-            for lengths, tokens in _encoded(parts, count, tokenizer, context):
+            for lengths, tokens in _encoded(texts.parts(), count, tokenizer, context):
                 shards.add(lengths, tokens)
                 speed = shards.tokens / max(1e-9, time.monotonic() - begun)
-                bar.update(task, speed=f"{shards.tokens:,} tokens, {speed:,.0f} tokens/s")
+                said = f"{shards.tokens:,} tokens, {speed:,.0f} tokens/s"
+                bar.update(task, completed=texts.files_read, speed=said)
             shards.close()
         except BaseException:
             shards.abandon()
@@ -82,7 +84,7 @@ def tokenize_files(
     return {
         "tokens": shards.tokens,
         "documents": shards.documents,
-        "without_text": seen[0] - shards.documents,
+        "without_text": texts.rows - shards.documents,
         "seconds": time.monotonic() - begun,
         "shards": shards.prefixes,
     }
@@ -119,31 +121,43 @@ class _Shards:
             self._writer.abandon()
 
 
-def _parts(files: Sequence[DataFile], column: str, done: Any, seen: list[int]) -> Iterator[list[str]]:
-    """The texts in parts; `seen` counts all rows."""
-    texts: list[str] = []
-    size = 0
-    for number, file in enumerate(files):
-        done(number)
-        for rows in read_rows(file):
-            if rows and not any(column in row for row in rows):
-                raise ValueError(f"{file.path} has no column {column!r}; its columns are {sorted(rows[0])}.")
-            seen[0] += len(rows)
-            for row in rows:
-                text = row.get(column)
-                if not isinstance(text, str | None):
-                    raise ValueError(
-                        f"{file.path}: column {column!r} must hold texts, found {type(text).__name__}: "
-                        f"{str(text)[:80]!r}. Give the column of the text (--column)."
-                    )
-                if text:
-                    texts.append(text)
-                    size += len(text)
-                if size >= CHARACTERS:
-                    yield texts
-                    texts, size = [], 0
-    if texts:
-        yield texts
+class _Texts:
+    """The texts of files.
+
+    Attributes:
+        files_read: files that were read to their end so far.
+        rows: rows read so far, also those without a text.
+    """
+
+    def __init__(self, files: Sequence[DataFile], column: str) -> None:
+        self.files, self.column = files, column
+        self.files_read = self.rows = 0
+
+    def parts(self) -> Iterator[list[str]]:
+        """The texts in parts of about `CHARACTERS` characters."""
+        part: list[str] = []
+        size = 0
+        for text in self._texts():
+            part.append(text)
+            size += len(text)
+            if size >= CHARACTERS:
+                yield part
+                part, size = [], 0
+        if part:
+            yield part
+
+    def _texts(self) -> Iterator[str]:
+        for file in self.files:
+            before = self.rows
+            for rows in read_rows(file):
+                if rows and not any(self.column in row for row in rows):
+                    raise ValueError(f"{file.path} has no column {self.column!r}; its columns are {sorted(rows[0])}.")
+                for row in rows:
+                    self.rows += 1
+                    place = f"row {self.rows - before} of {file.path}"
+                    if text := check_text(row.get(self.column), self.column, place):
+                        yield text
+            self.files_read += 1
 
 
 def _encoded(

@@ -7,13 +7,13 @@ shapes, and `generate` has a new one for every token.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from automodel_trainer.models.kernels.tower_attention import attends_in_one_call, reads_boundaries
 from automodel_trainer.models.lora.fuse import fused_groups
 from automodel_trainer.models.lora.fused import FusedGroup, refresh
 from automodel_trainer.models.record import CompiledBlock, record_of
@@ -75,10 +75,15 @@ def compile_blocks(
     raise_recompile_limit()
     allow_side_effects_in_checkpoints()
     prefer_recomputing()
-    compiled = torch.compile(_run, backend=backend, options=effective_options(backend, options))
-    for block in filter(_can_be_compiled, blocks):
+    options = effective_options(backend, options)
+    compiled = torch.compile(_run, backend=backend, options=options)
+    blocks = [*filter(_can_be_compiled, blocks)]
+    if any(map(reads_boundaries, blocks)):
+        for_any_length = torch.compile(_run_any_length, backend=backend, options=options, dynamic=True)
+    for block in blocks:
         record_of(block).keep(CompiledBlock())  # LoRA fuses the layers of such blocks
-        block.forward = _Compiled(block, own_forward(block), compiled)  # type: ignore[method-assign, assignment]
+        run = for_any_length if reads_boundaries(block) else compiled
+        block.forward = _Compiled(block, own_forward(block), run)  # type: ignore[method-assign, assignment]
     return len(blocks)
 
 
@@ -90,13 +95,19 @@ def effective_options(backend: str | Callable[..., Any], options: dict[str, Any]
 def _can_be_compiled(block: nn.Module) -> bool:
     """Whether a block computes alike for all batches.
 
-    Blocks of some vision towers are told where pictures begin, and cut their input there: a graph for each batch.
+    Blocks of some vision towers are told where pictures begin. transformers' `sdpa` cuts its input there, so every
+    number of pictures would be a graph of its own.
     """
-    return "cu_seqlens" not in inspect.signature(type(block).forward).parameters
+    return not reads_boundaries(block) or attends_in_one_call(block)
 
 
 def _run(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """The one function that all blocks share: dynamo compiles it once for each kind of block."""
+    return forward(*args, **kwargs)
+
+
+def _run_any_length(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """The same for blocks of towers: each batch has another number of patches. Dynamo keeps graphs by function."""
     return forward(*args, **kwargs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -21,6 +22,7 @@ from automodel_trainer.checkpoint import remove_checkpoint, save_checkpoint
 from automodel_trainer.checkpoint.lightning_file import load_optimizer_states, read_lightning_file
 from automodel_trainer.checkpoint.loader_place import Place, can_remember
 from automodel_trainer.checkpoint.optimizer import load_optimizers
+from automodel_trainer.checkpoint.option_groups import GroupOptions
 from automodel_trainer.checkpoint.remote import RemoteRuns, fetch, is_remote, mirror, scratch
 from automodel_trainer.checkpoint.rng import set_rng_state
 from automodel_trainer.checkpoint.saved_weights import load_state
@@ -36,11 +38,12 @@ class SavingStrategy(MeshProcesses):
 
     Attributes:
         on_read: called with what was read of a checkpoint; it may change it before Lightning restores it.
-        on_optimizers_read: called again once the optimizers exist and have their state; it may change the schedules'.
+        on_optimizers_read: called again once the optimizers exist and have their state, with what their groups had in
+            the checkpoint; it may change the schedules'.
     """
 
     on_read: Callable[[dict[str, Any]], None] | None = None
-    on_optimizers_read: Callable[[dict[str, Any]], None] | None = None
+    on_optimizers_read: Callable[[dict[str, Any], list[list[GroupOptions]]], None] | None = None
 
     _restores_late: bool | None = None
     _handed: Mapping[str, Any] | None = None
@@ -210,12 +213,14 @@ class SavingStrategy(MeshProcesses):
                 load_optimizer_states(self.optimizers, checkpoint["optimizer_states"])
                 return
             place, given = Path(folder) / "optimizer", checkpoint.get(RUN_KEY, {}).get("optimizers")
+            groups: list[list[GroupOptions]] = []
             if self.optimizers:
-                on_all_ranks(lambda: load_optimizers(self.trained_module, self.optimizers, place, given), folder)
+                load = partial(load_optimizers, self.trained_module, self.optimizers, place, given)
+                groups = on_all_ranks(load, folder)
             set_rng_state(checkpoint[RNG_KEY])  # hooks may have drawn random numbers since the checkpoint was opened
         if self.on_optimizers_read is not None:
             assert isinstance(checkpoint, dict)
-            self.on_optimizers_read(checkpoint)
+            self.on_optimizers_read(checkpoint, groups)
 
     @final
     def whole_weights(self) -> bytes | None:

@@ -30,6 +30,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from automodel_trainer.models._transformers import attention_in_use
+from automodel_trainer.models.parts import has_tower
 from automodel_trainer.nn.documents import set_documents
 from automodel_trainer.strategies.context.ring_attention import ring_attention
 from automodel_trainer.strategies.context.ulysses import stacked_attention, ulysses_attention
@@ -52,6 +53,8 @@ class Sequences:
         position_ids: int64 `[b, s]`, in natural order.
         documents: int64 `[b, s]`, the index of every token's packed document; None if each row is one document.
         attention_mask: bool `[b, s]`, False for padding; None if there is none.
+        cut: takes this rank's tokens of a tensor whose dimension `dim` is `s`, after the one of rows: `cut(tensor,
+            dim)`. None: the model's inputs are cut already; otherwise its decoder's are (`at_decoder.py`).
     """
 
     group: Any
@@ -60,6 +63,7 @@ class Sequences:
     position_ids: Tensor
     documents: Tensor | None
     attention_mask: Tensor | None
+    cut: Callable[[Tensor, int], Tensor] | None = None
 
     @property
     def length(self) -> int:
@@ -91,6 +95,11 @@ def exchanging(sequences: Sequences) -> Iterator[None]:
         yield
     finally:
         _active = previous
+
+
+def running() -> Sequences | None:
+    """The micro-batch that is split at the moment."""
+    return _active
 
 
 def check_method(method: str) -> None:
@@ -248,7 +257,8 @@ def refuse_unsplittable(model: nn.Module) -> None:
         raise ValueError(f"{name} is not a transformers model, so cp > 1 cannot replace its attention. Set cp=1.")
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
-    if kinds or any(isinstance(module, (nn.Conv1d, nn.RNNBase)) for module in model.modules()):
+    decoder = model.get_decoder() if has_tower(model) else model
+    if kinds or any(isinstance(module, (nn.Conv1d, nn.RNNBase)) for module in decoder.modules()):
         what = f"layers of kind {', '.join(sorted(kinds))}" if kinds else "convolutions along the sequence"
         raise ValueError(
             f"{name} has {what}, which mix tokens outside of attention, so cp > 1 cannot split its sequences. Set cp=1."

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from automodel_trainer.models.parts import has_tower
 from automodel_trainer.models.rehearsal import logits_of, rehearse
+from automodel_trainer.strategies.context.at_decoder import split_at_decoder
 from automodel_trainer.strategies.context.attention import Sequences, exchanging, replace_attention
 
 SHARDS = 2
@@ -36,12 +38,20 @@ def _in_shards(model: PreTrainedModel, ids: Tensor) -> Tensor:
     rows, length = ids.shape
     chunks = torch.arange(length).chunk(2 * SHARDS)
     shards = [torch.cat([chunks[i], chunks[2 * SHARDS - 1 - i]]) for i in range(SHARDS)]
+
+    def cut(tensor: Tensor, dim: int) -> Tensor:
+        return torch.cat([tensor.index_select(dim, shard) for shard in shards], dim - 1)
+
     order = torch.cat(shards)
     positions = torch.arange(length).expand(rows, -1)
-    with exchanging(Sequences(None, "ulysses", order, positions, None, None)):
-        output = model(
-            input_ids=torch.cat([ids[:, shard] for shard in shards]),
-            position_ids=torch.cat([positions[:, shard] for shard in shards]),
-            attention_mask=torch.ones(SHARDS * rows, length // SHARDS, dtype=torch.long),
-        )
+    sequences = Sequences(None, "ulysses", order, positions, None, None)
+    if has_tower(model):
+        split_at_decoder(model)
+        sequences.cut = cut
+        inputs = {"input_ids": ids}
+    else:
+        mask = torch.ones(SHARDS * rows, length // SHARDS, dtype=torch.long)
+        inputs = {"input_ids": cut(ids, 1), "position_ids": cut(positions, 1), "attention_mask": mask}
+    with exchanging(sequences):
+        output = model(**inputs)
     return torch.cat(logits_of(output).chunk(SHARDS), dim=1)[:, order.argsort()]

@@ -32,13 +32,21 @@ class ContextParallel:
         method: "ulysses" turns sequence shards into head shards (any mask and kernel; cp must divide the heads), "ring"
             passes keys and values around.
         multiple_of: each chunk's length is a multiple of this. Sequence parallel needs it, which splits shards further.
+        at_decoder: the model gets whole rows, which are split where its decoder begins (`at_decoder.py`).
     """
 
-    def __init__(self, mesh: DeviceMesh, method: Literal["ulysses", "ring"] = "ulysses", multiple_of: int = 1) -> None:
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        method: Literal["ulysses", "ring"] = "ulysses",
+        multiple_of: int = 1,
+        at_decoder: bool = False,
+    ) -> None:
         self.group = mesh.get_group()
         self.size, self.rank = mesh.size(), mesh.get_local_rank()
         self.method = method
         self.multiple_of = 2 * self.size * multiple_of
+        self.at_decoder = at_decoder
 
     # --- splitting --------------------------------------------------------------------------------------------------
 
@@ -49,8 +57,8 @@ class ContextParallel:
         It must cover backward too, which may recompute attention.
 
         Args:
-            inputs: inputs of the model's forward: `input_ids` `[b, s]`, optionally `position_ids` and
-                `attention_mask`.
+            inputs: inputs of the model's forward: `input_ids` `[b, s]`, optionally `position_ids` (`[b, s]`, or
+                `[4, b, s]` with those of the document first) and `attention_mask`. With `at_decoder` also others.
             targets: tensors `[b, s]` aligned with the logits, in any nesting. They must be shifted already, so that no
                 label at a shard's edge is lost. Tensors of other shapes are unchanged.
 
@@ -58,32 +66,54 @@ class ContextParallel:
             ValueError: there is no rule to split one of the inputs.
         """
         rows, length = inputs["input_ids"].shape
-        _refuse_unknown(inputs, rows, length)
-        inputs, sequences = self._prepare(inputs, rows, length)
-        parts = {key: self.shard(v) if isinstance(v, Tensor) else v for key, v in inputs.items()}
+        sequences = self._sequences(inputs, rows, length)
+        if self.at_decoder:
+            parts = self._whole(inputs, rows, length)
+        else:
+            _refuse_unknown(inputs, rows, length)
+            parts = self._shards(inputs, sequences)
         targets = map_tensors(lambda t: self.shard(self._pad(t, IGNORE_INDEX)), targets, (rows, length))
         with exchanging(sequences):
             yield parts, targets
 
-    def _prepare(self, inputs: dict[str, Any], rows: int, length: int) -> tuple[dict[str, Any], Sequences]:
-        """Pad the inputs, and collect what attention needs to know about the whole sequence."""
-        inputs = dict(inputs)
+    def _sequences(self, inputs: dict[str, Any], rows: int, length: int) -> Sequences:
+        """What attention needs to know about the whole, padded sequence."""
         device = inputs["input_ids"].device
-        positions = inputs.get("position_ids")
-        packed = positions is not None and inputs.get("attention_mask") is None  # transformers' own rule
+        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        packed = positions is not None and mask is None  # transformers' own rule
         if positions is None:
             positions = torch.arange(length, device=device)[None]
+        elif positions.ndim == 3:
+            positions = positions[0]
         positions = pad_positions(positions.expand(rows, -1), self.padded(length), restart=packed)
-        mask = inputs.get("attention_mask")
         whole = None if mask is None else self._pad(mask, 0).bool()
         documents = find_packed_sequence_indices(positions) if packed else None
+        order = torch.cat([self._indices(rank, self.padded(length), device) for rank in range(self.size)])
+        cut = self._cut if self.at_decoder else None
+        return Sequences(self.group, self.method, order, positions, documents, whole, cut)
+
+    def _shards(self, inputs: dict[str, Any], sequences: Sequences) -> dict[str, Any]:
+        """This rank's part of the model's inputs."""
+        positions, whole = sequences.position_ids, sequences.attention_mask
         # A mask of ones stops transformers from looking for documents in a shard's positions, which jump between its
         # two chunks.
-        local_mask = torch.ones_like(positions) if whole is None else whole.to(positions.dtype)
-        inputs["input_ids"] = self._pad(inputs["input_ids"], 0)
-        inputs["position_ids"], inputs["attention_mask"] = positions, local_mask
-        order = torch.cat([self._indices(rank, self.padded(length), device) for rank in range(self.size)])
-        return inputs, Sequences(self.group, self.method, order, positions, documents, whole)
+        mask = torch.ones_like(positions) if whole is None else whole.to(positions.dtype)
+        padded = {"input_ids": self._pad(inputs["input_ids"], 0), "position_ids": positions, "attention_mask": mask}
+        return {key: self.shard(v) if isinstance(v, Tensor) else v for key, v in {**inputs, **padded}.items()}
+
+    def _whole(self, inputs: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
+        """The model's inputs, those that have a number for each token padded."""
+        padded = dict(inputs)
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor) or value.is_floating_point():
+                continue
+            if name == "position_ids":
+                restart = inputs.get("attention_mask") is None
+                flat = pad_positions(value.reshape(-1, length), self.padded(length), restart)
+                padded[name] = flat.reshape(*value.shape[:-1], -1)
+            elif value.shape == (rows, length):
+                padded[name] = self._pad(value, 0)
+        return padded
 
     def padded(self, length: int) -> int:
         """The length that a sequence of `length` tokens is padded to."""
@@ -97,6 +127,10 @@ class ContextParallel:
         """This rank's two chunks of `tensor` `[b, s, …]`: `[b, s / cp, …]`. `s` must be padded."""
         chunks = tensor.chunk(2 * self.size, dim=1)
         return torch.cat([chunks[self.rank], chunks[2 * self.size - 1 - self.rank]], dim=1)
+
+    def _cut(self, tensor: Tensor, dim: int) -> Tensor:
+        """This rank's two chunks of `tensor` along `dim`, whose size is padded."""
+        return self.shard(tensor.movedim(dim, 1)).movedim(1, dim)
 
     def gather(self, tensor: Tensor, length: int) -> Tensor:
         """Gather the ranks' shards `[b, s / cp, …]` into `[b, length, …]` in natural order. Collective, no gradient."""

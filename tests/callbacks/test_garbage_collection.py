@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from automodel_trainer.callbacks import GarbageCollection
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.trainer import Trainer
 from tests.tiny import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def _nothing_frozen() -> Iterator[None]:
+    """As in a user's process: ours has frozen what it imported (tests/conftest.py)."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
 
 
 class Cycle:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
 from transformers import AutoProcessor
 
-from automodel_trainer import ImageTextDataModule, ImageTextModule, Trainer
+from automodel_trainer import ImageTextDataModule, ImageTextModule, OptimizerConfig, Trainer
+from automodel_trainer.models.parts import ModelParts
 from tests.test_trainer import quiet
 from tests.vlm.families import folder_of, rows
 
@@ -25,8 +28,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def fit(home: Path, root: Path, steps: int, data: Any = None, resume: Any = None, **options: Any) -> Trainer:
-    trainer = Trainer(**quiet(root, max_steps=steps))
+def fit(
+    home: Path, root: Path, steps: int, data: Any = None, resume: Any = None, callback: Any = None, **options: Any
+) -> Trainer:
+    trainer = Trainer(**quiet(root, max_steps=steps, callbacks=[callback] if callback else None))
     module = ImageTextModule(home / "model", **{"scheduler": "constant", **options})
     rows = ImageTextDataModule(str(home / "rows.jsonl"), seq_len=256, global_batch_size=2, **(data or {}))
     trainer.fit(module, rows, **({} if resume is None else {"ckpt_path": "last", "resume": resume}))
@@ -75,9 +80,57 @@ def test_taken_over(home: Path, tmp_path: Path) -> None:
     assert {group["lr"] for group in trainer.optimizers[0].param_groups} == set(rates.values())
 
 
-def test_other_parts_are_refused_with_what_to_do(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the same parts in lr.*resume='weights'"):
-        fit(home, copy(home, "run", tmp_path), 3, resume="all", lr={"language": 1e-3, "*": 1e-2})
+PARTS: list[tuple[Any, Any]] = [  # learning rates before and after
+    (1e-2, {"language": 1e-3, "*": 1e-2}),  # one group becomes two
+    ({"language": 1e-3, "*": 1e-2}, 3e-3),  # and two become one
+    ({"language": 1e-3, "*": 1e-2}, {"vision": 1e-3, "projector": 5e-3, "language": 1e-2}),
+    ({"language": 1e-3, "*": 1e-2}, {"vision": 1e-2, "*": 1e-3}),  # the projector goes to the other group
+]
+
+
+@pytest.mark.parametrize(("before", "after"), PARTS)
+def test_other_parts_are_taken_over_by_name(home: Path, tmp_path: Path, before: Any, after: Any) -> None:
+    """Against plain AdamW, a parameter at a time, on the gradients of the run itself."""
+    steps = Gradients(before), Gradients(after)
+    options = {"freeze": [], "scheduler": "linear", "optimizer": OptimizerConfig(weight_decay=0.1, args={"eps": 1e-4})}
+    fit(home, tmp_path, 2, callback=steps[0], lr=before, **options)
+    fit(home, tmp_path, 5, callback=steps[1], lr=after, resume="all", **options)
+    both = [*steps[0].seen, *steps[1].seen]
+    lengths = [(2, i) for i in range(2)] + [(5, i) for i in range(2, 5)]
+    for name, start in steps[0].start.items():
+        plain = torch.nn.Parameter(start.clone())
+        optimizer = torch.optim.AdamW([plain], weight_decay=0.1 if plain.ndim > 1 else 0.0, eps=1e-4)
+        for (total, step), found in zip(lengths, both, strict=True):
+            peak = (steps[0] if step < 2 else steps[1]).rate(name)
+            optimizer.param_groups[0]["lr"] = peak * (1 - step / total)
+            plain.grad = found[name].clone()
+            optimizer.step()
+        assert torch.allclose(steps[1].end[name], plain, rtol=1e-6, atol=1e-7), name
+
+
+class Gradients(Callback):
+    """Gradients of every step by parameter, and the weights before and after."""
+
+    def __init__(self, rates: Any) -> None:
+        self.rates = rates if isinstance(rates, dict) else {"*": rates}
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def rate(self, name: str) -> float:
+        part = ModelParts(self.model).of(name)
+        return self.rates.get(part, self.rates.get("*"))  # type: ignore[no-any-return]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.model = module.model
+        self.start = self.weights()
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.seen.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        self.end = self.weights()
 
 
 def test_a_run_from_the_weights_freezes_what_it_likes(home: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_what_makes_no_mixture_is_refused() -> None:
     assert parse_sources([{"messages": [], "path": "x"}]) is None
     with pytest.raises(ValueError, match="temperature=0 must be positive"):
         ChatDataModule([a], temperature=0)
-    with pytest.raises(ValueError, match="a mixture is not streamed"):
+    with pytest.raises(ValueError, match="'a' is streamed, so nobody knows how many tokens"):
         TextDataModule([a], streaming=True)
 
 

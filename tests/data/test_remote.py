@@ -43,7 +43,20 @@ def test_text_is_read_and_streamed_from_a_store(bucket: str) -> None:
         load_rows(f"{bucket}/nothing.jsonl")
 
 
-def test_a_mixture_is_not_streamed() -> None:
-    sources = [{"path": "a.jsonl", "weight": 1}, {"path": "b.jsonl", "weight": 1}]
-    with pytest.raises(ValueError, match=r"a mixture is not streamed: set streaming=False, or tokenize first"):
-        TextDataModule(sources, streaming=True)
+def test_a_mixture_of_folders_of_a_store_is_streamed(bucket: str) -> None:
+    """Each source has its share, and a mixture goes on exactly."""
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    for name in ("wiki", "code"):
+        fs.pipe(f"{bucket}/{name}/a.jsonl", "".join(json.dumps({"text": f"{name} {t}"}) + "\n" for t in TEXTS).encode())
+    sources = [{"path": f"{bucket}/{name}", "weight": weight} for name, weight in (("wiki", 3), ("code", 1))]
+    data = TextDataModule(
+        sources, streaming=True, shuffle_buffer=8, tokenizer=tiny_tokenizer(), seq_len=32, micro_batch_size=4
+    )
+    data.setup("fit")
+    loader = data.build_train_loader()
+    first = [batch for _, (batch,) in zip(range(6), loader)]
+    assert [int((batch["sources"] == 1).sum()) for batch in first] == [1] * 6
+    again = data.build_train_loader()
+    again.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    next_ones = [next(iter(made))[0]["input_ids"].tolist() for made in (again, loader)]
+    assert next_ones[0] == next_ones[1]

@@ -138,6 +138,27 @@ def test_bad_input_is_refused() -> None:
     assert module([{"text": ""}, {"text": "abc"}]).rows["train"].stats.samples == 1
 
 
+def test_rows_without_text_are_counted(tmp_path: Path) -> None:
+    """In the summary of each split and by a warning; a value that is no text is named with its file and row."""
+    rows = [{"text": text} for text in ("one two", None, "three four", "", "five six", "seven")]
+    with pytest.warns(UserWarning, match=r"train: left out 2 of 6 rows without text in 'text'"):
+        data = module(rows)
+    assert data.summary().endswith("; 2 rows without text left out")
+    with pytest.warns(UserWarning, match="left out"):
+        split = module(rows, val_split=0.5)
+    assert sum(part.stats.empty for part in split.rows.values()) == 2
+    assert sum(part.stats.samples for part in split.rows.values()) == 4
+    with pytest.warns(UserWarning, match="train: left out 2 of 6"):
+        mixed = module(
+            [{"path": rows, "weight": 1, "name": "a"}, {"path": [{"text": "x y"}], "weight": 1, "name": "b"}]
+        )
+    assert mixed.rows["train"].stats.empty == 2
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
+    for options in ({}, {"streaming": True}):
+        with pytest.raises(ValueError, match=r"row 1 of the .*column 'text' must hold texts, found int"):
+            next(iter(module(str(tmp_path / "a.jsonl"), **options).train_dataloader()))
+
+
 def test_a_stream_has_every_document_once_an_epoch() -> None:
     expected = [tuple(laid_end_to_end([row])) for row in documents()]
     total = sum(map(len, expected))

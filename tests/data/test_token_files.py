@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from automodel_trainer import CausalLMModule, TextDataModule, TokenDataModule, Trainer
+from automodel_trainer.cli import main as amt
 from automodel_trainer.data.token_files import TokenFile, TokenFileWriter, parse_split
+from automodel_trainer.tools.errors import explain_errors
 from automodel_trainer.tools.tokenize import main, tokenize_files
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -59,7 +62,7 @@ def test_tokenized_text_trains_as_the_text_itself(
     main([str(folder / "gaps.jsonl"), *arguments[:2], "--output", str(tmp_path / "c"), "--workers", "1"])
     assert "2 rows have no text in column 'text' and were left out" in capsys.readouterr().out
     (folder / "odd.jsonl").write_text('{"text": 5}\n')
-    with pytest.raises(ValueError, match=r"odd\.jsonl: column 'text' must hold texts, found int: '5'"):
+    with pytest.raises(ValueError, match=r"row 1 of .*odd\.jsonl: column 'text' must hold texts, found int: '5'"):
         main([str(folder / "odd.jsonl"), *arguments[:4], "--workers", "1"])
     with pytest.raises(ValueError, match="must hold texts, found int: '5'"):
         TextDataModule(folder / "odd.jsonl", tokenizer=tiny_tokenizer(), cache=False).prepare()
@@ -76,6 +79,37 @@ def megatron(prefix: Path, documents: list[list[list[int]]], dtype: Any = np.uin
     head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(bounds))
     body = struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(starts)}q", *starts)
     Path(f"{prefix}.idx").write_bytes(head + body + struct.pack(f"<{len(bounds)}q", *bounds))
+
+
+def test_an_output_that_cannot_be_made_is_named_before_any_work(
+    corpus: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder under a file; of every command that writes one."""
+    folder, tokenizer = corpus
+    (tmp_path / "file").write_text("")
+    output, model = str(tmp_path / "file" / "out"), str(tmp_path / "model")
+    tiny_model().save_pretrained(model)
+    for command in (
+        ["tokenize", f"{folder}/part*.jsonl", "--tokenizer", str(tokenizer), "--output", output],
+        ["reshard", model, "--output", output, "--shards", "1"],
+        ["merge", model, "--output", output],
+        ["export", model, "--output", output],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            amt(command)
+        assert stopped.value.code == 1
+        assert f"cannot be written to {output}"[:-4] in capsys.readouterr().err, command
+
+
+def test_what_the_system_says_of_files_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/shard-00001.bin")
+
+    with pytest.raises(SystemExit):
+        explain_errors(full)
+    assert "No space left on device (/data/shard-00001.bin). Look at the folder" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError):  # a bug of ours
+        explain_errors(lambda: Path("/nothing").stat())
 
 
 def test_megatron_files(tmp_path: Path) -> None:

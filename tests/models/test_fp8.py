@@ -68,7 +68,7 @@ def test_close_to_full_precision(recipe: str) -> None:
 
 def adapted(recipe: str, layers: int = 2, **lora: Any) -> Any:
     """A tiny model with adapters that do something, its frozen weights in fp8."""
-    model = tiny_model("llama", num_hidden_layers=layers)
+    model = tiny_model("llama", num_hidden_layers=layers, use_cache=False)
     apply_lora(model, LoRAConfig(rank=4, **lora))
     converted = convert_to_fp8(model, recipe, CPU, emulate=True)
     finish_lora(model)

@@ -16,12 +16,14 @@ from tests.beside import use
 from tests.harness import check_step, close, relative_error
 from tests.matrix import more
 from tests.models.test_fp8 import CPU, TOLERANCE, step
+from tests.pool import forget_compiled
 from tests.tiny import tiny_model
 
 
 @pytest.fixture(autouse=True)
 def _torchao() -> None:
     use("torchao")
+    forget_compiled()  # the tests have batches of different sizes
 
 
 def converted(family: str, compiled: bool, layers: int = 2) -> Any:
@@ -78,12 +80,11 @@ def test_evaluation_and_eager_training_are_torchaos() -> None:
 
 
 def test_a_frozen_layer_of_a_group_has_no_gradient() -> None:
-    model, whole = converted("llama", compiled=True), converted("llama", compiled=True)
-    for layer in model.model.layers:
-        layer.self_attn.k_proj.weight.requires_grad_(False)
+    model, whole = (converted("llama", compiled=True, layers=1) for _ in range(2))
+    model.model.layers[0].self_attn.k_proj.weight.requires_grad_(False)
     (loss, some), (wanted, every) = step(model), step(whole)
     assert loss == wanted
-    assert set(every) - set(some) == {f"model.layers.{index}.self_attn.k_proj.weight" for index in range(2)}
+    assert set(every) - set(some) == {"model.layers.0.self_attn.k_proj.weight"}
     check_step((loss, some), (wanted, {name: every[name] for name in some}), 128)
 
 

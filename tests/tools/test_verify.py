@@ -158,14 +158,14 @@ def label_dropped(patch: pytest.MonkeyPatch) -> None:
 
 
 def documents_forgotten(patch: pytest.MonkeyPatch) -> None:
-    original = ContextParallel._prepare
+    original = ContextParallel._sequences
 
-    def prepare(self: ContextParallel, *args: Any) -> Any:
-        inputs, sequences = original(self, *args)
+    def forget(self: ContextParallel, *args: Any) -> Any:
+        sequences = original(self, *args)
         sequences.documents = None
-        return inputs, sequences
+        return sequences
 
-    patch.setattr(ContextParallel, "_prepare", prepare)
+    patch.setattr(ContextParallel, "_sequences", forget)
 
 
 def test_the_strategy_itself_refuses_an_unsynchronised_norm(pool: RankPool) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from automodel_trainer import ImageTextDataModule, ImageTextModule, LoRAConfig, Trainer
 from tests.harness import full, once
+from tests.matrix import more
 from tests.pool import RankPool
 from tests.test_trainer import quiet
 from tests.vlm.families import model_of, processor_of, rows
@@ -45,7 +46,21 @@ CASES = [
     *(Case("llava", spec, freeze=()) for spec in ("ddp", "fsdp2")),  # no forward reaches the tower's last layer
     *(Case(family, "fsdp2_tp:tp=2", packing=True) for family in ("qwen3_vl", "gemma3", "llava")),
 ]
-REFUSED = {"fsdp2_cp:cp=2": "no rule to split pictures", "3d:pp=2": "has a tower beside it"}
+CASES += [
+    *(Case(family, "fsdp2:cp=2", packing=True) for family in ("qwen3_vl", "gemma3")),
+    Case("llava", "fsdp2:cp=2,cp_attention=ring", freeze=()),
+]
+MORE = [
+    *(Case(family, "fsdp2:cp=2", packing=True) for family in ("qwen2_5_vl", "llava_onevision", "smolvlm")),
+    Case("internvl", "fsdp2:cp=2", lora=True),
+    Case("idefics3", "fsdp2:cp=2,cp_attention=ring"),
+    Case("qwen3_vl", "fsdp2:cp=2", freeze=()),
+]
+ON_FOUR = [Case(family, "fsdp2:cp=2,tp=2", packing=True) for family in ("qwen3_vl", "gemma3")]
+REFUSED = {
+    "3d:pp=2": ("llava", "has a tower beside it"),
+    "fsdp2_cp:cp=2": ("mllama", "sees pictures by cross-attention"),
+}
 
 
 class Run(NamedTuple):
@@ -100,12 +115,14 @@ def alone(root: Path, case: Case) -> Run:
     return run(root, case, devices=1)
 
 
-def on_ranks(root: Path, cases: list[Case]) -> list[Run]:
-    """The cases on the ranks of this job, one after the other; then layouts that are refused."""
-    found = [run(root, case) for case in cases]
-    for spec, message in REFUSED.items():
+def on_ranks(root: Path, cases: list[Case], ranks: int) -> list[Run]:
+    """The cases on the ranks of this job, one after the other; then layouts of two ranks that are refused."""
+    found = [run(root, case, ranks) for case in cases]
+    if ranks > 2:
+        return found
+    for spec, (family, message) in REFUSED.items():
         with pytest.raises(ValueError, match=message):
-            run(root, Case("llava", spec))
+            run(root, Case(family, spec))
     return found
 
 
@@ -125,9 +142,10 @@ def assert_same(got: Run, want: Run, case: Case) -> None:
         assert error <= 2e-6 + 1e-4 * float(weight.abs().max()), f"{case} {name}: {error}"
 
 
-def test_two_ranks_are_one_device(pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "cases"), [(2, CASES), more(2, MORE), more(4, ON_FOUR)], ids=["", "more", "four"])
+def test_ranks_are_one_device(ranks: int, cases: list[Case], pool: RankPool, tmp_path: Path) -> None:
     written(tmp_path)
-    for case, got in zip(CASES, pool.run(2, on_ranks, tmp_path, CASES)[0]):
+    for case, got in zip(cases, pool.run(ranks, on_ranks, tmp_path, cases, ranks)[0]):
         assert_same(got, alone(tmp_path, case._replace(spec="auto")), case)
 
 

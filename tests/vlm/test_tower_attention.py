@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
@@ -26,18 +29,21 @@ def one_call(
     return torch.nn.functional.scaled_dot_product_attention(*flat, mask, scale=scale).transpose(0, 1)
 
 
+def pretend_to_have_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tower_attention, "_DEVICE", "cpu")
+    monkeypatch.setattr(tower_attention, "_DTYPES", (torch.float32,))
+    monkeypatch.setattr(tower_attention, "_varlen", lambda: one_call)
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
-@pytest.mark.parametrize("dtypes", [(torch.float32,), ()], ids=["one call", "piece by piece"])
-def test_features_are_those_of_transformers(
-    family: str, dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("long", [1024, 1], ids=["one call", "piece by piece"])
+def test_features_are_those_of_transformers(family: str, long: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(family)
     pictures = [Image.effect_noise(size, 60).convert("RGB") for size in ((64, 96), (128, 64))]
     made = processor_of(family).image_processor(pictures, return_tensors="pt")
     wanted = model.get_image_features(**made)
-    monkeypatch.setattr(tower_attention, "_DEVICE", "cpu")
-    monkeypatch.setattr(tower_attention, "_DTYPES", dtypes)
-    monkeypatch.setattr(tower_attention, "_varlen", lambda: one_call)
+    pretend_to_have_the_kernel(monkeypatch)
+    monkeypatch.setattr(tower_attention, "_LONG", long)
     text = model.config.text_config._attn_implementation
     assert install_tower_attention(model, torch.device("cpu"))
     assert model.config.vision_config._attn_implementation == NAME
@@ -47,9 +53,30 @@ def test_features_are_those_of_transformers(
 
 
 def test_other_towers_keep_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tower_attention, "_DEVICE", "cpu")
-    monkeypatch.setattr(tower_attention, "_varlen", lambda: one_call)
+    pretend_to_have_the_kernel(monkeypatch)
     assert not install_tower_attention(model_of("llava"), torch.device("cpu"))
+
+
+def test_blocks_are_compiled_once_for_all_numbers_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    pretend_to_have_the_kernel(monkeypatch)
+    model = model_of("qwen2_5_vl")
+    plain, processor = copy.deepcopy(model), processor_of("qwen2_5_vl").image_processor
+    assert install_tower_attention(model, torch.device("cpu"))
+    compile_blocks(model, backend=count, blocks=list(model.model.visual.blocks))
+    made = []
+    for sizes in ([(64, 96)], [(128, 64), (64, 64)], [(96, 96), (64, 160), (64, 64)]):
+        pixels = processor([Image.effect_noise(size, 60).convert("RGB") for size in sizes], return_tensors="pt")
+        for feature, wanted in zip(*(m.train().get_image_features(**pixels).pooler_output for m in (model, plain))):
+            close(feature, wanted)
+        made.append(len(graphs))
+    assert made[0] > 0
+    assert made == [made[0]] * 3
 
 
 def test_blocks_that_cut_their_input_are_not_compiled() -> None:

@@ -90,7 +90,8 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
     _choose_attention(model, choices["attention"], device)
     loss = choices["loss"]
     texts = {"loss": _LOSSES.get(loss.name) or _title(loss)}
-    if choices["attention"].name == "flash" and install_tower_attention(model, device):
+    chosen_here = choices["attention"].is_auto or choices["attention"].library is not None
+    if chosen_here and install_tower_attention(model, device):
         texts["attention of the tower"] = TITLE
     for part in _COMPILED:
         choices[part], texts[part] = _swap_or_leave(model, choices[part], device)

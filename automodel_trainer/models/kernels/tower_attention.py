@@ -1,8 +1,9 @@
 """Attention of vision towers that read all pictures of a batch as one sequence.
 
 Such a tower says where pictures, or windows of them, begin (`cu_seqlens`). With `sdpa` transformers cuts the sequence
-and calls a kernel for each piece: hundreds of launches a layer, and a wait for the device. FlashAttention (arXiv
-2307.08691) takes the whole sequence with its boundaries, and torch has it as `varlen_attn`.
+and calls a kernel for each piece: hundreds of launches a layer where the pieces are windows. FlashAttention (arXiv
+2307.08691) takes the whole sequence with its boundaries, and torch has it as `varlen_attn`. Pieces as long as whole
+pictures stay apart: the kernel that torch chooses for one piece is faster then.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from automodel_trainer.models.kernels.attention import attention_name
 OURS = attention_name("")
 NAME = f"{OURS}tower_flash"
 """Transformers gives boundaries to attention with "flash" in its name."""
-TITLE = "torch's FlashAttention, all pictures in one call"
+TITLE = "torch's FlashAttention in one call; pictures that are not cut into windows one by one"
+_LONG = 1024
+"""Pieces of this mean length are attended to one by one. (benchmarks/vlm.py --attention measures both ways.)"""
 _DEVICE, _DTYPES = "cuda", (torch.bfloat16, torch.float16)
 
 
@@ -35,16 +38,30 @@ def install_tower_attention(model: PreTrainedModel, device: torch.device) -> boo
         model: its attention is chosen. Layers with an attention of the user's choice are left as they are.
         device: where it computes.
     """
-    if device.type != _DEVICE or _varlen() is None:
+    if device.type != _DEVICE or (varlen := _varlen()) is None:
         return False
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, partial(attend, varlen))
     configs = {id(config): config for config in _configs(model)}
     for config in configs.values():
         set_attention(config, NAME)
     return bool(configs)
 
 
+def reads_boundaries(block: nn.Module) -> bool:
+    """Whether this block is told where pictures begin."""
+    return "cu_seqlens" in inspect.signature(type(block).forward).parameters
+
+
+def attends_in_one_call(block: nn.Module) -> bool:
+    """Whether the attention in this block is the one here, so that its graph does not depend on the boundaries."""
+    return any(
+        attention_of(config) == NAME for module in block.modules() if (config := getattr(module, "config", None))
+    )
+
+
+@torch.compiler.disable
 def attend(
+    varlen: Callable[..., Tensor],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -55,12 +72,15 @@ def attend(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query, key and value `[1, h, s, d]`, boundaries int `[n + 1]`; out `[1, s, h, d]`."""
+    """query, key and value `[1, h, s, d]`, boundaries int `[n + 1]`; out `[1, s, h, d]`.
+
+    Compiled blocks are cut here: boundaries would be part of their graphs.
+    """
     assert cu_seq_lens_q is not None
     assert max_length_q is not None
     assert attention_mask is None
-    varlen = _varlen()
-    if varlen is None or query.dtype not in _DTYPES or query.device.type != _DEVICE:
+    fits = query.dtype in _DTYPES and query.device.type == _DEVICE
+    if not fits or query.shape[2] >= _LONG * (len(cu_seq_lens_q) - 1):
         return _piece_by_piece(module, query, key, value, cu_seq_lens_q, scaling), None
     bounds, longest = cu_seq_lens_q.to(torch.int32), int(max_length_q)
     flat = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
