@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models._transformers import forget_absent_ties
-from automodel_trainer.models.small_copy import first_line
 from automodel_trainer.nn.blocks import find_blocks
+from automodel_trainer.nn.text import first_line
 from automodel_trainer.strategies.tensor.sequence import stacks
 
 _HIDDEN = ["hidden_states"]

@@ -18,9 +18,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from automodel_trainer.models.small_copy import first_line
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.parameters import replace_parameters
+from automodel_trainer.nn.text import first_line
 from automodel_trainer.nn.wrap import wrap
 from automodel_trainer.strategies.tensor.adapters import cut_adapters
 from automodel_trainer.strategies.tensor.check import check_gates

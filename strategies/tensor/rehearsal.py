@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from automodel_trainer.models.rehearsal import logits_of, rehearse
+from automodel_trainer.nn._torch import pytree
 from automodel_trainer.nn.wrap import wrap
 from automodel_trainer.strategies.tensor.local_parameters import readers
 
@@ -39,12 +38,12 @@ class _Away(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         name = next(tensor.of for tensor in tensors if isinstance(tensor, _Away))
         if any(tensor.ndim > 0 for tensor in tensors if type(tensor) is not _Away):
             raise RuntimeError(f"{name} is read outside of its layer")
         result = super().__torch_function__(func, types, args, kwargs)
-        for leaf in tree_leaves(result):
+        for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, _Away):
                 leaf.of = name
         return result

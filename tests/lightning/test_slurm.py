@@ -46,7 +46,9 @@ def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return said
 
 
-def fit(root: Path, *callbacks: Callback, plugins: Any = None, rows: int = 12, **options: Any) -> tuple[Any, torch.Tensor]:
+def fit(
+    root: Path, *callbacks: Callback, plugins: Any = None, rows: int = 12, **options: Any
+) -> tuple[Any, torch.Tensor]:
     torch.manual_seed(0)
     module = BoringModel()
     defaults = {"max_epochs": 1, "limit_train_batches": 6, "limit_val_batches": 0, "callbacks": list(callbacks)}
