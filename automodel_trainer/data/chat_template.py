@@ -8,6 +8,7 @@ assistant turn (`assistant_spans.py`), and tokenize the whole text once. So the 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -102,8 +103,7 @@ class BatchEncoder:
             return Sample(item.input_ids, np.array(item.trained, dtype=bool))
         if self.loss_on == "all":
             return Sample(ids, np.array(all_but_bos(self.tokenizer, ids).trained, dtype=bool))
-        # The offsets of all tokens are a Python object for each: ask for those at the edges of spans alone.
-        trained = _between_edges(encoding, item[1])
+        trained = between_edges(encoding, item[1])
         if trained is None:
             trained = np.array(overlapping(encoding.offsets, item[1]), dtype=bool)
         return Sample(ids, trained)
@@ -218,26 +218,40 @@ def _tokenize(
     return Encoded(tokens["input_ids"], overlapping(tokens["offset_mapping"], spans))
 
 
-def _between_edges(encoding: Any, spans: list[Span]) -> np.ndarray | None:
-    """`overlapping`, where every span begins and ends with a token; None where one does not.
+def between_edges(encoding: Any, spans: list[Span]) -> np.ndarray | None:
+    """`overlapping`, found by asking for the tokens at the edges of spans alone: offsets are a Python object each.
 
     Args:
-        encoding: a `tokenizers.Encoding`.
+        encoding: a `tokenizers.Encoding`, whose tokens lie in the order of the text.
         spans: in order, not overlapping.
+
+    Returns:
+        bool `[tokens]`; None if a token has no place in the text.
     """
     trained = np.zeros(len(encoding), dtype=bool)
-    for start, stop in spans:
-        if start == stop:
-            continue
-        first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
-        if first is None or last is None:
-            return None
-        begins, ends = encoding.token_to_chars(first)[0], encoding.token_to_chars(last)[1]
-        before = encoding.token_to_chars(first - 1) if first else None
-        after = encoding.token_to_chars(last + 1) if last + 1 < len(trained) else None
-        if (begins, ends) != (start, stop) or (before or (0, 0))[1] > start or (after or (stop, stop))[0] < stop:
-            return None
-        trained[first : last + 1] = True
+    places = range(len(encoding))
+
+    def end(token: int) -> int:
+        return encoding.token_to_chars(token)[1]  # type: ignore[no-any-return]
+
+    def begin(token: int) -> int:
+        own, stop = encoding.token_to_chars(token)
+        before = end(token - 1) if token else 0
+        return min(own, before) if stop > before else own  # type: ignore[no-any-return]
+
+    try:
+        for start, stop in spans:
+            if start == stop:
+                continue
+            first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
+            if first is None:  # a token of spaces, which its offsets leave out
+                first = bisect_right(places, start, key=end)
+            after = bisect_left(places, stop, lo=first, key=begin) if last is None else last + 1
+            while after < len(trained) and begin(after) < stop:  # pieces of one character
+                after += 1
+            trained[first:after] = True
+    except TypeError:  # None has no parts
+        return None
     return trained
 
 

@@ -30,11 +30,25 @@ def check_text(value: Any, column: str, place: str) -> str | None:
     Raises:
         ValueError: it is something else.
     """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{place}: {half_a_character(error)}") from error
     if isinstance(value, str | None):
         return value
     raise ValueError(
         f"{place}: column {column!r} must hold texts, found {type(value).__name__}: {str(value)[:80]!r}. Give the "
         "column of the text."
+    )
+
+
+def half_a_character(error: UnicodeEncodeError) -> str:
+    """What to tell a user about a text that UTF-8 cannot hold."""
+    code = f"\\u{ord(error.object[error.start]):04x}"
+    return (
+        f"a text holds {code}, half of a character, which no file of UTF-8 can hold: {error.object[:60]!r}. Remove it, "
+        "or write the character whole."
     )
 
 

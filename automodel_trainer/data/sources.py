@@ -24,6 +24,7 @@ from datasets.utils import are_progress_bars_disabled
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from automodel_trainer.data.arrow_rows import dataset_of_files, dataset_of_rows
+from automodel_trainer.data.exact_json import exactly
 from automodel_trainer.data.files import ALLOWED, DataFile, Found, by_split, find_files, names_of
 from automodel_trainer.data.readers import Row, read_rows
 
@@ -59,7 +60,7 @@ def load_rows(data: Any, split: str = "train") -> Dataset:
         rows = splits[name]
     if len(rows) == 0:
         raise ValueError(f"{_name(data)} has no rows ({split}). Allowed: {ALLOWED}, with at least one row.")
-    return rows
+    return keep_places(exactly(rows), rows)
 
 
 def load_validation_rows(data: Any) -> Dataset | None:
@@ -203,7 +204,8 @@ def _open(data: Any, split: str) -> Dataset | DatasetDict:
             return _read(_of_split(data, found, split))
         path = Path(data).expanduser()
         return load_from_disk(str(path)) if _is_saved(path) else _load(data)
-    raise ValueError(f"cannot read data from {type(data).__name__}: {str(data)[:80]!r}. Allowed: {ALLOWED}.")
+    hint = " A mixture is a list: train: [{path: …}, …]." if isinstance(data, dict) and "path" in data else ""
+    raise ValueError(f"cannot read data from {type(data).__name__}: {str(data)[:80]!r}.{hint} Allowed: {ALLOWED}.")
 
 
 def _files(data: Any) -> Found | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from automodel_trainer.models.record import record_of
+from automodel_trainer.models.stage_names import pipeline_of
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective
 
 
@@ -39,11 +40,16 @@ def freeze_idle(objective: Objective, strategy: Any, micro_batch: MicroBatch, am
         among: whether a parameter of this name may be frozen.
     """
     model, device = objective.model, strategy.root_device
-    inputs, targets = objective.split({k: v.to(device) if hasattr(v, "to") else v for k, v in micro_batch.items()})
+    micro_batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in micro_batch.items()}
     training = model.training
     model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
-        objective.loss(strategy.forward(model, inputs), targets).backward()
+        if pipeline_of(model) is not None:
+            one = torch.ones((), device=device)
+            strategy.forward_backward(objective, [micro_batch] * strategy.min_micro_batches, one)
+        else:
+            inputs, targets = objective.split(micro_batch)
+            objective.loss(strategy.forward(model, inputs), targets).backward()
     model.train(training)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     idle = [name for name, parameter in trained.items() if parameter.grad is None and among(name)]

@@ -22,6 +22,7 @@ from automodel_trainer.models.isolation import Isolation
 from automodel_trainer.models.parts import ModelParts
 from automodel_trainer.models.processors import check_processor, has_processor, load_processor
 from automodel_trainer.models.rope_index import RopeIndex, has_rope_index
+from automodel_trainer.models.stage_names import names_of_all_stages
 from automodel_trainer.modules.causal_lm import CausalLMModule
 from automodel_trainer.modules.idle_parameters import freeze_idle
 from automodel_trainer.strategies.base.objective import DEFAULT_INPUTS, MicroBatch
@@ -127,15 +128,12 @@ class ImageTextModule(CausalLMModule):
 
     def _check_options(self) -> None:
         super()._check_options()
-        dims = self.strategy.dims
-        reasons = {"pp": "splits one stack of layers over ranks, and this model has a tower beside it"}
-        if any(name in self.model_inputs for name in _CROSS_ATTENTION):
-            reasons["cp"] = "splits sequences over ranks, and this model sees pictures by cross-attention"
-        for axis, what in reasons.items():
-            if (size := getattr(dims, axis, 1)) > 1:
+        crossed = next((name for name in self.model_inputs if name in _CROSS_ATTENTION), None)
+        for axis in ("cp", "pp"):
+            if crossed and (size := getattr(self.strategy.dims, axis, 1)) > 1:
                 raise ValueError(
-                    f"{axis}={size} {what}: it does not work with {type(self).__name__}. Set {axis}=1; dp_shard, "
-                    "dp_replicate and tp work with all models that see pictures."
+                    f"{axis}={size} does not work with {type(self.outline).__name__}: its layers see pictures by "
+                    f"cross-attention ({crossed}). Set {axis}=1; dp_shard, dp_replicate and tp work."
                 )
 
     # --- the model ------------------------------------------------------------------------------------------------
@@ -228,6 +226,7 @@ class ImageTextModule(CausalLMModule):
         data = getattr(self.trainer, "datamodule", None)
         parts = ModelParts(self.model)
         seeing = [n for n, p in self.model.named_parameters() if p.requires_grad and parts.of(n) != "language"]
+        seeing = names_of_all_stages(self.model, seeing)
         if seeing and isinstance(data, ImageTextDataModule) and strategy.plain_backward:
             freeze_idle(self, strategy, data.picture_probe(), among=lambda name: parts.of(name) != "language")
 
@@ -239,6 +238,7 @@ class ImageTextModule(CausalLMModule):
         """
         parts = ModelParts(self.model)
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        trained = names_of_all_stages(self.model, trained)
         for pattern in self.rates:
             if not any(parts.matches(name, pattern) for name in trained):
                 raise ValueError(

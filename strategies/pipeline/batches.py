@@ -49,20 +49,29 @@ def _input(name: str, value: Any, inputs: dict[str, Any], rows: int, length: int
     """One input, padded to `[rows, length]`."""
     if not isinstance(value, Tensor):
         return value
+    shape = inputs["input_ids"].shape
     if name == "position_ids":
-        restart = inputs.get("attention_mask") is None
-        longer = pad_positions(value.expand(len(inputs["input_ids"]), -1), length, restart)
-        return torch.cat([longer, torch.arange(length, device=value.device).expand(rows - len(longer), -1)])
-    if name not in ("input_ids", "attention_mask") or value.shape != inputs["input_ids"].shape:
-        raise ValueError(
-            f"pp > 1 pads micro-batches of different shapes to one, and there is no rule for the input {name!r} of "
-            f"shape {list(value.shape)}. It can pad input_ids, position_ids and attention_mask. Use micro-batches of "
-            "one shape."
-        )
+        return _positions(value, shape[0], rows, length, restart=inputs.get("attention_mask") is None)
+    if value.is_floating_point() or value.shape != shape:
+        if name in ("input_ids", "attention_mask") or shape[1] in value.shape:
+            raise ValueError(
+                f"pp > 1 pads micro-batches of different shapes to one, and there is no rule for the input {name!r} of "
+                f"shape {list(value.shape)}. It can pad input_ids, position_ids, attention_mask and other numbers of "
+                "each token [rows, tokens]. Use micro-batches of one shape."
+            )
+        return value  # of pictures
     padded = _pad(value, rows, length, 0)
     if name == "attention_mask":
         padded[len(value) :] = 1  # attention gives NaN for rows in which everything is masked
     return padded
+
+
+def _positions(value: Tensor, b: int, rows: int, length: int, restart: bool) -> Tensor:
+    """Positions `[b, s]`, or several of each token, `[n, b, s]`."""
+    if value.ndim == 3:
+        return torch.stack([_positions(one, b, rows, length, restart) for one in value])
+    longer = pad_positions(value.expand(b, -1), length, restart)
+    return torch.cat([longer, torch.arange(length, device=value.device).expand(rows - len(longer), -1)])
 
 
 def _pad(tensor: Tensor, rows: int, length: int, value: int) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models._transformers import forget_absent_ties
-from automodel_trainer.nn.blocks import find_blocks
+from automodel_trainer.models.parts import ModelParts as PartsByName
+from automodel_trainer.models.parts import has_tower
 from automodel_trainer.nn.text import first_line
 from automodel_trainer.strategies.tensor.sequence import stacks
 
@@ -29,7 +30,7 @@ class ModelParts:
 
     Args:
         layers: the `nn.ModuleList` of its layers.
-        before: modules with parameters that run before the first layer (embeddings).
+        before: modules with parameters that run before the first layer (embeddings, a vision tower, its projector).
         after: modules with parameters that run after the last layer (final norm, head).
     """
 
@@ -45,7 +46,7 @@ class Stage:
     Args:
         index: its place in the pipeline.
         layers: indices of its layers.
-        first: whether it is the first stage, which also has the embeddings.
+        first: whether it is the first stage, which also has the embeddings, and the tower where there is one.
         last: whether it is the last stage, which also has the final norm and the head.
     """
 
@@ -131,18 +132,44 @@ def find_parts(model: nn.Module) -> ModelParts:
             f"pp > 1: the balancing loss of {kind}'s routers needs all layers, and no stage has them all. Set "
             "output_router_logits=False in the config (config_overrides), or use fsdp2."
         )
-    found = list(stacks(model))
+    found = [name for name in stacks(model) if _of_decoder(model, name)]
     if len(found) != 1:
         raise ValueError(
             f"pp > 1 splits one stack of layers, and {kind} has {len(found)} ({', '.join(found) or 'none'}). Use "
             "fsdp2, or tp."
         )
-    parts = _planned(model, found[0]) or _traced(model, found[0])
+    beside = _beside(model)
+    parts = _planned(model, found[0], beside) or _traced(model, found[0], beside)
     _refuse_head_first(model, parts)
     return parts
 
 
-def _planned(model: nn.Module, layers: str) -> ModelParts | None:
+def _of_decoder(model: nn.Module, name: str) -> bool:
+    """Whether a module is no part of a tower beside the decoder."""
+    return not has_tower(model) or PartsByName(model).of(name) == "language"  # type: ignore[arg-type]
+
+
+def _beside(model: nn.Module) -> tuple[str, ...]:
+    """Modules of tower and projector: they run before the first layer, where a micro-batch has pictures."""
+    if not has_tower(model):
+        return ()
+    parts = PartsByName(model)  # type: ignore[arg-type]
+    decoder = model.get_decoder()  # type: ignore[operator]
+    owners = set()
+    for name, _ in model.named_parameters():
+        if parts.of(name) == "language":
+            continue
+        owner = name.rpartition(".")[0]
+        if any(module is decoder for module in model.get_submodule(owner).modules()):
+            raise ValueError(
+                f"pp > 1 puts modules on stages, and {type(model).__name__} has {name} beside its modules. Use fsdp2, "
+                "tp or cp."
+            )
+        owners.add(owner)
+    return _outermost(sorted(owners))
+
+
+def _planned(model: nn.Module, layers: str, beside: tuple[str, ...]) -> ModelParts | None:
     """The parts by the model's `pp_plan`; None if there is no plan or it does not cover all parameters."""
     plan: dict[str, Any] = dict(getattr(model, "pp_plan", None) or {})
     if layers not in plan:
@@ -158,7 +185,8 @@ def _planned(model: nn.Module, layers: str) -> ModelParts | None:
     place = inner.index(layers)
     before, after = inner[:place], [*inner[place + 1 :], *outer]
     modules = dict(model.named_modules())
-    parts = ModelParts(layers, _with_parameters(modules, before), _with_parameters(modules, after))
+    before = [*_with_parameters(modules, before), *beside]
+    parts = ModelParts(layers, tuple(before), _with_parameters(modules, after))
     return parts if not _unplaced(model, parts) else None
 
 
@@ -174,7 +202,7 @@ def _unplaced(model: nn.Module, parts: ModelParts) -> list[str]:
 
 
 @torch.no_grad()
-def _traced(model: nn.Module, layers: str) -> ModelParts:
+def _traced(model: nn.Module, layers: str, beside: tuple[str, ...]) -> ModelParts:
     """Run the model on four tokens without its layers, and note which modules are called before and after them."""
     # The model may be on meta, where values cannot be read: do not look for documents, or for padding.
     packing_without_sync(model)  # type: ignore[arg-type]
@@ -213,7 +241,8 @@ def _traced(model: nn.Module, layers: str) -> ModelParts:
             f"{layers} that way. Use fsdp2, or tp."
         )
     first, last = calls.index(Marker.NAME), len(calls) - 1 - calls[::-1].index(Marker.NAME)
-    parts = ModelParts(layers, _outermost(calls[:first]), _outermost(calls[last + 1 :]))
+    before = (*_outermost(calls[:first]), *beside)
+    parts = ModelParts(layers, before, _outermost(calls[last + 1 :]))
     if missing := _unplaced(model, parts):
         raise ValueError(
             f"pp > 1: {type(model).__name__} runs {missing[0]} neither before nor after its layers. Use fsdp2, or tp."
@@ -370,7 +399,7 @@ def layer_costs(model: nn.Module, parts: ModelParts) -> tuple[list[float], float
     The cost is the number of weights that a token is multiplied with.
     """
     active = _active_share(model)
-    layers = [_multiplied(layer, active) for layer in find_blocks(model)]
+    layers = [_multiplied(layer, active) for layer in model.get_submodule(parts.layers).children()]
     first, last = (
         sum((_multiplied(model.get_submodule(name), active) for name in names), 0.0)
         for names in (parts.before, parts.after)

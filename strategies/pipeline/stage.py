@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from automodel_trainer.models.parts import has_tower
 from automodel_trainer.strategies.pipeline.split import Split, Stage, first_argument
 
 
@@ -67,6 +68,13 @@ class _Pass(nn.Module):
         return first_argument(args, kwargs)
 
 
+def _is_pixels(value: Any) -> bool:
+    """Whether an input is pictures: numbers, not the ids, places or masks of tokens."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_pixels, value))
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 @dataclass
 class Turn:
     """One stage's forward on one micro-batch.
@@ -100,6 +108,19 @@ class SplitModel:
         self._turn: Turn | None = None
         self._original = model.forward
         model.forward = self._dispatcher(whole)
+        if split.holds_first and has_tower(model):
+            model.get_decoder().register_forward_pre_hook(self._check_features, with_kwargs=True)  # type: ignore[operator]
+
+    def _check_features(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Features of pictures that several layers take must find all these layers on the first stage."""
+        layers = len(self.split.stages[0].layers)
+        for name, value in kwargs.items():
+            if isinstance(value, list) and len(value) > layers:
+                raise ValueError(
+                    f"pp > 1: the first {len(value)} layers of {type(self.model).__name__} take features of pictures "
+                    f"({name}), and the first stage has {layers}. Set split to give it at least {len(value)}, or use "
+                    "fsdp2, tp or cp."
+                )
 
     def _dispatcher(self, whole: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
         @wraps(self._original)  # `generate` inspects the signature
@@ -137,6 +158,8 @@ class SplitModel:
 
     def _run(self, turn: Turn, inputs: dict[str, Any]) -> Any:
         leaving = _Leaving()
+        if not turn.stage.first:  # the tower is on the first stage; what places tokens is left: grids, kinds of tokens
+            inputs = {name: value for name, value in inputs.items() if not _is_pixels(value)}
         with self._exchanged(turn, leaving):
             output = self._original(**inputs)
         if turn.stage.last:

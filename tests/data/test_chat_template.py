@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from automodel_trainer.data.chat_template import (
     BatchEncoder,
     Encoded,
+    between_edges,
     encode,
     encode_conversation,
     encode_prompt_completion,
+    overlapping,
 )
 from automodel_trainer.data.formats import Conversation
 from tests.data.chat_shapes import TEMPLATES, shape
@@ -408,6 +410,23 @@ def test_a_thousand_chats_take_no_time() -> None:
     for _ in range(1000):
         encode_conversation(tokenizer, messages)
     assert time.process_time() - start < 3  # about 0.5 s
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_edges_of_spans_are_those_of_all_offsets(trim: bool) -> None:
+    """Tokens that cross an edge, that are spaces whose offsets are trimmed away, and pieces of one character."""
+    words = ["a", "def f():", "\n    ", "  ", " ", "ü", "🙂", "\n", "return", "<|im_end|>", "1/3"]
+    draw = random.Random(1)
+    texts = ["".join(draw.choices(words, k=draw.randint(1, 30))) for _ in range(400)]
+    bpe = ByteLevelBPETokenizer(trim_offsets=trim)
+    bpe.train_from_iterator(texts, vocab_size=400, special_tokens=["<|im_end|>"], show_progress=False)
+    for text, encoding in zip(texts, bpe._tokenizer.encode_batch(texts)):
+        edges = sorted(draw.choices(range(len(text) + 1), k=2 * draw.randint(0, 3)))
+        spans = list(zip(edges[::2], edges[1::2]))
+        found = between_edges(encoding, spans)
+        kept = [span for span in spans if span[0] < span[1]]
+        assert found is not None
+        assert found.tolist() == overlapping(encoding.offsets, kept), (text, spans)
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last_turn", "all"])

@@ -12,16 +12,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo, Features, Json, Value
 
 from automodel_trainer import ChatDataModule, TextDataModule
 from automodel_trainer.data.arrow_rows import dataset_of_rows
 from automodel_trainer.data.files import split_of
 from automodel_trainer.data.formats import format_of
-from automodel_trainer.data.sources import load_rows, load_validation_rows, open_stream
+from automodel_trainer.data.sources import fingerprint, load_rows, load_validation_rows, open_stream
 from tests.tiny import tiny_tokenizer
 
 ROWS = [{"prompt": f"p{i}\n,'\"ü", "completion": f"0{i}"} for i in range(5)]
@@ -196,6 +197,44 @@ def test_nulls_that_the_user_wrote_reach_the_template(tmp_path: Path) -> None:
         assert conversation.messages[1]["tool_calls"] == [
             {"type": "function", "function": {"name": "f", "arguments": {"n": None}}}
         ]
+
+
+def test_numbers_are_read_as_written(tmp_path: Path) -> None:
+    """In nested values, of files, lists and data sets of others: the parser of `datasets` changes them."""
+    values = [1 / 3, 2**64, -(2**63) - 1, 0.1 + 0.2, -0.0, 1e-320, float("nan"), [{"x": 2 / 3}]]
+    rows = [{"text": "a", "meta": {"x": value}} for value in values]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    theirs = Dataset(
+        load_rows(rows[:2]).data.table, info=DatasetInfo(features=Features(text=Value("string"), meta=Json()))
+    )
+    for given in (str(tmp_path / "a.jsonl"), rows, theirs):
+        found = load_rows(given)
+        assert list(map(repr, found["meta"][:])) == [repr(row["meta"]) for row in rows[: len(found)]]
+    assert fingerprint(load_rows(theirs)) == fingerprint(theirs), "the place in the data stays"
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1 / 3, "y": None}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    kept = format_of(data := load_rows([{"messages": turns}]), None).to_messages(data[0])
+    assert kept.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1 / 3, "y": None}
+
+
+def test_values_that_no_file_can_hold_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 1500 + json.dumps({"text": "\ud800"}) + "\n")
+    (tmp_path / "0.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl row 1501, column 'text': a text holds \\ud800, half of"):
+        load_rows(str(tmp_path))
+    stream = TextDataModule(str(tmp_path), streaming=True, shuffle_buffer=0, tokenizer=tiny_tokenizer(), seq_len=8)
+    stream.setup("fit")
+    with pytest.raises(ValueError, match=r"row 1501 of the stream: a text holds \\ud800"):
+        list(zip(range(600), stream.build_train_loader()))
+    for value, name in (({1, 2}, "set"), (object(), "object")):
+        with pytest.raises(ValueError, match=f"row 1 of the data, column 'meta': a value is a {name}"):
+            load_rows([{"meta": [1]}, {"meta": [value]}])
+    assert load_rows([{"meta": [np.arange(2), np.float32(1)]}])["meta"][:] == [[[0, 1], 1.0]]
+    with pytest.raises(ValueError, match="the rows have a column 1, and the names of columns are texts"):
+        load_rows([{1: "a"}])
+    (tmp_path / "c.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"c\.jsonl is a link to a file that does not exist"):
+        load_rows(str(tmp_path))
 
 
 def test_turns_that_say_nothing_are_reported(tmp_path: Path) -> None:

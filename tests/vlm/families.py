@@ -238,11 +238,14 @@ def without_videos(kind: Any, **parts: Any) -> Any:
         return own(video_processor=NoVideos(), **parts)
 
 
-def model_of(family: str, seed: int = 3) -> PreTrainedModel:
-    """A model with random weights in fp32."""
+def model_of(family: str, seed: int = 3, layers: int = 2) -> PreTrainedModel:
+    """A model with random weights in fp32, and so many layers of its language model."""
+    config = config_of(family)
+    if layers != config.text_config.num_hidden_layers:
+        config.text_config.num_hidden_layers = layers
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config_of(family), dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():  # a gate that starts at zero would hide what is behind it
                 if parameter.unique().numel() == 1:
