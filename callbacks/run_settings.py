@@ -46,7 +46,19 @@ def _trainer(trainer: pl.Trainer) -> Settings:
         num_nodes=trainer.num_nodes,
         layout=" × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device",
     )
-    return _named("trainer", found)
+    options = {f"strategy.{name}": value for name, value in _given(strategy).items()}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        options |= {f"callbacks.{type(callback).__name__}.{name}": value for name, value in _given(callback).items()}
+    return _named("trainer", {**found, **options})
+
+
+def _given(thing: object) -> Settings:
+    """The arguments that an object was given, as far as it keeps them under their names as plain values."""
+    names, held = inspect.signature(type(thing).__init__).parameters, dict(vars(thing))
+    if hasattr(held.get("schedule"), "__dict__"):  # when a checkpoint is due, and which are kept
+        held |= vars(held["schedule"])
+    kept = {name: held[key] for name in names for key in (name, f"_{name}") if key in held}
+    return {name: value for name, value in kept.items() if value is None or type(value) in (str, int, float, bool)}
 
 
 def _module(module: pl.LightningModule) -> Settings:

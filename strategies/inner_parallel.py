@@ -10,6 +10,7 @@ from typing import Any, Literal, final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from automodel_trainer.distributed.mesh import ParallelDims, submesh
 from automodel_trainer.models.parts import has_tower
@@ -29,6 +30,7 @@ from automodel_trainer.strategies.tensor.async_tp import enable_async_tp
 from automodel_trainer.strategies.tensor.check import check_replicas
 from automodel_trainer.strategies.tensor.loss_parallel import sharded_logits
 from automodel_trainer.strategies.tensor.parallelize import tensor_parallel
+from automodel_trainer.strategies.tensor.rehearsal import check_reads
 from automodel_trainer.strategies.tensor.size import choose_tp
 
 ActivationCheckpointing = Literal["full", "selective"] | None
@@ -176,10 +178,12 @@ class InnerParallelStrategy(MeshStrategy):
         """Tensor and sequence parallel: shard the matrices of `model` by its plan.
 
         Raises:
-            ValueError: see `expand_plan`.
+            ValueError: see `tensor_parallel` and `check_reads`.
         """
         if self.dims.tp > 1:
             tensor_parallel(model, self.device_mesh["tp"], self.tp_plan, self.sequence_parallel)
+            if isinstance(model, PreTrainedModel):
+                check_reads(model)
             self._replicas_to_check = True
 
     # --- running a step ---------------------------------------------------------------------------------------------

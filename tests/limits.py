@@ -26,14 +26,16 @@ import copy
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from automodel_trainer.modules import isolation
 from automodel_trainer.verification.report import TOLERANCES as CAPS
 
 UNIT = 2.0**-24  # the most that rounding to fp32 changes a number, relative to it
@@ -47,7 +49,23 @@ _exact = False
 class Wide(TorchFunctionMode):
     """Computes in fp64 where code asks for fp32 by name, as norms, softmax and rotary embeddings do."""
 
+    off = False
+
+    def aside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, which computes as it would elsewhere."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.off = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.off = False
+
+        return call
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.off:
+            return func(*args, **(kwargs or {}))
         if func is Tensor.float:
             return args[0].double()
         if func is torch._grouped_mm:  # has no fp64
@@ -86,9 +104,18 @@ def computing(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def widened(precision: str) -> AbstractContextManager[Any]:
-    """Around a Trainer's run, which has the precision "64-true" where it is to be exact."""
-    return Wide() if precision == "64-true" else nullcontext()
+@contextmanager
+def widened(precision: str) -> Iterator[None]:
+    """Around a Trainer's run, which has the precision "64-true" where it is to be exact.
+
+    What is proved of a model is proved as it would be elsewhere, because all runs share the proof.
+    """
+    if precision != "64-true":
+        yield
+        return
+    with Wide() as wide, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(isolation, "prove_isolation", wide.aside(isolation.prove_isolation))
+        yield
 
 
 def gains(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -120,13 +120,13 @@ _TABLE: tuple[tuple[Meaning, str, str, str], ...] = (
     (
         _TAKEN,
         "trainer.",
-        "strategy accelerator devices num_nodes layout precision sync_batchnorm plugins",
+        "strategy strategy.* accelerator devices num_nodes layout precision sync_batchnorm plugins",
         "weights and optimizer state are read into the new layout",
     ),
     (
         _TAKEN,
         "trainer.",
-        "logger callbacks fast_dev_run limit_val_batches limit_test_batches limit_predict_batches "
+        "logger callbacks callbacks.* fast_dev_run limit_val_batches limit_test_batches limit_predict_batches "
         "val_check_interval check_val_every_n_epoch num_sanity_val_steps log_every_n_steps "
         "enable_checkpointing enable_progress_bar enable_model_summary enable_ledger enable_throughput "
         "deterministic benchmark inference_mode use_distributed_sampler profiler detect_anomaly barebones "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -102,8 +103,37 @@ def find_files(data: str | os.PathLike[str]) -> Found | None:
         None if `data` is not the name of anything that exists, nor looks like a path: it may be a Hub id.
 
     Raises:
-        ValueError: a path that does not exist, is no data, holds none, or has an empty file.
+        ValueError: a path that does not exist, is no data, holds none, or has an empty file; a store that cannot be
+            reached.
     """
+    with reaching(data):
+        return _found(data)
+
+
+@contextmanager
+def reaching(data: object) -> Iterator[None]:
+    """Turns what a store raises into a ValueError that names the URL.
+
+    Raises:
+        ValueError: the store cannot be reached, refuses, or its package is not installed.
+    """
+    if "://" not in str(data):
+        yield
+        return
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{data} cannot be read: {error}.") from error
+    except Exception as error:  # each store has types of its own
+        if isinstance(error, ValueError) and "://" in str(error):
+            raise  # our own, which names it
+        raise ValueError(
+            f"{data} cannot be read: {type(error).__name__}: {error}. Look at the credentials (environment variables "
+            "of the store), the name and the endpoint."
+        ) from error
+
+
+def _found(data: str | os.PathLike[str]) -> Found | None:
     text = str(data) if "://" in str(data) else os.path.expanduser(data)
     fs, path = fsspec.url_to_fs(text)
     url = "://" in text

@@ -96,6 +96,10 @@ def parse_tools(value: Any, exact: bool = False) -> list[dict[str, Any]] | None:
 def _parse_message(message: Any, i: int, exact: bool) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"message {i} must be a dict with a role and content, found {str(message)[:200]!r}")
+    if len(message) == 2:  # a role and a text: most messages, so nothing more is asked of them
+        role, text = message.get("role"), message.get("content")
+        if isinstance(role, str) and isinstance(text, str) and role in ROLES and role not in CALLS:
+            return {"role": ROLES[role], "content": text}
     parsed = _without_keys_of_none(message) if exact else without_none(message)
     name = str(parsed.pop("role", None) or parsed.pop("from", None))
     if name not in ROLES:

@@ -51,8 +51,7 @@ def parse_sources(train: Any) -> list[Source] | None:
         if unknown := sorted(set(row) - set(KEYS)):
             raise ValueError(f"train: a source of a mixture has no {unknown[0]!r}. Allowed: {', '.join(KEYS)}.")
         for key in ("weight", "epochs"):
-            if row.get(key) is not None and not row[key] > 0:
-                raise ValueError(f"train: {key}={row[key]} of {row['path']} must be positive. Leave the source out.")
+            _check_share(key, row.get(key), row["path"])
         name = str(row.get("name") or _name_of(row["path"], len(sources)))
         sources.append(Source(row["path"], row.get("weight"), row.get("epochs"), name))
     names = [source.name for source in sources]
@@ -65,6 +64,15 @@ def parse_sources(train: Any) -> list[Source] | None:
     if sources[0].weight is not None and sources[0].epochs is not None:
         raise ValueError("train: sources have both 'weight' and 'epochs'. Give one of the two.")
     return sources
+
+
+def _check_share(key: str, value: Any, path: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise ValueError(f"train: {key}={value!r} of {path} is a {type(value).__name__} and must be a number.")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"train: {key}={value} of {path} must be positive and finite. Or leave the source out.")
 
 
 def check_temperature(temperature: float) -> float:

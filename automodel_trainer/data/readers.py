@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
-from automodel_trainer.data.files import DataFile
+from automodel_trainer.data.files import DataFile, reaching
 
 Row = dict[str, Any]
 ROWS = 1000  # rows of a batch
@@ -115,6 +115,9 @@ class _Named:
             raise ValueError(text) from None
         if isinstance(error, _Fault):
             raise ValueError(str(error)) from None
+        if "://" in self.file.path and isinstance(error, Exception):
+            with reaching(self.file.path):
+                raise error
         if isinstance(error, (OSError, EOFError, ValueError, lzma.LZMAError, pa.ArrowException)):
             if isinstance(error, OSError) and error.errno is not None:
                 return  # the disk's own: permission, no space

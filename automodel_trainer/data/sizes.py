@@ -83,6 +83,7 @@ def check_micro_batch(
     """
     if not isinstance(micro_batch, dict):
         return
+    _check_shapes(micro_batch)
     ids, labels = _integers(micro_batch, "input_ids"), _integers(micro_batch, "labels")
     places = _integers(micro_batch, "position_ids")
     if ids is not None and vocabulary is not None:
@@ -104,6 +105,21 @@ def check_micro_batch(
         last = _range(places)[1] if places is not None else -1 if ids is None or ids.ndim != 2 else ids.shape[1] - 1
         if last >= positions:
             raise ValueError(too_long(f"A row has position {last:,}", positions, rotary))
+
+
+def _check_shapes(micro_batch: dict[str, Any]) -> None:
+    ids = micro_batch.get("input_ids")
+    if not isinstance(ids, Tensor):
+        return
+    if ids.is_floating_point():
+        raise ValueError(f"input_ids are {ids.dtype}. Give token ids, which are int64.")
+    for key in ("labels", "attention_mask"):
+        value = micro_batch.get(key)
+        if isinstance(value, Tensor) and value.ndim == ids.ndim and value.shape != ids.shape:
+            raise ValueError(
+                f"{key} are {list(value.shape)} and input_ids {list(ids.shape)}. Give both the same shape, a row and a "
+                "column for each token; labels are not shifted."
+            )
 
 
 def _integers(micro_batch: dict[str, Any], key: str) -> Tensor | None:

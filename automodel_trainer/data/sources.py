@@ -204,7 +204,8 @@ def _open(data: Any, split: str) -> Dataset | DatasetDict:
             return _read(_of_split(data, found, split))
         path = Path(data).expanduser()
         return load_from_disk(str(path)) if _is_saved(path) else _load(data)
-    raise ValueError(f"cannot read data from {type(data).__name__}: {str(data)[:80]!r}. Allowed: {ALLOWED}.")
+    hint = " A mixture is a list: train: [{path: …}, …]." if isinstance(data, dict) and "path" in data else ""
+    raise ValueError(f"cannot read data from {type(data).__name__}: {str(data)[:80]!r}.{hint} Allowed: {ALLOWED}.")
 
 
 def _files(data: Any) -> Found | None:

@@ -44,6 +44,8 @@ class TokenFile:
         self.path, self.index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         if not self.path.is_file():
             raise ValueError(f"no file of tokens: {self.path}. Give a .bin file, or the prefix of .bin and .idx.")
+        if self.path.stat().st_size == 0:
+            raise ValueError(f"{self.path} holds no tokens.")
         if self.index.is_file():
             self._read_index()
         else:

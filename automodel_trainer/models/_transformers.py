@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from automodel_trainer.models.files import TensorSlice
+from automodel_trainer.nn.text import first_line, listed
 
 __all__ = [
     "attention_in_use",
@@ -94,6 +95,12 @@ def load_weights(
     unused = set(info.unexpected_keys)
     _materialize(model, added, device)
     info.missing_keys -= added
+    if info.mismatched_keys:
+        shapes = [f"{name} is {list(there)}, and should be {list(here)}" for name, there, here in info.mismatched_keys]
+        raise ValueError(
+            f"The weights in {files[0].parent} do not fit the model of its config: {listed(sorted(shapes))}. Copy both "
+            "from the same place again."
+        )
     info = PreTrainedModel._finalize_model_loading(model, config, info)
     if info.error_msgs or info.mismatched_keys or info.conversion_errors:
         problems = [*info.error_msgs, *(str(k) for k in info.mismatched_keys), *info.conversion_errors]
@@ -174,11 +181,17 @@ def read_generation_config(
         folder: of the model.
         given: replaces the folder's.
         trust_remote_code: use a `generate` of the folder's own.
+
+    Raises:
+        ValueError: the folder's is damaged.
     """
     if given is not None:
         model.generation_config = GenerationConfig.from_dict(given.to_dict())
     elif (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except OSError as error:
+            raise ValueError(f"{first_line(error)} Copy it again, or remove it.") from error
     elif (folder / "config.json").is_file():  # older checkpoints keep their settings there
         options: Any = {"config_file_name": "config.json", "_from_model_config": True}
         model.generation_config = GenerationConfig.from_pretrained(folder, **options)

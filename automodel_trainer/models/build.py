@@ -47,6 +47,7 @@ from automodel_trainer.models.record import record_of
 from automodel_trainer.models.sidecars import remember_folder
 from automodel_trainer.models.stage_names import held_elsewhere
 from automodel_trainer.models.unused_weights import check_unused
+from automodel_trainer.nn.text import first_line
 
 MayBeMissing = bool | Collection[str] | Literal["head"]
 """Which weights a checkpoint may lack: all, those in these modules, or a head of the model's own choice."""
@@ -238,6 +239,11 @@ def fill_from_folder(
     loaded = load_weights(model, files, _device(strategy, device), added, in_turn, tensors)
     missing, unexpected = set(loaded.missing), set(loaded.unexpected)
     for name, parameter in model.named_parameters():
+        if name not in requires_grad:
+            raise ValueError(
+                f"The config of {folder} ties {name} to another weight (tie_word_embeddings), and the checkpoint holds "
+                "other values for it. Set config_overrides={'tie_word_embeddings': False} to train both."
+            )
         parameter.requires_grad_(requires_grad[name])
     missing -= tied_weight_names(model).keys()
     unused = loaded.unused - held_elsewhere(model, loaded.unused)
@@ -329,11 +335,16 @@ def load_config(
             setattr(config, key, value)
     else:
         if given is None and not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
+            hint = ""
+            if (folder / "adapter_config.json").is_file():
+                hint = f" It is an adapter: give its base as the model, and lora={{'adapter': '{folder}'}}."
+            raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder.{hint}")
         options = {"trust_remote_code": trust_remote_code, "code_revision": code_revision}
-        config, unused = AutoConfig.from_pretrained(
-            folder if given is None else given, return_unused_kwargs=True, **options, **overrides
-        )
+        source = folder if given is None else given
+        try:
+            config, unused = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **options, **overrides)
+        except (OSError, AttributeError) as error:  # not JSON; a dtype that torch does not have
+            raise ValueError(f"The config of {source} cannot be read: {first_line(error)}. Correct it.") from error
         unknown = [key for key in overrides if key in unused]
     if unknown:
         raise ValueError(

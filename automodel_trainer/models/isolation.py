@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from automodel_trainer.models.packed_inputs import lengths_of
-from automodel_trainer.models.small_copy import first_line, ordinary_tokens, small_copy
+from automodel_trainer.models.small_copy import ordinary_tokens, small_copy
+from automodel_trainer.nn.text import first_line
 
 InputsOf = Callable[[dict[str, Any], bool], dict[str, Any]]
 """Keyword arguments of a forward, of a micro-batch; True: with the lengths of its documents."""

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.models._transformers import attention_in_use
 from automodel_trainer.models.auto_classes import auto_classes_of
-from automodel_trainer.models.small_copy import TOKENS, first_line, ordinary_tokens, small_copy
+from automodel_trainer.models.small_copy import TOKENS, ordinary_tokens, small_copy
+from automodel_trainer.nn.text import first_line
 
 Cut = Callable[[PreTrainedModel, Tensor], Tensor]
 """Runs a model as a layout would on ids `[b, s]`, and returns the logits `[b, s, v]`."""

@@ -12,6 +12,7 @@ from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.build import build_on_meta
 from automodel_trainer.models.initialize import initialize_weights
 from automodel_trainer.models.shrink import shrink
+from automodel_trainer.nn.text import first_line
 
 TOKENS = 24
 """Windows and chunks are narrowed for rows of this many tokens, so that they bind inside a document."""
@@ -90,12 +91,6 @@ def ordinary_tokens(config: PreTrainedConfig) -> Tensor:
     named = [item for part in (config, text) for item in part.to_dict().items()]
     special = {i for name, i in named if name.endswith(("token_id", "token_index")) and isinstance(i, int)}
     return torch.tensor([i for i in range(3, text.vocab_size) if i not in special])
-
-
-def first_line(error: Exception | None) -> str:
-    """The kind of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _draw(model: PreTrainedModel, device: torch.device, seed: int) -> None:

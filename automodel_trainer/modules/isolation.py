@@ -21,7 +21,7 @@ from automodel_trainer.data.cache import cache_root
 from automodel_trainer.models.isolation import Isolation, prove_isolation
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every key. Increase it when the proof changes."""
 _PACKAGES = ("torch", "transformers", "causal-conv1d", "flash-linear-attention", "mamba-ssm", "kernels", "flash-attn")
 _ON_CPU = ("eager", "sdpa")
@@ -93,7 +93,8 @@ def _on_disk(path: Path, prove: Callable[[], Isolation]) -> Isolation:
         if path.is_file():
             return Isolation(**json.loads(path.read_text()))
         found = prove()
-        path.write_text(json.dumps(asdict(found)))
+        if found.checked:  # what could not be tried today may be tried tomorrow
+            path.write_text(json.dumps(asdict(found)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Small helpers for messages: short lists of names, and a guess at a misspelled one."""
+"""Small helpers for messages: short lists of names, a guess at a misspelled one, an error in a line."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'fsdp2'?` with the known name closest to `name`; an empty string if none is close."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def first_line(error: Exception | None) -> str:
+    """The kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -37,6 +37,9 @@ CHATS: tuple[list[dict[str, Any]], ...] = (
 """Conversations that the exported chat template must render as the training's did."""
 
 
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of weights that are not quantized
+
+
 @dataclass(frozen=True)
 class Finding:
     """The outcome of one check.
@@ -79,10 +82,11 @@ def check_export(
         original = resolve_folder(base or read_config(adapter)["base_model_name_or_path"])
     checks: list[Callable[[], Finding]] = [
         lambda: _tensors(original, exported, trust_remote_code),
-        lambda: _loads(exported, trust_remote_code),
+        lambda: _loads(original, exported, adapter, trust_remote_code),
         lambda: _generation(exported),
         lambda: _chats(adapter or folder, original, exported, trust_remote_code),
     ]
+    checks.append(lambda: _unchanged(original, exported, adapter))
     if adapter is not None:
         checks += [lambda: _deltas(adapter), lambda: _sum(adapter, original, exported, trust_remote_code)]
     return [check() for check in checks]
@@ -102,8 +106,8 @@ def _tensors(original: Path, exported: Path, trust_remote_code: bool) -> Finding
     return Finding("tensors", "; ".join(faults), f"the same {len(here.header)} as the source")
 
 
-def _loads(exported: Path, trust_remote_code: bool) -> Finding:
-    """transformers takes every tensor, and what the config ties is one tensor."""
+def _loads(original: Path, exported: Path, adapter: Path | None, trust_remote_code: bool) -> Finding:
+    """transformers takes every tensor, what the config ties is one tensor, and what the source ties is tied."""
     cls = transformers_class(auto_class_of_folder(exported, trust_remote_code=trust_remote_code))
     model, info = cls.from_pretrained(exported, output_loading_info=True, trust_remote_code=trust_remote_code)
     faults = [f"{key} {listed(sorted(map(str, info[key])))}" for key in info if info.get(key)]
@@ -113,6 +117,9 @@ def _loads(exported: Path, trust_remote_code: bool) -> Finding:
         for name, other in pairs.items()
         if model.get_parameter(name) is not model.get_parameter(other)
     ]
+    if adapter is None or not read_config(adapter).get("modules_to_save"):  # which may train a tied weight by itself
+        lost = tied_weight_names(empty_model(original, trust_remote_code)).keys() - pairs.keys()
+        faults += [f"{name} is tied in the source and not here" for name in sorted(lost)]
     ties = f", {len(pairs)} tied" if pairs else ""
     return Finding("loading", "; ".join(faults), f"transformers reads it into {type(model).__name__}{ties}")
 
@@ -121,9 +128,16 @@ def _generation(exported: Path) -> Finding:
     if not (exported / "generation_config.json").is_file():
         return Finding("generation config", "", "none")
     try:
-        transformers.GenerationConfig.from_pretrained(exported).validate(strict=True)
+        config = transformers.GenerationConfig.from_pretrained(exported)
+        config.validate(strict=True)
     except (ValueError, OSError, TypeError) as error:
         return Finding("generation config", str(error), "")
+    size = _vocabulary(exported)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(config, name, None)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if token is not None and size is not None and not 0 <= token < size:
+                return Finding("generation config", f"{name}={token}, and the model has {size:,} tokens", "")
     return Finding("generation config", "", "valid")
 
 
@@ -171,6 +185,22 @@ def _vocabulary(folder: Path) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def _unchanged(original: Path, exported: Path, adapter: Path | None) -> Finding:
+    """Every weight that no adapter changes is that of the source, to the rounding of its dtype."""
+    before, after = Weights(original), Weights(exported)
+    factors = read_tensors(adapter) if adapter is not None else {}
+    changed = {name.partition(".lora_")[0].removesuffix(".weight") for name in factors}
+    plain = [name for name, (dtype, _) in before.header.items() if dtype in _PLAIN]
+    shared = [name for name in plain if name in after.header and name.removesuffix(".weight") not in changed]
+    wrong = []
+    for name in shared:
+        old, new = before.read([name])[name], after.read([name])[name]
+        if old.shape != new.shape or not _rounding(new, old.double()) <= 1:
+            wrong.append(name)
+    fault = f"{listed(wrong)} differs from the source, and no adapter changes it" if wrong else ""
+    return Finding("unchanged", fault, f"{len(shared)} weights are those of the source")
+
+
 def _deltas(adapter: Path) -> Finding:
     """Every adapted weight has moved: an adapter that is all zero was not trained."""
     zero = sorted(n for n, t in read_tensors(adapter).items() if ".lora_B" in n and not bool(t.any()))
@@ -195,7 +225,7 @@ def _sum(adapter: Path, base: Path, exported: Path, trust_remote_code: bool) -> 
         update = _scaling(config, name, a.shape[0]) * (b @ a)
         wanted = old + (update.T if update.shape != old.shape or config.get("fan_in_fan_out") else update)
         compared += 1
-        if _rounding(new, wanted) > 1:
+        if not _rounding(new, wanted) <= 1:
             wrong.append(weight)
     fault = f"{listed(wrong)} is not base + adapter" if wrong else ""
     return Finding("merged", fault, f"{compared} weights are base + adapter")

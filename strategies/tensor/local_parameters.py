@@ -10,10 +10,31 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.wrap import Forward
 from automodel_trainer.strategies.tensor.collectives import sum_gradient
 
 Held = list[tuple[nn.Module, str, bool]]  # module, parameter name, whether to sum its gradient over ranks
+
+
+def readers(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """The modules around whose forward parameters are swapped, and the modules whose parameters these are.
+
+    A block swaps in all parameters inside it at once. A module outside of blocks swaps in its own, and those of its
+    children, such as adapters, unless it contains a block.
+    """
+    blocks = find_blocks(model)
+    inside = {id(module) for block in blocks for module in block.modules()}
+    for block in blocks:
+        yield block, list(block.modules())
+    for module in model.modules():
+        if id(module) not in inside and next(module.parameters(recurse=False), None) is not None:
+            yield module, [module] if any(_holds(module, block) for block in blocks) else list(module.modules())
+
+
+def _holds(module: nn.Module, block: nn.Module) -> bool:
+    """Whether `block` is somewhere inside `module`."""
+    return module is not block and any(block is child for child in module.modules())
 
 
 def with_local_parameters(held: Held, group: ProcessGroup) -> Forward:

@@ -10,7 +10,7 @@ Source: Megatron-LM, arXiv 1909.08053; sequence parallel, arXiv 2205.05198.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,14 +18,14 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from automodel_trainer.models.small_copy import first_line
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.parameters import replace_parameters
+from automodel_trainer.nn.text import first_line
 from automodel_trainer.nn.wrap import wrap
 from automodel_trainer.strategies.tensor.adapters import cut_adapters
 from automodel_trainer.strategies.tensor.check import check_gates
 from automodel_trainer.strategies.tensor.layers import joint_entries, wrap_entry, wrap_layer
-from automodel_trainer.strategies.tensor.local_parameters import Held, with_local_parameters
+from automodel_trainer.strategies.tensor.local_parameters import Held, readers, with_local_parameters
 from automodel_trainer.strategies.tensor.plan import TensorPlan, expand_plan
 from automodel_trainer.strategies.tensor.sequence import SequenceParallel
 
@@ -113,31 +113,15 @@ def _distribute(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
 
 
 def _use_local_parameters(model: nn.Module, plan: TensorPlan, group: ProcessGroup) -> None:
-    """Make modules see their parameters as local tensors while they run.
-
-    A block swaps in all parameters inside it at once. A module outside of blocks swaps in its own, and those of its
-    children, such as adapters, unless it contains a block.
-    """
-    blocks = find_blocks(model)
-    inside = {id(module) for block in blocks for module in block.modules()}
-    holding = {id(module) for module in model.modules() for block in blocks if _holds(module, block)}
-    for block in blocks:
-        wrap(block, with_local_parameters(_held(block.modules(), plan), group))
-    for module in model.modules():
-        if id(module) not in inside and next(module.parameters(recurse=False), None) is not None:
-            parts = [module] if id(module) in holding else module.modules()
-            wrap(module, with_local_parameters(_held(parts, plan), group))
+    """Make modules see their parameters as local tensors while they run."""
+    for module, parts in readers(model):
+        wrap(module, with_local_parameters(_held(parts, plan), group))
 
 
-def _holds(module: nn.Module, block: nn.Module) -> bool:
-    """Whether `block` is somewhere inside `module`."""
-    return module is not block and any(block is child for child in module.modules())
-
-
-def _held(modules: Any, plan: TensorPlan) -> Held:
+def _held(parts: Iterable[nn.Module], plan: TensorPlan) -> Held:
     return [
         (module, key, id(parameter) in plan.summed)
-        for module in modules
+        for module in parts
         for key, parameter in module.named_parameters(recurse=False)
         if not isinstance(parameter, DTensor)  # experts swap in their own
     ]

@@ -229,6 +229,27 @@ def test_every_setting_is_on_the_list() -> None:
     assert any(isinstance(callback, ContinueRun) for callback in Trainer(logger=False).callbacks)  # type: ignore[attr-defined]
 
 
+def test_options_of_strategies_and_callbacks_are_in_the_table(tmp_path: Path) -> None:
+    """They are taken over, and said."""
+
+    def run(steps: int, every: int, reshard: bool, **options: Any) -> list[str]:
+        from automodel_trainer.strategies import FSDP2Strategy
+
+        trainer = Trainer(
+            accelerator="cpu", devices=1, max_steps=steps, default_root_dir=tmp_path, logger=False,
+            strategy=FSDP2Strategy(reshard_after_forward=reshard), callbacks=[DCPCheckpoint(every_n_steps=every)],
+            enable_progress_bar=False,
+        )  # fmt: skip
+        trainer.fit(module(), MockDataModule(264, seq_len=16, num_samples=8), **options)
+        found = next(c for c in trainer.callbacks if isinstance(c, ContinueRun))  # type: ignore[attr-defined]
+        return [str(change) for change in found.changes]
+
+    run(2, 1, True)
+    changes = run(4, 2, False, ckpt_path="last")
+    assert "trainer.strategy.reshard_after_forward True → False" in changes
+    assert "trainer.callbacks.DCPCheckpoint.every_n_steps 1 → 2" in changes
+
+
 def test_the_page_has_the_list() -> None:
     page = (Path(__file__).parents[2] / "docs" / "resume.md").read_text()
     lines = page.partition("<!-- settings -->")[2].partition("<!-- end of settings -->")[0].splitlines()

@@ -82,6 +82,9 @@ def test_what_makes_no_mixture_is_refused() -> None:
     for train, message in (
         ([{**a, "wait": 2}, b], "no 'wait'. Allowed: path, weight"),
         ([{**a, "weight": 0}, b], "must be positive"),
+        ([{**a, "weight": float("inf")}, b], "must be positive and finite"),
+        ([{**a, "weight": "1"}, b], "weight='1' of .* is a str and must be a number"),
+        ([{**a, "epochs": True}, b], "is a bool and must be a number"),
         ([{**a, "weight": 1}, {**b, "name": "b"}], "some sources have 'weight'"),
         ([a, b], "two sources are called 'a'"),
         ([{**a, "weight": 1, "epochs": 1}], "both 'weight' and 'epochs'"),

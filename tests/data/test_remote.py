@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -41,6 +42,28 @@ def test_text_is_read_and_streamed_from_a_store(bucket: str) -> None:
     assert [batch[0]["input_ids"].tolist() for _, batch in zip(range(7), again)] == seen[5:]
     with pytest.raises(ValueError, match=r"s3://.*nothing"):
         load_rows(f"{bucket}/nothing.jsonl")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("s3://bucket/a.jsonl", "NoCredentialsError.*Look at the credentials"),
+        ("https://127.0.0.1:9/a.jsonl", "Look at the credentials .* and the endpoint"),
+        ("nothing://bucket/a.jsonl", "Protocol not known"),
+    ],
+)
+def test_a_store_that_cannot_be_reached_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, reason: str, streaming: bool
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(ValueError, match=f"{url} cannot be read: .*{reason}"):
+        TextDataModule(url, tokenizer=tiny_tokenizer(), streaming=streaming).prepare()
 
 
 def test_a_mixture_of_folders_of_a_store_is_streamed(bucket: str) -> None:

@@ -89,6 +89,8 @@ def test_tokens_that_the_model_lacks(tmp_path: Path) -> None:
         ({"labels": torch.full((8,), 500)}, "labels hold 500.*264 classes.*-100"),
         ({"labels": torch.full((8,), -1)}, "labels hold -1"),
         ({"position_ids": torch.arange(600, 608)}, "position 607.*512 positions"),
+        ({"labels": torch.arange(7)}, r"labels are \[1, 7\] and input_ids \[1, 8\]"),
+        ({"input_ids": torch.rand(8)}, "input_ids are torch.float32. Give token ids, which are int64"),
     ],
 )
 def test_batches_of_a_user_s_loader(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -101,6 +101,12 @@ def test_an_output_that_cannot_be_made_is_named_before_any_work(
         assert f"cannot be written to {output}"[:-4] in capsys.readouterr().err, command
 
 
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a\.bin holds no tokens"):
+        TokenDataModule(tmp_path / "a.bin", tokenizer=tiny_tokenizer(), seq_len=8).prepare()
+
+
 def test_what_the_system_says_of_files_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/data/shard-00001.bin")

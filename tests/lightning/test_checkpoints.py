@@ -356,6 +356,23 @@ def test_without_a_model_the_best_is_tested(tmp_path: Path, monitor: str | None)
             assert tested == pytest.approx(1.0 if monitor else 3.0), (callback, given)
 
 
+def test_an_evaluation_leaves_the_scores_alone(tmp_path: Path) -> None:
+    """A checkpoint is written before its own score is known, so what it remembers is older than the callback."""
+
+    class Falls(BoringModel):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("loss", -float(self.trainer.global_step))
+
+    for callback in (DCPCheckpoint(monitor="loss"), ModelCheckpoint(monitor="loss", dirpath=tmp_path / "theirs")):
+        trainer = make(tmp_path / type(callback).__name__, max_epochs=3, callbacks=[callback])
+        trainer.fit(Falls(), loader(), loader())
+        best = callback.best_model_path, callback.best_model_score, callback.best_k_models
+        for ckpt_path in ("best", callback.best_model_path):
+            trainer.validate(Falls(), loader(), ckpt_path, verbose=False)
+            assert (callback.best_model_path, callback.best_model_score, callback.best_k_models) == best
+            assert callback.best_model_score == -6.0
+
+
 def test_both_kinds_side_by_side(tmp_path: Path) -> None:
     """The best is that of the callback that monitors, and the last the newest of all, in either order."""
     theirs = ModelCheckpoint(dirpath=tmp_path / "theirs", monitor="val_loss", save_last=True)

@@ -13,6 +13,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
 from automodel_trainer import CausalLMModule, LoRAConfig, OptimizerConfig
+from automodel_trainer.callbacks import DCPCheckpoint
 from tests.harness import random_rows, stack
 from tests.lightning.boring import loader, make, weight
 from tests.tiny import tiny_model
@@ -137,13 +138,22 @@ def test_mappings_are_configs() -> None:
             CausalLMModule(tiny_model(), **arguments)  # type: ignore[arg-type]
 
 
-def test_ddp_spawn_tells_the_parent(tmp_path: Path) -> None:
-    """The checkpoint, and the weights of a module that every process holds whole."""
-    trainer = make(tmp_path, strategy="ddp_fork", devices=2, limit_val_batches=0)
-    trainer.fit(module := BoringModel(), loader(8))
-    path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-    assert Path(path).is_dir()
-    assert torch.equal(weight(BoringModel.load_from_checkpoint(path)), weight(module))
+class Monitored(BoringModel):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("x", self.layer(batch).sum().bfloat16())
+
+
+@pytest.mark.parametrize("kind", [DCPCheckpoint, ModelCheckpoint])
+def test_ddp_fork_tells_the_parent(tmp_path: Path, kind: Any) -> None:
+    """The checkpoint, its score, and the weights of a module that every process holds whole."""
+    saves = kind(monitor="x", dirpath=tmp_path / "saved")
+    trainer = make(tmp_path, strategy="ddp_fork", devices=2, callbacks=[saves])
+    trainer.fit(module := Monitored(), loader(8), rows := loader(2))
+    assert Path(saves.best_model_path).is_dir()
+    assert torch.equal(weight(Monitored.load_from_checkpoint(saves.best_model_path)), weight(module))
+    assert saves.best_model_score == trainer.callback_metrics["x"]
+    [scores] = trainer.validate(dataloaders=rows, verbose=False)
+    assert scores["x"] == saves.best_model_score
 
 
 class Stateless(torch.optim.lr_scheduler.LRScheduler):

@@ -15,7 +15,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from automodel_trainer.callbacks import DCPCheckpoint
+from tests.harness import full
 from tests.lightning.boring import loader, make, weight
+from tests.processes import Job
 
 
 class Signal(Callback):
@@ -44,13 +46,15 @@ def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return said
 
 
-def fit(root: Path, *callbacks: Callback, plugins: Any = None, **options: Any) -> tuple[Any, torch.Tensor]:
+def fit(
+    root: Path, *callbacks: Callback, plugins: Any = None, rows: int = 12, **options: Any
+) -> tuple[Any, torch.Tensor]:
     torch.manual_seed(0)
     module = BoringModel()
     defaults = {"max_epochs": 1, "limit_train_batches": 6, "limit_val_batches": 0, "callbacks": list(callbacks)}
     trainer = make(root, plugins=plugins, **{**defaults, **options})
     torch.manual_seed(1)
-    trainer.fit(module, loader(12, batch_size=2))
+    trainer.fit(module, loader(rows, batch_size=2))
     return trainer, weight(module)
 
 
@@ -70,6 +74,35 @@ def test_a_job_is_queued_again_and_goes_on(slurm: Path, tmp_path: Path, checkpoi
     second, rest = fit(root, *[type(c)() for c in callbacks], **options)
     assert second.global_step == 6
     assert torch.equal(rest, whole)
+
+
+def task(job: dict[str, str], root: Path, step: int, strategy: str, kind: type[Callback]) -> None:
+    """One of the two tasks that srun starts. The second gets the signal in `step`; 0: none of them."""
+    rank = os.environ["RANK"]
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
+        del os.environ[name]  # torchrun's
+    os.environ.update(job, SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_PROCID=rank, SLURM_LOCALID=rank)
+    callbacks = [Signal(step)] if step and rank == "1" else []
+    trainer, weights = fit(root, *callbacks, kind(), devices=2, strategy=strategy, rows=24)
+    print("came to", trainer.global_step, trainer.exit_code, full(weights).double().sum().item())
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize(("strategy", "kind"), [("ddp", DCPCheckpoint), ("fsdp2", ModelCheckpoint)])
+def test_a_signal_to_one_of_two_ranks(slurm: Path, tmp_path: Path, strategy: str, kind: Any) -> None:
+    """Both save after the same step, the job is queued again once, and the next start goes on."""
+
+    def job(root: str, step: int) -> list[list[str]]:
+        environment = {name: value for name, value in os.environ.items() if name == "PATH" or "SLURM" in name}
+        ranks = Job(tmp_path / "logs", task, environment, tmp_path / root, step, strategy, kind, world_size=2)
+        assert ranks.wait() == [0, 0], ranks.log()
+        return [ranks.log(rank).partition("came to ")[2].split()[:3] for rank in range(2)]
+
+    whole = job("whole", 0)
+    assert [rank[:2] for rank in whole] == [["6", "0"]] * 2
+    assert [rank[:2] for rank in job("run", 3)] == [["4", "0"]] * 2
+    assert slurm.read_text() == "requeue 12\n"
+    assert job("run", 0) == whole
 
 
 def test_another_signal_and_an_array_job(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import threading
 import time
 from contextlib import suppress
@@ -16,11 +17,11 @@ import transformers
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
-from automodel_trainer import AutoModelForCausalLM
+from automodel_trainer import AutoModelForCausalLM, CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.distributed._dtensor import local_tensor
 from tests.harness import make_strategy
 from tests.pool import RankPool
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt2", "mixtral", "qwen3_moe"]
 
@@ -86,6 +87,32 @@ def test_surplus_weights_are_told(tmp_path: Path) -> None:
     save("llama", tmp_path, num_hidden_layers=2)
     with pytest.warns(UserWarning, match=r"does not have: model.layers.1"):
         AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"dtype": "float12"}, "config of .* cannot be read: .*float12"),
+        ("config.json", {"intermediate_size": 24}, r"do not fit the model of its config: .* and should be \[24, "),
+        ("config.json", {"tie_word_embeddings": True}, r"ties lm_head.weight .*config_overrides=.*False"),
+        ("generation_config.json", None, "generation_config.json' is not a valid JSON file"),
+        ("adapter_config.json", {"peft_type": "LORA"}, r"no config.json.*It is an adapter: .*lora=\{'adapter': "),
+    ],
+)
+def test_damaged_folders(tmp_path: Path, file: str, changes: dict[str, Any] | None, message: str) -> None:
+    """Each is refused in words before anything is trained."""
+    save("llama", tmp_path)
+    path = tmp_path / file
+    if changes is None:
+        path.write_text("{")
+    else:
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **changes}))
+    if file == "adapter_config.json":
+        (tmp_path / "config.json").unlink()
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path / "run")
+    module = CausalLMModule(str(tmp_path), tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(module, MockDataModule(seq_len=16, num_samples=2))
 
 
 def test_unknown_override(tmp_path: Path) -> None:

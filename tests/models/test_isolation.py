@@ -107,12 +107,13 @@ def test_padded_texts_hold_every_token_once() -> None:
 
 
 def test_proofs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the process and on disk, by config; a cache that cannot be written is none."""
+    """In the process and on disk, by config; not what nothing proved; a cache that cannot be written is none."""
     runs: list[int] = []
 
-    def prove(*_: Any, **__: Any) -> isolation.Isolation:
+    def prove(config: Any, *_: Any, **__: Any) -> isolation.Isolation:
         runs.append(1)
-        return isolation.Isolation("M", "positions")
+        checked = config.rms_norm_eps != 0.5
+        return isolation.Isolation("M", "positions" if checked else None, checked=checked)
 
     monkeypatch.setattr(kept, "prove_isolation", prove)
     monkeypatch.setenv("AMT_CACHE", str(tmp_path))
@@ -124,6 +125,10 @@ def test_proofs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(runs) == 1
     proof("llama", {"rms_norm_eps": 1e-3})
     assert len(runs) == 2
+    proof("llama", {"rms_norm_eps": 0.5})
+    kept._known.clear()
+    assert not proof("llama", {"rms_norm_eps": 0.5}).checked
+    assert len(runs) == 4
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AMT_CACHE", str(tmp_path / "file"))
     kept._known.clear()

@@ -13,15 +13,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import AutoConfig
 
 from automodel_trainer import AutoModelForCausalLM, ChatDataModule, Trainer
 from automodel_trainer.checkpoint.optimizer import load_optimizers, snapshot_optimizers
 from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.distributed.agreement import on_all_ranks
+from automodel_trainer.models.small_copy import small_copy
 from automodel_trainer.modules.loss import predictions, token_losses
 from automodel_trainer.strategies import FSDP2Strategy
 from automodel_trainer.strategies.tensor.check import check_gates
 from automodel_trainer.strategies.tensor.plan import expand_plan
+from automodel_trainer.strategies.tensor.rehearsal import check_reads
 from automodel_trainer.strategies.tensor.size import choose_tp
 from tests.harness import (
     NextToken,
@@ -225,6 +228,26 @@ def test_fused_experts_that_are_cut_across_their_gate() -> None:
         check_gates(model, expand_plan(model, 2, {rule: "colwise"}), 2)
     with pytest.raises(ValueError, match="but not their gate_up_proj, which every rank would add"):
         expand_plan(model, 2, {rule: "replicate"})
+
+
+def test_weights_that_a_model_reads_outside_of_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are DTensors there, which do not mix with plain tensors: refused before the first step, by their names."""
+    check_reads(tiny_model())
+    config = AutoConfig.for_model("gemma4")
+    with pytest.raises(ValueError, match=r"Gemma4\w+ fails \(.*embed_tokens\.weight is read outside of its layer"):
+        check_reads(small_copy(config, "AutoModelForCausalLM"))
+    kind = type(tiny_model())
+    original = kind.forward
+
+    def forward(self: Any, **inputs: Any) -> Any:
+        output = original(self, **inputs)
+        output.logits = output.logits + self.lm_head.weight[0].mean()
+        return output
+
+    monkeypatch.setattr(kind, "forward", forward)
+    monkeypatch.setattr("automodel_trainer.models.rehearsal._known", {})
+    with pytest.raises(ValueError, match="is read outside of its layer"):
+        check_reads(tiny_model())
 
 
 def test_tied_weights_that_are_cut_in_two_ways() -> None:

@@ -136,6 +136,15 @@ def test_each_fault_of_an_export_is_named(tmp_path: Path) -> None:
             lambda f: config(f, "generation_config.json", do_sample=False, temperature=0.5),
             "generation config.*\n.*temperature",
         ),
+        "another norm": (
+            lambda f: weights(f, lambda t: t["model.norm.weight"].add_(1e-3)),
+            "unchanged.*model.norm.weight differs from the source",
+        ),
+        "not a number": (lambda f: weights(f, lambda t: t[q].fill_(float("nan"))), f"merged.*{q} is not base"),
+        "no such token": (
+            lambda f: config(f, "generation_config.json", eos_token_id=[1, 99999]),
+            "generation config.*eos_token_id=99999, and the model has",
+        ),
         "template": (lambda f: (f / "chat_template.jinja").write_text(OTHER), "chat template.*renders"),
     }
     for name, (spoil, message) in faults.items():
@@ -148,7 +157,20 @@ def test_each_fault_of_an_export_is_named(tmp_path: Path) -> None:
     untrained = tmp_path / "untrained"
     fit(untrained, CausalLMModule(base(untrained), lora=LoRAConfig(rank=4), lr=0.0))
     folder = merge(untrained / "checkpoints" / "latest", tmp_path / "zero")
-    assert "updates are zero" in str(check_export(untrained / "checkpoints" / "latest", folder)[4])
+    assert "updates are zero" in " ".join(map(str, check_export(untrained / "checkpoints" / "latest", folder)))
+
+
+def test_an_export_that_is_not_tied_any_more_is_named(tmp_path: Path) -> None:
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    folder = merge(tmp_path / "tied", tmp_path / "export")
+    assert not [f for f in check_export(tmp_path / "tied", folder) if f.fault]
+    tensors = load_file(folder / "model.safetensors")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file({**tensors, **head}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    (fault,) = [f for f in check_export(tmp_path / "tied", folder) if f.fault]
+    assert "lm_head.weight is tied in the source and not here" in str(fault)
 
 
 def test_writing_fails_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,10 @@ def read_config(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     if config.get("bias", "none") != "none":
         asked.append("bias")
     if asked:
-        raise ValueError(f"{file} uses {', '.join(asked)}, which this trainer does not compute.")
+        raise ValueError(
+            f"{file} uses {', '.join(asked)}, which this trainer does not compute. Train an adapter "
+            "without it, or merge this one into its base (PEFT's merge_and_unload) and add a new one."
+        )
     return config
 
 
@@ -203,7 +206,10 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> None:
     if missing := own.keys() - tensors.keys():
         raise ValueError(f"Adapter {adapter} lacks {some(missing)}: it was trained with other targets or another base.")
     if unknown := tensors.keys() - known:
-        raise ValueError(f"Adapter {adapter} holds {some(unknown)}, for which the model has no adapter.")
+        raise ValueError(
+            f"Adapter {adapter} holds {some(unknown)}, for which the model has no adapter: linear layers and experts "
+            "have them. Merge this one into its base (PEFT's merge_and_unload), and add a new one."
+        )
     for name, parameter in own.items():
         if parameter.shape != tensors[name].shape:
             raise ValueError(_misfit(name, tensors[name], name, parameter, str(adapter)))
