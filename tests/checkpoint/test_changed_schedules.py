@@ -24,6 +24,7 @@ from automodel_trainer.checkpoint.given import (
     kept_options,
     note_given,
 )
+from automodel_trainer.checkpoint.option_groups import options_of_groups
 
 SCHEDULES: dict[str, list[Any]] = {
     "cosine": [lambda o: CosineAnnealingLR(o, 20), lambda o: CosineAnnealingLR(o, 40, eta_min=1e-4)],
@@ -84,3 +85,25 @@ def test_a_plateau_keeps_what_it_has_seen() -> None:
     assert resumed.param_groups[0]["lr"] == pytest.approx(0.002)
     assert mine.best == 1.0
     assert mine.patience == 4
+
+
+def test_groups_of_other_parameters_have_what_theirs_had() -> None:
+    """A plateau's lowered rate goes on where all parameters of a group had it; otherwise it is refused."""
+    saved = [
+        {"parameters": {"a", "b"}, "options": {"lr": 0.001, "weight_decay": 0.1}},
+        {"parameters": {"c"}, "options": {"lr": 0.01, "weight_decay": 0.1}},
+    ]
+    given = [{"lr": 0.01, "weight_decay": 0.1}, {"lr": 0.1, "weight_decay": 0.1}]
+    mixed, own = options_of_groups([{"parameters": ["a", "c"]}, {"parameters": ["b"]}], saved, given)
+    assert mixed.saved == mixed.then == {"weight_decay": 0.1}
+    assert (own.saved, own.then) == (saved[0]["options"], given[0])
+    optimizer, scheduler = built(lambda o: ReduceLROnPlateau(o, patience=4), 0.02)
+    state = {**scheduler.state_dict(), "_last_lr": [0.001, 0.01]}
+    for found, rate in ((own, 0.002), (mixed, None)):
+        rates, then = [found.saved.get("lr")], [found.then or {}]
+        if rate is None:
+            with pytest.raises(ValueError, match=r"ReduceLROnPlateau has lowered .* one group now"):
+                continued_schedule(scheduler, state, given_schedule(scheduler), optimizer, then, rates)
+        else:
+            continued_schedule(scheduler, state, given_schedule(scheduler), optimizer, then, rates)
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
