@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from automodel_trainer.distributed.mesh import ParallelDims, submesh
-from automodel_trainer.models.parts import has_tower
+from automodel_trainer.models._transformers import has_tower
 from automodel_trainer.nn.deferred_logits import deferred_logits
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -274,8 +274,21 @@ def expert_gate(module: torch.nn.Module) -> tuple[str, Callable[[Tensor], Tensor
 
 
 def offers_flex_attention(model: PreTrainedModel) -> bool:
-    """Whether transformers offers FlexAttention for `model`."""
-    return bool(getattr(model, "_supports_flex_attn", False))
+    """Whether transformers offers FlexAttention for `model`.
+
+    Some classes with a vision tower do not say so, although their decoder attends through transformers' interface,
+    which passes any mask on. Other classes without the word may change the mask themselves.
+    """
+    decoder = model.get_decoder() if has_tower(model) else None
+    return bool(model._supports_flex_attn or getattr(decoder, "_supports_attention_backend", False))
+
+
+def has_tower(model: nn.Module) -> bool:
+    """Whether transformers knows an image encoder in `model`, beside its decoder."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    tower = model.get_encoder(modality="image")
+    return tower is not None and tower is not model and tower is not model.get_decoder()
 
 
 def is_loaded(parameter: Tensor) -> bool:

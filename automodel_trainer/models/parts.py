@@ -73,14 +73,6 @@ class ModelParts:
         return self.of(name) == pattern if pattern in PARTS else fnmatchcase(name, pattern)
 
 
-def has_tower(model: nn.Module) -> bool:
-    """Whether transformers knows an image encoder in `model`, beside its decoder."""
-    if not isinstance(model, PreTrainedModel):
-        return False
-    tower = model.get_encoder(modality="image")
-    return tower is not None and tower is not model and tower is not model.get_decoder()
-
-
 @dataclass(frozen=True)
 class FrozenParts:
     """An entry of a model's record: what the user froze.

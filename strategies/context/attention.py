@@ -29,8 +29,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from automodel_trainer.models._transformers import attention_in_use
-from automodel_trainer.models.parts import has_tower
+from automodel_trainer.models._transformers import attention_in_use, has_tower
 from automodel_trainer.nn.documents import set_documents
 from automodel_trainer.strategies.context.ring_attention import ring_attention
 from automodel_trainer.strategies.context.ulysses import stacked_attention, ulysses_attention

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from automodel_trainer.models.parts import has_tower
+from automodel_trainer.models._transformers import has_tower
 from automodel_trainer.models.rehearsal import logits_of, rehearse
 from automodel_trainer.strategies.context.at_decoder import split_at_decoder
 from automodel_trainer.strategies.context.attention import Sequences, exchanging, replace_attention

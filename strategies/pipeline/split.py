@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from automodel_trainer.models._masks import packing_without_sync
-from automodel_trainer.models._transformers import forget_absent_ties
+from automodel_trainer.models._transformers import forget_absent_ties, has_tower
 from automodel_trainer.models.parts import ModelParts as PartsByName
-from automodel_trainer.models.parts import has_tower
 from automodel_trainer.nn.text import first_line
 from automodel_trainer.strategies.tensor.sequence import stacks
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from automodel_trainer.models.parts import has_tower
+from automodel_trainer.models._transformers import has_tower
 from automodel_trainer.strategies.pipeline.split import Split, Stage, first_argument
 
 

@@ -16,6 +16,7 @@ from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, atten
 from automodel_trainer.models.kernels.attention import NAME, document_block_mask, install_attention_kernel
 from tests.harness import close
 from tests.tiny import tiny_model
+from tests.vlm.families import model_of
 
 
 def _plain_flex(*args: Any, training: bool = False, **kwargs: Any) -> Any:
@@ -99,6 +100,25 @@ def test_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
         out = model(**inputs).logits
     close(out, wanted)
     close(out[:1, 100:128], alone)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+def test_decoders_beside_a_tower(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where transformers does not say so of the whole class."""
+    monkeypatch.setattr(attention, "_HALF", (torch.float32,))
+    monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", _plain_flex)
+    model = model_of(family).eval()
+    packing_without_sync(model)
+    positions, _ = documents([[100, 28, 140], [1, 200, 67]])
+    ids = torch.randint(3, 250, positions.shape)
+    if family == "qwen2_5_vl":
+        positions = positions.expand(4, -1, -1)
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        install_attention_kernel(model)
+        monkeypatch.setattr(attention, "sdpa_mask", None)  # it would be called for a whole mask
+        close(model(**inputs).logits, wanted)
 
 
 def test_other_rows_go_to_sdpa() -> None:
