@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -99,6 +100,16 @@ class ImageTextDataModule(ChatDataModule):
         self._blank_size: Size = (BLANK, BLANK)
         self._crossed: str | None = None  # the model's input for cross-attention, once samples were made
         self.rope_index: Callable[[Mapping[str, Any]], Any] | None = None
+
+    def resized(self, max_pixels: int) -> ImageTextDataModule:
+        """A copy that prepares its data anew, with pictures of at most `max_pixels`."""
+        other = copy.copy(self)
+        for name in ("encoder", "blank"):
+            other.__dict__.pop(name, None)
+        other.rows, other._prepared = {}, False
+        other.max_pixels = min(max_pixels, self.max_pixels or max_pixels)
+        other.min_pixels = None if self.min_pixels is None else min(self.min_pixels, other.max_pixels)
+        return other
 
     # --- the processor --------------------------------------------------------------------------------------------
 

@@ -129,12 +129,14 @@ def build_random(
     lora: LoRAConfig | None = None,
     kernels: KernelsConfig | None = None,
     strict: bool = True,
+    freeze: Sequence[str] = (),
     **options: Any,
 ) -> PreTrainedModel:
     """Build a model with random weights. The same `seed` gives the same weights under every strategy. Collective.
 
     Args:
         auto_class: name of the transformers auto class that builds it.
+        freeze: see `build_pretrained`.
         options: of the auto class's `from_config`.
         config, strategy, …: see `automodel_trainer.AutoModelForCausalLM.from_config`.
 
@@ -144,6 +146,8 @@ def build_random(
     """
     held = _parameter_dtype(dtype, strategy, config)
     model = build_on_meta(auto_class, config, held, attn_implementation, trust_remote_code, **options)
+    if freeze:
+        freeze_parts(model, freeze)
     if lora is not None:
         add_adapters(model, lora, strategy)
     if kernels is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -374,6 +375,7 @@ class BuiltModule(Objective, pl.LightningModule):
         light._tokenizer = None
         light._given_peft = None
         light._trainer = None
+        light._load_state_dict_pre_hooks = OrderedDict()  # Lightning's are bound to the module with the model
         light.__dict__.pop("tokenizer", None)
         return light
 

@@ -69,6 +69,7 @@ class ImageTextModule(CausalLMModule):
         if not rates or any(rate < 0 for rate in rates.values()):
             raise ValueError(f"lr={lr!r} must be a number, or one for each part: {{'language': 1e-5, …}}.")
         self._processor = processor
+        self._is_light = False  # `without_model` makes copies that know no folder
         self.frozen = tuple(freeze)
         self.rates = rates
         super().__init__(model, lr=max(rates.values()), **kwargs)
@@ -142,6 +143,8 @@ class ImageTextModule(CausalLMModule):
     def outline(self) -> PreTrainedModel:
         """The model without weights, for what its class and names tell before it is built."""
         given = self.given_model
+        if given is None and self._is_light:
+            given = self.model  # the one that was set since
         if given is not None:
             return given
         return build_on_meta(self.auto_class, self.model_config, torch.float32, None, self.trust_remote_code)
@@ -259,7 +262,7 @@ class ImageTextModule(CausalLMModule):
 
     def without_model(self) -> Self:
         light = super().without_model()
-        light._processor = None
+        light._processor, light._is_light = None, True
         for name in ("processor", "outline", "rope_index"):
             light.__dict__.pop(name, None)
         return light

@@ -15,11 +15,15 @@ from automodel_trainer.data.batches import MicroBatch
 from automodel_trainer.nn.constants import IGNORE_INDEX
 from automodel_trainer.strategies import Objective
 
+ENDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
 
 def first_steps(
     objective: Objective, data: Any, steps: int, per_step: int, length: int, rows: int = 2
 ) -> list[list[MicroBatch]]:
     """`steps` lists of `per_step` micro-batches, in the order of the data. Short data repeats.
+
+    If there are pictures, all micro-batches have some: a layout that hangs without them is another matter.
 
     Args:
         objective: counts the targets of a micro-batch.
@@ -31,11 +35,13 @@ def first_steps(
         ValueError: there is no data, or it has no labels.
     """
     wanted = steps * per_step
-    found: list[MicroBatch] = []
+    plain: list[MicroBatch] = []
+    pictured: list[MicroBatch] = []
     for micro_batch in _stream(data):
-        found.append(_cut(micro_batch, length, rows))
-        if len(found) == wanted:
+        (pictured if _has_pictures(micro_batch) else plain).append(_cut(micro_batch, length, rows))
+        if len(pictured) == wanted or (not pictured and len(plain) == wanted):
             break
+    found = pictured or plain
     if not any(objective.count(micro_batch) for micro_batch in found):
         raise ValueError("There is nothing to verify with: no batch of the data has a supervised token.")
     found = [found[i % len(found)] for i in range(wanted)]
@@ -54,8 +60,18 @@ def _stream(data: Any) -> Iterator[MicroBatch]:
         yield from [dict(batch)] if isinstance(batch, Mapping) else batch
 
 
+def _has_pictures(micro_batch: MicroBatch) -> bool:
+    """Whether there is more in it than numbers of tokens."""
+    return any(isinstance(value, Tensor) and value.is_floating_point() for value in micro_batch.values())
+
+
 def _cut(micro_batch: MicroBatch, length: int, rows: int) -> MicroBatch:
-    """The first rows. Tensors `[b, s]` are also cut to the window of columns with the most labels."""
+    """The first rows. Tensors `[b, s]` are also cut to the window of columns with the most labels.
+
+    With pictures a micro-batch stays whole: which of its rows a picture belongs to depends on the model.
+    """
+    if _has_pictures(micro_batch):
+        length, rows = micro_batch["input_ids"].shape[1], len(micro_batch["input_ids"])
     shape = micro_batch["input_ids"].shape
     length = min(length, shape[1])
     labels = micro_batch.get("labels")
@@ -91,11 +107,15 @@ def renumber(objective: Objective, steps: list[list[MicroBatch]], config: PreTra
             micro_batch[key] = torch.where(ids == IGNORE_INDEX, ids, torch.searchsorted(used, ids))
     text = config.get_text_config(decoder=True)
     numbers = {int(old): new for new, old in enumerate(used)}
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    for name in ENDS:
         for part in {id(config): config, id(text): text}.values():
             old = getattr(part, name, None)
             if isinstance(old, int):  # one that no batch uses stays one: some models look for their padding id
                 setattr(part, name, numbers.setdefault(old, len(numbers)))
             elif old is not None:
                 setattr(part, name, None)
+    for part in {id(config): config, id(text): text}.values():  # ids of pictures, and of what stands around them
+        for name, old in part.to_dict().items():
+            if name.endswith(("_token_id", "_token_index")) and name not in ENDS and isinstance(old, int) and old >= 0:
+                setattr(part, name, numbers.setdefault(old, len(numbers)))
     return len(numbers)

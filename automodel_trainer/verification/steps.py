@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from automodel_trainer.auto import builder
 from automodel_trainer.models._masks import packing_without_sync
+from automodel_trainer.models.build import build_random
 from automodel_trainer.models.stage_names import held_elsewhere
 from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.modules.optim import build_optimizer, trainable
@@ -204,16 +204,18 @@ def _build(job: Job, strategy: MeshStrategy | None, device: torch.device) -> Pre
     lora = job.module.lora
     if lora is not None:
         lora = replace(lora, dropout=0.0, quantize=None, adapter=None)
-    model = builder(job.module.auto_class).from_config(
+    model = build_random(
+        job.module.auto_class,
         copy.deepcopy(job.config),
         strategy,
-        torch.float32,
+        dtype=torch.float32,
         attn_implementation=job.attention,
         trust_remote_code=job.module.trust_remote_code,
         seed=job.seed,
         strict=False,
         lora=lora,
         device=device,
+        freeze=job.module.frozen,
     )
     packing_without_sync(model)  # some models make their masks without position_ids; a run gives them to all
     for part in model.modules():

@@ -20,9 +20,10 @@ from transformers import PreTrainedConfig
 
 from automodel_trainer.models.shrink import shrink
 from automodel_trainer.models.small_copy import small_copy
-from automodel_trainer.modules import HuggingFaceModule, ImageTextModule
+from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.strategies import MeshStrategy, StrategyRegistry
 from automodel_trainer.verification.batches import first_steps, renumber
+from automodel_trainer.verification.pictures import with_small_pictures
 from automodel_trainer.verification.ranks import Launcher, Processes
 from automodel_trainer.verification.report import Report, compile_report
 from automodel_trainer.verification.steps import DRAWS, Job, layout_run, reference_run
@@ -51,18 +52,13 @@ def verify(
         strategy: the layout, by name or as an object.
         devices: the number of ranks; None takes as few as the layout's sizes allow.
         full: run on this machine's GPUs instead of processes on the CPU.
-        length: rows are cut to this many tokens.
+        length: rows are cut to this many tokens. Rows with pictures are not cut; their pictures are made small.
         launch: starts the ranks; None starts processes on this machine.
 
     Raises:
         ValueError: the layout refuses this model, the data has no labels, or `full` needs more GPUs than there are.
     """
     began = time.monotonic()
-    if isinstance(module, ImageTextModule):
-        raise ValueError(
-            "verify trains a small copy of a language model, and there is no small copy of a model with a vision tower "
-            "yet. Verify its language model alone (CausalLMModule), or compare a few steps with one device."
-        )
     strategy = fresh(strategy)
     devices = devices or _fewest_devices(strategy)
     strategy.parallel_devices = [torch.device("cpu")] * devices
@@ -75,6 +71,7 @@ def verify(
             "verify with processes on the CPU."
         )
     accumulation = max(ACCUMULATION, strategy.min_micro_batches)
+    data = with_small_pictures(module, data)
     steps = first_steps(module, data, STEPS, accumulation * dims.dp_replicate * dims.dp_shard, length)
     config = copy.deepcopy(module.model_config)
     ep = devices if strategy.expert_ranks == "auto" else strategy.expert_ranks
