@@ -32,7 +32,7 @@ def names(folder: Path) -> list[str]:
 
 
 def contents(run: Path) -> dict[str, Any]:
-    """Of every checkpoint: what is in its files, but for the callback's own path and times."""
+    """Of every checkpoint: what is in its files, but for the callback's own path, options and times."""
     found: dict[str, Any] = {}
     for checkpoint in sorted(run.glob("step-*")):
         check_checkpoint(checkpoint)
@@ -40,7 +40,9 @@ def contents(run: Path) -> dict[str, Any]:
             found[f"{checkpoint.name}/{name}"] = entry
         trainer = json.loads((checkpoint / "trainer.json").read_text())
         trainer["lightning"]["callbacks"] = None
-        trainer["lightning"][RUN_KEY]["settings"].pop("trainer.default_root_dir")
+        settings = trainer["lightning"][RUN_KEY]["settings"]
+        for own in ("trainer.default_root_dir", "trainer.callbacks.DCPCheckpoint.async_save"):
+            settings.pop(own)
         found[f"{checkpoint.name}/trainer.json"] = trainer
     return found
 
