@@ -19,7 +19,6 @@ from automodel_trainer.data.pictures.encode import PictureEncoder
 from automodel_trainer.lightning_cli import build
 from automodel_trainer.tools.generate import generate
 from automodel_trainer.tools.preview import main as preview
-from automodel_trainer.verification.verify import verify
 from tests.harness import Stop, once
 from tests.test_trainer import module as text_module
 from tests.test_trainer import quiet
@@ -248,11 +247,6 @@ def test_a_preview_shows_rows_with_pictures(home: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "2 documents" in shown
     assert "«" in shown or "<image>" in shown
-
-
-def test_verify_is_refused(home: Path) -> None:
-    with pytest.raises(ValueError, match="no small copy of a model with a vision tower"):
-        verify(ImageTextModule(folder_of("llava", home)), data(home))
 
 
 def test_two_pictures_of_one_model_are_told_apart(home: Path) -> None:
