@@ -14,8 +14,6 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.strategies.context.attention import Sequences, running
 
-Cut = Any  # a tensor, or a nesting of lists of tensors
-
 
 def split_at_decoder(model: PreTrainedModel) -> None:
     """Let the decoder of `model` compute on this rank's tokens while a micro-batch is split."""
@@ -30,7 +28,8 @@ def _cut_inputs(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     assert not args, f"{type(decoder).__name__} takes its inputs by position"
     kwargs = dict(kwargs)
     marks = [v for v in kwargs.values() if isinstance(v, Tensor) and v.dtype == torch.bool and v.shape == whole.shape]
-    cut = {name: _cut(name, value, sequences, marks) for name, value in kwargs.items()}
+    numbers = {int(mark.sum()): _numbers(mark, sequences) for mark in marks}  # counting waits for the device: once
+    cut = {name: _cut(name, value, sequences, numbers) for name, value in kwargs.items()}
     if cut.get("position_ids") is None:
         cut["position_ids"] = sequences.cut(whole, 1)
     if cut.get("attention_mask") is None:  # transformers would look for documents in the positions of a shard
@@ -38,11 +37,15 @@ def _cut_inputs(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return args, cut
 
 
-def _cut(name: str, value: Cut, sequences: Sequences, marks: list[Tensor]) -> Cut:
-    """One of the decoder's inputs for this rank's tokens. Masks of whole rows are what attention takes."""
+def _cut(name: str, value: Any, sequences: Sequences, numbers: dict[int, Tensor]) -> Any:
+    """One of the decoder's inputs, a tensor or a list of some, for this rank's tokens.
+
+    Masks of whole rows stay: attention takes them. Features have a row for each marked token; `numbers` says which rows
+    are this rank's, by how many marked tokens there are.
+    """
     assert sequences.cut is not None
     if isinstance(value, list | tuple):
-        return type(value)(_cut(name, item, sequences, marks) for item in value)
+        return type(value)(_cut(name, item, sequences, numbers) for item in value)
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     rows, length = sequences.position_ids.shape
@@ -52,9 +55,8 @@ def _cut(name: str, value: Cut, sequences: Sequences, marks: list[Tensor]) -> Cu
         return sequences.cut(value, 1)
     if value.ndim == 3 and value.shape[1:] == (rows, length):  # positions in several dimensions
         return sequences.cut(value, 2)
-    for mark in marks:  # a row of features for each marked token
-        if len(value) == int(mark.sum()):
-            return value[_numbers(mark, sequences)]
+    if len(value) in numbers:
+        return value[numbers[len(value)]]
     if length not in value.shape:
         return value
     raise ValueError(
