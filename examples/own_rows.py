@@ -19,7 +19,7 @@ def main(model: str, steps: int = 100) -> None:
         micro_batch_size=2,
         global_batch_size=8,
     )
-    trainer = Trainer(max_steps=steps, val_check_interval=0.5, default_root_dir="runs/own_rows")
+    trainer = Trainer(max_steps=steps, log_every_n_steps=2, val_check_interval=0.5, default_root_dir="runs/own_rows")
     trainer.fit(CausalLMModule(model, lr=2e-5), data)
     print(trainer.callback_metrics["train_loss"])
 

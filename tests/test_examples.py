@@ -18,7 +18,6 @@ ARGUMENTS = {
     "lightning_module": ("my-model", "2"),
     "own_loop": ("my-model", "2"),
     "resume": ("my-model", "chats.jsonl", "2"),
-    "verify": ("my-model", "chats.jsonl", "fsdp2:cp=2"),
 }
 PRINTED = {"callback": "stopped at step 1", "own_loop": "step 1: loss", "resume": "step 4", "own_rows": "tensor("}
 NOT_OURS = {"model.model": "my-model", "trainer.accelerator": "cpu"}

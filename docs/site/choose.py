@@ -148,7 +148,27 @@ def page() -> str:
     ]
     data = json.dumps({"answers": answers(), "templates": TEMPLATES, "node": A_NODE}, separators=(",", ":"))
     text = (Path(__file__).parent / "choose_page.md").read_text(encoding="utf-8")
+    text = text.replace("TABLE", "\n".join(table(gpus) for gpus in (1, 8)))
     return text.replace("MENUS", "\n".join(menus)).replace("DATA", data.replace("</", "<\\/"))
+
+
+def table(gpus: int, length: int = 2048) -> str:
+    """The most that fits for each model and size of GPU, as a Markdown table.
+
+    Args:
+        gpus: how many share the model.
+        length: tokens of a row.
+    """
+    goals = {"full": "all", "lora": "LoRA", "qlora": "QLoRA"}
+    lines = [f"| on {gpus} × | " + " | ".join(f"{size} GiB" for size in MEMORY) + " |", "| --- " * 5 + "|"]
+    for model in MODELS:
+        cells = []
+        for size in MEMORY:
+            fits = ((words, plan(model, goal, gpus, size, length)) for goal, words in goals.items())
+            best = next(((words, found) for words, found in fits if found is not None), None)
+            cells.append("–" if best is None else f"{best[0]}{', recomputed' if 'full' in best[1][0] else ''}")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def _menu(name: str, label: str, options: dict[str, str], chosen: str) -> str:

@@ -117,10 +117,15 @@ def _first_row(ledger: dict[str, Any]) -> str:
     for document in documents:
         parts = document if isinstance(document, list) else []
         runs = [part for part in parts if isinstance(part, list) and len(part) == 2]
-        spans = (f'<span class="{_kind(kind)}">{escape(str(text))}</span>' for kind, text in runs)
+        spans = (f'<span class="{_kind(kind)}">{escape(_shown(kind, str(text)))}</span>' for kind, text in runs)
         shown.append(f'<div class="row document">{"".join(spans)}</div>')
     legend = " ".join(f'<span class="{kind}">{words}</span>' for kind, words in KINDS.items())
     return f'<h2>First batch, first row</h2><section><div class="row">{legend}</div>{"".join(shown)}</section>'
+
+
+def _shown(kind: Any, text: str) -> str:
+    """The text of padding is the same token again and again."""
+    return text[:40] + "…" if kind == "padding" and len(text) > 40 else text
 
 
 def _kind(kind: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,8 +63,11 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last step of any curve; 0 without one."""
-        return max((step for curve in self.curves.values() for step in curve), default=0)
+        """How many steps were made, as far as curves and checkpoints say. Loggers count steps from 0."""
+        logged = max((step + 1 for curve in self.curves.values() for step in curve), default=0)
+        names = (re.fullmatch(r"step-(\d+)", saved.path.name) for saved in self.checkpoints)
+        saved = max((int(name[1]) for name in names if name), default=0)
+        return max(saved, logged if self.planned is None else min(logged, self.planned))
 
     @property
     def planned(self) -> int | None:
