@@ -1,14 +1,17 @@
-"""A mixture of experts of Qwen3-30B-A3B's shape on one GPU, in bf16, with random weights.
+"""A mixture of experts of Qwen3-30B-A3B's shape, in bf16, with random weights.
 
 python benchmarks/moe.py block              # one block of experts, forward and backward: transformers and ours
 python benchmarks/moe.py block --profile    # and the kernels of ours, by time
 python benchmarks/moe.py model --layers 6 --rows 4               # the Trainer, all parameters
 python benchmarks/moe.py model --layers 48 --rows 2 --lora       # the Trainer, LoRA r=16 on all-linear
+python benchmarks/moe.py dispatch --gpus 2 --layers 6 --rows 4   # fsdp2, ep=2 by all_to_all, ep=2 by DeepEP
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -188,7 +191,7 @@ def train(args: argparse.Namespace) -> None:
 
     trainer = Trainer(
         strategy=args.strategy,
-        devices=1,
+        devices=args.gpus,
         precision="bf16",
         max_steps=args.steps,
         log_every_n_steps=args.steps,
@@ -198,26 +201,49 @@ def train(args: argparse.Namespace) -> None:
         enable_progress_bar=False,
         logger=False,
     )
+    batch = args.rows * args.gpus
     data = MockDataModule(
-        vocab_size=shape.vocab_size, seq_len=LENGTH, micro_batch_size=args.rows, global_batch_size=args.rows,
-        num_samples=args.rows * args.steps,
+        vocab_size=shape.vocab_size, seq_len=LENGTH, micro_batch_size=args.rows, global_batch_size=batch,
+        num_samples=batch * args.steps,
     )  # fmt: skip
     with torch.device("meta"):
         meta = transformers.AutoModelForCausalLM.from_config(shape)
     lora = LoRAConfig(rank=16, alpha=32) if args.lora else None
-    kernels = KernelsConfig(experts=args.experts)
+    kernels = KernelsConfig(experts=args.experts, dispatch=args.dispatch)
     trainer.fit(RandomModel(meta, lora=lora, kernels=kernels, lr=1e-5), data)
     taken = sorted(b - a for a, b in zip(Clock.ends[2:], Clock.ends[3:]))
     rate = args.rows * LENGTH / taken[len(taken) // 2]
     peak = torch.cuda.max_memory_allocated() / 2**30
     what = "LoRA" if args.lora else "all parameters"
-    job = f"{what}, {args.layers} layers, {args.rows} x {LENGTH}, experts {args.experts}"
-    print(f"{job}: {rate:.0f} tok/s, {peak:.1f} GiB")
+    job = f"{what}, {args.layers} layers, {args.rows} x {LENGTH} a GPU, experts {args.experts}"
+    if args.gpus > 1:
+        job += f", {args.gpus} GPUs, {args.strategy}, dispatch {args.dispatch}"
+    if trainer.is_global_zero:
+        loss = float(trainer.callback_metrics["train_loss"])
+        print(f"{job}: {rate:.0f} tok/s a GPU, {peak:.1f} GiB, loss {loss:.4f}")
+
+
+def dispatchers(args: argparse.Namespace) -> None:
+    """The Trainer on several GPUs, one process group after another: the same batch for every layout."""
+    given = ["--gpus", args.gpus, "--layers", args.layers, "--rows", args.rows, "--steps", args.steps]
+    ep = f"fsdp2:ep={args.gpus}"
+    for strategy, dispatch in (("fsdp2", "auto"), (ep, "all_to_all"), (ep, "deepep")):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus}", __file__, "model"]
+        options = ["--strategy", strategy, "--dispatch", dispatch, "--experts", args.experts]
+        command = [sys.executable, *torchrun, *map(str, given), *options, *(["--lora"] if args.lora else [])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = [line for line in done.stdout.splitlines() if "tok/s a GPU" in line]
+        print(found[-1] if found else f"{strategy}, {dispatch}: failed\n{done.stderr[-3000:]}", flush=True)
+
+
+_JOBS = {"model": train, "dispatch": dispatchers}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["block", "model"])
+    parser.add_argument("what", choices=["block", "model", "dispatch"])
+    parser.add_argument("--gpus", type=int, default=None, help="1, and 2 of dispatch")
+    parser.add_argument("--dispatch", default="auto")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--steps", type=int, default=9)
@@ -227,9 +253,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    print(torch.cuda.get_device_name(), torch.__version__)
-    if args.what == "model":
-        train(args)
+    args.gpus = args.gpus or (2 if args.what == "dispatch" else 1)
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    if args.what in _JOBS:
+        _JOBS[args.what](args)
         return
     for lora in (False, True):
         compare(lora)

@@ -42,8 +42,8 @@ class BalanceConfig:
     Args:
         aux_loss: coefficient of transformers' balancing loss, computed from the load of the global batch. "auto" is the
             config's `router_aux_loss_coef` where the config says `output_router_logits`, and 0 elsewhere.
-        sequence_loss: coefficient of a balancing loss of each document (arXiv 2412.19437): summed over layers, mean over
-            the documents of the global batch.
+        sequence_loss: coefficient of a balancing loss of each document (arXiv 2412.19437): summed over layers, mean
+            over the documents of the global batch.
         z_loss: coefficient of the squared log-sum-exp of router logits: summed over layers, mean over tokens.
         bias_rate: how far an optimizer step moves the bias of each expert towards an even load, without any loss
             (`e_score_correction_bias`; 0.001 in arXiv 2412.19437).

@@ -184,6 +184,17 @@ def test_sizes_that_do_not_fit(pool: RankPool, spec: str, world_size: int, famil
         assert said in message
 
 
+def test_a_plan_rule_that_matches_nothing_is_refused() -> None:
+    strategy = make_strategy("fsdp2", 1)
+    strategy.ep = 2  # type: ignore[attr-defined]
+    model = tiny_model("qwen3_moe", **MOE)
+    model.ep_plan = {**model.ep_plan, "model.layers.*.mlp.experts.up_proj": "grouped_gemm"}
+    with pytest.raises(
+        ValueError, match=r"match nothing.*: model\.layers\.\*\.mlp\.experts\.up_proj\. .*hold.*gate_up_proj"
+    ):
+        strategy.parallelize(model)
+
+
 def test_auto_takes_what_node_and_experts_allow(pool: RankPool) -> None:
     for experts, expected in ((4, 4), (6, 2), (5, 1)):
         options = {**MOE, "num_experts": experts}

@@ -98,6 +98,8 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
     texts["linear"] = _choose_linear(model, choices["linear"], kernels, device)
     choices["experts"], experts = _choose_experts(model, kernels, device)
     texts |= {"experts": experts} if experts else {}
+    if choices["dispatch"].library is not None:
+        texts["dispatch"] = _title(choices["dispatch"])
     in_use = KernelsInUse({part: choice.name for part, choice in choices.items()}, texts, _loss_kernel(loss))
     record_of(model).keep(in_use)
     record_of(model).keep(Fusion(kernels.lora, _lora_groups(model, kernels.lora, device)))
