@@ -38,8 +38,10 @@ tools
   amt verify --config configs/sft.yaml --strategy fsdp2_tp:tp=2
 """
 
-_TRAINING = ("fit", "validate", "test", "predict")
-_TOOLS = {
+TRAINING = ("fit", "validate", "test", "predict")
+"""The commands of Lightning's CLI."""
+
+TOOLS = {
     "bench": "automodel_trainer.tools.bench",
     "convert": "automodel_trainer.tools.convert",
     "export": "automodel_trainer.tools.export",
@@ -52,6 +54,7 @@ _TOOLS = {
     "tokenize": "automodel_trainer.tools.tokenize",
     "verify": "automodel_trainer.tools.verify",
 }
+"""Maps the other commands to the modules whose `main` runs them."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,10 +65,10 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE, end="")
     elif command == "--version":
         print(_version())
-    elif command in _TRAINING:
+    elif command in TRAINING:
         explain_errors(lambda: _train(argv))
-    elif command in _TOOLS:
-        explain_errors(lambda: import_module(_TOOLS[command]).main(argv[1:]))
+    elif command in TOOLS:
+        explain_errors(lambda: import_module(TOOLS[command]).main(argv[1:]))
     else:
         _unknown(command)
 
@@ -87,7 +90,7 @@ def _version() -> str:
 def _unknown(command: str) -> None:
     import difflib
 
-    known = [*_TRAINING, *_TOOLS]
+    known = [*TRAINING, *TOOLS]
     hint = difflib.get_close_matches(command, known, n=1)
     nearest = f" Did you mean {hint[0]!r}?" if hint else ""
     print(f"amt: {command!r} is not a command.{nearest} Allowed: {', '.join(known)}.", file=sys.stderr)

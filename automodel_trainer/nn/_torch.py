@@ -23,6 +23,7 @@ __all__ = [
     "raise_recompile_limit",
     "scaled_matmul",
     "set_allocator",
+    "version_of",
     "without_graph_cache",
 ]
 
@@ -142,6 +143,11 @@ MATMULS = {
     torch.ops.aten.bmm.default: 1,
     torch.ops.aten._scaled_mm.default: 1,
 }
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often `tensor` was changed in place. None: a tensor of inference mode, which does not count."""
+    return None if tensor.is_inference() else int(tensor._version)
 
 
 def is_persistent(module: torch.nn.Module, name: str) -> bool:

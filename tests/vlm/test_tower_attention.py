@@ -52,6 +52,28 @@ def test_features_are_those_of_transformers(family: str, long: int, monkeypatch:
         close(feature, wanted.pooler_output[name])
 
 
+def test_the_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not by every layer. Boundaries that were changed in place are read again."""
+    reads: list[list[int]] = []
+    read = tower_attention._read
+    monkeypatch.setattr(tower_attention, "_read", lambda bounds: reads.append(read(bounds)) or reads[-1])
+    pretend_to_have_the_kernel(monkeypatch)
+    monkeypatch.setattr(tower_attention, "_LONG", 1)
+    model = model_of("qwen3_vl")
+    assert install_tower_attention(model, torch.device("cpu"))
+    assert len(model.model.visual.blocks) > 1
+    processor = processor_of("qwen3_vl").image_processor
+    for size in ((64, 96), (128, 64)):
+        model.get_image_features(**processor([Image.effect_noise(size, 60).convert("RGB")], return_tensors="pt"))
+    assert len(reads) == 2
+    bounds = torch.tensor([0, 2, 6])
+    assert tower_attention._lengths(bounds) == [2, 4]
+    bounds[1] = 3
+    assert tower_attention._lengths(bounds) == [3, 3]
+    with torch.inference_mode():
+        assert tower_attention._lengths(torch.tensor([0, 5])) == [5]
+
+
 def test_other_towers_keep_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_to_have_the_kernel(monkeypatch)
     assert not install_tower_attention(model_of("llava"), torch.device("cpu"))

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from automodel_trainer.models._transformers import attention_of, set_attention
 from automodel_trainer.models.kernels.attention import attention_name
+from automodel_trainer.nn._torch import version_of
 
 OURS = attention_name("")
 NAME = f"{OURS}tower_flash"
@@ -28,6 +30,7 @@ NAME = f"{OURS}tower_flash"
 TITLE = "torch's FlashAttention in one call; pictures that are not cut into windows one by one"
 _LONG = 1024
 """Pieces of this mean length are attended to one by one. (benchmarks/vlm.py --attention measures both ways.)"""
+_READ: MutableMapping[Tensor, tuple[int | None, list[int]]] = WeakTensorKeyDictionary()
 _DEVICE, _DTYPES = "cuda", (torch.bfloat16, torch.float16)
 
 
@@ -90,13 +93,26 @@ def attend(
 def _piece_by_piece(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None
 ) -> Tensor:
-    lengths = bounds.diff().tolist()
-    pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
+    pieces = zip(*(tensor.split(_lengths(bounds), dim=2) for tensor in (query, key, value)))
     made = [
         sdpa_attention_forward(module, q, k, v, attention_mask=None, scaling=scaling, is_causal=False)[0]
         for q, k, v in pieces
     ]
     return torch.cat(made, dim=1)
+
+
+def _lengths(bounds: Tensor) -> list[int]:
+    """How long the pieces are. Every layer asks with the same tensor, and only the first waits for the device."""
+    version = version_of(bounds)
+    known = _READ.get(bounds)
+    if known is None or version is None or known[0] != version:
+        known = _READ[bounds] = (version, _read(bounds))
+    return known[1]
+
+
+def _read(bounds: Tensor) -> list[int]:
+    lengths: list[int] = bounds.diff().tolist()
+    return lengths
 
 
 @cache
