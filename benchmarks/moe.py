@@ -4,6 +4,7 @@ python benchmarks/moe.py block              # one block of experts, forward and 
 python benchmarks/moe.py block --profile    # and the kernels of ours, by time
 python benchmarks/moe.py model --layers 6 --rows 4               # the Trainer, all parameters
 python benchmarks/moe.py model --layers 48 --rows 2 --lora       # the Trainer, LoRA r=16 on all-linear
+python benchmarks/moe.py model --layers 48 --rows 2 --lora --quantize nf4    # and held in 4 bits, or --fp8 tensorwise
 python benchmarks/moe.py dispatch --gpus 2 --layers 6 --rows 4   # fsdp2, ep=2 by all_to_all, ep=2 by DeepEP
 """
 
@@ -33,23 +34,24 @@ from automodel_trainer import (
     Trainer,
 )
 from automodel_trainer.models._masks import packing_without_sync
-from automodel_trainer.models.kernels.experts import swap_experts
+from automodel_trainer.models.kernels.experts import experts_to_fp8, swap_experts
 from automodel_trainer.models.lora.layers import adapt_parameter
 from automodel_trainer.nn.deferred_logits import defer_logits
 
 HIDDEN, WIDTH, EXPERTS, TOP, LENGTH = 2048, 768, 128, 8, 4096
+OURS = ("ours", "fp8")
 STACKED = ("gate_up_proj", "down_proj")
 
 
 def block_of(kind: str, lora: bool) -> nn.Module:
-    """A sparse block with random weights; `kind`: eager or grouped_mm of transformers, or ours."""
+    """A sparse block with random weights; `kind`: eager or grouped_mm of transformers, ours, or ours in fp8."""
     config = Qwen3MoeConfig(
         hidden_size=HIDDEN,
         moe_intermediate_size=WIDTH,
         num_experts=EXPERTS,
         num_experts_per_tok=TOP,
         norm_topk_prob=True,
-        experts_implementation="grouped_mm" if kind == "ours" else kind,
+        experts_implementation="grouped_mm" if kind in OURS else kind,
     )
     torch.manual_seed(0)
     block = Qwen3MoeSparseMoeBlock(config).cuda().bfloat16()
@@ -62,8 +64,11 @@ def block_of(kind: str, lora: bool) -> nn.Module:
             adapt_parameter(block.experts, name, 16, 2.0, dtype=torch.float32)
             nn.init.normal_(block.experts.low_rank_of(name).lora_A.weight, 0, 0.02)
             nn.init.normal_(block.experts.low_rank_of(name).lora_B.weight, 0, 0.02)
-    if kind == "ours":
-        swap_experts(nn.ModuleList([block]))
+    if kind in OURS:
+        blocks = nn.ModuleList([block])
+        swapped, _ = swap_experts(blocks)
+        if kind == "fp8":
+            assert not experts_to_fp8(blocks, swapped)
     return block
 
 
@@ -106,7 +111,7 @@ def compare(lora: bool, tokens: int = 512) -> None:
     grad = torch.randn_like(x)
     exact_block = block_of("eager", lora).float()
     exact = gradients(exact_block, x.detach().float().requires_grad_(), grad.float())
-    for kind in ("grouped_mm", "ours"):
+    for kind in ("grouped_mm", *OURS):
         got = gradients(block_of(kind, lora), x, grad)
         errors = {name: ((got[name].float() - exact[name]).norm() / exact[name].norm()).item() for name in exact}
         print(f"errors of {kind}{', LoRA' if lora else ''}: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items()))
@@ -117,7 +122,7 @@ def measure(tokens: int, profile: bool) -> None:
     x = torch.randn(1, tokens, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn_like(x)
     for lora in (False, True):
-        for kind in ("grouped_mm", "ours"):
+        for kind in ("grouped_mm", *OURS):
             for compiled in (False, True):
                 block = block_of(kind, lora)
                 run = torch.compile(block) if compiled else block
@@ -129,7 +134,7 @@ def measure(tokens: int, profile: bool) -> None:
                 rate = flop * (2 if lora else 3) / time / 1e9
                 what = f"{kind}{', LoRA' if lora else ''}{', compiled' if compiled else ''}"
                 print(f"{what}: {time:.2f} ms, {rate:.0f} TFLOP/s, {peak:.2f} GiB", flush=True)
-                if profile and kind == "ours" and compiled:
+                if profile and kind in OURS and compiled:
                     show(step)
                 del block, run, step
                 torch.compiler.reset()
@@ -208,13 +213,14 @@ def train(args: argparse.Namespace) -> None:
     )  # fmt: skip
     with torch.device("meta"):
         meta = transformers.AutoModelForCausalLM.from_config(shape)
-    lora = LoRAConfig(rank=16, alpha=32) if args.lora else None
-    kernels = KernelsConfig(experts=args.experts, dispatch=args.dispatch)
+    lora = LoRAConfig(rank=16, alpha=32, quantize=args.quantize) if args.lora else None
+    kernels = KernelsConfig(experts=args.experts, dispatch=args.dispatch, fp8=args.fp8)
     trainer.fit(RandomModel(meta, lora=lora, kernels=kernels, lr=1e-5), data)
     taken = sorted(b - a for a, b in zip(Clock.ends[2:], Clock.ends[3:]))
     rate = args.rows * LENGTH / taken[len(taken) // 2]
     peak = torch.cuda.max_memory_allocated() / 2**30
     what = "LoRA" if args.lora else "all parameters"
+    what += f", {args.quantize or args.fp8}" if args.quantize or args.fp8 else ""
     job = f"{what}, {args.layers} layers, {args.rows} x {LENGTH} a GPU, experts {args.experts}"
     if args.gpus > 1:
         job += f", {args.gpus} GPUs, {args.strategy}, dispatch {args.dispatch}"
@@ -249,6 +255,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--experts", default="auto")
+    parser.add_argument("--fp8", default=None, help="tensorwise, rowwise or rowwise_with_gw_hp")
+    parser.add_argument("--quantize", default=None, help="nf4, with --lora")
     parser.add_argument("--strategy", default="fsdp2")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--profile", action="store_true")
