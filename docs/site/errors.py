@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "automodel_trainer"
 GAP = "…"
-HEADING = 110  # characters
+HEADING, SHORT = 110, 40  # characters: the longest heading; a first sentence shorter than that says too little
 
 # Where a message comes from → the page that it is on, and what stands above it.
 PAGES = {
@@ -61,7 +61,8 @@ class Message:
     @property
     def heading(self) -> str:
         """The first sentence, or as much of it as a line takes."""
-        sentence = re.split(r"(?<=[.:]) ", self.text.replace("\n", " "))[0]
+        first, *rest = re.split(r"(?<=[.:]) ", self.text.replace("\n", " "))
+        sentence = f"{first} {rest[0]}" if rest and len(first) < SHORT else first
         return sentence if len(sentence) <= HEADING else sentence[:HEADING].rsplit(" ", 1)[0] + " " + GAP
 
 
@@ -161,8 +162,8 @@ def _overview(groups: dict[str, list[Message]]) -> str:
 
 def _entry(message: Message) -> str:
     where = f"`{message.file}`" + (f", `{message.function}`" if message.function else "")
-    text = message.text.replace("\n", "\n    ")
-    return f"## {_escaped(message.heading)} {{ #{message.anchor} }}\n\n    {text}\n\n{where}\n"
+    text = "\n> ".join(_escaped(line) for line in message.text.splitlines())
+    return f"## {_escaped(message.heading)} {{ #{message.anchor} }}\n\n> {text}\n\n{where}\n"
 
 
 def _escaped(text: str) -> str:
