@@ -20,8 +20,10 @@ from automodel_trainer.tools.watch.run import Run, read_run, settings
 
 NOWHERE = "–"
 NEUTRAL = ("trainer.default_root_dir",)  # where a run lies is not what it does
-TIMES = ("tokens_per_second", "mfu", "peak_memory_gib", "data_wait", "padding_share", "supervised_share")
-TIMES += ("pipeline_bubble", "tflops_per_device")
+TIMES = (
+    "tokens_per_second", "mfu", "tflops_per_device", "peak_memory_gib", "data_wait", "padding_share",
+    "supervised_share", "pipeline_bubble",
+)  # fmt: skip
 Facts = dict[str, Any]
 
 
