@@ -23,6 +23,7 @@ tools
   preview    show the first batch as the model sees it: trained, masked and boundary tokens
   generate   answer prompts with a model folder
   convert    write the weights of a Lightning .ckpt as safetensors; nothing in it is run
+  diff       show where two runs part: configuration, data, loss, time
   export     write a checkpoint as a Hugging Face folder; --check compares it with the source
   inspect    show what a checkpoint or model folder holds, and whether it is whole
   merge      write a LoRA adapter and its base model, or the shards of a checkpoint, as one model
@@ -30,6 +31,7 @@ tools
   reshard    write the same weights as another number of files
   tokenize   write raw text as shards of tokens, on all cores
   verify     compare a layout with one device, on a small copy of your model and your data
+  watch      look at a run in a browser: curves, first batch, ledger, checkpoints
 
   amt fit --model org/name --data chats.jsonl --lora 16
   amt fit --config configs/quickstart.yaml
@@ -38,10 +40,13 @@ tools
   amt verify --config configs/sft.yaml --strategy fsdp2_tp:tp=2
 """
 
-_TRAINING = ("fit", "validate", "test", "predict")
-_TOOLS = {
+TRAINING = ("fit", "validate", "test", "predict")
+"""The commands of Lightning's CLI."""
+
+TOOLS = {
     "bench": "automodel_trainer.tools.bench",
     "convert": "automodel_trainer.tools.convert",
+    "diff": "automodel_trainer.tools.watch.diff",
     "export": "automodel_trainer.tools.export",
     "generate": "automodel_trainer.tools.generate",
     "inspect": "automodel_trainer.tools.inspect",
@@ -51,7 +56,9 @@ _TOOLS = {
     "reshard": "automodel_trainer.tools.reshard",
     "tokenize": "automodel_trainer.tools.tokenize",
     "verify": "automodel_trainer.tools.verify",
+    "watch": "automodel_trainer.tools.watch.server",
 }
+"""Maps the other commands to the modules whose `main` runs them."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,10 +69,10 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE, end="")
     elif command == "--version":
         print(_version())
-    elif command in _TRAINING:
+    elif command in TRAINING:
         explain_errors(lambda: _train(argv))
-    elif command in _TOOLS:
-        explain_errors(lambda: import_module(_TOOLS[command]).main(argv[1:]))
+    elif command in TOOLS:
+        explain_errors(lambda: import_module(TOOLS[command]).main(argv[1:]))
     else:
         _unknown(command)
 
@@ -87,7 +94,7 @@ def _version() -> str:
 def _unknown(command: str) -> None:
     import difflib
 
-    known = [*_TRAINING, *_TOOLS]
+    known = [*TRAINING, *TOOLS]
     hint = difflib.get_close_matches(command, known, n=1)
     nearest = f" Did you mean {hint[0]!r}?" if hint else ""
     print(f"amt: {command!r} is not a command.{nearest} Allowed: {', '.join(known)}.", file=sys.stderr)

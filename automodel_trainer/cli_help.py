@@ -24,7 +24,7 @@ _FIRST = {
         "gradient_clip_val", "log_every_n_steps", "val_check_interval", "callbacks", "logger", "max_time", "num_nodes",
     ),
 }  # fmt: skip
-_GROUPS: dict[str, tuple[str, Any]] = {
+GROUPS: dict[str, tuple[str, Any]] = {
     "model": (f"the model ({DEFAULT_OBJECTIVE.__name__})", HuggingFaceModule),
     "model.lora": ("adapters", LoRAConfig),
     "model.optimizer": ("the optimizer", OptimizerConfig),
@@ -33,6 +33,7 @@ _GROUPS: dict[str, tuple[str, Any]] = {
     "trainer": ("the Trainer", Trainer),
     "model.kernels": ("kernels", KernelsConfig),
 }
+"""Maps the prefix of a group of options to its title and the class that takes them."""
 _WIDTH = 118
 
 
@@ -54,9 +55,9 @@ def help_text(command: str) -> str:
         _row("--print_config", "print the whole configuration and exit"),
         _row("--help-all", "every option, with its type, as the parser lists them"),
     ]
-    for prefix, (title, kind) in _GROUPS.items():
+    for prefix, (title, kind) in GROUPS.items():
         lines += ["", title[0].upper() + title[1:]]
-        lines += [_row(f"--{prefix}.{name}", text) for name, text in _options(prefix, kind)]
+        lines += [_row(f"--{prefix}.{name}", text) for name, text in options(prefix, kind)]
     lines += [
         "",
         "Another module or data: --model my_package.MyModule, --data TextDataModule; then --model.help CLASS lists its",
@@ -65,10 +66,18 @@ def help_text(command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _options(prefix: str, kind: type) -> list[tuple[str, str]]:
-    """Names and texts of the options of a class, the most used first."""
+def options(prefix: str, kind: type) -> list[tuple[str, str]]:
+    """Names and texts of the options of a class, the most used first.
+
+    Args:
+        prefix: of the options, a key of `GROUPS`; another one gives the order of the class.
+        kind: the class; its docstring documents the options.
+    """
     defaults = _defaults(kind)
-    about = _documented(kind)
+    about: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if base.__module__.startswith("automodel_trainer."):
+            about |= _documented(base)
     first = [name for name in _FIRST.get(prefix, ()) if name in defaults]
     names = first + [name for name in defaults if name not in first]
     return [(name, about.get(name, "as Lightning has it") + _default(defaults[name])) for name in names]

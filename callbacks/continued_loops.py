@@ -36,11 +36,15 @@ def place_in_epoch(checkpoint: dict[str, Any], loader: MicroBatchLoader, saved: 
         loader: a loader of this run at the checkpoint's position.
         saved: the batches of the epoch that the checkpoint counts.
     """
-    counted = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-    finished = loader.batches_yielded == 0  # it stands at the next epoch; Lightning has yet to end this one
-    shift = (loader.end if finished else loader.batches_yielded) - saved
-    if not saved or counted["ready"] != saved or not shift:
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    counted = progress["current"]
+    if not saved or counted["ready"] != saved:
         return
+    if loader.batches_yielded:
+        shift = loader.batches_yielded - saved
+    else:  # it stands at the next epoch; Lightning has yet to end this one, and does so if its last batch is done
+        shift = loader.end - saved
+        progress["is_last_batch"] = True
     for name in ("ready", "started", "processed", "completed"):
         counted[name] += shift
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from automodel_trainer.data.batches import MicroBatch
 from automodel_trainer.data.loader import MicroBatchLoader
-from automodel_trainer.data.mixture import MixtureRows, named_splits, parse_sources
+from automodel_trainer.data.mixture import MixtureRows, Source, named_splits, parse_sources
 from automodel_trainer.data.rows import Rows
 from automodel_trainer.data.sizes import check_positions, check_tokens
 
@@ -99,6 +99,7 @@ class MicroBatchDataModule(LightningDataModule):
         self.rows: dict[str, Rows] = {}
         self.positions: int | None = None
         self._prepared = False
+        self._source: str | None = None
         self._obstacle: str | None = None
         self._train_loader: TrainLoader | None = None
         self._train_state: dict[str, Any] | None = None
@@ -125,11 +126,27 @@ class MicroBatchDataModule(LightningDataModule):
         sources = parse_sources(train)
         if sources is None:
             return build(train)
-        parts = [build(source.path) for source in sources]
+        parts = [self._rows_of_source(source, build) for source in sources]
         rows: dict[str, Rows] = {"train": MixtureRows(sources, [part["train"] for part in parts], temperature, seed)}
         for source, part in zip(sources, parts):
             rows.update({f"{split}/{source.name}": part[split] for split in ("validation", "test") if split in part})
         return rows
+
+    def _rows_of_source(self, source: Source, build: Callable[[Any], dict[str, Rows]]) -> dict[str, Rows]:
+        """The rows of one source of a mixture; its name stands in warnings and errors."""
+        self._source = source.name
+        try:
+            return build(source.path)
+        except ValueError as error:
+            if self.called("train") in str(error):
+                raise
+            raise ValueError(f"{self.called('train')}: {error}") from error
+        finally:
+            self._source = None
+
+    def called(self, split: str) -> str:
+        """What messages call a split: with the name of the source of a mixture whose rows are made."""
+        return split if self._source is None else f"{split}/{self._source}"
 
     def evaluation_rows(self, split: str, data: Any, build: Callable[[str, Any], Rows]) -> dict[str, Rows]:
         """The rows of a split: of one set, or of several by name (`{name: data}`)."""

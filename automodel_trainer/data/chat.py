@@ -173,17 +173,21 @@ class ChatDataModule(MicroBatchDataModule):
 
     def sample_prompts(self, count: int) -> list[str]:
         """At most `count` prompts to try a model on: first user turns of the validation data, or of the train data."""
-        sources = parse_sources(self.train)
-        train = self.train if sources is None else sources[0].path
-        rows = self._validation_rows(train)
-        if rows is None:
-            rows = self.read(train, "train")
-            if self.val_split:
-                rows = rows.select(split_ids(len(rows), self.val_split, self.seed))
+        rows = self.prompt_rows()
         form = format_of(rows, self.columns)
         conversations = (form.to_messages(rows[index], index).messages for index in range(len(rows)))
         questions = (first_user_turn(messages) for messages in conversations)
         return list(islice(filter(None, questions), count))
+
+    def prompt_rows(self) -> Dataset:
+        """The rows to take prompts from: those of validation, or of training if there are none."""
+        sources = parse_sources(self.train)
+        train = self.train if sources is None else sources[0].path
+        rows = self._validation_rows(train)
+        if rows is not None:
+            return rows
+        rows = self.read(train, "train")
+        return rows.select(split_ids(len(rows), self.val_split, self.seed)) if self.val_split else rows
 
     def _validation_rows(self, train: Any) -> Dataset | None:
         if self.validation is None:
@@ -224,17 +228,20 @@ class ChatDataModule(MicroBatchDataModule):
                 "empty_turns": empty,
             }
 
-        settings = {"kind": "chat", "loss_on": loss_on, "columns": self.columns}
+        settings: dict[str, Any] = {"kind": "chat", "loss_on": loss_on, "columns": self.columns}
+        if form.columns.get("history", "history") in rows.column_names and "history" in form.optional:
+            settings["history"] = True  # samples were made without it once
         samples, key = tokenize(
             rows, encode_batch, tokenizer=tokenizer, settings=settings, masked=True, cache=self.cache
         )
         store = TokenStore(samples)
         if len(empty := np.flatnonzero(store.empty_turns)):
             shown = [describe_place(places, int(i)) for i in store.sample_ids[empty[:3]]]
+            named = f"{self._source}: " if self._source else ""
             rank_zero_warn(
-                f"{len(empty):,} conversations have an assistant turn without content or calls: {', '.join(shown)}"
-                f"{', …' if len(empty) > 3 else ''}. The model learns to say nothing there. Remove these turns, or set "
-                '"weight": 0 in them.'
+                f"{named}{len(empty):,} conversations have an assistant turn without content or calls: "
+                f"{', '.join(shown)}{', …' if len(empty) > 3 else ''}. The model learns to say nothing there. Remove "
+                'these turns, or set "weight": 0 in them.'
             )
         self._check(store)
         return store, key
@@ -259,7 +266,7 @@ class ChatDataModule(MicroBatchDataModule):
         if len(kept) == 0:
             raise ValueError(self._nothing_left(split, int(overlong.sum()), without))
         if without:
-            rank_zero_warn(f"{split}: left out {without:,} samples without a supervised token.")
+            rank_zero_warn(f"{self.called(split)}: left out {without:,} samples without a supervised token.")
         lengths = np.minimum(store.lengths[kept], self.seq_len)
         packed = self.group(store, kept) if self.packs else range(len(kept))
         groups = [kept[group].reshape(-1) for group in packed]
@@ -293,8 +300,8 @@ class ChatDataModule(MicroBatchDataModule):
             return
         ids, longest = store.sample_ids[overlong][:5].tolist(), int(store.lengths[overlong].max())
         text = (
-            f"{split}: {len(overlong):,} of {total:,} samples are longer than seq_len={self.seq_len} (the longest has "
-            f"{longest:,} tokens; rows {ids}{' ...' if len(overlong) > 5 else ''})"
+            f"{self.called(split)}: {len(overlong):,} of {total:,} samples are longer than seq_len={self.seq_len} "
+            f"(the longest has {longest:,} tokens; rows {ids}{' ...' if len(overlong) > 5 else ''})"
         )
         if self.overlong == "error":
             raise ValueError(f"{text}. Raise seq_len, or set overlong='drop' or overlong='truncate'.")
@@ -302,10 +309,10 @@ class ChatDataModule(MicroBatchDataModule):
 
     def _nothing_left(self, split: str, overlong: int, without: int) -> str:
         return (
-            f"{split}: no sample is left to train on: {overlong:,} are longer than seq_len={self.seq_len} and "
-            f"{without:,} have no supervised token with loss_on={self.loss_on!r}. For samples that are too long, raise "
-            f"seq_len or set overlong='truncate'. For samples without a supervised token, set loss_on='all' or check "
-            f"the data."
+            f"{self.called(split)}: no sample is left to train on: {overlong:,} are longer than "
+            f"seq_len={self.seq_len} and {without:,} have no supervised token with loss_on={self.loss_on!r}. For "
+            "samples that are too long, raise seq_len or set overlong='truncate'. For samples without a supervised "
+            "token, set loss_on='all' or check the data."
         )
 
 

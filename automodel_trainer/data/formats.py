@@ -5,7 +5,8 @@
 | messages | `messages`: dicts with role, content, tool_calls, … (OpenAI) | `tools` |
 | conversations | `conversations`: dicts with from, value (ShareGPT) | `tools`, `system` |
 | prompt/completion | `prompt`, `completion`: texts or lists of messages (TRL) | `tools`, `system` |
-| instruction/output | `instruction`, `output` (Alpaca) | `input`, `system` |
+| instruction/output | `instruction`, `output` (Alpaca) | `input`, `system`, `history`: pairs of texts |
+| instruction/response | `instruction`, `response` (Dolly) | `context`, `system` |
 | question/answer | `question`, `answer` | `system` |
 | prompt/response | `prompt`, `response` | `system` |
 """
@@ -92,10 +93,10 @@ class Format:
         prompt, answer = (values[name] for name in self.required)
         if self.name == "prompt/completion":
             return _prompt_completion(prompt, answer, _system(values), tools)
-        if more := values.get("input"):
+        if more := values.get("input") or values.get("context"):
             prompt = f"{prompt}\n\n{more}"
         pair = [*_turn("user", prompt, first), *_turn("assistant", answer, self.required[1])]
-        return Conversation([*_system(values), *pair], tools)
+        return Conversation([*_system(values), *_history(values.get("history")), *pair], tools)
 
     def _is_exact(self, name: str) -> bool:
         return self.columns.get(name, name) in self.exact
@@ -105,7 +106,8 @@ FORMATS = (
     Format("messages", ("messages",), ("tools",)),
     Format("conversations", ("conversations",), ("tools", "system")),
     Format("prompt/completion", ("prompt", "completion"), ("tools", "system")),
-    Format("instruction/output", ("instruction", "output"), ("input", "system")),
+    Format("instruction/output", ("instruction", "output"), ("input", "system", "history")),
+    Format("instruction/response", ("instruction", "response"), ("context", "system")),
     Format("question/answer", ("question", "answer"), ("system",)),
     Format("prompt/response", ("prompt", "response"), ("system",)),
 )
@@ -181,10 +183,28 @@ def _turn(role: str, text: Any, column: str) -> list[Message]:
     return [{"role": role, "content": text}]
 
 
+def _history(value: Any) -> list[Message]:
+    """Earlier questions and answers, before that of the row."""
+    if not value:
+        return []
+    if not isinstance(value, list) or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value):
+        raise ValueError(f"'history' must be a list of pairs, question and answer, found {str(value)[:200]!r}")
+    return [
+        turn
+        for question, answer in value
+        for turn in (*_turn("user", question, "history"), *_turn("assistant", answer, "history"))
+    ]
+
+
 def _prompt_completion(
     prompt: Any, completion: Any, system: list[Message], tools: list[dict[str, Any]] | None
 ) -> Conversation:
     """Prompt and completion may each be a text or a list of messages. Assistant messages in the prompt have no loss."""
+    for column, value in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(value, str | list):
+            raise ValueError(
+                f"{column!r} must be a text or a list of messages, found {type(value).__name__}: {str(value)[:80]!r}"
+            )
     before = _turn("user", prompt, "prompt") if isinstance(prompt, str) else parse_messages(prompt, "prompt")
     after = (
         _turn("assistant", completion, "completion")

@@ -286,8 +286,7 @@ class ImageTextDataModule(ChatDataModule):
 
     def sample_prompts(self, count: int) -> list[str]:
         """At most `count` prompts to try a model on: first user turns of rows without pictures."""
-        rows = self._validation_rows(self.train)
-        rows = self.read(self.train, "train") if rows is None else rows
+        rows = self.prompt_rows()
         reader, found = RowReader(format_of(rows, self.columns), self.image_mark), []
         for index in range(min(len(rows), 100 * count)):
             conversation, sources = reader.read(rows[index])

@@ -50,9 +50,9 @@ def parse_sources(train: Any) -> list[Source] | None:
     for row in train:
         if unknown := sorted(set(row) - set(KEYS)):
             raise ValueError(f"train: a source of a mixture has no {unknown[0]!r}. Allowed: {', '.join(KEYS)}.")
-        for key in ("weight", "epochs"):
-            _check_share(key, row.get(key), row["path"])
         name = str(row.get("name") or _name_of(row["path"], len(sources)))
+        for key in ("weight", "epochs"):
+            _check_share(key, row.get(key), name)
         sources.append(Source(row["path"], row.get("weight"), row.get("epochs"), name))
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -66,13 +66,13 @@ def parse_sources(train: Any) -> list[Source] | None:
     return sources
 
 
-def _check_share(key: str, value: Any, path: Any) -> None:
+def _check_share(key: str, value: Any, name: str) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise ValueError(f"train: {key}={value!r} of {path} is a {type(value).__name__} and must be a number.")
+        raise ValueError(f"train: {key}={value!r} of {name!r} is a {type(value).__name__} and must be a number.")
     if not 0 < value < float("inf"):
-        raise ValueError(f"train: {key}={value} of {path} must be positive and finite. Or leave the source out.")
+        raise ValueError(f"train: {key}={value} of {name!r} must be positive and finite. Or leave the source out.")
 
 
 def check_temperature(temperature: float) -> float:

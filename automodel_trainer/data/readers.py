@@ -23,6 +23,7 @@ from automodel_trainer.data.files import DataFile, reaching
 Row = dict[str, Any]
 ROWS = 1000  # rows of a batch
 
+_WRAPPERS = ("data", "rows", "examples", "instances")  # keys of a .json file that hold its rows, beside others
 TYPED = ("parquet", "arrow")  # these formats say the types of their columns
 
 
@@ -52,11 +53,9 @@ def read_tables(file: DataFile) -> Iterator[pa.Table]:
     """
     with _Named(file), opened(file) as stream:
         source = stream if file.compression is None else pa.BufferReader(stream.read())
-        if file.format == "parquet":
-            for batch in pq.ParquetFile(source).iter_batches(ROWS):
-                yield pa.Table.from_batches([batch])
-        else:
-            yield from map(pa.Table.from_batches, ([batch] for batch in _ipc_batches(source)))
+        batches = pq.ParquetFile(source).iter_batches(ROWS) if file.format == "parquet" else _ipc_batches(source)
+        for batch in batches:
+            yield _without_dictionaries(pa.Table.from_batches([batch]))
 
 
 def schema_of(file: DataFile) -> pa.Schema:
@@ -67,9 +66,29 @@ def schema_of(file: DataFile) -> pa.Schema:
     """
     with _Named(file), opened(file) as stream:
         source = stream if file.compression is None else pa.BufferReader(stream.read())
-        if file.format == "parquet":
-            return pq.ParquetFile(source).schema_arrow
-        return _ipc(source).schema
+        schema = pq.ParquetFile(source).schema_arrow if file.format == "parquet" else _ipc(source).schema
+        return pa.schema([field.with_type(_decoded(field.type)) for field in schema], schema.metadata)
+
+
+def _without_dictionaries(table: pa.Table) -> pa.Table:
+    """A table whose dictionary-encoded columns (pandas' categories) are columns of their values."""
+    for number, field in enumerate(table.schema):
+        if (kind := _decoded(field.type)) != field.type:
+            table = table.set_column(number, field.with_type(kind), table.column(number).cast(kind))
+    return table
+
+
+def _decoded(kind: pa.DataType) -> pa.DataType:
+    """A type with the types of their values in place of dictionaries, at every depth."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_decoded(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_decoded(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_decoded(kind.value_type)))
+    return kind
 
 
 def opened(file: DataFile) -> BinaryIO:
@@ -239,8 +258,9 @@ def _json(stream: BinaryIO, path: str) -> Iterator[list[Row]]:
         lists = [
             name for name, items in value.items() if isinstance(items, list) and items and isinstance(items[0], dict)
         ]
-        if len(value) == 1 and lists and lists[0] not in ("messages", "conversations"):
-            value = value[lists[0]]  # {"data": [rows]}
+        alone = len(value) == 1 and lists[:1] not in (["messages"], ["conversations"])
+        if lists and (alone or (len(lists) == 1 and lists[0] in _WRAPPERS)):
+            value = value[lists[0]]  # {"version": 1, "data": [rows]}
         else:
             value = [value]
     if not isinstance(value, list):
@@ -251,6 +271,8 @@ def _json(stream: BinaryIO, path: str) -> Iterator[list[Row]]:
 
 def _csv(stream: BinaryIO, path: str, delimiter: str = ",") -> Iterator[list[Row]]:
     head = stream.read(1 << 16)
+    if delimiter == "," and b"," not in (line := head.splitlines()[0]) and b";" in line:
+        delimiter = ";"  # as spreadsheets write it where the comma is a decimal sign
     names = pc.read_csv(io.BytesIO(head.splitlines()[0] + b"\n"), parse_options=pc.ParseOptions(delimiter=delimiter))
     if len(set(names.column_names)) < len(names.column_names):
         raise _Fault(f"{path} has two columns of one name: {names.column_names}.")

@@ -204,7 +204,8 @@ def _open(data: Any, split: str) -> Dataset | DatasetDict:
             return _read(_of_split(data, found, split))
         path = Path(data).expanduser()
         return load_from_disk(str(path)) if _is_saved(path) else _load(data)
-    hint = " A mixture is a list: train: [{path: …}, …]." if isinstance(data, dict) and "path" in data else ""
+    several = isinstance(data, dict | list) and len(data) > 0  # sources, or rows that are no dicts
+    hint = " Several sources are a mixture: train: [{path: …, name: …}, …]." if several else ""
     raise ValueError(f"cannot read data from {type(data).__name__}: {str(data)[:80]!r}.{hint} Allowed: {ALLOWED}.")
 
 

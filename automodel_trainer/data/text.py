@@ -225,15 +225,17 @@ class TextDataModule(MicroBatchDataModule):
     def _rows(self, split: str, store: TokenStore, pieces: np.ndarray, key: str, texts: int) -> Rows:
         """The rows made of some pieces, which come from `texts` rows of the data."""
         if len(pieces) == 0:
-            raise ValueError(f"{split}: no row has any text in column {self.text_column!r}.")
+            raise ValueError(f"{self.called(split)}: no row has any text in column {self.text_column!r}.")
         made_by = (key, split, self.seq_len, *(() if self.packs else ("padded",)))
         found = StreamRows(store, pieces, self.seq_len, digest(*made_by), self.packs)
         if len(found) == 0:
-            raise ValueError(f"{split}: no document has two tokens, so there is nothing to predict.")
+            raise ValueError(f"{self.called(split)}: no document has two tokens, so there is nothing to predict.")
         empty = texts - len(np.unique(store.sample_ids[pieces]))
         found.stats = replace(found.stats, empty=empty)
         if empty:
-            rank_zero_warn(f"{split}: left out {empty:,} of {texts:,} rows without text in {self.text_column!r}.")
+            rank_zero_warn(
+                f"{self.called(split)}: left out {empty:,} of {texts:,} rows without text in {self.text_column!r}."
+            )
         return found
 
     def _pieces(self, rows: Dataset) -> tuple[TokenStore, str]:

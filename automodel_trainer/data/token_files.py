@@ -138,15 +138,28 @@ class TokenFile:
         return np.flatnonzero((self.sample_ids >= first) & (self.sample_ids < last) & (self.lengths > 0))
 
     def highest(self) -> tuple[int, int]:
-        """The highest token id, and the document that has it. Of more than a billion tokens, a sample is looked at."""
+        """The highest token id, and the document that has it. Of more than a billion tokens, a sample is looked at.
+
+        Raises:
+            ValueError: a token is negative.
+        """
         step = max(1, len(self._tokens) // (1 << 30))
         found, place = -1, 0
         for start in range(0, len(self._tokens), 1 << 24):
             part = self._tokens[start : start + (1 << 24) : step]
+            if np.issubdtype(part.dtype, np.signedinteger) and int(part.min()) < 0:
+                raise ValueError(
+                    f"Document {self._document_at(start + int(part.argmin()) * step)} of {self.path} has token "
+                    f"{int(part.min())}. Tokens are 0 or more: {self.index} may be of another file, or name another "
+                    "dtype."
+                )
             if int(part.max()) > found:
                 found, place = int(part.max()), start + int(part.argmax()) * step
+        return found, self._document_at(place)
+
+    def _document_at(self, place: int) -> int:
         piece = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return found, int(self.sample_ids[max(0, piece)])
+        return int(self.sample_ids[max(0, piece)])
 
     @property
     def fingerprint(self) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,8 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from automodel_trainer.data.cache import cache_key, load_or_build
+from automodel_trainer.data.encode_rows import Encoder, encode_rows, processes_for
 from automodel_trainer.data.sources import fingerprint
-
-ROWS_PER_PROCESS = 1000
-"""Start one process per this many rows."""
-
-Encoder = Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]
-"""Takes columns of rows and the row numbers; returns columns of samples: `input_ids`, `sample_id`, maybe `trained`."""
 
 
 def tokenize(
@@ -51,20 +44,11 @@ def tokenize(
     key = cache_key(fingerprint(rows), tokenizer, settings)
 
     def build(scratch: Path | None) -> Dataset:
-        where = {"keep_in_memory": True} if scratch is None else {"cache_file_name": str(scratch / "samples.arrow")}
-        samples = rows.with_format(None).map(  # plain Python values, whatever format the user has set
-            lambda batch, indices: _with_counts(encode(batch, indices)),
-            batched=True,
-            batch_size=100,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            features=Features({**_features(masked), **(more or {})}),
-            load_from_cache_file=False,  # we have a cache of our own
-            new_fingerprint=key,  # otherwise `datasets` would hash the encoder with everything it refers to
-            num_proc=_processes(len(rows)),
-            desc="Tokenizing",
-            **where,
-        )
+        def with_counts(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            return _with_counts(encode(batch, indices))
+
+        features = Features({**_features(masked), **(more or {})})
+        samples = encode_rows(rows, with_counts, features, scratch, processes_for(len(rows)))
         if len(samples) == 0:
             raise ValueError("no row of the data has any text. Check the data and the names of its columns.")
         return samples
@@ -114,8 +98,6 @@ def check_columns(wanted: list[str], available: list[str]) -> None:
 
 
 def _with_counts(samples: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    # Arrays, because Arrow copies them whole and a list one object at a time.
-    samples["input_ids"] = [np.array(ids, dtype=np.int32) for ids in samples["input_ids"]]
     counts = {"length": [len(ids) for ids in samples["input_ids"]]}
     if "trained" in samples:
         counts["supervised"] = [int(np.count_nonzero(trained[1:])) for trained in samples["trained"]]
@@ -126,8 +108,3 @@ def _features(masked: bool) -> Features:
     features = {"input_ids": List(Value("int32")), "sample_id": Value("int64"), "length": Value("int32")}
     mask = {"trained": List(Value("bool")), "supervised": Value("int32"), "empty_turns": Value("int32")}
     return Features({**features, **mask} if masked else features)
-
-
-def _processes(rows: int) -> int | None:
-    count = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, rows // ROWS_PER_PROCESS)
-    return count if count > 1 else None

@@ -1,4 +1,4 @@
-"""What `amt export --check` holds besides predictions: tensors, ties, adapters, generation config, chat template."""
+"""What `amt export --check` holds besides predictions: tensors, ties, config, adapters, generation, chat template."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ CHATS: tuple[list[dict[str, Any]], ...] = (
 """Conversations that the exported chat template must render as the training's did."""
 
 
+_MAY_DIFFER = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version"}
+"""Values of config.json that an export sets: it may have another dtype, and its weights are not quantized."""
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of weights that are not quantized
 
 
@@ -83,6 +85,7 @@ def check_export(
     checks: list[Callable[[], Finding]] = [
         lambda: _tensors(original, exported, trust_remote_code),
         lambda: _loads(original, exported, adapter, trust_remote_code),
+        lambda: _config(original, exported, adapter, trust_remote_code),
         lambda: _generation(exported),
         lambda: _chats(adapter or folder, original, exported, trust_remote_code),
     ]
@@ -122,6 +125,37 @@ def _loads(original: Path, exported: Path, adapter: Path | None, trust_remote_co
         faults += [f"{name} is tied in the source and not here" for name in sorted(lost)]
     ties = f", {len(pairs)} tied" if pairs else ""
     return Finding("loading", "; ".join(faults), f"transformers reads it into {type(model).__name__}{ties}")
+
+
+def _config(original: Path, exported: Path, adapter: Path | None, trust_remote_code: bool) -> Finding:
+    """config.json says what the source's says. Some values (eps, rope, biases of routers) no prompt may show."""
+    before, after = (
+        transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        for folder in (original, exported)
+    )
+    if before.model_type != after.model_type:  # a part of what the source holds: its text model, say
+        before = before.get_text_config()
+    old, new = _flat(before.to_dict()), _flat(after.to_dict())
+    resized = adapter is not None and bool(read_config(adapter).get("modules_to_save"))  # embeddings with new tokens
+    differing = [
+        f"{name} is {new.get(name)!r} and was {old.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not (resized and name.endswith("vocab_size"))
+    ]
+    return Finding("config", "; ".join(differing), f"{len(old)} values are those of the source")
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config by their path (`text_config.vocab_size`), without those that an export sets."""
+    values: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in _MAY_DIFFER:
+            continue
+        if isinstance(value, dict):
+            values.update(_flat(value, f"{prefix}{name}."))
+        else:
+            values[prefix + str(name)] = value
+    return values
 
 
 def _generation(exported: Path) -> Finding:

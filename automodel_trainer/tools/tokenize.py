@@ -6,26 +6,24 @@ amt tokenize 'corpus/*.jsonl.zst' --tokenizer my-model --output tokens/
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from automodel_trainer.checkpoint.writable import check_folder
 from automodel_trainer.data.documents import check_text, document_end, encode_documents
 from automodel_trainer.data.files import ALLOWED, DataFile, find_files, names_of
+from automodel_trainer.data.in_processes import in_processes
 from automodel_trainer.data.readers import read_rows
 from automodel_trainer.data.token_files import TokenFileWriter
 
 CHARACTERS = 1 << 20  # of the texts that a process tokenizes at a time
-AHEAD = 3  # such parts in flight for each process
-_tokenizer: Any = None  # of a worker process
 
 
 def tokenize_files(
@@ -59,17 +57,15 @@ def tokenize_files(
     output.mkdir(parents=True, exist_ok=True)
     if there := sorted(output.glob("*.bin")):
         raise ValueError(f"{output} holds {names_of([file.name for file in there])}: give an empty folder.")
-    _start(tokenizer)
-    document_end(_tokenizer)
-    size = len(_tokenizer)
+    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    document_end(loaded)
     count = workers or len(os.sched_getaffinity(0))
-    begun, shards = time.monotonic(), _Shards(output, size, shard_bytes)
-    context = multiprocessing.get_context("spawn" if count > 1 else None)
+    begun, shards = time.monotonic(), _Shards(output, len(loaded), shard_bytes)
     texts = _Texts(found.files, column)
     with _bar() as bar:
         task = bar.add_task("tokenizing", total=len(found.files), speed="")
         try:
-            for lengths, tokens in _encoded(texts.parts(), count, tokenizer, context):
+            for lengths, tokens in in_processes(_encode, loaded, texts.parts(), count):
                 shards.add(lengths, tokens)
                 speed = shards.tokens / max(1e-9, time.monotonic() - begun)
                 said = f"{shards.tokens:,} tokens, {speed:,.0f} tokens/s"
@@ -160,32 +156,8 @@ class _Texts:
             self.files_read += 1
 
 
-def _encoded(
-    parts: Iterator[list[str]], count: int, tokenizer: str, context: Any
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    if count == 1:
-        yield from map(_encode, parts)
-        return
-    with context.Pool(count, _start, (tokenizer,)) as pool:
-        waiting: deque[Any] = deque()
-        for part in parts:
-            waiting.append(pool.apply_async(_encode, (part,)))
-            if len(waiting) >= AHEAD * count:
-                yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
-
-
-def _start(tokenizer: str) -> None:
-    global _tokenizer
-    from transformers import AutoTokenizer
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is one core
-    _tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-
-
-def _encode(texts: list[str]) -> tuple[list[int], np.ndarray]:
-    documents = encode_documents(_tokenizer, texts)  # type: ignore[arg-type]
+def _encode(tokenizer: Any, texts: list[str]) -> tuple[list[int], np.ndarray]:
+    documents = encode_documents(tokenizer, texts)  # type: ignore[arg-type]
     lengths = [len(ids) for ids in documents]
     tokens = np.fromiter((token for ids in documents for token in ids), np.uint32, sum(lengths))
     return lengths, tokens

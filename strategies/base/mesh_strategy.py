@@ -67,6 +67,15 @@ class MeshStrategy(StepRunner, SavingStrategy):
         self.prepared = PreparedBlocks()
         self._sets_up_training = False
 
+    def __repr__(self) -> str:
+        """What Lightning's Fabric prints when it refuses a strategy that is not one of its own."""
+        name = type(self).__name__
+        return (
+            f"{name}(…) of automodel_trainer, which lays models out for a Trainer or a loop of your own and not for "
+            f"Fabric: call {name}(…).start(), load the model with AutoModelForCausalLM.from_pretrained(folder, "
+            "strategy), and run the loop without Fabric (docs/own_loop.md)"
+        )
+
     # --- the contract: what a layout defines --------------------------------------------------------------------------
 
     @abstractmethod

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -89,6 +90,35 @@ class Objective:
         count: Tensor = (micro_batch["labels"] != IGNORE_INDEX).sum()
         return count
 
+    def in_step(
+        self, strategy: Any, micro_batches: Sequence[MicroBatch], num_tokens: Tensor
+    ) -> AbstractContextManager[None]:
+        """A context around forward and backward of one optimizer step. It may be collective.
+
+        Args:
+            strategy: runs the step.
+            micro_batches, num_tokens: see `StepRunner.forward_backward`.
+        """
+        return nullcontext()
+
+    def token_marks(self, micro_batch: MicroBatch) -> Tensor | None:
+        """What `side_loss` needs to know of every token: int64 with the shape of the model's `input_ids`, or None.
+
+        It is split over ranks as targets are, and padded with −100.
+        """
+        return None
+
+    def side_loss(self, marks: Tensor | None) -> Tensor | None:
+        """The part of the loss that layers make beside the logits (routers, say), summed as `loss` is: 0-dim, or None.
+
+        It is asked right after each forward of a training step, in a pipeline after the forward of each stage, on all
+        ranks. It may be collective.
+
+        Args:
+            marks: this rank's part of `token_marks`.
+        """
+        return None
+
     def check_batch(self, batch: Any) -> None:
         """Look at a batch while it is still on the host, where that does not wait for the device.
 
@@ -131,3 +161,22 @@ class Objective:
 def count_all(objective: Objective, micro_batches: Sequence[MicroBatch]) -> Tensor:
     """The sum of `count` over micro-batches, 0-dim int64."""
     return torch.stack([objective.count(micro_batch) for micro_batch in micro_batches]).sum()
+
+
+class Marked(NamedTuple):
+    """The targets of a micro-batch, and the `token_marks` that its `side_loss` asks for."""
+
+    targets: Any
+    marks: Tensor
+
+
+def marked_part(objective: Objective, micro_batch: MicroBatch) -> Part:
+    """What `objective.split` gives, with `Marked` targets if the objective has marks."""
+    inputs, targets = objective.split(micro_batch)
+    marks = objective.token_marks(micro_batch)
+    return inputs, targets if marks is None else Marked(targets, marks)
+
+
+def unmarked(targets: Any) -> tuple[Any, Tensor | None]:
+    """The targets and the marks of what `marked_part` gave for targets."""
+    return (targets.targets, targets.marks) if isinstance(targets, Marked) else (targets, None)

@@ -20,7 +20,7 @@ from automodel_trainer.models.quantization.quantize import quantized_weights
 from automodel_trainer.nn.blocks import find_blocks, untied_input_embedding
 from automodel_trainer.strategies.base.precision import Dtypes, fsdp_policy
 from automodel_trainer.strategies.data_parallel import gradient_reduction
-from automodel_trainer.strategies.data_parallel._fsdp import lay_out_gradients_at_once
+from automodel_trainer.strategies.data_parallel._fsdp import initialize_sharding, lay_out_gradients_at_once
 from automodel_trainer.strategies.data_parallel.accumulate_grads_foreach import accumulate_grads_foreach
 from automodel_trainer.strategies.expert.parallelize import place_expert
 
@@ -107,6 +107,7 @@ class Shards:
         # The root unit holds the rest (final norm, head, tied embedding). It stays gathered between forward and
         # backward, because backward begins where forward ended.
         fully_shard(model, reshard_after_forward=False, **options)
+        _gather_outside_inference_mode(model)
         _prefetch(blocks, self.options.forward_prefetch, self.options.backward_prefetch)
         if self.experts is not None:
             gradient_reduction.average_over(self.experts.modules, mesh.size())
@@ -228,6 +229,26 @@ def _shard_dimension(parameter: nn.Parameter) -> Shard | None:
         isinstance(p, StridedShard) and p.dim == 0 for p in parameter.placements
     )
     return Shard(1) if packed and parameter.ndim > 1 else None
+
+
+def _gather_outside_inference_mode(model: nn.Module) -> None:
+    """Let a model be trained whose first forward is in `torch.inference_mode()`.
+
+    FSDP2 makes a unit's buffers when it first gathers it and uses them for ever. Those made in inference mode can be
+    written in inference mode alone.
+    """
+
+    def gather(module: nn.Module, _: Any) -> None:
+        handle.remove()
+        if not torch.is_inference_mode_enabled():
+            return
+        with torch.inference_mode(False):
+            initialize_sharding(module)  # type: ignore[arg-type]
+            for unit in (unit for unit in module.modules() if isinstance(unit, FSDPModule)):
+                unit.unshard()
+                unit.reshard()
+
+    handle = model.register_forward_pre_hook(gather, prepend=True)
 
 
 def _prefetch(blocks: list[nn.Module], forward: int, backward: int) -> None:

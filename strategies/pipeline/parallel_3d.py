@@ -22,11 +22,13 @@ from automodel_trainer.nn.flops import keep_training_cost
 from automodel_trainer.nn.step_cache import unchanged_weights
 from automodel_trainer.strategies.base.clip import clip_grads_, total_grad_norm
 from automodel_trainer.strategies.base.mesh_strategy import MicroBatch, Objective, Part
+from automodel_trainer.strategies.base.objective import marked_part, unmarked
 from automodel_trainer.strategies.data_parallel._fsdp import initialize_sharding, reduce_gradients
 from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy
 from automodel_trainer.strategies.data_parallel.shard import is_laid_out
 from automodel_trainer.strategies.inner_parallel import forward_for_loss
 from automodel_trainer.strategies.pipeline.batches import same_shape
+from automodel_trainer.strategies.pipeline.beside import with_loss
 from automodel_trainer.strategies.pipeline.picture import legend, schedule_facts, text_picture
 from automodel_trainer.strategies.pipeline.pipeline import Pipeline
 from automodel_trainer.strategies.pipeline.rehearsal import check_stages
@@ -290,15 +292,15 @@ class Parallel3DStrategy(FSDP2Strategy):
         if pipeline is None:
             return super().forward_backward(objective, micro_batches, num_tokens)
         check_micro_batches(self.schedule, self.dims.pp, self.stages_per_rank, len(micro_batches))
-        parts = same_shape([objective.split(micro_batch) for micro_batch in micro_batches])
+        parts = same_shape([marked_part(objective, micro_batch) for micro_batch in micro_batches])
         scale = self.gradient_scale / num_tokens.clamp(min=1)
         step = _Step(self, objective, parts, scale, torch.zeros((), device=self.root_device))
         step.prepare()
-        with unchanged_weights():
+        with unchanged_weights(), objective.in_step(self, micro_batches, num_tokens):
             pipeline.step(step, len(parts), self._hidden_shape(parts[0]))
         step.finish()
         self._share_tied_gradients(objective.model)
-        dist.all_reduce(step.total, group=pipeline.group)  # only the last stage's rank has the loss; others have 0
+        dist.all_reduce(step.total, group=pipeline.group)  # the last stage's rank has the loss of the logits
         self.check_replicas_once(objective.model)
         return step.total
 
@@ -361,6 +363,12 @@ class Parallel3DStrategy(FSDP2Strategy):
         finally:
             self._share_logits = True
 
+    def sum_over_stages(self, tensor: Tensor) -> Tensor:
+        """See `StepRunner.sum_over_stages`."""
+        if self.dims.pp > 1:
+            dist.all_reduce(tensor, group=self.device_mesh["pp"].get_group())
+        return tensor
+
     def from_logits(self, compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `StepRunner.from_logits`. The last stage's rank computes, and the others get its result."""
         if self._pipeline is None:
@@ -413,13 +421,18 @@ class _Step:
         """See `pipeline.StepRunner.forward`."""
         pipeline, model = self.strategy.pipeline, self.objective.model
         assert pipeline is not None
-        with self.strategy.split_sequence(*self.parts[micro_batch]) as (inputs, targets):
+        with self.strategy.split_sequence(*self.parts[micro_batch]) as (inputs, own):
+            targets, marks = unmarked(own)
             turn = Turn(stage, hidden)
             output = pipeline.model.run(turn, lambda: forward_for_loss(model, inputs))
+            beside = self.objective.side_loss(marks)
+            if beside is not None:
+                self.total += beside.detach()
             if not stage.last:
-                return output
+                return output if beside is None else with_loss(output, beside * self.scale)
             loss = self.objective.loss(output, targets)
         self.total += loss.detach()
+        loss = loss if beside is None else loss + beside
         return (loss * self.scale).float().reshape(1)  # the shape and dtype that `Pipeline` told torch
 
     @contextmanager

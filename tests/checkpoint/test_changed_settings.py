@@ -245,6 +245,17 @@ def sizes_of_first_epoch(sizes: list[int], o: dict[str, Any]) -> int:
     return min(len(sizes), full + (1 if rest and not o["drop_last"] else 0))
 
 
+@pytest.mark.parametrize("changed", [{"limit": SAVED}, {"limit": SAVED - 1}, {"limit": 2, "size": 6, "micro": 2}])
+def test_an_epoch_that_a_new_limit_has_ended(saved: tuple[Path, Steps], tmp_path: Path, changed: dict) -> None:
+    """The checkpoint stands where the epoch now ends, or beyond: the next one begins, and no epoch is added."""
+    o = {**START, "epochs": 3, **changed}
+    rest = run(tmp_path, {"epochs": 3, **changed}, ckpt_path=saved[0])
+    sizes = [o["size"]] * (2 * o["limit"])
+    assert [len([i for i in step if i >= 0]) for step in rest.rows] == sizes
+    rates = [expected_rate(o, SAVED + i, SAVED + len(sizes)) for i in range(len(sizes))]
+    assert rest.rates == pytest.approx(rates, rel=1e-12)
+
+
 def test_the_next_resume_goes_on_from_the_changed_epoch(saved: tuple[Path, Steps], tmp_path: Path) -> None:
     """Another batch size within an epoch, saved and resumed again within it, and a third size."""
     checkpoint, first = saved

@@ -99,8 +99,40 @@ def test_every_format_in_every_compression(tmp_path: Path) -> None:
     (tmp_path / "lines.json").write_bytes(content(".jsonl"))
     (tmp_path / "array.jsonl").write_bytes(content(".json"))
     (tmp_path / "wrapped.json").write_text(json.dumps({"data": ROWS}))
-    for name in ("bom.jsonl", "lines.json", "array.jsonl", "wrapped.json"):
+    (tmp_path / "described.json").write_text(json.dumps({"version": "1", "meta": {"a": 1}, "data": ROWS}))
+    for name in ("bom.jsonl", "lines.json", "array.jsonl", "wrapped.json", "described.json"):
         assert load_rows(tmp_path / name).to_list() == ROWS, name
+
+
+def test_columns_of_categories_are_read_as_their_values(tmp_path: Path) -> None:
+    """pandas writes categories as dictionaries, at any depth of a column."""
+    names = pa.array(["a", "b", None, "a"])
+    turns = pa.StructArray.from_arrays([names.dictionary_encode(), pa.array([1, 2, 3, 4])], ["role", "n"])
+    kinds = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3, 4], pa.int32()), names.dictionary_encode())
+    table = pa.table({"text": names.dictionary_encode(), "turn": turns, "kinds": kinds})
+    wanted = [
+        {"text": name, "turn": {"role": name, "n": n}, "kinds": [name]} for n, name in enumerate(names.to_pylist(), 1)
+    ]
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("rows.parquet", "rows.arrow"):
+        assert load_rows(tmp_path / name).to_list() == wanted, name
+        assert list(open_stream(tmp_path / name)) == wanted, name
+
+
+def test_csv_of_semicolons(tmp_path: Path) -> None:
+    """As spreadsheets write it where the comma is a decimal sign."""
+    (tmp_path / "rows.csv").write_text('prompt;completion\n"a; b";0,5\nc;d\n')
+    wanted = [{"prompt": "a; b", "completion": "0,5"}, {"prompt": "c", "completion": "d"}]
+    assert load_rows(tmp_path / "rows.csv").to_list() == wanted
+
+
+def test_several_paths_are_no_source(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl")
+    for data in ([str(tmp_path / "a.jsonl")], {"a": str(tmp_path / "a.jsonl")}):
+        with pytest.raises(ValueError, match=r"Several sources are a mixture: train: \[\{path: …, name: …\}, …\]"):
+            load_rows(data)
 
 
 def test_a_folder_of_several_formats_is_read_whole(tmp_path: Path) -> None:

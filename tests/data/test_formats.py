@@ -41,6 +41,25 @@ def convert(row: dict[str, Any], columns: dict[str, str] | None = None) -> Conve
             "instruction/output",
             [SYSTEM, {"role": "user", "content": "Add\n\n1 2"}, ASSISTANT],
         ),
+        (
+            {"instruction": "Hi", "output": "Hello", "history": [["Add", "3"], ("Sub", "1")], "system": "Be brief"},
+            "instruction/output",
+            [
+                SYSTEM,
+                {"role": "user", "content": "Add"},
+                {"role": "assistant", "content": "3"},
+                {"role": "user", "content": "Sub"},
+                {"role": "assistant", "content": "1"},
+                USER,
+                ASSISTANT,
+            ],
+        ),
+        ({"instruction": "Hi", "output": "Hello", "history": None}, "instruction/output", [USER, ASSISTANT]),
+        (
+            {"instruction": "Add", "context": "1 2", "response": "Hello", "category": "x"},
+            "instruction/response",
+            [{"role": "user", "content": "Add\n\n1 2"}, ASSISTANT],
+        ),
         ({"question": "Hi", "answer": "Hello", "source": "x"}, "question/answer", [USER, ASSISTANT]),
         ({"prompt": "Hi", "response": "Hello", "system": None}, "prompt/response", [USER, ASSISTANT]),
     ],
@@ -49,6 +68,20 @@ def test_recognised(row: dict[str, Any], name: str, messages: list[dict[str, Any
     form = detect_format(list(row))
     assert form.name == name
     assert form.to_messages(row).messages == messages
+
+
+def test_values_of_other_types_are_named() -> None:
+    for row, message in (
+        ({"instruction": "Hi", "output": "Hello", "history": ["Add", "3"]}, "'history' must be a list of pairs"),
+        (
+            {"instruction": "Hi", "output": "Hello", "history": [["Add", None]]},
+            "'history' must be a string, found None",
+        ),
+        ({"prompt": "Hi", "completion": 4}, "'completion' must be a text or a list of messages, found int: '4'"),
+        ({"prompt": b"Hi", "completion": "4"}, "'prompt' must be a text or a list of messages, found bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(row)
 
 
 def test_mapped_by_name() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,31 @@ def test_a_run_trains_on_it_and_names_the_validation_sets(tmp_path: Path, capsys
     text.setup("fit")
     assert list(text.val_dataloader()) == ["one"]
     assert shares(text.rows["train"]) == pytest.approx([0.5, 0.5])  # type: ignore[arg-type]
+
+
+def test_messages_name_the_source() -> None:
+    """What was left out of a source, and what is wrong with one, is said with its name."""
+    tokenizer = tiny_tokenizer()
+    good = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}] * 8
+    silent = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}]
+    long = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a" * 400}]}]
+
+    def said(cls: Any, parts: dict[str, Any], **options: Any) -> str:
+        train = [{"path": Dataset.from_list(rows), "name": name} for name, rows in parts.items()]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cls(train, tokenizer=tokenizer, cache=False, **options).prepare()
+        return " ".join(str(warning.message) for warning in caught)
+
+    chats = said(ChatDataModule, {"plain": good, "mixed": good + silent + long}, seq_len=128)
+    assert "train/mixed: 1 of 10 samples are longer than seq_len=128" in chats
+    assert "mixed: 1 conversations have an assistant turn without content" in chats
+    assert "train/plain" not in chats
+    texts = {"full": [{"text": "words"}] * 3, "gaps": [{"text": "words"}, {"text": ""}, {"text": None}]}
+    assert "train/gaps: left out 2 of 3 rows without text" in said(TextDataModule, texts, seq_len=16)
+    bad = [{"path": Dataset.from_list(good), "name": "plain"}, {"path": [{"messages": [{"role": "x"}]}], "name": "odd"}]
+    with pytest.raises(ValueError, match=r"^train/odd: row 0 of the data"):
+        ChatDataModule(bad, tokenizer=tokenizer, cache=False).prepare()
 
 
 def test_validation_sets_have_names_without_a_mixture(tmp_path: Path) -> None:

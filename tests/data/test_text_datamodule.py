@@ -148,7 +148,7 @@ def test_rows_without_text_are_counted(tmp_path: Path) -> None:
         split = module(rows, val_split=0.5)
     assert sum(part.stats.empty for part in split.rows.values()) == 2
     assert sum(part.stats.samples for part in split.rows.values()) == 4
-    with pytest.warns(UserWarning, match="train: left out 2 of 6"):
+    with pytest.warns(UserWarning, match="train/a: left out 2 of 6"):
         mixed = module(
             [{"path": rows, "weight": 1, "name": "a"}, {"path": [{"text": "x y"}], "weight": 1, "name": "b"}]
         )

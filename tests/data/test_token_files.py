@@ -155,6 +155,14 @@ def test_megatron_files(tmp_path: Path) -> None:
     assert mixed.rows["train"].shares["a"][0] == pytest.approx(0.5)  # type: ignore[attr-defined]
 
 
+def test_a_negative_token_is_named(tmp_path: Path) -> None:
+    """Of an index that names a signed type for unsigned tokens, say. The embedding would take the last row for it."""
+    for code, dtype in ((2, np.int8), (3, np.int16), (4, np.int32), (5, np.int64)):
+        megatron(tmp_path / "m", [[[1, 2, 3]], [[4, -6]], [[7]]], dtype, code)
+        with pytest.raises(ValueError, match=r"Document 1 of .*m\.bin has token -6\. Tokens are 0 or more"):
+            TokenFile(tmp_path / "m").highest()
+
+
 def test_plain_files(tmp_path: Path) -> None:
     """nanoGPT has no header, llm.c has one; documents end with EOS."""
     tokens = [5, 6, 4, 7, 4, 8, 9]

@@ -44,7 +44,7 @@ def chats(count: int) -> list[dict[str, Any]]:
 def trainer_of(kind: str, model: Any, tokenizer: Any, common: dict[str, Any]) -> Any:
     common = {**common, "processing_class": tokenizer}
     arguments = common.pop("arguments")
-    if kind in ("hf", "lora"):
+    if kind in ("hf", "lora", "grown"):
         rows = Dataset.from_list([{"input_ids": tokenizer(f"{i} plus {i}")["input_ids"]} for i in range(24)])
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         return transformers.Trainer(
@@ -65,6 +65,14 @@ def trainer_of(kind: str, model: Any, tokenizer: Any, common: dict[str, Any]) ->
     args = trl.GRPOConfig(**arguments, num_generations=2, max_completion_length=8)
     rows = Dataset.from_list([{"prompt": f"{i}+1="} for i in range(24)])
     return trl.GRPOTrainer(model, reward_funcs=score, args=args, train_dataset=rows, **common)
+
+
+def grow(model: Any) -> None:
+    """Add a trained module to a model that may be sharded already; transformers' Trainer averages its gradients."""
+    model.grown = torch.nn.Linear(model.config.hidden_size, model.config.hidden_size, bias=False)
+    torch.nn.init.orthogonal_(model.grown.weight)
+    grown = model.grown
+    model.model.norm.register_forward_hook(lambda module, inputs, output: output + grown(output))
 
 
 def score(completions: list[str], **_: Any) -> list[float]:
@@ -89,6 +97,8 @@ def run(kinds: list[str], spec: str | None, base: Path, out: Path) -> dict[str, 
         else:
             model = auto.from_pretrained(base, strategy=spec, lora=LORA if kind == "lora" else None, **options)
         model.config.pad_token_id = tokenizer.pad_token_id
+        if kind == "grown":
+            grow(model)
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         rows = ranks // (getattr(model, "_tp_size", None) or 1)
         arguments = {
@@ -99,7 +109,8 @@ def run(kinds: list[str], spec: str | None, base: Path, out: Path) -> dict[str, 
         more = {"reference": auto.from_pretrained(base, strategy=spec)} if kind == "dpo" else {}
         trainer = trainer_of(kind, model, tokenizer, {"arguments": arguments, **more})
         trainer.train()
-        trainer.save_model(str(out / kind))
+        if kind != "grown":
+            trainer.save_model(str(out / kind))
         history = [(x["loss"], x["grad_norm"]) for x in trainer.state.log_history if "loss" in x]
         seen[kind] = {"history": history, "wrapped": type(trainer.model_wrapped).__name__.removeprefix("FSDP")}
     return seen
@@ -108,7 +119,7 @@ def run(kinds: list[str], spec: str | None, base: Path, out: Path) -> dict[str, 
 @pytest.mark.parametrize(
     ("spec", "world_size", "kinds"),
     [
-        ("fsdp2", 2, ["hf", "lora", "sft", "packed", "dpo", "reward"]),
+        ("fsdp2", 2, ["hf", "grown", "lora", "sft", "packed", "dpo", "reward"]),
         ("fsdp2:tp=2", 2, ["hf", "lora", "sft"]),
         more("fsdp2:tp=2", 4, ["hf", "sft"]),
     ],
@@ -123,6 +134,8 @@ def test_as_on_one_device(
         assert len(alone[kind]["history"]) == 3
         ours, one = (torch.tensor(run[kind]["history"]).double() for run in (sharded, alone))
         assert torch.allclose(ours, one, rtol=2e-3, atol=2e-4), f"{kind}: {ours} for {one}"
+        if kind == "grown":
+            continue
         files = {file.name for file in (tmp_path / "many" / kind).iterdir()}
         assert ("adapter_model.safetensors" in files) == (kind == "lora"), files
         auto = transformers.AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
@@ -131,6 +144,55 @@ def test_as_on_one_device(
         with torch.no_grad():
             ours, one = (m.eval()(input_ids=ids).logits for m in (saved, reference))
         assert torch.allclose(ours, one, atol=2e-3), kind
+
+
+def best(spec: str | None, base: Path, out: Path) -> dict[str, Any]:
+    """Four steps, with a checkpoint after two; the first is "best", and is read again at the end."""
+    ParallelismConfig._validate_accelerator = lambda *_: None  # type: ignore[method-assign]
+    warnings.simplefilter("ignore")
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    set_seed(1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, strategy=spec)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    arguments = {
+        "max_steps": 4, "per_device_train_batch_size": 4 // (ranks // (getattr(model, "_tp_size", None) or 1)),
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "report_to": [], "use_cpu": True, "seed": 1,
+        "disable_tqdm": True, "adam_epsilon": 1e-3, "output_dir": str(out), "eval_strategy": "steps", "eval_steps": 2,
+        "save_strategy": "steps", "save_steps": 2, "metric_for_best_model": "eval_loss", "greater_is_better": True,
+        "load_best_model_at_end": True, "eval_on_start": True, "save_only_model": True,
+    }  # fmt: skip
+    rows = Dataset.from_list([{"input_ids": tokenizer(f"{i} plus {i}")["input_ids"]} for i in range(24)])
+    common = {
+        "train_dataset": rows, "eval_dataset": rows.select(range(8)), "processing_class": tokenizer,
+        "data_collator": DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    }  # fmt: skip
+    trainer = transformers.Trainer(model, TrainingArguments(**arguments), **common)
+    trainer.train()
+    with torch.no_grad():
+        logits: Any = model.eval()(input_ids=torch.arange(6, 18).view(1, 12)).logits
+    return {
+        "losses": [x["eval_loss"] for x in trainer.state.log_history if "eval_loss" in x],
+        "logits": logits.full_tensor() if hasattr(logits, "full_tensor") else logits,
+        "best": Path(trainer.state.best_model_checkpoint or "").name,
+    }
+
+
+@pytest.mark.parametrize("spec", ["fsdp2", "fsdp2:tp=2"])
+def test_the_best_checkpoint_is_read_into_shards(pool: RankPool, base: Path, tmp_path: Path, spec: str) -> None:
+    (alone,) = pool.run(1, best, None, base, tmp_path / "one")
+    for seen in pool.run(2, best, spec, base, tmp_path / "many"):
+        assert seen["best"] == alone["best"] == "checkpoint-2"
+        assert seen["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert torch.allclose(seen["logits"], alone["logits"], atol=2e-3)
+    (plain, last) = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "many" / f"checkpoint-{step}") for step in (2, 4)
+    )
+    ids = torch.arange(6, 18).view(1, 12)
+    with torch.no_grad():
+        assert torch.allclose(plain(input_ids=ids).logits, alone["logits"], atol=2e-3)
+        assert not torch.allclose(last(input_ids=ids).logits, alone["logits"], atol=0.1)
 
 
 def test_grpo_as_transformers_own_sharding(pool: RankPool, base: Path, tmp_path: Path) -> None:

@@ -140,6 +140,10 @@ def test_each_fault_of_an_export_is_named(tmp_path: Path) -> None:
             lambda f: weights(f, lambda t: t["model.norm.weight"].add_(1e-3)),
             "unchanged.*model.norm.weight differs from the source",
         ),
+        "eps": (
+            lambda f: config(f, "config.json", rms_norm_eps=2e-6, rope_parameters={"rope_theta": 5.0}),
+            "config: WRONG: rms_norm_eps is 2e-06 and was .*; rope_parameters.rope_theta is 5.0 and was",
+        ),
         "not a number": (lambda f: weights(f, lambda t: t[q].fill_(float("nan"))), f"merged.*{q} is not base"),
         "no such token": (
             lambda f: config(f, "generation_config.json", eos_token_id=[1, 99999]),
@@ -169,8 +173,9 @@ def test_an_export_that_is_not_tied_any_more_is_named(tmp_path: Path) -> None:
     save_file({**tensors, **head}, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-    (fault,) = [f for f in check_export(tmp_path / "tied", folder) if f.fault]
-    assert "lm_head.weight is tied in the source and not here" in str(fault)
+    faults = " ".join(str(f) for f in check_export(tmp_path / "tied", folder) if f.fault)
+    assert "lm_head.weight is tied in the source and not here" in faults
+    assert "config: WRONG: tie_word_embeddings is False and was True." in faults + "."
 
 
 def test_writing_fails_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
