@@ -25,6 +25,7 @@ from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.beside import use
 from tests.harness import close, relative_error
 from tests.limits import check_casts
+from tests.matrix import more
 from tests.models.test_lora_layouts import train as train_lora
 from tests.models.test_lora_peft import disturb
 from tests.pool import RankPool
@@ -102,7 +103,9 @@ def test_frozen_weights_are_cast_once(recipe: str) -> None:
     assert "14 weights held in fp8" in str(fp8_layers(model))
 
 
-@pytest.mark.parametrize(("recipe", "backend"), [("tensorwise", "aot_eager"), ("rowwise", "inductor")])
+@pytest.mark.parametrize(
+    ("recipe", "backend"), [("tensorwise", "aot_eager"), ("rowwise", "aot_eager"), more("rowwise", "inductor")]
+)
 def test_compiled_blocks_compute_the_same(recipe: str, backend: str) -> None:
     expected, wanted = step(adapted(recipe, layers=1).train())
     model = adapted(recipe, layers=1).train()

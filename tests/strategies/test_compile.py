@@ -30,7 +30,7 @@ def test_one_device(spec: str) -> None:
     [
         more("fsdp2", "llama"),
         ("fsdp2:activation_checkpointing=selective", "gemma3_text"),  # windows and full attention
-        ("fsdp2:tp=2", "llama"),
+        more("fsdp2:tp=2", "llama"),
         more("fsdp2:tp=2,activation_checkpointing=full", "qwen3"),
         ("fsdp2:tp=2,activation_checkpointing=selective", "qwen3"),
         ("fsdp2:tp=2,sequence_parallel=false,activation_checkpointing=full", "phi3"),
