@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from automodel_trainer.models.kernels import KernelsConfig
     from automodel_trainer.models.lora import LoRAConfig
     from automodel_trainer.modules import (
+        BalanceConfig,
         CausalLMModule,
         HuggingFaceModule,
         ImageTextModule,
@@ -54,6 +55,7 @@ _HOMES = {
     "AutoModelForImageTextToText": "auto",
     "AutoModelForSequenceClassification": "auto",
     "AutoModelForTokenClassification": "auto",
+    "BalanceConfig": "modules",
     "CausalLMModule": "modules",
     "ChatDataModule": "data",
     "DDPStrategy": "strategies",
@@ -89,6 +91,7 @@ __all__ = [
     "AutoModelForImageTextToText",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
+    "BalanceConfig",
     "CausalLMModule",
     "ChatDataModule",
     "DDPStrategy",

@@ -1,14 +1,18 @@
-"""A mixture of experts of Qwen3-30B-A3B's shape on one GPU, in bf16, with random weights.
+"""A mixture of experts of Qwen3-30B-A3B's shape, in bf16, with random weights.
 
 python benchmarks/moe.py block              # one block of experts, forward and backward: transformers and ours
 python benchmarks/moe.py block --profile    # and the kernels of ours, by time
 python benchmarks/moe.py model --layers 6 --rows 4               # the Trainer, all parameters
 python benchmarks/moe.py model --layers 48 --rows 2 --lora       # the Trainer, LoRA r=16 on all-linear
+python benchmarks/moe.py model --layers 48 --rows 2 --lora --quantize nf4    # and held in 4 bits, or --fp8 tensorwise
+python benchmarks/moe.py dispatch --gpus 2 --layers 6 --rows 4   # fsdp2, ep=2 by all_to_all, ep=2 by DeepEP
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,23 +34,24 @@ from automodel_trainer import (
     Trainer,
 )
 from automodel_trainer.models._masks import packing_without_sync
-from automodel_trainer.models.kernels.experts import swap_experts
+from automodel_trainer.models.kernels.experts import experts_to_fp8, swap_experts
 from automodel_trainer.models.lora.layers import adapt_parameter
 from automodel_trainer.nn.deferred_logits import defer_logits
 
 HIDDEN, WIDTH, EXPERTS, TOP, LENGTH = 2048, 768, 128, 8, 4096
+OURS = ("ours", "fp8")
 STACKED = ("gate_up_proj", "down_proj")
 
 
 def block_of(kind: str, lora: bool) -> nn.Module:
-    """A sparse block with random weights; `kind`: eager or grouped_mm of transformers, or ours."""
+    """A sparse block with random weights; `kind`: eager or grouped_mm of transformers, ours, or ours in fp8."""
     config = Qwen3MoeConfig(
         hidden_size=HIDDEN,
         moe_intermediate_size=WIDTH,
         num_experts=EXPERTS,
         num_experts_per_tok=TOP,
         norm_topk_prob=True,
-        experts_implementation="grouped_mm" if kind == "ours" else kind,
+        experts_implementation="grouped_mm" if kind in OURS else kind,
     )
     torch.manual_seed(0)
     block = Qwen3MoeSparseMoeBlock(config).cuda().bfloat16()
@@ -59,8 +64,11 @@ def block_of(kind: str, lora: bool) -> nn.Module:
             adapt_parameter(block.experts, name, 16, 2.0, dtype=torch.float32)
             nn.init.normal_(block.experts.low_rank_of(name).lora_A.weight, 0, 0.02)
             nn.init.normal_(block.experts.low_rank_of(name).lora_B.weight, 0, 0.02)
-    if kind == "ours":
-        swap_experts(nn.ModuleList([block]))
+    if kind in OURS:
+        blocks = nn.ModuleList([block])
+        swapped, _ = swap_experts(blocks)
+        if kind == "fp8":
+            assert not experts_to_fp8(blocks, swapped)
     return block
 
 
@@ -103,7 +111,7 @@ def compare(lora: bool, tokens: int = 512) -> None:
     grad = torch.randn_like(x)
     exact_block = block_of("eager", lora).float()
     exact = gradients(exact_block, x.detach().float().requires_grad_(), grad.float())
-    for kind in ("grouped_mm", "ours"):
+    for kind in ("grouped_mm", *OURS):
         got = gradients(block_of(kind, lora), x, grad)
         errors = {name: ((got[name].float() - exact[name]).norm() / exact[name].norm()).item() for name in exact}
         print(f"errors of {kind}{', LoRA' if lora else ''}: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items()))
@@ -114,7 +122,7 @@ def measure(tokens: int, profile: bool) -> None:
     x = torch.randn(1, tokens, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn_like(x)
     for lora in (False, True):
-        for kind in ("grouped_mm", "ours"):
+        for kind in ("grouped_mm", *OURS):
             for compiled in (False, True):
                 block = block_of(kind, lora)
                 run = torch.compile(block) if compiled else block
@@ -126,7 +134,7 @@ def measure(tokens: int, profile: bool) -> None:
                 rate = flop * (2 if lora else 3) / time / 1e9
                 what = f"{kind}{', LoRA' if lora else ''}{', compiled' if compiled else ''}"
                 print(f"{what}: {time:.2f} ms, {rate:.0f} TFLOP/s, {peak:.2f} GiB", flush=True)
-                if profile and kind == "ours" and compiled:
+                if profile and kind in OURS and compiled:
                     show(step)
                 del block, run, step
                 torch.compiler.reset()
@@ -188,7 +196,7 @@ def train(args: argparse.Namespace) -> None:
 
     trainer = Trainer(
         strategy=args.strategy,
-        devices=1,
+        devices=args.gpus,
         precision="bf16",
         max_steps=args.steps,
         log_every_n_steps=args.steps,
@@ -198,38 +206,65 @@ def train(args: argparse.Namespace) -> None:
         enable_progress_bar=False,
         logger=False,
     )
+    batch = args.rows * args.gpus
     data = MockDataModule(
-        vocab_size=shape.vocab_size, seq_len=LENGTH, micro_batch_size=args.rows, global_batch_size=args.rows,
-        num_samples=args.rows * args.steps,
+        vocab_size=shape.vocab_size, seq_len=LENGTH, micro_batch_size=args.rows, global_batch_size=batch,
+        num_samples=batch * args.steps,
     )  # fmt: skip
     with torch.device("meta"):
         meta = transformers.AutoModelForCausalLM.from_config(shape)
-    lora = LoRAConfig(rank=16, alpha=32) if args.lora else None
-    kernels = KernelsConfig(experts=args.experts)
+    lora = LoRAConfig(rank=16, alpha=32, quantize=args.quantize) if args.lora else None
+    kernels = KernelsConfig(experts=args.experts, dispatch=args.dispatch, fp8=args.fp8)
     trainer.fit(RandomModel(meta, lora=lora, kernels=kernels, lr=1e-5), data)
     taken = sorted(b - a for a, b in zip(Clock.ends[2:], Clock.ends[3:]))
     rate = args.rows * LENGTH / taken[len(taken) // 2]
     peak = torch.cuda.max_memory_allocated() / 2**30
     what = "LoRA" if args.lora else "all parameters"
-    job = f"{what}, {args.layers} layers, {args.rows} x {LENGTH}, experts {args.experts}"
-    print(f"{job}: {rate:.0f} tok/s, {peak:.1f} GiB")
+    what += f", {args.quantize or args.fp8}" if args.quantize or args.fp8 else ""
+    job = f"{what}, {args.layers} layers, {args.rows} x {LENGTH} a GPU, experts {args.experts}"
+    if args.gpus > 1:
+        job += f", {args.gpus} GPUs, {args.strategy}, dispatch {args.dispatch}"
+    if trainer.is_global_zero:
+        loss = float(trainer.callback_metrics["train_loss"])
+        print(f"{job}: {rate:.0f} tok/s a GPU, {peak:.1f} GiB, loss {loss:.4f}")
+
+
+def dispatchers(args: argparse.Namespace) -> None:
+    """The Trainer on several GPUs, one process group after another: the same batch for every layout."""
+    given = ["--gpus", args.gpus, "--layers", args.layers, "--rows", args.rows, "--steps", args.steps]
+    ep = f"fsdp2:ep={args.gpus}"
+    for strategy, dispatch in (("fsdp2", "auto"), (ep, "all_to_all"), (ep, "deepep")):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus}", __file__, "model"]
+        options = ["--strategy", strategy, "--dispatch", dispatch, "--experts", args.experts]
+        command = [sys.executable, *torchrun, *map(str, given), *options, *(["--lora"] if args.lora else [])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = [line for line in done.stdout.splitlines() if "tok/s a GPU" in line]
+        print(found[-1] if found else f"{strategy}, {dispatch}: failed\n{done.stderr[-3000:]}", flush=True)
+
+
+_JOBS = {"model": train, "dispatch": dispatchers}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["block", "model"])
+    parser.add_argument("what", choices=["block", "model", "dispatch"])
+    parser.add_argument("--gpus", type=int, default=None, help="1, and 2 of dispatch")
+    parser.add_argument("--dispatch", default="auto")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--experts", default="auto")
+    parser.add_argument("--fp8", default=None, help="tensorwise, rowwise or rowwise_with_gw_hp")
+    parser.add_argument("--quantize", default=None, help="nf4, with --lora")
     parser.add_argument("--strategy", default="fsdp2")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    print(torch.cuda.get_device_name(), torch.__version__)
-    if args.what == "model":
-        train(args)
+    args.gpus = args.gpus or (2 if args.what == "dispatch" else 1)
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    if args.what in _JOBS:
+        _JOBS[args.what](args)
         return
     for lora in (False, True):
         compare(lora)

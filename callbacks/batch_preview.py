@@ -47,5 +47,5 @@ class BatchPreview(Callback):
             )
         else:
             options: dict[str, Any] = {"max_rows": self.rows, "html": self.html}
-            options["pictures_of"] = getattr(trainer.datamodule, "pictures_of", None)  # type: ignore[attr-defined]
+            options["pictures_of"] = getattr(getattr(trainer, "datamodule", None), "pictures_of", None)
             show_rich(trainer, lambda console: preview(micro_batches, tokenizer, console=console, **options))

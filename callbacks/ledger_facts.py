@@ -34,6 +34,7 @@ from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.models.quantization_config import ReadDense
 from automodel_trainer.models.record import recorded
 from automodel_trainer.models.stage_names import of_all_stages
+from automodel_trainer.modules.balance import Balanced
 from automodel_trainer.modules.idle_parameters import IdleParameters
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.base.allocator import allocator_of
@@ -283,14 +284,16 @@ def _rows(trainer: pl.Trainer) -> str | None:
 
 
 def _experts(model: PreTrainedModel) -> str | None:
-    """What computes the experts, and a balancing loss that is configured and not used."""
-    unused = unused_balancing_loss(model)
+    """What computes the experts and what balances them, or a balancing loss that is configured and not used."""
     if (name := experts_in_use(model)) is None:
         return None
     grouped = "experts" in kernels_in_use(model).texts
-    return ("grouped" if grouped else f"{name} (transformers' experts_implementation)") + (
-        f"; {unused} is not used: output_router_logits is off" if unused else ""
-    )
+    texts = ["grouped" if grouped else f"{name} (transformers' experts_implementation)"]
+    if (balanced := recorded(model, Balanced)) is not None:
+        texts.append(f"balanced by {balanced.text}")
+    elif unused := unused_balancing_loss(model):
+        texts.append(f"{unused} is not used: output_router_logits is off")
+    return "; ".join(texts)
 
 
 def _transformers_models(model: nn.Module) -> list[PreTrainedModel]:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from automodel_trainer.callbacks.heat_map import heat_map
 from automodel_trainer.callbacks.layout import sum_over_ranks, trained_model
 from automodel_trainer.models._experts import stacked_experts
+from automodel_trainer.models._routers import RecordingRouter, record_routing
 from automodel_trainer.models.stage_names import from_all_stages
 from automodel_trainer.strategies import MeshStrategy
 
@@ -30,10 +31,11 @@ class MoELoad(Callback):
     | `moe_mean_max_load` | the same, mean over layers |
     | `moe_idle_experts` | share of the experts that no token chose |
     | `moe_entropy` | entropy of the choices over the entropy of an even spread: 1 is even; mean over layers |
+    | `moe_z_loss` | squared log-sum-exp of the routers' logits, mean over tokens and layers |
     | `moe_dropped_tokens` | share of the choices that were not computed. It is 0: no token is ever dropped |
 
-    A load is a share of choices, so recomputed blocks change nothing. Tokens of padding count too. Nothing waits for
-    the device between log steps.
+    Loads are shares and z is a mean, so recomputed blocks change nothing. Tokens of padding count too. Nothing waits
+    for the device between log steps.
 
     Args:
         picture: also draw the load of every expert and layer into `moe_load.svg` in the run's folder.
@@ -46,6 +48,7 @@ class MoELoad(Callback):
         self.picture = picture
         self.load: dict[str, list[float]] = {}
         self._counts: dict[str, Tensor] = {}
+        self._z: dict[str, Tensor] = {}  # of each router: the sum of squares, and the number of tokens
         self._hooks: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,6 +59,9 @@ class MoELoad(Callback):
             if experts := stacked_experts(module):
                 self._counts[name] = torch.zeros(experts, dtype=torch.int64, device=device)
                 self._hooks.append(module.register_forward_pre_hook(_counting(self._counts[name]), with_kwargs=True))
+        for router in record_routing(model):
+            self._z[router.name] = torch.zeros(2, device=device)
+            self._hooks.append(router.module.register_forward_hook(_adding_z(self._z[router.name])))
         if not any(from_all_stages(model, len(self._counts))):
             rank_zero_warn(f"MoELoad finds no experts in {type(model).__name__}, so it logs nothing.")
 
@@ -71,7 +77,7 @@ class MoELoad(Callback):
         ):
             return
         self.load = self._collect(trainer)
-        pl_module.log_dict(summary(self.load), batch_size=1)
+        pl_module.log_dict(summary(self.load) | self._mean_z(trainer), batch_size=1)
         if self.picture:
             self._draw(trainer)
 
@@ -88,7 +94,15 @@ class MoELoad(Callback):
         """Stop counting."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._counts = [], {}
+        self._hooks, self._counts, self._z = [], {}, {}
+
+    def _mean_z(self, trainer: pl.Trainer) -> dict[str, float]:
+        """The z-loss since the last log step; empty if no router records its logits. Collective, as `_collect`."""
+        own = [_sum(trainer, z).tolist() for z in self._z.values()]
+        for z in self._z.values():
+            z.zero_()
+        every = [z for stage in from_all_stages(trained_model(trainer), own) for z in stage]
+        return {"moe_z_loss": sum(total / max(tokens, 1) for total, tokens in every) / len(every)} if every else {}
 
     def _collect(self, trainer: pl.Trainer) -> dict[str, list[float]]:
         """The loads since the last log step, over all ranks and stages. Collective; waits for the device."""
@@ -128,6 +142,17 @@ def _counting(counts: Tensor) -> Callable[..., None]:
             counts.scatter_add_(0, chosen, torch.ones_like(chosen))
 
     return count
+
+
+def _adding_z(sums: Tensor) -> Callable[..., None]:
+    """A hook that adds to `sums` the squared log-sum-exp of a router's logits, and the number of its tokens."""
+
+    def add(module: RecordingRouter, args: Any, output: Any) -> None:
+        if module.training:
+            squares = module.routing_of(output).logits.detach().float().logsumexp(-1).square()
+            sums.add_(torch.stack([squares.sum(), squares.new_full((), len(squares))]))
+
+    return add
 
 
 def _sum(trainer: pl.Trainer, counts: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from automodel_trainer.checkpoint.manifest import OTHER, damage_named, read_json
 from automodel_trainer.checkpoint.option_groups import GroupOptions, options_of_groups
 from automodel_trainer.checkpoint.record import Entry, write_json, write_safetensors
 from automodel_trainer.checkpoint.weights import MAX_FILE_BYTES, split_into_files
-from automodel_trainer.distributed._dtensor import local_tensor, placeable, shard_offsets
+from automodel_trainer.distributed._dtensor import local_tensor, placeable, redistributed, shard_offsets
 from automodel_trainer.distributed.agreement import gather, own_share, rank
 from automodel_trainer.nn.text import listed
 from automodel_trainer.nn.uneven import empty_like_shard, holds_nothing, is_uneven, placed_like
@@ -389,7 +389,7 @@ def _redistributed(value: DTensor, placements: tuple[Placement, ...]) -> DTensor
     if value.placements == placements:
         return value
     on_mesh = value.to(value.device_mesh.device_type)  # with CPU offload: NCCL needs it on the GPU
-    return on_mesh.redistribute(placements=placements).to(value.device)  # type: ignore[attr-defined]
+    return redistributed(on_mesh, placements).to(value.device)  # type: ignore[arg-type,return-value]
 
 
 def _restored(tensor: Tensor, kind: str, device: torch.device) -> Any:

@@ -46,9 +46,9 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int, positions: int 
         positions: how many positions the model has. Those of padding restart before that.
 
     Returns:
-        `input_ids`, `labels` and `position_ids` (int64 `[len(rows), width]`), `sample_ids`, `packed` and
-        `document_lengths` (of each row, its padding the last). There is no attention mask: documents begin where the
-        positions restart.
+        `input_ids`, `labels` and `position_ids` (int64 `[len(rows), width]`), `lengths` (int64 `[len(rows)]`, without
+        padding), `sample_ids`, `packed` and `document_lengths` (of each row, its padding the last). There is no
+        attention mask: documents begin where the positions restart.
     """
     batch = _empty(rows, width, pad_id)
     lengths: list[list[int]] = []
@@ -59,6 +59,7 @@ def collate_packed(rows: Sequence[Row], width: int, pad_id: int, positions: int 
             assert end <= width, "the documents of a row are longer than the row"
             _place(batch, index, start, document)
             batch["position_ids"][index, start:end] = np.arange(end - start)
+        batch["lengths"][index] = end
         limit = positions or width
         padding = width - end
         batch["position_ids"][index, end:] = np.arange(padding) % limit
@@ -89,6 +90,7 @@ def collate_padded(rows: Sequence[Row], width: int, pad_id: int, positions: int 
             assert len(document.input_ids) <= width, "a document is longer than its row"
             _place(batch, index, 0, document)
             batch["attention_mask"][index, : len(document.input_ids)] = 1
+            batch["lengths"][index] = len(document.input_ids)
         if not row:
             batch["attention_mask"][index, 0] = 1  # a softmax over no keys at all would be NaN
     return {**_tensors(batch, rows), "packed": False}
@@ -105,6 +107,7 @@ def _empty(rows: Sequence[Row], width: int, pad_id: int) -> dict[str, np.ndarray
         "input_ids": np.full(shape, pad_id, dtype=np.int64),
         "labels": np.full(shape, IGNORE_INDEX, dtype=np.int64),
         "position_ids": np.zeros(shape, dtype=np.int64),
+        "lengths": np.zeros(len(rows), dtype=np.int64),
     }
 
 

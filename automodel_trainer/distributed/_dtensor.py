@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._redistribute import DTensorRedistributePlanner
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "local_tensor",
     "overlap_matmuls_with_collectives",
     "placeable",
+    "redistributed",
     "reduce_scatter_first",
     "shard_offsets",
 ]
@@ -96,6 +100,15 @@ def placeable(tensor: DTensor) -> tuple[Placement, ...]:
     return tuple(placements)
 
 
+def redistributed(tensor: DTensor, placements: tuple[Placement, ...]) -> DTensor:
+    """`tensor` sharded by `placements`. Collective. Interleaved shards are gathered first: they have no direct way."""
+    gathered = tuple(
+        Replicate() if now != wanted and StridedShard in (type(now), type(wanted)) else now
+        for now, wanted in zip(tensor.placements, placements)
+    )
+    return tensor.redistribute(placements=gathered).redistribute(placements=placements)
+
+
 def overlap_matmuls_with_collectives(group: ProcessGroup) -> None:
     """Let inductor fuse matmuls with the all-gathers and reduce-scatters of `group` next to them."""
     import torch._inductor.config
@@ -103,3 +116,29 @@ def overlap_matmuls_with_collectives(group: ProcessGroup) -> None:
 
     enable_symm_mem_for_group(group.group_name)
     torch._inductor.config._micro_pipeline_tp = True
+
+
+def _plan_interleaved_shards_one_by_one() -> None:
+    """Let torch 2.11 and 2.12 gather a shard that is interleaved, as torch 2.13 does.
+
+    They take every strided shard for an order of mesh axes, and stop at one whose split factor is no product of axes,
+    such as the halves of a fused gate and up. Torch 2.13 (torch/distributed/tensor/_redistribute.py) plans these one
+    axis after the other.
+    """
+    planner: Any = DTensorRedistributePlanner
+    plan = planner.generate_graph_based_transform_infos
+
+    @functools.wraps(plan)
+    def planned(self: Any, source: Any, target: Any, shape: tuple[int, ...]) -> Any:
+        try:
+            return plan(self, source, target, shape)
+        except ValueError as error:
+            if "unable to be interpreted" not in str(error):
+                raise
+            return self.generate_greedy_transform_infos(source, target)
+
+    planner.generate_graph_based_transform_infos = planned
+
+
+if torch.__version__ < (2, 13):  # type: ignore[operator]
+    _plan_interleaved_shards_one_by_one()

@@ -44,3 +44,10 @@ def during_phase(phase: str) -> Iterator[None]:
     enter_phase(phase)
     yield  # no `finally`: see above
     enter_phase(before)
+
+
+@contextmanager
+def during_place(place: str) -> Iterator[None]:
+    """Name a place inside the current phase: `forward (dispatch of tokens)`. It ends as `during_phase` does."""
+    with during_phase(f"{current.phase.partition(' (')[0]} ({place})"):
+        yield

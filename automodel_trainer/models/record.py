@@ -21,6 +21,7 @@ An entry is found by its type, and the package that makes an entry owns the type
 | `_masks.PackingWithoutSync` | `packing_without_sync` | documents of packed rows are found without a wait |
 | `DefersLogits` | `chunked_loss` | its head can defer its logits |
 | `Checkpointed` | `checkpoint_when_asked` | its blocks are checkpointed |
+| `modules.balance.Balanced` | `balance_of` | what balances the load of its experts |
 | `stage_names.SplitOver` | the 3D strategy | this rank holds some stages of the model |
 | `CompiledBlock`, on a block | `compile_blocks` | the training forward of this block is compiled |
 """

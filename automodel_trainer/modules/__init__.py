@@ -5,6 +5,7 @@ are in `evaluation.py` (validation and predictions) and `built.py` (building the
 `causal_lm.py` is the default, and `image_text.py` that of vision-language models (`objectives.py` chooses).
 """
 
+from automodel_trainer.modules.balance import BalanceConfig
 from automodel_trainer.modules.causal_lm import CausalLMModule
 from automodel_trainer.modules.hugging_face import HuggingFaceModule
 from automodel_trainer.modules.image_text import ImageTextModule
@@ -13,6 +14,7 @@ from automodel_trainer.modules.optim import OptimizerConfig, SchedulerConfig
 
 __all__ = [
     "DEFAULT_OBJECTIVE",
+    "BalanceConfig",
     "CausalLMModule",
     "HuggingFaceModule",
     "ImageTextModule",

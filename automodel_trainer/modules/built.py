@@ -39,6 +39,7 @@ from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
 from automodel_trainer.models.record import recorded
 from automodel_trainer.models.sidecars import ModelFolder, has_tokenizer
+from automodel_trainer.modules.balance import Balance, BalanceConfig, balance_of
 from automodel_trainer.modules.isolation import isolation_of, packs
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.nn.deferred_logits import defer_logits
@@ -52,7 +53,8 @@ class BuiltModule(Objective, pl.LightningModule):
 
     Args:
         model: a folder or Hub id, or a `PreTrainedModel`.
-        tokenizer, lora, neftune_alpha, kernels, trust_remote_code, revision, config_overrides: see `HuggingFaceModule`.
+        tokenizer, lora, neftune_alpha, kernels, balance, trust_remote_code, revision, config_overrides: see
+            `HuggingFaceModule`.
 
     Raises:
         ValueError: the subclass sets no `auto_class`; or `revision` or `config_overrides` was given for a model that is
@@ -70,6 +72,7 @@ class BuiltModule(Objective, pl.LightningModule):
         lora: LoRAConfig | None,
         neftune_alpha: float,
         kernels: KernelsConfig,
+        balance: BalanceConfig,
         trust_remote_code: bool,
         revision: str | None,
         config_overrides: dict[str, Any] | None,
@@ -104,6 +107,8 @@ class BuiltModule(Objective, pl.LightningModule):
         self.lora = lora
         self.neftune_alpha = neftune_alpha
         self.kernels = kernels
+        self.balance = balance
+        self._balance: Balance | None = None
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.config_overrides = config_overrides or {}
@@ -246,6 +251,7 @@ class BuiltModule(Objective, pl.LightningModule):
         packing_without_sync(self.model)
         if self.defers_logits and self.kernels.on(self.strategy.root_device).loss != "whole":
             defer_logits(self.model)
+        self._balance = balance_of(self.balance, self.model, adapted=lora_of(self.model) is not None)
         if self.neftune_alpha:
             add_neftune(self.model.get_input_embeddings(), self.neftune_alpha)
         save_by_export(self.model)
@@ -374,6 +380,7 @@ class BuiltModule(Objective, pl.LightningModule):
         light._reference = ("",)
         light._tokenizer = None
         light._given_peft = None
+        light._balance = None
         light._trainer = None
         light._load_state_dict_pre_hooks = OrderedDict()  # Lightning's are bound to the module with the model
         light.__dict__.pop("tokenizer", None)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from automodel_trainer.models._routers import asks_for_logits
 from automodel_trainer.models.kernels import kernels_in_use
 from automodel_trainer.models.packed_inputs import document_inputs, lengths_of
 from automodel_trainer.modules.evaluation import as_list
@@ -19,7 +20,6 @@ from automodel_trainer.modules.isolation import packs
 from automodel_trainer.modules.loss import next_token_targets, summed_loss, supervised_tokens, token_losses
 from automodel_trainer.modules.metrics import TokenMetrics
 from automodel_trainer.modules.source_losses import SourceLosses
-from automodel_trainer.nn.constants import IGNORE_INDEX
 from automodel_trainer.strategies.base.objective import MicroBatch
 
 _SOURCES_KEY = "source_losses"
@@ -43,6 +43,9 @@ class CausalLMModule(HuggingFaceModule):
         inputs, labels = super().split(micro_batch)
         # Training needs no cache, and with a cache transformers ignores the document boundaries of packed rows.
         inputs["use_cache"] = False
+        config = getattr(self.model, "config", None)
+        if config is not None and asks_for_logits(config):  # of routers; `Balance` computes their loss
+            inputs["output_router_logits"] = False
         targets = next_token_targets(labels)
         sources = None
         if self._sources is not None and "sources" in micro_batch:
@@ -59,12 +62,7 @@ class CausalLMModule(HuggingFaceModule):
             targets, sources = targets
             assert self._sources is not None, "split gives sources only then"
             groups = self._sources.groups(sources)
-        loss = summed_loss(outputs.logits, targets, kernels_in_use(self.model).loss, groups)
-        balance = getattr(outputs, "aux_loss", None)  # mixture-of-experts models with output_router_logits=True
-        if balance is not None:
-            # The sum is later divided by the tokens of the global batch, so this averages over tokens.
-            loss = loss + self.model.config.router_aux_loss_coef * balance * (targets != IGNORE_INDEX).sum()
-        return loss
+        return summed_loss(outputs.logits, targets, kernels_in_use(self.model).loss, groups)
 
     def count(self, micro_batch: MicroBatch) -> Tensor:
         return supervised_tokens(micro_batch["labels"])

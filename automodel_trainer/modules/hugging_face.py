@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -24,7 +25,10 @@ from automodel_trainer.models.auto_classes import CLASSIFIERS
 from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.limits import is_rotary, position_limit, vocabulary_size
 from automodel_trainer.models.lora import LoRAConfig
+from automodel_trainer.modules.balance import BalanceConfig
+from automodel_trainer.modules.documents import documents_of
 from automodel_trainer.modules.evaluation import EvaluatedModule, as_list
+from automodel_trainer.modules.isolation import packs
 from automodel_trainer.modules.metrics import FiniteGuard, LossWindow
 from automodel_trainer.modules.optim import (
     OptimizerConfig,
@@ -34,6 +38,7 @@ from automodel_trainer.modules.optim import (
     parameters_of,
 )
 from automodel_trainer.nn.configs import as_config
+from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.base.objective import MicroBatch, count_all
 
 _WINDOW_KEY = "loss_window"
@@ -60,6 +65,7 @@ class HuggingFaceModule(EvaluatedModule):
             takes precedence.
         neftune_alpha: strength of NEFTune noise (5 in the paper); 0 is off.
         kernels: the kernels to compute with; by default the hardware decides.
+        balance: what keeps the load of a mixture's experts even; by default what the model's config says.
         trust_remote_code: run code that comes with the checkpoint.
         revision: branch, tag or commit of a Hub repository.
         config_overrides: attributes of the model's config to change.
@@ -67,7 +73,7 @@ class HuggingFaceModule(EvaluatedModule):
     Attributes:
         data_class: the data module of data that are given to `fit` as a path or rows.
 
-    `lora`, `optimizer`, `scheduler` and `kernels` may be dicts of the options of their classes, as in YAML.
+    `lora`, `optimizer`, `scheduler`, `kernels` and `balance` may be dicts of the options of their classes, as in YAML.
     Raises:
         ValueError: as `BuiltModule`.
         allow_unused_weights: train a part of what the checkpoint holds (the text model without its vision tower, say).
@@ -88,6 +94,7 @@ class HuggingFaceModule(EvaluatedModule):
         gradient_clip_val: float = 1.0,
         neftune_alpha: float = 0.0,
         kernels: KernelsConfig | dict[str, Any] = KernelsConfig(),  # noqa: B008
+        balance: BalanceConfig | dict[str, Any] = BalanceConfig(),  # noqa: B008
         trust_remote_code: bool = False,
         revision: str | None = None,
         config_overrides: dict[str, Any] | None = None,
@@ -95,6 +102,7 @@ class HuggingFaceModule(EvaluatedModule):
     ) -> None:
         lora = None if lora is None else as_config(LoRAConfig, lora, "lora")
         kernels = as_config(KernelsConfig, kernels, "kernels")
+        balance = as_config(BalanceConfig, balance, "balance")
         if isinstance(optimizer, Mapping):
             optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
         if isinstance(scheduler, Mapping):
@@ -105,6 +113,7 @@ class HuggingFaceModule(EvaluatedModule):
             lora=lora,
             neftune_alpha=neftune_alpha,
             kernels=kernels,
+            balance=balance,
             trust_remote_code=trust_remote_code,
             revision=revision,
             config_overrides=config_overrides,
@@ -130,6 +139,7 @@ class HuggingFaceModule(EvaluatedModule):
                 "gradient_clip_val": gradient_clip_val,
                 "neftune_alpha": neftune_alpha,
                 "kernels": asdict(kernels),
+                "balance": asdict(balance),
             }
         )
 
@@ -177,9 +187,27 @@ class HuggingFaceModule(EvaluatedModule):
         lr = optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # the scheduler overwrites a tensor in place
         optimizer.step()
+        if self._balance is not None:
+            self._balance.move_biases(strategy)
         scheduler.step()  # type: ignore[union-attr, call-arg]
         optimizer.zero_grad()
         self._observe(loss_sum, tokens, micro_batches)
+
+    def in_step(
+        self, strategy: MeshStrategy, micro_batches: Sequence[MicroBatch], num_tokens: Tensor
+    ) -> AbstractContextManager[None]:
+        if self._balance is None:
+            return nullcontext()
+        return self._balance.step(strategy, self, micro_batches, num_tokens)
+
+    def token_marks(self, micro_batch: MicroBatch) -> Tensor | None:
+        if self._balance is None:
+            return None
+        marks = documents_of(micro_batch).marks
+        return marks.view(1, -1) if self.gives_document_lengths and packs(micro_batch) else marks
+
+    def side_loss(self, marks: Tensor | None) -> Tensor | None:
+        return None if self._balance is None or marks is None else self._balance.side_loss(marks)
 
     def after_backward(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Look at the gradients of a step before they are clipped. The default does nothing."""

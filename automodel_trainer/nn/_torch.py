@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ __all__ = [
     "FakeTensorMode",
     "after_backward",
     "allow_side_effects_in_checkpoints",
+    "grouped_outer",
     "prefer_recomputing",
     "pytree",
     "raise_recompile_limit",
+    "scaled_grouped_matmul",
     "scaled_matmul",
     "set_allocator",
     "version_of",
@@ -59,6 +62,41 @@ def scaled_matmul(
     # Avoid a no-op `out.to(dtype)`: torch 2.11's compiler silently drops the gradient of an autograd.Function that
     # returns its result.
     return out if out.dtype == dtype else out.to(dtype)
+
+
+def scaled_grouped_matmul(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Multiply rows of a scaled fp8 matrix with the scaled fp8 matrix of their group.
+
+    Args:
+        a: `[s, k]` fp8, row-major, the rows of a group side by side.
+        b: `[groups, k, n]` fp8, each column-major.
+        scale_a, scale_b: fp32 `[s]` and `[groups, n]`.
+        ends: int32 `[groups]`, the end of each group's rows. What follows the last is not written.
+        dtype: dtype of the result.
+
+    Returns:
+        `[s, n]` in `dtype`.
+    """
+    if a.is_cuda:
+        out = torch._scaled_grouped_mm(a, b, scale_a, scale_b, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True)
+    else:  # emulation for devices without fp8 matmuls
+        out = a.new_zeros(len(a), b.shape[2], dtype=torch.float32)
+        start = 0
+        for group, end in enumerate(ends.tolist()):
+            rows = a[start:end].float() * scale_a[start:end, None]
+            out[start:end] = rows @ (b[group].float() * scale_b[group])
+            start = end
+    return out if out.dtype == dtype else out.to(dtype)
+
+
+def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """aᵀ·b over the rows of each group: a `[s, m]`, b `[s, n]`, ends int32 `[groups]`; `[groups, m, n]`."""
+    if a.is_cuda:
+        return torch._grouped_mm(a.mT, b, offs=ends)
+    parts = [0, *ends.tolist()]
+    return torch.stack([a[start:end].mT @ b[start:end] for start, end in pairwise(parts)])
 
 
 # Whether the compiler overlooks the inside of an autograd.Function in a checkpoint without a policy (torch 2.11). It

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from automodel_trainer.checkpoint.edited_weights import like
 from automodel_trainer.distributed.mesh import ParallelDims
+from automodel_trainer.nn.text import listed
 
 
 def mark_as_sharded(model: PreTrainedModel, dims: ParallelDims) -> None:
     """Mark a laid-out model as transformers marks the models that it has sharded itself.
 
     Its Trainer then neither moves nor wraps the model, counts the ranks that see the same rows, defers the reduction of
-    gradients while they accumulate, and calls `save_pretrained` on every rank. None of it is saved with the config.
+    gradients while they accumulate, and calls `save_pretrained` on every rank. None of it is saved with the config. It
+    reads whole tensors into the model, so these are cut as the model is.
 
     Args:
         model: laid out over several ranks.
@@ -27,3 +33,35 @@ def mark_as_sharded(model: PreTrainedModel, dims: ParallelDims) -> None:
     model.config.distributed_config = DistributedConfig(
         tp_size=dims.tp, fsdp_size=dims.dp_shard * dims.cp, dp_replicate_size=dims.dp_replicate
     )
+    model.register_load_state_dict_pre_hook(_cut)
+    _refuse_later_parameters(model)
+
+
+def _refuse_later_parameters(model: PreTrainedModel) -> None:
+    """Refuse to train parameters that are added to a sharded model, such as PEFT's adapters.
+
+    Nobody averages their gradients over ranks, and cut layers do not fit them.
+    """
+    known = {name for name, _ in model.named_parameters()}
+
+    def check(module: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+            return
+        handle.remove()
+        added = [name for name, p in model.named_parameters() if p.requires_grad and name not in known]
+        if added := [name for name in added if not isinstance(model.get_parameter(name), DTensor)]:
+            raise ValueError(
+                f"{listed(added)} came into the model after it was sharded: their gradients would not be averaged over "
+                "ranks, and cut layers do not fit them. For adapters give lora=LoRAConfig(…) to from_pretrained, "
+                "instead of PEFT's get_peft_model or peft_config=; add other modules before the model is sharded."
+            )
+
+    decoder: nn.Module = model.base_model  # PEFT calls the model's `forward`, past its hooks
+    handle = decoder.register_forward_pre_hook(check)
+
+
+def _cut(model: PreTrainedModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before `load_state_dict`: cut whole tensors as the parameters are. Collective."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if prefix + name in state_dict:
+            state_dict[prefix + name] = like(state_dict[prefix + name], parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -88,6 +89,35 @@ class Objective:
         """
         count: Tensor = (micro_batch["labels"] != IGNORE_INDEX).sum()
         return count
+
+    def in_step(
+        self, strategy: Any, micro_batches: Sequence[MicroBatch], num_tokens: Tensor
+    ) -> AbstractContextManager[None]:
+        """A context around forward and backward of one optimizer step. It may be collective.
+
+        Args:
+            strategy: runs the step.
+            micro_batches, num_tokens: see `StepRunner.forward_backward`.
+        """
+        return nullcontext()
+
+    def token_marks(self, micro_batch: MicroBatch) -> Tensor | None:
+        """What `side_loss` needs to know of every token: int64 with the shape of the model's `input_ids`, or None.
+
+        It is split over ranks as targets are, and padded with −100.
+        """
+        return None
+
+    def side_loss(self, marks: Tensor | None) -> Tensor | None:
+        """The part of the loss that layers make beside the logits (routers, say), summed as `loss` is: 0-dim, or None.
+
+        It is asked right after each forward of a training step, in a pipeline after the forward of each stage, on all
+        ranks. It may be collective.
+
+        Args:
+            marks: this rank's part of `token_marks`.
+        """
+        return None
 
     def check_batch(self, batch: Any) -> None:
         """Look at a batch while it is still on the host, where that does not wait for the device.

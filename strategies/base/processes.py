@@ -134,6 +134,11 @@ class MeshProcesses(ParallelStrategy):
         """
         return self._sum_over(DATA_AXES, tensor)
 
+    @final
+    def sum_over_sequence(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` `[…]` in place over the ranks that hold parts of the same rows (context parallel)."""
+        return self._sum_over(("cp",), tensor)
+
     def _sum_over(self, axes: tuple[str, ...], tensor: Tensor) -> Tensor:
         mesh = submesh(self.device_mesh, axes)
         if mesh is not None and mesh.size() > 1:

@@ -57,6 +57,10 @@ class StepRunner:
         with deferred_logits():
             return model(**inputs)
 
+    def sum_over_stages(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` `[…]` in place over the ranks that hold different layers. Collective."""
+        return tensor
+
     def from_logits(self, compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Compute something from the logits of an evaluation, and return it on every rank.
 
@@ -82,7 +86,7 @@ class StepRunner:
         # A global batch without supervised tokens gives gradients of zero, not NaN.
         scale = self.gradient_scale / num_tokens.clamp(min=1)
         total = torch.zeros((), device=self.root_device)
-        with unchanged_weights():
+        with unchanged_weights(), objective.in_step(self, micro_batches, num_tokens):
             for index, micro_batch in enumerate(micro_batches):
                 last = index == len(micro_batches) - 1
                 total += self._micro_step(objective, micro_batch, scale, last)
@@ -91,9 +95,13 @@ class StepRunner:
     def _micro_step(self, objective: Objective, micro_batch: MicroBatch, scale: Tensor, last: bool) -> Tensor:
         """Run forward and backward of one micro-batch; return its summed token losses, 0-dim, detached."""
         inputs, targets = objective.split(micro_batch)
-        with self.split_sequence(inputs, targets) as (part, wanted), self.gradient_sync(objective.model, last=last):
+        given = (targets, objective.token_marks(micro_batch))
+        with self.split_sequence(inputs, given) as (part, own), self.gradient_sync(objective.model, last=last):
             enter_phase("forward")
+            wanted, marks = own
             loss = objective.loss(self.forward(objective.model, part), wanted)
+            beside = objective.side_loss(marks)
+            loss = loss if beside is None else loss + beside
             enter_phase("backward")
             (loss * scale).backward()
         return loss.detach()

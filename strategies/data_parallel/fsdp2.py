@@ -31,6 +31,7 @@ from automodel_trainer.strategies.data_parallel.shard import (
     is_laid_out,
     reshard,
 )
+from automodel_trainer.strategies.expert.choose import check_dispatch_unused, chosen_dispatcher
 from automodel_trainer.strategies.expert.mesh import expert_mesh, expert_shard_mesh
 from automodel_trainer.strategies.expert.parallelize import expert_parallel
 from automodel_trainer.strategies.expert.plan import check_ep, choose_ep, find_experts, require_experts
@@ -147,6 +148,7 @@ class FSDP2Strategy(InnerParallelStrategy):
             ValueError: the model declares no experts to split, or `ep` does not divide them or the ranks.
         """
         if self.ep == 1:
+            check_dispatch_unused(model)
             return
         experts = math.gcd(*(layer.count for layer in require_experts(model)))
         ranks = self.dims.dp_shard * self.dims.cp * self.dims.tp
@@ -168,7 +170,7 @@ class FSDP2Strategy(InnerParallelStrategy):
         layers = find_experts(model)
         split = [] if self.shards.experts is None else self.shards.experts.modules  # of a module's other models
         tp = self.device_mesh["tp"].get_group() if self.dims.tp > 1 else None
-        expert_parallel(layers, self._expert_mesh["ep"], tp)
+        expert_parallel(layers, self._expert_mesh["ep"], tp, chosen_dispatcher(model))
         self.shards.experts = ShardedExperts(
             [*split, *(experts.module for experts in layers)], expert_shard_mesh(self._expert_mesh)
         )

@@ -1,8 +1,8 @@
-"""How tokens travel to the ranks of their experts and back: the contract, and the way that works everywhere."""
+"""How tokens travel to the ranks of their experts and back, on any backend."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,38 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
-
-class Arrived(NamedTuple):
-    """The tokens that reached a rank, each of them once, with the choices that fell on this rank's experts.
-
-    Attributes:
-        hidden: `[m, h]`.
-        experts: `[m, k]` int64, numbers of this rank's experts from 0. A choice of another rank's expert has the number
-            of experts of this rank.
-        weights: `[m, k]`, the routing weights; 0 for a choice of another rank's expert.
-        route: what the dispatcher needs to send results back.
-    """
-
-    hidden: Tensor
-    experts: Tensor
-    weights: Tensor
-    route: Any
-
-
-class Dispatcher(Protocol):
-    """Sends tokens to experts and results back. Both ways pass gradients, and both are collective over the ep ranks."""
-
-    def dispatch(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> Arrived:
-        """Send tokens to the ranks that hold the experts they chose.
-
-        Args:
-            hidden: `[n, h]`, this rank's tokens.
-            experts: `[n, k]` int64, the experts that every token chose, numbered over all ranks.
-            weights: `[n, k]`, the routing weights of these choices.
-        """
-
-    def combine(self, output: Tensor, route: Any) -> Tensor:
-        """Send the weighted sums `[m, h]` of the arrived tokens back, and add up those of each token: `[n, h]`."""
+from automodel_trainer.distributed.phase import during_place
+from automodel_trainer.models.kernels.dispatch import Arrived
 
 
 class _Route(NamedTuple):
@@ -102,7 +72,8 @@ class _AllToAll(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _exchanged(grad, ctx.leaving, ctx.arriving, ctx.group), None, None, None
+        with during_place("exchange of tokens' gradients"):
+            return _exchanged(grad, ctx.leaving, ctx.arriving, ctx.group), None, None, None
 
 
 def _exchanged(x: Tensor, arriving: list[int], leaving: list[int], group: ProcessGroup) -> Tensor:

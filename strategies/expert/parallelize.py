@@ -17,10 +17,12 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from automodel_trainer.distributed._dtensor import StridedShard
+from automodel_trainer.distributed.phase import during_place
 from automodel_trainer.models._experts import hold_part_of_experts, numbers_for
+from automodel_trainer.models.kernels.dispatch import Dispatcher
 from automodel_trainer.models.lora.layers import adapters
 from automodel_trainer.nn.wrap import Forward, wrap
-from automodel_trainer.strategies.expert.dispatch import AllToAll, Dispatcher
+from automodel_trainer.strategies.expert.dispatch import AllToAll
 from automodel_trainer.strategies.expert.plan import Experts
 from automodel_trainer.strategies.tensor.collectives import gather_rows, slice_rows
 from automodel_trainer.strategies.tensor.local_parameters import Held, local_parameters
@@ -92,10 +94,12 @@ def _dispatched(
         if tp is not None:
             hidden_states, top_k_weights = slice_rows(hidden_states, tp), slice_rows(top_k_weights, tp)
             top_k_index = slice_rows(top_k_index, tp)
-        arrived = carrier.dispatch(hidden_states, top_k_index, top_k_weights)
+        with during_place("dispatch of tokens"):
+            arrived = carrier.dispatch(hidden_states, top_k_index, top_k_weights)
         with local_parameters(held, ep):
             output = _run(original, arrived.hidden, numbers_for(module, arrived.experts), arrived.weights)
-        output = carrier.combine(output.to(hidden_states.dtype), arrived.route)
+        with during_place("combine of tokens"):
+            output = carrier.combine(output.to(hidden_states.dtype), arrived.route)
         return output if tp is None else gather_rows(output, tp, count)
 
     return forward

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from automodel_trainer.models.quantization.quantize import is_to_be_quantized
+from automodel_trainer.models.quantization.quantize import is_quantized
 from automodel_trainer.strategies.tensor.plan import layer_pattern
 
 _DISPATCHED = "ep_dispatch_experts"  # the module receives tokens of all ranks
@@ -66,7 +66,7 @@ def require_experts(model: nn.Module) -> list[Experts]:
     """`find_experts`, for a whole model that is to run with ep > 1.
 
     Raises:
-        ValueError: there are none, or they are held quantized.
+        ValueError: there are none, a rule of the plan matches nothing, or experts are quantized already.
     """
     found = find_experts(model)
     if not found:
@@ -75,13 +75,30 @@ def require_experts(model: nn.Module) -> list[Experts]:
             f"ep > 1 splits a mixture's experts by the plan that the model declares (model.ep_plan), and "
             f"{type(model).__name__} {declared}. Set ep=1."
         )
+    if idle := _idle_rules(model):
+        raise ValueError(
+            f"The expert-parallel plan of {type(model).__name__} has rules that match nothing, so a part of the "
+            f"experts would not be split: {', '.join(idle)}. The first experts hold "
+            f"{', '.join(_parameters(found[0]))}. Correct model.ep_plan, or set ep=1."
+        )
     for experts in found:
-        if any(is_to_be_quantized(experts.module, key) for key in experts.stacked):
+        if any(is_quantized(experts.module.get_parameter(key)) for key in experts.stacked):
             raise ValueError(
-                f"The experts {experts.name} are held quantized (lora quantize, or kernels fp8), and expert parallel "
-                "cannot split them. Set ep=1, or leave the experts out of the quantization."
+                f"The experts {experts.name} are quantized already, and expert parallel splits weights before they "
+                "are. Give the folder of the model and lora (or kernels) as options, or set ep=1."
             )
     return found
+
+
+def _idle_rules(model: nn.Module) -> list[str]:
+    """The rules of the model's plan that match no module and no parameter."""
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    found = {layer_pattern(name) for name in names}
+    return [name for name in getattr(model, "ep_plan", None) or {} if name not in found]
+
+
+def _parameters(experts: Experts) -> list[str]:
+    return [f"{experts.name}.{key}" for key, _ in experts.module.named_parameters(recurse=False)]
 
 
 def choose_ep(experts: int, ranks: int) -> int:

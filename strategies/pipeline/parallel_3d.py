@@ -27,6 +27,7 @@ from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy
 from automodel_trainer.strategies.data_parallel.shard import is_laid_out
 from automodel_trainer.strategies.inner_parallel import forward_for_loss
 from automodel_trainer.strategies.pipeline.batches import same_shape
+from automodel_trainer.strategies.pipeline.beside import with_loss
 from automodel_trainer.strategies.pipeline.picture import legend, schedule_facts, text_picture
 from automodel_trainer.strategies.pipeline.pipeline import Pipeline
 from automodel_trainer.strategies.pipeline.rehearsal import check_stages
@@ -290,15 +291,15 @@ class Parallel3DStrategy(FSDP2Strategy):
         if pipeline is None:
             return super().forward_backward(objective, micro_batches, num_tokens)
         check_micro_batches(self.schedule, self.dims.pp, self.stages_per_rank, len(micro_batches))
-        parts = same_shape([objective.split(micro_batch) for micro_batch in micro_batches])
+        parts = same_shape([_with_marks(objective, micro_batch) for micro_batch in micro_batches])
         scale = self.gradient_scale / num_tokens.clamp(min=1)
         step = _Step(self, objective, parts, scale, torch.zeros((), device=self.root_device))
         step.prepare()
-        with unchanged_weights():
+        with unchanged_weights(), objective.in_step(self, micro_batches, num_tokens):
             pipeline.step(step, len(parts), self._hidden_shape(parts[0]))
         step.finish()
         self._share_tied_gradients(objective.model)
-        dist.all_reduce(step.total, group=pipeline.group)  # only the last stage's rank has the loss; others have 0
+        dist.all_reduce(step.total, group=pipeline.group)  # the last stage's rank has the loss of the logits
         self.check_replicas_once(objective.model)
         return step.total
 
@@ -361,6 +362,12 @@ class Parallel3DStrategy(FSDP2Strategy):
         finally:
             self._share_logits = True
 
+    def sum_over_stages(self, tensor: Tensor) -> Tensor:
+        """See `StepRunner.sum_over_stages`."""
+        if self.dims.pp > 1:
+            dist.all_reduce(tensor, group=self.device_mesh["pp"].get_group())
+        return tensor
+
     def from_logits(self, compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `StepRunner.from_logits`. The last stage's rank computes, and the others get its result."""
         if self._pipeline is None:
@@ -413,13 +420,17 @@ class _Step:
         """See `pipeline.StepRunner.forward`."""
         pipeline, model = self.strategy.pipeline, self.objective.model
         assert pipeline is not None
-        with self.strategy.split_sequence(*self.parts[micro_batch]) as (inputs, targets):
+        with self.strategy.split_sequence(*self.parts[micro_batch]) as (inputs, (targets, marks)):
             turn = Turn(stage, hidden)
             output = pipeline.model.run(turn, lambda: forward_for_loss(model, inputs))
+            beside = self.objective.side_loss(marks)
+            if beside is not None:
+                self.total += beside.detach()
             if not stage.last:
-                return output
+                return output if beside is None else with_loss(output, beside * self.scale)
             loss = self.objective.loss(output, targets)
         self.total += loss.detach()
+        loss = loss if beside is None else loss + beside
         return (loss * self.scale).float().reshape(1)  # the shape and dtype that `Pipeline` told torch
 
     @contextmanager
@@ -455,6 +466,12 @@ class _Step:
             model.set_requires_gradient_sync(last or (self.strategy.sync_every_micro_batch and not split))
             model.set_is_last_backward(last)
             model.set_reshard_after_backward(last or not keep)
+
+
+def _with_marks(objective: Objective, micro_batch: MicroBatch) -> Part:
+    """The inputs of the forward, and with the targets what the loss beside them needs."""
+    inputs, targets = objective.split(micro_batch)
+    return inputs, (targets, objective.token_marks(micro_batch))
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:

@@ -119,18 +119,13 @@ def find_parts(model: nn.Module) -> ModelParts:
     """Find the parts of a decoder by the model's own `pp_plan`, or else by running it and noting the order.
 
     Raises:
-        ValueError: the model is an encoder-decoder, has several stacks of layers or a router loss, passes more than
+        ValueError: the model is an encoder-decoder, has several stacks of layers, passes more than
             hidden states between layers, or cannot be run to find its parts.
     """
     kind = type(model).__name__
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"pp > 1 splits decoders, and {kind} also has an encoder. Use fsdp2, or tp.")
-    if getattr(config, "output_router_logits", False):
-        raise ValueError(
-            f"pp > 1: the balancing loss of {kind}'s routers needs all layers, and no stage has them all. Set "
-            "output_router_logits=False in the config (config_overrides), or use fsdp2."
-        )
     found = [name for name in stacks(model) if _of_decoder(model, name)]
     if len(found) != 1:
         raise ValueError(

@@ -73,7 +73,7 @@ def test_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_experts_are_told(tmp_path: Path) -> None:
-    """What computes them, and that a balancing loss is configured and not used."""
+    """What computes them, and whether the configured balancing loss is used."""
     facts = []
     for used in (False, True):
         sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -83,7 +83,9 @@ def test_experts_are_told(tmp_path: Path) -> None:
         "grouped_mm (transformers' experts_implementation); router_aux_loss_coef=0.01 is not used: "
         "output_router_logits is off"
     )
-    assert facts[1] == "grouped_mm (transformers' experts_implementation)"
+    assert facts[1] == (
+        "grouped_mm (transformers' experts_implementation); balanced by aux_loss 0.01 over the global batch"
+    )
     assert fit(tiny_model(), Ledger(), tmp_path).facts["model"]["experts"] is None
 
 

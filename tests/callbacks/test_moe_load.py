@@ -21,12 +21,13 @@ from tests.routers import routed_model
 from tests.strategies.test_tensor import MOE
 from tests.tiny import tiny_model
 
-METRICS = {"moe_max_load", "moe_mean_max_load", "moe_idle_experts", "moe_entropy", "moe_dropped_tokens"}
+LOADS = {"moe_max_load", "moe_mean_max_load", "moe_idle_experts", "moe_entropy", "moe_dropped_tokens"}
+METRICS = LOADS | {"moe_z_loss"}
 
 
 def test_summary() -> None:
     even, one = summary({"a": [1.0] * 4}), summary({"a": [4.0, 0, 0, 0], "b": [1.0] * 4})
-    assert even == pytest.approx(dict.fromkeys(METRICS, 1.0) | {"moe_idle_experts": 0.0, "moe_dropped_tokens": 0.0})
+    assert even == pytest.approx(dict.fromkeys(LOADS, 1.0) | {"moe_idle_experts": 0.0, "moe_dropped_tokens": 0.0})
     assert one["moe_max_load"] == 4.0
     assert one["moe_mean_max_load"] == 2.5
     assert one["moe_idle_experts"] == 3 / 8
@@ -48,17 +49,20 @@ def _count(total: Tensor, module: nn.Module, args: Any, output: Any) -> None:
     total += chosen.flatten().bincount(minlength=4)
 
 
-def counted(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, list[float]]:
-    """The loads of one forward of each micro-batch, counted from what the routers choose."""
+def counted(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[dict[str, list[float]], float]:
+    """The loads of one forward of each micro-batch, counted from what the routers choose; and the z-loss."""
     found: dict[str, Tensor] = {}
+    squares: list[Tensor] = []
     for name, module in model.named_modules():
         if name.endswith("mlp.gate"):
             found[name] = torch.zeros(4)
             module.register_forward_hook(partial(_count, found[name]))
+            module.register_forward_hook(lambda m, args, out: squares.append(out[0].logsumexp(-1) ** 2))
     with torch.no_grad():
         for batch in batches:
             model(input_ids=batch["input_ids"])
-    return {name.replace("gate", "experts"): (n / n.mean()).tolist() for name, n in found.items()}
+    loads = {name.replace("gate", "experts"): (n / n.mean()).tolist() for name, n in found.items()}
+    return loads, float(torch.cat(squares).mean())
 
 
 def check_same(load: dict[str, list[float]], other: dict[str, list[float]]) -> None:
@@ -85,9 +89,11 @@ def run(root: Path, strategy: str, devices: int) -> tuple[dict[str, list[float]]
     data = MockDataModule(vocab_size=264, seq_len=16, micro_batch_size=1, global_batch_size=4, num_samples=4)
     before = copy.deepcopy(model)
     trainer.fit(CausalLMModule(model, lr=1e-3), data)
-    if devices == 1:
-        check_same(load.load, counted(before, batches.seen))
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name in METRICS}
+    if devices == 1:
+        loads, z = counted(before, batches.seen)
+        check_same(load.load, loads)
+        assert metrics["moe_z_loss"] == pytest.approx(z)
     return load.load, metrics
 
 
@@ -105,7 +111,7 @@ def test_metrics_on_one_device(alone: tuple[dict[str, list[float]], dict[str, fl
     load, metrics = alone
     assert list(load) == ["model.layers.1.mlp.experts", "model.layers.3.mlp.experts"]
     assert all(sum(values) == pytest.approx(4) for values in load.values())
-    assert metrics == pytest.approx(summary(load))
+    assert metrics == pytest.approx(summary(load) | {"moe_z_loss": metrics["moe_z_loss"]})
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.fabric
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -194,6 +195,12 @@ def test_adapters_in_a_plain_loop(pool: RankPool, bases: Path, tmp_path: Path) -
         assert all(torch.equal(saved[name], tensor) for name, tensor in seen["adapter"].items())
 
 
+def with_peft(model: PreTrainedModel) -> None:
+    """A forward in training of PEFT's adapters on a sharded model; one in evaluation is nobody's business."""
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.train()(input_ids=ROWS, labels=ROWS)
+
+
 def other_tools(folder: Path) -> dict[str, Any]:
     """GradScaler, an average of weights, torch.compile, unequal use of parameters, and refusals."""
     strategy = FSDP2Strategy().start(precision="fp32", device="cpu")
@@ -220,6 +227,8 @@ def other_tools(folder: Path) -> dict[str, Any]:
         "trainer's": lambda: AutoModelForCausalLM.from_pretrained(folder, Trainer(logger=False).strategy),
         "device": lambda: AutoModelForCausalLM.from_pretrained(folder, strategy, device="cpu"),
         "variant": lambda: model.save_pretrained(folder / "x", variant="fp16"),
+        "peft": lambda: with_peft(AutoModelForCausalLM.from_pretrained(folder, strategy)),
+        "peft, cut": lambda: with_peft(AutoModelForCausalLM.from_pretrained(folder, "fsdp2:tp=2")),
         "only transformers": lambda: AutoModelForCausalLM.from_pretrained(folder, strategy, device_map="auto"),
     }.items():
         with pytest.raises(ValueError, match=r".") as error:
@@ -233,7 +242,7 @@ def other_tools(folder: Path) -> dict[str, Any]:
 WORDS = {
     "megatron": "NVIDIA GPUs only", "sizes": "tp=3", "name": "Did you mean 'fsdp2'", "object": "no layout",
     "trainer's": "belongs to a Trainer", "device": "leave out device=", "variant": "variant= is not honoured",
-    "only transformers": "places",
+    "only transformers": "places", "peft": "give lora=LoRAConfig(…)", "peft, cut": "came into the model after it was",
 }  # fmt: skip
 
 

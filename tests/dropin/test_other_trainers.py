@@ -133,6 +133,55 @@ def test_as_on_one_device(
         assert torch.allclose(ours, one, atol=2e-3), kind
 
 
+def best(spec: str | None, base: Path, out: Path) -> dict[str, Any]:
+    """Four steps, with a checkpoint after two; the first is "best", and is read again at the end."""
+    ParallelismConfig._validate_accelerator = lambda *_: None  # type: ignore[method-assign]
+    warnings.simplefilter("ignore")
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    set_seed(1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, strategy=spec)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    arguments = {
+        "max_steps": 4, "per_device_train_batch_size": 4 // (ranks // (getattr(model, "_tp_size", None) or 1)),
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "report_to": [], "use_cpu": True, "seed": 1,
+        "disable_tqdm": True, "adam_epsilon": 1e-3, "output_dir": str(out), "eval_strategy": "steps", "eval_steps": 2,
+        "save_strategy": "steps", "save_steps": 2, "metric_for_best_model": "eval_loss", "greater_is_better": True,
+        "load_best_model_at_end": True, "eval_on_start": True, "save_only_model": True,
+    }  # fmt: skip
+    rows = Dataset.from_list([{"input_ids": tokenizer(f"{i} plus {i}")["input_ids"]} for i in range(24)])
+    common = {
+        "train_dataset": rows, "eval_dataset": rows.select(range(8)), "processing_class": tokenizer,
+        "data_collator": DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    }  # fmt: skip
+    trainer = transformers.Trainer(model, TrainingArguments(**arguments), **common)
+    trainer.train()
+    with torch.no_grad():
+        logits: Any = model.eval()(input_ids=torch.arange(6, 18).view(1, 12)).logits
+    return {
+        "losses": [x["eval_loss"] for x in trainer.state.log_history if "eval_loss" in x],
+        "logits": logits.full_tensor() if hasattr(logits, "full_tensor") else logits,
+        "best": Path(trainer.state.best_model_checkpoint or "").name,
+    }
+
+
+@pytest.mark.parametrize("spec", ["fsdp2", "fsdp2:tp=2"])
+def test_the_best_checkpoint_is_read_into_shards(pool: RankPool, base: Path, tmp_path: Path, spec: str) -> None:
+    (alone,) = pool.run(1, best, None, base, tmp_path / "one")
+    for seen in pool.run(2, best, spec, base, tmp_path / "many"):
+        assert seen["best"] == alone["best"] == "checkpoint-2"
+        assert seen["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert torch.allclose(seen["logits"], alone["logits"], atol=2e-3)
+    (plain, last) = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "many" / f"checkpoint-{step}") for step in (2, 4)
+    )
+    ids = torch.arange(6, 18).view(1, 12)
+    with torch.no_grad():
+        assert torch.allclose(plain(input_ids=ids).logits, alone["logits"], atol=2e-3)
+        assert not torch.allclose(last(input_ids=ids).logits, alone["logits"], atol=0.1)
+
+
 def test_grpo_as_transformers_own_sharding(pool: RankPool, base: Path, tmp_path: Path) -> None:
     """Ranks draw their completions with generators of their own, so one device is no reference."""
     theirs = pool.run(2, run, ["grpo"], "transformers", base, tmp_path / "theirs")[0]["grpo"]["history"]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.models._experts import hold_part_of_experts
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, kernels_in_use
-from automodel_trainer.models.kernels.experts import GroupedExperts, swap_experts
+from automodel_trainer.models.kernels.experts import GroupedExperts, experts_to_fp8, swap_experts
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
 from automodel_trainer.models.lora.layers import LoRAParameters
 from tests.beside import use
@@ -110,3 +110,82 @@ def test_choice_and_ledger() -> None:
         apply_kernels(tiny_model(), KernelsConfig(experts="grouped"), cpu)
     with pytest.raises(ValueError, match="experts='fast' is unknown"):
         KernelsConfig(experts="fast")
+
+
+# --- fp8 --------------------------------------------------------------------------------------------------------------
+
+
+def cast(x: Tensor, dim: int) -> Tensor:
+    """x as fp8 with a scale for each row along `dim` holds it."""
+    scale = x.abs().amax(dim, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def by_hand(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor, frozen: bool) -> Tensor:
+    """The experts one by one, with every product in fp8 as `kernels/experts_fp8.py` says."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            return cast(x, 1) @ cast(weight, 1).mT
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            x, weight = ctx.saved_tensors
+            if not frozen:
+                return cast(grad, 1) @ cast(weight, 0), grad.mT @ x
+            scale = weight.abs().amax(1) / 448
+            codes = (weight / scale[:, None]).to(torch.float8_e4m3fn).float()
+            return cast(grad * scale, 1) @ codes, None
+
+    total = torch.zeros_like(x)
+    for expert in range(4):
+        token, slot = (index == expert).nonzero(as_tuple=True)
+        if len(token):
+            up, down = (getattr(module, name)[expert] for name in ("gate_up_proj", "down_proj"))
+            gate, value = Product.apply(x[token], up).chunk(2, -1)
+            inner = nn.functional.silu(gate) * value * weights[token, slot, None]
+            total = total.index_add(0, token, Product.apply(inner, down))
+    return total
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["cast", "held"])
+def test_products_in_fp8(frozen: bool) -> None:
+    """Outputs and gradients against casts and sums written out, and near those without fp8."""
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16}
+    model = tiny_model("qwen3_moe", **{**FAMILIES["qwen3_moe"], **sizes})
+    if frozen:
+        apply_lora(model, LoRAConfig(rank=4, target_modules=["gate_up_proj"]))  # its update is zero
+        finish_lora(model)
+    plain = copy.deepcopy(model)
+    assert not experts_to_fp8(model, swap_experts(model)[0])
+    finish_lora(model)
+    name = next(n for n, m in model.named_modules() if n.endswith("experts"))
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 40, 32, generator=generator).unbind()
+    index = torch.rand(40, 4, generator=generator)[:, :3].argsort(1)[:, :2]  # the last expert gets no token
+    weights = torch.rand(40, 2, generator=generator)
+
+    def run(function: Any, module: nn.Module) -> list[Tensor]:
+        given = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        out = function(given[0], index, given[1])
+        out.backward(grad)
+        own = [] if frozen else [module.gate_up_proj.grad, module.down_proj.grad]
+        return [out, given[0].grad, given[1].grad, *own]  # type: ignore[list-item]
+
+    experts, exact = model.get_submodule(name), plain.get_submodule(name)
+    got = run(experts, experts)
+    near = run(exact, exact)
+    exact.zero_grad()
+    expected = run(lambda *args: by_hand(exact, *args, frozen), exact)
+    for ours, theirs, without in zip(got, expected, near, strict=True):
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()  # a cast may round otherwise
+        assert (ours - without).norm() < 0.1 * without.norm()
+
+
+def test_experts_that_stay_as_they_are() -> None:
+    model = eager("qwen3_moe", sizes={"moe_intermediate_size": 24})
+    left = experts_to_fp8(model, swap_experts(model)[0])
+    assert all("24" in why for why in left.values())
+    assert left

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from automodel_trainer import AutoModelForCausalLM
+from automodel_trainer.models.kernels import KernelsConfig
+from automodel_trainer.models.kernels.experts import experts_to_fp8, swap_experts
 from automodel_trainer.models.lora import LoRAConfig, adapters
 from automodel_trainer.models.quantization.quantize import is_quantized
 from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor, quantize
@@ -123,8 +125,9 @@ def test_logits_and_gradients_are_those_of_the_unpacked_base(bases: Path, packin
 @pytest.mark.parametrize(
     ("packing", "layouts"),
     [
-        ("nf4", [("fsdp2", 2), ("hsdp:dp_replicate=2", 4)]),
+        ("nf4", [("fsdp2", 2), ("hsdp:dp_replicate=2", 4), ("fsdp2:ep=2", 2)]),
         ("bnb-nf4", [("ddp", 2), ("fsdp2", 4), ("fsdp2:cp=2", 2)]),
+        ("nf4", [("fsdp2:ep=2", 4)]),
         more("nf4", [("fsdp2", 4)]),
     ],
 )
@@ -140,6 +143,32 @@ def test_ranks(pool: RankPool, bases: Path, packing: str, layouts: list[tuple[st
     (exact,) = pool.run(1, train, "fsdp2", 1, "fp32", bases / "moe", {})
     assert one["losses"] != exact["losses"]
     assert one["losses"] == pytest.approx(exact["losses"], rel=0.02)
+
+
+def train_in_fp8(spec: str, world_size: int, folder: Path) -> Any:
+    """`train` with frozen experts that are held in fp8, as on a GPU with `kernels: {fp8: …}`."""
+
+    def swap(model: Any) -> Any:
+        swapped, left = swap_experts(model)
+        assert swapped
+        assert not experts_to_fp8(model, swapped)
+        return swapped, left
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("automodel_trainer.models.kernels.choose.swap_experts", swap)
+        return train(spec, world_size, "fp32", folder, {}, KernelsConfig(experts="grouped"))
+
+
+def test_experts_held_in_fp8(pool: RankPool, bases: Path) -> None:
+    """Near the run without fp8, and the same on every layout; a cast of rows may round otherwise after a sum."""
+    (one,) = pool.run(1, train_in_fp8, "fsdp2", 1, bases / "moe")
+    (exact,) = pool.run(1, train, "fsdp2", 1, "fp32", bases / "moe", {})
+    assert one["losses"] != exact["losses"]
+    assert one["losses"] == pytest.approx(exact["losses"], rel=0.02)
+    for spec, world_size in (("fsdp2", 2), ("fsdp2:ep=2", 2)):
+        for result in pool.run(world_size, train_in_fp8, spec, world_size, bases / "moe"):
+            assert result["losses"] == pytest.approx(one["losses"], rel=1e-3), spec
+            assert result["held"] < 0.6
 
 
 def build_on(spec: str, world_size: int, folder: Path, packing: str) -> str:

@@ -184,23 +184,29 @@ def test_sizes_that_do_not_fit(pool: RankPool, spec: str, world_size: int, famil
         assert said in message
 
 
+def test_a_plan_rule_that_matches_nothing_is_refused() -> None:
+    strategy = make_strategy("fsdp2", 1)
+    strategy.ep = 2  # type: ignore[attr-defined]
+    model = tiny_model("qwen3_moe", **MOE)
+    model.ep_plan = {**model.ep_plan, "model.layers.*.mlp.experts.up_proj": "grouped_gemm"}
+    with pytest.raises(
+        ValueError, match=r"match nothing.*: model\.layers\.\*\.mlp\.experts\.up_proj\. .*hold.*gate_up_proj"
+    ):
+        strategy.parallelize(model)
+
+
 def test_auto_takes_what_node_and_experts_allow(pool: RankPool) -> None:
     for experts, expected in ((4, 4), (6, 2), (5, 1)):
         options = {**MOE, "num_experts": experts}
         assert pool.run(4, sizes, "fsdp2_ep", 4, "qwen3_moe", **options) == [expected] * 4
 
 
-def test_quantized_experts_are_refused(pool: RankPool) -> None:
+def test_experts_that_are_quantized_already_are_refused() -> None:
     use("torchao")
-    said = pool.run(2, quantized, "fsdp2:ep=2", 2)
-    assert all("are held quantized" in message and "Set ep=1" in message for message in said), said
-
-
-def quantized(spec: str, world_size: int) -> str:
-    use("torchao")
-    strategy = make_strategy(spec, world_size)
-    model = tiny_model("qwen3_moe", **MOE)
-    apply_lora(model, LoRAConfig(rank=4, quantize="nf4"))
-    with pytest.raises(ValueError, match="quantized") as caught:
+    model = build("qwen3_moe", False, hidden_size=64, moe_intermediate_size=64)
+    apply_lora(model, LoRAConfig(rank=4, quantize="nf4", target_modules=["gate_up_proj", "down_proj"]))
+    finish_lora(model)
+    strategy = make_strategy("fsdp2", 1)
+    strategy.ep = 2  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="are quantized already"):
         strategy.parallelize(model)
-    return str(caught.value)

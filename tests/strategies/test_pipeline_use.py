@@ -157,12 +157,6 @@ BAD = {
     ),
     "a split that does not add up": ("3d:pp=2", {"split": [1, 2]}, 8, "4 in all"),
     "too few micro-batches": ("3d:pp=2", {}, 2, "at least 2 micro-batches"),
-    "router losses": (
-        "3d:pp=2",
-        {"family": "qwen3_moe", "output_router_logits": True},
-        8,
-        "output_router_logits=False",
-    ),
     "a stage with nothing to train": ("3d:pp=2", {"frozen": True}, 8, "nothing to train"),
 }
 

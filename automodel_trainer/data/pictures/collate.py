@@ -53,6 +53,8 @@ class PictureCollate:
         collate = collate_packed if self.packed else collate_padded
         batch = collate(rows, width, pad_id, self.positions)
         batch["sample_ids"] = own
+        if rows[-1] and rows[-1][-1] is self.blank:  # it is padding: no part of the data
+            batch["lengths"][-1] -= len(self.blank.input_ids)
         places = []  # row and first token of each document with pictures
         for index, row in enumerate(rows):
             start = 0

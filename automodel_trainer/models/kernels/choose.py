@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.models.kernels.attention import flex_obstacle, install_attention_kernel
 from automodel_trainer.models.kernels.config import FASTEST, PLAIN, KernelsConfig
-from automodel_trainer.models.kernels.experts import swap_experts
+from automodel_trainer.models.kernels.experts import experts_to_fp8, swap_experts
 from automodel_trainer.models.kernels.fp8 import RECIPES, convert_to_fp8
 from automodel_trainer.models.kernels.library import PARTS, KernelLibrary, LossKernel, within_dtypes
 from automodel_trainer.models.kernels.linear import swap_linear_layers
@@ -98,6 +98,8 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
     texts["linear"] = _choose_linear(model, choices["linear"], kernels, device)
     choices["experts"], experts = _choose_experts(model, kernels, device)
     texts |= {"experts": experts} if experts else {}
+    if choices["dispatch"].library is not None:
+        texts["dispatch"] = _title(choices["dispatch"])
     in_use = KernelsInUse({part: choice.name for part, choice in choices.items()}, texts, _loss_kernel(loss))
     record_of(model).keep(in_use)
     record_of(model).keep(Fusion(kernels.lora, _lora_groups(model, kernels.lora, device)))
@@ -229,7 +231,17 @@ def _choose_experts(model: PreTrainedModel, kernels: KernelsConfig, device: torc
     swapped, left = swap_experts(model)
     if not swapped and is_auto:
         return Choice("experts", PLAIN["experts"], None, is_auto), ""
-    return choice, _described(model, choice, "modules of experts", swapped, left)
+    text = _described(model, choice, "modules of experts", swapped, left)
+    return choice, text + (_experts_in_fp8(model, swapped, device) if kernels.fp8 in RECIPES else "")
+
+
+def _experts_in_fp8(model: PreTrainedModel, names: list[str], device: torch.device) -> str:
+    """Make experts multiply in fp8; what the ledger adds about it."""
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "; not in fp8: grouped matmuls in fp8 need a GPU of the Hopper kind or later"
+    left = experts_to_fp8(model, names)
+    kept = "".join(f", not {name} ({why})" for name, why in list(left.items())[:3])
+    return (f"; {len(names) - len(left)} in fp8 by rows" if len(left) < len(names) else "; none in fp8") + kept
 
 
 def _described(model: PreTrainedModel, choice: Choice, kind: str, swapped: list[str], left: dict[str, str]) -> str:

@@ -19,6 +19,7 @@ FASTEST = {
     "rope": "compile",
     "linear": "torch",
     "experts": "grouped",
+    "dispatch": "all_to_all",
 }
 # What "auto" is elsewhere, and where the fastest does not fit the model. For attention transformers chooses.
 PLAIN = {part: names[0] for part, names in BUILT_IN.items() if names}
@@ -42,6 +43,8 @@ class KernelsConfig:
         linear: of the blocks: `torch` or `te` (TransformerEngine).
         experts: of a mixture: `grouped` (tokens sorted by expert, all experts in grouped matmuls, adapters as factors;
             see `models/kernels/experts.py`) or `transformers` (what the config's `experts_implementation` says).
+        dispatch: what carries tokens between ranks under expert parallel (ep > 1): `all_to_all`, or `deepep` (GPUs of
+            one host that reach each other's memory, in bf16).
         fp8: linear layers of the blocks multiply in fp8 (NVIDIA GPUs since Ada and Hopper). By torchao: `tensorwise`
             (fastest), `rowwise` (more exact) or `rowwise_with_gw_hp` (gradients of weights in bf16); with `linear: te`:
             `delayed` (fastest), `current` or `block`. None: they do not.
@@ -67,6 +70,7 @@ class KernelsConfig:
     rope: str = "auto"
     linear: str = "auto"
     experts: str = "auto"
+    dispatch: str = "auto"
     fp8: str | None = None
     fp8_all_gather: bool | Literal["auto"] = "auto"
     lora: str = "auto"

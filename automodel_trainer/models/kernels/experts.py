@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from automodel_trainer.models._experts import ExpertsLayout, experts_layout, grouped_mm, holds_part_of_experts
+from automodel_trainer.models.kernels.experts_fp8 import cast_to_fp8, held_in_fp8
+from automodel_trainer.models.lora import lora_of
 from automodel_trainer.models.lora.layers import LoRAParameters, dense
+from automodel_trainer.models.quantization.fp8_weight import MULTIPLE
+from automodel_trainer.models.quantization.fp8_weight import SCHEMES as FP8_SCHEMES
+from automodel_trainer.models.quantization.quantize import is_to_be_quantized, quantize_parameters
 from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor
 from automodel_trainer.nn.mixing import mixed
 
@@ -30,6 +35,7 @@ class GroupedExperts(nn.Module):
     """Experts that compute in grouped matmuls. Mixed in by `swap_experts`; parameters stay what they are."""
 
     layout: ExpertsLayout
+    in_fp8 = False  # trained weights, and inputs, are cast in every forward
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the weighted sum of each token's experts.
@@ -54,8 +60,12 @@ class GroupedExperts(nn.Module):
         """x `[s, in]` through each row's expert: `[s, out]`. `scale` `[s, 1]` is what x has been multiplied with."""
         transposed, weight = self.layout.transposed, self._parameters[name]
         assert weight is not None
-        if isinstance(weight, QuantizedTensor):
+        if isinstance(weight, QuantizedTensor) and weight.scheme in FP8_SCHEMES:
+            y = held_in_fp8(x, weight, routes.ends, routes.expert, transposed)
+        elif isinstance(weight, QuantizedTensor):
             y = _Frozen.apply(x, weight, routes.ends, transposed)
+        elif self.in_fp8:
+            y = cast_to_fp8(x, weight, routes.ends, transposed)
         else:
             y = grouped_mm(x, weight if transposed else weight.mT, routes.ends)
         if isinstance(self, LoRAParameters) and name in self.adapted:
@@ -124,6 +134,34 @@ def swap_experts(model: nn.Module) -> tuple[list[str], dict[str, str]]:
             module.layout = layout  # type: ignore[assignment]
             swapped.append(name)
     return swapped, left
+
+
+def experts_to_fp8(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Make grouped experts multiply in fp8, in place. Frozen weights under adapters are held in fp8 from now on.
+
+    Args:
+        model: on meta or real, not laid out yet.
+        names: of modules that `swap_experts` changed.
+
+    Returns:
+        the modules that stay as they are, with the reason.
+    """
+    left: dict[str, str] = {}
+    adapted = lora_of(model) is not None
+    for name in names:
+        module = model.get_submodule(name)
+        assert isinstance(module, GroupedExperts)
+        keys = (module.layout.up, module.layout.down)
+        sides = [module._parameters[key].shape[1:] for key in keys]  # type: ignore[union-attr]
+        if any(side % MULTIPLE for shape in sides for side in shape):
+            left[name] = " and ".join(" × ".join(map(str, shape)) for shape in sides)
+        elif any(is_to_be_quantized(module, key) for key in keys):
+            left[name] = "held in 4 bits"
+        elif adapted and not any(module._parameters[key].requires_grad for key in keys):  # type: ignore[union-attr]
+            quantize_parameters(model, {name: keys}, "fp8-rowwise")
+        else:
+            module.in_fp8 = True
+    return left
 
 
 def _low_rank(module: LoRAParameters, name: str, x: Tensor, ends: Tensor) -> Tensor:

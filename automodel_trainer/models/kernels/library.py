@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from automodel_trainer.models.kernels.dispatch import Dispatcher
 from automodel_trainer.models.kernels.mlp import GatedMLP, GateKernel
 from automodel_trainer.models.kernels.norm import Norm, NormKernel
 from automodel_trainer.models.kernels.rope import RopeKernel
 
 # The parts of a model that libraries have kernels for: fields of `KernelsConfig`, methods of `KernelLibrary`.
-PARTS = ("attention", "loss", "norm", "activation", "rope", "linear")  # and "experts", which no library offers yet
+PARTS = ("attention", "loss", "norm", "activation", "rope", "linear", "dispatch")  # "experts": no library offers it yet
 
 LinearKernel = Callable[[Tensor, Tensor], Tensor]
 LossFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
@@ -147,6 +149,15 @@ class KernelLibrary:
 
         Args:
             recipe: one of `recipes`; None multiplies in the dtype of x.
+        """
+        raise NotImplementedError
+
+    def dispatch(self, group: ProcessGroup, local: int) -> Dispatcher | str:
+        """What carries tokens to experts and back over the ep ranks, or why these ranks cannot have it. Collective.
+
+        Args:
+            group: the ep ranks.
+            local: the number of experts that each of them holds.
         """
         raise NotImplementedError
 

@@ -21,6 +21,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "rope": ("compile",),
     "linear": ("torch",),
     "experts": ("transformers", "grouped"),
+    "dispatch": ("all_to_all",),
 }
 
 _registered: dict[str, KernelLibrary] = {}

@@ -28,9 +28,12 @@ MULTIPLE = 16  # both sides of a weight, and the tokens that its gradient sums o
 def quantize(weight: Tensor, scheme: str) -> QuantizedParts:
     """A dense weight `[out, in]` as codes (one byte an element) and scales fp32 `[out]`.
 
+    The rows of several matrices `[n, out, in]` are held as those of one, `[n · out, in]`.
+
     A tensorwise scale is a power of two. Weights that must share a scale then take the largest of theirs: that only
     changes the exponents of their codes, and rounds nothing again.
     """
+    weight = weight.flatten(0, -2)
     scales = scale_of([weight], E4M3, _by_row(scheme))
     scales = scales if _by_row(scheme) else scales.log2().ceil().exp2()
     codes = cast_with(weight, scales, E4M3)

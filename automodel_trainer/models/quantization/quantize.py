@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
-from automodel_trainer.distributed._dtensor import local_tensor
+from automodel_trainer.distributed._dtensor import StridedShard, local_tensor
 from automodel_trainer.models._transformers import is_loaded, mark_loaded
 from automodel_trainer.models.quantization import _bitsandbytes, _torchao
 from automodel_trainer.models.quantization.fp8_weight import SCHEMES as FP8_SCHEMES
@@ -72,8 +73,18 @@ def quantize_linear(model: nn.Module, names: Iterable[str], scheme: str) -> None
     Args:
         scheme: of `fp8_weight.SCHEMES`.
     """
-    for name in names:
-        _hold_quantized(model.get_submodule(name), scheme, ("weight",))
+    quantize_parameters(model, dict.fromkeys(names, ("weight",)), scheme)
+
+
+def quantize_parameters(model: nn.Module, weights: Mapping[str, tuple[str, ...]], scheme: str) -> None:
+    """Make `model` (on meta or real) hold these frozen weights in fp8 from now on.
+
+    Args:
+        weights: name of a module -> names of its parameters `[…, out, in]`.
+        scheme: of `fp8_weight.SCHEMES`.
+    """
+    for name, names in weights.items():
+        _hold_quantized(model.get_submodule(name), scheme, names)
     _ignore_in_ddp(model)
 
 
@@ -133,8 +144,8 @@ def quantized(weight: Tensor, scheme: str) -> nn.Parameter:
     if not isinstance(weight, DTensor):
         return nn.Parameter(_shard_of(weight, scheme, 0, 1), requires_grad=False)
     mesh, shape = weight.device_mesh, weight.shape
-    shards = math.prod(mesh.size(axis) for axis, p in enumerate(weight.placements) if isinstance(p, Shard))
-    if any(not isinstance(p, Replicate) and p != Shard(0) for p in weight.placements) or shape[0] % shards:
+    shards = math.prod(mesh.size(axis) for axis, p in enumerate(weight.placements) if _cuts(p))
+    if any(not isinstance(p, Replicate) and not _cuts(p) for p in weight.placements) or shape[0] % shards:
         raise ValueError(
             f"A weight of shape {list(shape)} cannot be quantized as {scheme} in {shards} shards: use fewer ranks."
         )
@@ -155,12 +166,17 @@ def _shard_of(weight: Tensor, scheme: str, index: int, count: int) -> Any:
 
 
 def _place(weight: DTensor) -> int:
-    """The index of this rank's shard."""
+    """The index of this rank's shard. Strided axes cut what the others have cut before (experts: ep, then FSDP2)."""
     place = 0
-    for axis, placement in enumerate(weight.placements):
-        if isinstance(placement, Shard):
-            place = place * weight.device_mesh.size(axis) + weight.device_mesh.get_local_rank(axis)
+    cutting = [(axis, p) for axis, p in enumerate(weight.placements) if _cuts(p)]
+    for axis, _ in sorted(cutting, key=lambda pair: isinstance(pair[1], StridedShard)):
+        place = place * weight.device_mesh.size(axis) + weight.device_mesh.get_local_rank(axis)
     return place
+
+
+def _cuts(placement: Placement) -> bool:
+    """Whether a mesh axis cuts dimension 0."""
+    return isinstance(placement, Shard | StridedShard) and placement.dim == 0
 
 
 def _scale_block(shape: torch.Size, shards: int = 1) -> int:

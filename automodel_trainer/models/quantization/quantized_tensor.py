@@ -1,4 +1,4 @@
-"""A frozen weight in NF4 (any shape) or fp8 (a matrix). FSDP2 shards and gathers it in the quantized form."""
+"""A frozen weight in NF4 (any shape) or fp8 (matrices). FSDP2 shards and gathers it in the quantized form."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 
 def quantize(weight: Tensor, scheme: str, scale_block: int) -> QuantizedTensor:
-    """Quantize a dense weight of any shape (fp8: `[out, in]`).
+    """Quantize a dense weight of any shape (fp8: `[…, out, in]`).
 
     Args:
         scheme: see `QuantizedTensor`.
