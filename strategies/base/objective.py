@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -161,3 +161,22 @@ class Objective:
 def count_all(objective: Objective, micro_batches: Sequence[MicroBatch]) -> Tensor:
     """The sum of `count` over micro-batches, 0-dim int64."""
     return torch.stack([objective.count(micro_batch) for micro_batch in micro_batches]).sum()
+
+
+class Marked(NamedTuple):
+    """The targets of a micro-batch, and the `token_marks` that its `side_loss` asks for."""
+
+    targets: Any
+    marks: Tensor
+
+
+def marked_part(objective: Objective, micro_batch: MicroBatch) -> Part:
+    """What `objective.split` gives, with `Marked` targets if the objective has marks."""
+    inputs, targets = objective.split(micro_batch)
+    marks = objective.token_marks(micro_batch)
+    return inputs, targets if marks is None else Marked(targets, marks)
+
+
+def unmarked(targets: Any) -> tuple[Any, Tensor | None]:
+    """The targets and the marks of what `marked_part` gave for targets."""
+    return (targets.targets, targets.marks) if isinstance(targets, Marked) else (targets, None)

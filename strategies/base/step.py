@@ -13,7 +13,7 @@ from automodel_trainer.distributed.phase import enter_phase
 from automodel_trainer.nn.deferred_logits import deferred_logits
 from automodel_trainer.nn.step_cache import unchanged_weights
 from automodel_trainer.strategies.base.clip import clip_grad_norm_
-from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part
+from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part, marked_part, unmarked
 
 
 class StepRunner:
@@ -94,11 +94,10 @@ class StepRunner:
 
     def _micro_step(self, objective: Objective, micro_batch: MicroBatch, scale: Tensor, last: bool) -> Tensor:
         """Run forward and backward of one micro-batch; return its summed token losses, 0-dim, detached."""
-        inputs, targets = objective.split(micro_batch)
-        given = (targets, objective.token_marks(micro_batch))
-        with self.split_sequence(inputs, given) as (part, own), self.gradient_sync(objective.model, last=last):
+        inputs, targets = marked_part(objective, micro_batch)
+        with self.split_sequence(inputs, targets) as (part, own), self.gradient_sync(objective.model, last=last):
             enter_phase("forward")
-            wanted, marks = own
+            wanted, marks = unmarked(own)
             loss = objective.loss(self.forward(objective.model, part), wanted)
             beside = objective.side_loss(marks)
             loss = loss if beside is None else loss + beside

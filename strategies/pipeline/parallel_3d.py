@@ -22,6 +22,7 @@ from automodel_trainer.nn.flops import keep_training_cost
 from automodel_trainer.nn.step_cache import unchanged_weights
 from automodel_trainer.strategies.base.clip import clip_grads_, total_grad_norm
 from automodel_trainer.strategies.base.mesh_strategy import MicroBatch, Objective, Part
+from automodel_trainer.strategies.base.objective import marked_part, unmarked
 from automodel_trainer.strategies.data_parallel._fsdp import initialize_sharding, reduce_gradients
 from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy
 from automodel_trainer.strategies.data_parallel.shard import is_laid_out
@@ -291,7 +292,7 @@ class Parallel3DStrategy(FSDP2Strategy):
         if pipeline is None:
             return super().forward_backward(objective, micro_batches, num_tokens)
         check_micro_batches(self.schedule, self.dims.pp, self.stages_per_rank, len(micro_batches))
-        parts = same_shape([_with_marks(objective, micro_batch) for micro_batch in micro_batches])
+        parts = same_shape([marked_part(objective, micro_batch) for micro_batch in micro_batches])
         scale = self.gradient_scale / num_tokens.clamp(min=1)
         step = _Step(self, objective, parts, scale, torch.zeros((), device=self.root_device))
         step.prepare()
@@ -420,7 +421,8 @@ class _Step:
         """See `pipeline.StepRunner.forward`."""
         pipeline, model = self.strategy.pipeline, self.objective.model
         assert pipeline is not None
-        with self.strategy.split_sequence(*self.parts[micro_batch]) as (inputs, (targets, marks)):
+        with self.strategy.split_sequence(*self.parts[micro_batch]) as (inputs, own):
+            targets, marks = unmarked(own)
             turn = Turn(stage, hidden)
             output = pipeline.model.run(turn, lambda: forward_for_loss(model, inputs))
             beside = self.objective.side_loss(marks)
@@ -466,12 +468,6 @@ class _Step:
             model.set_requires_gradient_sync(last or (self.strategy.sync_every_micro_batch and not split))
             model.set_is_last_backward(last)
             model.set_reshard_after_backward(last or not keep)
-
-
-def _with_marks(objective: Objective, micro_batch: MicroBatch) -> Part:
-    """The inputs of the forward, and with the targets what the loss beside them needs."""
-    inputs, targets = objective.split(micro_batch)
-    return inputs, (targets, objective.token_marks(micro_batch))
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
