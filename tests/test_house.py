@@ -240,8 +240,10 @@ def test_public_names_have_docstrings() -> None:
 
 # --- the pages --------------------------------------------------------------------------------------------------------
 
-FRONT = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
-PAGES = [*FRONT, *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
+FRONT = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+DOCS = sorted(path for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "site")
+PAGES = [*FRONT, *(path.relative_to(ROOT).as_posix() for path in DOCS)]
+MADE_BY_THE_SITE = re.compile(r"docs/(choose|cli|yaml)\.md|docs/(errors|api)/\w+\.md")
 MADE_BY_RUNS = {"config.yaml"}
 
 
@@ -262,4 +264,4 @@ def named_files(page: str) -> Iterator[Path]:
 def test_files_named_in_pages_exist(page: str) -> None:
     files = {path.resolve() for path in named_files(page)}
     missing = {path.relative_to(ROOT).as_posix() for path in files if not path.exists()}
-    assert not missing
+    assert not {name for name in missing if not MADE_BY_THE_SITE.fullmatch(name)}

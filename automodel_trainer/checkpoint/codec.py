@@ -84,7 +84,10 @@ def _encode_dict(value: Mapping[Any, Any], key: str) -> dict[str, Any]:
 def _encode_object(value: Any, key: str) -> Any:
     if isinstance(value, Tensor) and type(value) in (Tensor, torch.nn.Parameter) and value.numel() <= _LARGEST_TENSOR:
         dtype = str(value.dtype).removeprefix("torch.")
-        return {"__tensor__": encode(value.detach().cpu().tolist(), key), "dtype": dtype, "shape": list(value.shape)}
+        numbers = value.detach().cpu().tolist()
+        if value.is_floating_point() or value.is_complex():  # others are plain: a generator's state is thousands
+            numbers = encode(numbers, key)
+        return {"__tensor__": numbers, "dtype": dtype, "shape": list(value.shape)}
     if isinstance(value, np.generic):
         return encode(value.item(), key)
     if isinstance(value, Stored):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from automodel_trainer.nn.html_table import html_table
 from automodel_trainer.verification.flips import by_rounding, describe, first_flips
 from automodel_trainer.verification.steps import Comparison, Reference
 
@@ -98,6 +100,15 @@ class Report:
         """The report as plain values, for JSON."""
         quantities = [{**asdict(q), "passed": q.passed} for q in self.quantities]
         return {**asdict(self), "quantities": quantities, "passed": self.passed}
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook."""
+        rows = [
+            (q.name, q.step or "end", f"{q.error:.1e}", f"at most {q.tolerance:.0e}", "same" if q.passed else "differs")
+            for q in self.quantities
+        ]
+        below = " ".join([*self.findings, re.sub(r"\[/?[^\]]*\]", "", _VERDICTS[self.exit_code])])
+        return html_table(f"{self.model}: {self.layout}, against one device", rows, below)
 
     def print(self, console: Console | None = None) -> None:
         """Print the table, the findings and the verdict."""

@@ -34,13 +34,14 @@ def mark_as_sharded(model: PreTrainedModel, dims: ParallelDims) -> None:
         tp_size=dims.tp, fsdp_size=dims.dp_shard * dims.cp, dp_replicate_size=dims.dp_replicate
     )
     model.register_load_state_dict_pre_hook(_cut)
-    _refuse_later_parameters(model)
+    _refuse_later_parameters(model, dims.tp)
 
 
-def _refuse_later_parameters(model: PreTrainedModel) -> None:
-    """Refuse to train parameters that are added to a sharded model, such as PEFT's adapters.
+def _refuse_later_parameters(model: PreTrainedModel, tp: int) -> None:
+    """Refuse to train parameters that are added to a sharded model, where they would be trained wrongly.
 
-    Nobody averages their gradients over ranks, and cut layers do not fit them.
+    transformers' Trainer averages their gradients over ranks, and a loop of one's own does not. PEFT's adapters take
+    the shapes of shards, and no module fits layers that are cut.
     """
     known = {name for name, _ in model.named_parameters()}
 
@@ -48,16 +49,29 @@ def _refuse_later_parameters(model: PreTrainedModel) -> None:
         if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
             return
         handle.remove()
-        added = [name for name, p in model.named_parameters() if p.requires_grad and name not in known]
-        if added := [name for name in added if not isinstance(model.get_parameter(name), DTensor)]:
+        added = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in known}
+        wrong = [
+            name
+            for name, parameter in added.items()
+            if not isinstance(parameter, DTensor)
+            and (tp > 1 or _is_of_peft(model, name) or not hasattr(parameter, "_replicated_grad_hook_registered"))
+        ]
+        if wrong:
             raise ValueError(
-                f"{listed(added)} came into the model after it was sharded: their gradients would not be averaged over "
-                "ranks, and cut layers do not fit them. For adapters give lora=LoRAConfig(…) to from_pretrained, "
-                "instead of PEFT's get_peft_model or peft_config=; add other modules before the model is sharded."
+                f"{listed(wrong)} came into the model after it was sharded: their gradients would not be averaged over "
+                "ranks, or they do not fit layers that are cut. For adapters give lora=LoRAConfig(…) to "
+                "from_pretrained, instead of PEFT's get_peft_model or peft_config=; add other modules before the model "
+                "is sharded, or train under fsdp2 with transformers' Trainer, which averages them."
             )
 
     decoder: nn.Module = model.base_model  # PEFT calls the model's `forward`, past its hooks
     handle = decoder.register_forward_pre_hook(check)
+
+
+def _is_of_peft(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is that of one of PEFT's layers, which hold the layer that they adapt."""
+    parts = name.split(".")
+    return any(hasattr(model.get_submodule(".".join(parts[:end])), "base_layer") for end in range(1, len(parts)))
 
 
 def _cut(model: PreTrainedModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

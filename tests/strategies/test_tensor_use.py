@@ -28,6 +28,7 @@ from automodel_trainer.strategies.tensor.rehearsal import check_reads
 from automodel_trainer.strategies.tensor.size import choose_tp
 from tests.harness import (
     NextToken,
+    adamw_of_dtensors,
     check_decided,
     check_run,
     close,
@@ -41,7 +42,7 @@ from tests.harness import (
 from tests.kept_groups import own_groups
 from tests.matrix import more
 from tests.pool import RankPool
-from tests.strategies.test_tensor import LATENT, MOE, adam
+from tests.strategies.test_tensor import LATENT, MOE
 from tests.test_trainer import Curve, chats, module, quiet
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 
@@ -130,7 +131,7 @@ def test_weights_stream_into_shards(pool: RankPool, family: str, tmp_path: Path)
 def step_and_keep(spec: str, folder: str, save: bool) -> dict[str, torch.Tensor]:
     strategy = make_strategy(spec, int(os.environ["WORLD_SIZE"]))
     model = strategy.parallelize(tiny_model("qwen3_moe", **MOE))
-    optimizer = adam(model)
+    optimizer = adamw_of_dtensors(model.parameters(), 1e-2, eps=1e-2)
     strategy.forward_backward(NextToken(model), [stack(random_rows(2, 13, seed=int(save)))], torch.tensor(10))
     optimizer.step()
     if save:

@@ -1,0 +1,87 @@
+"""The page that chooses: its memory is what was measured, its shapes are those of the models, its YAML is taken."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.processes import amt
+
+SITE = Path(__file__).parents[2] / "docs" / "site"
+sys.path.insert(0, str(SITE))
+
+import choose  # noqa: E402
+from memory import Shape, needed  # noqa: E402
+
+ONE, EIGHT, MIXTURE = (
+    choose.MODELS[name] for name in ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B")
+)
+
+# Peaks of benchmarks/RESULTS.md, in GiB a GPU: shape, goal, GPUs, tokens of a micro-batch, recomputed, accumulated.
+MEASURED = [
+    (EIGHT, "full", 2, 8192, False, False, 73.2),
+    (EIGHT, "full", 2, 16384, False, False, 96.5),
+    (EIGHT, "full", 2, 8192, True, False, 63.8),
+    (EIGHT, "lora", 1, 8192, False, True, 44.8),
+    (ONE, "full", 2, 16384, False, False, 22.3),
+    (replace(ONE, tied=False), "full", 1, 8192, False, True, 32.73),
+    (MIXTURE, "lora", 1, 8192, False, True, 102.5),
+    (replace(MIXTURE, layers=6), "full", 1, 16384, False, False, 67.8),
+]
+
+
+@pytest.mark.parametrize(("shape", "goal", "gpus", "tokens", "recompute", "accumulate", "gib"), MEASURED)
+def test_memory_is_what_was_measured(
+    shape: Shape, goal: str, gpus: int, tokens: int, recompute: bool, accumulate: bool, gib: float
+) -> None:
+    parts = needed(shape, goal, gpus, tokens, recompute=recompute, accumulate=accumulate)
+    assert sum(parts.values()) == pytest.approx(gib, rel=0.06)
+    assert f"{gib:g}" in (SITE.parents[1] / "benchmarks" / "RESULTS.md").read_text()
+
+
+@pytest.mark.parametrize("name", choose.MODELS)
+def test_shapes_count_what_transformers_builds(name: str) -> None:
+    shape = choose.MODELS[name]
+    family = "llama" if "llama" in name.lower() else "qwen3_moe" if shape.experts > 1 else "qwen3"
+    config = AutoConfig.for_model(
+        family,
+        hidden_size=shape.hidden,
+        num_hidden_layers=2,
+        head_dim=128 if shape.queries % 128 == 0 else 64,
+        num_attention_heads=shape.queries // 128,
+        num_key_value_heads=shape.keys // 128,
+        intermediate_size=shape.feed_forward,
+        moe_intermediate_size=shape.feed_forward,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.chosen,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+        attention_bias=False,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    counted = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
+    assert counted == replace(shape, layers=2).parameters
+
+
+def test_no_answer_asks_for_more_than_there_is() -> None:
+    for question, plan in choose.answers().items():
+        _, _, gpus, memory, length = question.split("|")
+        if plan is not None:
+            strategy, rows, gib = plan
+            assert gib <= choose.USABLE * int(memory) + 0.05, question
+            assert rows == 1 or rows * int(length) <= choose.MOST_TOKENS
+            assert "cp=" not in strategy or int(gpus) > 1
+    assert choose.plan("meta-llama/Llama-3.1-70B", "full", 1, 24, 2048) is None
+
+
+@pytest.mark.parametrize("goal", choose.GOALS)
+def test_the_yaml_is_a_configuration(goal: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(choose.yaml_of("meta-llama/Llama-3.1-8B", goal, 8, 80, 8192))
+    printed = amt("fit", "--config", "run.yaml", "--print_config", folder=tmp_path)
+    assert "model: meta-llama/Llama-3.1-8B" in printed

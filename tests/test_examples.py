@@ -1,0 +1,63 @@
+"""Every file in examples/ runs with a tiny model, and is short."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.processes import amt, call, run_code
+from tests.tiny import tiny_model, tiny_tokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ARGUMENTS = {
+    "lora": ("my-model", "chats.jsonl", "2"),
+    "own_rows": ("my-model", "2"),
+    "callback": ("my-model", "chats.jsonl", "3", "100"),
+    "lightning_module": ("my-model", "2"),
+    "own_loop": ("my-model", "2"),
+    "resume": ("my-model", "chats.jsonl", "2"),
+}
+PRINTED = {"callback": "stopped at step 1", "own_loop": "step 1: loss", "resume": "step 4", "own_rows": "tensor("}
+NOT_OURS = {"model.model": "my-model", "trainer.accelerator": "cpu"}
+STEPS = {"trainer.max_steps": "2"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("examples")
+    tiny_model(tie_word_embeddings=True).save_pretrained(folder / "my-model")
+    tiny_tokenizer().save_pretrained(folder / "my-model")
+    turns = [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}]
+    for name in ("chats", "math"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(60)))
+    return folder
+
+
+def test_every_file_is_known_and_short() -> None:
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == ARGUMENTS.keys()
+    table = (EXAMPLES / "README.md").read_text()
+    for file in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")]:
+        assert len(file.read_text().splitlines()) <= 60, file.name
+        assert f"`{file.name}`" in table
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_python(name: str, home: Path) -> None:
+    file = EXAMPLES / f"{name}.py"
+    printed = call(home, run_file, file, ARGUMENTS[name])
+    assert PRINTED.get(name, "") in printed
+
+
+def run_file(file: Path, arguments: tuple[str, ...]) -> None:
+    run_code(file.read_text(), file, *arguments)
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_yaml(file: Path, home: Path) -> None:
+    options = {**NOT_OURS, **STEPS, "trainer.default_root_dir": f"runs/yaml-{file.stem}"}
+    if file.stem == "mixture":
+        options["trainer.val_check_interval"] = "2"
+    given = [part for name, value in options.items() for part in (f"--{name}", value)]
+    amt("fit", "--config", file, *given, folder=home, path=[EXAMPLES])

@@ -1,0 +1,280 @@
+"""`amt watch` and `amt diff` on real runs, and on folders that are half written, foreign, damaged or hostile."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from automodel_trainer.callbacks import Ledger
+from automodel_trainer.tools.watch.curves import read_curves
+from automodel_trainer.tools.watch.diff import compare, diff
+from automodel_trainer.tools.watch.page import page
+from automodel_trainer.tools.watch.run import read_run
+from automodel_trainer.tools.watch.server import Server
+from automodel_trainer.verification.report import Quantity, Report
+from tests.browser import CHROMIUM, Browser
+from tests.processes import amt
+from tests.tiny import tiny_model, tiny_tokenizer
+
+SCRIPT = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+OPTIONS = [
+    "--model",
+    "my-model",
+    "--data",
+    "chats.jsonl",
+    "--steps",
+    "4",
+    "--seq-len",
+    "512",
+    "--trainer.accelerator=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs that differ in the learning rate; the chats hold scripts."""
+    folder = tmp_path_factory.mktemp("watch")
+    tiny_model(tie_word_embeddings=True).save_pretrained(folder / "my-model")
+    tiny_tokenizer().save_pretrained(folder / "my-model")
+    turns = [{"role": "user", "content": SCRIPT}, {"role": "assistant", "content": f"{SCRIPT} four"}]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(40)))
+    for name, rate in (("a", "1e-2"), ("b", "1e-3")):
+        loggers = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir=runs/{name}"] if name == "b" else []
+        every = ["--trainer.log_every_n_steps=1", "--lr", rate, "--output", f"runs/{name}"]
+        amt("fit", *OPTIONS, *every, *loggers, folder=folder)
+    return folder
+
+
+class Tags(HTMLParser):
+    """What a page holds: its tags with their attributes, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts)
+
+
+def check_harmless(text: str) -> Tags:
+    found = Tags(text)
+    assert not {tag for tag, _ in found.tags} & {"script", "iframe", "object", "embed", "form", "a", "link"}
+    for tag, attributes in found.tags:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        assert tag != "img" or (attributes["src"] or "").startswith("/picture/")
+    return found
+
+
+def test_the_page_of_a_run(home: Path) -> None:
+    run = read_run(home / "runs/a")
+    assert (run.step, run.planned, run.going_on) == (4, 4, False)
+    found = check_harmless(page(run))
+    for words in (
+        "train_loss",
+        "tokens per second",
+        "gradient norm",
+        "optimizer",
+        "AdamW",
+        "names and sizes are right",
+    ):
+        assert words in found.text, words
+    assert sum(tag == "polyline" for tag, _ in found.tags) >= 5
+    assert sum(attributes.get("class") == "trained" for _, attributes in found.tags) >= 2  # the legend's, and the row's
+    assert ["trained", f"{SCRIPT} four<|im_end|>"] in [
+        part for document in run.ledger["first_row"] for part in document
+    ]
+    assert SCRIPT in found.text
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_curves_are_those_of_the_logger(home: Path, name: str) -> None:
+    """TensorBoard's own reader, or the lines of the CSV file."""
+    folder = home / "runs" / name
+    curves, problems = read_curves(folder)
+    assert not problems
+    if name == "a":
+        theirs = EventAccumulator(str(next(folder.rglob("events.out.tfevents.*")).parent)).Reload()
+        tags = theirs.Tags()["scalars"]
+        assert set(tags) == set(curves)
+        for tag in tags:
+            assert curves[tag] == {event.step: event.value for event in theirs.Scalars(tag)}
+    else:
+        assert len(curves["train_loss"]) == 4
+
+
+def test_half_written(home: Path, tmp_path: Path) -> None:
+    """An event file that ends anywhere gives the records before its end; a torn ledger is said."""
+    shutil.copytree(home / "runs/a", tmp_path / "run", symlinks=True)
+    whole, _ = read_curves(tmp_path / "run")
+    file = next((tmp_path / "run").rglob("events.out.tfevents.*"))
+    content = file.read_bytes()
+    for size in range(0, len(content), 97):
+        file.write_bytes(content[:size])
+        curves, problems = read_curves(tmp_path / "run")
+        assert not problems
+        assert all(curve.items() <= whole[name].items() for name, curve in curves.items())
+    file.write_bytes(content[:100] + b"\xff" * 40 + content[140:])
+    assert read_curves(tmp_path / "run")[1]
+    ledger = tmp_path / "run" / "ledger.json"
+    ledger.write_text(ledger.read_text()[:200])
+    latest = (tmp_path / "run/checkpoints/latest").resolve()
+    weights = next((latest / "model").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+    run = read_run(tmp_path / "run")
+    text = check_harmless(page(run)).text
+    assert "half written or damaged" in text
+    assert f"{weights.name} is damaged" in text
+
+
+@pytest.mark.parametrize(
+    "ledger", ['{"schema": 9, "what": {"deep": [1]}}', "[1, 2]", "{", '{"first_row": 3, "run": null}', "null", '"x"']
+)
+def test_a_foreign_ledger_is_shown_as_it_is(ledger: str, tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text(ledger)
+    (tmp_path / "config.yaml").write_text(f"a: [\n{SCRIPT}")
+    (tmp_path / "metrics.csv").write_text(f"step,{SCRIPT},train_loss\n1,2.0,nan\n2,3.0,inf\nx,y\n3,")
+    run = read_run(tmp_path)
+    text = check_harmless(page(run)).text
+    assert SCRIPT in text
+    assert "deep" not in ledger or "deep" in text
+    assert diff(run, run)["loss"] == {"train_loss": {"steps": 2, "first_different": None, "largest": 0.0}}
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"holds notes.txt, and no ledger.json"):
+        read_run(tmp_path)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        read_run(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="there is no such folder"):
+        read_run(tmp_path / "notes.txt")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_run_of_another_user(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_run(tmp_path / "run")
+
+
+@pytest.fixture
+def server(home: Path, tmp_path: Path) -> Iterator[Server]:
+    shutil.copytree(home / "runs/a", tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / "moe_load.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg">{SCRIPT}</svg>')
+    with Server(tmp_path / "run") as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def ask(server: Server, path: str, host: str | None = None) -> tuple[int, str, dict[str, str]]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1])
+    connection.request("GET", path, headers={} if host is None else {"Host": host})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode(), dict(answer.getheaders())
+
+
+def test_the_server_is_for_this_machine_and_runs_nothing(server: Server) -> None:
+    assert server.server_address[0] == "127.0.0.1"
+    status, text, headers = ask(server, "/")
+    assert status == 200
+    check_harmless(text)
+    assert "script-src" not in headers["Content-Security-Policy"]
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    status, _, headers = ask(server, "/picture/0")
+    assert status == 200
+    assert "sandbox" in headers["Content-Security-Policy"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    for path in ("/picture/1", "/picture/../ledger.json", "/ledger.json", "/../../etc/passwd", "/picture/-1"):
+        assert ask(server, path)[0] == 404
+    assert ask(server, "/", host="evil.example:80")[0] == 403
+
+
+def test_a_run_that_is_gone_for_a_while(server: Server) -> None:
+    """The page says so, and loads itself again."""
+    server.folder.rename(server.folder.with_name("<b>away"))
+    server.folder = server.folder.with_name("<b>nowhere")
+    status, text, _ = ask(server, "/")
+    assert status == 500
+    assert "there is no such folder" in check_harmless(text).text
+    assert "<b>" not in text
+    assert 'http-equiv="refresh"' in text
+
+
+def test_in_a_browser(server: Server, tmp_path: Path) -> None:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    browser = Browser(tmp_path / "profile")
+    try:
+        for width, dark in ((1280, False), (390, True)):
+            browser.screen(width, 900, dark=dark)
+            browser.open(server.url)
+            assert browser.run("document.title") == "run"
+            assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+            assert browser.run("document.querySelectorAll('svg polyline').length") >= 5
+        browser.open(f"{server.url}picture/0")
+        assert browser.run("document.title") != "taken"
+        assert {url for url in browser.requests if not url.startswith(server.url)} == set()
+    finally:
+        browser.close()
+
+
+def test_diff(home: Path) -> None:
+    """The same seed and data: the first loss is the same, and the learning rate parts the runs after it."""
+    first, second = read_run(home / "runs/a"), read_run(home / "runs/b")
+    facts = diff(first, second)
+    assert facts["config"]["model.init_args.lr"] == (0.01, 0.001)
+    assert facts["first_row"] is True
+    losses = facts["loss"]["train_loss"]
+    steps = sorted(first.curves["train_loss"])
+    assert losses["first_different"]["step"] == steps[1]
+    assert losses["first_different"]["values"] == tuple(run.curves["train_loss"][steps[1]] for run in (first, second))
+    assert facts["time"]["tokens_per_second"][0] > 0
+    same = diff(first, first)
+    assert not same["config"]
+    assert not same["ledger"]
+    assert all(compared["first_different"] is None for compared in same["loss"].values())
+    printed = amt("diff", "runs/a", "runs/a", folder=home)
+    assert "equal at all 4 steps" in printed
+
+
+def test_losses_that_are_no_numbers() -> None:
+    nan, inf = float("nan"), float("inf")
+    assert compare({1: nan}, {1: nan}, 1e-5)["first_different"] is None
+    assert compare({1: 1.0, 2: nan}, {1: 1.0, 2: 2.0}, 1e-5)["first_different"]["step"] == 2
+    assert compare({1: inf}, {1: inf}, 1e-5)["largest"] == 0.0
+    assert compare({1: 1.0}, {2: 1.0}, 1e-5) == {"steps": 0, "first_different": None, "largest": 0.0}
+
+
+def test_the_page_as_a_file(home: Path) -> None:
+    amt("watch", "runs/b", "--html", "page.html", folder=home)
+    check_harmless((home / "page.html").read_text())
+
+
+def test_what_notebooks_show() -> None:
+    """The ledger and a report as tables; text in them is escaped."""
+    ledger = Ledger()
+    assert "no step has been made yet" in ledger._repr_html_()
+    report = Report(SCRIPT, "tiny", [Quantity("loss", 1, 1.0, 1e-5)], findings=[SCRIPT])
+    text = check_harmless(report._repr_html_()).text
+    assert "differs" in text
+    assert SCRIPT in text
+    assert "[" not in text.replace(SCRIPT, "")
