@@ -100,8 +100,8 @@ def _share_processor(module: Objective, datamodule: ImageTextDataModule) -> None
 def _has_pictures(datamodule: MicroBatchDataModule) -> bool:
     """Whether a row that is trained on has pictures."""
     train = datamodule.rows.get("train")
-    pictured = train.pictured_of(0) if isinstance(train, MixtureRows) else getattr(train, "pictured", None)
-    return pictured is not None and bool(pictured.any())
+    tokens = train.picture_tokens_of(0) if isinstance(train, MixtureRows) else getattr(train, "picture_tokens", None)
+    return tokens is not None and bool(tokens.any())
 
 
 def check_sizes(module: Objective, datamodule: MicroBatchDataModule) -> None:

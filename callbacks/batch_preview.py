@@ -46,7 +46,6 @@ class BatchPreview(Callback):
                 "BatchPreview shows nothing: the batch is not a list of micro-batches with `input_ids` and `labels`."
             )
         else:
-            show_rich(
-                trainer,
-                lambda console: preview(micro_batches, tokenizer, max_rows=self.rows, html=self.html, console=console),
-            )
+            options: dict[str, Any] = {"max_rows": self.rows, "html": self.html}
+            options["pictures_of"] = getattr(getattr(trainer, "datamodule", None), "pictures_of", None)
+            show_rich(trainer, lambda console: preview(micro_batches, tokenizer, console=console, **options))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 from datasets import DatasetDict
@@ -371,6 +371,11 @@ class MicroBatchDataModule(LightningDataModule):
         self.setup("fit")
         loader = self.build_train_loader() if split == "train" else self._evaluation_loader(split)
         return next(iter(loader))
+
+    @property
+    def pictures_of(self) -> Callable[[int], Sequence[Any]] | None:
+        """The pictures (PIL) of a row that is trained on, by its number; None: rows have none, or several sources."""
+        return getattr(self.rows.get("train"), "pictures_of", None)
 
     def pad_id(self) -> int:
         """Token id for padding. Any id works, because padding is neither attended to nor trained."""

@@ -192,6 +192,7 @@ class ImageTextDataModule(ChatDataModule):
 
         def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
             made: dict[str, list[Any]] = {"input_ids": [], "trained": [], "text": [], "pictures": [], "empty_turns": []}
+            made["picture_tokens"] = []
             for position, index in enumerate(indices):
                 row = {name: values[position] for name, values in batch.items()}
                 try:
@@ -204,12 +205,13 @@ class ImageTextDataModule(ChatDataModule):
                 made["trained"].append(planned.encoded.trained)
                 made["text"].append(planned.text if sources else "")
                 made["pictures"].append(len(sources))
+                made["picture_tokens"].append(planned.picture_tokens)
                 made["empty_turns"].append(0)
             return {**made, "sample_id": indices}
 
         settings = {
             "kind": "image-text",
-            "version": 2,  # 1 wrote parts of text into turns whose template takes text alone
+            "version": 3,  # 1 wrote parts of text for templates that take text alone; 2 counted no tokens of pictures
             "loss_on": self.loss_on,
             "columns": self.columns,
             "mark": self.image_mark,
@@ -224,7 +226,7 @@ class ImageTextDataModule(ChatDataModule):
             settings=settings,
             masked=True,
             cache=self.cache,
-            more={"text": Value("string"), "pictures": Value("int32")},
+            more={"text": Value("string"), "pictures": Value("int32"), "picture_tokens": Value("int64")},
         )
         store = PictureStore(samples, source.of)
         self._choose_blank(store)
@@ -262,7 +264,8 @@ class ImageTextDataModule(ChatDataModule):
         if self._crossed is None or (self.micro_batch_size == 1 and self.dp_size == 1):
             return
         for split, rows in self.rows.items():
-            pictured = getattr(rows, "pictured", None)
+            tokens = getattr(rows, "picture_tokens", None)
+            pictured = None if tokens is None else tokens > 0
             if pictured is not None and pictured.any() and not pictured.all():
                 raise ValueError(
                     f"{split}: {int((~pictured).sum()):,} of {len(pictured):,} rows have no pictures, and this model "

@@ -44,7 +44,8 @@ class MicroBatchLoader:
 
     The rows of a global batch depend only on the seed, the epoch and the global batch size. Of these rows, in order,
     rank `r` takes those at positions `r, r + dp_size, ...` and splits them into micro-batches. If the last global
-    batch of an epoch is incomplete, it is filled up with rows without labels.
+    batch of an epoch is incomplete, it is filled up with rows without labels. Rows with the most pictures come first
+    in their global batch, so that ranks that wait for each other have about as many tokens of pictures.
 
     Each `iter()` starts the next epoch. The exceptions are the first one, and the first one after `load_state_dict`,
     which continues with the next batch. The state counts the batches that were yielded. It does not count those that
@@ -169,11 +170,13 @@ class MicroBatchLoader:
         # A mixture has other rows in each epoch, so it counts them on.
         offset = self.epoch * len(self.rows) if hasattr(self.rows, "lengths_of") else 0
         ranks = _Ranks(self.dp_rank, self.dp_size, self.micro_batch_size, self.always_pictures)
-        return _shares(left, lengths, self._pictured(self.epoch), self.rows.width, offset, self.packed, ranks)
+        tokens = self._picture_tokens(self.epoch)
+        return _shares(even_out(left, tokens), lengths, tokens, self.rows.width, offset, self.packed, ranks)
 
     def global_batches(self, epoch: int) -> np.ndarray:
         """Row numbers of all global batches of an epoch: int64 `[len(self), global_batch_size]`; -1 is a filler."""
-        return self._cut(self._epoch_order(epoch, self.seed, self.global_batch_size), len(self))
+        batches = self._cut(self._epoch_order(epoch, self.seed, self.global_batch_size), len(self))
+        return even_out(batches, self._picture_tokens(epoch))
 
     def _batches(self, epoch: int, seed: int, order_size: int) -> np.ndarray:
         order = self._epoch_order(epoch, seed, order_size)[self.rows_done :]
@@ -188,10 +191,10 @@ class MicroBatchLoader:
         of_epoch = getattr(self.rows, "lengths_of", None)
         return self.rows.lengths if of_epoch is None else of_epoch(epoch)
 
-    def _pictured(self, epoch: int) -> np.ndarray | None:
-        """Whether each row has pictures, bool `[n]`; None if none can have one."""
-        of_epoch = getattr(self.rows, "pictured_of", None)
-        return getattr(self.rows, "pictured", None) if of_epoch is None else of_epoch(epoch)
+    def _picture_tokens(self, epoch: int) -> np.ndarray | None:
+        """Tokens of pictures in each row, int64 `[n]`; None if none can have one."""
+        of_epoch = getattr(self.rows, "picture_tokens_of", None)
+        return getattr(self.rows, "picture_tokens", None) if of_epoch is None else of_epoch(epoch)
 
     def _cut(self, order: np.ndarray, count: int) -> np.ndarray:
         """`order` as `count` global batches; the last one is filled up with -1."""
@@ -271,11 +274,11 @@ class _Ranks(NamedTuple):
         """This rank's rows of a global batch."""
         return batch[self.rank :: self.size]
 
-    def lacking(self, batch: np.ndarray, pictured: np.ndarray | None) -> Lacking:
+    def lacking(self, batch: np.ndarray, picture_tokens: np.ndarray | None) -> Lacking:
         """What this rank's micro-batches of a global batch lack."""
-        if pictured is None or self.size == 1:
+        if picture_tokens is None or self.size == 1:
             return Lacking()
-        has = np.where(batch >= 0, pictured[batch], False)
+        has = np.where(batch >= 0, picture_tokens[batch] > 0, False)
         by_rank = np.stack([has[rank :: self.size] for rank in range(self.size)])  # [ranks, rows]
         found: np.ndarray = np.any(by_rank.reshape(self.size, -1, self.rows), axis=-1)  # [ranks, micro-batches]
         wanted = np.ones_like(found[0]) if self.always else found.any(0)
@@ -285,7 +288,7 @@ class _Ranks(NamedTuple):
 def _shares(
     batches: np.ndarray,
     lengths: np.ndarray,
-    pictured: np.ndarray | None,
+    picture_tokens: np.ndarray | None,
     width: int,
     offset: int,
     packed: bool,
@@ -294,7 +297,23 @@ def _shares(
     for batch in batches:
         wide = width if packed else padded_width(int(lengths[batch[batch >= 0]].max()), width)
         own = ranks.of(np.where(batch >= 0, batch + offset, -1)).tolist()
-        yield own, wide, ranks.lacking(batch, pictured)
+        yield own, wide, ranks.lacking(batch, picture_tokens)
+
+
+def even_out(batches: np.ndarray, picture_tokens: np.ndarray | None) -> np.ndarray:
+    """Order the rows of each global batch by their tokens of pictures, most first and fillers last.
+
+    Ranks take the rows in turns and wait for each other after each micro-batch, in which they have neighbours of this
+    order. It does not depend on the number of ranks.
+
+    Args:
+        batches: row numbers, −1 for a filler: int64 `[n, global_batch_size]`.
+        picture_tokens: of each row; None leaves the order as it is.
+    """
+    if picture_tokens is None:
+        return batches
+    tokens = np.where(batches >= 0, picture_tokens[batches], -1)
+    return np.take_along_axis(batches, np.argsort(-tokens, axis=1, kind="stable"), axis=1)
 
 
 class _Epoch:

@@ -177,12 +177,12 @@ class MixtureRows:
         """Tokens per row in an epoch, int64 `[len(self)]`."""
         return np.concatenate([part.lengths[self._rows_of(number, epoch)] for number, part in enumerate(self.rows)])
 
-    def pictured_of(self, epoch: int) -> np.ndarray | None:
-        """Whether each row of an epoch has pictures, bool `[len(self)]`; None if none can have one."""
-        parts = [getattr(part, "pictured", None) for part in self.rows]
+    def picture_tokens_of(self, epoch: int) -> np.ndarray | None:
+        """Tokens of pictures per row in an epoch, int64 `[len(self)]`; None if no row can have one."""
+        parts = [getattr(part, "picture_tokens", None) for part in self.rows]
         if all(part is None for part in parts):
             return None
-        known = [np.zeros(len(rows), bool) if part is None else part for part, rows in zip(parts, self.rows)]
+        known = [np.zeros(len(rows), np.int64) if part is None else part for part, rows in zip(parts, self.rows)]
         return np.concatenate([part[self._rows_of(number, epoch)] for number, part in enumerate(known)])
 
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from automodel_trainer.data.preview_html import render_page
+from automodel_trainer.data.preview_html import PicturesOf, render_page
 from automodel_trainer.data.preview_rows import PreviewCounts, read_rows, summarize
 from automodel_trainer.data.preview_text import render_terminal
 
@@ -22,6 +22,7 @@ def preview(
     max_rows: int = 1,
     html: str | Path | None = None,
     console: Console | None = None,
+    pictures_of: PicturesOf | None = None,
 ) -> PreviewCounts:
     """Print the first rows of a batch, and write the whole batch as an HTML page if `html` is given.
 
@@ -31,6 +32,7 @@ def preview(
         max_rows: number of rows to print.
         html: path of the page to write.
         console: the rich console to print to. None: standard output.
+        pictures_of: the pictures of a row of the data, by its number: the page shows them small.
 
     Returns:
         The counts of the whole batch.
@@ -41,11 +43,15 @@ def preview(
     console.print(render_terminal(micro_batches, tokenizer, max_rows=max_rows, marks=console.color_system is None))
     if html is not None:
         Path(html).parent.mkdir(parents=True, exist_ok=True)
-        Path(html).write_text(render_html(micro_batches, tokenizer), encoding="utf-8")
+        Path(html).write_text(render_html(micro_batches, tokenizer, pictures_of), encoding="utf-8")
         console.print(f"The whole batch: {html}", style="dim", highlight=False)
     return summarize(micro_batches)
 
 
-def render_html(micro_batches: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+def render_html(
+    micro_batches: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    pictures_of: PicturesOf | None = None,
+) -> str:
     """The whole batch as one self-contained HTML page, with a legend, counts, and the id of each token on hover."""
-    return render_page(list(read_rows(micro_batches, tokenizer)), summarize(micro_batches))
+    return render_page(list(read_rows(micro_batches, tokenizer)), summarize(micro_batches), pictures_of)

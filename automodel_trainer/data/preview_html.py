@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
+from collections.abc import Callable, Sequence
 from html import escape
 from itertools import groupby
+from typing import Any
 
-from automodel_trainer.data.preview_rows import Document, PreviewCounts, Row, Token
+from automodel_trainer.data.preview_rows import Document, PreviewCounts, Row, Token, runs
 
 COLOURS = {"trained": "var(--trained)", "masked": "var(--masked)", "padding": "var(--padding)"}
 BLANK = re.compile("[·↵⇥␍⍽⋯]")
+THUMBNAIL = 160  # pixels on the longer side
+
+PicturesOf = Callable[[int], Sequence[Any]]
+"""The pictures (PIL) of a row of the data, in order."""
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -76,6 +84,10 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 .special.trained{background:var(--special-bg);color:var(--special-ink)}
 .special.masked{background:var(--special-masked-bg);color:var(--special-masked-ink)}
 .t s{text-decoration:none;opacity:.42}
+.pictures{display:flex;flex-wrap:wrap;gap:12px;margin:0 0 10px}
+figure{margin:0}
+figure img{display:block;max-width:100%;border-radius:6px;border:1px solid var(--line)}
+figcaption{color:var(--soft);font-size:12px}
 .pad{color:var(--soft);font-size:13px;margin:0}
 #tip{position:fixed;z-index:2;background:var(--ink);color:var(--bg);border-radius:8px;padding:8px 12px;max-width:340px;
 font:12px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;pointer-events:none;white-space:pre;
@@ -101,9 +113,10 @@ document.addEventListener('mouseover',event=>{
 """
 
 
-def render_page(rows: list[Row], counts: PreviewCounts) -> str:
-    """The page for rows from `read_rows`. All text is escaped."""
-    return PAGE.format(style=STYLE, script=SCRIPT, cards=_cards(counts), rows="".join(map(_row, rows)))
+def render_page(rows: list[Row], counts: PreviewCounts, pictures_of: PicturesOf | None = None) -> str:
+    """The page for rows from `read_rows`, with small copies of their pictures. All text is escaped."""
+    shown = "".join(_row(row, pictures_of) for row in rows)
+    return PAGE.format(style=STYLE, script=SCRIPT, cards=_cards(counts), rows=shown)
 
 
 def _cards(counts: PreviewCounts) -> str:
@@ -118,11 +131,11 @@ def _cards(counts: PreviewCounts) -> str:
     return "".join(f"<div><b>{figure}</b><span>{escape(name)}</span></div>" for figure, name in cards)
 
 
-def _row(row: Row) -> str:
+def _row(row: Row, pictures_of: PicturesOf | None) -> str:
     tokens = row.tokens
     trained = sum(token.kind == "trained" for token in tokens)
     title = f"micro-batch {row.micro_batch}, row {row.index}<small>{len(tokens):,} tokens, {trained:,} trained</small>"
-    documents = "".join(_document(number, document) for number, document in enumerate(row.documents, 1))
+    documents = "".join(_document(number, document, pictures_of) for number, document in enumerate(row.documents, 1))
     return f'<section><h2>{title}</h2><div class="stripe">{_stripe(row)}</div>{documents}</section>\n'
 
 
@@ -137,16 +150,32 @@ def _stripe(row: Row) -> str:
     return "".join(parts)
 
 
-def _document(number: int, document: Document) -> str:
+def _document(number: int, document: Document, pictures_of: PicturesOf | None) -> str:
     size = len(document.tokens)
     if document.is_padding:
         text = escape(document.tokens[0].visible)
         return f'<article><p class="pad">padding: {size:,} × {text} (id {document.tokens[0].id})</p></article>'
     heading = f"document {number}<small>{size:,} tokens, {document.trained:,} trained</small>"
-    return f'<article><h3>{heading}</h3><p class="tokens">{"".join(map(_token, document.tokens))}</p></article>'
+    pictures = _pictures(pictures_of(document.sample_id)) if pictures_of and document.sample_id is not None else ""
+    tokens = "".join(_token(token, count) for token, count in runs(document.tokens))
+    return f'<article><h3>{heading}</h3>{pictures}<p class="tokens">{tokens}</p></article>'
 
 
-def _token(token: Token) -> str:
+def _pictures(pictures: Sequence[Any]) -> str:
+    return f'<div class="pictures">{"".join(map(_picture, pictures))}</div>' if pictures else ""
+
+
+def _picture(picture: Any) -> str:
+    width, height = picture.size
+    small, file = picture.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.convert("RGB").save(file, "JPEG", quality=85)
+    source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f'<figure><img src="{source}" alt=""><figcaption>{width} × {height}</figcaption></figure>'
+
+
+def _token(token: Token, count: int) -> str:
     css = f"t {token.kind} special" if token.special else f"t {token.kind}"
     text = BLANK.sub(r"<s>\g<0></s>", escape(token.visible))
+    text = f"{count:,} × {text}" if count > 1 else text
     return f'<span class="{css}" data-t="{token.index} {token.id} {token.position} {token.label}">{text}</span>'

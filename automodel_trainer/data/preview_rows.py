@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from automodel_trainer.nn.constants import IGNORE_INDEX
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PARTIAL = "⋯"  # shown for a token with some bytes of a character; the character is shown at its last token
 MAX_BYTES_OF_A_CHARACTER = 4  # in UTF-8
+LONG_RUN = 16  # so many equal tokens in a row, such as those of a picture, are shown once
 VISIBLE = str.maketrans({" ": "·", "\t": "⇥", "\n": "↵\n", "\r": "␍", "\u00a0": "⍽"})
 
 Kind = Literal["trained", "masked", "padding"]
@@ -53,9 +54,15 @@ class Token:
 
 @dataclass(frozen=True)
 class Document:
-    """Consecutive tokens of a row that attend only to each other. The padding at the end of a row is one, too."""
+    """Consecutive tokens of a row that attend only to each other. The padding at the end of a row is one, too.
+
+    Attributes:
+        tokens: its tokens.
+        sample_id: the row of the data that it comes from; None: from none, or it is not known.
+    """
 
     tokens: list[Token]
+    sample_id: int | None = None
 
     @property
     def is_padding(self) -> bool:
@@ -142,7 +149,7 @@ def read_rows(micro_batches: Sequence[dict[str, Any]], tokenizer: PreTrainedToke
     special = set(tokenizer.all_special_ids) if tokenizer is not None else set()
     for number, micro_batch in enumerate(micro_batches):
         input_ids, labels = micro_batch["input_ids"].tolist(), micro_batch["labels"].tolist()
-        positions = _position_ids(micro_batch)
+        positions, samples = _position_ids(micro_batch), iter(micro_batch.get("sample_ids", ()))
         masks = micro_batch["attention_mask"].tolist() if "attention_mask" in micro_batch else [None] * len(input_ids)
         for index, (ids, row_labels, row_positions, mask) in enumerate(zip(input_ids, labels, positions, masks)):
             documents = []
@@ -154,8 +161,18 @@ def read_rows(micro_batches: Sequence[dict[str, Any]], tokenizer: PreTrainedToke
                     kind: Kind = "padding" if padding else "masked" if row_labels[i] == IGNORE_INDEX else "trained"
                     token = Token(i, ids[i], text, row_positions[i], row_labels[i], ids[i] in special, kind)
                     tokens.append(token)
-                documents.append(Document(tokens))
+                documents.append(Document(tokens, None if padding else next(samples, None)))
             yield Row(number, index, documents)
+
+
+def runs(tokens: Sequence[Token]) -> Iterator[tuple[Token, int]]:
+    """Tokens with how often each is shown for: long runs of one masked token, as of a picture, come once."""
+    for _, group in groupby(tokens, key=lambda token: (token.id, token.kind)):
+        run = list(group)
+        if len(run) >= LONG_RUN and run[0].kind == "masked":
+            yield run[0], len(run)
+        else:
+            yield from ((token, 1) for token in run)
 
 
 def _position_ids(micro_batch: dict[str, Any]) -> list[list[int]]:

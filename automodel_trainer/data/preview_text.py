@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from automodel_trainer.data.preview_rows import PARTIAL, Document, Row, read_rows, summarize
+from automodel_trainer.data.preview_rows import PARTIAL, Document, Row, read_rows, runs, summarize
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -103,8 +103,9 @@ def _tokens(document: Document, marks: bool) -> Text:
     for kind, run in groupby(document.tokens, key=lambda token: token.kind):
         opening, closing = ("⟦", "⟧") if marks and kind == "trained" else ("", "")
         text.append(opening)
-        for token in run:
+        for token, count in runs(list(run)):
             style = SPECIAL_STYLES[kind] if token.special else STYLES[kind][token.index % 2]
+            text.append(f"{count:,} × " if count > 1 else "", style=style)
             for is_blank, characters in groupby(token.visible, key=BLANKS.__contains__):
                 text.append("".join(characters), style=f"{style} dim" if is_blank else style)
         text.append(closing)

@@ -42,4 +42,4 @@ def main(argv: Sequence[str]) -> None:
         data.prepare()
         check_sizes(module, data)
     batch = data.first_batch()
-    preview(batch, data.load_tokenizer(), max_rows=own.rows, html=own.html)
+    preview(batch, data.load_tokenizer(), max_rows=own.rows, html=own.html, pictures_of=data.pictures_of)

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
+from automodel_trainer.data.batches import collate_packed
 from automodel_trainer.data.loader import MicroBatchLoader
 from automodel_trainer.data.mock import MockDataModule
 from automodel_trainer.data.rows import RandomRows, Rows, RowStats
@@ -80,6 +81,44 @@ def test_global_batches_do_not_depend_on_the_layout(packed: bool, dp_size: int, 
             assert next(iter(shapes))[0] == micro_batch_size
             assert [len(step) for step in steps] == [SIZE // dp_size // micro_batch_size] * dp_size
     assert not reference
+
+
+class PicturedRows(RandomRows):
+    """Random rows, two of three with pictures of many sizes."""
+
+    def __init__(self, count: int = 64) -> None:
+        super().__init__(count, 16, 250, seed=0)
+        tokens = np.random.default_rng(3).integers(1, 5000, count)
+        self.picture_tokens = np.where(np.arange(count) % 3 == 0, 0, tokens)
+
+
+def without_blanks(*args: Any, needs_pictures: bool = False) -> Any:
+    return collate_packed(*args)
+
+
+@pytest.mark.parametrize("dp_size", [2, 4])
+def test_ranks_have_about_as_many_tokens_of_pictures_in_each_micro_batch(dp_size: int) -> None:
+    """And the rows of a global batch stay the same."""
+    rows = PicturedRows()
+    ranks = [loader(rows, dp_rank=rank, dp_size=dp_size, collate=without_blanks) for rank in range(dp_size)]
+    plain = loader(RandomRows(len(rows), 16, 250, seed=0)).global_batches(0)
+    evened, order = ranks[0].global_batches(0), loader(rows).global_batches(0)
+    assert [set(batch) for batch in evened] == [set(batch) for batch in plain]
+    assert np.array_equal(evened, order)  # on any number of ranks
+    waited = {"evened": 0, "plain": 0}
+    for name, batches in (("evened", evened), ("plain", plain)):
+        together = rows.picture_tokens[batches].reshape(-1, dp_size)  # what ranks do at a time
+        waited[name] = int((together.max(1, keepdims=True) - together).sum())
+    assert waited["evened"] < waited["plain"] / 2
+    for batch, *steps in zip(evened, *ranks):
+        dealt = [[i for micro in step for i in micro["sample_ids"]] for step in steps]
+        assert dealt == [batch[rank::dp_size].tolist() for rank in range(dp_size)]
+
+
+def test_rows_with_as_many_tokens_of_pictures_keep_their_order() -> None:
+    rows = PicturedRows(43)
+    rows.picture_tokens = np.full(43, 7)
+    assert np.array_equal(loader(rows).global_batches(1), loader().global_batches(1))
 
 
 def test_padded_steps_are_as_wide_as_the_longest_row_of_the_global_batch() -> None:

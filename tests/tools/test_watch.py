@@ -208,6 +208,17 @@ def test_the_server_is_for_this_machine_and_runs_nothing(server: Server) -> None
     assert ask(server, "/", host="evil.example:80")[0] == 403
 
 
+def test_a_run_that_is_gone_for_a_while(server: Server) -> None:
+    """The page says so, and loads itself again."""
+    server.folder.rename(server.folder.with_name("<b>away"))
+    server.folder = server.folder.with_name("<b>nowhere")
+    status, text, _ = ask(server, "/")
+    assert status == 500
+    assert "there is no such folder" in check_harmless(text).text
+    assert "<b>" not in text
+    assert 'http-equiv="refresh"' in text
+
+
 def test_in_a_browser(server: Server, tmp_path: Path) -> None:
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")

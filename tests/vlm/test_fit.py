@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +250,28 @@ def test_a_preview_shows_rows_with_pictures(home: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "2 documents" in shown
     assert "«" in shown or "<image>" in shown
+
+
+def test_the_page_of_a_preview_has_small_pictures(home: Path, tmp_path: Path) -> None:
+    """Each beside its own document; and the tokens that stand for one are shown once, with their number."""
+    texts = []
+    for name, colour in (("red", (250, 0, 0)), ("blue", (0, 0, 250))):
+        PILImage.new("RGB", (400, 200), colour).save(tmp_path / f"{name}.png")
+        turns = [{"role": "user", "content": f"<image>is it {name}"}, {"role": "assistant", "content": "yes"}]
+        texts.append(json.dumps({"messages": turns, "image": f"{name}.png"}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(texts))
+    page = tmp_path / "page.html"
+    model, options = folder_of("idefics3", home), ["--data.seq_len=1024", f"--html={page}"]
+    preview([f"--model={model}", f"--data={tmp_path / 'rows.jsonl'}", *options])
+    found = re.findall(r'<article>.*?src="data:image/jpeg;base64,([^"]+)".*?</article>', page.read_text(), re.S)
+    for article, data in zip(re.findall("<article>.*?</article>", page.read_text(), re.S), found):
+        small = PILImage.open(io.BytesIO(base64.b64decode(data)))
+        assert small.size == (160, 80)
+        red, _, blue = small.getpixel((80, 40))
+        assert ("red" if red > blue else "blue") in "".join(re.findall(r">(\w+)</span>", article))
+        assert "400 × 200" in article
+        assert re.search(r">\d{2,} × ", article)
+    assert len(found) == 2
 
 
 def test_two_pictures_of_one_model_are_told_apart(home: Path) -> None:

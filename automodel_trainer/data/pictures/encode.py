@@ -32,10 +32,12 @@ class Planned(NamedTuple):
     Attributes:
         encoded: its tokens and which of them are trained. No token of a picture is.
         text: what the processor is given, with one mark for each picture.
+        picture_tokens: tokens that stand for pictures.
     """
 
     encoded: Encoded
     text: str
+    picture_tokens: int
 
 
 class PictureEncoder:
@@ -98,7 +100,7 @@ class PictureEncoder:
         everything = self.loss_on == "all"
         trained = all_but_bos(self.tokenizer, ids).trained if everything else overlapping(offsets, moved)
         shown = overlapping(offsets, placed) if placed else [False] * len(ids)
-        return Planned(Encoded(ids, [t and not s for t, s in zip(trained, shown)]), text)
+        return Planned(Encoded(ids, [t and not s for t, s in zip(trained, shown)]), text, sum(shown))
 
     def inputs(self, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Any:
         """What the processor makes of planned texts and their pictures, padded: tensors by name.

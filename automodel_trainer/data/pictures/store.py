@@ -52,18 +52,25 @@ class PictureStore(TokenStore):
     """Random access to planned samples.
 
     Args:
-        dataset: as of `TokenStore`, and with the columns `text` and `pictures` (their number).
+        dataset: as of `TokenStore`, and with the columns `text`, `pictures` (their number) and
+            `picture_tokens`.
         pictures_of: the pictures of a row of the data, by its number.
 
     Attributes:
         pictures: pictures per sample, int64 `[n]`.
+        picture_tokens: tokens per sample that stand for pictures, int64 `[n]`.
     """
 
     def __init__(self, dataset: Dataset, pictures_of: Callable[[int], list[Picture]]) -> None:
         super().__init__(dataset)
         self.pictures = integers(dataset, "pictures")
+        self.picture_tokens = integers(dataset, "picture_tokens")
         self._texts = dataset.select_columns(["text"])
         self._pictures_of = pictures_of
+
+    def pictures_of(self, sample_id: int) -> list[Image.Image]:
+        """The pictures of a row of the data, read now."""
+        return [picture.read() for picture in self._pictures_of(sample_id)]
 
     def fetch(self, indices: Sequence[int]) -> list[Any]:
         """The documents with these indices, in this order. Those without pictures are plain `Document`s."""
@@ -86,11 +93,13 @@ class PictureRows(SampleRows):
         groups, width, stats, fingerprint: as of `SampleRows`.
 
     Attributes:
-        pictured: whether a row has pictures, bool `[len(self)]`.
+        picture_tokens: tokens per row that stand for pictures, int64 `[len(self)]`.
+        pictures_of: see `PictureStore`.
     """
 
     def __init__(
         self, store: PictureStore, groups: Iterable[np.ndarray], width: int, stats: RowStats, fingerprint: str
     ) -> None:
         super().__init__(store, groups, width, stats, fingerprint)
-        self.pictured = np.add.reduceat(store.pictures[self._members], self._bounds[:-1]) > 0
+        self.picture_tokens = np.add.reduceat(store.picture_tokens[self._members], self._bounds[:-1])
+        self.pictures_of = store.pictures_of

@@ -19,7 +19,7 @@ def read_curves(folder: Path) -> tuple[dict[str, Curve], list[str]]:
     """
     curves: dict[str, Curve] = {}
     problems: list[str] = []
-    for file in _files(folder):
+    for file in curve_files(folder):
         try:
             for name, step, value in _rows(file):
                 curves.setdefault(name, {})[step] = value
@@ -30,9 +30,18 @@ def read_curves(folder: Path) -> tuple[dict[str, Curve], list[str]]:
     return {name: dict(sorted(curve.items())) for name, curve in sorted(curves.items())}, problems
 
 
-def _files(folder: Path) -> list[Path]:
+def curve_files(folder: Path) -> list[Path]:
+    """The files of loggers in a run's folder, in the order of their last change."""
     found = [path for pattern in ("events.out.tfevents.*", "metrics.csv") for path in _below(folder, pattern)]
-    return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
+    return sorted(found, key=lambda path: (changed(path), path.name))
+
+
+def changed(path: Path) -> float:
+    """When a file last changed, in seconds; 0 if it is gone by now."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _below(folder: Path, pattern: str) -> Iterator[Path]:

@@ -73,6 +73,12 @@ def page(run: Run) -> str:
     )
 
 
+def trouble(words: str) -> str:
+    """A page that says why there is none now, and tries again."""
+    again = f'<meta charset="utf-8"><meta http-equiv="refresh" content="{AGAIN}">'
+    return f"<!doctype html>\n<html><head>{again}<title>run</title></head><body><p>{escape(words)}</p></body></html>\n"
+
+
 def _head(run: Run) -> str:
     planned = f" of {run.planned:,}" if run.planned else ""
     state = "goes on" if run.going_on else f"last change {_ago(time.time() - run.changed)} ago" if run.changed else ""

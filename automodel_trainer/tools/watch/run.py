@@ -15,7 +15,7 @@ import yaml
 from automodel_trainer.callbacks.ledger_text import ledger_rows
 from automodel_trainer.checkpoint.manifest import check_checkpoint, read_manifest
 from automodel_trainer.checkpoint.runs import runs, saved_in
-from automodel_trainer.tools.watch.curves import Curve, read_curves
+from automodel_trainer.tools.watch.curves import Curve, changed, curve_files, read_curves
 
 LARGEST = 16 << 20  # bytes of a JSON or YAML file that are read
 STILL = 120  # seconds without a change after which a run counts as over
@@ -181,12 +181,7 @@ def _saved(path: Path, contents: bool) -> Saved:
 
 def _last_change(run: Run) -> float:
     """Of the files that a run writes while it goes on."""
-    files = [
-        run.folder / "ledger.json",
-        *run.folder.glob("**/events.out.tfevents.*"),
-        *run.folder.glob("**/metrics.csv"),
-    ]
-    times = [file.stat().st_mtime for file in files if file.is_file()]
+    times = [changed(file) for file in (run.folder / "ledger.json", *curve_files(run.folder))]
     return max([*times, *(saved.created or 0.0 for saved in run.checkpoints)], default=0.0)
 
 

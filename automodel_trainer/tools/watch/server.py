@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from automodel_trainer.tools.watch.page import page
+from automodel_trainer.tools.watch.page import page, trouble
 from automodel_trainer.tools.watch.run import read_run
 
 ADDRESS = "127.0.0.1"
@@ -62,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._answer(404, "text/plain", b"There is no such page.")
         except (ValueError, OSError) as error:
-            self._answer(500, "text/plain; charset=utf-8", str(error).encode())
+            self._answer(500, "text/html; charset=utf-8", trouble(str(error)).encode())  # it may be there again
 
     def _answer(self, code: int, kind: str, content: bytes) -> None:
         self.send_response(code)
