@@ -318,6 +318,7 @@ class BuiltModule(Objective, pl.LightningModule):
         if not any(parameter.is_meta for parameter in model.parameters()):
             self.strategy.parallelize(model)
             finish_lora(model)
+            self.strategy.finalize_parameters(model)
             return model
         if self.source is None:
             raise ValueError(

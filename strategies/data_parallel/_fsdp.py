@@ -12,6 +12,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 __all__ = [
     "ShardedParameter",
+    "forget_replaced_shards",
     "initialize_sharding",
     "lay_out_gradients",
     "lay_out_gradients_at_once",
@@ -101,13 +102,28 @@ def sharded_parameters(model: FSDPModule) -> list[ShardedParameter]:
     return [ShardedParameter(record) for group in _groups(model) for record in group.fsdp_params]
 
 
+def forget_replaced_shards(model: nn.Module) -> None:
+    """Drop the shards of parameters that something else took the place of since FSDP2 sharded them.
+
+    FSDP2 keeps the old shards in memory until it looks for changes. Then it compares storages, and a tensor that is
+    quantized has none.
+    """
+    for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
+        for record in (record for group in _groups_of(_state(unit)) for record in group.fsdp_params):
+            info = record._module_info
+            if getattr(info.module, info.param_name) is not record.sharded_param:
+                record._sharded_param_data = torch.empty(0)
+
+
 def _groups(model: FSDPModule) -> list[Any]:
     """The parameter groups of all units: what FSDP2 gathers and reduces together."""
-    groups: list[Any] = []
-    for each in _state(model)._state_ctx.all_states:
-        # A unit has one group in torch 2.11, and can have several in 2.13.
-        several = getattr(each, "_fsdp_param_groups", None)
-        groups += [each._fsdp_param_group] if several is None else several
+    return [group for state in _state(model)._state_ctx.all_states for group in _groups_of(state)]
+
+
+def _groups_of(state: Any) -> list[Any]:
+    """The parameter groups of one unit: one in torch 2.11, perhaps several in 2.13."""
+    several = getattr(state, "_fsdp_param_groups", None)
+    groups = [state._fsdp_param_group] if several is None else several
     return [group for group in groups if group is not None]
 
 

@@ -226,8 +226,8 @@ class FSDP2Strategy(InnerParallelStrategy):
         return self.device_mesh[("dp_replicate", *shard.mesh_dim_names)]
 
     def finalize_parameters(self, model: nn.Module) -> None:
-        """With CPU offload, move the shards to the CPU."""
-        self.shards.to_host(model, self.root_device)
+        """See `Shards.finish`."""
+        self.shards.finish(model, self.root_device)
 
     def convert_precision(self, plugin: Precision) -> Precision:
         """Replace Lightning's plugin: FSDP2 casts parameters, so only a user's own module is autocast.

@@ -20,7 +20,11 @@ from automodel_trainer.models.quantization.quantize import quantized_weights
 from automodel_trainer.nn.blocks import find_blocks, untied_input_embedding
 from automodel_trainer.strategies.base.precision import Dtypes, fsdp_policy
 from automodel_trainer.strategies.data_parallel import gradient_reduction
-from automodel_trainer.strategies.data_parallel._fsdp import initialize_sharding, lay_out_gradients_at_once
+from automodel_trainer.strategies.data_parallel._fsdp import (
+    forget_replaced_shards,
+    initialize_sharding,
+    lay_out_gradients_at_once,
+)
 from automodel_trainer.strategies.data_parallel.accumulate_grads_foreach import accumulate_grads_foreach
 from automodel_trainer.strategies.expert.parallelize import place_expert
 
@@ -179,8 +183,12 @@ class Shards:
         for root in roots:
             root.set_requires_gradient_sync(True)
 
-    def to_host(self, model: nn.Module, device: torch.device) -> None:
-        """With CPU offload, move the shards to the CPU. Buffers stay on `device`: FSDP2 does not copy them for use."""
+    def finish(self, model: nn.Module, device: torch.device) -> None:
+        """Once the shards have their values: forget those that were quantized. With CPU offload, move all to the CPU.
+
+        Buffers stay on `device`: FSDP2 does not copy them for use.
+        """
+        forget_replaced_shards(model)
         if self.options.cpu_offload and device.type != "cpu":
             model.cpu()
             for module in model.modules():

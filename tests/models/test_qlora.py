@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from automodel_trainer import AutoModelForCausalLM
+from automodel_trainer import AutoModelForCausalLM, CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.checkpoint.optimizer import load_optimizers, snapshot_optimizers
 from automodel_trainer.models.lora import LoRAConfig, adapters
 from automodel_trainer.models.lora.adapter_files import save_adapter
@@ -21,6 +21,7 @@ from tests.harness import NextToken, close, make_strategy, random_rows
 from tests.matrix import more
 from tests.models.test_lora_layouts import train
 from tests.pool import RankPool
+from tests.test_trainer import Curve, quiet
 from tests.tiny import tiny_model
 
 IDS = torch.arange(6, 70).view(2, 32)
@@ -99,6 +100,26 @@ def test_ranks(pool: RankPool, base: Path, precision: str, dora: bool, layouts: 
     exact = pool.run(1, train, "fsdp2", 1, precision, base, {"use_dora": dora})[0]
     assert one["losses"] != exact["losses"]
     assert one["losses"] == pytest.approx(exact["losses"], rel=0.02)
+
+
+def fit_an_object(spec: str, world: int, root: Path, quantize: str | None = "nf4") -> list[float]:
+    """Losses of a model that is given as an object, through the whole Trainer."""
+    curve = Curve()
+    size = 2 // world
+    data = MockDataModule(vocab_size=260, seq_len=24, micro_batch_size=size, global_batch_size=8, num_samples=40)
+    given = CausalLMModule(tiny_model("llama"), lora=LoRAConfig(rank=4, quantize=quantize), lr=1e-2)
+    Trainer(**quiet(root, strategy=spec, devices=world, max_steps=4, callbacks=[curve])).fit(given, data)
+    assert quantize is None or any(map(is_quantized, given.model.parameters()))
+    return [row["train_loss"] for row in curve.rows]
+
+
+def test_a_model_that_is_real_is_quantized_after_it_is_sharded(pool: RankPool, tmp_path: Path) -> None:
+    one = pool.run(1, with_libraries, ["torchao"], fit_an_object, "fsdp2", 1, tmp_path / "one")[0]
+    for losses in pool.run(2, with_libraries, ["torchao"], fit_an_object, "fsdp2", 2, tmp_path / "two"):
+        assert losses == pytest.approx(one, rel=1e-5)
+    exact = pool.run(1, fit_an_object, "fsdp2", 1, tmp_path / "exact", None)[0]
+    assert one != exact
+    assert one == pytest.approx(exact, rel=0.02)
 
 
 def test_one_weight_at_a_time(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
