@@ -69,7 +69,7 @@ _TABLE: tuple[tuple[Meaning, str, str, str], ...] = (
     # --- the model
     (_TAKEN, "model.", "model", "weights come from the checkpoint; those of a frozen base must be the same"),
     (_REFUSED, "model.", "base_weights", "the adapters were trained on other base weights"),
-    (_TAKEN, "model.", "revision trust_remote_code allow_unused_weights kernels.*", ""),
+    (_TAKEN, "model.", "revision trust_remote_code allow_unused_weights kernels.* balance balance.*", ""),
     (
         _TAKEN,
         "model.config.",
