@@ -10,7 +10,7 @@ import yaml
 
 from tests.beside import folder_of, use
 from tests.processes import amt
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_model, write_chats
 from tests.vlm.families import model_of, processor_of
 from tests.vlm.families import rows as pictures
 
@@ -20,11 +20,8 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("configs")
-    tiny_model(tie_word_embeddings=True).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    chat = [{"role": "user", "content": "what is two plus two?"}, {"role": "assistant", "content": "it is four"}]
-    rows = "".join(json.dumps({"messages": chat}) + "\n" for _ in range(200))
-    (folder / "chats.jsonl").write_text(rows)
+    save_tiny_model(folder / "model")
+    write_chats(folder / "chats.jsonl", 200)
     model_of("llava").save_pretrained(folder / "vlm")
     processor_of("llava").save_pretrained(folder / "vlm")
     (folder / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pictures(folder, 60)))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.processes import amt, call, run_code
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_model, write_chats
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ARGUMENTS = {
@@ -27,11 +26,9 @@ STEPS = {"trainer.max_steps": "2"}
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
-    tiny_model(tie_word_embeddings=True).save_pretrained(folder / "my-model")
-    tiny_tokenizer().save_pretrained(folder / "my-model")
-    turns = [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}]
+    save_tiny_model(folder / "my-model")
     for name in ("chats", "math"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(60)))
+        write_chats(folder / f"{name}.jsonl", 60)
     return folder
 
 

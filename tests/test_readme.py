@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import amt, call, run_code
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_model, write_chats
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -24,10 +23,8 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
-    tiny_model(tie_word_embeddings=True).save_pretrained(folder / "my-model")
-    tiny_tokenizer().save_pretrained(folder / "my-model")
-    turns = [{"role": "user", "content": "what is two plus two?"}, {"role": "assistant", "content": "it is four"}]
-    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(200)))
+    save_tiny_model(folder / "my-model")
+    write_chats(folder / "chats.jsonl", 200)
     (folder / "run.yaml").write_text(YAML)
     return folder
 

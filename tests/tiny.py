@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -55,3 +58,15 @@ def tiny_model(model_type: str = "llama", seed: int = 0, **overrides: object) ->
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides), dtype=torch.float32)
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A model and its tokenizer, as pages, examples and configurations expect them."""
+    tiny_model(tie_word_embeddings=True).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def write_chats(file: Path, count: int) -> None:
+    """A file of `count` equal chats of two turns."""
+    turns = [{"role": "user", "content": "what is two plus two?"}, {"role": "assistant", "content": "it is four"}]
+    file.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(count)))

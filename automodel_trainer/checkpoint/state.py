@@ -6,7 +6,6 @@ copy in host memory. `write_snapshot` only writes files, so it can run in a thre
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -294,8 +293,7 @@ def _texts(checkpoint: dict[str, Any], state: dict[str, Any], module: nn.Module,
         "lightning": encode(state),
     }
     own = {"rng": encode(rng_state()), "loaders": encode(_loader_state(checkpoint), "loops.combined_loader")}
-    # Of thousands of numbers: without indents, which C does not write.
-    files = {_rank_file(rank()): json.dumps(own, allow_nan=False)}
+    files = {_rank_file(rank()): to_json(own, indent=None)}
     if rank() == 0:
         files["trainer.json"] = to_json(shared)
         if checkpoint.get(CONFIG_KEY) is not None:

@@ -14,7 +14,7 @@ import pytest
 from automodel_trainer import KernelsConfig, LoRAConfig, StrategyRegistry
 from automodel_trainer.callbacks import Ledger, Watchdog
 from tests.processes import amt, call, run_code
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_model, write_chats
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -28,10 +28,8 @@ import errors  # noqa: E402
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guides")
-    tiny_model(tie_word_embeddings=True).save_pretrained(folder / "my-model")
-    tiny_tokenizer().save_pretrained(folder / "my-model")
-    turns = [{"role": "user", "content": "what is two plus two?"}, {"role": "assistant", "content": "it is four"}]
-    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(60)))
+    save_tiny_model(folder / "my-model")
+    write_chats(folder / "chats.jsonl", 60)
     texts = [json.dumps({"text": "two and two are four. " * 20}) + "\n" for _ in range(40)]
     (folder / "corpus.jsonl").write_text("".join(texts))
     return folder
