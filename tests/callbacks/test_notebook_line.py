@@ -13,9 +13,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-from automodel_trainer.callbacks import notebook, progress
+from automodel_trainer import CausalLMModule, ChatDataModule, Trainer
+from automodel_trainer.callbacks import BatchPreview, notebook, progress
+from automodel_trainer.data.preview import Preview
 from automodel_trainer.nn.chart import COLOURS, HEIGHT, LEFT, WIDTH, chart
-from tests.callbacks.test_progress import fit
+from tests.callbacks.test_progress import QUIET, fit, micro_batch
+from tests.tiny import tiny_model, tiny_tokenizer
 
 SCRIPT = "<script>document.title='taken'</script>"
 
@@ -124,6 +127,39 @@ def test_a_kernel_is_not_flooded(screen: Screen, tmp_path: Path, monkeypatch: py
     (element,) = screen.elements
     assert len(element) == 2  # the first line, and the summary
     assert Parsed(element[-1]._repr_html_()).points() == 6
+
+
+def test_a_trainer_and_a_preview(screen: Screen, tmp_path: Path) -> None:
+    """A Trainer before and after a run; the first batch before it, and as a callback shows it."""
+    chats = [{"messages": [{"role": "user", "content": SCRIPT}, {"role": "assistant", "content": f"{SCRIPT} four"}]}]
+    data = ChatDataModule(chats * 8, tokenizer=tiny_tokenizer(), seq_len=256, micro_batch_size=2)
+    module = CausalLMModule(tiny_model(), lr=0.01)
+    folder = tmp_path / SCRIPT.replace("/", "")
+    trainer = Trainer(
+        **{**QUIET, "enable_ledger": True},
+        max_steps=2,
+        log_every_n_steps=1,
+        callbacks=[BatchPreview()],
+        default_root_dir=folder,
+    )
+    before = Parsed(trainer._repr_html_())
+    for words in ("FSDP2Strategy on 1 × CPU", "has not run yet", "at most 2 steps", folder.name):
+        assert words in before.text, words
+    shown = trainer.preview(module, data)
+    parsed = Parsed(shown._repr_html_())
+    assert sum("trained" in (attributes.get("class") or "").split() for _, attributes in parsed.tags) > 2
+    assert shown.counts.supervised > 0
+    assert "four" in repr(shown)
+    trainer.fit(module, data)
+    after = Parsed(trainer._repr_html_())
+    for words in ("fit: finished, step 2", "train_loss", "step-00000002", "AdamW"):
+        assert words in after.text, words
+    callback = next(element[0] for element in screen.elements if isinstance(element[0], Preview))
+    assert Parsed(callback._repr_html_()).text == parsed.text
+    for page in (before, parsed, after):
+        assert "script" not in {tag for tag, _ in page.tags}
+    with pytest.raises(ValueError, match="preview cannot show list"):
+        trainer.preview(module, [[micro_batch()]])
 
 
 def test_chart() -> None:
