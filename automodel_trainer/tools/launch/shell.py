@@ -57,7 +57,7 @@ def torchrun(job: Job, arguments: str, root: str, address: str | None, *, again_
             f"--rdzv-id {shlex.quote(job.name)} --rdzv-conf join_timeout=1800"
         )
     return [
-        f"# A crash starts all ranks again, {RESTARTS} times, from the newest whole checkpoint. A signal saves and ends.",
+        f"# A crash starts all ranks again, {RESTARTS} times, from the newest whole checkpoint. A signal saves, ends.",
         f"torchrun {meeting} \\",
         f"  --nproc-per-node {job.gpus} --max-restarts {RESTARTS} --shutdown-timeout {SAVE_SECONDS} \\",
         f"  --signals-to-handle {_SIGNALS} \\",
@@ -67,7 +67,7 @@ def torchrun(job: Job, arguments: str, root: str, address: str | None, *, again_
         'while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun"; done',
         'wait "$torchrun"',
         "code=$?",
-        f"# torchrun ends with 0 when a signal or max_time stopped the run. A file of the run says so: {REQUEUE}, again.",
+        f"# torchrun ends with 0 when a signal or max_time stopped the run. A file says so: {REQUEUE}, again.",
         *_again(marker(root), again_after_time),
         'exit "$code"',
     ]

@@ -22,7 +22,7 @@ if [ -z "${AMT_INSIDE:-}" ]; then
     --volume "$(realpath "$0"):/launch.sh:ro" org/image:1 bash /launch.sh
 fi
 
-# A crash starts all ranks again, 3 times, from the newest whole checkpoint. A signal saves and ends.
+# A crash starts all ranks again, 3 times, from the newest whole checkpoint. A signal saves, ends.
 torchrun --nnodes 4 --rdzv-backend c10d --rdzv-endpoint "$HEAD":29500 --rdzv-id my-run --rdzv-conf join_timeout=1800 \
   --nproc-per-node 8 --max-restarts 3 --shutdown-timeout 300 \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
@@ -32,6 +32,6 @@ for name in TERM INT USR1; do trap "kill -$name $torchrun" "$name"; done
 while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun"; done
 wait "$torchrun"
 code=$?
-# torchrun ends with 0 when a signal or max_time stopped the run. A file of the run says so: 75, again.
+# torchrun ends with 0 when a signal or max_time stopped the run. A file says so: 75, again.
 if [ "$code" -eq 0 ] && [ -e 'runs/my $run'/requeue ]; then code=75; fi
 exit "$code"
