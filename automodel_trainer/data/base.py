@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from automodel_trainer.data.batches import MicroBatch
 from automodel_trainer.data.loader import MicroBatchLoader
 from automodel_trainer.data.mixture import MixtureRows, Source, named_splits, parse_sources
+from automodel_trainer.data.preview import Preview
 from automodel_trainer.data.rows import Rows
 from automodel_trainer.data.sizes import check_positions, check_tokens
 
@@ -371,6 +372,21 @@ class MicroBatchDataModule(LightningDataModule):
         self.setup("fit")
         loader = self.build_train_loader() if split == "train" else self._evaluation_loader(split)
         return next(iter(loader))
+
+    def preview(self, rows: int = 1, split: str = "train") -> Preview:
+        """The first batch with what of it is trained, to be looked at: in colour in a notebook, as text by `print`.
+
+        `Trainer.preview` packs as a model needs it, and gives the data the model's tokenizer.
+
+        Args:
+            rows: the number of rows to show.
+            split: `train`, `validation` or `test`.
+
+        Raises:
+            ValueError: there is no tokenizer, or no data for this split, or `rows` is less than 1.
+        """
+        batch = self.first_batch(split)
+        return Preview(batch, self.load_tokenizer(), rows, self.pictures_of if split == "train" else None)
 
     @property
     def pictures_of(self) -> Callable[[int], Sequence[Any]] | None:
