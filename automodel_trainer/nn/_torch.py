@@ -110,11 +110,26 @@ def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor) -> T
 
 
 def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """aᵀ·b over the rows of each group: a `[s, m]`, b `[s, n]`, ends int32 `[groups]`; `[groups, m, n]`."""
+    """aᵀ·b over the rows of each group: a `[s, m]`, b `[s, n]`, ends int32 `[groups]`; `[groups, m, n]`.
+
+    An operator of its own, as `scaled_grouped_matmul`.
+    """
+    return _grouped_outer(a.contiguous(), b.contiguous(), ends)
+
+
+@torch.library.custom_op("automodel_trainer::grouped_outer", mutates_args=())
+def _grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    assert a.is_contiguous()
+    assert b.is_contiguous()
     if a.is_cuda:
         return torch._grouped_mm(a.mT, b, offs=ends)
     parts = [0, *ends.tolist()]
     return torch.stack([a[start:end].mT @ b[start:end] for start, end in pairwise(parts)])
+
+
+@_grouped_outer.register_fake
+def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    return a.new_empty(len(ends), a.shape[1], b.shape[1])
 
 
 # Whether the compiler overlooks the inside of an autograd.Function in a checkpoint without a policy (torch 2.11). It
