@@ -172,7 +172,9 @@ class FSDP2Strategy(InnerParallelStrategy):
         split = [] if self.shards.experts is None else self.shards.experts.modules  # of a module's other models
         tp = self.device_mesh["tp"].get_group() if self.dims.tp > 1 else None
         compute = compile_any_length(self.compile_backend, self.compile_options) if self.compiles else None
-        expert_parallel(layers, self._expert_mesh["ep"], tp, chosen_dispatcher(model), compute)
+        mesh = self._expert_mesh["ep"]
+        dispatcher = chosen_dispatcher(model, mesh.get_group(), self.root_device)
+        expert_parallel(layers, mesh, tp, dispatcher, compute)
         self.shards.experts = ShardedExperts(
             [*split, *(experts.module for experts in layers)], expert_shard_mesh(self._expert_mesh)
         )
