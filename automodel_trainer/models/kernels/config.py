@@ -96,6 +96,6 @@ class KernelsConfig:
         Attention depends on the model, and dispatch on the ranks that a layout gives it.
         """
         best = FASTEST if device.type == "cuda" else PLAIN
-        chosen: dict[str, Any] = {part: best[part] for part in FASTEST if getattr(self, part) == "auto"}
-        chosen.pop("attention", None)
+        here = FASTEST.keys() & PLAIN.keys()
+        chosen: dict[str, Any] = {part: best[part] for part in here if getattr(self, part) == "auto"}
         return replace(self, **chosen)
