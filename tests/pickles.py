@@ -1,4 +1,4 @@
-"""Pickles in which a plain tensor is its bytes: torch's own ways, a file each or shared memory, take ten times as long."""
+"""Pickles in which a plain tensor is its bytes: torch's ways, a file each or shared memory, take ten times as long."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _tensor(numbers: bytes, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    return torch.frombuffer(bytearray(numbers), dtype=dtype).reshape(shape) if numbers else torch.empty(shape, dtype=dtype)
+    if not numbers:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(numbers), dtype=dtype).reshape(shape)
 
 
 def dumps(value: Any) -> bytes:
