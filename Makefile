@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
+# Where it is set, each process compiles all files of the project anew, and each test process those of the tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart vlm test test-processors test-matrix lint types pictures docs sbom venv clean
 

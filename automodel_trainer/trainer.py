@@ -33,10 +33,12 @@ from automodel_trainer.callbacks._loggers import upload_folders
 from automodel_trainer.callbacks.defaults import default_callbacks
 from automodel_trainer.callbacks.preemption import preemption_of
 from automodel_trainer.callbacks.requeue import asks_for_requeue
+from automodel_trainer.callbacks.trainer_html import trainer_html
 from automodel_trainer.checkpoint.remote import is_remote, local_root
 from automodel_trainer.connect import Model, accumulating, connect, without
 from automodel_trainer.data.adapt import as_loaders, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.data.preview import Preview
 from automodel_trainer.distributed.launch import launched_sizes
 from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.resume import (
@@ -373,6 +375,28 @@ class Trainer(SavesPretrained):
         report = verify(module, datamodule or loader, self.strategy, devices, full=full, launch=launch)
         report.print()
         return report
+
+    def preview(self, model: Model, data: Any, rows: int = 1) -> Preview:
+        """The first batch of a run that `fit` would begin, with what of it is trained. Nothing is trained here.
+
+        Args:
+            model, data: as in `fit`.
+            rows: the number of rows to show.
+
+        Raises:
+            ValueError: the data is no text of this project's data modules, or `rows` is less than 1.
+        """
+        _, datamodule, _ = connect(model, data, None)
+        if not isinstance(datamodule, MicroBatchDataModule):
+            raise ValueError(
+                f"preview cannot show {type(data).__name__}. Give it a path, a data set or rows, or a "
+                "data module of automodel_trainer, for example ChatDataModule."
+            )
+        return datamodule.preview(rows)
+
+    def _repr_html_(self) -> str:
+        """How it would train, and what it has trained, in a notebook."""
+        return trainer_html(self)
 
     # --- what modules and callbacks ask ---------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from automodel_trainer.callbacks.console import show_rich
 from automodel_trainer.callbacks.layout import tokenizer_of
-from automodel_trainer.data.preview import preview
+from automodel_trainer.callbacks.notebook import display, in_kernel
+from automodel_trainer.data.preview import Preview, preview
 
 
 class BatchPreview(Callback):
@@ -46,6 +47,9 @@ class BatchPreview(Callback):
                 "BatchPreview shows nothing: the batch is not a list of micro-batches with `input_ids` and `labels`."
             )
         else:
-            options: dict[str, Any] = {"max_rows": self.rows, "html": self.html}
-            options["pictures_of"] = getattr(getattr(trainer, "datamodule", None), "pictures_of", None)
+            pictures_of = getattr(getattr(trainer, "datamodule", None), "pictures_of", None)
+            options: dict[str, Any] = {"max_rows": self.rows, "html": self.html, "pictures_of": pictures_of}
+            if in_kernel() and self.html is None:
+                display(Preview(micro_batches, tokenizer, self.rows, pictures_of))
+                return
             show_rich(trainer, lambda console: preview(micro_batches, tokenizer, console=console, **options))

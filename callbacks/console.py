@@ -15,6 +15,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from automodel_trainer.callbacks.notebook import Html, display, in_kernel
+from automodel_trainer.nn.html_table import html_table
+
 Row = tuple[str, str]
 """The name and the text of one line of a block."""
 
@@ -39,6 +42,14 @@ def show_rich(trainer: pl.Trainer, write: Callable[[Console], object]) -> None:
     with console.capture() as captured:
         write(console)
     show(trainer, captured.get().rstrip("\n"))
+
+
+def show_block(trainer: pl.Trainer, title: str, rows: Sequence[Row]) -> None:
+    """Show names and texts on rank 0: as a block of text, and in a notebook as a table."""
+    if trainer.is_global_zero and in_kernel():
+        display(Html(html_table(title, rows), block(title, rows, terminal=False)))
+    else:
+        show(trainer, block(title, rows))
 
 
 class LiveLine:

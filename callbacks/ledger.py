@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from automodel_trainer.callbacks.block_memory import BlockMemory
-from automodel_trainer.callbacks.console import block, show
+from automodel_trainer.callbacks.console import show_block
 from automodel_trainer.callbacks.first_batch import first_row
 from automodel_trainer.callbacks.layout import max_over_ranks, trained_model
 from automodel_trainer.callbacks.ledger_facts import (
@@ -107,7 +107,7 @@ class Ledger(Callback):
             "first_row": first_row(pl_module, batch) if trainer.is_global_zero else None,
         }
         surprises = self._surprises(trainer, pl_module)
-        show(trainer, block("ledger", ledger_rows(self.facts)))
+        show_block(trainer, "ledger", ledger_rows(self.facts))
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             path = local_root(trainer.default_root_dir) / "ledger.json"
             path.parent.mkdir(parents=True, exist_ok=True)

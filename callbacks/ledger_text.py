@@ -65,6 +65,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
         mode = run["activation_checkpointing"]
         how = f" with activation checkpointing {mode}" if mode else ""
         rows.append(("activations", f"a block keeps {memory_text(run['bytes_per_block'])} until its backward{how}"))
+    if run.get("offloaded"):
+        rows.append(("host memory", _offloaded(run["offloaded"])))
     if run.get("watchdog"):
         rows.append(("watchdog", f"ends the run if a rank hangs for {run['watchdog']:g} s or disappears"))
     return rows
@@ -83,6 +85,11 @@ def _allocation(run: Facts) -> str:
     every = run.get("garbage_collection")
     garbage = f"garbage collected every {every} steps, on all ranks at once" if every else "garbage collected by Python"
     return f"{run['allocator']}; {garbage}"
+
+
+def _offloaded(host: Facts) -> str:
+    more = ", and what is over stays on the device" if host["full"] else ""
+    return f"inputs of blocks take {memory_text(host['bytes'])} of at most {memory_text(host['limit'])}{more}"
 
 
 def batch_text(batch: Facts) -> str:

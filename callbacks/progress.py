@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from automodel_trainer.callbacks.console import LiveLine, block, is_terminal
 from automodel_trainer.callbacks.ledger_facts import planned_steps
+from automodel_trainer.callbacks.notebook import NotebookLine, in_kernel
 from automodel_trainer.callbacks.progress_text import (
     closing_rows,
     duration,
@@ -19,6 +19,7 @@ from automodel_trainer.callbacks.progress_text import (
     fitted,
     metric_texts,
     throughput_texts,
+    training_loss,
 )
 from automodel_trainer.callbacks.throughput import Throughput
 
@@ -32,14 +33,16 @@ class ProgressLine(ProgressBar):
 
     In a terminal the line is redrawn in place, and all other output scrolls above it. In a file or a pipe, one line is
     printed at each log step. The values are those of the last log step, so no other step waits for the device. Each
-    validation leaves a line. The run ends with a summary, which includes the validation loss before and after training.
-    "Before" is Lightning's sanity check, if it covers the whole validation set (`num_sanity_val_steps=-1`).
+    validation leaves a line. In a notebook the line, the loss as a curve and validation losses as dots stand below the
+    cell, and are replaced in place. The run ends with a summary, which includes the validation loss before and after
+    training. "Before" is Lightning's sanity check, if it covers the whole validation set (`num_sanity_val_steps=-1`).
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
         self._live: LiveLine | None = None
+        self._notebook: NotebookLine | None = None
         self._drawn = 0.0
         self._values: list[str] = []  # texts of the last log step
         self._step = 0
@@ -65,9 +68,11 @@ class ProgressLine(ProgressBar):
         self._close()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Open the live line if standard output is a terminal."""
+        """Open the live line if standard output is a terminal or a notebook."""
         super().setup(trainer, pl_module, stage)
-        if self._enabled and self._live is None and is_terminal():
+        if self._enabled and in_kernel():
+            self._notebook = NotebookLine(REFRESH_SECONDS)
+        elif self._enabled and self._live is None and is_terminal():
             self._live = LiveLine()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -82,6 +87,7 @@ class ProgressLine(ProgressBar):
         if self._live is not None:
             self._live.close()
             self._live = None
+        self._notebook = None
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print above the line."""
@@ -90,7 +96,9 @@ class ProgressLine(ProgressBar):
 
     def _draw(self, parts: list[str], now: bool = False) -> None:
         """Redraw the live line, but not more often than every `REFRESH_SECONDS` unless `now` is True."""
-        if self._live is not None and (now or time.monotonic() - self._drawn > REFRESH_SECONDS):
+        if self._notebook is not None:
+            self._notebook.draw(parts, self._step, self._planned, now)
+        elif self._live is not None and (now or time.monotonic() - self._drawn > REFRESH_SECONDS):
             self._live.draw(fitted(parts, self._live.width))
             self._drawn = time.monotonic()
 
@@ -122,8 +130,8 @@ class ProgressLine(ProgressBar):
         log_step = bool(every) and self._step % every == 0
         if log_step:
             self._values = self._read_values(trainer)
-        self._draw(self._training_line(), now=log_step)
-        if log_step and self._live is None:
+        self._draw(self._training_line(), now=log_step and self._notebook is None)  # a kernel is not to be flooded
+        if log_step and self._live is None and self._notebook is None:
             print(fitted(self._training_line()), flush=True)
 
     def _read_values(self, trainer: pl.Trainer) -> list[str]:
@@ -131,6 +139,9 @@ class ProgressLine(ProgressBar):
         # Without optimizers Lightning has a stand-in, which has no groups.
         lr = next((group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups), None)
         shown = metric_texts(trainer.callback_metrics, trainer.progress_bar_metrics, lr)
+        loss = training_loss(trainer.callback_metrics) if self._notebook is not None else None
+        if self._notebook is not None and loss is not None:
+            self._notebook.add(self._step, loss)
         throughput = _throughput(trainer)
         return shown + (throughput_texts(throughput.last) if throughput is not None else [])
 
@@ -147,6 +158,7 @@ class ProgressLine(ProgressBar):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the summary."""
+        notebook = self._notebook
         self._close()
         if not self._enabled:
             return
@@ -159,31 +171,38 @@ class ProgressLine(ProgressBar):
             validation_losses=self._validation_losses,
             checkpoint=str(getattr(trainer.checkpoint_callback, "last_model_path", "") or ""),
         )
-        print(block("training finished", rows), flush=True)
+        if notebook is not None:
+            notebook.close(rows, block("training finished", rows))
+        else:
+            print(block("training finished", rows), flush=True)
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the losses before training, if the sanity check covered the whole validation set."""
         if _total(trainer.num_sanity_val_batches) == _total(trainer.num_val_batches):
-            self._note_validation(trainer.callback_metrics, "validation before training")
+            self._note_validation(trainer, "validation before training")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the results of a validation during training."""
         self.reset_dataloader_idx_tracker()
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._note_validation(trainer.callback_metrics, f"validation after step {trainer.global_step}")
+            self._note_validation(trainer, f"validation after step {trainer.global_step}")
             self._draw(self._training_line(), now=True)
         else:
             self._draw([""], now=True)  # clear the line: Lightning prints its table of results there
 
-    def _note_validation(self, metrics: Mapping[str, Any], title: str) -> None:
+    def _note_validation(self, trainer: pl.Trainer, title: str) -> None:
         if not self._enabled:
             return
-        if "val_loss" in metrics:
-            self._validation_losses.append(float(metrics["val_loss"]))
+        metrics = trainer.callback_metrics
+        loss = float(metrics["val_loss"]) if "val_loss" in metrics else None
+        if loss is not None:
+            self._validation_losses.append(loss)
         line = evaluation_line(metrics, "val_")
-        if line:
+        if self._notebook is not None:
+            self._notebook.add_validation(trainer.global_step, loss, f"{title}: {line}" if line else "")
+        elif line:
             print(f"{title}: {line}", flush=True)
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:

@@ -11,6 +11,11 @@ from automodel_trainer.callbacks.console import Row
 _LOSSES = ("train_loss", "loss", "train/loss")  # names that modules use for their training loss
 
 
+def training_loss(logged: Mapping[str, Any]) -> float | None:
+    """The training loss among all logged metrics, or None. Waits for the device."""
+    return next((float(logged[name]) for name in _LOSSES if name in logged), None)
+
+
 def metric_texts(logged: Mapping[str, Any], for_the_bar: Mapping[str, Any], lr: float | None) -> list[str]:
     """Texts for loss, learning rate, and metrics that a module logs with `prog_bar=True`. Waits for the device.
 
@@ -19,7 +24,7 @@ def metric_texts(logged: Mapping[str, Any], for_the_bar: Mapping[str, Any], lr: 
         for_the_bar: those with `prog_bar=True`.
         lr: the learning rate, used if the module does not log it as `lr`.
     """
-    loss = next((float(logged[name]) for name in _LOSSES if name in logged), None)
+    loss = training_loss(logged)
     lr = float(logged["lr"]) if "lr" in logged else lr
     texts = [f"loss {loss:.3f}"] if loss is not None else []
     texts += [f"lr {lr:.1e}".replace("e-0", "e-")] if lr is not None else []

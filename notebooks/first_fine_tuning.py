@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from automodel_trainer import CausalLMModule, ChatDataModule, Trainer
 from automodel_trainer.callbacks import Ledger
-from automodel_trainer.tools.watch.chart import chart
+from automodel_trainer.nn.chart import chart
 from automodel_trainer.tools.watch.run import read_run
 
 # %% [markdown]

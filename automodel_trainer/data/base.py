@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from automodel_trainer.data.batches import MicroBatch
 from automodel_trainer.data.loader import MicroBatchLoader
 from automodel_trainer.data.mixture import MixtureRows, Source, named_splits, parse_sources
+from automodel_trainer.data.preview import Preview
 from automodel_trainer.data.rows import Rows
 from automodel_trainer.data.sizes import check_positions, check_tokens
 
@@ -272,14 +273,7 @@ class MicroBatchDataModule(LightningDataModule):
         accumulation = getattr(self.trainer, "micro_batches_per_step", 1)
         if self.global_batch_size is None:
             return unit * accumulation
-        if self.global_batch_size % unit:
-            lower = self.global_batch_size // unit * unit
-            near = f"{lower} or {lower + unit}" if lower else f"{unit}"
-            raise ValueError(
-                f"global_batch_size={self.global_batch_size} cannot be split into micro-batches: it must be a multiple "
-                f"of micro_batch_size={self.micro_batch_size} times dp_size={self.dp_size} (= {unit}). The nearest "
-                f"sizes that work: {near}."
-            )
+        check_global_batch(self.global_batch_size, self.micro_batch_size, self.dp_size)
         if accumulation not in (1, self.global_batch_size // unit):
             raise ValueError(
                 f"accumulate_grad_batches={accumulation} makes {unit * accumulation} rows per step (times "
@@ -372,6 +366,21 @@ class MicroBatchDataModule(LightningDataModule):
         loader = self.build_train_loader() if split == "train" else self._evaluation_loader(split)
         return next(iter(loader))
 
+    def preview(self, rows: int = 1, split: str = "train") -> Preview:
+        """The first batch with what of it is trained, to be looked at: in colour in a notebook, as text by `print`.
+
+        `Trainer.preview` packs as a model needs it, and gives the data the model's tokenizer.
+
+        Args:
+            rows: the number of rows to show.
+            split: `train`, `validation` or `test`.
+
+        Raises:
+            ValueError: there is no tokenizer, or no data for this split, or `rows` is less than 1.
+        """
+        batch = self.first_batch(split)
+        return Preview(batch, self.load_tokenizer(), rows, self.pictures_of if split == "train" else None)
+
     @property
     def pictures_of(self) -> Callable[[int], Sequence[Any]] | None:
         """The pictures (PIL) of a row that is trained on, by its number; None: rows have none, or several sources."""
@@ -455,3 +464,20 @@ def check_packing(packing: object) -> None:
     """Raise ValueError if `packing` is none of its values."""
     if packing not in (True, False, "auto"):
         raise ValueError(f"packing={packing!r} is unknown. Allowed: true, false, auto.")
+
+
+def check_global_batch(global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
+    """Check that the rows of a step are whole micro-batches on every data-parallel rank.
+
+    Raises:
+        ValueError: they are not; the message has the nearest sizes that work.
+    """
+    unit = micro_batch_size * dp_size
+    if global_batch_size % unit:
+        lower = global_batch_size // unit * unit
+        near = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        raise ValueError(
+            f"global_batch_size={global_batch_size} cannot be split into micro-batches: it must be a multiple of "
+            f"micro_batch_size={micro_batch_size} times dp_size={dp_size} (= {unit}). The nearest sizes that work: "
+            f"{near}."
+        )

@@ -1,18 +1,63 @@
-"""Show what the model really sees: the first batch, token by token, in a terminal or as an HTML page."""
+"""Show what the model really sees: the first batch, token by token, in a terminal, in a notebook or as an HTML page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from automodel_trainer.data.preview_html import PicturesOf, render_page
+from automodel_trainer.data.preview_html import PicturesOf, render_page, render_part
 from automodel_trainer.data.preview_rows import PreviewCounts, read_rows, summarize
 from automodel_trainer.data.preview_text import render_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
+
+
+class Preview:
+    """A batch as the model sees it. A notebook shows it in colour, and `print` as text with ⟦ ⟧ around what is trained.
+
+    Args:
+        micro_batches: the micro-batches of one optimizer step.
+        tokenizer: decodes the ids.
+        rows: the number of rows to show.
+        pictures_of: the pictures of a row of the data, by its number: a notebook shows them small.
+
+    Attributes:
+        counts: of the whole batch: rows, documents, and tokens of each kind.
+
+    Raises:
+        ValueError: `rows` is less than 1.
+    """
+
+    def __init__(
+        self,
+        micro_batches: Sequence[dict[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int = 1,
+        pictures_of: PicturesOf | None = None,
+    ) -> None:
+        if rows < 1:
+            raise ValueError(f"rows={rows} must be at least 1: the number of rows to show.")
+        self.counts: PreviewCounts = summarize(micro_batches)
+        self._micro_batches = micro_batches
+        self._tokenizer = tokenizer
+        self._rows = rows
+        self._pictures_of = pictures_of
+
+    def _repr_html_(self) -> str:
+        rows = list(islice(read_rows(self._micro_batches, self._tokenizer), self._rows))
+        return render_part(rows, self.counts, self._pictures_of)
+
+    def __repr__(self) -> str:
+        from rich.console import Console as RichConsole
+
+        console = RichConsole(width=120, color_system=None, force_jupyter=False)
+        with console.capture() as captured:
+            console.print(render_terminal(self._micro_batches, self._tokenizer, max_rows=self._rows, marks=True))
+        return captured.get()
 
 
 def preview(

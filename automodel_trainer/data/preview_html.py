@@ -1,4 +1,7 @@
-"""The page that `amt preview --html` writes: one file with dark and light theme that loads nothing from the network."""
+"""A batch as HTML: the page that `amt preview --html` writes, and the same rows as a part of a notebook.
+
+The page has a dark and a light theme. Neither loads anything from the network, and all text is escaped.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,7 @@ PAGE = """<!doctype html>
 <header>
 <div class="head"><h1>First batch</h1><button id="theme" type="button">dark / light</button></div>
 <div class="cards">{cards}</div>
-<p class="legend"><span class="t trained">trained</span><span class="t masked">masked</span>
-<span class="t trained special">special, trained</span><span class="t masked special">special, masked</span>
-<span class="note"><b>·</b> space &nbsp; <b>↵</b> line feed &nbsp; <b>⋯</b> part of a character
-&nbsp; the label of a token is the token itself, predicted from the tokens before it</span></p>
+{legend}
 </header>
 <main>{rows}</main>
 <div id="tip" hidden></div>
@@ -43,7 +43,12 @@ PAGE = """<!doctype html>
 </html>
 """
 
-STYLE = """
+LEGEND = """<p class="legend"><span class="t trained">trained</span><span class="t masked">masked</span>
+<span class="t trained special">special, trained</span><span class="t masked special">special, masked</span>
+<span class="note"><b>·</b> space &nbsp; <b>↵</b> line feed &nbsp; <b>⋯</b> part of a character
+&nbsp; the label of a token is the token itself, predicted from the tokens before it</span></p>"""
+
+PAGE_STYLE = """
 :root{color-scheme:light;--bg:#f6f7f9;--card:#fff;--ink:#1b1f26;--soft:#667085;--line:#e3e6eb;
 --trained:#2da160;--trained-bg:#d3f3df;--trained-ink:#0c4a26;--masked:#b6bdc9;--masked-bg:#eef0f4;--masked-ink:#5b6472;
 --special-bg:#f7b538;--special-ink:#432c00;--special-masked-bg:#fdecc4;--special-masked-ink:#8a5a00;--padding:#e3e6eb}
@@ -56,11 +61,27 @@ header,main{max-width:1080px;margin:0 auto;padding:0 24px}
 header{padding-top:28px}
 .head{display:flex;justify-content:space-between;align-items:center}
 h1{font-size:22px;margin:0}
+button{font:inherit;font-size:13px;color:var(--soft);background:var(--card);border:1px solid var(--line);
+border-radius:8px;padding:4px 12px;cursor:pointer}
+#tip{position:fixed;z-index:2;background:var(--ink);color:var(--bg);border-radius:8px;padding:8px 12px;max-width:340px;
+font:12px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;pointer-events:none;white-space:pre;
+box-shadow:0 6px 20px #0004}
+"""
+
+# Inside of other pages: colours that let light and dark ones through, and the numbers of a token without a script.
+PART_STYLE = """
+--card:transparent;--ink:currentColor;--soft:#888;--line:#8885;--trained:#2da160;--trained-bg:#2da16048;
+--trained-ink:inherit;--masked:#8889;--masked-bg:#8882;--masked-ink:#888;--special-bg:#f7b538a0;--special-ink:inherit;
+--special-masked-bg:#f7b53838;--special-masked-ink:#b07f1c;--padding:#8883;max-width:1080px;
+.tokens .t{position:relative}
+.tokens .t:hover::after{content:"index, id, position, label: " attr(data-t);position:absolute;left:0;top:100%;z-index:2;
+background:#1b1f26;color:#e6e9ee;border-radius:6px;padding:2px 8px;font-size:12px;white-space:nowrap}
+"""
+
+ROWS_STYLE = """
 h2{font-size:15px;margin:0}
 h2 small,h3 small{font-weight:400;color:var(--soft);margin-left:8px;font-size:13px}
 h3{font-size:13px;margin:0 0 8px;color:var(--soft);font-weight:600}
-button{font:inherit;font-size:13px;color:var(--soft);background:var(--card);border:1px solid var(--line);
-border-radius:8px;padding:4px 12px;cursor:pointer}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));gap:12px;margin:18px 0 12px}
 .cards div,section{background:var(--card);border:1px solid var(--line);border-radius:12px}
 .cards div{padding:12px 16px}
@@ -89,9 +110,6 @@ figure{margin:0}
 figure img{display:block;max-width:100%;border-radius:6px;border:1px solid var(--line)}
 figcaption{color:var(--soft);font-size:12px}
 .pad{color:var(--soft);font-size:13px;margin:0}
-#tip{position:fixed;z-index:2;background:var(--ink);color:var(--bg);border-radius:8px;padding:8px 12px;max-width:340px;
-font:12px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;pointer-events:none;white-space:pre;
-box-shadow:0 6px 20px #0004}
 """
 
 SCRIPT = """
@@ -116,7 +134,15 @@ document.addEventListener('mouseover',event=>{
 def render_page(rows: list[Row], counts: PreviewCounts, pictures_of: PicturesOf | None = None) -> str:
     """The page for rows from `read_rows`, with small copies of their pictures. All text is escaped."""
     shown = "".join(_row(row, pictures_of) for row in rows)
-    return PAGE.format(style=STYLE, script=SCRIPT, cards=_cards(counts), rows=shown)
+    style = PAGE_STYLE + ROWS_STYLE
+    return PAGE.format(style=style, script=SCRIPT, legend=LEGEND, cards=_cards(counts), rows=shown)
+
+
+def render_part(rows: list[Row], counts: PreviewCounts, pictures_of: PicturesOf | None = None) -> str:
+    """The same for a notebook: without a script, and with a style that stays inside."""
+    shown = "".join(_row(row, pictures_of) for row in rows)
+    style = f"<style>.amt-preview{{{PART_STYLE}{ROWS_STYLE}}}</style>"
+    return f'{style}<div class="amt-preview"><div class="cards">{_cards(counts)}</div>{LEGEND}{shown}</div>'
 
 
 def _cards(counts: PreviewCounts) -> str:

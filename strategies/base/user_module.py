@@ -15,7 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from automodel_trainer.nn.blocks import find_blocks
-from automodel_trainer.strategies.base.activation_checkpointing import apply_activation_checkpointing
+from automodel_trainer.nn.offload import HostInputs
+from automodel_trainer.strategies.base.activation_checkpointing import (
+    Mode,
+    apply_activation_checkpointing,
+    offload_inputs,
+)
 from automodel_trainer.strategies.base.compile import compile_blocks
 
 
@@ -38,16 +43,22 @@ def outermost(module: nn.Module, kind: type[nn.Module]) -> list[Any]:
 
 
 class PreparedBlocks:
-    """Checkpoints and compiles blocks, each of them at most once."""
+    """Checkpoints and compiles blocks, and offloads their inputs, each of them at most once.
+
+    Attributes:
+        host: holds the inputs of offloaded blocks; None if there are none.
+    """
 
     def __init__(self) -> None:
         self.checkpointed: WeakSet[nn.Module] = WeakSet()
         self.compiled: WeakSet[nn.Module] = WeakSet()
+        self.offloaded: WeakSet[nn.Module] = WeakSet()
+        self.host: HostInputs | None = None
 
     def __reduce__(self) -> Any:
         return PreparedBlocks, ()  # a worker process that gets a pickled strategy builds its own model
 
-    def checkpoint(self, model: nn.Module, mode: Literal["full", "selective"]) -> None:
+    def checkpoint(self, model: nn.Module, mode: Mode) -> None:
         """Checkpoint the blocks of `model` that are not checkpointed yet; see `apply_activation_checkpointing`.
 
         Raises:
@@ -58,6 +69,17 @@ class PreparedBlocks:
         if fresh or not blocks:  # without blocks the call raises
             apply_activation_checkpointing(model, mode, fresh)
         self.checkpointed.update(fresh)
+
+    def offload(self, model: nn.Module, ranks: int) -> None:
+        """Keep the inputs of checkpointed blocks in host memory; see `offload_inputs`. Call it after `compile`.
+
+        Args:
+            ranks: processes of this host that do the same.
+        """
+        fresh = [block for block in find_blocks(model) if block not in self.offloaded]
+        self.host = self.host or HostInputs(ranks=ranks)
+        offload_inputs(fresh, self.host)
+        self.offloaded.update(fresh)
 
     def compile(
         self, model: nn.Module, backend: str, options: dict[str, Any] | None, asked: bool | Literal["auto"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, Precision
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from automodel_trainer._lightning import DDPForwardRedirection, prepare_for_backward
 from automodel_trainer.distributed.mesh import ParallelDims
+from automodel_trainer.strategies.base.activation_checkpointing import Mode
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy, Objective
 from automodel_trainer.strategies.base.precision import MeshPrecision
 from automodel_trainer.strategies.data_parallel.plain_ddp import AverageAfterBackward
@@ -23,7 +24,7 @@ class DDPStrategy(MeshStrategy):
     `precision="bf16"` means autocast over fp32 weights, as in Lightning.
 
     Args:
-        activation_checkpointing: "full" or "selective"; see `FSDP2Strategy`.
+        activation_checkpointing: "full", "selective" or "offload"; see `FSDP2Strategy`.
         find_unused_parameters: allow parameters that a step does not use (costs a walk over the graph).
         bucket_cap_mb: size of a gradient bucket, in MiB.
         compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
@@ -34,7 +35,7 @@ class DDPStrategy(MeshStrategy):
     def __init__(
         self,
         *,
-        activation_checkpointing: Literal["full", "selective"] | None = None,
+        activation_checkpointing: Mode | None = None,
         find_unused_parameters: bool = False,
         bucket_cap_mb: int = 25,
         **kwargs: Any,
@@ -78,6 +79,8 @@ class DDPStrategy(MeshStrategy):
         if self.activation_checkpointing:
             self.prepared.checkpoint(model, self.activation_checkpointing)
         self.compile_model(model)
+        if self.activation_checkpointing == "offload":
+            self.prepared.offload(model, self.num_processes)
         return model  # wrapped in `layout`: DDP needs real parameters
 
     def finalize_parameters(self, model: nn.Module) -> None:

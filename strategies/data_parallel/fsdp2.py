@@ -66,7 +66,8 @@ class FSDP2Strategy(InnerParallelStrategy):
         backward_prefetch: the same for backward.
         cpu_offload: keep parameters, gradients and optimizer state in CPU memory, and copy blocks to the GPU for use.
         activation_checkpointing: "full" recomputes every block in backward; "selective" keeps the outputs of matmuls
-            and attention and recomputes the rest.
+            and attention and recomputes the rest; "offload" is "full" whose saved inputs lie in host memory, up to two
+            thirds of what is free there. They are copied while other blocks compute.
         sync_every_micro_batch: reduce gradients after every micro-batch instead of once per optimizer step. This costs
             more traffic, but no unsharded gradients are held while micro-batches accumulate.
         compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.

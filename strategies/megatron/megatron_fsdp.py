@@ -21,7 +21,7 @@ from automodel_trainer.strategies.base.mesh_strategy import MicroBatch, Objectiv
 from automodel_trainer.strategies.base.precision import MeshPrecision, check_plugin
 from automodel_trainer.strategies.context.attention import CPAttention
 from automodel_trainer.strategies.data_parallel.shard import is_laid_out
-from automodel_trainer.strategies.inner_parallel import InnerParallelStrategy
+from automodel_trainer.strategies.inner_parallel import ActivationCheckpointing, InnerParallelStrategy
 from automodel_trainer.strategies.megatron import _megatron_fsdp as mfsdp
 from automodel_trainer.strategies.megatron.even_shards import shard_evenly
 
@@ -82,7 +82,7 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
         tp_plan: Mapping[str, str] | None = None,
         sequence_parallel: bool = True,
         async_tp: bool = False,
-        activation_checkpointing: Literal["full", "selective"] | None = None,
+        activation_checkpointing: ActivationCheckpointing = None,
         compile: bool | Literal["auto"] = "auto",
         compile_backend: str = "inductor",
         compile_options: dict[str, Any] | None = None,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from automodel_trainer.data.preview import preview, render_html
+from automodel_trainer.data.preview import Preview, preview, render_html
 from automodel_trainer.data.preview_rows import PARTIAL, read_rows, summarize, token_texts
 from automodel_trainer.data.preview_text import render_terminal
 from tests.tiny import tiny_tokenizer
@@ -189,6 +189,25 @@ def test_html_holds_every_token_with_its_id_position_and_label(batch, tokenizer)
         assert token.kind in classes
         assert ("special" in classes) == token.special
         assert text == token.visible
+
+
+def test_a_notebook_shows_the_same_tokens_and_runs_nothing(batch, tokenizer):
+    hostile = packed(tokenizer, [("<b>\"'&", "</span><script>alert(1)</script><img src=x onerror=alert(1)>")], 96)
+    shown = Preview([*batch, hostile], tokenizer, rows=3)
+    part, page = Page(), Page()
+    part.feed(shown._repr_html_())
+    page.feed(render_html([*batch, hostile], tokenizer))
+    assert part.tokens == page.tokens
+    assert not part.tags & {"script", "img", "html", "body"}
+    assert shown.counts == summarize([*batch, hostile])
+    assert "⟦yes<|im_end|>⟧" in repr(shown)
+    assert "\x1b[" not in repr(shown)
+    one = Page()
+    one.feed(Preview(batch, tokenizer)._repr_html_())
+    assert one.tokens == page.tokens[: len(one.tokens)]
+    assert 0 < len(one.tokens) < len(page.tokens)
+    with pytest.raises(ValueError, match="rows=0"):
+        Preview(batch, tokenizer, rows=0)
 
 
 def test_html_escapes_everything_and_needs_nothing_else(tokenizer):

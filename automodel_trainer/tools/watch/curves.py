@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-Curve = dict[int, float]  # optimizer step → value; of a step that was logged twice, the later one
+from automodel_trainer.nn.chart import Curve
+
 MOST_BYTES = 256 << 20  # of one file; what is beyond is left out, and said
 
 
@@ -107,8 +107,3 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def finite(curve: Curve) -> Curve:
-    """The points that can be drawn."""
-    return {step: value for step, value in curve.items() if math.isfinite(value)}

@@ -14,8 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from automodel_trainer.callbacks.console import Row, block
-from automodel_trainer.tools.watch.chart import short
-from automodel_trainer.tools.watch.curves import Curve, finite
+from automodel_trainer.nn.chart import Curve, finite, short
 from automodel_trainer.tools.watch.run import Run, read_run, settings
 
 NOWHERE = "–"

@@ -7,8 +7,7 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from automodel_trainer.tools.watch.chart import chart, short
-from automodel_trainer.tools.watch.curves import Curve
+from automodel_trainer.nn.chart import Curve, chart, short
 from automodel_trainer.tools.watch.run import Run, Saved
 
 AGAIN = 10  # seconds until the page of a run that goes on is loaded again

@@ -15,7 +15,8 @@ import yaml
 from automodel_trainer.callbacks.ledger_text import ledger_rows
 from automodel_trainer.checkpoint.manifest import check_checkpoint, read_manifest
 from automodel_trainer.checkpoint.runs import runs, saved_in
-from automodel_trainer.tools.watch.curves import Curve, changed, curve_files, read_curves
+from automodel_trainer.nn.chart import Curve
+from automodel_trainer.tools.watch.curves import changed, curve_files, read_curves
 
 LARGEST = 16 << 20  # bytes of a JSON or YAML file that are read
 STILL = 120  # seconds without a change after which a run counts as over
