@@ -38,23 +38,7 @@ from tests import kept_groups, pickles, rounding
 
 SIZE = 4
 CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "pytest",
-        "tests.callbacks.runs",
-        "tests.harness",
-        "automodel_trainer.lightning_cli",
-        "transformers.models.llama.modeling_llama",
-        "torch._dynamo",
-        "torch._inductor.compile_fx",  # which aot_eager has too, and torchao
-        "torch.distributed.checkpoint",
-        "torch.distributed.tensor.experimental",
-        "torch.distributed.tensor.parallel",
-        "peft",
-        "networkx",
-        "tests.forkserver",  # the last: what is imported by now is no garbage
-    ]
-)
+CONTEXT.set_forkserver_preload(["tests.forkserver"])
 _TIMEOUT = 600  # seconds that a job may take before the pool is declared stuck: a busy machine takes its time
 
 
@@ -214,6 +198,7 @@ def seldom_look_for_garbage() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
+    gc.enable()
 
 
 def forget_compiled() -> None:
