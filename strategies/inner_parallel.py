@@ -80,6 +80,11 @@ class InnerParallelStrategy(MeshStrategy):
 
     # --- sizes ------------------------------------------------------------------------------------------------------
 
+    @property
+    def sizes_are_open(self) -> bool:
+        """Whether a size is "auto": `choose_sizes` fills it in when the run begins."""
+        return self._tp_of_model or self._cp_of_node
+
     def choose_sizes(self) -> ParallelDims:
         """Fill in `tp="auto"` from the model's heads, then `cp="auto"` with the rest of the node.
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.distributed.mesh import SHARD_AXES, ParallelDims, submesh
 from automodel_trainer.nn._torch import apply_to_tensors
+from automodel_trainer.strategies.base.compile import compile_any_length
 from automodel_trainer.strategies.base.objective import Objective
 from automodel_trainer.strategies.base.precision import MeshPrecision, check_plugin
 from automodel_trainer.strategies.base.user_module import outermost, parts_of
@@ -176,7 +177,10 @@ class FSDP2Strategy(InnerParallelStrategy):
         layers = find_experts(model)
         split = [] if self.shards.experts is None else self.shards.experts.modules  # of a module's other models
         tp = self.device_mesh["tp"].get_group() if self.dims.tp > 1 else None
-        expert_parallel(layers, self._expert_mesh["ep"], tp, chosen_dispatcher(model))
+        compute = compile_any_length(self.compile_backend, self.compile_options) if self.compiles else None
+        mesh = self._expert_mesh["ep"]
+        dispatcher = chosen_dispatcher(model, mesh.get_group(), self.root_device)
+        expert_parallel(layers, mesh, tp, dispatcher, compute)
         self.shards.experts = ShardedExperts(
             [*split, *(experts.module for experts in layers)], expert_shard_mesh(self._expert_mesh)
         )
