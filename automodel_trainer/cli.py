@@ -26,6 +26,7 @@ tools
   diff       show where two runs part: configuration, data, loss, time
   export     write a checkpoint as a Hugging Face folder; --check compares it with the source
   inspect    show what a checkpoint or model folder holds, and whether it is whole
+  launch     write a file for Slurm, Kubernetes, SkyPilot or torchrun
   merge      write a LoRA adapter and its base model, or the shards of a checkpoint, as one model
   pipeline   draw a pipeline schedule and its bubble
   reshard    write the same weights as another number of files
@@ -50,6 +51,7 @@ TOOLS = {
     "export": "automodel_trainer.tools.export",
     "generate": "automodel_trainer.tools.generate",
     "inspect": "automodel_trainer.tools.inspect",
+    "launch": "automodel_trainer.tools.launch.command",
     "merge": "automodel_trainer.tools.merge",
     "pipeline": "automodel_trainer.tools.pipeline",
     "preview": "automodel_trainer.tools.preview",

@@ -7,6 +7,7 @@ from typing import Any
 from automodel_trainer.callbacks.console import Row
 from automodel_trainer.models.kernels.attention import attention_text
 from automodel_trainer.nn.text import listed
+from automodel_trainer.nn.tiles import TILE
 
 Facts = dict[str, Any]
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -65,6 +66,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
         mode = run["activation_checkpointing"]
         how = f" with activation checkpointing {mode}" if mode else ""
         rows.append(("activations", f"a block keeps {memory_text(run['bytes_per_block'])} until its backward{how}"))
+    if run.get("offloaded"):
+        rows.append(("host memory", _offloaded(run["offloaded"])))
     if run.get("watchdog"):
         rows.append(("watchdog", f"ends the run if a rank hangs for {run['watchdog']:g} s or disappears"))
     return rows
@@ -83,6 +86,11 @@ def _allocation(run: Facts) -> str:
     every = run.get("garbage_collection")
     garbage = f"garbage collected every {every} steps, on all ranks at once" if every else "garbage collected by Python"
     return f"{run['allocator']}; {garbage}"
+
+
+def _offloaded(host: Facts) -> str:
+    more = ", and what is over stays on the device" if host["full"] else ""
+    return f"inputs of blocks take {memory_text(host['bytes'])} of at most {memory_text(host['limit'])}{more}"
 
 
 def batch_text(batch: Facts) -> str:
@@ -121,6 +129,9 @@ def _layout(run: Facts) -> str:
     parts.append(f"precision {run['precision']}")
     if run["activation_checkpointing"]:
         parts.append(f"activation checkpointing {run['activation_checkpointing']}")
+    if tiled := run.get("tiled"):
+        how = f"tiles of {TILE:,} tokens" if tiled["tiles"] == "auto" else f"{tiled['tiles']} tiles"
+        parts.append(f"{tiled['mlps']} MLPs in {how}")
     if run["compile"]:
         options = [f"{name}={value}" for name, value in (run["compile_options"] or {}).items()]
         parts.append(f"blocks compiled ({', '.join([run['compile'], *options])})")

@@ -112,7 +112,7 @@ class Preemption(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the signal handlers, and create the process group in which ranks agree."""
         self.stopped_by, self._work = None, None
-        if trainer.is_global_zero:
+        if trainer.local_rank == 0:  # of every node: with a root in object storage, the marker lies on its own disk
             _marker(trainer).unlink(missing_ok=True)
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")  # NCCL cannot reduce tensors on the CPU
@@ -143,7 +143,7 @@ class Preemption(Callback):
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
-        if self.stopped_by not in (None, "SIGINT", self._requeue_signal) and trainer.is_global_zero:
+        if self.stopped_by not in (None, "SIGINT", self._requeue_signal) and trainer.local_rank == 0:
             self._leave_marker(trainer)
 
     def _leave_marker(self, trainer: pl.Trainer) -> None:

@@ -85,6 +85,5 @@ trainer.merge_and_save("merged")
 {country: ask("merged", country) for country in ("Japan", "Norway", "Kenya")}
 
 # %% [markdown]
-# It answers in one word now, also for countries that it has not seen here. It is a small model: two of three capitals are
-# wrong, which it knew before. Fewer steps, or a lower learning rate, cost less of that; validation data of your own say
-# when.
+# It answers in one word now, also for countries that it has not seen here. It is a small model: two of three capitals
+# are wrong, which it knew before. Fewer steps, or a lower learning rate, cost less of that.

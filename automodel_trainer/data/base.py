@@ -273,14 +273,7 @@ class MicroBatchDataModule(LightningDataModule):
         accumulation = getattr(self.trainer, "micro_batches_per_step", 1)
         if self.global_batch_size is None:
             return unit * accumulation
-        if self.global_batch_size % unit:
-            lower = self.global_batch_size // unit * unit
-            near = f"{lower} or {lower + unit}" if lower else f"{unit}"
-            raise ValueError(
-                f"global_batch_size={self.global_batch_size} cannot be split into micro-batches: it must be a multiple "
-                f"of micro_batch_size={self.micro_batch_size} times dp_size={self.dp_size} (= {unit}). The nearest "
-                f"sizes that work: {near}."
-            )
+        check_global_batch(self.global_batch_size, self.micro_batch_size, self.dp_size)
         if accumulation not in (1, self.global_batch_size // unit):
             raise ValueError(
                 f"accumulate_grad_batches={accumulation} makes {unit * accumulation} rows per step (times "
@@ -471,3 +464,20 @@ def check_packing(packing: object) -> None:
     """Raise ValueError if `packing` is none of its values."""
     if packing not in (True, False, "auto"):
         raise ValueError(f"packing={packing!r} is unknown. Allowed: true, false, auto.")
+
+
+def check_global_batch(global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
+    """Check that the rows of a step are whole micro-batches on every data-parallel rank.
+
+    Raises:
+        ValueError: they are not; the message has the nearest sizes that work.
+    """
+    unit = micro_batch_size * dp_size
+    if global_batch_size % unit:
+        lower = global_batch_size // unit * unit
+        near = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        raise ValueError(
+            f"global_batch_size={global_batch_size} cannot be split into micro-batches: it must be a multiple of "
+            f"micro_batch_size={micro_batch_size} times dp_size={dp_size} (= {unit}). The nearest sizes that work: "
+            f"{near}."
+        )

@@ -1,4 +1,7 @@
-"""Activation checkpointing: recompute a block's activations in backward instead of keeping them."""
+"""Activation checkpointing: recompute a block's activations in backward instead of keeping them.
+
+What it keeps, the inputs of blocks, can lie in host memory until then (`offload_inputs`).
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,38 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.models.record import record_of, recorded
-from automodel_trainer.nn._torch import CHECKPOINT_MISSES_FUNCTIONS, EXPENSIVE_OPERATIONS, MATMULS
+from automodel_trainer.nn._torch import CHECKPOINT_MISSES_FUNCTIONS, EXPENSIVE_OPERATIONS, MATMULS, pytree
 from automodel_trainer.nn.blocks import find_blocks
+from automodel_trainer.nn.offload import HostInputs
 from automodel_trainer.nn.wrap import wrap
 
+Mode = Literal["full", "selective", "offload"]
+MODES = ("full", "selective", "offload")
 CHEAP = 8  # a matmul whose result is this many times as wide as the dimension it sums over is computed again
 
 
-def apply_activation_checkpointing(
-    model: nn.Module, mode: Literal["full", "selective"], blocks: Sequence[nn.Module] | None = None
-) -> None:
+def apply_activation_checkpointing(model: nn.Module, mode: Mode, blocks: Sequence[nn.Module] | None = None) -> None:
     """Checkpoint the training forward of every block of `model`, in place. Parameter names do not change.
 
     Wrappers put around a block's forward before this call are recomputed with it; later ones are not.
 
     Args:
         mode: "full" recomputes a whole block; "selective" keeps the outputs of attention and of all but cheap matmuls.
+            "offload" is "full" for blocks that `offload_inputs` is called on later.
         blocks: the blocks to checkpoint; None: all of the model's.
 
     Raises:
         ValueError: the mode is unknown, the model has no blocks, or it uses fp8 with delayed scaling.
     """
-    if mode not in ("full", "selective"):
-        raise ValueError(f"activation_checkpointing={mode!r} is unknown. Allowed: full, selective, or null for none.")
+    if mode not in MODES:
+        raise ValueError(
+            f"activation_checkpointing={mode!r} is unknown. Allowed: {', '.join(MODES)}, or null for none."
+        )
     blocks = find_blocks(model) if blocks is None else blocks
     if not blocks:
         raise ValueError(
@@ -49,6 +56,18 @@ def apply_activation_checkpointing(
         )
     for block in blocks:
         wrap(block, partial(_checkpointed, block, mode))
+
+
+def offload_inputs(blocks: Sequence[nn.Module], host: HostInputs) -> None:
+    """Keep what checkpointed blocks save, their inputs, in host memory until their backward, in place.
+
+    Call it after the blocks are compiled and cut: copies are no part of compiled code.
+
+    Args:
+        host: holds the inputs. Blocks that run one after the other share one.
+    """
+    for block in blocks:
+        wrap(block, partial(_offloaded, block, host))
 
 
 class Checkpointed:
@@ -89,7 +108,21 @@ def _checkpointed(block: nn.Module, mode: str, forward: Callable[..., Any], *arg
     elif CHECKPOINT_MISSES_FUNCTIONS and torch.compiler.is_compiling():
         # Without a policy, this compiler keeps what an autograd.Function computes: with fused adapters, a whole block.
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _recompute)
+    if mode == "offload" and not (args and isinstance(args[0], Tensor)):  # torch saves tensors given by place alone
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        return checkpoint(partial(_unflattened, forward, structure), *leaves, **options)
     return checkpoint(forward, *args, **options, **kwargs)
+
+
+def _unflattened(forward: Callable[..., Any], structure: Any, *leaves: Any) -> Any:
+    args, kwargs = pytree.tree_unflatten(leaves, structure)
+    return forward(*args, **kwargs)
+
+
+def _offloaded(block: nn.Module, host: HostInputs, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    return host.around(forward, *args, **kwargs)
 
 
 def _recompute(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from automodel_trainer._lightning import DDPForwardRedirection, prepare_for_backward
 from automodel_trainer.distributed.mesh import ParallelDims
+from automodel_trainer.nn.tiles import Count
+from automodel_trainer.strategies.base.activation_checkpointing import Mode
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy, Objective
 from automodel_trainer.strategies.base.precision import MeshPrecision
 from automodel_trainer.strategies.data_parallel.plain_ddp import AverageAfterBackward
@@ -23,7 +25,8 @@ class DDPStrategy(MeshStrategy):
     `precision="bf16"` means autocast over fp32 weights, as in Lightning.
 
     Args:
-        activation_checkpointing: "full" or "selective"; see `FSDP2Strategy`.
+        activation_checkpointing: "full", "selective" or "offload"; see `FSDP2Strategy`.
+        tiled_mlp: see `FSDP2Strategy`.
         find_unused_parameters: allow parameters that a step does not use (costs a walk over the graph).
         bucket_cap_mb: size of a gradient bucket, in MiB.
         compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
@@ -34,7 +37,8 @@ class DDPStrategy(MeshStrategy):
     def __init__(
         self,
         *,
-        activation_checkpointing: Literal["full", "selective"] | None = None,
+        activation_checkpointing: Mode | None = None,
+        tiled_mlp: Count | Literal[False] = False,
         find_unused_parameters: bool = False,
         bucket_cap_mb: int = 25,
         **kwargs: Any,
@@ -42,6 +46,7 @@ class DDPStrategy(MeshStrategy):
         super().__init__(ParallelDims(dp_replicate=1, dp_shard=-1), **kwargs)
         self._forward_redirection = DDPForwardRedirection()
         self.activation_checkpointing = activation_checkpointing
+        self.tiled_mlp = tiled_mlp
         self.ddp_options: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,
             "bucket_cap_mb": bucket_cap_mb,
@@ -75,9 +80,17 @@ class DDPStrategy(MeshStrategy):
         Raises:
             ValueError: the model has no blocks, or this run cannot compile.
         """
-        if self.activation_checkpointing:
-            self.prepared.checkpoint(model, self.activation_checkpointing)
+        mode = self.activation_checkpointing
+        if mode and self.tiles is None:
+            self.prepared.checkpoint(model, mode)
         self.compile_model(model)
+        if self.tiles is not None:
+            self.prepared.find_mlps(model)
+            self.tile_mlps()
+            if mode:  # around compiled blocks, which tiles cut
+                self.prepared.checkpoint(model, mode)
+        if mode == "offload":
+            self.prepared.offload(model, self.num_processes)
         return model  # wrapped in `layout`: DDP needs real parameters
 
     def finalize_parameters(self, model: nn.Module) -> None:

@@ -1,0 +1,209 @@
+"""Keep the inputs of blocks in host memory from their forward to their backward.
+
+A copy out runs beside the next block. In backward the input of the block before is fetched while a block runs. Host
+memory is taken once, in pieces of one size, and used again in every step. Inputs that no longer fit stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from automodel_trainer.nn._torch import pytree
+from automodel_trainer.nn.host_memory import available_host_memory
+
+PIECE = 16 * 2**20  # bytes
+SHARE = 2 / 3  # of the host memory that is free when the first input is copied
+IN_FLIGHT = 1  # copies out that may run while the next block computes
+
+
+class HostPieces:
+    """Host memory in pieces, pinned for a GPU. A piece that is given back is used again.
+
+    Args:
+        device: the device that tensors are copied from.
+        limit: the most bytes to take from the host.
+        piece: bytes of a piece.
+    """
+
+    def __init__(self, device: torch.device, limit: int, piece: int = PIECE) -> None:
+        self.limit, self.piece, self.held = limit, piece, 0
+        self._pinned = device.type == "cuda"
+        self._free: list[Tensor] = []
+
+    def take(self, size: int) -> list[Tensor] | None:
+        """Pieces that hold `size` bytes together; None if the limit does not allow them."""
+        count = -(-size // self.piece)
+        missing = max(0, count - len(self._free))
+        if self.held + missing * self.piece > self.limit:
+            return None
+        for _ in range(missing):
+            self._free.append(torch.empty(self.piece, dtype=torch.uint8, pin_memory=self._pinned))
+            self.held += self.piece
+        return [self._free.pop() for _ in range(count)]
+
+    def give_back(self, pieces: list[Tensor]) -> None:
+        """Let pieces be used again."""
+        self._free += pieces
+
+
+class CopyStream:
+    """Runs copies beside the computation. On a CPU everything runs in order, and there is nothing to wait for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def after_computation(self) -> AbstractContextManager[Any]:
+        """A context whose copies begin when what was computed until now is there."""
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        return torch.cuda.stream(self._stream)
+
+    def mark(self) -> torch.Event | None:
+        """The end of the copies so far."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def wait(self, end: torch.Event | None) -> None:
+        """Let the computation wait for copies. The host does not wait."""
+        if self._stream is not None and end is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(end)
+
+
+class _Stored:
+    """A contiguous tensor of any shape in host memory, and for a while on the device."""
+
+    def __init__(self, tensor: Tensor, pieces: list[Tensor], owner: HostInputs, before: _Stored | None) -> None:
+        self.pieces, self.owner = pieces, owner
+        self.before = None if before is None else ref(before)
+        self.on_device: Tensor | None = tensor.detach()
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self._copy(self.on_device, out=True)
+
+    def fetch(self) -> None:
+        """Begin to copy the tensor back, unless it is on the device."""
+        if self.on_device is None:
+            self.on_device = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            self._copy(self.on_device, out=False)
+
+    def take(self) -> Tensor:
+        """The tensor on the device, which is then the caller's."""
+        self.fetch()
+        self.owner.copies.wait(self.copied)
+        tensor, self.on_device = self.on_device, None
+        assert tensor is not None
+        return tensor
+
+    def leave(self) -> None:
+        """Free the tensor on the device once it is copied."""
+        self.owner.copies.wait(self.copied)
+        self.on_device = None
+
+    def _copy(self, tensor: Tensor, *, out: bool) -> None:
+        parts = tensor.view(-1).view(torch.uint8).split(self.owner.pieces.piece)
+        with self.owner.copies.after_computation():
+            for part, piece in zip(parts, self.pieces, strict=True):
+                if out:
+                    piece[: len(part)].copy_(part, non_blocking=True)
+                else:
+                    part.copy_(piece[: len(part)], non_blocking=True)
+        self.copied = self.owner.copies.mark()
+
+    def __del__(self) -> None:
+        self.owner.pieces.give_back(self.pieces)  # a later copy into them waits in the same stream
+
+
+class HostInputs:
+    """Holds the inputs of blocks in host memory.
+
+    Args:
+        limit: the most bytes of host memory; None: two thirds of what is free at the first input, shared by `ranks`.
+        ranks: processes of this host that do the same.
+        piece: bytes of a piece of host memory.
+
+    Attributes:
+        full: whether an input stayed on the device because the limit was reached.
+    """
+
+    pieces: HostPieces
+    copies: CopyStream
+
+    def __init__(self, limit: int | None = None, ranks: int = 1, piece: int = PIECE) -> None:
+        self._limit, self._ranks, self._piece = limit, ranks, piece
+        self._ready = False
+        self._leaving: deque[_Stored] = deque()
+        self._last: ref[_Stored] | None = None
+        self.full = False
+
+    def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of a block; what autograd saves of its input goes to the host.
+
+        The input is the first argument that holds tensors of numbers, in a tuple perhaps. What all blocks share, such
+        as masks and positions, comes after it.
+        """
+        wanted = {tensor.untyped_storage().data_ptr() for tensor in first_input(args, kwargs)}
+
+        def pack(tensor: Tensor) -> Any:
+            inside = type(tensor) is Tensor and tensor.untyped_storage().data_ptr() in wanted
+            return self._store(tensor) if inside and tensor.is_contiguous() else tensor
+
+        with saved_tensors_hooks(pack, self._restore):
+            return forward(*args, **kwargs)
+
+    @property
+    def held(self) -> int:
+        """Bytes of host memory in use."""
+        return self.pieces.held if self._ready else 0
+
+    @property
+    def limit(self) -> int:
+        """The most bytes of host memory; 0 before the first input."""
+        return self.pieces.limit if self._ready else 0
+
+    def _store(self, tensor: Tensor) -> Any:
+        if not self._ready:
+            limit = int(available_host_memory() * SHARE / self._ranks) if self._limit is None else self._limit
+            self.pieces, self.copies = HostPieces(tensor.device, limit, self._piece), CopyStream(tensor.device)
+            self._ready = True
+        pieces = self.pieces.take(tensor.nbytes)
+        if pieces is None:
+            self.full = True
+            return tensor
+        before = None if self._last is None else self._last()
+        stored = _Stored(tensor, pieces, self, before)
+        self._last = ref(stored)
+        self._leaving.append(stored)
+        while len(self._leaving) > IN_FLIGHT:
+            self._leaving.popleft().leave()
+        return stored
+
+    def _restore(self, saved: Any) -> Tensor:
+        if not isinstance(saved, _Stored):
+            return saved  # type: ignore[no-any-return]
+        tensor = saved.take()
+        if saved in self._leaving:
+            self._leaving.remove(saved)
+        before = None if saved.before is None else saved.before()
+        if before is not None:
+            before.fetch()
+        return tensor
+
+
+def first_input(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The floating-point tensors of the first argument that holds any, given by place or by name."""
+    for value in (*args, *kwargs.values()):
+        if found := [leaf for leaf in pytree.tree_leaves(value) if is_number(leaf)]:
+            return found
+    return []
+
+
+def is_number(leaf: Any) -> bool:
+    """Whether this is a tensor of floating-point numbers."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
