@@ -87,6 +87,11 @@ def compile_blocks(
     return len(blocks)
 
 
+def compiled_call(backend: str, options: dict[str, Any] | None) -> Callable[..., Any]:
+    """A function that calls its first argument with the others, compiled. It is for tiles of blocks' MLPs."""
+    return torch.compile(_run_tile, backend=backend, options=effective_options(backend, options))
+
+
 def compile_any_length(
     backend: str | Callable[..., Any] = "inductor", options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
@@ -119,6 +124,11 @@ def _run(forward: Forward, *args: Any, **kwargs: Any) -> Any:
 def _run_any_length(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """The same for blocks of towers: each batch has another number of patches. Dynamo keeps graphs by function."""
     return forward(*args, **kwargs)
+
+
+def _run_tile(forward: Forward, x: Any) -> Any:
+    """The same for tiles of MLPs."""
+    return forward(x)
 
 
 def _run_part(forward: Forward, *args: Any, **kwargs: Any) -> Any:

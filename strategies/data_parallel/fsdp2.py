@@ -36,7 +36,7 @@ from automodel_trainer.strategies.expert.choose import check_dispatch_unused, ch
 from automodel_trainer.strategies.expert.mesh import expert_mesh, expert_shard_mesh
 from automodel_trainer.strategies.expert.parallelize import expert_parallel
 from automodel_trainer.strategies.expert.plan import check_ep, choose_ep, find_experts, require_experts
-from automodel_trainer.strategies.inner_parallel import ActivationCheckpointing, InnerParallelStrategy
+from automodel_trainer.strategies.inner_parallel import ActivationCheckpointing, InnerParallelStrategy, TiledMLP
 
 
 class FSDP2Strategy(InnerParallelStrategy):
@@ -68,6 +68,9 @@ class FSDP2Strategy(InnerParallelStrategy):
         activation_checkpointing: "full" recomputes every block in backward; "selective" keeps the outputs of matmuls
             and attention and recomputes the rest; "offload" is "full" whose saved inputs lie in host memory, up to two
             thirds of what is free there. They are copied while other blocks compute.
+        tiled_mlp: compute the MLP of every block in this many tiles of tokens, so that its activations exist for one
+            tile at a time. "auto": tiles of 8,192 tokens where a micro-batch has more than two of them, with
+            activation_checkpointing "full" or "offload".
         sync_every_micro_batch: reduce gradients after every micro-batch instead of once per optimizer step. This costs
             more traffic, but no unsharded gradients are held while micro-batches accumulate.
         compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
@@ -92,6 +95,7 @@ class FSDP2Strategy(InnerParallelStrategy):
         backward_prefetch: int = 0,
         cpu_offload: bool = False,
         activation_checkpointing: ActivationCheckpointing = None,
+        tiled_mlp: TiledMLP = False,
         sync_every_micro_batch: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -104,6 +108,7 @@ class FSDP2Strategy(InnerParallelStrategy):
             sequence_parallel=sequence_parallel,
             async_tp=async_tp,
             activation_checkpointing=activation_checkpointing,
+            tiled_mlp=tiled_mlp,
             **kwargs,
         )
         self.ep = ep
