@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tests import matrix, rounding  # noqa: E402
-from tests.pool import RankPool, forget_compiled, seldom_look_for_garbage  # noqa: E402
+from tests.pool import RankPool, forget_compiled, look_once_for_plugins, seldom_look_for_garbage  # noqa: E402
 from tests.store import bucket, server  # noqa: E402, F401
 
 LONGEST = (
@@ -52,6 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
+    look_once_for_plugins()
     seldom_look_for_garbage()
 
 

@@ -5,7 +5,7 @@ import importlib
 
 gc.disable()  # imports make none
 
-from tests.pool import seldom_look_for_garbage  # noqa: E402
+from tests.pool import look_once_for_plugins, seldom_look_for_garbage  # noqa: E402
 
 for name in (
     "pytest",
@@ -23,4 +23,5 @@ for name in (
 ):
     importlib.import_module(name)
 
+look_once_for_plugins()
 seldom_look_for_garbage()

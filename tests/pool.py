@@ -10,6 +10,7 @@ Each world size has ranks of its own. From one job to the next they keep their p
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
 import importlib
 import multiprocessing.connection
@@ -25,13 +26,13 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from lightning.pytorch.trainer.connectors import callback_connector
 from torch._dynamo.utils import counters
 
 from tests import kept_groups, pickles, rounding
@@ -201,6 +202,11 @@ def seldom_look_for_garbage() -> None:
     gc.enable()
 
 
+def look_once_for_plugins() -> None:
+    """Lightning's Trainers look for callbacks among the entry points of all installed packages, 15 ms each."""
+    callback_connector._load_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
+
+
 def forget_compiled() -> None:
     """As in a new process: sizes that differ from earlier ones are compiled as symbols, which takes far longer."""
     if counters["frames"]:
@@ -224,7 +230,7 @@ def meet_at_once() -> None:
     """Look for rank 0's store only once it is there: torch looks again up to a second later."""
     connect = dist.TCPStore
 
-    @wraps(connect, updated=())
+    @functools.wraps(connect, updated=())
     def when_it_listens(host_name: str, port: int, *args: Any, is_master: bool = False, **kwargs: Any) -> dist.TCPStore:
         end = time.monotonic() + 120
         while not is_master and time.monotonic() < end:
