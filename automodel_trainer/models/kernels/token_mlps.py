@@ -65,7 +65,7 @@ def _treats_tokens_alone(module: nn.Module, sizes: dict[str, tuple[int, int]]) -
             parameter.normal_(generator=generator)
         probe._modules[name] = small
     probe.training = False
-    x = torch.randn(2, 3, _WIDTH, generator=generator)
+    x = torch.randn(2, 3, _WIDTH, generator=generator, device="cpu")  # a model may be built inside a device context
     try:
         together, alone = probe(x), [probe(x[:, i : i + 1]) for i in range(3)]
     except Exception:  # it wants other arguments
