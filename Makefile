@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set, each process compiles all files of the project anew, and each test process those of the tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart vlm test test-processors test-matrix lint types pictures docs sbom venv clean
+.PHONY: quickstart vlm notebooks test test-processors test-matrix lint types pictures docs sbom venv clean
 
 venv: $(VENV)/.installed
 
@@ -33,6 +33,11 @@ vlm: venv
 	$(BIN)/python -m automodel_trainer.tools.vlm_quickstart
 	OMP_NUM_THREADS=1 $(BIN)/amt fit --config configs/vlm_quickstart.yaml
 	$(BIN)/python -m automodel_trainer.tools.vlm_answers
+
+# Run every notebook, or NOTEBOOKS="first_fine_tuning …", in Jupyter's kernel, and keep what it shows.
+notebooks: venv
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]' --constraint constraints.txt
+	$(BIN)/python notebooks/run.py $(NOTEBOOKS)
 
 lint: venv
 	$(BIN)/ruff check .

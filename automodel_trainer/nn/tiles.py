@@ -94,7 +94,7 @@ class _Job:
     held: list[_Held]
     saved: Any  # the graph's node that holds the input
     length: int
-    states: tuple[Tensor, Tensor | None] | None
+    states: tuple[torch.device, Tensor, Tensor | None] | None
     autocast: tuple[str, bool, torch.dtype]
 
     def tiles(self, x: Tensor) -> Iterator[tuple[int, int]]:
@@ -112,7 +112,7 @@ class _Job:
     def prepared(self, *, again: bool) -> Iterator[None]:
         """A context to compute in: gradients on, the parameters seen in the forward, its autocast and its numbers."""
         device, enabled, dtype = self.autocast
-        numbers = _replayed(self.states, device) if again and self.states is not None else nullcontext()
+        numbers = _replayed(*self.states) if again and self.states is not None else nullcontext()
         cast = torch.autocast(device, dtype=dtype, cache_enabled=False) if enabled else nullcontext()
         # What autograd saves of a tile is nothing that hooks around the block should see: it is gone after the tile.
         alone = saved_tensors_hooks(Tensor.detach, lambda tensor: tensor)
@@ -217,22 +217,25 @@ def _autocast(x: Tensor) -> tuple[str, bool, torch.dtype]:
     return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
-def _states(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+def _states(module: nn.Module, x: Tensor) -> tuple[torch.device, Tensor, Tensor | None] | None:
     """The states of the random generators, if the module draws numbers."""
     if not any(
         getattr(part, "lora_dropout", 0) or (isinstance(part, nn.Dropout) and part.p) for part in module.modules()
     ):
         return None
     device = None if x.device.type == "cpu" else torch.get_device_module(x.device).get_rng_state(x.device)
-    return torch.get_rng_state(), device
+    return x.device, torch.get_rng_state(), device
 
 
 @contextmanager
-def _replayed(states: tuple[Tensor, Tensor | None], device: str) -> Iterator[None]:
-    """A context in which the random generators draw what they drew after `states`."""
-    host, other = states
-    with torch.random.fork_rng(enabled=True, device_type="cuda" if device == "cpu" else device):
+def _replayed(device: torch.device, host: Tensor, other: Tensor | None) -> Iterator[None]:
+    """A context in which the random generators draw what they drew after these states, the device's being `other`."""
+    if other is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(host)
+            yield
+        return
+    with torch.random.fork_rng(devices=[device], device_type=device.type):
         torch.set_rng_state(host)
-        if other is not None:
-            torch.get_device_module(device).set_rng_state(other)
+        torch.get_device_module(device).set_rng_state(other, device)
         yield
