@@ -218,6 +218,8 @@ def train(args: argparse.Namespace) -> None:
             torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
             print(f"step {len(self.ends)}, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
+            if len(self.ends) == 1:  # building random weights may have taken more
+                torch.cuda.reset_peak_memory_stats()
 
     class OneStep(Callback):
         """Profile one step on the first rank: kernels by time, and how long none ran."""

@@ -246,6 +246,12 @@ def test_found_by_what_they_compute() -> None:
     assert not find_token_mlps(nn.Sequential(nn.ModuleList([Mixes()])))
 
 
+def test_found_inside_of_a_device_context() -> None:
+    """Strategies build models there."""
+    with torch.device("meta"):
+        assert len(find_token_mlps(tiny_model("llama"))) == 2
+
+
 def test_refused() -> None:
     with pytest.raises(ValueError, match=r"tiled_mlp=1 is unknown\. Allowed: auto, a number of tiles from 2"):
         make_strategy("fsdp2:tiled_mlp=1", 1).parallelize(tiny_model())

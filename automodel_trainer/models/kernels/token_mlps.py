@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from automodel_trainer.models.kernels.mlp import SwappedMLP
 from automodel_trainer.nn.blocks import find_blocks
+from automodel_trainer.nn.on_cpu import on_cpu
 
 _WIDTH, _INNER = 8, 12  # of the small copy that is tested
 
@@ -53,6 +54,7 @@ def _small_sizes(sizes: dict[str, tuple[int, int]]) -> Iterator[dict[str, tuple[
             yield {name: (small[a], small[b]) for name, (a, b) in sizes.items()}
 
 
+@on_cpu
 @torch.no_grad()
 def _treats_tokens_alone(module: nn.Module, sizes: dict[str, tuple[int, int]]) -> bool:
     generator = torch.Generator().manual_seed(0)
