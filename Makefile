@@ -49,7 +49,7 @@ types: venv
 	$(BIN)/mypy -p automodel_trainer
 
 # Two test files run side by side: a test with one process leaves a core idle, and ranks wait for each other. The
-# longest begin first (tests/conftest.py). On two cores `make test JOBS=3` uses what waiting leaves.
+# longest begin first (tests/conftest.py).
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 

@@ -28,10 +28,11 @@ def config_changes(model: nn.Module) -> dict[str, Any]:
 
     Empty if the folder is gone, or the model is a part of what it holds.
     """
-    source = source_folder(model) if isinstance(model, PreTrainedModel) else None
-    if source is None or json.loads((source / "config.json").read_text()).get("model_type") != model.config.model_type:
+    if not isinstance(model, PreTrainedModel) or (source := source_folder(model)) is None:
         return {}
     config = model.config
+    if json.loads((source / "config.json").read_text()).get("model_type") != config.model_type:
+        return {}
     return _changes(_values(type(config).from_pretrained(source)), _values(config), set(config.sub_configs))
 
 
