@@ -25,7 +25,6 @@ from automodel_trainer.callbacks import (
     Watchdog,
 )
 from automodel_trainer.checkpoint.remote import local_root
-from automodel_trainer.cli_help import help_text
 from automodel_trainer.data import (
     ChatDataModule,
     ImageTextDataModule,
@@ -144,12 +143,9 @@ class AmtCLI(LightningCLI):
 def run(argv: list[str]) -> AmtCLI:
     """Parse `argv` (command first), build trainer, model and data, and run the command.
 
-    Short options are known (`--model org/name`), and `--help` is the grouped help.
+    Short options are known (`--model org/name`). `--help-all` is the parser's own help.
     """
     command, options = argv[0], argv[1:]
-    if {"-h", "--help"} & set(options):
-        print(help_text(command), end="")
-        raise SystemExit(0)
     options = ["--help" if option == "--help-all" else option for option in options]
     AmtCLI.command = command
     return _cli([command, *expand(options)], run=True)
