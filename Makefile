@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
+# Where it is set, each process compiles all files of the project anew, and each test process those of the tests.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart vlm test test-processors test-matrix lint types pictures docs sbom venv clean
+.PHONY: quickstart vlm notebooks test test-processors test-matrix lint types pictures docs sbom venv clean
 
 venv: $(VENV)/.installed
 
@@ -32,6 +34,11 @@ vlm: venv
 	OMP_NUM_THREADS=1 $(BIN)/amt fit --config configs/vlm_quickstart.yaml
 	$(BIN)/python -m automodel_trainer.tools.vlm_answers
 
+# Run every notebook, or NOTEBOOKS="first_fine_tuning …", in Jupyter's kernel, and keep what it shows.
+notebooks: venv
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]' --constraint constraints.txt
+	$(BIN)/python notebooks/run.py $(NOTEBOOKS)
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,9 +48,10 @@ lint: venv
 types: venv
 	$(BIN)/mypy -p automodel_trainer
 
-# Two test files run side by side: a test with one process leaves a core idle, and ranks wait for each other.
+# Two test files run side by side: a test with one process leaves a core idle, and ranks wait for each other. The
+# longest begin first (tests/conftest.py).
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Run the numeric tests with the kernels of other processors, other numbers of threads and other hash seeds, and with
 # rounding that is moved at random.

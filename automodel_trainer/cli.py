@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from automodel_trainer.tools.errors import explain_errors
 
@@ -71,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE, end="")
     elif command == "--version":
         print(_version())
+    elif command in TRAINING and {"-h", "--help"} & set(argv):
+        print(_help(command), end="")
     elif command in TRAINING:
         explain_errors(lambda: _train(argv))
     elif command in TOOLS:
@@ -91,6 +94,11 @@ def _train(argv: list[str]) -> None:
         code = run(argv).trainer.exit_code
     if code:
         raise SystemExit(code)
+
+
+def _help(command: str) -> str:
+    """The help, which `docs/help_texts.py` wrote: to make it takes the imports of a whole training."""
+    return Path(__file__).with_name("help").joinpath(f"{command}.txt").read_text(encoding="utf-8")
 
 
 def _version() -> str:

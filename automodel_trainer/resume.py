@@ -17,7 +17,7 @@ from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.remote import fetch, is_remote, local_root
 from automodel_trainer.checkpoint.runs import saved_in
 from automodel_trainer.checkpoint.settings import RESUME
-from automodel_trainer.distributed.restarts import begin_fit
+from automodel_trainer.distributed.restarts import begin_fit, launcher
 
 
 def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) -> str | None:
@@ -128,7 +128,7 @@ def saved_before_restart() -> str | None:
     checkpoint = _newest_whole(run)
     if checkpoint is None:
         return None
-    rank_zero_info(f"This run was restarted: it resumes from {checkpoint}.")
+    rank_zero_info(f"{launcher()} has restarted this run: it resumes from {checkpoint}.")
     return str(checkpoint)
 
 

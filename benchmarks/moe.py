@@ -23,7 +23,7 @@ import transformers
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
 
 from automodel_trainer import (
     AutoModelForCausalLM,
@@ -163,10 +163,32 @@ def show(step: Callable[[], None]) -> None:
         for _ in range(3):
             step()
         torch.cuda.synchronize()
+    print_kernels(profiler, 3)
+
+
+def print_kernels(profiler: Any, steps: int) -> None:
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
+    busy, last = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, last))
+        last = max(last, end)
+    print(f"  {busy / 1000 / steps:.1f} ms busy of {(last - spans[0][0]) / 1000 / steps:.1f} ms")
     rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
     for row in rows[:22]:
         if row.self_device_time_total:
-            print(f"  {row.self_device_time_total / 3000:7.3f} ms  {row.count / 3:5.1f} x  {row.key[:110]}")
+            print(f"  {row.self_device_time_total / 1000 / steps:7.3f} ms  {row.count / steps:5.1f} x  {row.key[:110]}")
+
+
+def in_turn(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A router's forward that gives every expert as many tokens as any other, in turn. Scores stay the router's."""
+
+    def balanced(self: nn.Module, hidden_states: Tensor) -> Any:
+        logits, scores, experts = forward(self, hidden_states)
+        turns = torch.arange(experts.numel(), device=experts.device) % EXPERTS
+        return logits, scores, turns.view(experts.shape)
+
+    return balanced
 
 
 def train(args: argparse.Namespace) -> None:
@@ -176,6 +198,9 @@ def train(args: argparse.Namespace) -> None:
         num_attention_heads=32, num_key_value_heads=4, moe_intermediate_size=WIDTH, num_experts=EXPERTS,
         num_experts_per_tok=TOP, norm_topk_prob=True, max_position_embeddings=LENGTH,
     )  # fmt: skip
+
+    if args.balanced:
+        Qwen3MoeTopKRouter.forward = in_turn(Qwen3MoeTopKRouter.forward)
 
     class RandomModel(CausalLMModule):
         def configure_model(self) -> None:
@@ -193,6 +218,22 @@ def train(args: argparse.Namespace) -> None:
             torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
             print(f"step {len(self.ends)}, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
+            if len(self.ends) == 1:  # building random weights may have taken more
+                torch.cuda.reset_peak_memory_stats()
+
+    class OneStep(Callback):
+        """Profile one step on the first rank: kernels by time, and how long none ran."""
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == args.steps - 1 and trainer.is_global_zero:
+                self.profiler = torch.profiler.profile()
+                self.profiler.start()
+
+        def on_train_end(self, trainer: Any, *_: Any) -> None:
+            torch.cuda.synchronize()
+            if trainer.is_global_zero:
+                self.profiler.stop()
+                print_kernels(self.profiler, 1)
 
     trainer = Trainer(
         strategy=args.strategy,
@@ -201,7 +242,7 @@ def train(args: argparse.Namespace) -> None:
         max_steps=args.steps,
         log_every_n_steps=args.steps,
         default_root_dir=tempfile.mkdtemp(),
-        callbacks=[Clock()],
+        callbacks=[Clock(), *([OneStep()] if args.profile else [])],
         enable_checkpointing=False,
         enable_progress_bar=False,
         logger=False,
@@ -221,6 +262,7 @@ def train(args: argparse.Namespace) -> None:
     peak = torch.cuda.max_memory_allocated() / 2**30
     what = "LoRA" if args.lora else "all parameters"
     what += f", {args.quantize or args.fp8}" if args.quantize or args.fp8 else ""
+    what += ", balanced gate" if args.balanced else ""
     job = f"{what}, {args.layers} layers, {args.rows} x {LENGTH} a GPU, experts {args.experts}"
     if args.gpus > 1:
         job += f", {args.gpus} GPUs, {args.strategy}, dispatch {args.dispatch}"
@@ -236,7 +278,8 @@ def dispatchers(args: argparse.Namespace) -> None:
     for strategy, dispatch in (("fsdp2", "auto"), (ep, "all_to_all"), (ep, "deepep")):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus}", __file__, "model"]
         options = ["--strategy", strategy, "--dispatch", dispatch, "--experts", args.experts]
-        command = [sys.executable, *torchrun, *map(str, given), *options, *(["--lora"] if args.lora else [])]
+        command = [sys.executable, *torchrun, *map(str, given), *options]
+        command += [f"--{flag}" for flag in ("lora", "balanced") if getattr(args, flag)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = [line for line in done.stdout.splitlines() if "tok/s a GPU" in line]
         print(found[-1] if found else f"{strategy}, {dispatch}: failed\n{done.stderr[-3000:]}", flush=True)
@@ -258,6 +301,9 @@ def main() -> None:
     parser.add_argument("--fp8", default=None, help="tensorwise, rowwise or rowwise_with_gw_hp")
     parser.add_argument("--quantize", default=None, help="nf4, with --lora")
     parser.add_argument("--strategy", default="fsdp2")
+    parser.add_argument(
+        "--balanced", action="store_true", help="every expert gets as many tokens, whatever the gate says"
+    )
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()

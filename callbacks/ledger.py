@@ -114,38 +114,38 @@ class Ledger(Callback):
             path.write_text(json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
         self._raise_together(trainer, surprises)
 
-    def _surprises(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
-        """The surprises on this rank: maps names to messages."""
+    def _surprises(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, ValueError]:
+        """The surprises on this rank by their names."""
         missing, untied = self.facts["gradients"]["missing"], self.facts["model"]["untied"]
         left_out = self.facts["optimizer"]["left_out"]
         low = low_precision_state(trainer.optimizers)
         found = {}
         if missing and isinstance(pl_module, Objective):
-            found["no_grad"] = (
+            found["no_grad"] = ValueError(
                 f"{len(missing)} trainable parameter(s) got no gradient in the first step: {listed(missing, 5)}. They "
                 "would never change. Freeze them (requires_grad_(False)) if that is intended, or find out why the "
                 "forward does not use them"
             )
         if left_out and isinstance(pl_module, Objective):
-            found["not_optimized"] = (
+            found["not_optimized"] = ValueError(
                 f"{len(left_out)} trainable parameter(s) are in no optimizer: {listed(left_out, 5)}. They would never "
                 "change. Freeze them (requires_grad_(False)) if that is intended, or pass them to the optimizer"
             )
         if low and trainer.precision not in HALF_PRECISION:
-            found["low_precision_state"] = (
+            found["low_precision_state"] = ValueError(
                 f"The optimizer keeps its state in {', '.join(low)}, but precision={trainer.precision!r}. Small "
                 "updates get lost in such state. Give the optimizer fp32 parameters (precision='bf16' computes in bf16 "
                 "from fp32 weights), or ask for it with precision='bf16-true'"
             )
         if untied:
-            found["untied"] = (
+            found["untied"] = ValueError(
                 f"The model's config ties these weights, but they are separate parameters: {listed(untied, 5)}. They "
                 "would be trained separately, and the exported model would have only one of them. Call "
                 "model.tie_weights() before training, or set tie_word_embeddings=False in the config"
             )
         return found
 
-    def _raise_together(self, trainer: pl.Trainer, surprises: dict[str, str]) -> None:
+    def _raise_together(self, trainer: pl.Trainer, surprises: dict[str, ValueError]) -> None:
         """Raise on every rank if any rank has a surprise. Otherwise the other ranks would wait for it forever."""
         mine = torch.tensor([name in surprises for name in SURPRISES], dtype=torch.int32)
         flags = max_over_ranks(trainer, mine.to(trainer.strategy.root_device)).tolist()

@@ -150,6 +150,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "precision": str(trainer.precision),
         "activation_checkpointing": getattr(strategy, "activation_checkpointing", None),
         "offloaded": _offloaded(strategy),
+        "tiled": _tiled(strategy),
         **compiled_with(strategy),
         "batch": arithmetic,
         "pipeline": describe(arithmetic["accumulation"]) if describe is not None else None,
@@ -173,6 +174,13 @@ def _offloaded(strategy: Any) -> Facts | None:
     """Bytes of host memory that hold the inputs of blocks, the most allowed, and whether that was not enough."""
     host = strategy.prepared.host if isinstance(strategy, MeshStrategy) else None
     return None if host is None else {"bytes": host.held, "limit": host.limit, "full": host.full}
+
+
+def _tiled(strategy: Any) -> Facts | None:
+    """How many MLPs are computed in tiles, and in how many."""
+    if not isinstance(strategy, MeshStrategy) or strategy.tiles is None:
+        return None
+    return {"mlps": len(strategy.prepared.tiled), "tiles": strategy.tiles}
 
 
 def resumed_facts(trainer: pl.Trainer) -> Facts | None:

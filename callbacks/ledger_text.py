@@ -7,6 +7,7 @@ from typing import Any
 from automodel_trainer.callbacks.console import Row
 from automodel_trainer.models.kernels.attention import attention_text
 from automodel_trainer.nn.text import listed
+from automodel_trainer.nn.tiles import TILE
 
 Facts = dict[str, Any]
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -128,6 +129,9 @@ def _layout(run: Facts) -> str:
     parts.append(f"precision {run['precision']}")
     if run["activation_checkpointing"]:
         parts.append(f"activation checkpointing {run['activation_checkpointing']}")
+    if tiled := run.get("tiled"):
+        how = f"tiles of {TILE:,} tokens" if tiled["tiles"] == "auto" else f"{tiled['tiles']} tiles"
+        parts.append(f"{tiled['mlps']} MLPs in {how}")
     if run["compile"]:
         options = [f"{name}={value}" for name, value in (run["compile_options"] or {}).items()]
         parts.append(f"blocks compiled ({', '.join([run['compile'], *options])})")

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # First fine-tuning
 #
-# A small model of random weights learns to add digits. Nothing is downloaded; it takes a minute on two CPU cores.
+# A small model of random weights begins to learn to add digits. Nothing is downloaded. It takes a minute on two cores.
 
 # %%
 import random
@@ -10,9 +10,6 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from automodel_trainer import CausalLMModule, ChatDataModule, Trainer
-from automodel_trainer.callbacks import Ledger
-from automodel_trainer.nn.chart import chart
-from automodel_trainer.tools.watch.run import read_run
 
 # %% [markdown]
 # ## A model and a tokenizer
@@ -46,7 +43,7 @@ config = transformers.AutoConfig.for_model(
 )
 transformers.set_seed(0)
 transformers.AutoModelForCausalLM.from_config(config).save_pretrained("adder")
-tokenizer.save_pretrained("adder")
+paths = tokenizer.save_pretrained("adder")
 
 # %% [markdown]
 # ## Data
@@ -63,51 +60,26 @@ rows = [
 data = ChatDataModule(rows, val_split=0.05, seq_len=256, micro_batch_size=4, global_batch_size=8)
 
 # %% [markdown]
+# ## Look at them
+#
+# What is green is trained, the rest is only read. Several documents share a row, and none sees another.
+
+# %%
+trainer = Trainer(max_steps=60, accelerator="cpu", devices=1, log_every_n_steps=2, default_root_dir="runs/notebook")
+module = CausalLMModule("adder", lr=3e-3, scheduler="cosine")
+trainer.preview(module, data)
+
+# %% [markdown]
 # ## Train
 #
-# The layout, the devices and the precision would be arguments of the Trainer.
+# The layout, the devices and the precision would be arguments of the Trainer. The ledger comes after the first step:
+# what is trained, in which dtypes, on which devices. It stops a run on a surprise.
 
 # %%
-ledger = Ledger()
-trainer = Trainer(
-    max_steps=60,
-    accelerator="cpu",
-    devices=1,
-    log_every_n_steps=2,
-    callbacks=[ledger],
-    default_root_dir="runs/notebook",
-    enable_progress_bar=False,
-)
-trainer.fit(CausalLMModule("adder", lr=3e-3, scheduler="cosine"), data)
+trainer.fit(module, data)
 
 # %% [markdown]
-# ## What was trained
-#
-# The ledger is written after the first step, and stops a run on a surprise.
+# ## The Trainer, afterwards
 
 # %%
-ledger
-
-
-# %% [markdown]
-# The first row: what is bold is trained, the rest is only read.
-
-
-# %%
-class Shown(str):
-    """A text of HTML."""
-
-    def _repr_html_(self) -> str:
-        return str(self)
-
-
-run = read_run("runs/notebook")
-spans = [span for document in run.ledger["first_row"][:4] for span in document]
-Shown("".join(f"<b>{text}</b>" if kind == "trained" else text.replace("<", "&lt;") for kind, text in spans))
-
-# %% [markdown]
-# ## The curve
-
-# %%
-style = "<style>.c0{stroke:#3b6fd4;fill:none}.grid{stroke:#ccc}.tick{font-size:11px}</style>"
-Shown(f'{style}<div style="max-width:480px">{chart({"loss": run.curves["train_loss"]})}</div>')
+trainer

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from automodel_trainer.distributed.mesh import ParallelDims, submesh
 from automodel_trainer.models._transformers import has_tower
 from automodel_trainer.nn.deferred_logits import deferred_logits
+from automodel_trainer.nn.tiles import Count
 from automodel_trainer.strategies.base.activation_checkpointing import Mode
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part
@@ -35,6 +36,7 @@ from automodel_trainer.strategies.tensor.rehearsal import check_reads
 from automodel_trainer.strategies.tensor.size import choose_tp
 
 ActivationCheckpointing = Mode | None
+TiledMLP = Count | Literal[False]
 
 
 class InnerParallelStrategy(MeshStrategy):
@@ -45,7 +47,8 @@ class InnerParallelStrategy(MeshStrategy):
 
     Args:
         dims: sizes of the mesh axes, except those that are "auto".
-        cp, cp_attention, tp, tp_plan, sequence_parallel, async_tp, activation_checkpointing: see `FSDP2Strategy`.
+        cp, cp_attention, tp, tp_plan, sequence_parallel, async_tp, activation_checkpointing, tiled_mlp: see
+            `FSDP2Strategy`.
         options: see `MeshStrategy`.
     """
 
@@ -60,6 +63,7 @@ class InnerParallelStrategy(MeshStrategy):
         sequence_parallel: bool = True,
         async_tp: bool = False,
         activation_checkpointing: ActivationCheckpointing = None,
+        tiled_mlp: TiledMLP = False,
         **options: Any,
     ) -> None:
         check_method(cp_attention)
@@ -70,6 +74,7 @@ class InnerParallelStrategy(MeshStrategy):
         self.sequence_parallel = sequence_parallel
         self.async_tp = async_tp
         self.activation_checkpointing = activation_checkpointing
+        self.tiled_mlp = tiled_mlp
         self._context: ContextParallel | None = None
         self._replicas_to_check = False
 
@@ -138,12 +143,13 @@ class InnerParallelStrategy(MeshStrategy):
 
     @final
     def checkpoint_activations(self, model: nn.Module, *, before_tp: bool) -> None:
-        """Checkpoint the blocks of `model` if `activation_checkpointing` is set and this is the right moment.
+        """Checkpoint the blocks of `model`, tile their MLPs and offload their inputs, as far as this run does.
 
         `parallelize` calls this twice, before and after tensor parallel. Without tp, checkpointing goes on before
         compilation so that the compiler sees the recomputation. With tp it goes on afterwards, because recomputation
         must see the cut parameters. The exception is "selective" with compiled blocks: only the compiler can tell
-        which outputs to keep, so checkpointing goes on first. Inputs are offloaded around all of it.
+        which outputs to keep, so checkpointing goes on first. Tiles cut compiled blocks, so with them it goes on
+        afterwards too. Inputs are offloaded around all of it.
 
         Args:
             before_tp: whether this is the call before the model is cut.
@@ -153,9 +159,14 @@ class InnerParallelStrategy(MeshStrategy):
                 both tp and cp.
         """
         mode, dims = self.activation_checkpointing, self.dims
+        if self.tiles is not None and before_tp:
+            self.prepared.find_mlps(model)
+        elif not before_tp:
+            self.tile_mlps()
         if not mode:
             return
-        if before_tp == (dims.tp == 1 or (self.compiles and mode == "selective")):
+        whole = dims.tp == 1 and self.tiles is None
+        if before_tp == (whole or (self.compiles and mode == "selective")):
             self._checkpoint(model, mode, before_tp)
         if mode == "offload" and not before_tp:
             self.prepared.offload(model, self.num_processes)

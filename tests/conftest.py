@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -10,12 +11,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # No names are asked for (glibc): torch's store looks up the name of who connects, and waits 5 s for each lost answer.
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
 
-import pytest
-from hypothesis import HealthCheck, settings
+gc.disable()  # imports make no garbage; `seldom_look_for_garbage` enables it
 
-from tests import matrix, rounding
-from tests.pool import RankPool, forget_compiled, seldom_look_for_garbage
-from tests.store import bucket, server  # noqa: F401
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+from tests import matrix, rounding  # noqa: E402
+from tests.pool import RankPool, forget_compiled, look_once_for_plugins, seldom_look_for_garbage  # noqa: E402
+from tests.store import bucket, server  # noqa: E402, F401
+
+LONGEST = (
+    "strategies/test_fp8_gather.py", "strategies/test_expert.py", "test_readme.py", "site/test_pages.py",
+    "callbacks/test_dcp_checkpoint.py", "strategies/test_tensor.py", "checkpoint/test_resume.py",
+    "strategies/test_pipeline_options.py", "test_launch.py", "test_trainer.py", "vlm/test_ranks.py",
+    "models/test_lora_layouts.py", "tools/test_vlm_quickstart.py", "strategies/test_megatron_fsdp.py",
+    "strategies/test_pipeline.py",
+)  # fmt: skip
+"""Files that begin first: with two side by side, the other one would wait for the end of one that began last."""
 
 rounding.install()
 # An example takes as long as the machine is busy.
@@ -29,6 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     matrix.leave_out(config, items)
+    first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
     seed = config.getoption("random_order")
     if seed is not None:
         items[:] = shuffled(items, random.Random(seed))
@@ -38,6 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
+    look_once_for_plugins()
     seldom_look_for_garbage()
 
 

@@ -21,6 +21,7 @@ from automodel_trainer.distributed._dtensor import local_tensor, placeable, shar
 from automodel_trainer.modules.loss import next_token_targets, token_losses
 from automodel_trainer.strategies import MeshStrategy, Objective, StrategyRegistry
 from automodel_trainer.strategies.base.start import precision_plugin
+from tests import pickles
 from tests.limits import (
     check_decided,
     check_losses,
@@ -185,8 +186,9 @@ def wholes(tensors: dict[str, Tensor], ranks: int) -> dict[str, Tensor]:
         return {name: full(tensor).detach().clone() for name, tensor in tensors.items()}
     split = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor) and _is_in_pieces(tensor)}
     mine = {name: (shard_offsets(tensor), local_tensor(tensor.detach()).clone()) for name, tensor in split.items()}
-    pieces: list[Any] = [None] * ranks
-    dist.all_gather_object(pieces, mine)
+    sent: list[Any] = [None] * ranks
+    dist.all_gather_object(sent, pickles.dumps(mine))
+    pieces = [pickles.loads(one) for one in sent]
     found = {}
     for name, tensor in tensors.items():
         if name not in split:

@@ -89,5 +89,4 @@ def _forget_meshes() -> None:
     clear_redistribute_planner_cache()
     _gen_transform_infos.cache_clear()
     MeshTopoInfo.build_from_mesh.cache_clear()
-    gc.unfreeze()  # a mesh refers to itself: once frozen (tests/pool.py) it would stay for good, and its groups with it
-    gc.collect()
+    gc.collect()  # a mesh refers to itself

@@ -10,6 +10,7 @@ Each world size has ranks of its own. From one job to the next they keep their p
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
 import importlib
 import multiprocessing.connection
@@ -25,36 +26,20 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from lightning.pytorch.trainer.connectors import callback_connector
 from torch._dynamo.utils import counters
 
-from tests import kept_groups, rounding
+from tests import kept_groups, pickles, rounding
 
 SIZE = 4
 CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "pytest",
-        "tests.callbacks.runs",
-        "tests.harness",
-        "automodel_trainer.lightning_cli",
-        "transformers.models.llama.modeling_llama",
-        "torch._dynamo",
-        "torch._inductor.compile_fx",  # which aot_eager has too, and torchao
-        "torch.distributed.checkpoint",
-        "torch.distributed.tensor.experimental",
-        "torch.distributed.tensor.parallel",
-        "peft",
-        "networkx",
-    ]
-)
+CONTEXT.set_forkserver_preload(["tests.forkserver"])
 _TIMEOUT = 600  # seconds that a job may take before the pool is declared stuck: a busy machine takes its time
 
 
@@ -88,7 +73,7 @@ class _Team:
         self._start()
 
     def _start(self) -> None:
-        self._fresh = True  # the next job starts without groups
+        self._fresh = False  # whether the next job is to find no groups; a new process has none
         self._stacks = Path(tempfile.mkdtemp(prefix="pool-"))
         self._results = CONTEXT.Queue()
         self._jobs = [CONTEXT.Queue() for _ in range(self.size)]
@@ -108,10 +93,10 @@ class _Team:
             "MASTER_PORT": str(_free_port()),
             "TORCHELASTIC_RUN_ID": "pool",
         }
-        # Bytes, each rank's own (a tensor's memory is taken over once): what cannot be pickled is an error here,
-        # and what cannot be read is the rank's error, not its end.
+        # Bytes: what cannot be pickled is an error here, and what cannot be read is the rank's error, not its end.
+        # (Each rank's own, for the memory of what is no plain tensor is taken over once.)
         for jobs in self._jobs:
-            jobs.put((self._fresh, environment, bytes(ForkingPickler.dumps((function, args, kwargs)))))
+            jobs.put((self._fresh, environment, pickles.dumps((function, args, kwargs))))
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         in_group: set[bool] = set()
@@ -124,7 +109,7 @@ class _Team:
                 self.close()
                 self._start()
                 break
-            (errors if error else results)[rank] = error or result
+            (errors if error else results)[rank] = error or pickles.loads(result)
             in_group.add(initialized)
         else:
             self._fresh = bool(errors) or len(in_group) > 1
@@ -174,25 +159,23 @@ def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
     meet_at_once()
     kept_groups.install()
     mp.set_start_method("fork", force=True)  # of data workers, as in a process of its own
-    seldom_look_for_garbage()
     own_environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     while True:
         fresh, environment, call = jobs.get()
         _reset({**own_environment, **environment})
         alone = False
         try:
-            function, args, kwargs = ForkingPickler.loads(call)
+            function, args, kwargs = pickles.loads(call)
             alone = kept_groups.has_own_groups(function)
-            if fresh or alone:
+            if (fresh or alone) and dist.is_initialized():
                 kept_groups.forget()
             kept_groups.begin()
-            result, error = function(*args, **kwargs), None
+            result, error = pickles.dumps(function(*args, **kwargs)), None
         except BaseException:
-            result, error = None, traceback.format_exc()
+            result, error = b"", traceback.format_exc()
+        function, args, kwargs, call = None, (), {}, b""
         if error or alone:  # other ranks may wait for this one: they see that its connections end
             kept_groups.forget()
-        function, args, kwargs, call = None, (), {}, b""
-        gc.collect()  # a process group has threads and connections until nothing refers to it
         results.put((rank, result, error, dist.is_initialized()))
 
 
@@ -203,8 +186,7 @@ def _reset(environment: dict[str, str]) -> None:
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     forget_compiled()
-    gc.collect()  # what the job before had not quite let go of at its end; once frozen it would stay for good
-    gc.freeze()  # so that what this job leaves is quickly found
+    gc.collect()  # what the job before had not quite let go of at its end
 
 
 def threads() -> int:
@@ -217,6 +199,12 @@ def seldom_look_for_garbage() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
+    gc.enable()
+
+
+def look_once_for_plugins() -> None:
+    """Lightning's Trainers look for callbacks among the entry points of all installed packages, 15 ms each."""
+    callback_connector._load_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
 
 
 def forget_compiled() -> None:
@@ -242,7 +230,7 @@ def meet_at_once() -> None:
     """Look for rank 0's store only once it is there: torch looks again up to a second later."""
     connect = dist.TCPStore
 
-    @wraps(connect, updated=())
+    @functools.wraps(connect, updated=())
     def when_it_listens(host_name: str, port: int, *args: Any, is_master: bool = False, **kwargs: Any) -> dist.TCPStore:
         end = time.monotonic() + 120
         while not is_master and time.monotonic() < end:

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests import rounding
-from tests.pool import CONTEXT, _free_port, end_with_parent, meet_at_once, seldom_look_for_garbage, threads
+from tests.pool import CONTEXT, _free_port, end_with_parent, meet_at_once, threads
 
 
 class Job:
@@ -75,7 +75,6 @@ def _main(rank: int, world_size: int, port: int, log: Path, function: Callable[.
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     torch.set_num_threads(threads())
-    seldom_look_for_garbage()
     rounding.install()
     if world_size > 1:
         meet_at_once()

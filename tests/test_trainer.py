@@ -122,12 +122,12 @@ def test_ranks_against_one_device(pool: RankPool, spec: str, world: int, tmp_pat
 @pytest.mark.parametrize("kind", ["path", "dataset", "datasetdict", "rows", "datamodule", "jsonl of a folder"])
 def test_what_data_may_be(kind: str, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in chats()))
+    file.write_text("".join(json.dumps(row) + "\n" for row in chats(20)))
     data: Any = {
         "path": str(file),
-        "dataset": Dataset.from_list(chats()),
-        "datasetdict": DatasetDict(train=Dataset.from_list(chats()), validation=Dataset.from_list(chats(5))),
-        "rows": chats(),
+        "dataset": Dataset.from_list(chats(20)),
+        "datasetdict": DatasetDict(train=Dataset.from_list(chats(20)), validation=Dataset.from_list(chats(5))),
+        "rows": chats(20),
         "datamodule": ChatDataModule(str(file), seq_len=64, val_split=0.2),
         "jsonl of a folder": file,
     }[kind]

@@ -114,7 +114,7 @@ def _enter(given: Given) -> None:
     if os.path.isdir(given.folder):
         os.chdir(given.folder)
     os.environ.update(given.environment)
-    restarts.use(RecordStore(given.call))
+    restarts.use(RecordStore(given.call), "Ray")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_not_rays)
     if logging.getLogger().handlers:  # Ray's, on the root: with Lightning's own, every line would be there twice

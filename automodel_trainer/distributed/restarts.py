@@ -41,12 +41,18 @@ class Memory(Protocol):
 
 
 _memory: Memory | None = None
+_launcher = "torchrun"
 
 
-def use(memory: Memory) -> None:
+def use(memory: Memory, launcher: str) -> None:
     """Remember in `memory`, not in torchrun's store. Another launcher calls it in every process, before `fit`."""
-    global _memory
-    _memory = memory
+    global _memory, _launcher
+    _memory, _launcher = memory, launcher
+
+
+def launcher() -> str:
+    """Who restarts this run, if anyone does."""
+    return _launcher
 
 
 def _outliving() -> Memory | None:

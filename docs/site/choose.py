@@ -6,19 +6,25 @@ import json
 from itertools import product
 from pathlib import Path
 
-from memory import Shape, needed
+from memory import GIB, Shape, needed
 
 # Shapes of well-known models, from their configs.
 MODELS = {
     "Qwen/Qwen3-0.6B": Shape(1024, 28, 2048, 1024, 3072, 151936, tied=True),
     "meta-llama/Llama-3.2-1B": Shape(2048, 16, 2048, 512, 8192, 128256, tied=True),
     "Qwen/Qwen3-4B": Shape(2560, 36, 4096, 1024, 9728, 151936, tied=True),
+    "google/gemma-3-4b-it": Shape(2560, 34, 2048, 1024, 10240, 262208, tied=True),
     "meta-llama/Llama-3.1-8B": Shape(4096, 32, 4096, 1024, 14336, 128256),
+    "Qwen/Qwen3-8B": Shape(4096, 36, 4096, 1024, 12288, 151936),
+    "Qwen/Qwen3-VL-8B-Instruct": Shape(4096, 36, 4096, 1024, 12288, 151936),
     "Qwen/Qwen3-14B": Shape(5120, 40, 5120, 1024, 17408, 151936),
+    "openai/gpt-oss-20b": Shape(2880, 24, 4096, 512, 2880, 201088, experts=32, chosen=4),
     "Qwen/Qwen3-30B-A3B": Shape(2048, 48, 4096, 512, 768, 151936, experts=128, chosen=8),
     "Qwen/Qwen3-32B": Shape(5120, 64, 8192, 1024, 25600, 151936),
     "meta-llama/Llama-3.1-70B": Shape(8192, 80, 8192, 1024, 28672, 128256),
 }
+# Parameters of towers for pictures, which are frozen; what they keep of pictures comes on top and is not counted.
+TOWERS = {"google/gemma-3-4b-it": 0.42e9, "Qwen/Qwen3-VL-8B-Instruct": 0.58e9}
 GOALS = {
     "lora": "fine-tune adapters (LoRA)",
     "qlora": "fine-tune adapters on 4-bit weights (QLoRA)",
@@ -56,7 +62,8 @@ def plan(model: str, goal: str, gpus: int, memory: int, length: int) -> Plan | N
 
 def _gib(model: str, goal: str, gpus: int, tokens: int, recompute: bool) -> float:
     kind = "full" if goal == "pretrain" else goal
-    return sum(needed(MODELS[model], kind, gpus, tokens, recompute=recompute).values())
+    tower = 2 * TOWERS.get(model, 0) / gpus / GIB
+    return sum(needed(MODELS[model], kind, gpus, tokens, recompute=recompute).values()) + tower
 
 
 def _strategy(model: str, goal: str, gpus: int, cp: int, recompute: bool) -> str:
@@ -169,6 +176,25 @@ def table(gpus: int, length: int = 2048) -> str:
             cells.append("–" if best is None else f"{best[0]}{', recomputed' if 'full' in best[1][0] else ''}")
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def memory_lines(model: str, length: int = 2048) -> list[str]:
+    """What fits on one GPU and on eight, a line for each size of GPU, for the head of a YAML file."""
+    lines = [f"# Estimated (docs/site/memory.py), rows of {length:,} tokens:"]
+    for size in MEMORY:
+        cells = [f"{words} {_most(model, gpus, size, length)}" for gpus, words in ((1, "one:"), (8, "eight:"))]
+        lines.append(f"#   GPUs of {size} GiB  " + "; ".join(cells))
+    return lines
+
+
+def _most(model: str, gpus: int, memory: int, length: int) -> str:
+    """The most that fits: all parameters, adapters, or adapters on 4 bits."""
+    for goal, words in (("full", "all parameters"), ("lora", "LoRA"), ("qlora", "QLoRA")):
+        if (found := plan(model, goal, gpus, memory, length)) is not None:
+            strategy, rows, gib = found
+            again = ", recomputed" if "activation_checkpointing" in strategy else ""
+            return f"{words}, {rows} row{'s' * (rows > 1)}{again}, {gib} GiB"
+    return "nothing fits"
 
 
 def _menu(name: str, label: str, options: dict[str, str], chosen: str) -> str:

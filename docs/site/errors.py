@@ -69,18 +69,27 @@ class Message:
 @cache
 def messages() -> list[Message]:
     """Every text of a ValueError, in the order of the files; a text that is raised twice is one."""
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in _files()}
-    helpers = {
-        node.name: node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
-    }
     found: dict[str, Message] = {}
-    for path, tree in trees.items():
-        for function, node in _raises(tree):
-            for text in _texts(node, function, helpers):
-                name = function.name if function is not None else ""
-                file = path.relative_to(PACKAGE).as_posix()
-                found.setdefault(text, Message(text, file, name))
+    for path, function, _, texts in _raised():
+        for text in texts:
+            name = function.name if function is not None else ""
+            found.setdefault(text, Message(text, path.relative_to(PACKAGE).as_posix(), name))
     return list(found.values())
+
+
+def passed_on() -> list[str]:
+    """The expressions of errors that have no text of their own, because they pass on another's."""
+    return [ast.unparse(node) for _, _, node, texts in _raised() if not texts]
+
+
+def _raised() -> Iterator[tuple[Path, ast.FunctionDef | None, ast.expr, list[str]]]:
+    """Of every ValueError: the file, the function, what it is called with, and the texts that this may be."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in _files()}
+    everywhere = {name: node for tree in trees.values() for name, node in _functions(tree).items()}
+    for path, tree in trees.items():
+        names = Names({**everywhere, **_functions(tree)}, _constants(tree))
+        for function, node in _raises(tree):
+            yield path, function, node, _texts(node, function, names)
 
 
 def _files() -> list[Path]:
@@ -102,21 +111,52 @@ def _raises(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef | None, ast.expr
     yield from walk(tree, None)
 
 
-def _texts(node: ast.expr, function: ast.FunctionDef | None, helpers: dict[str, ast.FunctionDef]) -> list[str]:
+@dataclass(frozen=True)
+class Names:
+    """What names in a file mean: functions, of this file or of others, and texts of the file itself."""
+
+    functions: dict[str, ast.FunctionDef]
+    texts: dict[str, str]
+
+
+def _functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def _constants(tree: ast.Module) -> dict[str, str]:
+    """The texts of `NAME = "…"` at the top of a file."""
+    return {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _texts(node: ast.expr, function: ast.FunctionDef | None, names: Names) -> list[str]:
     """The texts that an expression may be; none if it only passes on another error's."""
     if isinstance(node, ast.Name) and function is not None:
         assigned = [
             part.value
             for part in ast.walk(function)
-            if isinstance(part, ast.Assign) and any(getattr(target, "id", "") == node.id for target in part.targets)
+            if (isinstance(part, ast.Assign) and any(getattr(target, "id", "") == node.id for target in part.targets))
+            or (isinstance(part, ast.NamedExpr) and part.target.id == node.id)
         ]
-        return [text for value in assigned for text in _texts(value, None, helpers)]
-    if isinstance(node, ast.Call) and (helper := helpers.get(_called(node))) is not None:
+        return [text for value in assigned for text in _texts(value, None, names)]
+    if isinstance(node, ast.Call) and (helper := names.functions.get(_called(node))) is not None:
         returned = [part.value for part in ast.walk(helper) if isinstance(part, ast.Return) and part.value is not None]
-        return [text for value in returned for text in _texts(value, helper, helpers)]
+        return [text for value in returned for text in _texts(value, helper, names)]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
+        text = names.texts.get(getattr(node.func.value, "id", ""), "")
+        return [re.sub(r"{\w*}", lambda _: _template(node.args[0]), text)] if text and node.args else []
     if isinstance(node, ast.IfExp):
-        return _texts(node.body, function, helpers) + _texts(node.orelse, function, helpers)
+        return _texts(node.body, function, names) + _texts(node.orelse, function, names)
     text = _template(node)
+    if isinstance(node, ast.JoinedStr) and not re.search(r"\w{3,}", text):  # all words are those of a helper
+        called = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
+        inner = [text for value in called if isinstance(value, ast.Call) for text in _texts(value, function, names)]
+        return [f"{GAP}: {text}" for text in inner]
     return [text] if re.search(r"\w{3,}", text) else []
 
 

@@ -15,6 +15,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 
 import choose  # noqa: E402
 import errors  # noqa: E402
+import notebook_pages  # noqa: E402
 import reference  # noqa: E402
 
 # Pages of the repository that the site has too, by where they lie in each.
@@ -24,6 +25,7 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "benchmarks/RESULTS.md": "performance.md",
+    "notebooks/README.md": "notebooks/index.md",
 }
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
@@ -34,6 +36,7 @@ def on_files(files: Files, config: Any) -> Files:
     for place, target in ELSEWHERE.items():
         text = (ROOT / place).read_text(encoding="utf-8")
         made[target] = relinked(text, (ROOT / place).parent, target)
+    made |= notebook_pages.pages()
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
     return files
@@ -43,6 +46,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Lead links out of docs/ to where the site has what they mean."""
     source = page.file.src_uri
     return relinked(markdown, (ROOT / "docs" / source).parent, source) if page.file.generated_by is None else markdown
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Put what notebooks show into their pages."""
+    return notebook_pages.filled(html, page.file.src_uri)
 
 
 def relinked(text: str, folder: Path, page: str) -> str:
@@ -63,8 +71,9 @@ def relinked(text: str, folder: Path, page: str) -> str:
         if not place.is_relative_to(ROOT):
             return match[0]
         inside = place.relative_to(ROOT).as_posix()
-        if inside in ELSEWHERE:
-            return f"{picture}[{words}]({up}{ELSEWHERE[inside]}{anchor})"
+        known = {**ELSEWHERE, **notebook_pages.PLACES}
+        if inside in known:
+            return f"{picture}[{words}]({up}{known[inside]}{anchor})"
         if inside.startswith("docs/"):
             return f"{picture}[{words}]({up}{inside.removeprefix('docs/')}{anchor})"
         return words if place.exists() else match[0]  # a file of the source: the site does not have it

@@ -87,6 +87,21 @@ def compile_blocks(
     return len(blocks)
 
 
+def compiled_call(backend: str, options: dict[str, Any] | None) -> Callable[..., Any]:
+    """A function that calls its first argument with the others, compiled. It is for tiles of blocks' MLPs."""
+    return torch.compile(_run_tile, backend=backend, options=effective_options(backend, options))
+
+
+def compile_any_length(
+    backend: str | Callable[..., Any] = "inductor", options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """A compiled `run(forward, *args, **kwargs)` for parts whose inputs have another length at each call.
+
+    Dynamo sees at the second call which sizes change, and compiles once more for all of them.
+    """
+    return torch.compile(_run_part, backend=backend, options=effective_options(backend, options))
+
+
 def effective_options(backend: str | Callable[..., Any], options: dict[str, Any] | None) -> dict[str, Any] | None:
     """The options that blocks are compiled with: `options`, or the inductor's default if they are None."""
     return FAST_MATH if options is None and backend == "inductor" else options
@@ -108,6 +123,16 @@ def _run(forward: Forward, *args: Any, **kwargs: Any) -> Any:
 
 def _run_any_length(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """The same for blocks of towers: each batch has another number of patches. Dynamo keeps graphs by function."""
+    return forward(*args, **kwargs)
+
+
+def _run_tile(forward: Forward, x: Any) -> Any:
+    """The same for tiles of MLPs."""
+    return forward(x)
+
+
+def _run_part(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """The same for a part of a block that runs between collectives, such as split experts."""
     return forward(*args, **kwargs)
 
 

@@ -18,6 +18,7 @@ from automodel_trainer.checkpoint.given import note_given
 from automodel_trainer.distributed.mesh import ParallelDims
 from automodel_trainer.models.record import record_of
 from automodel_trainer.models.stage_names import pipeline_of
+from automodel_trainer.nn.tiles import Count
 from automodel_trainer.strategies.base._transformers_marks import mark_as_sharded
 from automodel_trainer.strategies.base.activation_checkpointing import Checkpointed, checkpoint_when_asked
 from automodel_trainer.strategies.base.compile import wants_compile
@@ -149,6 +150,36 @@ class MeshStrategy(StepRunner, SavingStrategy):
         """
         if self.compiles:
             self.prepared.compile(model, self.compile_backend, self.compile_options, self.compile)
+
+    @final
+    def tile_mlps(self) -> None:
+        """Compute the MLPs that `prepared` has found in tiles, if this run does. Call it once they are cut.
+
+        Raises:
+            ValueError: see `PreparedBlocks.tile`.
+        """
+        if (count := self.tiles) is not None:
+            self.prepared.tile(count, self.compile_backend if self.compiles else None, self.compile_options)
+
+    @property
+    def tiles(self) -> Count | None:
+        """The number of tiles that MLPs are computed in; "auto": tiles of 8,192 tokens. None: they are not tiled.
+
+        Raises:
+            ValueError: `tiled_mlp` is unknown, or it cannot be with this activation checkpointing.
+        """
+        asked = getattr(self, "tiled_mlp", False)
+        mode = getattr(self, "activation_checkpointing", None)
+        if asked != "auto" and (isinstance(asked, str) or (asked is not False and asked < 2)):
+            raise ValueError(f"tiled_mlp={asked!r} is unknown. Allowed: auto, a number of tiles from 2 on, or false.")
+        if asked is False or (asked == "auto" and mode not in ("full", "offload")):
+            return None
+        if mode == "selective" and self.compiles:
+            raise ValueError(
+                "activation_checkpointing='selective' needs compiled blocks in one piece, and tiled_mlp="
+                f"{asked} cuts them. Set activation_checkpointing='full' or 'offload', or compile=False."
+            )
+        return asked  # type: ignore[no-any-return]
 
     # --- what Lightning calls ---------------------------------------------------------------------------------------
 

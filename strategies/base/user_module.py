@@ -14,14 +14,16 @@ import lightning.pytorch as pl
 from torch import nn
 from transformers import PreTrainedModel
 
+from automodel_trainer.models.kernels.token_mlps import find_token_mlps
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.offload import HostInputs
+from automodel_trainer.nn.tiles import Count, tile
 from automodel_trainer.strategies.base.activation_checkpointing import (
     Mode,
     apply_activation_checkpointing,
     offload_inputs,
 )
-from automodel_trainer.strategies.base.compile import compile_blocks
+from automodel_trainer.strategies.base.compile import compile_blocks, compiled_call
 
 
 def parts_of(module: nn.Module) -> Iterator[nn.Module]:
@@ -43,16 +45,19 @@ def outermost(module: nn.Module, kind: type[nn.Module]) -> list[Any]:
 
 
 class PreparedBlocks:
-    """Checkpoints and compiles blocks, and offloads their inputs, each of them at most once.
+    """Checkpoints and compiles blocks, tiles their MLPs and offloads their inputs, each of them at most once.
 
     Attributes:
         host: holds the inputs of offloaded blocks; None if there are none.
+        tiled: the MLPs that are computed in tiles.
     """
 
     def __init__(self) -> None:
         self.checkpointed: WeakSet[nn.Module] = WeakSet()
         self.compiled: WeakSet[nn.Module] = WeakSet()
         self.offloaded: WeakSet[nn.Module] = WeakSet()
+        self.tiled: WeakSet[nn.Module] = WeakSet()
+        self._to_tile: WeakSet[nn.Module] = WeakSet()
         self.host: HostInputs | None = None
 
     def __reduce__(self) -> Any:
@@ -69,6 +74,31 @@ class PreparedBlocks:
         if fresh or not blocks:  # without blocks the call raises
             apply_activation_checkpointing(model, mode, fresh)
         self.checkpointed.update(fresh)
+
+    def find_mlps(self, model: nn.Module) -> None:
+        """Find what `tile` is to tile. Call it before the model is cut: then an MLP can still be recognised."""
+        self._to_tile.update(find_token_mlps(model))
+
+    def tile(self, count: Count, backend: str | None, options: dict[str, Any] | None) -> None:
+        """Compute the MLPs that were found in tiles; see `nn.tiles.tile`. Call it once they are cut.
+
+        Args:
+            count: the number of tiles, or "auto".
+            backend, options: passed to `torch.compile`. None: tiles are not compiled.
+
+        Raises:
+            ValueError: `count` is a number and no MLP was found.
+        """
+        if count != "auto" and not (self._to_tile or self.tiled):
+            raise ValueError(
+                f"tiled_mlp={count} finds no MLP to tile: a part of a block that is made of linear layers and treats "
+                "every token by itself. Set tiled_mlp=False."
+            )
+        compiled = None if backend is None else compiled_call(backend, options)
+        for module in self._to_tile:
+            tile(module, count, compiled)
+        self.tiled.update(self._to_tile)
+        self._to_tile = WeakSet()
 
     def offload(self, model: nn.Module, ranks: int) -> None:
         """Keep the inputs of checkpointed blocks in host memory; see `offload_inputs`. Call it after `compile`.

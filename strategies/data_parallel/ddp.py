@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, Precision
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from automodel_trainer._lightning import DDPForwardRedirection, prepare_for_backward
 from automodel_trainer.distributed.mesh import ParallelDims
+from automodel_trainer.nn.tiles import Count
 from automodel_trainer.strategies.base.activation_checkpointing import Mode
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy, Objective
 from automodel_trainer.strategies.base.precision import MeshPrecision
@@ -25,6 +26,7 @@ class DDPStrategy(MeshStrategy):
 
     Args:
         activation_checkpointing: "full", "selective" or "offload"; see `FSDP2Strategy`.
+        tiled_mlp: see `FSDP2Strategy`.
         find_unused_parameters: allow parameters that a step does not use (costs a walk over the graph).
         bucket_cap_mb: size of a gradient bucket, in MiB.
         compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
@@ -36,6 +38,7 @@ class DDPStrategy(MeshStrategy):
         self,
         *,
         activation_checkpointing: Mode | None = None,
+        tiled_mlp: Count | Literal[False] = False,
         find_unused_parameters: bool = False,
         bucket_cap_mb: int = 25,
         **kwargs: Any,
@@ -43,6 +46,7 @@ class DDPStrategy(MeshStrategy):
         super().__init__(ParallelDims(dp_replicate=1, dp_shard=-1), **kwargs)
         self._forward_redirection = DDPForwardRedirection()
         self.activation_checkpointing = activation_checkpointing
+        self.tiled_mlp = tiled_mlp
         self.ddp_options: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,
             "bucket_cap_mb": bucket_cap_mb,
@@ -76,10 +80,16 @@ class DDPStrategy(MeshStrategy):
         Raises:
             ValueError: the model has no blocks, or this run cannot compile.
         """
-        if self.activation_checkpointing:
-            self.prepared.checkpoint(model, self.activation_checkpointing)
+        mode = self.activation_checkpointing
+        if mode and self.tiles is None:
+            self.prepared.checkpoint(model, mode)
         self.compile_model(model)
-        if self.activation_checkpointing == "offload":
+        if self.tiles is not None:
+            self.prepared.find_mlps(model)
+            self.tile_mlps()
+            if mode:  # around compiled blocks, which tiles cut
+                self.prepared.checkpoint(model, mode)
+        if mode == "offload":
             self.prepared.offload(model, self.num_processes)
         return model  # wrapped in `layout`: DDP needs real parameters
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.distributed.mesh import SHARD_AXES, ParallelDims, submesh
 from automodel_trainer.nn._torch import apply_to_tensors
+from automodel_trainer.strategies.base.compile import compile_any_length
 from automodel_trainer.strategies.base.objective import Objective
 from automodel_trainer.strategies.base.precision import MeshPrecision, check_plugin
 from automodel_trainer.strategies.base.user_module import outermost, parts_of
@@ -35,7 +36,7 @@ from automodel_trainer.strategies.expert.choose import check_dispatch_unused, ch
 from automodel_trainer.strategies.expert.mesh import expert_mesh, expert_shard_mesh
 from automodel_trainer.strategies.expert.parallelize import expert_parallel
 from automodel_trainer.strategies.expert.plan import check_ep, choose_ep, find_experts, require_experts
-from automodel_trainer.strategies.inner_parallel import ActivationCheckpointing, InnerParallelStrategy
+from automodel_trainer.strategies.inner_parallel import ActivationCheckpointing, InnerParallelStrategy, TiledMLP
 
 
 class FSDP2Strategy(InnerParallelStrategy):
@@ -67,6 +68,9 @@ class FSDP2Strategy(InnerParallelStrategy):
         activation_checkpointing: "full" recomputes every block in backward; "selective" keeps the outputs of matmuls
             and attention and recomputes the rest; "offload" is "full" whose saved inputs lie in host memory, up to two
             thirds of what is free there. They are copied while other blocks compute.
+        tiled_mlp: compute the MLP of every block in this many tiles of tokens, so that its activations exist for one
+            tile at a time. "auto": tiles of 8,192 tokens where a micro-batch has more than two of them, with
+            activation_checkpointing "full" or "offload".
         sync_every_micro_batch: reduce gradients after every micro-batch instead of once per optimizer step. This costs
             more traffic, but no unsharded gradients are held while micro-batches accumulate.
         compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
@@ -91,6 +95,7 @@ class FSDP2Strategy(InnerParallelStrategy):
         backward_prefetch: int = 0,
         cpu_offload: bool = False,
         activation_checkpointing: ActivationCheckpointing = None,
+        tiled_mlp: TiledMLP = False,
         sync_every_micro_batch: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -103,6 +108,7 @@ class FSDP2Strategy(InnerParallelStrategy):
             sequence_parallel=sequence_parallel,
             async_tp=async_tp,
             activation_checkpointing=activation_checkpointing,
+            tiled_mlp=tiled_mlp,
             **kwargs,
         )
         self.ep = ep
@@ -171,7 +177,10 @@ class FSDP2Strategy(InnerParallelStrategy):
         layers = find_experts(model)
         split = [] if self.shards.experts is None else self.shards.experts.modules  # of a module's other models
         tp = self.device_mesh["tp"].get_group() if self.dims.tp > 1 else None
-        expert_parallel(layers, self._expert_mesh["ep"], tp, chosen_dispatcher(model))
+        compute = compile_any_length(self.compile_backend, self.compile_options) if self.compiles else None
+        mesh = self._expert_mesh["ep"]
+        dispatcher = chosen_dispatcher(model, mesh.get_group(), self.root_device)
+        expert_parallel(layers, mesh, tp, dispatcher, compute)
         self.shards.experts = ShardedExperts(
             [*split, *(experts.module for experts in layers)], expert_shard_mesh(self._expert_mesh)
         )

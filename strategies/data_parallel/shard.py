@@ -26,6 +26,7 @@ from automodel_trainer.strategies.data_parallel._fsdp import (
     lay_out_gradients_at_once,
 )
 from automodel_trainer.strategies.data_parallel.accumulate_grads_foreach import accumulate_grads_foreach
+from automodel_trainer.strategies.data_parallel.generate import gather_once_in_generate
 from automodel_trainer.strategies.expert.parallelize import place_expert
 
 _SMALL = 2**30  # bytes; see `_small`
@@ -106,12 +107,15 @@ class Shards:
         reshard = self.options.reshard_after_forward and not self._keeps_copies
         if self.experts is not None:
             self._shard_experts(model, {**options, "reshard_after_forward": reshard})
-        for unit in (*blocks, *untied_input_embedding(model)):
+        units = (*blocks, *untied_input_embedding(model))
+        for unit in units:
             fully_shard(unit, reshard_after_forward=reshard, **options)
         # The root unit holds the rest (final norm, head, tied embedding). It stays gathered between forward and
         # backward, because backward begins where forward ended.
         fully_shard(model, reshard_after_forward=False, **options)
         _gather_outside_inference_mode(model)
+        if reshard and mesh.size(mesh.ndim - 1) > 1:
+            gather_once_in_generate(model, units, mesh.get_group(mesh.ndim - 1), dtypes.compute)
         _prefetch(blocks, self.options.forward_prefetch, self.options.backward_prefetch)
         if self.experts is not None:
             gradient_reduction.average_over(self.experts.modules, mesh.size())

@@ -42,20 +42,21 @@ class AllToAll:
         owners = experts // self.local
         wanted = torch.zeros(ranks, len(hidden), dtype=torch.bool, device=hidden.device)
         wanted.scatter_(0, owners.mT, True)
-        leaving = wanted.sum(1)
+        choices = owners.new_zeros(ranks).scatter_add_(0, owners.reshape(-1), torch.ones_like(owners).reshape(-1))
+        leaving = torch.stack([wanted.sum(1), choices], 1)
         arriving = torch.empty_like(leaving)
         dist.all_to_all_single(arriving, leaving, group=self.group)
-        sent, received = torch.stack([leaving, arriving]).tolist()
+        sent, received, chosen_here = torch.stack([leaving[:, 0], *arriving.unbind(1)]).tolist()
         rank, token = wanted.nonzero().unbind(1)  # ordered by rank, then by token
         here = owners[token] == rank[:, None]
         local = torch.where(here, experts[token] % self.local, self.local)
         chosen = (weights[token] * here).to(torch.promote_types(weights.dtype, torch.float32))
         route = _Route(token, sent, received, len(hidden))
         # The numbers of experts are exact in fp32, so they travel with the weights.
-        choices = _AllToAll.apply(torch.cat([chosen, local.to(chosen.dtype)], 1), received, sent, self.group)
+        pairs = _AllToAll.apply(torch.cat([chosen, local.to(chosen.dtype)], 1), received, sent, self.group)
         rows = _AllToAll.apply(_Copies.apply(hidden, route), received, sent, self.group)
-        arrived, numbers = choices.split(experts.shape[1], 1)
-        return Arrived(rows, numbers.detach().long(), arrived.to(weights.dtype), route)
+        arrived, numbers = pairs.split(experts.shape[1], 1)
+        return Arrived(rows, numbers.detach().long(), arrived.to(weights.dtype), sum(chosen_here), route)
 
     def combine(self, output: Tensor, route: _Route) -> Tensor:
         """See `Dispatcher.combine`."""

@@ -19,7 +19,8 @@ from torch.distributed.tensor.placement_types import Placement
 from automodel_trainer.distributed._dtensor import StridedShard
 from automodel_trainer.distributed.phase import during_place
 from automodel_trainer.models._experts import hold_part_of_experts, numbers_for
-from automodel_trainer.models.kernels.dispatch import Dispatcher
+from automodel_trainer.models.kernels.dispatch import Arrived, Dispatcher
+from automodel_trainer.models.kernels.experts import GroupedExperts
 from automodel_trainer.models.lora.layers import adapters
 from automodel_trainer.nn.wrap import Forward, wrap
 from automodel_trainer.strategies.expert.dispatch import AllToAll
@@ -33,6 +34,7 @@ def expert_parallel(
     mesh: DeviceMesh,
     tp: ProcessGroup | None = None,
     dispatcher: Callable[[ProcessGroup, int], Dispatcher] = AllToAll,
+    compute: Callable[..., Any] | None = None,
 ) -> None:
     """Split the experts of every layer over the ranks of `mesh`, in place.
 
@@ -44,6 +46,8 @@ def expert_parallel(
         mesh: the 1-D ep mesh.
         tp: ranks that have the same tokens. They share the work: each sends its part of them.
         dispatcher: makes what carries the tokens, from the ep group and the number of experts per rank.
+        compute: calls the experts' forward in training, `compute(forward, *args, **kwargs)`; see `compile_any_length`.
+            None: a plain call.
     """
     for experts in layers:
         local = experts.count // mesh.size()
@@ -51,7 +55,7 @@ def expert_parallel(
         held = _distribute(experts.module, mesh, placements)
         hold_part_of_experts(experts.module, local)
         carrier = dispatcher(mesh.get_group(), local)
-        wrap(experts.module, _dispatched(experts.module, carrier, held, mesh.get_group(), tp))
+        wrap(experts.module, _dispatched(experts.module, carrier, held, mesh.get_group(), tp, compute))
 
 
 def _placements(experts: Experts) -> dict[int, Placement]:
@@ -84,11 +88,16 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placements: dict[int, Place
 
 
 def _dispatched(
-    module: nn.Module, carrier: Dispatcher, held: Held, ep: ProcessGroup, tp: ProcessGroup | None
+    module: nn.Module,
+    carrier: Dispatcher,
+    held: Held,
+    ep: ProcessGroup,
+    tp: ProcessGroup | None,
+    compute: Callable[..., Any] | None,
 ) -> Forward:
     """The forward of a layer's experts: send tokens, run this rank's experts, bring the results back."""
 
-    @torch.compiler.disable  # the number of rows that arrive is read on the host
+    @torch.compiler.disable  # the number of rows that arrive is read on the host; `compute` compiles what is inside
     def forward(original: Forward, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         count = hidden_states.shape[0]
         if tp is not None:
@@ -97,7 +106,7 @@ def _dispatched(
         with during_place("dispatch of tokens"):
             arrived = carrier.dispatch(hidden_states, top_k_index, top_k_weights)
         with local_parameters(held, ep):
-            output = _run(original, arrived.hidden, numbers_for(module, arrived.experts), arrived.weights)
+            output = _run(module, original, arrived, compute)
         with during_place("combine of tokens"):
             output = carrier.combine(output.to(hidden_states.dtype), arrived.route)
         return output if tp is None else gather_rows(output, tp, count)
@@ -105,16 +114,20 @@ def _dispatched(
     return forward
 
 
-def _run(experts: Forward, hidden: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
+def _run(module: nn.Module, experts: Forward, arrived: Arrived, compute: Callable[..., Any] | None) -> Tensor:
     """Run the experts on the tokens that arrived, `[m, h]` to `[m, h]`.
 
     If none arrived, one row of zeros takes their place: every parameter then gets a gradient of zero, and FSDP2 reduces
     the same parameters on all ranks.
     """
-    if hidden.shape[0]:
-        return experts(hidden, numbers, weights)
-    row = hidden.sum(0, keepdim=True)
-    return experts(row, numbers.new_zeros(1, numbers.shape[1]), weights.sum(0, keepdim=True))[:0]
+    hidden, weights, numbers = arrived.hidden, arrived.weights, numbers_for(module, arrived.experts)
+    if not hidden.shape[0]:
+        row = hidden.sum(0, keepdim=True)
+        return experts(row, numbers.new_zeros(1, numbers.shape[1]), weights.sum(0, keepdim=True))[:0]
+    counted = {"choices": arrived.choices} if isinstance(module, GroupedExperts) else {}
+    if compute is None or not (module.training and torch.is_grad_enabled()):
+        return experts(hidden, numbers, weights, **counted)
+    return compute(experts, hidden, numbers, weights, **counted)
 
 
 def place_expert(parameter: nn.Parameter, ranks: int) -> Shard:

@@ -21,7 +21,7 @@ from automodel_trainer.strategies.base.mesh_strategy import MicroBatch, Objectiv
 from automodel_trainer.strategies.base.precision import MeshPrecision, check_plugin
 from automodel_trainer.strategies.context.attention import CPAttention
 from automodel_trainer.strategies.data_parallel.shard import is_laid_out
-from automodel_trainer.strategies.inner_parallel import ActivationCheckpointing, InnerParallelStrategy
+from automodel_trainer.strategies.inner_parallel import ActivationCheckpointing, InnerParallelStrategy, TiledMLP
 from automodel_trainer.strategies.megatron import _megatron_fsdp as mfsdp
 from automodel_trainer.strategies.megatron.even_shards import shard_evenly
 
@@ -43,8 +43,8 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
     Args:
         zero_stage: what is sharded. 0: nothing; 1: optimizer state and main weights; 2: gradients too; 3: parameters
             too.
-        dp_shard, dp_replicate, cp, cp_attention, tp, tp_plan, sequence_parallel, async_tp, activation_checkpointing:
-            see `FSDP2Strategy`.
+        dp_shard, dp_replicate, cp, cp_attention, tp, tp_plan, sequence_parallel, async_tp: see `FSDP2Strategy`.
+        activation_checkpointing, tiled_mlp: the same.
         outer_zero_stage: with `dp_replicate` > 1, 1 shards optimizer state over the replicas too, 0 does not. None: 1
             at `zero_stage=3` (the only stage that has it), else 0.
         overlap_grad_reduce: reduce gradients while backward runs. False is possible only at stages 0 and 1.
@@ -83,6 +83,7 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
         sequence_parallel: bool = True,
         async_tp: bool = False,
         activation_checkpointing: ActivationCheckpointing = None,
+        tiled_mlp: TiledMLP = False,
         compile: bool | Literal["auto"] = "auto",
         compile_backend: str = "inductor",
         compile_options: dict[str, Any] | None = None,
@@ -99,6 +100,7 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
             sequence_parallel=sequence_parallel,
             async_tp=async_tp,
             activation_checkpointing=activation_checkpointing,
+            tiled_mlp=tiled_mlp,
             compile=compile,
             compile_backend=compile_backend,
             compile_options=compile_options,

@@ -147,9 +147,10 @@ class Parallel3DStrategy(FSDP2Strategy):
         """Whether gradients of inputs and of weights are computed at different times.
 
         A schedule that splits backwards runs whole ones if splitting costs more than it saves: under activation
-        checkpointing each half would recompute the block. With `compile=True` the backward of a block is one piece.
+        checkpointing and with tiles each half would recompute the block. With `compile=True` the backward of a block is
+        one piece.
         """
-        whole = self.activation_checkpointing is not None or self.compile is True
+        whole = self.activation_checkpointing is not None or self.tiled_mlp is not False or self.compile is True
         return schedule_kind(self.schedule).splits_backward and not whole
 
     @property

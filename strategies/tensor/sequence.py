@@ -113,6 +113,11 @@ class SequenceParallel:
     def _last(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return on_output(lambda x: gather_sequence(x, self.group, self.length), original(*args, **kwargs))
 
+    def _whole_length(self, part: int) -> int:
+        """The length of what ranks gather of parts of this length: the sequence's, or that of a tile of all parts."""
+        size = self.group.size()
+        return self.length if part == -(-self.length // size) else part * size
+
     def _gathering(self, partial: bool, scatters: bool) -> Callable[..., Any]:
         """A wrapper that gathers a module's hidden states, and splits its output unless one of its layers does."""
 
@@ -120,8 +125,9 @@ class SequenceParallel:
             shape: list[int] = []  # `[b, s, -1]` of the gathered hidden states
 
             def gather(x: Tensor) -> Tensor:
-                shape[:] = [x.shape[0], self.length, -1]
-                return gather_sequence(x, self.group, self.length, partial)
+                length = self._whole_length(x.shape[1])
+                shape[:] = [x.shape[0], length, -1]
+                return gather_sequence(x, self.group, length, partial)
 
             args, kwargs = on_hidden_states(gather, args, kwargs)
             output = original(*args, **kwargs)

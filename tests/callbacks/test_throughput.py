@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,11 +53,15 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    process_time = perf_counter
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     fake = Clock()
-    monkeypatch.setattr(throughput_file, "time", SimpleNamespace(perf_counter=fake.perf_counter))
+    monkeypatch.setattr(
+        throughput_file, "time", SimpleNamespace(perf_counter=fake.perf_counter, process_time=fake.process_time)
+    )
     return fake
 
 
@@ -229,6 +235,21 @@ def test_any_batch_can_be_counted(batch: Any) -> None:
     assert counts.totals().tokens == 0
 
 
+class LateLoader:
+    """Every batch takes so many seconds to come."""
+
+    def __init__(self, batches: list[Any], seconds: float) -> None:
+        self.batches, self.seconds = batches, seconds
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            time.sleep(self.seconds)
+            yield batch
+
+
 def two_ranks(strategy: str, folder: str) -> tuple[dict[str, float], int]:
     throughput = Throughput()
     options = {**QUIET, "devices": 2}
@@ -237,7 +258,7 @@ def two_ranks(strategy: str, folder: str) -> tuple[dict[str, float], int]:
     )
     length = 8 * (1 + trainer.global_rank)  # padded batches are not equally wide on all ranks
     batches = [[micro_batch(length=length, unsupervised=length // 2 * trainer.global_rank)] for _ in range(4)]
-    trainer.fit(CausalLMModule(tiny_model()), batches)
+    trainer.fit(CausalLMModule(tiny_model()), LateLoader(batches, 0.1 * trainer.global_rank))
     return throughput.last, throughput.tokens_seen
 
 
@@ -246,6 +267,10 @@ def test_tokens_of_all_ranks_count(pool: RankPool, tmp_path: Path) -> None:
     assert seen == also_seen == 4 * (16 + 32)
     assert first["supervised_share"] == second["supervised_share"] == pytest.approx((16 + 16) / (16 + 32))
     assert first["peak_memory_gib"] == second["peak_memory_gib"]
+    lines = [json.loads(line) for line in (tmp_path / "ranks.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(line["data_wait"][1] >= 0.1 and len(line["cpu"]) == 2 and min(line["cpu"]) > 0 for line in lines)
+    assert max(lines[-1]["peak_memory_gib"]) == pytest.approx(first["peak_memory_gib"])
     assert first["tokens_per_second"] == pytest.approx(2 * first["tokens_per_second_per_device"])
 
 

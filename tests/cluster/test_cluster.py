@@ -31,6 +31,7 @@ from tests.tiny import save_tiny_model, write_chats
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(restarts, "_memory", None)
+    monkeypatch.setattr(restarts, "_launcher", "torchrun")
     monkeypatch.setattr(worker, "POLL_SECONDS", 0.01)
     return fake_ray.install(monkeypatch, {"CPU": 4.0})
 

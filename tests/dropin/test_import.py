@@ -1,6 +1,7 @@
 """`from automodel_trainer import AutoModelForCausalLM` imports what transformers' own class does, and nothing heavy.
 
-Parts do not import the Trainer. All of it in one process that has imported nothing yet.
+Parts do not import the Trainer, and libraries of kernels are imported once they are chosen. All of it in one process
+that has imported nothing yet.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from automodel_trainer import add_lora, chunked_loss, clip_grad_norm_, encode_ch
 from automodel_trainer import load_checkpoint, pack, save_checkpoint, stream_weights, weight_info
 assert "automodel_trainer.trainer" not in sys.modules
 assert not any(name.startswith("automodel_trainer.callbacks") for name in sys.modules)
+from automodel_trainer.models.kernels import KernelsConfig, registry
+KernelsConfig(norm="liger", linear="te")
+registry.libraries()
+assert not {"liger_kernel", "transformer_engine", "torchao"} & sys.modules.keys()
 """
 
 

@@ -73,6 +73,22 @@ def test_weights_in_four_bits() -> None:
     check_same(grouped, model)
 
 
+def test_a_compiled_backward_takes_weights_out_of_four_bits_again() -> None:
+    """The compiler may not keep the dense weights of the forward: they are as large as a model in 16 bits."""
+    use("torchao")
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 256}
+    model = eager("qwen3_moe", lora=True, sizes=sizes, quantize="nf4")
+    swap_experts(model)
+    dense = {p.numel() for p in model.parameters() if p.ndim == 3}
+    model.compile(backend="aot_eager_decomp_partition")
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        loss = model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
+    loss.backward()
+    assert kept
+    assert not [t.shape for t in kept if t.is_floating_point() and t.numel() in dense]
+
+
 def test_updated_weights_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     model = eager("qwen3_moe", lora=True)
     swap_experts(model)
@@ -82,7 +98,8 @@ def test_updated_weights_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     assert built == []
 
 
-def test_choices_of_experts_held_elsewhere_count_as_zeros() -> None:
+@pytest.mark.parametrize("counted", [False, True], ids=["", "counted"])
+def test_choices_of_experts_held_elsewhere_count_as_zeros(counted: bool) -> None:
     """Two halves of the experts, each of which skips the other's, add up to the whole."""
     whole = next(m for m in eager("gpt_oss").modules() if hasattr(m, "gate_up_proj"))
     x, weights = torch.randn(9, 32), torch.rand(9, 2)
@@ -95,7 +112,8 @@ def test_choices_of_experts_held_elsewhere_count_as_zeros() -> None:
         hold_part_of_experts(half, 2)
         swap_experts(nn.ModuleList([half]))
         here = (chosen >= first) & (chosen < first + 2)
-        total += half(x, torch.where(here, chosen - first, 2), weights * here)
+        known = {"choices": int(here.sum())} if counted else {}
+        total += half(x, torch.where(here, chosen - first, 2), weights * here, **known)
     close(total, whole(x, chosen, weights))
 
 

@@ -16,7 +16,7 @@ from automodel_trainer.models.kernels.library import LossKernel
 from automodel_trainer.models.kernels.mlp import GatedMLP, swap_gated_mlps
 from automodel_trainer.models.kernels.mlp import recognise as recognise_mlp
 from automodel_trainer.models.kernels.norm import Norm, swap_norms
-from automodel_trainer.models.kernels.rope import restore_rope, rotate_half, swap_rope
+from automodel_trainer.models.kernels.rope import restore_rope, rope_obstacle, rotate_half, swap_rope
 from automodel_trainer.modules.loss import summed_loss
 from automodel_trainer.nn.deferred_logits import DeferredLogits
 from tests.harness import close
@@ -84,6 +84,16 @@ def test_gated_mlps() -> None:
     mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.1))
     assert recognise_mlp(mlp.eval()) is None, "the dropout would be gone"
     assert recognise_mlp(tiny_model("gpt_neox").gpt_neox.layers[0].mlp) is None
+
+
+def test_recognised_inside_of_a_device_context() -> None:
+    """Strategies, and notebooks with a default device, build models there."""
+    model = tiny_model("llama")
+    layer = model.model.layers[0]
+    with torch.device("meta"):
+        assert recognise_mlp(layer.mlp) is not None
+        assert norms.recognise(layer.input_layernorm) is not None
+        assert rope_obstacle(model) is None
 
 
 def test_rope_is_exchanged_and_put_back() -> None:

@@ -15,6 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from automodel_trainer import BalanceConfig, CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.callbacks import DCPCheckpoint
 from automodel_trainer.modules.balance import balance_of
+from automodel_trainer.strategies import DDPStrategy
 from tests.harness import (
     Batch,
     Stop,
@@ -143,6 +144,8 @@ def train(
     module = CausalLMModule(build(family, **overrides), balance=options)
     model = module.model = module.given_model
     strategy.parallelize(model)
+    if isinstance(strategy, DDPStrategy):
+        strategy._wrapped = strategy._wrap(model)
     module._balance = balance_of(module.balance, model, adapted=False)
     assert module._balance is not None
     optimizer = adam(model)
@@ -168,6 +171,7 @@ def check(pool: RankPool, spec: str, ranks: int, family: str, options: dict[str,
         ("auto", 1, 1),
         ("auto", 1, 4),
         ("fsdp2", 2, 2),
+        more("ddp", 2, 2),
         more("fsdp2:activation_checkpointing=full", 2, 1),
         ("fsdp2:ep=2,activation_checkpointing=full", 2, 2),
         more("fsdp2:tp=2", 2, 1),

@@ -44,20 +44,31 @@ def test_memory_is_what_was_measured(
     assert f"{gib:g}" in (SITE.parents[1] / "benchmarks" / "RESULTS.md").read_text()
 
 
+# Part of a name -> its decoder, and the width of a head.
+FAMILIES = {
+    "llama": ("llama", 128),
+    "A3B": ("qwen3_moe", 128),
+    "Qwen3": ("qwen3", 128),
+    "gemma-3": ("gemma3_text", 256),
+    "gpt-oss": ("gpt_oss", 64),
+}
+
+
 @pytest.mark.parametrize("name", choose.MODELS)
 def test_shapes_count_what_transformers_builds(name: str) -> None:
     shape = choose.MODELS[name]
-    family = "llama" if "llama" in name.lower() else "qwen3_moe" if shape.experts > 1 else "qwen3"
+    family, head = next(kind for words, kind in FAMILIES.items() if words in name)
     config = AutoConfig.for_model(
         family,
         hidden_size=shape.hidden,
         num_hidden_layers=2,
-        head_dim=128 if shape.queries % 128 == 0 else 64,
-        num_attention_heads=shape.queries // 128,
-        num_key_value_heads=shape.keys // 128,
+        head_dim=head,
+        num_attention_heads=shape.queries // head,
+        num_key_value_heads=shape.keys // head,
         intermediate_size=shape.feed_forward,
         moe_intermediate_size=shape.feed_forward,
         num_experts=shape.experts,
+        num_local_experts=shape.experts,
         num_experts_per_tok=shape.chosen,
         vocab_size=shape.vocabulary,
         tie_word_embeddings=shape.tied,
@@ -65,7 +76,8 @@ def test_shapes_count_what_transformers_builds(name: str) -> None:
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    counted = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
+    matrices = (p for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("bias"))
+    counted = sum(parameter.numel() for parameter in matrices)
     assert counted == replace(shape, layers=2).parameters
 
 

@@ -64,6 +64,16 @@ def test_every_raised_text_is_on_a_page() -> None:
     assert len({message.anchor for message in found}) == len(found)
     written = "".join(errors.pages().values())
     assert all(f"{{ #{message.anchor} }}" in written for message in found)
+    last_words = {re.findall(r"\w+", expression)[-1] for expression in errors.passed_on()}
+    assert last_words <= {"error", "texts", "where", "message"}
+    texts = [message.text for message in found]
+    for words in (
+        "got no gradient in the first step",
+        "half of a character",
+        "Streamed rows are packed",
+        "is not UTF-8",
+    ):
+        assert any(words in text for text in texts), words
     raised = (ROOT / "automodel_trainer", ROOT / "strategies", ROOT / "callbacks")
     calls = sum(
         len(re.findall(r"\braise ValueError\(", file.read_text())) for root in raised for file in root.rglob("*.py")

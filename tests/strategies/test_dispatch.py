@@ -51,29 +51,53 @@ ANYWHERE: dict[str, Any] = {
 }
 
 
-def train(spec: str, ranks: int, family: str, skewed: bool) -> Any:
+def train(spec: str, ranks: int, family: str, skewed: bool, dispatch: str) -> Any:
     with installed(fake_deep_ep, **ANYWHERE):
         torch.manual_seed(ranks)
         strategy = make_strategy(spec, ranks)
         model = build(family, skewed)
-        in_use = apply_kernels(model, KernelsConfig(dispatch="deepep"), strategy.root_device)
-        assert in_use.texts["dispatch"] == "DeepEP"
+        in_use = apply_kernels(model, KernelsConfig(dispatch=dispatch), strategy.root_device)
         strategy.parallelize(model)
+        assert in_use.texts["dispatch"] == "DeepEP"
         size = max(ROWS // strategy.dp_size // 2, 1)
         return train_steps(strategy, NextToken(model), adam(model), rows_of, size, steps=STEPS, max_norm=MAX_NORM)
 
 
 @pytest.mark.parametrize(
-    ("spec", "ranks", "family", "skewed"),
+    ("spec", "ranks", "family", "skewed", "dispatch"),
     [
-        ("fsdp2:ep=2", 2, "qwen3_moe", False),
-        ("fsdp2:ep=2,activation_checkpointing=full", 2, "gpt_oss", True),
-        more("fsdp2:ep=4,tp=2", 4, "glm4_moe", False),
+        ("fsdp2:ep=2", 2, "qwen3_moe", False, "auto"),
+        ("fsdp2:ep=2,activation_checkpointing=full", 2, "gpt_oss", True, "deepep"),
+        more("fsdp2:ep=4,tp=2", 4, "glm4_moe", False, "deepep"),
     ],
 )
-def test_deepep_as_on_one_device(pool: RankPool, spec: str, ranks: int, family: str, skewed: bool) -> None:
+def test_deepep_as_on_one_device(
+    pool: RankPool, spec: str, ranks: int, family: str, skewed: bool, dispatch: str
+) -> None:
     """A token to several ranks, ranks and experts without a token, weights' gradients, recomputation."""
-    check_steps(pool.run(ranks, train, spec, ranks, family, skewed), reference(family, skewed))
+    check_steps(pool.run(ranks, train, spec, ranks, family, skewed, dispatch), reference(family, skewed))
+
+
+def auto_where_it_does_not_fit() -> list[str]:
+    """What carries tokens with "auto": one rank lacks the package; GPUs without peers; tokens in a dtype it lacks."""
+    said = []
+    for case in ("package", "peers", "dtype"):
+        changes = {name: value for name, value in ANYWHERE.items() if (name, case) != ("offers", "dtype")}
+        changes |= {"peer_obstacle": lambda self, group: "no peers"} if case == "peers" else {}
+        with installed(fake_deep_ep, **changes) as patch:
+            strategy = make_strategy("fsdp2:ep=2", 2)
+            if case == "package" and strategy.global_rank == 1:
+                patch.setitem(sys.modules, "deep_ep", None)
+            model = tiny_model("qwen3_moe", **MOE)
+            in_use = apply_kernels(model, KernelsConfig(), strategy.root_device)
+            strategy.parallelize(model)
+            assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()
+            said.append(in_use.texts["dispatch"])
+    return said
+
+
+def test_auto_is_all_to_all_where_a_rank_lacks_deepep(pool: RankPool) -> None:
+    assert pool.run(2, auto_where_it_does_not_fit) == [["all_to_all", "all_to_all", "DeepEP"]] * 2
 
 
 def places() -> list[str]:

@@ -41,9 +41,9 @@ def test_prepared_trained_and_asked(
     config = Path(__file__).parent.parent.parent / "configs" / "vlm_quickstart.yaml"
     options = {
         "trainer.devices": 1, "trainer.default_root_dir": output, "trainer.enable_checkpointing": "false",
-        "trainer.max_epochs": 12, "model.model": model, "model.scheduler.warmup_steps": 4,
-        "data.train": data / "train.jsonl", "data.validation": data / "validation.jsonl", "data.micro_batch_size": 1,
-        "data.global_batch_size": 2,
+        "trainer.max_epochs": 6, "model.model": model, "model.scheduler.warmup_steps": 4,
+        "data.train": data / "train.jsonl", "data.validation": data / "validation.jsonl", "data.seq_len": 64,
+        "data.micro_batch_size": 4, "data.global_batch_size": 4,
     }  # fmt: skip
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     amt("fit", "--config", config, *(str(x) for k, v in options.items() for x in (f"--{k}", v)), folder=tmp_path)

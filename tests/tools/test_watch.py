@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from automodel_trainer.callbacks import Ledger
 from automodel_trainer.tools.watch.curves import read_curves
 from automodel_trainer.tools.watch.diff import compare, diff
 from automodel_trainer.tools.watch.page import page
+from automodel_trainer.tools.watch.ranks import means, stragglers
 from automodel_trainer.tools.watch.run import read_run
 from automodel_trainer.tools.watch.server import Server
 from automodel_trainer.verification.report import Quantity, Report
@@ -168,6 +170,57 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         read_run(tmp_path / "notes.txt")
 
 
+def write_ranks(folder: Path, steps: int, ranks: int) -> None:
+    """Rank 2 waits for its data, and the last one computes twice as long as the others."""
+    lines = [
+        {
+            "step": step,
+            "data_wait": [0.5 if rank == 2 else 0.001 for rank in range(ranks)],
+            "cpu": [2.0 if rank == ranks - 1 else 1.0 for rank in range(ranks)],
+            "peak_memory_gib": [3.0] * ranks,
+        }
+        for step in range(1, steps + 1)
+    ]
+    (folder / "ranks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_ranks(tmp_path: Path) -> None:
+    """The slowest stand first and are marked; lines that are torn, foreign or of another layout are left out."""
+    (tmp_path / "config.yaml").write_text("a: 1")
+    write_ranks(tmp_path, 12, 20)
+    file = tmp_path / "ranks.jsonl"
+    foreign = ['{"step": 0, "data_wait": [1], "cpu": [1], "peak_memory_gib": [1]}', "[]", '{"step": "x"}', SCRIPT]
+    file.write_text("\n".join(foreign) + "\n" + file.read_text() + '{"step": 13, "data_wa')
+    run = read_run(tmp_path)
+    assert [line["step"] for line in run.ranks] == list(range(1, 13))
+    found = check_harmless(page(run))
+    assert re.findall(r"<tr><th>(\d+)</th>", page(run))[:3] == ["19", "2", "0"]
+    assert stragglers(means(run.ranks)["data_wait"], 0.01) == {2}
+    assert stragglers(means(run.ranks)["cpu"], 0.01) == {19}
+    assert stragglers(means(run.ranks)["peak_memory_gib"], 0.1) == set()
+    assert sum(attributes.get("class") == "bad" for tag, attributes in found.tags if tag == "td") == 2
+    assert "and 4 ranks that are faster" in found.text
+    assert not read_run(tmp_path).problems
+    file.write_text("")
+    assert "Ranks" not in check_harmless(page(read_run(tmp_path))).text
+
+
+def test_two_runs_over_each_other(home: Path, tmp_path: Path) -> None:
+    first, second = read_run(home / "runs/a"), read_run(home / "runs/b")
+    found = check_harmless(page(first, second))
+    labels = [str(attributes["aria-label"]) for tag, attributes in found.tags if tag == "svg"]
+    assert "train_loss, B: train_loss" in labels
+    assert "differs first at step" in found.text
+    assert "model.init_args.lr" in found.text
+    (tmp_path / SCRIPT.replace("/", "")).mkdir()
+    hostile = tmp_path / SCRIPT.replace("/", "")
+    (hostile / "metrics.csv").write_text(f"step,{SCRIPT.replace(',', '')},train_loss\n1,2.0,3.0\n")
+    (hostile / "config.yaml").write_text(f"a: {json.dumps(SCRIPT)}")
+    assert SCRIPT in check_harmless(page(first, read_run(hostile))).text
+    amt("watch", "runs/a", "runs/b", "--html", "both.html", folder=home)
+    check_harmless((home / "both.html").read_text())
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_run_of_another_user(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0)
@@ -179,7 +232,8 @@ def test_a_run_of_another_user(tmp_path: Path) -> None:
 def server(home: Path, tmp_path: Path) -> Iterator[Server]:
     shutil.copytree(home / "runs/a", tmp_path / "run", symlinks=True)
     (tmp_path / "run" / "moe_load.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg">{SCRIPT}</svg>')
-    with Server(tmp_path / "run") as running:
+    write_ranks(tmp_path / "run", 4, 4)
+    with Server(tmp_path / "run", beside=home / "runs/b") as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield running
         running.shutdown()
@@ -229,7 +283,12 @@ def test_in_a_browser(server: Server, tmp_path: Path) -> None:
             browser.open(server.url)
             assert browser.run("document.title") == "run"
             assert browser.run("document.documentElement.scrollWidth <= innerWidth")
-            assert browser.run("document.querySelectorAll('svg polyline').length") >= 5
+            assert browser.run("document.querySelectorAll('svg polyline').length") >= 10
+            both = "document.querySelector('svg[aria-label=\"train_loss, B: train_loss\"]')"
+            colours = f"[...{both}.querySelectorAll('polyline')].map(line => getComputedStyle(line).stroke)"
+            assert len(set(browser.run(colours))) == 2
+            assert browser.run("[...document.querySelectorAll('td.bad')].length") == 2
+            assert browser.run("document.querySelector('img').naturalWidth !== undefined")
         browser.open(f"{server.url}picture/0")
         assert browser.run("document.title") != "taken"
         assert {url for url in browser.requests if not url.startswith(server.url)} == set()

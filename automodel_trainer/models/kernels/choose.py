@@ -35,7 +35,8 @@ class KernelsInUse:
     """The kernels that a model computes with. `apply_kernels` keeps them in the model's record.
 
     Args:
-        chosen: part -> the choice, as in YAML. Only attention can be "auto": transformers then chooses.
+        chosen: part -> the choice, as in YAML. Attention can be "auto": transformers then chooses. So can dispatch: the
+            layout then chooses.
         texts: part -> what computes it, for the ledger. Attention and fp8 have lines of their own there.
         loss: a library's loss; None means the one in `modules/loss.py`.
     """
@@ -98,8 +99,6 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
     texts["linear"] = _choose_linear(model, choices["linear"], kernels, device)
     choices["experts"], experts = _choose_experts(model, kernels, device)
     texts |= {"experts": experts} if experts else {}
-    if choices["dispatch"].library is not None:
-        texts["dispatch"] = _title(choices["dispatch"])
     in_use = KernelsInUse({part: choice.name for part, choice in choices.items()}, texts, _loss_kernel(loss))
     record_of(model).keep(in_use)
     record_of(model).keep(Fusion(kernels.lora, _lora_groups(model, kernels.lora, device)))

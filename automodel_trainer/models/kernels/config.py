@@ -19,7 +19,6 @@ FASTEST = {
     "rope": "compile",
     "linear": "torch",
     "experts": "grouped",
-    "dispatch": "all_to_all",
 }
 # What "auto" is elsewhere, and where the fastest does not fit the model. For attention transformers chooses.
 PLAIN = {part: names[0] for part, names in BUILT_IN.items() if names}
@@ -44,7 +43,7 @@ class KernelsConfig:
         experts: of a mixture: `grouped` (tokens sorted by expert, all experts in grouped matmuls, adapters as factors;
             see `models/kernels/experts.py`) or `transformers` (what the config's `experts_implementation` says).
         dispatch: what carries tokens between ranks under expert parallel (ep > 1): `all_to_all`, or `deepep` (GPUs of
-            one host that reach each other's memory, in bf16).
+            one host that reach each other's memory, in bf16). `auto`: deepep where all ranks have it.
         fp8: linear layers of the blocks multiply in fp8 (NVIDIA GPUs since Ada and Hopper). By torchao: `tensorwise`
             (fastest), `rowwise` (more exact) or `rowwise_with_gw_hp` (gradients of weights in bf16); with `linear: te`:
             `delayed` (fastest), `current` or `block`. None: they do not.
@@ -92,7 +91,11 @@ class KernelsConfig:
                 raise ValueError(f"kernels {part}={chosen!r} is unknown. Allowed: {', '.join(allowed)}.")
 
     def on(self, device: torch.device) -> KernelsConfig:
-        """The same with a choice in place of every "auto" but attention's, which depends on the model."""
+        """The same with a choice in place of every "auto" but two.
+
+        Attention depends on the model, and dispatch on the ranks that a layout gives it.
+        """
         best = FASTEST if device.type == "cuda" else PLAIN
-        chosen: dict[str, Any] = {part: best[part] for part in PLAIN if getattr(self, part) == "auto"}
+        here = FASTEST.keys() & PLAIN.keys()
+        chosen: dict[str, Any] = {part: best[part] for part in here if getattr(self, part) == "auto"}
         return replace(self, **chosen)

@@ -15,12 +15,14 @@ class Arrived(NamedTuple):
         experts: `[m, k]` int64, numbers of this rank's experts from 0. A choice of another rank's expert has the number
             of experts of this rank.
         weights: `[m, k]`, the routing weights; 0 for a choice of another rank's expert.
+        choices: how many of the `m · k` choices fell on this rank's experts.
         route: what the dispatcher needs to send results back.
     """
 
     hidden: Tensor
     experts: Tensor
     weights: Tensor
+    choices: int
     route: Any
 
 

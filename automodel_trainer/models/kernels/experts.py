@@ -21,7 +21,7 @@ from torch.autograd import Function
 from automodel_trainer.models._experts import ExpertsLayout, experts_layout, grouped_mm, holds_part_of_experts
 from automodel_trainer.models.kernels.experts_fp8 import cast_to_fp8, held_in_fp8
 from automodel_trainer.models.lora import lora_of
-from automodel_trainer.models.lora.layers import LoRAParameters, dense
+from automodel_trainer.models.lora.layers import LoRAParameters
 from automodel_trainer.models.quantization.fp8_weight import MULTIPLE
 from automodel_trainer.models.quantization.fp8_weight import SCHEMES as FP8_SCHEMES
 from automodel_trainer.models.quantization.quantize import is_to_be_quantized, quantize_parameters
@@ -37,19 +37,23 @@ class GroupedExperts(nn.Module):
     layout: ExpertsLayout
     in_fp8 = False  # trained weights, and inputs, are cast in every forward
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, choices: int | None = None
+    ) -> Tensor:
         """Compute the weighted sum of each token's experts.
 
         Args:
             hidden_states: `[n, h]`.
             top_k_index: int64 `[n, k]`. The number that follows the last expert means an expert held elsewhere.
             top_k_weights: `[n, k]`.
+            choices: how many of `top_k_index` are experts held here, where that is known on the host. The others then
+                take no memory.
 
         Returns:
             `[n, h]`.
         """
         layout, experts = self.layout, self._parameters[self.layout.down].shape[0]  # type: ignore[union-attr]
-        routes = Routes(top_k_index, experts, partly=holds_part_of_experts(self))
+        routes = Routes(top_k_index, experts, partly=holds_part_of_experts(self), choices=choices)
         rows = _Copies.apply(hidden_states, routes.token, routes.row, routes.valid)
         inner = layout.activation(self._project(layout.up, rows, routes))
         weights = routes.of_rows(top_k_weights).to(inner.dtype)[:, None]
@@ -81,36 +85,42 @@ class GroupedExperts(nn.Module):
 
 
 class Routes:
-    """Where each copy of a token is, once copies are sorted by expert. With n tokens and k choices there are s = n · k.
+    """Where each copy of a token is, once copies are sorted by expert: s rows, with n tokens and k choices n · k.
 
     Args:
         index: int64 `[n, k]`, the chosen experts.
         experts: how many there are.
         partly: whether a choice may be none of them, and have their number. Such copies come last and count as zeros.
+        choices: how many choices are one of them. Then there are only as many rows, and no such copies.
 
     Attributes:
         order: `[s]`, the choice `token · k + slot` of each row.
         token: `[s]`, the token of each row.
-        row: `[n, k]`, the row of each choice.
+        row: `[n, k]`, the row of each choice; any row for one that has none.
         ends: int32 `[experts]`, the end of each expert's rows.
         expert: `[s]`, the expert of each row.
         valid: bool `[n, k]`, choices of one of the experts; None: all of them.
     """
 
-    def __init__(self, index: Tensor, experts: int, partly: bool) -> None:
-        chosen, self.order = index.reshape(-1).sort(stable=True)
-        self.token = self.order // index.shape[1]
+    def __init__(self, index: Tensor, experts: int, partly: bool, choices: int | None = None) -> None:
+        chosen, order = index.reshape(-1).sort(stable=True)
         numbers = torch.arange(len(chosen), device=index.device)
-        self.row = torch.empty_like(self.order).scatter_(0, self.order, numbers).view(index.shape)
+        row = torch.empty_like(order).scatter_(0, order, numbers)
+        if choices is not None:
+            chosen, order, row = chosen[:choices], order[:choices], row.clamp(max=choices - 1)
+        self.order, self.row = order, row.view(index.shape)
+        self.token = self.order // index.shape[1]
         counted = torch.arange(experts, device=index.device, dtype=chosen.dtype)
         self.ends = torch.searchsorted(chosen, counted, right=True, out_int32=True)
         self.valid = index < experts if partly else None
-        self._row_valid = (chosen < experts)[:, None] if partly else None
-        self.expert = chosen.clamp(max=experts - 1) if partly else chosen
+        left_over = partly and choices is None
+        self._row_valid = (chosen < experts)[:, None] if left_over else None
+        self.expert = chosen.clamp(max=experts - 1) if left_over else chosen
 
     def of_rows(self, weights: Tensor) -> Tensor:
         """The routing weights `[n, k]` by row, `[s]`."""
-        return _Permuted.apply(weights.reshape(-1), self.order, self.row.reshape(-1))
+        valid = None if self.valid is None else self.valid.reshape(-1)
+        return _Permuted.apply(weights.reshape(-1), self.order, self.row.reshape(-1), valid)
 
     def masked(self, x: Tensor) -> Tensor:
         """x `[s, …]` with zeros for choices of other experts: a grouped matmul leaves such rows unwritten."""
@@ -236,33 +246,34 @@ class _Sums(Function):
 
 
 class _Permuted(Function):
-    """x `[s]` in another order; the backward puts the gradient back."""
+    """x `[n · k]` in another order, `[s]`; the backward puts the gradient back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, valid: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse, valid)
         return x[order]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse], None, None
+        inverse, valid = ctx.saved_tensors
+        own = grad[inverse]
+        return own if valid is None else torch.where(valid, own, 0.0), None, None, None
 
 
 class _Frozen(Function):
     """A grouped matmul with a frozen weight that is held quantized: backward takes it out of its codes again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: QuantizedTensor, ends: Tensor, transposed: bool) -> Tensor:
         ctx.save_for_backward(weight, ends)
         ctx.transposed = transposed
-        whole = dense(weight).to(x.dtype)
+        whole = weight.get_original_weight().to(x.dtype)
         return grouped_mm(x, whole if transposed else whole.mT, ends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         weight, ends = ctx.saved_tensors
-        whole = dense(weight).to(grad.dtype)
+        whole = weight.get_weight_in_backward(grad).to(grad.dtype)
         return grouped_mm(grad, whole.mT if ctx.transposed else whole, ends), None, None, None
 
 

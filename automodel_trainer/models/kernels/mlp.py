@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from automodel_trainer.nn.mixing import mixed
+from automodel_trainer.nn.on_cpu import on_cpu
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 GateKernel = Callable[[Tensor, Tensor], Tensor]
@@ -89,6 +90,7 @@ def recognise(module: nn.Module) -> GatedMLP | None:
     return None
 
 
+@on_cpu
 @torch.no_grad()
 def _is(module: nn.Module, roles: GatedMLP) -> bool:
     generator = torch.Generator().manual_seed(0)

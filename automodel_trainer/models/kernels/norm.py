@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from automodel_trainer.nn.mixing import mixed
+from automodel_trainer.nn.on_cpu import on_cpu
 
 # Rows of two sizes. The results of small rows depend on eps, so they show its value.
 _SCALES = (1.0, 1e-3)
@@ -90,6 +91,7 @@ def swap_norms(model: nn.Module, make: Callable[[Norm], NormKernel | str]) -> tu
     return swapped, left
 
 
+@on_cpu
 def recognise(module: nn.Module) -> Norm | None:
     """The norm that a module computes: the one with the same results on random weights and inputs. None if none has."""
     try:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from automodel_trainer.nn.on_cpu import on_cpu
+
 NAME = "apply_rotary_pos_emb"
 RopeKernel = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -94,6 +96,7 @@ def _exchanged(original: Callable[..., Any], kernel: RopeKernel, kind: str) -> C
     return apply_rotary_pos_emb
 
 
+@on_cpu
 def _is_rotate_half(function: Callable[..., Any]) -> bool:
     parameters = list(inspect.signature(function).parameters)
     if parameters[:4] != ["q", "k", "cos", "sin"] or "unsqueeze_dim" not in parameters:

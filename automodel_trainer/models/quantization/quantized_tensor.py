@@ -68,6 +68,11 @@ class QuantizedTensor(torch.Tensor):
         """The dense weight. (NF4Tensor has the same method, so a caller need not tell them apart.)"""
         return _LIBRARIES[self.scheme].dequantize(self.parts, self.dtype).view(self.shape)
 
+    def get_weight_in_backward(self, gradient: Tensor) -> Tensor:
+        """The dense weight for a backward that starts from `gradient`; see `defer_to_backward`."""
+        here = self.remade(lambda part: part if part.is_floating_point() else defer_to_backward(part, gradient))
+        return here.get_original_weight()
+
     def remade(self, function: Callable[[Tensor], Tensor], shape: Sequence[int] | None = None) -> QuantizedTensor:
         """A copy with `function` applied to every part."""
         parts = QuantizedParts(**{name: function(getattr(self.parts, name)) for name in _NAMES})
@@ -188,8 +193,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        here = weight.remade(lambda part: part if part.is_floating_point() else defer_to_backward(part, gradient))
-        return gradient @ here.get_original_weight().to(gradient.dtype), None
+        return gradient @ weight.get_weight_in_backward(gradient).to(gradient.dtype), None
 
 
 def _linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:

@@ -98,7 +98,7 @@ def text(facts: Facts, names: tuple[str, str]) -> str:
         rows = [(name, f"{_value(pair[0])}  →  {_value(pair[1])}") for name, pair in facts[part].items()]
         parts.append(block(part, rows or [("", "the same, as far as both have one")]))
     parts.append(block("data", [("first row", _SAME[facts["first_row"]])]))
-    losses = [(name, _loss(compared)) for name, compared in facts["loss"].items()]
+    losses = [(name, loss_text(compared)) for name, compared in facts["loss"].items()]
     parts.append(block("loss", losses or [("", "no curve is in both")]))
     times: list[Row] = [
         (name, f"{_mean_text(a)}  →  {_mean_text(b)}{_change(a, b)}") for name, (a, b) in facts["time"].items()
@@ -110,7 +110,8 @@ def text(facts: Facts, names: tuple[str, str]) -> str:
 _SAME = {None: "unknown: the ledger of a run does not have it", True: "the same", False: "another one"}
 
 
-def _loss(compared: Facts) -> str:
+def loss_text(compared: Facts) -> str:
+    """One line about two curves that `compare` has compared."""
     different = compared["first_different"]
     if not compared["steps"]:
         return "no step is in both"

@@ -8,6 +8,8 @@ from html import escape
 from typing import Any
 
 from automodel_trainer.nn.chart import Curve, chart, short
+from automodel_trainer.tools.watch.diff import diff, loss_text
+from automodel_trainer.tools.watch.ranks import ranks_section
 from automodel_trainer.tools.watch.run import Run, Saved
 
 AGAIN = 10  # seconds until the page of a run that goes on is loaded again
@@ -60,10 +62,17 @@ img{max-width:100%;background:#fff;border-radius:6px}summary{cursor:pointer}
 """
 
 
-def page(run: Run) -> str:
-    """The run as one HTML page. It asks for nothing but the pictures of callbacks (`/picture/0`, …)."""
-    again = f'<meta http-equiv="refresh" content="{AGAIN}">' if run.going_on else ""
-    parts = [_head(run), _problems(run.problems), _charts(run.curves), _first_row(run.ledger), _ledger(run)]
+def page(run: Run, beside: Run | None = None) -> str:
+    """The run as one HTML page. It asks for nothing but the pictures of callbacks (`/picture/0`, …).
+
+    Args:
+        run: the run.
+        beside: another one, whose curves are drawn over those of the run, and what differs between them.
+    """
+    going_on = run.going_on or (beside is not None and beside.going_on)
+    again = f'<meta http-equiv="refresh" content="{AGAIN}">' if going_on else ""
+    parts = [_head(run), _beside(run, beside), _problems(run.problems), _charts(run.curves, beside)]
+    parts += [ranks_section(run.ranks), _first_row(run.ledger), _ledger(run)]
     parts += [_checkpoints(run.checkpoints), _pictures(run), _config(run.config)]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{again}'
@@ -98,12 +107,36 @@ def _problems(problems: list[str]) -> str:
     return "".join(f'<p class="bad">not read: {escape(problem)}</p>' for problem in problems)
 
 
-def _charts(curves: dict[str, Curve]) -> str:
-    named = {name for names in CHARTS.values() for name in names}
-    groups = {title: {name: curves[name] for name in names if name in curves} for title, names in CHARTS.items()}
-    rest = {name: {name: curve} for name, curve in curves.items() if name not in named and name not in NOT_DRAWN}
-    drawn = [_chart(title, group) for title, group in {**groups, **rest}.items()]
+def _beside(run: Run, other: Run | None) -> str:
+    """Where two runs part: the first losses that differ, and the settings that do."""
+    if other is None:
+        return ""
+    facts = diff(run, other)
+    where = escape(str(other.folder.resolve()))
+    losses = [(name, loss_text(compared)) for name, compared in facts["loss"].items()]
+    config = [(name, f"{a}  →  {b}") for name, (a, b) in facts["config"].items()]
+    rows = "".join(
+        f'<tr><td class="soft">{escape(name)}</td><td>{escape(text)}</td></tr>' for name, text in losses + config
+    )
+    return f'<h2>Beside it (B)</h2><section><p class="soft">{where}</p><table>{rows}</table></section>'
+
+
+def _charts(curves: dict[str, Curve], beside: Run | None) -> str:
+    others = beside.curves if beside is not None else {}
+    names = [*curves, *(name for name in others if name not in curves)]
+    named = {name for group in CHARTS.values() for name in group}
+    groups = {**CHARTS, **{name: (name,) for name in names if name not in named and name not in NOT_DRAWN}}
+    drawn = [
+        _chart(
+            title, {**_chosen(curves, group), **{f"B: {name}": curve for name, curve in _chosen(others, group).items()}}
+        )
+        for title, group in groups.items()
+    ]
     return f'<h2>Curves</h2><div class="grid-of">{"".join(drawn)}</div>' if any(drawn) else ""
+
+
+def _chosen(curves: dict[str, Curve], names: tuple[str, ...]) -> dict[str, Curve]:
+    return {name: curves[name] for name in names if name in curves}
 
 
 def _chart(title: str, curves: dict[str, Curve]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from automodel_trainer.callbacks.ledger_text import ledger_rows
+from automodel_trainer.callbacks.rank_times import FILE as RANKS_FILE
+from automodel_trainer.callbacks.rank_times import NAMES
 from automodel_trainer.checkpoint.manifest import check_checkpoint, read_manifest
 from automodel_trainer.checkpoint.runs import runs, saved_in
 from automodel_trainer.nn.chart import Curve
@@ -43,6 +45,7 @@ class Run:
         config: text of `config.yaml`, or "".
         checkpoints: oldest first.
         pictures: SVG files of callbacks.
+        ranks: lines about every rank (`callbacks/rank_times.py`), oldest first.
         changed: when a file of it last changed, in seconds.
         problems: what could not be read.
     """
@@ -53,6 +56,7 @@ class Run:
     config: str = ""
     checkpoints: list[Saved] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
+    ranks: list[Facts] = field(default_factory=list)
     changed: float = 0.0
     problems: list[str] = field(default_factory=list)
 
@@ -110,6 +114,7 @@ def read_run(folder: str | os.PathLike[str], *, contents: bool = False) -> Run:
     if ledger:
         run.ledger = _parsed(run, ledger)
     run.config = _text(run, "config.yaml")
+    run.ranks = _ranks(_text(run, RANKS_FILE))
     for base in _bases(run.folder):
         run.checkpoints += [_saved(path, contents) for path in saved_in(base)]
     run.pictures = sorted(path for depth in ("", "*/*/") for path in run.folder.glob(f"{depth}moe_load.svg"))
@@ -165,6 +170,23 @@ def _parsed(run: Run, text: str) -> Facts:
         run.problems.append("ledger.json is not what a run writes")
         return {}
     return found
+
+
+def _ranks(text: str) -> list[Facts]:
+    """The lines that have a number for each rank, as many as the last: it may be half written, or of another layout."""
+    found = []
+    for line in text.splitlines():
+        try:
+            facts = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(facts, dict) and isinstance(facts.get("step"), int) and all(map(_numbers, map(facts.get, NAMES))):
+            found.append(facts)
+    return [facts for facts in found if all(len(facts[name]) == len(found[-1][NAMES[0]]) for name in NAMES)]
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, int | float) for value in values)
 
 
 def _bases(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
-"""`amt watch`: look at a run in a browser, while it goes on or when it is over.
+"""`amt watch`: look at a run in a browser, while it goes on or when it is over; or at two, one over the other.
 
 amt watch runs/sft
+amt watch runs/a runs/b
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ class Server(ThreadingHTTPServer):
     Args:
         folder: of the run.
         port: to listen on; 0 takes a free one.
+        beside: the folder of another run, which is drawn over it.
     """
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, port: int = 0) -> None:
+    def __init__(self, folder: Path, port: int = 0, beside: Path | None = None) -> None:
         super().__init__((ADDRESS, port), _Handler)
-        self.folder = folder
+        self.folder, self.beside = folder, beside
 
     @property
     def url(self) -> str:
@@ -54,7 +56,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             run = read_run(self.server.folder)
             if self.path == "/":
-                self._answer(200, "text/html; charset=utf-8", page(run).encode())
+                beside = read_run(self.server.beside) if self.server.beside is not None else None
+                self._answer(200, "text/html; charset=utf-8", page(run, beside).encode())
                 return
             picture = re.fullmatch(r"/picture/(\d{1,3})", self.path)
             if picture and int(picture[1]) < len(run.pictures):
@@ -89,16 +92,18 @@ def main(argv: Sequence[str]) -> None:
         description="Look at a run in a browser: curves, memory, first batch, ledger, checkpoints. It only reads.",
     )
     parser.add_argument("run", type=Path, help="the run's default_root_dir")
+    parser.add_argument("beside", type=Path, nargs="?", help="another run's, drawn over it")
     parser.add_argument("--port", type=int, default=0, help="of 127.0.0.1 (default: a free one)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the page to a file instead")
     args = parser.parse_args(list(argv))
     run = read_run(args.run)
+    beside = read_run(args.beside) if args.beside is not None else None
     if args.html is not None:
-        args.html.write_text(page(run), encoding="utf-8")
+        args.html.write_text(page(run, beside), encoding="utf-8")
         print(f"Page written to {args.html}.")
         return
     try:
-        server = Server(args.run, args.port)
+        server = Server(args.run, args.port, args.beside)
     except OSError as error:
         raise ValueError(f"Port {args.port} cannot be used: {error.strerror}. Give another --port.") from error
     print(f"{args.run}: {server.url} (Ctrl-C ends)", flush=True)

@@ -143,8 +143,9 @@ class DeepEPDispatcher:
             )
         buffer = self.buffers.of_width(hidden.shape[1] * hidden.element_size())
         ranks = self.buffers.group.size()
-        rows, numbers, chosen, handle = _Dispatch.apply(hidden, weights.float(), experts, buffer, self.local, ranks)
-        return Arrived(rows, numbers, chosen.to(weights.dtype), _Route(buffer, handle))
+        sent = _Dispatch.apply(hidden, weights.float(), experts, buffer, self.local, ranks)
+        rows, numbers, chosen, choices, handle = sent
+        return Arrived(rows, numbers, chosen.to(weights.dtype), choices, _Route(buffer, handle))
 
     def combine(self, output: Tensor, route: _Route) -> Tensor:
         """See `Dispatcher.combine`."""
@@ -158,7 +159,7 @@ class _Dispatch(Function):
     def forward(ctx: Any, hidden: Tensor, weights: Tensor, experts: Tensor, buffer: Any, local: int, ranks: int) -> Any:
         numbers = experts.to(getattr(_load(), "topk_idx_t", torch.int64))
         per_rank, per_rdma_rank, per_expert, inside, _ = buffer.get_dispatch_layout(numbers, local * ranks)
-        rows, arrived, chosen, _, handle, _ = buffer.dispatch(
+        rows, arrived, chosen, choices, handle, _ = buffer.dispatch(
             hidden.contiguous(),
             topk_idx=numbers,
             topk_weights=weights.contiguous(),
@@ -171,10 +172,10 @@ class _Dispatch(Function):
         ctx.here = arrived >= 0
         arrived = torch.where(ctx.here, arrived, local).long()
         ctx.mark_non_differentiable(arrived)
-        return rows, arrived, chosen, handle
+        return rows, arrived, chosen, sum(choices), handle
 
     @staticmethod
-    def backward(ctx: Any, rows: Tensor, arrived: Any, chosen: Tensor, handle: Any) -> Any:
+    def backward(ctx: Any, rows: Tensor, arrived: Any, chosen: Tensor, choices: Any, handle: Any) -> Any:
         with during_place("exchange of tokens' gradients"):
             own = (chosen * ctx.here).contiguous()  # the other ranks have the gradients of the other choices
             hidden, weights, _ = ctx.buffer.combine(rows.contiguous(), ctx.handle, topk_weights=own)

@@ -1,0 +1,162 @@
+"""Long rows and small GPUs: LoRA r=16 on llama-8B's shape on one GPU, tokens/s, peak and host memory.
+
+`python benchmarks/long_rows.py` runs every case in its own process. A case is a line of words: the tokens of a row, how
+blocks are checkpointed (`full`, `selective`, `offload`; else not), `tiled` (or `tiled=N`), `rows=N` of a micro-batch,
+`nf4` (a 4-bit base), `whole` (all parameters instead of LoRA), `cap=N` (GiB that the process may take of the GPU),
+`eager`. Figures are of the steps after the first. `--tiny` only shows that the script runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+from bytes_per_block import EIGHT_B, TINY
+
+CASES = [
+    "65536 full",
+    "65536 full tiled",
+    "65536 offload tiled",
+    "131072 full tiled",
+    "131072 offload",
+    "131072 offload tiled",
+    "262144 offload tiled",
+    "524288 offload tiled",
+    "786432 nf4 offload tiled",
+    "4096 rows=2 nf4 full cap=24",
+    "4096 rows=2 nf4 full tiled=4 cap=24",
+    "4096 rows=2 nf4 offload tiled=4 cap=24",
+    "4096 rows=2 full cap=24",
+    "4096 rows=2 offload tiled=4 cap=24",
+    "4096 rows=2 selective cap=48",
+]
+MODES = ("full", "selective", "offload")
+
+
+def value(words: list[str], name: str, default: int) -> int:
+    """N of a word `name=N`."""
+    return next((int(word.partition("=")[2]) for word in words if word.startswith(f"{name}=")), default)
+
+
+def strategy_of(words: list[str]) -> str:
+    """The strategy of a case, as a string."""
+    parts = [f"activation_checkpointing={word}" for word in words if word in MODES]
+    parts += ["tiled_mlp=auto"] if "tiled" in words else []
+    parts += [f"tiled_mlp={count}"] if (count := value(words, "tiled", 0)) else []
+    parts += ["compile=false"] if "eager" in words else []
+    return "fsdp2" + (":" + ",".join(parts) if parts else "")
+
+
+def run(case: str, layers: int, steps: int, tiny: bool) -> dict[str, Any]:
+    from lightning.pytorch.callbacks import Callback
+    from transformers import AutoModelForCausalLM as Plain
+    from transformers import LlamaConfig
+
+    from automodel_trainer import AutoModelForCausalLM, CausalLMModule, LoRAConfig, MockDataModule, Trainer
+    from automodel_trainer.models._masks import packing_without_sync
+    from automodel_trainer.nn.deferred_logits import defer_logits
+
+    words = case.split()
+    seq_len, rows, cap = int(words[0]), value(words, "rows", 1), value(words, "cap", 0)
+    sizes = TINY if tiny else EIGHT_B
+    shape = LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=seq_len)
+    gpu = torch.cuda.is_available()
+    if cap and gpu:
+        torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+
+    class RandomModel(CausalLMModule):
+        def configure_model(self) -> None:
+            if self.model is None:
+                options: dict[str, Any] = {"seed": 1, "kernels": self.kernels, "lora": self.lora}
+                self.model = AutoModelForCausalLM.from_config(shape, self.strategy, **options)
+                packing_without_sync(self.model)
+                defer_logits(self.model)
+                self.model.train()
+
+    class Clock(Callback):
+        """Times steps, and counts the memory of those after the first."""
+
+        ends: list[float] = []
+        first_peak = host = 0
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if gpu:
+                torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
+            inputs = trainer.strategy.prepared.host
+            self.host = inputs.held if inputs else 0
+            if len(self.ends) == 1 and gpu:
+                self.first_peak = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+
+    clock = Clock()
+    trainer = Trainer(
+        strategy=strategy_of(words),
+        devices=1,
+        precision="bf16" if gpu else "fp32",
+        max_steps=steps,
+        log_every_n_steps=steps,
+        default_root_dir=tempfile.mkdtemp(),
+        callbacks=[clock],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        logger=False,
+    )
+    data = MockDataModule(
+        vocab_size=sizes["vocab_size"],
+        seq_len=seq_len,
+        micro_batch_size=rows,
+        global_batch_size=rows,
+        num_samples=rows * steps,
+    )
+    lora = None if "whole" in words else LoRAConfig(rank=16, alpha=32, quantize="nf4" if "nf4" in words else None)
+    with torch.device("meta"):
+        meta = Plain.from_config(shape)
+    start = time.perf_counter()
+    trainer.fit(RandomModel(meta, lora=lora, lr=1e-4), data)
+    per_step = (clock.ends[-1] - clock.ends[0]) / (steps - 1)
+    peak, reserved = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if gpu else (0, 0)
+    return {
+        "tok_s": round(rows * seq_len / per_step),
+        "step_s": round(per_step, 2),
+        "first_step_s": round(clock.ends[0] - start, 1),
+        "peak_gib": round(peak / 2**30, 2),
+        "first_peak_gib": round(clock.first_peak / 2**30, 2),
+        "reserved_gib": round(reserved / 2**30, 2),
+        "host_gib": round(clock.host / 2**30, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case")
+    parser.add_argument("--cases", nargs="*", default=CASES)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--timeout", type=int, default=300)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    if args.case is not None:
+        print("RESULT " + json.dumps(run(args.case, args.layers, args.steps, args.tiny)), flush=True)
+        return
+    passed = ["--layers", str(args.layers), "--steps", str(args.steps), *(["--tiny"] if args.tiny else [])]
+    for case in args.cases:
+        command = [sys.executable, __file__, "--case", case, *passed]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
+        except subprocess.TimeoutExpired:
+            print(f"{case}: took more than {args.timeout} s", flush=True)
+            continue
+        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        failed = next((line for line in done.stderr.splitlines()[::-1] if "Error" in line), done.stderr[-500:])
+        print(f"{case}: {found[0].removeprefix('RESULT ') if found else f'failed: {failed[:400]}'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
