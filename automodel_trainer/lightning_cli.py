@@ -118,10 +118,12 @@ class AmtCLI(LightningCLI):
 
     Attributes:
         objective: of the model that the arguments name; `_cli` sets it before they are parsed.
+        command: that runs, as well.
     """
 
     trainer: Trainer
     objective: ClassVar[type[HuggingFaceModule]] = DEFAULT_OBJECTIVE
+    command: ClassVar[str] = "fit"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults(
@@ -131,15 +133,11 @@ class AmtCLI(LightningCLI):
             }
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        evaluation = {"model", "data", "dataloaders", "datamodule"}
-        return {
-            "fit": {"model", "data", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": evaluation,
-            "test": evaluation,
-            "predict": evaluation,
-        }
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        """What the command's method takes that is no option. Other commands, each a parser more, are left out."""
+        loaders = {"train_dataloaders", "val_dataloaders"} if cls.command == "fit" else {"dataloaders"}
+        return {cls.command: {"model", "data", "datamodule"} | loaders}
 
 
 def run(argv: list[str]) -> AmtCLI:
@@ -149,6 +147,7 @@ def run(argv: list[str]) -> AmtCLI:
     """
     command, options = argv[0], argv[1:]
     options = ["--help" if option == "--help-all" else option for option in options]
+    AmtCLI.command = command
     return _cli([command, *expand(options)], run=True)
 
 

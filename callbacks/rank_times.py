@@ -16,7 +16,7 @@ NAMES = ("data_wait", "cpu", "peak_memory_gib")
 
 
 def write_rank_times(trainer: pl.Trainer, steps: int, waited: float, cpu: float, memory_gib: float) -> None:
-    """Add a line with the times of every rank. Nothing is written for one rank alone. Collective.
+    """Add a line with the times of every rank. Collective.
 
     Args:
         trainer: of the run.
@@ -25,8 +25,6 @@ def write_rank_times(trainer: pl.Trainer, steps: int, waited: float, cpu: float,
         cpu: seconds of CPU time of this process in them.
         memory_gib: peak memory of this rank.
     """
-    if trainer.world_size == 1:
-        return
     table = torch.zeros(trainer.world_size, len(NAMES), device=trainer.strategy.root_device)
     table[trainer.global_rank] = torch.tensor([waited / steps, cpu / steps, memory_gib])
     columns = sum_over_ranks(trainer, table).T.tolist()

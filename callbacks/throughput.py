@@ -67,6 +67,7 @@ class Throughput(Callback):
         self._paused_at: float | None = None
         self._paused = 0.0  # seconds of the window that were not training
         self._waited = 0.0  # seconds of the window that the host waited for data
+        self._several = False  # ranks, so that each is written down
         self._opened_at = 0  # the step after which the window began
         self._cpu = 0.0  # CPU time of this process when the window began; pauses move it
         self._cpu_paused_at = 0.0
@@ -78,6 +79,7 @@ class Throughput(Callback):
         self._reset()
         self._step = trainer.global_step
         self._tower = tower_work(trainer)
+        self._several = trainer.world_size > 1
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
         """Start the clock again, and count the time that the host waited for data."""
@@ -124,8 +126,9 @@ class Throughput(Callback):
             _synchronize(trainer.strategy.root_device)  # the time of the window must include the device's work
             assert self._start is not None
             seconds = time.perf_counter() - self._start - self._paused
-            cpu, memory = time.process_time() - self._cpu, _held_memory(trainer) / GIB
-            write_rank_times(trainer, self._step - self._opened_at, self._waited, cpu, memory)
+            if self._several:
+                cpu, memory = time.process_time() - self._cpu, _held_memory(trainer.strategy.root_device) / GIB
+                write_rank_times(trainer, self._step - self._opened_at, self._waited, cpu, memory)
             self.last = self._measure(trainer, self._collect(trainer), seconds)
             pl_module.log_dict(self.last, batch_size=1)  # of each step; Lightning may not know the batch's size
             self._open_window(trainer)
@@ -142,7 +145,8 @@ class Throughput(Callback):
         _synchronize(trainer.strategy.root_device)
         self._start = time.perf_counter()
         self._paused = self._waited = 0.0
-        self._opened_at, self._cpu = self._step, time.process_time()
+        if self._several:
+            self._opened_at, self._cpu = self._step, time.process_time()
 
     def _collect(self, trainer: pl.Trainer) -> Totals:
         """The counts of the window, summed over all ranks. Collective; waits for the device."""
@@ -192,13 +196,13 @@ def _synchronize(device: torch.device) -> None:
 
 def _peak_memory(trainer: pl.Trainer) -> float:
     """Peak memory in bytes, maximum over ranks. Collective."""
-    peak = torch.tensor(_held_memory(trainer), dtype=torch.int64, device=trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    peak = torch.tensor(_held_memory(device), dtype=torch.int64, device=device)
     return float(max_over_ranks(trainer, peak))
 
 
-def _held_memory(trainer: pl.Trainer) -> int:
+def _held_memory(device: torch.device) -> int:
     """Peak memory of this rank in bytes."""
-    device = trainer.strategy.root_device
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_set()
 
 

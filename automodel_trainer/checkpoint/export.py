@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from automodel_trainer.models._transformers import converts_weights, original_we
 from automodel_trainer.models.files import INDEX_NAME
 from automodel_trainer.models.lora import lora_of
 from automodel_trainer.models.lora.adapter_files import save_adapter
+from automodel_trainer.models.lora.config_changes import CHANGES_NAME, as_arguments, read_changes
 from automodel_trainer.models.sidecars import copy_sidecars, is_weight_file
 from automodel_trainer.models.stage_names import WholeTensors
 
@@ -38,6 +40,7 @@ def export_pretrained(
     """Write a model as a folder for `from_pretrained`: safetensors, config and tokenizer. Collective over all ranks.
 
     If the model has adapters, only the adapters and the tokenizer are written: a folder for PEFT's `from_pretrained`.
+    A warning names what the config says unlike that of the base, which PEFT loads without it.
 
     Tensors are gathered one at a time. Rank 0 holds the tensors of one file. Tied weights are written once. If the
     model's checkpoints on the Hub use other names and shapes than the model in memory, those of the Hub are written.
@@ -56,8 +59,10 @@ def export_pretrained(
     folder = Path(folder)
     if lora_of(model) is not None:
         on_all_ranks(partial(save_adapter, model, folder, dtype), folder)
-        if rank() == 0 and tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        if rank() == 0:
+            _warn_of_changes(model, folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
         return
     target = folder.with_name(folder.name + ".tmp")
     on_all_ranks(partial(_prepare, target) if rank() == 0 else _nothing, folder)
@@ -77,6 +82,16 @@ def export_pretrained(
         if writer is not None:
             shutil.rmtree(target, ignore_errors=True)
         raise
+
+
+def _warn_of_changes(model: PreTrainedModel, folder: Path) -> None:
+    if changes := read_changes(folder):
+        warnings.warn(
+            f"The adapter in {folder} was trained with a config unlike that of {model.config.name_or_path}: "
+            f"{as_arguments(changes)}. amt merge and our from_pretrained apply it ({CHANGES_NAME}). PEFT and "
+            "transformers do not read it, and compute something else: give from_pretrained of the base these values.",
+            stacklevel=3,
+        )
 
 
 class _ShardWriter:

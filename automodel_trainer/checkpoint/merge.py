@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +33,7 @@ from automodel_trainer.models.build import empty_model
 from automodel_trainer.models.files import INDEX_NAME, resolve_folder
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, lora_of, untied_head
 from automodel_trainer.models.lora.adapter_files import read_config, read_tensors, save_adapter, trained_tensors
+from automodel_trainer.models.lora.config_changes import CHANGES_NAME, as_arguments, read_changes
 from automodel_trainer.models.lora.functional import adapted_weight, merged_linear
 from automodel_trainer.models.lora.initialize import principal_factors
 from automodel_trainer.models.lora.layers import Adapter
@@ -56,7 +58,8 @@ def merge(
     """Write a plain model folder from a checkpoint, or from a base model and an adapter, one tensor at a time.
 
     Base and adapter are added in fp32 and rounded once. An adapter that was trained on a 4-bit base is merged into the
-    base in full precision. The weights of a checkpoint are written under the names that the model has on the Hub.
+    base in full precision. The config is the base's with the values that the adapter was trained with. The weights of a
+    checkpoint are written under the names that the model has on the Hub.
 
     Args:
         source: a checkpoint (of a model or an adapter), or the folder or Hub id of a model or of an adapter in PEFT's
@@ -108,10 +111,9 @@ def _merge_adapter(
     named = base or config.get("base_model_name_or_path")
     if not named:
         raise ValueError(f"The config of adapter {adapter} names no base model: give the base model (--base).")
-    source = resolve_folder(named)
-    model = apply_lora(
-        empty_model(source, trust_remote_code, config.get("task_type")), LoRAConfig(adapter=str(adapter))
-    )
+    source, changes = resolve_folder(named), read_changes(adapter)
+    model = empty_model(source, trust_remote_code, config.get("task_type"), changes)
+    model = apply_lora(model, LoRAConfig(adapter=str(adapter)))
     updates = Updates(model, read_tensors(adapter), dtype)
     with new_folder(output) as target:
         kept = dtype or getattr(torch, str(model.config.dtype).removeprefix("torch."))
@@ -129,6 +131,8 @@ def _merge_adapter(
         for pattern in _TOKENIZER_FILES:
             for file in resolve_folder(adapter).glob(pattern):
                 shutil.copyfile(file, target / file.name)
+    if changes:
+        rank_zero_info(f"config.json has what the adapter was trained with ({CHANGES_NAME}): {as_arguments(changes)}")
     return output
 
 

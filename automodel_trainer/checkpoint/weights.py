@@ -31,6 +31,7 @@ from automodel_trainer.models.lora import lora_of
 from automodel_trainer.models.lora.adapter_files import CONFIG_NAME as ADAPTER_CONFIG
 from automodel_trainer.models.lora.adapter_files import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from automodel_trainer.models.lora.adapter_files import gather_adapter, load_adapter
+from automodel_trainer.models.lora.config_changes import CHANGES_NAME, config_changes
 from automodel_trainer.nn.text import listed
 from automodel_trainer.nn.uneven import detached, gather_uneven, is_uneven
 
@@ -82,11 +83,13 @@ class WeightSnapshot:
         files: maps file names to whole tensors by name.
         index: content of the index file, on rank 0.
         adapter: the adapter's config, on rank 0, if the model has adapters.
+        changes: what the model's config says unlike that of its base, on rank 0, if the model has adapters.
     """
 
     files: dict[str, dict[str, Tensor]]
     index: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
+    changes: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> dict[str, Entry]:
         """Write the files into `folder` and return their entries. Not collective."""
@@ -97,6 +100,8 @@ class WeightSnapshot:
             written[INDEX_NAME] = write_json(folder / INDEX_NAME, self.index)
         if self.adapter is not None:
             written[ADAPTER_CONFIG] = write_json(folder / ADAPTER_CONFIG, self.adapter)
+        if self.changes:
+            written[CHANGES_NAME] = write_json(folder / CHANGES_NAME, self.changes)
         return written
 
 
@@ -123,7 +128,9 @@ def snapshot_weights(
         with holding(module, edited or {}):
             tensors, config = gather_adapter(module)  # these are copies already, of a few MB
         first = rank() == 0
-        return WeightSnapshot({ADAPTER_WEIGHTS: tensors} if first else {}, adapter=config if first else None)
+        if not first:
+            return WeightSnapshot({})
+        return WeightSnapshot({ADAPTER_WEIGHTS: tensors}, adapter=config, changes=config_changes(module))
     if edited is None:
         return snapshot_tensors(named_tensors(module), copy, "weights")
     aliases = module.state_dict().keys() - named_tensors(module).keys()  # a tied tensor is written once

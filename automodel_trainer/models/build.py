@@ -178,15 +178,18 @@ def check_purpose(model: PreTrainedModel, auto_class: str) -> None:
         )
 
 
-def empty_model(folder: Path, trust_remote_code: bool = False, task: str | None = None) -> PreTrainedModel:
+def empty_model(
+    folder: Path, trust_remote_code: bool = False, task: str | None = None, overrides: dict[str, Any] | None = None
+) -> PreTrainedModel:
     """The model of a folder on meta, in the dtype of its checkpoint: names and shapes without values.
 
     Args:
         folder: of the model.
         trust_remote_code: run model code that comes with it.
         task: PEFT's `task_type` of an adapter for the model; None takes the auto class from the folder's config.
+        overrides: attributes of the config to change.
     """
-    config = load_config(folder, trust_remote_code, {})
+    config = load_config(folder, trust_remote_code, overrides or {})
     auto_class = auto_class_of_task(task, config) or auto_class_of(config)
     return build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
 

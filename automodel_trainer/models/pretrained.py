@@ -19,6 +19,7 @@ from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.layout import Layout
 from automodel_trainer.models.lora import LoRAConfig
+from automodel_trainer.models.lora.config_changes import read_changes
 
 _ADAPTER = "adapter_config.json"
 _FROM_CONFIG = ("experts_implementation", "code_revision")  # more options of transformers' `from_config`
@@ -49,9 +50,11 @@ def load_pretrained(
     name, hub = str(path_or_id), dict(arguments.hub)
     revision = hub.get("revision")
     folder = resolve_folder(path_or_id, **hub)
+    overrides = arguments.overrides
     if (folder / _ADAPTER).is_file():
         lora = replace(lora or LoRAConfig(), adapter=str(folder))
         if not (folder / "config.json").is_file():
+            overrides = read_changes(folder) | overrides
             name, folder, revision = _base_of(folder, hub)
     if allow_missing_weights is None:
         allow_missing_weights = "head" if may_bring_a_head(auto_class) else False
@@ -61,7 +64,7 @@ def load_pretrained(
     config = load_config(
         folder,
         trust_remote_code,
-        arguments.overrides,
+        overrides,
         given=arguments.config,
         code_revision=arguments.code_revision,
     )

@@ -27,6 +27,7 @@ from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
 from automodel_trainer.models.lora.adapter_files import CONFIG_NAME as ADAPTER_CONFIG
 from automodel_trainer.models.lora.adapter_files import read_config
+from automodel_trainer.models.lora.config_changes import read_changes
 from automodel_trainer.models.lora.from_peft import (
     GivenPeftModel,
     check_no_peft_layers,
@@ -372,7 +373,9 @@ class BuiltModule(Objective, pl.LightningModule):
         base = read_config(folder)["base_model_name_or_path"]
         if base is None and "model" not in kwargs:
             raise ValueError(f"{folder} holds adapters and does not name their base model: give model=.")
-        return cls(**{"model": base, "lora": LoRAConfig(adapter=str(folder)), **kwargs})
+        changes = read_changes(folder) if "model" not in kwargs else {}
+        overrides = {"config_overrides": changes} if changes else {}
+        return cls(**{"model": base, "lora": LoRAConfig(adapter=str(folder)), **overrides, **kwargs})
 
     def without_model(self) -> Self:
         """A light copy to send to other processes. It has the loss and settings, but no model, tokenizer or Trainer."""

@@ -43,8 +43,8 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
     Args:
         zero_stage: what is sharded. 0: nothing; 1: optimizer state and main weights; 2: gradients too; 3: parameters
             too.
-        dp_shard, dp_replicate, cp, cp_attention, tp, tp_plan, sequence_parallel, async_tp, activation_checkpointing,
-            tiled_mlp: see `FSDP2Strategy`.
+        dp_shard, dp_replicate, cp, cp_attention, tp, tp_plan, sequence_parallel, async_tp: see `FSDP2Strategy`.
+        activation_checkpointing, tiled_mlp: the same.
         outer_zero_stage: with `dp_replicate` > 1, 1 shards optimizer state over the replicas too, 0 does not. None: 1
             at `zero_stage=3` (the only stage that has it), else 0.
         overlap_grad_reduce: reduce gradients while backward runs. False is possible only at stages 0 and 1.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from automodel_trainer.models.auto_classes import peft_task
 from automodel_trainer.models.files import check_safetensors, resolve_folder
 from automodel_trainer.models.lora.config import LoRAConfig
+from automodel_trainer.models.lora.config_changes import config_changes, write_changes
 from automodel_trainer.models.lora.embeddings import saved_embeddings
 from automodel_trainer.models.lora.initialize import assign, whole
 from automodel_trainer.models.lora.layers import LINEAR, Adapter, adapters
@@ -256,6 +257,8 @@ def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
     """Write the adapter as PEFT reads it: a few MB, whatever the size of the base. Collective.
 
+    What the config says unlike that of the base lies beside it; see `config_changes`.
+
     Args:
         model: with the adapter, laid out in any way.
         folder: created if it does not exist.
@@ -273,6 +276,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.
         except SafetensorError as error:  # safetensors raises this for a full disk
             raise OSError(str(error)) from error
         (path / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_changes(config_changes(model), path)
 
 
 def gather_adapter(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

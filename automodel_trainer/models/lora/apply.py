@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from automodel_trainer.models.lora.adapter_files import (
     read_tensors,
 )
 from automodel_trainer.models.lora.config import LoRAConfig
+from automodel_trainer.models.lora.config_changes import as_arguments, read_changes, unmet_changes
 from automodel_trainer.models.lora.embeddings import fit_embeddings, note_resized, untie_as_peft
 from automodel_trainer.models.lora.fuse import fuse_as_chosen
 from automodel_trainer.models.lora.fused_fp8 import FusedFp8
@@ -56,6 +58,7 @@ def apply_lora(
         ValueError: the configuration does not fit the model; the message lists what would.
     """
     if config.adapter is not None:
+        _warn_of_changes(model, str(config.adapter))
         config = adapter_config(config)
         tensors = read_tensors(str(config.adapter))
         fit_embeddings(model, tensors)
@@ -85,6 +88,15 @@ def apply_lora(
     if config.quantize:
         prepare_quantization(model, config.quantize, quantizable_weights(model))
     return model
+
+
+def _warn_of_changes(model: PreTrainedModel, adapter: str) -> None:
+    if unmet := unmet_changes(read_changes(adapter), model.config):
+        warnings.warn(
+            f"Adapter {adapter} was trained with another config than this model has: {as_arguments(unmet)}. Give these "
+            "values as config_overrides, or to from_pretrained, unless you mean to change them.",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
