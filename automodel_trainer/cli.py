@@ -83,9 +83,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(argv: list[str]) -> None:
-    from automodel_trainer.lightning_cli import run
+    from automodel_trainer.tools.fit_on import fit_on, take
 
-    code = run(argv).trainer.exit_code
+    on, workers, rest = take(argv)
+    if on is not None:
+        code = fit_on(on, workers, rest)
+    else:
+        from automodel_trainer.lightning_cli import run
+
+        code = run(argv).trainer.exit_code
     if code:
         raise SystemExit(code)
 

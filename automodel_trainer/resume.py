@@ -17,7 +17,7 @@ from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.remote import fetch, is_remote, local_root
 from automodel_trainer.checkpoint.runs import saved_in
 from automodel_trainer.checkpoint.settings import RESUME
-from automodel_trainer.distributed.restarts import begin_fit
+from automodel_trainer.distributed.restarts import begin_fit, launcher
 
 
 def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) -> str | None:
@@ -118,7 +118,7 @@ def check_folder(path: str, resume: str) -> None:
 
 
 def saved_before_restart() -> str | None:
-    """After a restart by torchrun, the newest undamaged checkpoint of the run that was restarted; else None.
+    """After a restart by torchrun or Ray, the newest undamaged checkpoint of the run that was restarted; else None.
 
     Call it once per `fit`, at its beginning: it also notes that this process has begun a run.
     """
@@ -128,7 +128,7 @@ def saved_before_restart() -> str | None:
     checkpoint = _newest_whole(run)
     if checkpoint is None:
         return None
-    rank_zero_info(f"torchrun has restarted this run: it resumes from {checkpoint}.")
+    rank_zero_info(f"{launcher()} has restarted this run: it resumes from {checkpoint}.")
     return str(checkpoint)
 
 

@@ -35,11 +35,14 @@ from automodel_trainer.callbacks.preemption import preemption_of
 from automodel_trainer.callbacks.requeue import asks_for_requeue
 from automodel_trainer.callbacks.trainer_html import trainer_html
 from automodel_trainer.checkpoint.remote import is_remote, local_root
+from automodel_trainer.cluster.environment import with_environment
+from automodel_trainer.cluster.fit import Workers, fit_on
 from automodel_trainer.connect import Model, accumulating, connect, without
 from automodel_trainer.data.adapt import as_loaders, len_or_none, one_of
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.data.preview import Preview
 from automodel_trainer.distributed.launch import launched_sizes
+from automodel_trainer.distributed.ray_worker import ray_context
 from automodel_trainer.modules import HuggingFaceModule
 from automodel_trainer.resume import (
     check_folder,
@@ -134,6 +137,7 @@ class Trainer(SavesPretrained):
         max_epochs = _upper_limit(max_epochs, max_steps, min_epochs, min_steps, max_time)
         devices, num_nodes = launched_sizes(devices, num_nodes)
         accelerator, strategy = resolve_devices(accelerator, strategy)
+        plugins = with_environment(plugins)
         self.requested_gradient_clip_val = gradient_clip_val
         self.requested_accumulation = accumulate_grad_batches
         self.arguments = arguments
@@ -159,6 +163,7 @@ class Trainer(SavesPretrained):
                 garbage_collection=not barebones,
                 max_time=max_time,
                 folders=isinstance(strategy, MeshStrategy),
+                reports=ray_context() is not None,
                 requeues=asks_for_requeue(plugins) and not fast_dev_run,
             ),
             fast_dev_run=fast_dev_run,
@@ -208,7 +213,7 @@ class Trainer(SavesPretrained):
 
     # --- entry points ---------------------------------------------------------------------------------------------
 
-    @without("data")
+    @without("data", "on", "workers")
     def fit(  # type: ignore[override]
         self,
         model: Model,
@@ -220,6 +225,8 @@ class Trainer(SavesPretrained):
         *,
         resume: Literal["all", "data", "weights"] = "all",
         data: Any = None,
+        on: str | None = None,
+        workers: Workers | None = None,
     ) -> Path | None:
         """Train a model on data.
 
@@ -239,6 +246,8 @@ class Trainer(SavesPretrained):
                 from its weights. Settings that differ from the checkpoint's are taken over or refused
                 (docs/resume.md has the list); the ledger prints them.
             data: another name of `train_dataloaders`.
+            on: run on the workers of a Ray cluster: "ray", or "ray://HOST:PORT" (docs/guides/ray.md).
+            workers: how many workers, or the least and the largest number for a run that is resized.
 
         Returns:
             the newest checkpoint of the run, or None if it wrote none.
@@ -248,6 +257,10 @@ class Trainer(SavesPretrained):
                 says what to change.
         """
         data = one_of("data", data, "train_dataloaders", train_dataloaders)
+        if on is not None or workers is not None:
+            given = {"model": model, "train_dataloaders": data, "val_dataloaders": val_dataloaders, "resume": resume}
+            given |= {"datamodule": datamodule, "ckpt_path": ckpt_path, "weights_only": weights_only}
+            return fit_on(self, on, workers, given)
         module, datamodule, loader = connect(model, data, datamodule)
         if isinstance(uncompiled(module), Objective):
             # Lightning refuses both under manual optimization. The module clips, and the data module accumulates.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from automodel_trainer.callbacks.moe_load import MoELoad
     from automodel_trainer.callbacks.preemption import Preemption
     from automodel_trainer.callbacks.progress import ProgressLine
+    from automodel_trainer.callbacks.ray_report import RayReport
     from automodel_trainer.callbacks.sample_generations import SampleGenerations
     from automodel_trainer.callbacks.throughput import Throughput
     from automodel_trainer.callbacks.watchdog import Watchdog
@@ -30,6 +31,7 @@ _FILES = {
     "MoELoad": "moe_load",
     "Preemption": "preemption",
     "ProgressLine": "progress",
+    "RayReport": "ray_report",
     "SampleGenerations": "sample_generations",
     "Throughput": "throughput",
     "Watchdog": "watchdog",
@@ -44,6 +46,7 @@ __all__ = [
     "MoELoad",
     "Preemption",
     "ProgressLine",
+    "RayReport",
     "SampleGenerations",
     "Throughput",
     "Watchdog",

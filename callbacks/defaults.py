@@ -10,6 +10,7 @@ from automodel_trainer.callbacks.garbage_collection import GarbageCollection
 from automodel_trainer.callbacks.ledger import Ledger
 from automodel_trainer.callbacks.preemption import Preemption
 from automodel_trainer.callbacks.progress import ProgressLine
+from automodel_trainer.callbacks.ray_report import RayReport
 from automodel_trainer.callbacks.throughput import Throughput
 from automodel_trainer.callbacks.time_limit import Duration
 from automodel_trainer.callbacks.watchdog import Watchdog
@@ -27,6 +28,7 @@ def default_callbacks(
     max_time: Duration | None = None,
     folders: bool = True,
     requeues: bool = False,
+    reports: bool = False,
 ) -> list[Callback]:
     """The user's callbacks, with the default ones added unless the user gave one of that kind.
 
@@ -43,6 +45,7 @@ def default_callbacks(
         max_time: add a Preemption with this time limit.
         folders: the strategy writes checkpoint folders. Otherwise no DCPCheckpoint is added, and Lightning adds its
             ModelCheckpoint.
+        reports: add a RayReport.
         requeues: Slurm queues the run again on a signal: add a Preemption, which saves for it.
 
     Raises:
@@ -67,6 +70,8 @@ def default_callbacks(
         callbacks.insert(0, Watchdog())  # first, to record the phase before another callback can hang in it
     if garbage_collection and missing(GarbageCollection):
         callbacks.append(GarbageCollection())
+    if reports and missing(RayReport):
+        callbacks.append(RayReport())
     if (checkpointing or requeues or max_time is not None) and missing(Preemption):
         callbacks.append(Preemption())
     if max_time is not None:

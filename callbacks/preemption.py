@@ -112,6 +112,7 @@ class Preemption(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the signal handlers, and create the process group in which ranks agree."""
         self.stopped_by, self._work = None, None
+        _running[:] = [self]
         if trainer.local_rank == 0:  # of every node: with a root in object storage, the marker lies on its own disk
             _marker(trainer).unlink(missing_ok=True)
         if trainer.world_size > 1:
@@ -179,6 +180,10 @@ class Preemption(Callback):
             return 0
         return 128 + signal.SIGINT if self.stopped_by == "SIGINT" else REQUEUE
 
+    def request(self, name: str) -> None:
+        """Stop as if this process had received the signal `name`, which must be one of `signals`."""
+        self._received = 1 + self.reasons.index(name)
+
     # --- reasons to stop on this rank -------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -245,6 +250,16 @@ class Preemption(Callback):
             if signal.getsignal(number) == self._installed[number]:  # nobody else has replaced it meanwhile
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous = {}
+
+
+_running: list[Preemption] = []
+
+
+def stop_running(name: str) -> None:
+    """Let the run of this process stop as on the signal `name`. For launchers that cannot send signals."""
+    for preemption in _running:
+        if name in preemption.reasons:
+            preemption.request(name)
 
 
 def preemption_of(trainer: pl.Trainer) -> Preemption | None:

@@ -24,6 +24,7 @@ HOLDS = {
     "tools": "the commands that are not training",
     "lightning_cli": "fit, validate, test and predict from YAML",
     "trainer": "Trainer: fit(model, data); and its parts",
+    "cluster": "runs on the workers of a Ray cluster",
     "callbacks": "checkpoints, preemption, watchdog, ledger, progress",
     "verification": "a layout against one device, on a small copy",
     "auto": "the auto classes of transformers, with layouts",

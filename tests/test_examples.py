@@ -13,12 +13,19 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 ARGUMENTS = {
     "lora": ("my-model", "chats.jsonl", "2"),
     "own_rows": ("my-model", "2"),
+    "lr_sweep": ("my-model", "chats.jsonl", "4", "2"),
     "callback": ("my-model", "chats.jsonl", "3", "100"),
     "lightning_module": ("my-model", "2"),
     "own_loop": ("my-model", "2"),
     "resume": ("my-model", "chats.jsonl", "2"),
 }
-PRINTED = {"callback": "stopped at step 1", "own_loop": "step 1: loss", "resume": "step 4", "own_rows": "tensor("}
+PRINTED = {
+    "callback": "stopped at step 1",
+    "own_loop": "step 1: loss",
+    "resume": "step 4",
+    "lr_sweep": "best: lr",
+    "own_rows": "tensor(",
+}
 NOT_OURS = {"model.model": "my-model", "trainer.accelerator": "cpu"}
 STEPS = {"trainer.max_steps": "2"}
 
@@ -42,6 +49,8 @@ def test_every_file_is_known_and_short() -> None:
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_python(name: str, home: Path) -> None:
+    if name == "lr_sweep":
+        pytest.importorskip("ray.tune")
     file = EXAMPLES / f"{name}.py"
     printed = call(home, run_file, file, ARGUMENTS[name])
     assert PRINTED.get(name, "") in printed

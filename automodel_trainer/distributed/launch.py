@@ -1,10 +1,12 @@
-"""Read the number of processes from torchrun's or srun's environment, so that users need not repeat it."""
+"""Read the number of processes from torchrun, srun or Ray Train, so that users need not repeat it."""
 
 from __future__ import annotations
 
 import os
 import sys
 from typing import Any
+
+from automodel_trainer.distributed.ray_worker import ray_sizes
 
 
 def launched_sizes(devices: Any, num_nodes: int) -> tuple[Any, int]:
@@ -20,7 +22,7 @@ def launched_sizes(devices: Any, num_nodes: int) -> tuple[Any, int]:
     Raises:
         ValueError: `devices` is not the number of processes that the launcher started on this node.
     """
-    found = _torchrun() or _srun()
+    found = ray_sizes() or _torchrun() or _srun()
     if found is None:
         return devices, num_nodes
     local, nodes = found

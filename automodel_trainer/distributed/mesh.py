@@ -65,6 +65,14 @@ class ParallelDims:
             )
         return self
 
+    def fits(self, world_size: int) -> bool:
+        """Whether `resolve` takes this number of ranks."""
+        try:
+            self.resolve(world_size)
+        except ValueError:
+            return False
+        return True
+
     def build_mesh(self, device_type: str) -> DeviceMesh:
         """Build the mesh over all ranks. Axes of size 1 are left out, except `dp_shard`.
 

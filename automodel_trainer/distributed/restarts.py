@@ -1,9 +1,10 @@
-"""Tell a run that torchrun restarts (`--max-restarts`) which run folder to continue, through torchrun's store."""
+"""Tell a run that its launcher restarts (`torchrun --max-restarts`, Ray) which run folder to continue."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Protocol
 
 from automodel_trainer.distributed.rendezvous import outliving_store
 
@@ -23,6 +24,41 @@ class _Process:
 _process = _Process()
 
 
+class Memory(Protocol):
+    """What outlives a restart: the part of torch's `Store` that is used here."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether there is a value for every key."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """The value of a key."""
+        ...
+
+    def set(self, key: str, value: str) -> None:
+        """Keep a value."""
+        ...
+
+
+_memory: Memory | None = None
+_launcher = "torchrun"
+
+
+def use(memory: Memory, launcher: str) -> None:
+    """Remember in `memory`, not in torchrun's store. Another launcher calls it in every process, before `fit`."""
+    global _memory, _launcher
+    _memory, _launcher = memory, launcher
+
+
+def launcher() -> str:
+    """Who restarts this run, if anyone does."""
+    return _launcher
+
+
+def _outliving() -> Memory | None:
+    return _memory or outliving_store(_TIMEOUT)
+
+
 def begin_fit() -> Path | None:
     """Count a new fit. Every rank calls this when `fit` begins.
 
@@ -30,13 +66,13 @@ def begin_fit() -> Path | None:
         The run folder that this fit had before the restart; None if there was none.
     """
     _process.fits += 1
-    store = outliving_store(_TIMEOUT)
+    store = _outliving()
     key = f"automodel_trainer/fit-{_process.fits}"
     return Path(store.get(key).decode()) if store is not None and store.check([key]) else None
 
 
 def remember(run: Path) -> None:
     """Note that the latest fit writes its checkpoints into the folder `run`. One rank calls this."""
-    store = outliving_store(_TIMEOUT)
+    store = _outliving()
     if store is not None:
         store.set(f"automodel_trainer/fit-{_process.fits}", str(run))

@@ -141,7 +141,7 @@ def _matmul_weights(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
     tower = tower_of(model)
     beside = set() if tower is None else {id(module) for module in tower.modules()}
     for module in model.modules():
-        if isinstance(module, nn.Embedding) or id(module) in beside:
+        if isinstance(module, nn.Embedding) or (beside and id(module) in beside):
             continue
         for _, weight in module.named_parameters(recurse=False, remove_duplicate=False):
             if weight.ndim >= 2:

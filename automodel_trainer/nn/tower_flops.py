@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,17 @@ from automodel_trainer.nn.blocks import find_blocks
 _BOUNDARIES = "cu_seqlens"  # transformers' name: where each sequence of a packed input begins, and the end of the last
 
 
+_towers: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()  # each log step asks
+
+
 def tower_of(model: nn.Module) -> nn.Module | None:
     """The image encoder beside the decoder of the first transformers model in `model`; None if there is none."""
+    if model not in _towers:
+        _towers[model] = _find_tower(model)
+    return _towers[model]
+
+
+def _find_tower(model: nn.Module) -> nn.Module | None:
     for module in model.modules():
         if hasattr(type(module), "get_encoder"):  # not of the object: PEFT's pass such calls on
             tower = module.get_encoder(modality="image")  # type: ignore[operator]

@@ -67,7 +67,10 @@ def check(config: Path, options: list[str], nodes: int, gpus: int) -> Checked:
             f"out: the file resumes by --ckpt_path auto. Allowed: {', '.join(_RESUMES)}."
         )
     trainer, module, data = build(["--config", str(config), *options, *_HERE])
-    notes = _files(module, data)
+    notes = [
+        f"{option} is {path}, a path of the machine that wrote this. Every node must have it there"
+        for option, path in local_files(module, data).items()
+    ]
     layout = "one layout of Lightning"
     if isinstance(trainer.strategy, MeshStrategy):
         layout, more = _check_layout(trainer.strategy, data, nodes, gpus)
@@ -80,7 +83,7 @@ def check(config: Path, options: list[str], nodes: int, gpus: int) -> Checked:
 def _check_layout(strategy: MeshStrategy, data: Any, nodes: int, gpus: int) -> tuple[str, list[str]]:
     world = nodes * gpus
     dims = strategy.requested_dims
-    if not _fits(dims, world):
+    if not dims.fits(world):
         given = " × ".join(f"{name}={size}" for name, size in dims.axes.items() if size not in (1, -1))
         near = ", ".join(f"--nodes {n} --gpus {g}" for n, g in _sizes_that_fit(dims, nodes, gpus))
         raise ValueError(
@@ -101,18 +104,10 @@ def _check_layout(strategy: MeshStrategy, data: Any, nodes: int, gpus: int) -> t
     return resolved.describe().replace(" × ", " x "), notes
 
 
-def _fits(dims: ParallelDims, world: int) -> bool:
-    try:
-        dims.resolve(world)
-    except ValueError:
-        return False
-    return True
-
-
 def _sizes_that_fit(dims: ParallelDims, nodes: int, gpus: int) -> list[tuple[int, int]]:
     """The three numbers of nodes and GPUs per node nearest to these that a layout fits on."""
     most = max(4 * nodes, math.prod(size for size in vars(dims).values() if size > 0))
-    pairs = [(n, g) for n in range(1, most + 1) for g in range(1, gpus + 1) if _fits(dims, n * g)]
+    pairs = [(n, g) for n in range(1, most + 1) for g in range(1, gpus + 1) if dims.fits(n * g)]
     return sorted(pairs, key=lambda pair: (abs(pair[0] * pair[1] - nodes * gpus), -pair[1]))[:3]
 
 
@@ -126,12 +121,9 @@ def _ckpt_path(config: Path, options: list[str]) -> str | None:
     return given
 
 
-def _files(module: pl.LightningModule, data: Any) -> list[str]:
-    """A note for every file or folder of this machine that the run reads."""
+def local_files(module: pl.LightningModule, data: Any) -> dict[str, str]:
+    """The files and folders of this machine that a run reads, by option."""
     named = [(f"data.{name}", getattr(data, name, None)) for name in ("train", "validation")]
     named += [("model.model", module.hparams.get("model"))]
-    notes = []
-    for option, value in named:
-        if isinstance(value, (str, os.PathLike)) and not is_remote(value) and Path(value).exists():
-            notes.append(f"{option} is {value}, a path of the machine that wrote this. Every node must have it there")
-    return notes
+    paths = {option: value for option, value in named if isinstance(value, (str, os.PathLike))}
+    return {option: str(path) for option, path in paths.items() if not is_remote(path) and Path(path).exists()}
