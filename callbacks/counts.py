@@ -23,6 +23,7 @@ class Totals(NamedTuple):
     padding: int = 0  # those of them that are masked
     placed: int = 0  # tokens in micro-batches with position ids
     positions: int = 0  # the sum of their position ids
+    tower_kflops: int = 0  # 10³ FLOPs of a vision tower
 
     def mean_document(self) -> float:
         """The document length, in tokens, at which attention costs as much as it did for these batches."""
@@ -60,12 +61,16 @@ class Counts:
                 self._host[of] += ids.numel()
                 self._device[name] = self._device.get(name, 0) + summed(values)
 
+    def add_tower(self, flops: Tensor) -> None:
+        """Count the FLOPs of a vision tower, 0-dim."""
+        self._device["tower_kflops"] = self._device.get("tower_kflops", 0) + flops / 1e3
+
     def totals(self) -> Totals:
         """The counts so far. Waits for the device."""
         return Totals(*(int(count) for count in self.tensor(torch.device("cpu")).tolist()))
 
     def tensor(self, device: torch.device) -> Tensor:
-        """The counts in the order of `Totals`, as an int64 tensor `[8]` on `device`."""
+        """The counts in the order of `Totals`, as an int64 tensor `[9]` on `device`."""
         host = torch.tensor(list(self._host.values()), device=device)
         for name, count in self._device.items():
             host[Totals._fields.index(name)] = count

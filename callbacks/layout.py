@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from automodel_trainer.nn.tower_flops import TowerWork, tower_of
 from automodel_trainer.strategies import MeshStrategy, Objective
 
 
@@ -36,3 +37,17 @@ def max_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
 def tokenizer_of(module: pl.LightningModule) -> Any:
     """The module's tokenizer, or None."""
     return module.tokenizer_or_none if isinstance(module, Objective) else getattr(module, "tokenizer", None)
+
+
+def tower_work(trainer: pl.Trainer) -> TowerWork | None:
+    """What counts the FLOPs of this rank's vision tower from now on; None if it has none.
+
+    Sums over ranks count what the ranks of a row share once for each of them. Of a pipeline's stages one has the tower.
+    """
+    tower = tower_of(trained_model(trainer))
+    if tower is None:
+        return None
+    dims = getattr(trainer.strategy, "dims", None)
+    work = TowerWork(tower, times=1 if dims is None else dims.pp)
+    work.attach()
+    return work

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer.callbacks.counts import Counts, Totals
-from automodel_trainer.callbacks.layout import dp_size, max_over_ranks, sum_over_ranks, trained_model
+from automodel_trainer.callbacks.layout import dp_size, max_over_ranks, sum_over_ranks, tower_work, trained_model
 from automodel_trainer.callbacks.rank_times import write_rank_times
 from automodel_trainer.nn.flops import flops_per_token, holds_language_model, peak_flops
+from automodel_trainer.nn.tower_flops import TowerWork
 
 GIB = 2**30
 
@@ -26,7 +27,7 @@ class Throughput(Callback):
     | `tokens_per_second` | tokens of all devices, padding included, per second |
     | `tokens_per_second_per_device` | the same per device |
     | `samples_per_second` | replaces the first two if batches have no `input_ids` |
-    | `tflops_per_device` | 10¹² FLOP/s of the model's forward and backward (see `flops_per_token`) |
+    | `tflops_per_device` | 10¹² FLOP/s of the model's forward and backward (`flops_per_token`), and of a vision tower |
     | `mfu` | the same as a share of the device's dense bf16 peak, if that peak is known |
     | `peak_memory_gib` | maximum over ranks: memory allocated on the device, or on CPU the resident set size |
     | `pipeline_bubble` | share of the last step that ranks of a pipeline spent waiting, mean over ranks |
@@ -59,6 +60,7 @@ class Throughput(Callback):
         self.last: dict[str, float] = {}
         self.tokens_seen = 0
         self._counts = Counts()
+        self._tower: TowerWork | None = None
         self._step = 0  # the last optimizer step
         self._start: float | None = None  # start of the window; None until the first step is over
         self._batch_ended: float | None = None
@@ -76,11 +78,14 @@ class Throughput(Callback):
         """Reset all counts."""
         self._reset()
         self._step = trainer.global_step
+        self._tower = tower_work(trainer)
         self._several = trainer.world_size > 1
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
         """Start the clock again, and count the time that the host waited for data."""
         now = time.perf_counter()
+        if self._tower is not None:
+            self._tower.counting = True
         if self._paused_at is not None:
             self._paused += now - self._paused_at
             self._cpu += time.process_time() - self._cpu_paused_at
@@ -109,6 +114,9 @@ class Throughput(Callback):
     ) -> None:
         """Count the batch, and measure and log at log steps."""
         self._counts.add(batch)
+        if self._tower is not None:
+            self._counts.add_tower(self._tower.take())
+            self._tower.counting = False
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if stepped and self._start is None:
@@ -129,6 +137,9 @@ class Throughput(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the last counts to `tokens_seen`."""
         self._collect(trainer)
+        if self._tower is not None:
+            self._tower.detach()
+            self._tower = None
 
     def _open_window(self, trainer: pl.Trainer) -> None:
         _synchronize(trainer.strategy.root_device)
@@ -163,7 +174,8 @@ class Throughput(Callback):
         model = trained_model(trainer)
         if not holds_language_model(model):
             return {}
-        achieved = flops_per_token(model, totals.mean_document()) * tokens_per_second
+        tower = totals.tower_kflops * 1e3 / totals.tokens
+        achieved = (flops_per_token(model, totals.mean_document()) + tower) * tokens_per_second
         peak = self.peak_flops or peak_flops(trainer.strategy.root_device)
         return {"tflops_per_device": achieved / 1e12} | ({"mfu": achieved / peak} if peak else {})
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from automodel_trainer.nn.tower_flops import tower_of
+
 # Peak dense FLOP/s of the matrix units for bf16 with fp32 accumulation (fp16 on devices without bf16), keyed by the
 # name that `torch.cuda.get_device_name` returns. Source: the vendors' data sheets; figures given "with sparsity" are
 # halved. "H100" alone is the SXM part.
@@ -73,7 +75,8 @@ def flops_per_token(model: nn.Module, seq_len: float, causal: bool = True) -> fl
     for the gradient of the weight if it is trained. That makes 6 for a trained weight, 4 for a frozen one (as with
     LoRA), and 2 for the frozen weights before the first trained one, which the backward never reaches. Every weight
     with two or more dimensions counts, except lookup tables (`nn.Embedding`). The head counts, tied or not. In a
-    mixture of experts, `num_experts_per_tok` of the experts count.
+    mixture of experts, `num_experts_per_tok` of the experts count. A vision tower does not count: it computes patches,
+    not tokens (`TowerWork` counts them).
 
     Attention costs `2 · heads · (qk_dim + v_dim)` per layer, token and attended key in forward, and twice that in
     backward. A causal token attends to `(seq_len + 1) / 2` keys on average, and at most to the sliding window.
@@ -135,8 +138,10 @@ def _matmul_weights(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
     chosen = config.get("num_experts_per_tok")
     active = chosen / experts if chosen and experts else 1.0
     inside_experts = _modules_of_expert_lists(model, experts)
+    tower = tower_of(model)
+    beside = set() if tower is None else {id(module) for module in tower.modules()}
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) or (beside and id(module) in beside):
             continue
         for _, weight in module.named_parameters(recurse=False, remove_duplicate=False):
             if weight.ndim >= 2:

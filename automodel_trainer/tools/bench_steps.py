@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer.callbacks.counts import Counts, Totals
-from automodel_trainer.callbacks.layout import dp_size, sum_over_ranks
+from automodel_trainer.callbacks.layout import dp_size, sum_over_ranks, tower_work
+from automodel_trainer.nn.tower_flops import TowerWork
 
 
 class BatchWatch(Callback):
@@ -50,11 +51,13 @@ class StepClock(Callback):
         self.totals = Totals()
         self._marks: list[Any] = []
         self._counts = Counts()
+        self._tower: TowerWork | None = None
         self._batch_ended: float | None = None
         self._step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
+        self._tower = tower_work(trainer)
         self._device = trainer.strategy.root_device
         self._step = trainer.global_step
         self._mark()
@@ -63,6 +66,8 @@ class StepClock(Callback):
         """Count a batch of a measured step."""
         if self._measuring:
             self._counts.add(batch)
+        if self._tower is not None:
+            self._tower.counting = self._measuring
 
     def batch_arrived(self) -> None:
         """Count the time that the host waited. Call it before any other callback sees the batch."""
@@ -82,6 +87,9 @@ class StepClock(Callback):
         """Compute durations and totals. Collective."""
         seconds = self._between_marks()
         self.warmup_seconds, self.seconds = seconds[: self.warmup], seconds[self.warmup :]
+        if self._tower is not None:
+            self._tower.detach()
+            self._counts.add_tower(self._tower.take())
         copies = trainer.world_size // dp_size(trainer)  # so many ranks see the same data, which counts once
         summed = sum_over_ranks(trainer, self._counts.tensor(self._device))
         self.totals = Totals(*(int(count) // copies for count in summed.tolist()))
