@@ -38,6 +38,7 @@ tools
   amt fit --model org/name --data chats.jsonl --lora 16
   amt fit --config configs/quickstart.yaml
   amt fit --config configs/sft.yaml --trainer.strategy fsdp2 --trainer.devices 4
+  amt fit --config configs/sft.yaml --on ray --workers 8
   amt preview --config configs/quickstart.yaml --html batch.html
   amt verify --config configs/sft.yaml --strategy fsdp2_tp:tp=2
 """
