@@ -14,7 +14,7 @@ def ray_context() -> Any:
     try:
         context = train.get_context()
         return context if context.get_world_size() is not None else None
-    except (RuntimeError, AttributeError):  # Ray's answer in a process that is not a worker
+    except (RuntimeError, AttributeError, DeprecationWarning):  # in a process that is not a worker; in a trial of Tune
         return None
 
 

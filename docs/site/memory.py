@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 GIB = 2**30
 NF4 = 0.5 + 0.5 / 64 * 2  # bytes of a weight in 4 bits with its scales
+BACKWARD = 2.3  # what a recomputed block holds in its backward, over what it would have kept: gradients lie beside it
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def needed(
     adapters = goal != "full"
     activations = shape.layers * tokens * shape.kept(adapters)
     if recompute:
-        activations = shape.layers * tokens * 2 * shape.hidden + tokens * shape.kept(adapters)
+        activations = tokens * (shape.layers * 2 * shape.hidden + BACKWARD * shape.kept(adapters))
     gathered = 2 * 2 * shape.block if gpus > 1 else 0
     head = shape.hidden * shape.vocabulary
     if not adapters:

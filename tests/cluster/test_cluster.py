@@ -23,6 +23,7 @@ from automodel_trainer.cluster.versions import check_versions, versions
 from automodel_trainer.cluster.worker import Output, check_file
 from automodel_trainer.distributed import restarts
 from automodel_trainer.distributed.mesh import ParallelDims
+from automodel_trainer.distributed.ray_worker import ray_context
 from automodel_trainer.tools import fit_on
 from tests.cluster import fake_ray
 from tests.tiny import save_tiny_model, write_chats
@@ -269,6 +270,14 @@ def test_a_trainer_in_a_worker_of_somebody_else(monkeypatch: pytest.MonkeyPatch,
     assert str(newest.parent / "step-00000002") in told
     assert reports[-1][0]["step"] == 3
     assert reports[-1][0]["train_loss"] == float(trainer.callback_metrics["train_loss"])
+
+
+def test_a_trial_of_tune_is_no_worker(ray: Any) -> None:
+    def get_context() -> Any:
+        raise DeprecationWarning("`ray.train.get_context` is deprecated when running in a function passed to Ray Tune.")
+
+    sys.modules["ray.train"].__dict__.update(get_context=get_context)
+    assert ray_context() is None
 
 
 def test_options_of_the_command() -> None:

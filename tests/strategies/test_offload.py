@@ -81,7 +81,8 @@ def test_one_device(spec: str, family: str, options: dict[str, Any]) -> None:
     ("spec", "world_size", "family", "options"),
     [
         ("fsdp2:cp=2", 2, "qwen3", {}),
-        (f"fsdp2:tp=2,{COMPILED}", 2, "llama", {}),
+        ("fsdp2:tp=2", 2, "llama", {}),
+        more(f"fsdp2:tp=2,{COMPILED}", 2, "llama", {}),  # compiled: test_pairs_by_name
         ("fsdp2:ep=2", 2, "qwen3_moe", {}),
         ("3d:pp=2,schedule=interleaved_1f1b", 2, "llama", {"tie_word_embeddings": True, "num_hidden_layers": 4}),
         more("3d:pp=2,tp=2,schedule=zbv", 4, "qwen3", {"num_hidden_layers": 4}),

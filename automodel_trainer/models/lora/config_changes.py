@@ -26,12 +26,13 @@ _NOT_COMPUTED = {"_name_or_path", "architectures", "transformers_version", "dtyp
 def config_changes(model: nn.Module) -> dict[str, Any]:
     """The values of a model's config that are others in the config.json of the folder that it was read from.
 
-    Empty if the folder is gone, or the model is a part of what it holds.
+    Empty if the folder is gone or has none, or the model is a part of what it holds.
     """
     if not isinstance(model, PreTrainedModel) or (source := source_folder(model)) is None:
         return {}
     config = model.config
-    if json.loads((source / "config.json").read_text()).get("model_type") != config.model_type:
+    file = source / "config.json"
+    if not file.is_file() or json.loads(file.read_text()).get("model_type") != config.model_type:
         return {}
     return _changes(_values(type(config).from_pretrained(source)), _values(config), set(config.sub_configs))
 
