@@ -181,11 +181,11 @@ def print_kernels(profiler: Any, steps: int) -> None:
 
 
 def in_turn(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A router's forward that gives every expert as many tokens as any other, in turn. Scores stay the router's."""
+    """A router's forward that gives every expert as many tokens, in turn. Scores stay the router's."""
 
     def balanced(self: nn.Module, hidden_states: Tensor) -> Any:
         logits, scores, experts = forward(self, hidden_states)
-        turns = torch.arange(experts.numel(), device=experts.device) % EXPERTS
+        turns = torch.arange(experts.numel(), device=experts.device) % self.num_experts
         return logits, scores, turns.view(experts.shape)
 
     return balanced
@@ -201,6 +201,7 @@ def train(args: argparse.Namespace) -> None:
 
     if args.balanced:
         Qwen3MoeTopKRouter.forward = in_turn(Qwen3MoeTopKRouter.forward)
+        shape.is_decoder = True  # experts depend on the place in the batch, so a check would take it for none
 
     class RandomModel(CausalLMModule):
         def configure_model(self) -> None:

@@ -20,6 +20,7 @@ from automodel_trainer.models.auto_classes import auto_class_of_folder, transfor
 from automodel_trainer.models.build import empty_model
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora.adapter_files import read_config, read_tensors
+from automodel_trainer.models.lora.config_changes import read_changes
 from automodel_trainer.models.sidecars import has_tokenizer
 from automodel_trainer.nn.text import listed
 
@@ -128,10 +129,13 @@ def _loads(original: Path, exported: Path, adapter: Path | None, trust_remote_co
 
 
 def _config(original: Path, exported: Path, adapter: Path | None, trust_remote_code: bool) -> Finding:
-    """config.json says what the source's says. Some values (eps, rope, biases of routers) no prompt may show."""
+    """config.json says what the source's says, with what lies beside an adapter. Some values (eps, rope, biases of
+    routers) no prompt may show.
+    """
+    changes = {} if adapter is None else read_changes(adapter)
     before, after = (
-        transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        for folder in (original, exported)
+        transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **changed)
+        for folder, changed in ((original, changes), (exported, {}))
     )
     if before.model_type != after.model_type:  # a part of what the source holds: its text model, say
         before = before.get_text_config()

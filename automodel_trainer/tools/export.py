@@ -22,6 +22,7 @@ from automodel_trainer.models.auto_classes import auto_class_of_folder, auto_cla
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.models.lora.adapter_files import read_config
+from automodel_trainer.models.lora.config_changes import read_changes
 from automodel_trainer.models.sidecars import has_tokenizer
 from automodel_trainer.tools._gguf import check_gguf_can_be_written, write_gguf
 from automodel_trainer.tools.check_export import check_export
@@ -108,16 +109,16 @@ def _load_source(
     source: str | os.PathLike[str], base: str | os.PathLike[str] | None, trust_remote_code: bool
 ) -> transformers.PreTrainedModel:
     folder = model_folder(source)
-    lora, auto_class = None, None
+    lora, auto_class, changes = None, None, {}
     if is_adapter(folder):
-        lora, config = LoRAConfig(adapter=str(folder)), read_config(folder)
+        lora, config, changes = LoRAConfig(adapter=str(folder)), read_config(folder), read_changes(folder)
         folder = resolve_folder(base or config["base_model_name_or_path"])
         of_base = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         auto_class = auto_class_of_task(config.get("task_type"), of_base)
     auto_class = auto_class or auto_class_of_folder(folder, trust_remote_code=trust_remote_code)
     return (
         builder(auto_class)
-        .from_pretrained(folder, dtype=torch.float32, lora=lora, trust_remote_code=trust_remote_code)
+        .from_pretrained(folder, dtype=torch.float32, lora=lora, trust_remote_code=trust_remote_code, **changes)
         .eval()
     )
 

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 import automodel_trainer
 from automodel_trainer import CausalLMModule, ChatDataModule, Trainer
 from automodel_trainer.models.lora import LoRAConfig
+from automodel_trainer.tools.check_export import check_export
+from automodel_trainer.tools.export import compare
 from automodel_trainer.tools.merge import merge
 from tests.harness import close
 from tests.test_trainer import quiet
@@ -74,6 +76,8 @@ def test_an_adapter_keeps_them(tmp_path: Path) -> None:
         close(merged(ids).logits, logits)
         before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "merged"))
         assert after == {**before, **LONGER}
+        assert not [finding for finding in check_export(checkpoint.parent, tmp_path / "merged") if finding.fault]
+        assert compare(checkpoint.parent, tmp_path / "merged").mean < 1e-6
         close(automodel_trainer.AutoModelForCausalLM.from_pretrained(export).eval()(ids).logits, logits)
         assert CausalLMModule.load_from_checkpoint(checkpoint.parent).config_overrides == LONGER
 
