@@ -87,3 +87,6 @@ def test_an_adapter_keeps_them(tmp_path: Path) -> None:
     unchanged = automodel_trainer.AutoModelForCausalLM.from_pretrained(base, lora=LoRAConfig(rank=4))
     unchanged.save_pretrained(export)  # over the other
     assert not (export / "config_overrides.json").exists()
+    base.rename(tmp_path / "moved")
+    with pytest.warns(UserWarning, match="The folder of the base model is gone"):
+        unchanged.save_pretrained(export)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ CHANGES_NAME = "config_overrides.json"
 _NOT_COMPUTED = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "vocab_size"}
 
 
-def config_changes(model: nn.Module) -> dict[str, Any]:
+def config_changes(model: nn.Module) -> dict[str, Any] | None:
     """The values of a model's config that are others in the config.json of the folder that it was read from.
 
-    Empty if the folder is gone or has none, or the model is a part of what it holds.
+    Empty if it was read from none, or is a part of what the folder holds. None if the folder is gone.
     """
-    if not isinstance(model, PreTrainedModel) or (source := source_folder(model)) is None:
+    if not isinstance(model, PreTrainedModel):
         return {}
     config = model.config
+    if (source := source_folder(model)) is None:
+        return None if config.name_or_path else {}
     file = source / "config.json"
     if not file.is_file() or json.loads(file.read_text()).get("model_type") != config.model_type:
         return {}
@@ -55,9 +58,15 @@ def read_changes(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     return changes
 
 
-def write_changes(changes: dict[str, Any], folder: Path) -> None:
-    """Write the file, or remove that of an older adapter if nothing was changed."""
-    if changes:
+def write_changes(changes: dict[str, Any] | None, folder: Path) -> None:
+    """Write the file, or remove that of an older adapter if nothing was changed. None: say that nobody knows."""
+    if changes is None:
+        warnings.warn(
+            f"The folder of the base model is gone, so {folder} does not say whether the config was changed "
+            f"(config_overrides). If it was, write the changes into {folder / CHANGES_NAME}.",
+            stacklevel=2,
+        )
+    elif changes:
         (folder / CHANGES_NAME).write_text(json.dumps(changes, indent=2, sort_keys=True) + "\n")
     else:
         (folder / CHANGES_NAME).unlink(missing_ok=True)
