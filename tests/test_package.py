@@ -20,7 +20,7 @@ def sources() -> Iterator[str]:
     """Every file of the package, as it is imported: `strategies/` and `callbacks/` are links inside it."""
     for folder, _, files in os.walk(ROOT / "automodel_trainer", followlinks=True):
         here = Path(folder).relative_to(ROOT)
-        yield from ((here / name).as_posix() for name in files if name.endswith((".py", ".typed")))
+        yield from ((here / name).as_posix() for name in files if name.endswith((".py", ".typed", ".txt")))
 
 
 def test_a_clone_is_the_package() -> None:

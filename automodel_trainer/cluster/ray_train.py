@@ -117,8 +117,8 @@ def run_on_ray(
         error = _wait(
             partial(_fit, given, workers, gpu, root, timeout), call, stop_at_once=ray.shutdown if own else None
         )
-        if (refused := call("error")) is not None:
-            raise ValueError(refused)
+        if (message := call("error")) is not None:
+            raise ValueError(message)
         outcome = call("outcome")
         if error is not None and outcome is None:
             raise error

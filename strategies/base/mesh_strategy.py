@@ -162,6 +162,7 @@ class MeshStrategy(StepRunner, SavingStrategy):
             self.prepared.tile(count, self.compile_backend if self.compiles else None, self.compile_options)
 
     @property
+    @final
     def tiles(self) -> Count | None:
         """The number of tiles that MLPs are computed in; "auto": tiles of 8,192 tokens. None: they are not tiled.
 
