@@ -36,31 +36,19 @@ CASES += ["full nf4", "full whole", "selective", "selective separate", "selectiv
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from lightning.pytorch.callbacks import Callback
+    from random_model import RandomModel
     from transformers import LlamaConfig
 
     from automodel_trainer import (
-        AutoModelForCausalLM,
-        CausalLMModule,
         KernelsConfig,
         LoRAConfig,
         MockDataModule,
         Trainer,
     )
     from automodel_trainer.callbacks import Ledger
-    from automodel_trainer.models._masks import packing_without_sync
-    from automodel_trainer.nn.deferred_logits import defer_logits
 
     words = set(args.case.split())
     shape = LlamaConfig(**args.shape, num_hidden_layers=args.layers, max_position_embeddings=args.seq_len)
-
-    class RandomModel(CausalLMModule):
-        def configure_model(self) -> None:
-            if self.model is None:
-                options: dict[str, Any] = {"seed": 1, "kernels": self.kernels, "lora": self.lora}
-                self.model = AutoModelForCausalLM.from_config(shape, self.strategy, **options)
-                packing_without_sync(self.model)
-                defer_logits(self.model)
-                self.model.train()
 
     class Pack(Callback):
         """Makes four documents of the row."""
@@ -93,11 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     kernels = KernelsConfig(
         lora="separate" if "separate" in words else "auto", fp8="tensorwise" if "fp8" in words else None
     )
-    with torch.device("meta"):
-        import transformers
-
-        meta = transformers.AutoModelForCausalLM.from_config(shape)
-    trainer.fit(RandomModel(meta, lora=lora, kernels=kernels, lr=1e-4), data)
+    trainer.fit(RandomModel(shape, lora=lora, kernels=kernels, lr=1e-4), data)
     kept = ledger.facts["run"]["bytes_per_block"]
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {

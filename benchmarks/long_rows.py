@@ -55,12 +55,10 @@ def strategy_of(words: list[str]) -> str:
 
 def run(case: str, layers: int, steps: int, tiny: bool) -> dict[str, Any]:
     from lightning.pytorch.callbacks import Callback
-    from transformers import AutoModelForCausalLM as Plain
+    from random_model import RandomModel
     from transformers import LlamaConfig
 
-    from automodel_trainer import AutoModelForCausalLM, CausalLMModule, LoRAConfig, MockDataModule, Trainer
-    from automodel_trainer.models._masks import packing_without_sync
-    from automodel_trainer.nn.deferred_logits import defer_logits
+    from automodel_trainer import LoRAConfig, MockDataModule, Trainer
 
     words = case.split()
     seq_len, rows, cap = int(words[0]), value(words, "rows", 1), value(words, "cap", 0)
@@ -69,15 +67,6 @@ def run(case: str, layers: int, steps: int, tiny: bool) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     if cap and gpu:
         torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
-
-    class RandomModel(CausalLMModule):
-        def configure_model(self) -> None:
-            if self.model is None:
-                options: dict[str, Any] = {"seed": 1, "kernels": self.kernels, "lora": self.lora}
-                self.model = AutoModelForCausalLM.from_config(shape, self.strategy, **options)
-                packing_without_sync(self.model)
-                defer_logits(self.model)
-                self.model.train()
 
     class Clock(Callback):
         """Times steps, and counts the memory of those after the first."""
@@ -116,10 +105,8 @@ def run(case: str, layers: int, steps: int, tiny: bool) -> dict[str, Any]:
         num_samples=rows * steps,
     )
     lora = None if "whole" in words else LoRAConfig(rank=16, alpha=32, quantize="nf4" if "nf4" in words else None)
-    with torch.device("meta"):
-        meta = Plain.from_config(shape)
     start = time.perf_counter()
-    trainer.fit(RandomModel(meta, lora=lora, lr=1e-4), data)
+    trainer.fit(RandomModel(shape, lora=lora, lr=1e-4), data)
     per_step = (clock.ends[-1] - clock.ends[0]) / (steps - 1)
     peak, reserved = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if gpu else (0, 0)
     return {

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 from moe import in_turn
+from random_model import RandomModel
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
@@ -104,15 +105,11 @@ def data_parallel(case: dict[str, Any]) -> int:
 def train(case: dict[str, Any], tiny: bool) -> None:
     """What a rank runs; rank 0 prints the result."""
     from automodel_trainer import (
-        AutoModelForCausalLM,
-        CausalLMModule,
         KernelsConfig,
         LoRAConfig,
         MockDataModule,
         Trainer,
     )
-    from automodel_trainer.models._masks import packing_without_sync
-    from automodel_trainer.nn.deferred_logits import defer_logits
 
     sizes = SHAPES[case["shape"]] | (TINY if tiny else {})
     length = 64 if tiny else case["length"]
@@ -120,15 +117,6 @@ def train(case: dict[str, Any], tiny: bool) -> None:
     if case.get("balanced"):
         Qwen3MoeTopKRouter.forward = in_turn(Qwen3MoeTopKRouter.forward)
         shape.is_decoder = True  # experts depend on the place in the batch, so a check would take it for none
-
-    class RandomModel(CausalLMModule):
-        def configure_model(self) -> None:
-            if self.model is None:
-                options: dict[str, Any] = {"seed": 1, "kernels": self.kernels, "lora": self.lora}
-                self.model = AutoModelForCausalLM.from_config(shape, self.strategy, **options)
-                packing_without_sync(self.model)
-                defer_logits(self.model)
-                self.model.train()
 
     class Clock(Callback):
         ends: list[float] = []
@@ -164,11 +152,7 @@ def train(case: dict[str, Any], tiny: bool) -> None:
     fp8 = None if tiny else case.get("fp8")
     dispatch = "all_to_all" if tiny else case.get("dispatch", "auto")
     kernels = KernelsConfig(fp8=fp8, dispatch=dispatch if "ep=" in case["strategy"] else "auto")
-    with torch.device("meta"):
-        from transformers import AutoModelForCausalLM as Plain
-
-        meta = Plain.from_config(shape)
-    trainer.fit(RandomModel(meta, lora=lora, kernels=kernels, lr=1e-5), data)
+    trainer.fit(RandomModel(shape, lora=lora, kernels=kernels, lr=1e-5), data)
     if not trainer.is_global_zero:
         return
     seconds = [after - before for before, after in zip(Clock.ends, Clock.ends[1:])]

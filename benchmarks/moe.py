@@ -19,24 +19,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from lightning.pytorch.callbacks import Callback
+from random_model import RandomModel
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
 
 from automodel_trainer import (
-    AutoModelForCausalLM,
-    CausalLMModule,
     KernelsConfig,
     LoRAConfig,
     MockDataModule,
     Trainer,
 )
-from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.kernels.experts import experts_to_fp8, swap_experts
 from automodel_trainer.models.lora.layers import adapt_parameter
-from automodel_trainer.nn.deferred_logits import defer_logits
 
 HIDDEN, WIDTH, EXPERTS, TOP, LENGTH = 2048, 768, 128, 8, 4096
 OURS = ("ours", "fp8")
@@ -203,15 +199,6 @@ def train(args: argparse.Namespace) -> None:
         Qwen3MoeTopKRouter.forward = in_turn(Qwen3MoeTopKRouter.forward)
         shape.is_decoder = True  # experts depend on the place in the batch, so a check would take it for none
 
-    class RandomModel(CausalLMModule):
-        def configure_model(self) -> None:
-            if self.model is None:
-                options: dict[str, Any] = {"seed": 1, "kernels": self.kernels, "lora": self.lora}
-                self.model = AutoModelForCausalLM.from_config(shape, self.strategy, **options)
-                packing_without_sync(self.model)
-                defer_logits(self.model)
-                self.model.train()
-
     class Clock(Callback):
         ends: list[float] = []
 
@@ -253,11 +240,9 @@ def train(args: argparse.Namespace) -> None:
         vocab_size=shape.vocab_size, seq_len=LENGTH, micro_batch_size=args.rows, global_batch_size=batch,
         num_samples=batch * args.steps,
     )  # fmt: skip
-    with torch.device("meta"):
-        meta = transformers.AutoModelForCausalLM.from_config(shape)
     lora = LoRAConfig(rank=16, alpha=32, quantize=args.quantize) if args.lora else None
     kernels = KernelsConfig(experts=args.experts, dispatch=args.dispatch, fp8=args.fp8)
-    trainer.fit(RandomModel(meta, lora=lora, kernels=kernels, lr=1e-5), data)
+    trainer.fit(RandomModel(shape, lora=lora, kernels=kernels, lr=1e-5), data)
     taken = sorted(b - a for a, b in zip(Clock.ends[2:], Clock.ends[3:]))
     rate = args.rows * LENGTH / taken[len(taken) // 2]
     peak = torch.cuda.max_memory_allocated() / 2**30

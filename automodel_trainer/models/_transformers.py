@@ -27,6 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from automodel_trainer.models.files import TensorSlice
 from automodel_trainer.nn.text import first_line, listed
+from automodel_trainer.nn.tower_flops import tower_of
 
 __all__ = [
     "attention_in_use",
@@ -285,10 +286,7 @@ def offers_flex_attention(model: PreTrainedModel) -> bool:
 
 def has_tower(model: nn.Module) -> bool:
     """Whether transformers knows an image encoder in `model`, beside its decoder."""
-    if not isinstance(model, PreTrainedModel):
-        return False
-    tower = model.get_encoder(modality="image")
-    return tower is not None and tower is not model and tower is not model.get_decoder()
+    return isinstance(model, PreTrainedModel) and tower_of(model) is not None
 
 
 def is_loaded(parameter: Tensor) -> bool:

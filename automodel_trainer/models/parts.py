@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from automodel_trainer.models.record import record_of, recorded
+from automodel_trainer.nn.tower_flops import tower_of
 
 PARTS = ("vision", "projector", "language")
 
@@ -28,9 +29,9 @@ class ModelParts:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        tower, decoder = model.get_encoder(modality="image"), model.get_decoder()
+        tower, decoder = tower_of(model), model.get_decoder()
         names = {id(module): name for name, module in model.named_modules()}
-        if tower is None or tower is model or tower is decoder:
+        if tower is None:
             raise ValueError(
                 f"{type(model).__name__} has no image encoder that transformers knows (get_encoder(modality='image')), "
                 "so its parts cannot be told apart. Use CausalLMModule for a model of text alone."

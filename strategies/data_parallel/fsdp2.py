@@ -24,13 +24,13 @@ from automodel_trainer.strategies.base.user_module import outermost, parts_of
 from automodel_trainer.strategies.context.attention import CPAttention
 from automodel_trainer.strategies.data_parallel import gradient_reduction
 from automodel_trainer.strategies.data_parallel.fp8_gather import gather_in_fp8
+from automodel_trainer.strategies.data_parallel.reshard import reshard
 from automodel_trainer.strategies.data_parallel.shard import (
     ShardedExperts,
     ShardOptions,
     Shards,
     batch_norm_parameters,
     is_laid_out,
-    reshard,
 )
 from automodel_trainer.strategies.expert.choose import check_dispatch_unused, chosen_dispatcher
 from automodel_trainer.strategies.expert.mesh import expert_mesh, expert_shard_mesh

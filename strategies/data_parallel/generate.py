@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+
+from automodel_trainer.distributed._dtensor import local_tensor
+from automodel_trainer.strategies.data_parallel.reshard import reshard
 
 _PART_OF_FREE = 0.5  # the rest is left to the cache of keys and values
 
@@ -39,9 +40,7 @@ def gather_once_in_generate(
             try:
                 return type(self).generate(self, *args, **kwargs)
             finally:
-                for part in self.modules():
-                    if isinstance(part, FSDPModule):
-                        part.reshard()
+                reshard(self)
 
     model.generate = MethodType(generate, model)  # type: ignore[assignment]
 
@@ -59,12 +58,8 @@ def _kept(units: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _gathered_bytes(unit: nn.Module, compute: torch.dtype) -> int:
-    return sum(_local(p).numel() for p in unit.parameters()) * compute.itemsize
-
-
-def _local(parameter: nn.Parameter) -> torch.Tensor:
-    """What the parameter is once it is gathered over the ranks of FSDP2; tensor parallel may have cut it."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    """Of this rank's part of the unit, in the dtype that it is gathered in."""
+    return sum(local_tensor(p).numel() for p in unit.parameters()) * compute.itemsize
 
 
 def _fits(size: int, group: ProcessGroup) -> bool:

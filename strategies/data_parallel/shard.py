@@ -216,13 +216,6 @@ def batch_norm_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for norm in norms for parameter in norm.parameters()}
 
 
-def reshard(module: nn.Module) -> None:
-    """Free gathered parameters. Training does so in backward, but after an evaluation the root unit holds its own."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-
-
 def _small(model: nn.Module, dtype: torch.dtype, ignored: set[nn.Parameter]) -> bool:
     """Whether FSDP2's copies in the compute dtype may be kept for a whole optimizer step: up to 1 GiB.
 
