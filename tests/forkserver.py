@@ -25,3 +25,4 @@ for name in (
 
 look_once_for_plugins()
 seldom_look_for_garbage()
+importlib.import_module("automodel_trainer.callbacks").GarbageCollection._user_freezes()  # it is counted here, once
