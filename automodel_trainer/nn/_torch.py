@@ -13,6 +13,7 @@ import torch._higher_order_ops.wrap
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
 __all__ = [
     "FAST_MATH",
@@ -203,6 +204,14 @@ EXPENSIVE_OPERATIONS = {
     torch.ops.aten._scaled_mm.default,
     torch.ops.aten._grouped_mm.default,
     torch.ops.automodel_trainer.scaled_grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+# Attention without a mask, or with one; each returns its result first.
+ATTENTION = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -1,4 +1,4 @@
-"""Keep the inputs of blocks in host memory from their forward to their backward.
+"""Keep the inputs of blocks, and their results of attention, in host memory from their forward to their backward.
 
 A copy out runs beside the next block. In backward the input of the block before is fetched while a block runs. Host
 memory is taken once, in pieces of one size, and used again in every step. Inputs that no longer fit stay on the device.
@@ -21,7 +21,8 @@ from automodel_trainer.nn.host_memory import available_host_memory
 
 PIECE = 16 * 2**20  # bytes
 SHARE = 2 / 3  # of the host memory that is free when the first input is copied
-IN_FLIGHT = 1  # copies out that may run while the next block computes
+IN_FLIGHT = 2  # copies out that may run while more is computed
+SMALL = 2**20  # bytes; smaller results stay on the device
 
 
 class HostPieces:
@@ -78,19 +79,19 @@ class CopyStream:
 
 
 class _Stored:
-    """A contiguous tensor of any shape in host memory, and for a while on the device."""
+    """A dense tensor of any shape in host memory, and for a while on the device."""
 
-    def __init__(self, tensor: Tensor, pieces: list[Tensor], owner: HostInputs, before: _Stored | None) -> None:
-        self.pieces, self.owner = pieces, owner
-        self.before = None if before is None else ref(before)
+    def __init__(self, tensor: Tensor, pieces: list[Tensor], owner: HostInputs, kind: str) -> None:
+        self.pieces, self.owner, self.kind = pieces, owner, kind
+        self.before = owner.last.get(kind)  # the one whose backward comes next
         self.on_device: Tensor | None = tensor.detach()
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.shape, self.strides, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
         self._copy(self.on_device, out=True)
 
     def fetch(self) -> None:
         """Begin to copy the tensor back, unless it is on the device."""
         if self.on_device is None:
-            self.on_device = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            self.on_device = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
             self._copy(self.on_device, out=False)
 
     def take(self) -> Tensor:
@@ -107,7 +108,8 @@ class _Stored:
         self.on_device = None
 
     def _copy(self, tensor: Tensor, *, out: bool) -> None:
-        parts = tensor.view(-1).view(torch.uint8).split(self.owner.pieces.piece)
+        flat = tensor.as_strided((tensor.numel(),), (1,))
+        parts = flat.view(torch.uint8).split(self.owner.pieces.piece)
         with self.owner.copies.after_computation():
             for part, piece in zip(parts, self.pieces, strict=True):
                 if out:
@@ -117,11 +119,11 @@ class _Stored:
         self.copied = self.owner.copies.mark()
 
     def __del__(self) -> None:
-        self.owner.pieces.give_back(self.pieces)  # a later copy into them waits in the same stream
+        self.owner.forget(self)  # a later copy into its pieces waits in the same stream
 
 
 class HostInputs:
-    """Holds the inputs of blocks in host memory.
+    """Holds the inputs of blocks in host memory, and their results of attention where the inputs of all leave room.
 
     Args:
         limit: the most bytes of host memory; None: two thirds of what is free at the first input, shared by `ranks`.
@@ -129,7 +131,9 @@ class HostInputs:
         piece: bytes of a piece of host memory.
 
     Attributes:
+        blocks: the number of blocks whose inputs it holds.
         full: whether an input stayed on the device because the limit was reached.
+        last: of each kind of tensor, the one that was stored last.
     """
 
     pieces: HostPieces
@@ -139,8 +143,10 @@ class HostInputs:
         self._limit, self._ranks, self._piece = limit, ranks, piece
         self._ready = False
         self._leaving: deque[_Stored] = deque()
-        self._last: ref[_Stored] | None = None
+        self.last: dict[str, ref[_Stored]] = {}
         self.full = False
+        self.blocks = 0
+        self._input_bytes = self._result_bytes = 0
 
     def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the forward of a block; what autograd saves of its input goes to the host.
@@ -152,7 +158,7 @@ class HostInputs:
 
         def pack(tensor: Tensor) -> Any:
             inside = type(tensor) is Tensor and tensor.untyped_storage().data_ptr() in wanted
-            return self._store(tensor) if inside and tensor.is_contiguous() else tensor
+            return self._store_input(tensor) if inside and tensor.is_contiguous() else tensor
 
         with saved_tensors_hooks(pack, self._restore):
             return forward(*args, **kwargs)
@@ -167,18 +173,41 @@ class HostInputs:
         """The most bytes of host memory; 0 before the first input."""
         return self.pieces.limit if self._ready else 0
 
-    def _store(self, tensor: Tensor) -> Any:
+    def keep(self, tensor: Tensor) -> Any:
+        """What stands for a result of attention until `kept`; None: the inputs of all blocks leave no room for it."""
+        if tensor.nbytes < SMALL or not self._ready:
+            return tensor.detach()
+        room = self.pieces.limit - self.blocks * self._input_bytes - self._result_bytes
+        return self._store(tensor, "result") if tensor.nbytes <= room else None
+
+    def kept(self, entry: Any) -> Tensor:
+        """The result that an entry stands for."""
+        return self._restore(entry)
+
+    def forget(self, stored: _Stored) -> None:
+        """Use the memory of a tensor that nobody needs any more again."""
+        self.pieces.give_back(stored.pieces)
+        if stored.kind == "result":
+            self._result_bytes -= len(stored.pieces) * self._piece
+
+    def _store_input(self, tensor: Tensor) -> Any:
         if not self._ready:
             limit = int(available_host_memory() * SHARE / self._ranks) if self._limit is None else self._limit
             self.pieces, self.copies = HostPieces(tensor.device, limit, self._piece), CopyStream(tensor.device)
             self._ready = True
+        self._input_bytes = -(-tensor.nbytes // self._piece) * self._piece
+        stored = self._store(tensor, "input")
+        self.full = self.full or stored is None
+        return tensor if stored is None else stored
+
+    def _store(self, tensor: Tensor, kind: str) -> _Stored | None:
         pieces = self.pieces.take(tensor.nbytes)
         if pieces is None:
-            self.full = True
-            return tensor
-        before = None if self._last is None else self._last()
-        stored = _Stored(tensor, pieces, self, before)
-        self._last = ref(stored)
+            return None
+        stored = _Stored(tensor, pieces, self, kind)
+        if kind == "result":
+            self._result_bytes += len(pieces) * self._piece
+        self.last[kind] = ref(stored)
         self._leaving.append(stored)
         while len(self._leaving) > IN_FLIGHT:
             self._leaving.popleft().leave()

@@ -18,6 +18,7 @@ from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.models.record import record_of, recorded
 from automodel_trainer.nn._torch import CHECKPOINT_MISSES_FUNCTIONS, EXPENSIVE_OPERATIONS, MATMULS, pytree
 from automodel_trainer.nn.blocks import find_blocks
+from automodel_trainer.nn.kept_results import contexts, keep_results
 from automodel_trainer.nn.offload import HostInputs
 from automodel_trainer.nn.wrap import wrap
 
@@ -54,7 +55,7 @@ def apply_activation_checkpointing(model: nn.Module, mode: Mode, blocks: Sequenc
             f"activation_checkpointing={mode!r} runs blocks again in backward, and with fp8='delayed' every run "
             "changes the scales. Set fp8='current', or activation_checkpointing to null."
         )
-    for block in blocks:
+    for block in blocks if mode != "offload" else ():
         wrap(block, partial(_checkpointed, block, mode))
 
 
@@ -66,7 +67,10 @@ def offload_inputs(blocks: Sequence[nn.Module], host: HostInputs) -> None:
     Args:
         host: holds the inputs. Blocks that run one after the other share one.
     """
+    keep_results()
+    host.blocks += len(blocks)
     for block in blocks:
+        wrap(block, partial(_checkpointed, block, "offload", host=host))
         wrap(block, partial(_offloaded, block, host))
 
 
@@ -99,11 +103,16 @@ def _enable(self: nn.Module, *_: Any, every_n_layers: int = 1, offload: bool = F
         record_of(self).keep(Checkpointed())
 
 
-def _checkpointed(block: nn.Module, mode: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(
+    block: nn.Module, mode: str, forward: Callable[..., Any], *args: Any, host: HostInputs | None = None, **kwargs: Any
+) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
     options: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
+    if mode == "offload":
+        assert host is not None
+        options["context_fn"] = partial(contexts, host)
+    elif mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     elif CHECKPOINT_MISSES_FUNCTIONS and torch.compiler.is_compiling():
         # Without a policy, this compiler keeps what an autograd.Function computes: with fused adapters, a whole block.

@@ -27,6 +27,7 @@ from automodel_trainer.models._transformers import attention_of, offers_flex_att
 from automodel_trainer.models.kernels.library import AttentionFunction, KernelLibrary, wrong_dtype
 from automodel_trainer.models.kernels.registry import find, libraries
 from automodel_trainer.nn.documents import current_documents
+from automodel_trainer.nn.kept_results import results_are_kept, with_kept_results
 
 BLOCK = 128
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -184,6 +185,8 @@ def _attention(
         causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
         whole = attention_mask is None and query.shape[2] == key.shape[2] > 1  # no mask, and no cache
         attend = plain if whole and causal else sdpa_attention_forward
+        if results_are_kept():
+            attend = partial(with_kept_results, attend)
     return attend(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
 
 
