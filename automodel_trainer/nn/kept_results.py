@@ -1,17 +1,16 @@
 """Keep what attention computes while the rest of a block is computed again.
 
 On long rows attention takes most of a block's time, and its result is as small as the block's input. torch's selective
-checkpointing cannot be used for it: that looks at every operation, and compiled code does not run under it. Here only
-the call of attention is looked at, which compiled code leaves for it.
+checkpointing cannot keep it in blocks that are cut into several graphs: it looks at every operation of a block, and
+nothing is compiled under it. Here only the call of attention is looked at, which compiled code leaves for it.
 
-Source: rematerialization-aware checkpointing of DistFlashAttn, arXiv 2310.03294.
+Source: rematerialization-aware checkpointing in DistFlashAttn, arXiv 2310.03294.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -19,101 +18,108 @@ from torch import Tensor
 
 from automodel_trainer.nn._torch import ATTENTION, DispatchMode, pytree
 
+__all__ = ["Store", "contexts", "results_are_kept", "with_kept_results"]
+
 
 class Store(Protocol):
     """Keeps tensors from a block's forward to its backward."""
 
     def keep(self, tensor: Tensor) -> Any:
-        """What stands for the tensor until then; None: there is no room for it."""
+        """What stands for the tensor until `kept` gets it; None: there is no room for it."""
 
     def kept(self, entry: Any) -> Tensor:
-        """The tensor."""
+        """The tensor that an entry stands for."""
 
 
-class _Here(threading.local):
-    run: _Run | None = None  # of the block that this thread computes
-
-
-_here = _Here()
-_wanted = False  # compiled code looks at this: a flag of its own is a cheap guard
-
-
-def keep_results() -> None:
-    """Let attention be looked at from now on, in this process. Code that is compiled later leaves it."""
-    global _wanted
-    _wanted = True
+# Of the block that runs now. It is not kept by thread: autograd computes blocks again in a thread of its own while the
+# one that called it waits. Compiled code reads the flag, which makes a cheap guard.
+_run: _Run | None = None
+_runs = False
 
 
 def results_are_kept() -> bool:
-    """Whether `keep_results` was called."""
-    return _wanted
+    """Whether the block that runs now keeps its results of attention, or has kept them."""
+    return _runs
 
 
 @torch.compiler.disable
 def with_kept_results(attend: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `attend`. Its results are kept in the forward of a block in `contexts`, and taken from there when it is
-    computed again."""
-    if _here.run is None:
+    """Call `attend`. In the forward of a block its results are kept; when the block runs again, they are found."""
+    if _run is None:
         return attend(*args, **kwargs)
-    with _here.run:
+    with _run:
         return attend(*args, **kwargs)
 
 
 def contexts(store: Store) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of a block's forward and of its recomputation, for torch's `checkpoint(context_fn=…)`."""
-    entries: list[Any] = []
-    return _computing(lambda: _Record(store, entries)), _computing(lambda: _Replay(store, entries))
+    kept: list[_Result | None] = []
+    return _Running(lambda: _Forward(store, kept)), _Running(lambda: _Again(store, kept))
 
 
-@contextmanager
-def _computing(make: Callable[[], _Run]) -> Iterator[None]:
-    before, _here.run = _here.run, make()
-    try:
-        yield
-    finally:
-        _here.run = before
+class _Running(AbstractContextManager[None]):
+    """A context in which a block runs. A graph with two backwards enters it twice."""
+
+    def __init__(self, make: Callable[[], _Run]) -> None:
+        self._make = make
+
+    def __enter__(self) -> None:
+        global _run, _runs
+        self._before, _run, _runs = _run, self._make(), True
+
+    def __exit__(self, *_: object) -> None:
+        global _run, _runs
+        _run, _runs = self._before, self._before is not None
+
+
+class _Result:
+    """What an operation gave back: tensors, numbers, and None."""
+
+    def __init__(self, leaves: list[tuple[bool, Any]], structure: Any) -> None:
+        self.leaves, self.structure = leaves, structure  # (whether it was a tensor, what stands for it)
 
 
 class _Run(DispatchMode):
-    """One run of a block. Autograd stays above it: it saves the results for the backward of attention, as always."""
+    """One run of a block. It sits below autograd, which records attention and what its backward reads as always."""
 
-    def __init__(self, store: Store, entries: list[Any]) -> None:
+    def __init__(self, store: Store, kept: list[_Result | None]) -> None:
         super().__init__()
-        self.store, self.entries = store, entries
+        self.store, self.kept = store, kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in ATTENTION:
+        def compute() -> Any:
             return func(*args, **(kwargs or {}))
-        return self.result(lambda: func(*args, **(kwargs or {})))
+
+        return self.result(compute) if func in ATTENTION else compute()
 
     def result(self, compute: Callable[[], Any]) -> Any:
+        """What an operation of attention gives back."""
         raise NotImplementedError
 
 
-class _Record(_Run):
-    """The forward."""
+class _Forward(_Run):
+    """Keeps results."""
 
     def result(self, compute: Callable[[], Any]) -> Any:
         found = compute()
         leaves, structure = pytree.tree_flatten(found)
-        kept = [self.store.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        missing = any(isinstance(leaf, Tensor) and entry is None for leaf, entry in zip(leaves, kept))
-        self.entries.append(None if missing else (kept, structure, [isinstance(leaf, Tensor) for leaf in leaves]))
+        entries = [(isinstance(leaf, Tensor), leaf) for leaf in leaves]
+        entries = [(tensor, self.store.keep(leaf) if tensor else leaf) for tensor, leaf in entries]
+        missing = any(tensor and entry is None for tensor, entry in entries)
+        self.kept.append(None if missing else _Result(entries, structure))
         return found
 
 
-class _Replay(_Run):
-    """The recomputation, which calls attention as often and in the same order."""
+class _Again(_Run):
+    """Finds the results: the block calls attention in the same order."""
 
-    def __init__(self, store: Store, entries: list[Any]) -> None:
-        super().__init__(store, entries)
-        self.place = 0
+    def __init__(self, store: Store, kept: list[_Result | None]) -> None:
+        super().__init__(store, kept)
+        self._next = iter(kept)
 
     def result(self, compute: Callable[[], Any]) -> Any:
-        entry = self.entries[self.place]
-        self.place += 1
-        if entry is None:
+        result = next(self._next)
+        if result is None:
             return compute()
-        kept, structure, tensors = entry
-        leaves = [self.store.kept(leaf) if tensor else leaf for leaf, tensor in zip(kept, tensors)]
-        return pytree.tree_unflatten(leaves, structure)
+        leaves = [self.store.kept(entry) if tensor else entry for tensor, entry in result.leaves]
+        return pytree.tree_unflatten(leaves, result.structure)

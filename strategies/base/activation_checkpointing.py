@@ -18,7 +18,7 @@ from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.models.record import record_of, recorded
 from automodel_trainer.nn._torch import CHECKPOINT_MISSES_FUNCTIONS, EXPENSIVE_OPERATIONS, MATMULS, pytree
 from automodel_trainer.nn.blocks import find_blocks
-from automodel_trainer.nn.kept_results import contexts, keep_results
+from automodel_trainer.nn.kept_results import contexts
 from automodel_trainer.nn.offload import HostInputs
 from automodel_trainer.nn.wrap import wrap
 
@@ -67,7 +67,6 @@ def offload_inputs(blocks: Sequence[nn.Module], host: HostInputs) -> None:
     Args:
         host: holds the inputs. Blocks that run one after the other share one.
     """
-    keep_results()
     host.blocks += len(blocks)
     for block in blocks:
         wrap(block, partial(_checkpointed, block, "offload", host=host))
