@@ -178,6 +178,9 @@ def write_ranks(folder: Path, steps: int, ranks: int) -> None:
             "data_wait": [0.5 if rank == 2 else 0.001 for rank in range(ranks)],
             "cpu": [2.0 if rank == ranks - 1 else 1.0 for rank in range(ranks)],
             "peak_memory_gib": [3.0] * ranks,
+            "own": [1.0] * ranks,
+            "probe": [0.0] * ranks,
+            "said": [f"rank 2 ({SCRIPT})"] if step == 3 else 7,
         }
         for step in range(1, steps + 1)
     ]
@@ -200,7 +203,10 @@ def test_ranks(tmp_path: Path) -> None:
     assert stragglers(means(run.ranks)["peak_memory_gib"], 0.1) == set()
     assert sum(attributes.get("class") == "bad" for tag, attributes in found.tags if tag == "td") == 2
     assert "and 4 ranks that are faster" in found.text
+    assert f"straggler: rank 2 ({SCRIPT})" in found.text
     assert not read_run(tmp_path).problems
+    file.write_text('{"step": 1, "data_wait": [1], "cpu": [1], "peak_memory_gib": [1]}')
+    assert re.findall(r"<tr><th>(\d+)</th>", page(read_run(tmp_path))) == ["0"], "as version 0.1 wrote it"
     file.write_text("")
     assert "Ranks" not in check_harmless(page(read_run(tmp_path))).text
 

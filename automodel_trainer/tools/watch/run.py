@@ -180,7 +180,11 @@ def _ranks(text: str) -> list[Facts]:
             facts = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(facts, dict) and isinstance(facts.get("step"), int) and all(map(_numbers, map(facts.get, NAMES))):
+        if not isinstance(facts, dict) or not isinstance(facts.get("step"), int):
+            continue
+        if _numbers(facts.get(NAMES[0])):
+            facts = {name: [0.0] * len(facts[NAMES[0]]) for name in NAMES[3:]} | facts  # version 0.1 had three
+        if all(map(_numbers, map(facts.get, NAMES))):
             found.append(facts)
     return [facts for facts in found if all(len(facts[name]) == len(found[-1][NAMES[0]]) for name in NAMES)]
 
