@@ -15,7 +15,7 @@ from automodel_trainer._lightning import hpc_checkpoint, last_checkpoints
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.remote import fetch, is_remote, local_root
-from automodel_trainer.checkpoint.runs import saved_in
+from automodel_trainer.checkpoint.runs import created, saved_in
 from automodel_trainer.checkpoint.settings import RESUME
 from automodel_trainer.distributed.restarts import begin_fit, forgets_runs, launcher
 
@@ -81,7 +81,7 @@ def _last(trainer: pl.Trainer, callbacks: Sequence[Any], whole: bool) -> Path | 
     if not whole:
         found += [Path(path) for path in last_checkpoints(trainer)]
     there = [path for path in found if path is not None and path.exists()]
-    return max(there, key=lambda path: path.stat().st_mtime, default=None)
+    return max(there, key=created, default=None)
 
 
 def check_resume(path: str | os.PathLike[str] | None, resume: str) -> None:
