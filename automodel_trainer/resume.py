@@ -15,9 +15,9 @@ from automodel_trainer._lightning import hpc_checkpoint, last_checkpoints
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.checkpoint import check_checkpoint
 from automodel_trainer.checkpoint.remote import fetch, is_remote, local_root
-from automodel_trainer.checkpoint.runs import saved_in
+from automodel_trainer.checkpoint.runs import created, saved_in
 from automodel_trainer.checkpoint.settings import RESUME
-from automodel_trainer.distributed.restarts import begin_fit, launcher
+from automodel_trainer.distributed.restarts import begin_fit, forgets_runs, launcher
 
 
 def checkpoint_path(trainer: pl.Trainer, path: str | os.PathLike[str] | None) -> str | None:
@@ -81,7 +81,7 @@ def _last(trainer: pl.Trainer, callbacks: Sequence[Any], whole: bool) -> Path | 
     if not whole:
         found += [Path(path) for path in last_checkpoints(trainer)]
     there = [path for path in found if path is not None and path.exists()]
-    return max(there, key=lambda path: path.stat().st_mtime, default=None)
+    return max(there, key=created, default=None)
 
 
 def check_resume(path: str | os.PathLike[str] | None, resume: str) -> None:
@@ -117,13 +117,21 @@ def check_folder(path: str, resume: str) -> None:
         )
 
 
-def saved_before_restart() -> str | None:
+def saved_before_restart(ckpt_path: str | os.PathLike[str] | None = None) -> str | None:
     """After a restart by torchrun or Ray, the newest undamaged checkpoint of the run that was restarted; else None.
 
     Call it once per `fit`, at its beginning: it also notes that this process has begun a run.
+
+    Args:
+        ckpt_path: what the user gave; without it, a run that nobody remembers would silently start anew.
     """
     run = begin_fit()
     if run is None:
+        if ckpt_path is None and forgets_runs():
+            rank_zero_warn(
+                "torchrun has restarted this run, and it starts from the beginning: with "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 nobody knows which run it was. Give ckpt_path='auto'."
+            )
         return None
     checkpoint = _newest_whole(run)
     if checkpoint is None:

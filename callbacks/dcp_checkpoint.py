@@ -222,7 +222,7 @@ class DCPCheckpoint(RunFolder):
             # Rank 0 decides for all: another rank might already see files that rank 0 has just written.
             base = self._base(trainer.default_root_dir).absolute()
             remote = self._store(trainer.default_root_dir)
-            taken = remote.runs() if remote is not None and trainer.is_global_zero else ()
+            taken = {run for run, _ in remote.newest()} if remote is not None and trainer.is_global_zero else ()
             self.run_folder = trainer.strategy.broadcast(new_run(base, taken) if trainer.is_global_zero else None)
         if trainer.is_global_zero:
             remember(self.run_folder)  # type: ignore[arg-type]

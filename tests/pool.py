@@ -187,6 +187,7 @@ def _reset(environment: dict[str, str]) -> None:
     torch.manual_seed(0)
     forget_compiled()
     gc.collect()  # what the job before had not quite let go of at its end
+    gc.freeze()  # the rest stays, as modules and caches do: the next collection need not look through it
 
 
 def threads() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -13,6 +12,7 @@ from typing import Any
 
 import xxhash
 
+from automodel_trainer.checkpoint.clock import note, stamp
 from automodel_trainer.checkpoint.record import CHECKSUM, Entry, entry_of, to_json, write_json
 from automodel_trainer.models.files import INDEX_NAME, check_safetensors, weight_files
 from automodel_trainer.models.sidecars import is_weight_file
@@ -35,7 +35,7 @@ def write_manifest(folder: Path, files: Mapping[str, Entry], name: str) -> None:
         files: maps paths in the folder to entries.
         name: final name of the checkpoint.
     """
-    content = {"name": name, "created": time.time(), "files": dict(sorted(files.items()))}
+    content = {"name": name, "created": stamp(), "files": dict(sorted(files.items()))}
     write_json(folder / MANIFEST, {**content, CHECKSUM: _own_checksum(content)})
 
 
@@ -64,6 +64,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     outside = [name for name in sizes if _leaves(name)]
     if outside:
         raise ValueError(f"{file} names files outside its folder: {outside}. Do not trust this checkpoint.")
+    note(content["created"])
     return content
 
 

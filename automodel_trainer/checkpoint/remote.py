@@ -20,6 +20,7 @@ import torch.distributed as dist
 from filelock import FileLock
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from automodel_trainer.checkpoint.clock import note
 from automodel_trainer.checkpoint.folder import TEMPORARY
 from automodel_trainer.checkpoint.manifest import MANIFEST, check_checkpoint, read_manifest
 from automodel_trainer.checkpoint.runs import BEST, created
@@ -220,9 +221,11 @@ class RemoteRuns:
 
     def _created(self, run: str, name: str) -> float:
         try:
-            return float(json.loads(self._fs.cat_file(self._path(run, name, MANIFEST)))["created"])
+            created = float(json.loads(self._fs.cat_file(self._path(run, name, MANIFEST)))["created"])
         except (ValueError, KeyError, TypeError):  # the manifest is damaged
             return self._fs.modified(self._path(run, name, MANIFEST)).timestamp()
+        note(created)
+        return created
 
 
 def mirror(remote: RemoteRuns, run: str, folder: Path, group: dist.ProcessGroup | None = None) -> None:

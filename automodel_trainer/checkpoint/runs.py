@@ -89,8 +89,8 @@ def find_best(base: Path) -> Path | None:
 
 
 def created(checkpoint: Path) -> float:
-    """When a checkpoint was written, in seconds. Without a readable manifest, when its folder last changed."""
+    """When a checkpoint was written, in seconds. Without a readable manifest, when its folder or file last changed."""
     try:
         return float(read_manifest(checkpoint)["created"])
-    except ValueError:
+    except (ValueError, NotADirectoryError):
         return checkpoint.stat().st_mtime
