@@ -42,8 +42,9 @@ RNG_KEY = "automodel_trainer.rng"  # key in the loaded dict: the state of this r
 CONFIG_KEY = "automodel_trainer.config"  # key in the dict to save: the text of the run's config.yaml
 FOLDER_KEY = "automodel_trainer.folder"  # key in the loaded dict: where it was read from
 RUN_KEY = "automodel_trainer.run"  # key in both: the run's settings, and what optimizers and schedules were given
+RUN_FOLDER_KEY = "automodel_trainer.run_folder"  # key in the dict to save: the run's folder, and its newest checkpoint
 TOKENIZER_KEY = "automodel_trainer.tokenizer"  # key in the dict to save: the tokenizer or processor of the run
-_NOT_IN_JSON = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY, FOLDER_KEY, TOKENIZER_KEY)
+_NOT_IN_JSON = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY, FOLDER_KEY, RUN_FOLDER_KEY, TOKENIZER_KEY)
 
 
 @dataclass

@@ -55,6 +55,11 @@ class SavingStrategy(MeshProcesses):
         """The module whose parameter names the checkpoint uses."""
 
     @property
+    def writes_checkpoints(self) -> bool:
+        """Whether these ranks write the checkpoints of the run; other replica groups, if there are any, do not."""
+        return True
+
+    @property
     def checkpoint_io(self) -> CheckpointIO:
         """Lightning's plugin, which this strategy does not use. Assigning one raises ValueError."""
         return super().checkpoint_io
