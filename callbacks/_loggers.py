@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
 
-from automodel_trainer.checkpoint.manifest import MANIFEST
+from automodel_trainer.checkpoint.manifest import MANIFEST, only_manifest
 from automodel_trainer.checkpoint.runs import created
 
 _UPLOAD = "_scan_and_log_checkpoints"  # of WandbLogger and MLFlowLogger: uploads what is new; it skips folders
@@ -47,6 +47,7 @@ def _folders(callback: Any) -> dict[str, Any]:
     found[getattr(callback, "best_model_path", "")] = getattr(callback, "best_model_score", None)
     found |= getattr(callback, "best_k_models", {})
     there = {path: score for path, score in found.items() if path and os.path.isfile(os.path.join(path, MANIFEST))}
+    there = {path: score for path, score in there.items() if not only_manifest(Path(path))}
     return dict(sorted(there.items(), key=lambda item: created(Path(item[0]))))
 
 

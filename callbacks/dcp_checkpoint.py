@@ -33,6 +33,7 @@ from automodel_trainer.checkpoint.runs import (
     saved_in,
 )
 from automodel_trainer.checkpoint.state import CONFIG_KEY, RNG_KEY, RUN_FOLDER_KEY
+from automodel_trainer.distributed.agreement import gather
 from automodel_trainer.distributed.restarts import remember
 from automodel_trainer.strategies import MeshStrategy
 
@@ -341,7 +342,8 @@ class DCPCheckpoint(RunFolder):
         if self._evaluates or self.run_folder is None:
             return
         if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode):
-            there = {folder.name for folder in saved_in(self.run_folder)}
+            # Rank 0 decides for all: in object storage its node may have seen more of this run than others.
+            there = gather({folder.name for folder in saved_in(self.run_folder)})[0]
             self.scores = {name: score for name, score in state_dict["scores"].items() if name in there}
 
     # --- saving -----------------------------------------------------------------------------------------------------

@@ -68,6 +68,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
+def only_manifest(folder: Path) -> bool:
+    """Whether nothing else is here: several nodes without a shared folder wrote the checkpoint to object storage."""
+    return folder.is_dir() and [path.name for path in folder.iterdir()] == [MANIFEST]
+
+
 def check_checkpoint(folder: str | os.PathLike[str], *, contents: bool = True, part: int = 0, parts: int = 1) -> None:
     """Check that a checkpoint is unchanged: every file exists with its size and checksum, and there are no others.
 
@@ -85,6 +90,11 @@ def check_checkpoint(folder: str | os.PathLike[str], *, contents: bool = True, p
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a checkpoint: there is no such folder. Check the path.")
     files = read_manifest(folder)["files"]
+    if only_manifest(folder):
+        raise ValueError(
+            f"{folder} has only its {MANIFEST}: nodes without a shared folder wrote it to object storage. Give its "
+            "URL, or ckpt_path='last'."
+        )
     for name, entry in files.items():
         _check_file(folder, name, entry)
     for name in _unlisted(folder, files):

@@ -152,8 +152,7 @@ class SavingStrategy(MeshProcesses):
                 return
             store, name = _store_and_name(filepath)
             local = scratch(store) / name
-            save(local, checkpoint, self.trained_module, optimizers)
-            mirror(RemoteRuns(store), "", local)
+            save(local, checkpoint, self.trained_module, optimizers, mirror=partial(mirror, RemoteRuns(store), ""))
             on_all_ranks(lambda: remove_checkpoint(local) if self.is_global_zero else None, local)
 
     def _edited(self, state: Any) -> Mapping[str, Any]:
