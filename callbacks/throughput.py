@@ -129,7 +129,10 @@ class Throughput(Callback):
             _synchronize(trainer.strategy.root_device)  # the time of the window must include the device's work
             assert self._start is not None
             seconds = time.perf_counter() - self._start - self._paused
-            slowest = {} if self._ranks is None else self._ranks.write(seconds, self._waited, _held_memory(trainer))
+            slowest: dict[str, float] = {}
+            if self._ranks is not None:
+                held = _held_memory(trainer.strategy.root_device)
+                slowest = self._ranks.write(seconds, self._waited, held)
             self.last = self._measure(trainer, self._collect(trainer), seconds) | slowest
             pl_module.log_dict(self.last, batch_size=1)  # of each step; Lightning may not know the batch's size
             self._open_window(trainer)
@@ -208,13 +211,12 @@ def _synchronize(device: torch.device) -> None:
 def _peak_memory(trainer: pl.Trainer) -> float:
     """Peak memory in bytes, maximum over ranks. Collective."""
     device = trainer.strategy.root_device
-    peak = torch.tensor(_held_memory(trainer), dtype=torch.int64, device=device)
+    peak = torch.tensor(_held_memory(device), dtype=torch.int64, device=device)
     return float(max_over_ranks(trainer, peak))
 
 
-def _held_memory(trainer: pl.Trainer) -> int:
+def _held_memory(device: torch.device) -> int:
     """Peak memory of this rank in bytes."""
-    device = trainer.strategy.root_device
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_set()
 
 

@@ -89,5 +89,5 @@ def _forget_meshes() -> None:
     clear_redistribute_planner_cache()
     _gen_transform_infos.cache_clear()
     MeshTopoInfo.build_from_mesh.cache_clear()
-    gc.unfreeze()
     gc.collect()  # a mesh refers to itself
+    gc.freeze()  # what is left are modules and caches, and no groups
