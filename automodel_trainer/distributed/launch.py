@@ -37,8 +37,8 @@ def launched_sizes(devices: Any, num_nodes: int) -> tuple[Any, int]:
     if num_nodes not in (1, nodes) and _torchrun() is not None:
         raise ValueError(
             f"num_nodes={num_nodes}, but torchrun started ranks on {nodes} node(s). Leave num_nodes out, or give "
-            f"torchrun --nnodes {num_nodes}. If it has that already, look at the clocks of the nodes: torchrun takes one "
-            "whose clock is behind by more than 15 s for dead, and starts without it."
+            f"torchrun --nnodes {num_nodes}. If it has that already, look at the clocks of the nodes: torchrun takes "
+            "one whose clock is behind by more than 15 s for dead, and starts without it."
         )
     return devices, nodes if num_nodes == 1 else num_nodes
 
