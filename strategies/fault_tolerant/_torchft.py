@@ -18,6 +18,8 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from automodel_trainer.strategies.fault_tolerant.lifeline import Lifeline
+
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # torchft's own variable
 _PATIENCE = 30.0  # seconds: the lighthouse may start a little later than the groups
 _START = "torchft_lighthouse --bind '[::]:29510' --min_replicas 1 --join_timeout_ms 10000"
@@ -109,6 +111,7 @@ class Peers:
         load: Callable[[dict[str, Any]], None],
     ) -> None:
         _keep_quiet()
+        os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(timeout))  # torchft warns where it is missing
         from torchft import Manager, ProcessGroupGloo, ProcessGroupNCCL
 
         kind = ProcessGroupNCCL if device.type == "cuda" else ProcessGroupGloo
@@ -128,6 +131,9 @@ class Peers:
             lighthouse_addr=lighthouse,
             hostname=store[0],
         )
+        self._device = device
+        self._quorum = -1  # the last one that met
+        self._lifeline = Lifeline(store[0], self._manager._pg.abort)
 
     def begin_at(self, step: int) -> None:
         """Say how many steps this group has behind it."""
@@ -156,7 +162,20 @@ class Peers:
             raise
         except RuntimeError as error:  # torchft raises the errors of its channel so
             raise TimeoutError(str(error)) from error
-        return self._manager.participating_rank() or 0, self._manager.num_participants()
+        place, groups = self._manager.participating_rank() or 0, self._manager.num_participants()
+        if self._manager._quorum_id != self._quorum and not self.failed:
+            self._quorum = self._manager._quorum_id
+            self._watch(place, groups)
+        return place, groups
+
+    def _watch(self, place: int, groups: int) -> None:
+        """Tell the other groups where this process is found, and hold a connection to each of theirs."""
+        table = torch.zeros(groups, 2, dtype=torch.int64, device=self._device)
+        table[place] = torch.tensor(self._lifeline.address)
+        self.add_up(table)
+        if not self.failed:
+            found: list[list[int]] = table.tolist()
+            self._lifeline.watch([(number, port) for at, (number, port) in enumerate(found) if at != place])
 
     def add_up(self, tensor: Tensor) -> None:
         """Sum `tensor` `[…]` in place over the groups. If one is lost, no error comes, but `failed` says so."""
@@ -173,6 +192,7 @@ class Peers:
 
     def leave(self) -> None:
         """Stop answering the others."""
+        self._lifeline.cut()
         with suppress(Exception):
             self._manager.shutdown(wait=False)
 

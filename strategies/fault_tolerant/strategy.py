@@ -59,7 +59,7 @@ class FaultTolerantStrategy(FSDP2Strategy):
         dp_shard: ranks of each group; -1 takes all of them.
         min_replicas: with fewer groups than this the run waits.
         lighthouse: the lighthouse's address, `http://HOST:PORT`; None: `TORCHFT_LIGHTHOUSE`.
-        replica_timeout: seconds that a step waits for a group that lives and is slow, and on GPUs for one that is lost.
+        replica_timeout: seconds that a step waits for a group that is slow, or whose machine is silent.
         kwargs: see `FSDP2Strategy`; `tp`, `cp` and `ep` must be 1.
 
     Raises:
@@ -216,7 +216,7 @@ class FaultTolerantStrategy(FSDP2Strategy):
             met, self._met = self._met, None
             taken = self._attempt(objective, micro_batches, met)
             if taken is not None:
-                self._wrote, self._resumed = met.place == 0, None
+                self._wrote, self._resumed, self.groups_met = met.place == 0, None, met.groups
                 return taken
             rank_zero_info("A replica group was lost in this step, which is repeated with the groups that are there.")
             for parameter in trained(objective.model):
@@ -260,7 +260,7 @@ class FaultTolerantStrategy(FSDP2Strategy):
                     place, groups = peers.meet(left)
                 except TimeoutError as error:
                     raise ValueError(self._nobody(groups, str(error))) from error
-                if peers.failed:
+                if self._any_failed():
                     peers.commit()  # which tells the lighthouse that this group needs another quorum
                 elif groups >= self.min_replicas:
                     self._met = _Met(place, groups)

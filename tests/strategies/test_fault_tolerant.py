@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -22,6 +23,7 @@ from automodel_trainer.callbacks import DCPCheckpoint
 from automodel_trainer.strategies import StrategyRegistry
 from automodel_trainer.strategies.fault_tolerant import _torchft
 from automodel_trainer.strategies.fault_tolerant._torchft import Peers, require_lighthouse
+from automodel_trainer.strategies.fault_tolerant.lifeline import NOWHERE, Lifeline
 from tests.beside import use
 from tests.callbacks.runs import train
 from tests.matrix import more
@@ -172,6 +174,37 @@ def goes_on_alone(
     on = train(root, ckpt_path=saved / f"step-{(last - 1) // 4 * 4:08}", **options)
     for name, right in weights.items():
         torch.testing.assert_close(on["weights"][name], right, rtol=10 * near, atol=3 * near)
+
+
+def test_a_lifeline_breaks_with_the_process_at_its_end(tmp_path: Path) -> None:
+    lost = threading.Event()
+    line = Lifeline("127.0.0.1", lost.set)
+    job = Job(tmp_path, holds_a_lifeline, str(tmp_path / "address"))
+    job.until("there")
+    line.watch([NOWHERE, json.loads((tmp_path / "address").read_text())])
+    assert not lost.wait(0.5)
+    job.signal(signal.SIGKILL)
+    assert lost.wait(5)
+    line.cut()
+
+
+def holds_a_lifeline(file: str) -> None:
+    line = Lifeline("127.0.0.1", lambda: None)
+    Path(file).write_text(json.dumps(line.address))
+    print("there")
+    time.sleep(600)
+
+
+def test_a_lifeline_that_was_cut_or_replaced_tells_nobody() -> None:
+    lost = threading.Event()
+    lines = [Lifeline("127.0.0.1", lost.set) for _ in range(3)]
+    lines[0].watch([lines[1].address])
+    lines[0].watch([lines[2].address])
+    lines[1].cut()
+    assert not lost.wait(0.5)
+    lines[0].cut()
+    lines[2].cut()
+    assert not lost.wait(0.5)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
