@@ -26,6 +26,8 @@ class GarbageCollection(Callback):
         ValueError: `every_n_steps` is negative.
     """
 
+    _frozen_by_user = False
+
     def __init__(self, every_n_steps: int = 10) -> None:
         if every_n_steps < 0:
             raise ValueError(
@@ -57,11 +59,20 @@ class GarbageCollection(Callback):
     def _start(self, trainer: pl.Trainer) -> None:
         if trainer.strategy.root_device.type != "cpu":
             gc.collect()  # frozen garbage is never freed, and garbage of the compilation may hold device memory
-        if gc.get_freeze_count() == 0:  # otherwise the user has frozen objects, and our `unfreeze` would undo that
+        if not self._user_freezes():  # our `unfreeze` would undo that
             gc.freeze()
             self._frozen = True
         gc.disable()
         self._scheduled = True
+
+    @classmethod
+    def _user_freezes(cls) -> bool:
+        """Whether anything is frozen, now or in an earlier run: Python counts a million objects in a tenth of a second.
+
+        Who has unfrozen them since is missed. Then objects are scanned that need not be.
+        """
+        cls._frozen_by_user = cls._frozen_by_user or gc.get_freeze_count() > 0
+        return cls._frozen_by_user
 
     def _stop(self) -> None:
         if self._scheduled:

@@ -220,7 +220,7 @@ def batch_facts(trainer: pl.Trainer, batch: Any) -> Facts:
     counts = Counts()
     counts.add(parts[0])
     first = counts.totals()
-    dp = dp_size(trainer)
+    dp = dp_size(trainer) * getattr(trainer.strategy, "groups_met", 1)
     accumulation = len(parts) * trainer.accumulate_grad_batches
     widest = max((m["input_ids"].shape[-1] for m in parts if _has_tokens(m)), default=0)
     rows = first.rows * accumulation * dp

@@ -18,10 +18,13 @@ for name in (
     "torch.distributed.checkpoint",
     "torch.distributed.tensor.experimental",
     "torch.distributed.tensor.parallel",
+    "torch.utils.tensorboard",
     "peft",
     "networkx",
+    "s3fs",  # which Lightning imports, if it is there, to look at any path
 ):
     importlib.import_module(name)
 
 look_once_for_plugins()
 seldom_look_for_garbage()
+importlib.import_module("automodel_trainer.callbacks").GarbageCollection._user_freezes()  # it is counted here, once

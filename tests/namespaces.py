@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.run import config_from_args, get_args_parser
+
+from automodel_trainer.tools.launch import shell
+from automodel_trainer.tools.launch.job import Job
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 CABLE = "cable"  # the name of a machine's end
@@ -43,22 +49,32 @@ def machines() -> Iterator[list[str]]:
 
 
 def agent(names: list[str], number: int, function: Callable[..., Any], *args: Any) -> None:
-    """On machine `number` of two, what `torchrun --nnodes 2 --nproc-per-node 2` does, with ranks that are forked."""
+    """On machine `number` of two, what the torchrun of `amt launch` does for two ranks, which are forked."""
     with open(f"/run/netns/{names[number]}") as namespace:
         if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"cannot enter {names[number]}")
     os.environ["GLOO_SOCKET_IFNAME"] = CABLE
-    config = LaunchConfig(
-        min_nodes=2,
-        max_nodes=2,
-        nproc_per_node=2,
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="fork",
-        run_id="nodes",
-        local_addr=ADDRESSES[number],
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{ADDRESSES[0]}:29511",
-        rdzv_configs={"is_host": number == 0, "timeout": 120},
-    )
-    elastic_launch(config, function)(*args)
+    elastic_launch(_as_launched(number), function)(*args)
+
+
+def _as_launched(number: int) -> LaunchConfig:
+    """The settings of a file that `amt launch` has written, and its environment."""
+    job = Job(Path("run.yaml"), "nodes", len(ADDRESSES), 2, "run")
+    exports, command = _torchrun_of(shell.torchrun(job, "fit", "run", ADDRESSES[0]))
+    os.environ.update(exports)
+    config, _, _ = config_from_args(get_args_parser().parse_args(command))
+    config.start_method, config.monitor_interval = "fork", 0.1
+    config.local_addr = ADDRESSES[number]  # both have one host name
+    config.rdzv_configs |= {"is_host": number == 0, "keep_alive_interval": 1}  # a lost agent is noticed in 3 s, not 15
+    return config
+
+
+def _torchrun_of(lines: list[str]) -> tuple[dict[str, str], list[str]]:
+    exports = dict(line.split()[1].split("=") for line in lines if line.startswith("export "))
+    text = " ".join(line.rstrip("&\\") for line in lines[lines.index(next(filter(_starts, lines))) :])
+    words = shlex.split(text.partition(" fit")[0])
+    return exports, words[1:]
+
+
+def _starts(line: str) -> bool:
+    return line.startswith("torchrun ")

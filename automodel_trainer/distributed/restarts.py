@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -57,6 +58,12 @@ def launcher() -> str:
 
 def _outliving() -> Memory | None:
     return _memory or outliving_store(_TIMEOUT)
+
+
+def forgets_runs() -> bool:
+    """Whether torchrun has restarted this process and keeps no store in which its run could be found."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return restarted and _memory is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def begin_fit() -> Path | None:

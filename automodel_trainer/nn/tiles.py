@@ -70,7 +70,7 @@ class _Tiles:
         # What the backward reads is saved before anything is computed. Activation checkpointing stops there, if nothing
         # behind it is saved: so a checkpointed block computes its MLP twice, as without tiles, and not three times.
         saved = _Keep.apply(torch.empty(0, requires_grad=True), x)
-        job = _Job(forward, self.call, held, saved.grad_fn, length, _states(self.module, x), _autocast(x))
+        job = _Job(forward, self.call, held, saved, length, _states(self.module, x), _autocast(x))
         out: Tensor = _Tiled.apply(job, x, *(entry.tensor for entry in trained))
         return out
 
@@ -92,7 +92,7 @@ class _Job:
     forward: Forward
     call: Callable[..., Any]
     held: list[_Held]
-    saved: Any  # the graph's node that holds the input
+    saved: Tensor  # made by the graph's node that holds the input; up to torch 2.11 the node lives as long as it
     length: int
     states: tuple[torch.device, Tensor, Tensor | None] | None
     autocast: tuple[str, bool, torch.dtype]
@@ -153,7 +153,7 @@ class _Tiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         job: _Job = ctx.job
-        (x,) = job.saved.saved_tensors
+        (x,) = job.saved.grad_fn.saved_tensors  # type: ignore[union-attr]
         leaves = [held.leaf for held in job.held if held.tensor.requires_grad]
         wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad[2:], strict=True) if needed]
         of_x = torch.empty_like(x) if ctx.needs_input_grad[1] else None

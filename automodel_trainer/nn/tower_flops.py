@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,17 @@ from automodel_trainer.nn.blocks import find_blocks
 _BOUNDARIES = "cu_seqlens"  # transformers' name: where each sequence of a packed input begins, and the end of the last
 
 
-_towers: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()  # each log step asks
+# Each log step asks. A tower may hold its model, by hooks of FSDP: a model that it is kept for would never be freed.
+_towers: WeakKeyDictionary[nn.Module, ref[nn.Module] | None] = WeakKeyDictionary()
 
 
 def tower_of(model: nn.Module) -> nn.Module | None:
     """The image encoder beside the decoder of the first transformers model in `model`; None if there is none."""
     if model not in _towers:
-        _towers[model] = _find_tower(model)
-    return _towers[model]
+        found = _find_tower(model)
+        _towers[model] = None if found is None else ref(found)
+    kept = _towers[model]
+    return None if kept is None else kept()
 
 
 def _find_tower(model: nn.Module) -> nn.Module | None:

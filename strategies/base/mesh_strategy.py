@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal, final
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from automodel_trainer._lightning import forget_optimizers, synchronize_layers
 from automodel_trainer.checkpoint.given import note_given
-from automodel_trainer.distributed.mesh import ParallelDims
+from automodel_trainer.distributed.mesh import DATA_AXES, ParallelDims
 from automodel_trainer.models.record import record_of
 from automodel_trainer.models.stage_names import pipeline_of
 from automodel_trainer.nn.tiles import Count
@@ -24,7 +25,7 @@ from automodel_trainer.strategies.base.activation_checkpointing import Checkpoin
 from automodel_trainer.strategies.base.block_modes import Mode, modes_of_blocks, uses
 from automodel_trainer.strategies.base.budget import Budget, Chosen
 from automodel_trainer.strategies.base.compile import wants_compile
-from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part
+from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part, count_all
 from automodel_trainer.strategies.base.precision import MeshPrecision
 from automodel_trainer.strategies.base.processes import Launcher
 from automodel_trainer.strategies.base.saving import SavingStrategy
@@ -148,6 +149,20 @@ class MeshStrategy(StepRunner, SavingStrategy):
             checkpoint_when_asked(model)
             if self.block_modes is not None or self.memory is not None:
                 record_of(model).keep(Checkpointed())
+
+    def take_gradients(self, objective: Objective, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor] | None:
+        """Count the tokens of a global batch, and run forward and backward of it. Collective.
+
+        Args:
+            objective: the module to train.
+            micro_batches: this rank's share of the global batch.
+
+        Returns:
+            the loss, as `forward_backward` returns it, and the number of supervised tokens in the global batch. None
+            if the optimizer must not step: the model has the state after this step already.
+        """
+        tokens = self._sum_over(DATA_AXES, count_all(objective, micro_batches))
+        return self.forward_backward(objective, micro_batches, tokens), tokens
 
     # --- helpers for layouts ------------------------------------------------------------------------------------------
 

@@ -21,9 +21,10 @@ from tests.tiny import tiny_model
 
 
 @pytest.fixture(autouse=True)
-def _nothing_frozen() -> Iterator[None]:
+def _nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a user's process: ours has frozen what it imported (tests/conftest.py)."""
     gc.unfreeze()
+    monkeypatch.setattr(GarbageCollection, "_frozen_by_user", False)
     yield
     gc.freeze()
 
@@ -81,6 +82,16 @@ def test_python_has_it_back_after_an_error(tmp_path: Path) -> None:
         fit(tmp_path, GarbageCollection(), Watch(fail_at=3))
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+def test_what_the_user_has_frozen_stays_frozen(tmp_path: Path) -> None:
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    with pytest.MonkeyPatch.context() as patch:
+        for run in ("first", "second"):
+            fit(tmp_path / run, GarbageCollection(), Watch(), steps=2)
+            patch.setattr(gc, "get_freeze_count", lambda: pytest.fail("counted in every run"))
+    assert 0.9 * frozen < gc.get_freeze_count() <= frozen  # some may have been let go of
 
 
 def test_zero_leaves_it_to_python(tmp_path: Path) -> None:

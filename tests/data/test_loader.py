@@ -85,6 +85,25 @@ def test_the_largest_packed_steps() -> None:
     assert len(loader().largest_steps()) == 1
 
 
+def test_a_batch_that_is_dealt_late_has_the_same_rows_for_any_number_of_ranks() -> None:
+    whole = [ids(step) for step in loader(UnevenRows(43), packed=False)]
+    late = loader(UnevenRows(43), packed=False, deals_late=True, micro_batch_size=2, dp_size=2)
+    for number, (batch, rows) in enumerate(zip(late, whole, strict=True)):
+        assert batch == []
+        for ranks in (1, 2, 3, 5):
+            dealt: list[int] = []
+            for rank in range(ranks):
+                batch.deal(rank, ranks)
+                assert len(batch) == -(-SIZE // (2 * ranks)), "ranks wait for each other after each micro-batch"
+                dealt += ids(batch)
+            assert sorted(dealt) == sorted(rows)
+        with late.last_not_taken():
+            before = late.state_dict()
+        again = loader(UnevenRows(43), packed=False)
+        again.load_state_dict(before)
+        assert ids(next(iter(again))) == rows, number
+
+
 def test_an_epoch_has_every_row_once_and_the_next_one_another_order() -> None:
     steps = loader()
     first, second = ([i for step in steps for i in ids(step)] for _ in range(2))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -48,6 +50,18 @@ def test_a_tower_costs_what_torch_counts(family: str, frozen: bool) -> None:
     counted = counter.get_total_flops()
     assert work.take().item() == pytest.approx(counted, rel=0.03)
     assert not work.take()
+
+
+def test_a_model_that_its_tower_holds_is_freed() -> None:
+    """As hooks of FSDP do."""
+    model = model_of("llava")
+    tower = tower_of(model)
+    assert tower is not None
+    tower.register_forward_hook(lambda *_, model=model: None)
+    gone = ref(model)
+    del model, tower
+    gc.collect()
+    assert gone() is None
 
 
 def test_weights_of_a_tower_do_not_count_for_tokens() -> None:

@@ -40,6 +40,26 @@ def exports(cache: str) -> list[str]:
     return [*lines, 'mkdir -p "$AMT_CACHE" "$HF_HOME"', *NCCL_HINTS]
 
 
+TAKE_IN = [
+    "# A node that was lost and is back must be told where the ranks meet. torchrun says so in the first round only,",
+    "# unless each round has a store of its own.",
+    "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+]
+
+
+def rendezvous(job: Job, address: str) -> str:
+    """Options of torchrun by which several nodes meet, and wait for one that was lost.
+
+    Args:
+        job: the run.
+        address: of the first node, as a word of a shell.
+    """
+    return (
+        f"--nnodes {job.nodes} --rdzv-backend c10d --rdzv-endpoint {address}:{PORT} "
+        f"--rdzv-id {shlex.quote(job.name)} --rdzv-conf join_timeout=1800"
+    )
+
+
 def torchrun(job: Job, arguments: str, root: str, address: str | None, *, again_after_time: bool = True) -> list[str]:
     """Start this node's ranks, pass signals on, and end with 75 if the run waits to be resumed.
 
@@ -50,13 +70,9 @@ def torchrun(job: Job, arguments: str, root: str, address: str | None, *, again_
         address: of the first node, as a word of a shell; None: there is one node.
         again_after_time: whether a run whose time is over gets new time when it is started again.
     """
-    meeting = "--standalone"
-    if address is not None:
-        meeting = (
-            f"--nnodes {job.nodes} --rdzv-backend c10d --rdzv-endpoint {address}:{PORT} "
-            f"--rdzv-id {shlex.quote(job.name)} --rdzv-conf join_timeout=1800"
-        )
+    meeting = "--standalone" if address is None else rendezvous(job, address)
     return [
+        *([] if address is None else TAKE_IN),
         f"# A crash starts all ranks again, {RESTARTS} times, from the newest whole checkpoint. A signal saves, ends.",
         f"torchrun {meeting} \\",
         f"  --nproc-per-node {job.gpus} --max-restarts {RESTARTS} --shutdown-timeout {SAVE_SECONDS} \\",

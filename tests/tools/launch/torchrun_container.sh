@@ -22,6 +22,9 @@ if [ -z "${AMT_INSIDE:-}" ]; then
     --volume "$(realpath "$0"):/launch.sh:ro" org/image:1 bash /launch.sh
 fi
 
+# A node that was lost and is back must be told where the ranks meet. torchrun says so in the first round only,
+# unless each round has a store of its own.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # A crash starts all ranks again, 3 times, from the newest whole checkpoint. A signal saves, ends.
 torchrun --nnodes 4 --rdzv-backend c10d --rdzv-endpoint "$HEAD":29500 --rdzv-id my-run --rdzv-conf join_timeout=1800 \
   --nproc-per-node 8 --max-restarts 3 --shutdown-timeout 300 \

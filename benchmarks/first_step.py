@@ -1,0 +1,132 @@
+"""From `amt fit` to the end of step 1: LoRA r=16 on a llama-8B-shaped checkpoint on one GPU, 2 rows of 4,096 tokens.
+
+`python benchmarks/first_step.py` writes random weights (16 GB), reads them once so that the file system is warm, and
+runs `amt fit` `--runs` times, each in a process of its own. The first has empty caches of compiled code. It prints when
+each part ended, in seconds since the process began. `--profile N` prints the functions that the last run spent most
+time in. `--tiny` is for a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+
+def since_start() -> float:
+    """Seconds since this process began, imports of the interpreter included."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Clock(Callback):
+    """Prints when the parts of a run's start ended."""
+
+    def __init__(self) -> None:
+        self.times = {"imports and parsing": since_start()}
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        self.times["before setup"] = since_start()
+
+    def on_fit_start(self, *_: Any) -> None:
+        self.times["model loaded"] = since_start()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.times.setdefault("step 1 starts", since_start())
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if "step 1 ends" in self.times:
+            self.times.setdefault("step 2 ends", since_start())
+        self.times.setdefault("step 1 ends", since_start())
+
+    def on_train_end(self, *_: Any) -> None:
+        print("RESULT " + json.dumps({name: round(value, 1) for name, value in self.times.items()}), flush=True)
+
+
+def write_checkpoint(folder: Path, tiny: bool) -> int:
+    """A checkpoint of random weights in shards of 4 GB; returns the bytes of its weights."""
+    import torch
+    from bytes_per_block import EIGHT_B, TINY
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes = (TINY if tiny else EIGHT_B) | {"num_hidden_layers": 2 if tiny else 32, "max_position_embeddings": 8192}
+    shape = LlamaConfig(**sizes, dtype="bfloat16")
+    with torch.device("cpu" if tiny else "cuda"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    files = [*folder.glob("*.safetensors")]
+    for file in files:
+        with file.open("rb") as opened:
+            while opened.read(1 << 26):
+                pass
+    return sum(file.stat().st_size for file in files)
+
+
+CONFIG = """
+trainer:
+  strategy: {strategy}
+  precision: bf16
+  max_steps: 2
+  logger: false
+  enable_checkpointing: false
+  default_root_dir: {folder}/run
+  callbacks:
+    - class_path: first_step.Clock
+model:
+  model: {folder}/model
+  lr: 1.0e-4
+  lora: {{rank: 16, alpha: 32}}
+data:
+  class_path: MockDataModule
+  init_args: {{vocab_size: 512, seq_len: {length}, micro_batch_size: 2, global_batch_size: 2, num_samples: 4}}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--strategy", default="fsdp2")
+    parser.add_argument("--profile", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    start = time.perf_counter()
+    size = write_checkpoint(folder / "model", args.tiny)
+    print(f"wrote {size / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
+    length = 64 if args.tiny else 4096
+    (folder / "run.yaml").write_text(CONFIG.format(folder=folder, length=length, strategy=args.strategy))
+    here = Path(__file__).parent
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")]),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    for run in range(args.runs):
+        profiled = args.profile and run == args.runs - 1
+        command = [sys.executable, *(["-m", "cProfile", "-o", str(folder / "profile")] if profiled else [])]
+        command += ["-m", "automodel_trainer", "fit", "--config", str(folder / "run.yaml")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        print(f"run {run + 1}{' (profiled)' if profiled else ''}: ", end="")
+        print(found[0].removeprefix("RESULT ") if found else f"failed: {done.stderr[-1500:]}", flush=True)
+    if args.profile:
+        import pstats
+
+        pstats.Stats(str(folder / "profile")).sort_stats("cumulative").print_stats(args.profile)
+
+
+if __name__ == "__main__":
+    main()
