@@ -22,6 +22,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	for name in torchao bitsandbytes triton liger_kernel; do \
 	  $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/$$name -c constraints.txt $$name || exit 1; \
 	done
+	# torchft with what its import needs; with its dependencies pip would bring a second torch.
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchft -c constraints.txt torchft \
+	  googleapis-common-protos importlib_metadata opentelemetry-api opentelemetry-exporter-otlp-proto-common \
+	  opentelemetry-exporter-otlp-proto-http opentelemetry-proto opentelemetry-sdk opentelemetry-semantic-conventions zipp
 	touch $@
 
 quickstart: venv

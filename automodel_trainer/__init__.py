@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from automodel_trainer.modules.chunked_loss import chunked_loss
     from automodel_trainer.strategies import (
         DDPStrategy,
+        FaultTolerantStrategy,
         FSDP2Strategy,
         MegatronFSDPStrategy,
         MeshStrategy,
@@ -61,6 +62,7 @@ _HOMES = {
     "ChatDataModule": "data",
     "DDPStrategy": "strategies",
     "FSDP2Strategy": "strategies",
+    "FaultTolerantStrategy": "strategies",
     "HuggingFaceModule": "modules",
     "ImageTextDataModule": "data",
     "ImageTextModule": "modules",
@@ -97,6 +99,7 @@ __all__ = [
     "ChatDataModule",
     "DDPStrategy",
     "FSDP2Strategy",
+    "FaultTolerantStrategy",
     "HuggingFaceModule",
     "ImageTextDataModule",
     "ImageTextModule",

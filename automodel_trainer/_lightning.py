@@ -16,11 +16,13 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core import saving
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as EpochLoop
 from lightning.pytorch.overrides.distributed import prepare_for_backward
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher, _WorkerOutput
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector as CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.argparse import _defaults_from_env_vars
@@ -36,8 +38,10 @@ __all__ = [
     "answer_requeue_signal",
     "assigned_checkpoint",
     "attached_trainer",
+    "count_step",
     "defaults_from_env_vars",
     "drop_advertisement",
+    "dump_state",
     "forget_optimizers",
     "end_ranks_on_sigterm",
     "hpc_checkpoint",
@@ -219,10 +223,34 @@ class _CheckpointConnector(CheckpointConnector):
         evaluates = self.trainer.state.fn is not None and self.trainer.state.fn != TrainerFn.FITTING
         return None if evaluates and self.trainer.state.status == TrainerStatus.RUNNING else super()._hpc_resume_path
 
+    def restore_training_state(self) -> None:
+        """Restore loops, optimizers and schedules; then what other replica groups have that are further."""
+        super().restore_training_state()
+        ask = getattr(self.trainer.strategy, "state_of_peers", None)
+        further = ask(self._loaded_checkpoint) if ask and self.trainer.state.fn == TrainerFn.FITTING else None
+        if further is None:
+            return
+        self._loaded_checkpoint = further
+        call._call_lightning_module_hook(self.trainer, "on_load_checkpoint", further)
+        self.restore_datamodule()
+        self.restore_callbacks()
+        super().restore_training_state()
+
 
 def install_checkpoint_connector(trainer: pl.Trainer) -> None:
     """Replace the Trainer's checkpoint connector. Call it before the first run."""
     trainer._checkpoint_connector = _CheckpointConnector(trainer)
+
+
+def dump_state(trainer: pl.Trainer) -> dict[str, Any]:
+    """The state of loops, callbacks, schedules and data, as a checkpoint holds it. Hooks of callbacks run."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def count_step(optimizer: LightningOptimizer) -> None:
+    """Count a step of manual optimization that `optimizer` did not make itself. Call it in `training_step`."""
+    optimizer._on_before_step()
+    optimizer._on_after_step()
 
 
 def attached_trainer(module: pl.LightningModule | None) -> pl.Trainer | None:

@@ -49,7 +49,11 @@ def help_text(command: str) -> str:
         _row("--ckpt_path", "a checkpoint: a folder, a URL, last, best, last-whole or auto"),
     ]
     if command == "fit":
-        lines += [_row("--resume", "what to take from it: all, data or weights (docs/resume.md)")]
+        lines += [
+            _row("--resume", "what to take from it: all, data or weights (docs/resume.md)"),
+            _row("--on", "run on the workers of a cluster: ray, or ray://HOST:PORT (docs/guides/ray.md)"),
+            _row("--workers", "with --on, how many, one GPU each: 8, or 4-8 for a run that is resized"),
+        ]
     lines += [
         _row("--seed_everything", "the seed of all random generators (0)"),
         _row("--print_config", "print the whole configuration and exit"),

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from automodel_trainer._lightning import hpc_checkpoint, last_checkpoints
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
-from automodel_trainer.checkpoint import check_checkpoint
+from automodel_trainer.checkpoint.manifest import only_manifest
 from automodel_trainer.checkpoint.remote import fetch, is_remote, local_root
-from automodel_trainer.checkpoint.runs import saved_in
+from automodel_trainer.checkpoint.runs import created, newest_whole
 from automodel_trainer.checkpoint.settings import RESUME
 from automodel_trainer.distributed.restarts import begin_fit, forgets_runs, launcher
 
@@ -66,7 +66,7 @@ def _best(callbacks: Sequence[Any], root: str) -> Path | None:
     monitoring = [callback for callback in callbacks if getattr(callback, "monitor", None) is not None]
     chosen = monitoring or callbacks
     in_memory = next(filter(None, (getattr(callback, "best_model_path", "") for callback in chosen)), None)
-    if in_memory:
+    if in_memory and Path(in_memory).exists() and not only_manifest(Path(in_memory)):
         return Path(in_memory)
     ours = [callback for callback in chosen if isinstance(callback, DCPCheckpoint)]
     found = [callback.find_best(root) for callback in ours]
@@ -81,7 +81,7 @@ def _last(trainer: pl.Trainer, callbacks: Sequence[Any], whole: bool) -> Path | 
     if not whole:
         found += [Path(path) for path in last_checkpoints(trainer)]
     there = [path for path in found if path is not None and path.exists()]
-    return max(there, key=lambda path: path.stat().st_mtime, default=None)
+    return max(there, key=created, default=None)
 
 
 def check_resume(path: str | os.PathLike[str] | None, resume: str) -> None:
@@ -117,12 +117,13 @@ def check_folder(path: str, resume: str) -> None:
         )
 
 
-def saved_before_restart(ckpt_path: str | os.PathLike[str] | None = None) -> str | None:
+def saved_before_restart(trainer: pl.Trainer, ckpt_path: str | os.PathLike[str] | None = None) -> str | None:
     """After a restart by torchrun or Ray, the newest undamaged checkpoint of the run that was restarted; else None.
 
     Call it once per `fit`, at its beginning: it also notes that this process has begun a run.
 
     Args:
+        trainer: its callbacks know where the run was saved.
         ckpt_path: what the user gave; without it, a run that nobody remembers would silently start anew.
     """
     run = begin_fit()
@@ -133,7 +134,9 @@ def saved_before_restart(ckpt_path: str | os.PathLike[str] | None = None) -> str
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 nobody knows which run it was. Give ckpt_path='auto'."
             )
         return None
-    checkpoint = _newest_whole(run)
+    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, DCPCheckpoint)]
+    found = [saver.find_last_of(run, trainer.default_root_dir) for saver in savers] or [newest_whole(run)]
+    checkpoint = max(filter(None, found), key=created, default=None)
     if checkpoint is None:
         return None
     rank_zero_info(f"{launcher()} has restarted this run: it resumes from {checkpoint}.")
@@ -152,7 +155,7 @@ def requeued_checkpoint(trainer: pl.Trainer, path: str | os.PathLike[str] | None
     found = hpc_checkpoint(trainer)
     if found is None:
         return None
-    whole = _newest_whole(Path(found).resolve().parent) if os.path.islink(found) else Path(found)
+    whole = newest_whole(Path(found).resolve().parent) if os.path.islink(found) else Path(found)
     if whole is None:
         raise ValueError(
             f"{found} says that this run was queued again, and its checkpoints are gone. Remove the link to start from "
@@ -160,14 +163,3 @@ def requeued_checkpoint(trainer: pl.Trainer, path: str | os.PathLike[str] | None
         )
     rank_zero_info(f"Slurm has started this run again: it resumes from {whole}. For a new run remove {found}.")
     return str(whole) if os.path.islink(found) else found
-
-
-def _newest_whole(run: Path) -> Path | None:
-    for checkpoint in reversed(saved_in(run)):
-        try:
-            check_checkpoint(checkpoint)
-        except ValueError as error:
-            rank_zero_warn(f"Skipping a damaged checkpoint: {error}")
-        else:
-            return checkpoint
-    return None

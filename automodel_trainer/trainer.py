@@ -164,6 +164,7 @@ class Trainer(SavesPretrained):
                 max_time=max_time,
                 folders=isinstance(strategy, MeshStrategy),
                 reports=ray_context() is not None,
+                budget=isinstance(strategy, MeshStrategy) and strategy.memory is not None,
                 requeues=asks_for_requeue(plugins) and not fast_dev_run,
             ),
             fast_dev_run=fast_dev_run,
@@ -293,7 +294,7 @@ class Trainer(SavesPretrained):
         """The checkpoint that Lightning restores; of one that only gives its weights it is not told."""
         check_resume(ckpt_path, resume)
         self.resume, self.extra_steps = "all", 0
-        self.resumed_path = saved_before_restart(ckpt_path)
+        self.resumed_path = saved_before_restart(self, ckpt_path)
         if self.resumed_path is None:
             assigned = assigned_checkpoint(self) if ckpt_path is None else None
             self.resumed_path = checkpoint_path(self, assigned or ckpt_path) or requeued_checkpoint(self, ckpt_path)

@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
 
-from automodel_trainer.checkpoint.manifest import MANIFEST
+from automodel_trainer.checkpoint.manifest import MANIFEST, only_manifest
+from automodel_trainer.checkpoint.runs import created
 
 _UPLOAD = "_scan_and_log_checkpoints"  # of WandbLogger and MLFlowLogger: uploads what is new; it skips folders
 
@@ -34,7 +35,7 @@ def _upload(logger: Any, files_only: Any, callback: Any) -> None:
     files_only(callback)
     for path, score in _folders(callback).items():
         changed = (Path(path) / MANIFEST).stat().st_mtime
-        if logger._logged_model_time.get(path, 0.0) >= changed:
+        if logger._logged_model_time.get(path) == changed:  # not `>=`: another machine may have written it
             continue
         best = path == callback.best_model_path
         (_to_wandb if hasattr(logger, "add_file_policy") else _to_mlflow)(logger, path, score, best)
@@ -46,7 +47,8 @@ def _folders(callback: Any) -> dict[str, Any]:
     found[getattr(callback, "best_model_path", "")] = getattr(callback, "best_model_score", None)
     found |= getattr(callback, "best_k_models", {})
     there = {path: score for path, score in found.items() if path and os.path.isfile(os.path.join(path, MANIFEST))}
-    return dict(sorted(there.items(), key=lambda item: (Path(item[0]) / MANIFEST).stat().st_mtime))
+    there = {path: score for path, score in there.items() if not only_manifest(Path(path))}
+    return dict(sorted(there.items(), key=lambda item: created(Path(item[0]))))
 
 
 def _to_wandb(logger: Any, path: str, score: Any, best: bool) -> None:

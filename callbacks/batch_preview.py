@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from automodel_trainer.callbacks.console import show_rich
 from automodel_trainer.callbacks.layout import tokenizer_of
 from automodel_trainer.callbacks.notebook import display, in_kernel
+from automodel_trainer.data.global_batch import GlobalBatch
 from automodel_trainer.data.preview import Preview, preview
 
 
@@ -38,6 +39,8 @@ class BatchPreview(Callback):
         self._shown = True
         if not trainer.is_global_zero:
             return
+        if isinstance(batch, GlobalBatch):  # of which nothing is dealt yet
+            batch.deal(0, 1)
         micro_batches = batch if isinstance(batch, list) else [batch]
         tokenizer = tokenizer_of(pl_module)
         if tokenizer is None:

@@ -32,7 +32,8 @@ from automodel_trainer.checkpoint.runs import (
     runs,
     saved_in,
 )
-from automodel_trainer.checkpoint.state import CONFIG_KEY, RNG_KEY
+from automodel_trainer.checkpoint.state import CONFIG_KEY, RNG_KEY, RUN_FOLDER_KEY
+from automodel_trainer.distributed.agreement import gather
 from automodel_trainer.distributed.restarts import remember
 from automodel_trainer.strategies import MeshStrategy
 
@@ -182,9 +183,14 @@ class DCPCheckpoint(RunFolder):
     ) -> None:
         """Remember the random state, and continue in the run folder of the checkpoint."""
         self._evaluates = trainer.state.fn != "fit"
-        if self._evaluates or not trainer.ckpt_path:
+        if self._evaluates:
             return
         self._rng = checkpoint.get(RNG_KEY)
+        if (there := checkpoint.get(RUN_FOLDER_KEY)) is not None:  # another replica group's
+            self.run_folder, self.last_model_path = Path(there[0]), there[1]
+            return
+        if not trainer.ckpt_path:
+            return
         resumed = Path(trainer.ckpt_path).resolve()
         base = self._base(trainer.default_root_dir).absolute()
         if resumed.parent in [run.resolve() for run in runs(base)]:
@@ -217,7 +223,7 @@ class DCPCheckpoint(RunFolder):
             # Rank 0 decides for all: another rank might already see files that rank 0 has just written.
             base = self._base(trainer.default_root_dir).absolute()
             remote = self._store(trainer.default_root_dir)
-            taken = remote.runs() if remote is not None and trainer.is_global_zero else ()
+            taken = {run for run, _ in remote.newest()} if remote is not None and trainer.is_global_zero else ()
             self.run_folder = trainer.strategy.broadcast(new_run(base, taken) if trainer.is_global_zero else None)
         if trainer.is_global_zero:
             remember(self.run_folder)  # type: ignore[arg-type]
@@ -315,10 +321,12 @@ class DCPCheckpoint(RunFolder):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the run's config.yaml, and a validation that is still to be done, to the checkpoint."""
+        """Add the run's config.yaml and folder, and a validation that is still to be done, to the checkpoint."""
         config = local_root(trainer.default_root_dir) / "config.yaml"
         if config.is_file():
             checkpoint[CONFIG_KEY] = config.read_text()
+        if self.run_folder is not None:
+            checkpoint[RUN_FOLDER_KEY] = str(self.run_folder), self.last_model_path
         if self._validation_due:
             resume_with_validation(checkpoint["loops"]["fit_loop"])
 
@@ -334,7 +342,8 @@ class DCPCheckpoint(RunFolder):
         if self._evaluates or self.run_folder is None:
             return
         if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode):
-            there = {folder.name for folder in saved_in(self.run_folder)}
+            # Rank 0 decides for all: in object storage its node may have seen more of this run than others.
+            there = gather({folder.name for folder in saved_in(self.run_folder)})[0]
             self.scores = {name: score for name, score in state_dict["scores"].items() if name in there}
 
     # --- saving -----------------------------------------------------------------------------------------------------
@@ -363,6 +372,10 @@ class DCPCheckpoint(RunFolder):
             return True
         if callable(check := getattr(pl_module, "check_finite", None)):
             check()  # raises on a loss that is not finite, so that good checkpoints are not replaced by a broken state
+        assert isinstance(trainer.strategy, MeshStrategy)
+        if not trainer.strategy.writes_checkpoints:  # another replica group does
+            self._last_saved, self._last_name, self.last_model_path = trainer.global_step, folder.name, str(folder)
+            return True
         begun = time.monotonic()
         self._settle(trainer)
         if self._saver is not None:

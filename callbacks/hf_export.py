@@ -14,6 +14,7 @@ from automodel_trainer.callbacks.console import show
 from automodel_trainer.callbacks.preemption import TIME, preemption_of
 from automodel_trainer.checkpoint.export import export_pretrained
 from automodel_trainer.checkpoint.remote import local_only
+from automodel_trainer.strategies import MeshStrategy
 
 
 class HFExport(Callback):
@@ -60,6 +61,8 @@ class HFExport(Callback):
         preemption = preemption_of(trainer)
         if preemption is not None and preemption.stopped_by not in (None, TIME):
             return  # after a signal there may be no time for an export
+        if isinstance(trainer.strategy, MeshStrategy) and not trainer.strategy.writes_checkpoints:
+            return  # another replica group does it
         folder = (
             self.dirpath
             or local_only(trainer.default_root_dir, "HFExport without dirpath, in default_root_dir,") / "hf"

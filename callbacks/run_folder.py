@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from automodel_trainer.callbacks.checkpoint_schedule import Schedule
 from automodel_trainer.checkpoint.remote import RemoteRuns, download_best, download_last, is_remote, local_root
-from automodel_trainer.checkpoint.runs import find_best, find_last
+from automodel_trainer.checkpoint.runs import find_best, find_last, newest_whole
 
 
 class RunFolder(Checkpoint):
@@ -46,6 +46,19 @@ class RunFolder(Checkpoint):
         base, remote = self._base(default_root_dir), self._store(default_root_dir)
         local = find_last(base, whole)
         return local if remote is None else download_last(remote, base, local, whole)
+
+    def find_last_of(self, run: Path, default_root_dir: str | Path) -> Path | None:
+        """The newest undamaged checkpoint of one run, here or in object storage; None if there is none.
+
+        Args:
+            run: its local folder.
+            default_root_dir: the Trainer's folder.
+        """
+        base, remote = self._base(default_root_dir).absolute(), self._store(default_root_dir)
+        local = newest_whole(run)
+        if remote is None or run.absolute().parent != base.parent:
+            return local
+        return download_last(remote, base, local, whole=True, only=run.name.removeprefix(base.name))
 
     def find_best(self, default_root_dir: str | Path) -> Path | None:
         """The best checkpoint of the newest run that has one; None if there is none."""

@@ -11,6 +11,17 @@ from types import FrameType
 _TORCH = "torch/distributed/"  # part of the path of files that define collectives
 _WRAPPERS = ("wrapper", "decorate_context", "_fn")  # names of decorators' functions, which tell nothing
 
+# Innermost Python frames of a thread that waits: what they call is C++. Tensors' own code (`torch/distributed/tensor`)
+# and what wraps a forward (`algorithms`) compute.
+_WAITS = (
+    "torch/distributed/distributed_c10d.py",
+    "torch/distributed/_functional_collectives.py",
+    "torch/distributed/fsdp/",
+    "torch/distributed/pipelining/",
+    "torch/cuda/__init__.py",
+)
+_AUTOGRAD = "torch/autograd/graph.py"
+
 
 def current_call() -> tuple[str, str]:
     """The collective that this process is in ("" if none is found), and the current line of its main thread.
@@ -36,6 +47,21 @@ def _collective(frame: FrameType | None) -> str:
 def _line(frame: FrameType) -> str:
     path = Path(frame.f_code.co_filename)
     return f"{path.parent.name}/{path.name}:{frame.f_lineno} {frame.f_code.co_name}"
+
+
+def frame_of(thread_id: int) -> FrameType | None:
+    """The innermost Python frame of a thread; None if it has ended."""
+    return sys._current_frames().get(thread_id)
+
+
+def waits_for_ranks(frame: FrameType) -> bool:
+    """Whether a thread whose innermost frame this is waits for other ranks, or for its device."""
+    return any(part in frame.f_code.co_filename for part in _WAITS)
+
+
+def in_backward(frame: FrameType) -> bool:
+    """Whether a thread whose innermost frame this is has called the C++ code of autograd."""
+    return frame.f_code.co_filename.endswith(_AUTOGRAD)
 
 
 def dump_stacks(file: Path) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer.callbacks.counts import Counts, Totals
 from automodel_trainer.callbacks.layout import dp_size, max_over_ranks, sum_over_ranks, tower_work, trained_model
-from automodel_trainer.callbacks.rank_times import write_rank_times
+from automodel_trainer.callbacks.rank_times import RankTimes
 from automodel_trainer.nn.flops import flops_per_token, holds_language_model, peak_flops
 from automodel_trainer.nn.tower_flops import TowerWork
 
@@ -34,10 +34,13 @@ class Throughput(Callback):
     | `data_wait` | share of the time that the host waited for the next batch |
     | `supervised_share` | share of the tokens that have a label |
     | `padding_share` | share of the tokens that `attention_mask` masks, if there is a mask |
+    | `slowest_rank` | time outside of collectives of the slowest of several ranks, as a multiple of the median |
 
     The first step (compilation, allocation) and the time of validation and checkpoints do not count. Only log steps
     wait for the device. On a GPU the host runs ahead of the device, so there `data_wait` is an upper bound. What
-    each of several ranks waited and computed is written to `<default_root_dir>/ranks.jsonl` (`amt watch` shows it).
+    each of several ranks waited and computed is written to `<default_root_dir>/ranks.jsonl` (`amt watch` shows it). A
+    rank that takes 1.5 times the median for 20 s, and that the others wait for, is named in a line: `straggler: rank 5
+    (host) takes 1.8 × the median …`. So is a GPU that takes 1.5 times the median for the same matrix products.
 
     Args:
         peak_flops: peak FLOP/s of one device. None: look it up; it must be given for other devices and other dtypes.
@@ -67,10 +70,7 @@ class Throughput(Callback):
         self._paused_at: float | None = None
         self._paused = 0.0  # seconds of the window that were not training
         self._waited = 0.0  # seconds of the window that the host waited for data
-        self._several = False  # ranks, so that each is written down
-        self._opened_at = 0  # the step after which the window began
-        self._cpu = 0.0  # CPU time of this process when the window began; pauses move it
-        self._cpu_paused_at = 0.0
+        self._ranks: RankTimes | None = None  # of several ranks each is written down
 
     # --- the clock ------------------------------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ class Throughput(Callback):
         self._reset()
         self._step = trainer.global_step
         self._tower = tower_work(trainer)
-        self._several = trainer.world_size > 1
+        self._ranks = RankTimes(trainer) if trainer.world_size > 1 else None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
         """Start the clock again, and count the time that the host waited for data."""
@@ -88,7 +88,8 @@ class Throughput(Callback):
             self._tower.counting = True
         if self._paused_at is not None:
             self._paused += now - self._paused_at
-            self._cpu += time.process_time() - self._cpu_paused_at
+            if self._ranks is not None:
+                self._ranks.go_on()
         elif self._batch_ended is not None:
             self._waited += now - self._batch_ended
         self._paused_at = self._batch_ended = None
@@ -105,7 +106,9 @@ class Throughput(Callback):
         """Stop the clock until the next batch starts, after the device has finished its training work."""
         if self._start is not None and self._paused_at is None:
             _synchronize(trainer.strategy.root_device)
-            self._paused_at, self._cpu_paused_at = time.perf_counter(), time.process_time()
+            self._paused_at = time.perf_counter()
+            if self._ranks is not None:
+                self._ranks.pause()
 
     # --- the count ------------------------------------------------------------------------------------------------
 
@@ -126,10 +129,11 @@ class Throughput(Callback):
             _synchronize(trainer.strategy.root_device)  # the time of the window must include the device's work
             assert self._start is not None
             seconds = time.perf_counter() - self._start - self._paused
-            if self._several:
-                cpu, memory = time.process_time() - self._cpu, _held_memory(trainer.strategy.root_device) / GIB
-                write_rank_times(trainer, self._step - self._opened_at, self._waited, cpu, memory)
-            self.last = self._measure(trainer, self._collect(trainer), seconds)
+            slowest: dict[str, float] = {}
+            if self._ranks is not None:
+                held = _held_memory(trainer.strategy.root_device)
+                slowest = self._ranks.write(seconds, self._waited, held)
+            self.last = self._measure(trainer, self._collect(trainer), seconds) | slowest
             pl_module.log_dict(self.last, batch_size=1)  # of each step; Lightning may not know the batch's size
             self._open_window(trainer)
         self._batch_ended = time.perf_counter()
@@ -140,13 +144,23 @@ class Throughput(Callback):
         if self._tower is not None:
             self._tower.detach()
             self._tower = None
+        self._forget_ranks()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stop measuring."""
+        self._forget_ranks()
+
+    def _forget_ranks(self) -> None:
+        if self._ranks is not None:
+            self._ranks.stop()
+            self._ranks = None
 
     def _open_window(self, trainer: pl.Trainer) -> None:
         _synchronize(trainer.strategy.root_device)
         self._start = time.perf_counter()
         self._paused = self._waited = 0.0
-        if self._several:
-            self._opened_at, self._cpu = self._step, time.process_time()
+        if self._ranks is not None:
+            self._ranks.open(self._step)
 
     def _collect(self, trainer: pl.Trainer) -> Totals:
         """The counts of the window, summed over all ranks. Collective; waits for the device."""

@@ -16,13 +16,27 @@ from automodel_trainer.nn.text import did_you_mean
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy
 from automodel_trainer.strategies.data_parallel.ddp import DDPStrategy
 from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy
+from automodel_trainer.strategies.fault_tolerant.strategy import FaultTolerantStrategy
 from automodel_trainer.strategies.megatron.megatron_fsdp import MegatronFSDPStrategy
 from automodel_trainer.strategies.pipeline.parallel_3d import Parallel3DStrategy
 
 ENTRY_POINT_GROUP = "automodel_trainer.strategies"
 
 
-def _hsdp(dp_replicate: int = 2, **kwargs: Any) -> FSDP2Strategy:
+def _hsdp(
+    dp_replicate: int = 2,
+    fault_tolerant: bool = False,
+    min_replicas: int | None = None,
+    lighthouse: str | None = None,
+    replica_timeout: float | None = None,
+    **kwargs: Any,
+) -> FSDP2Strategy:
+    asked = {"min_replicas": min_replicas, "lighthouse": lighthouse, "replica_timeout": replica_timeout}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if fault_tolerant:
+        return FaultTolerantStrategy(dp_replicate, **given, **kwargs)  # type: ignore[arg-type]
+    if given:
+        raise ValueError(f"{', '.join(given)} is for replicas that come and go: add fault_tolerant=true.")
     return FSDP2Strategy(dp_replicate=dp_replicate, **kwargs)
 
 

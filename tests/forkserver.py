@@ -18,8 +18,10 @@ for name in (
     "torch.distributed.checkpoint",
     "torch.distributed.tensor.experimental",
     "torch.distributed.tensor.parallel",
+    "torch.utils.tensorboard",
     "peft",
     "networkx",
+    "s3fs",  # which Lightning imports, if it is there, to look at any path
 ):
     importlib.import_module(name)
 

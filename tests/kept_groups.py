@@ -90,3 +90,4 @@ def _forget_meshes() -> None:
     _gen_transform_infos.cache_clear()
     MeshTopoInfo.build_from_mesh.cache_clear()
     gc.collect()  # a mesh refers to itself
+    gc.freeze()  # what is left are modules and caches, and no groups

@@ -40,6 +40,7 @@ from tests import kept_groups, pickles, rounding
 SIZE = 4
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.forkserver"])
+_whole_collections = 0  # that this process had made when its last job began
 _TIMEOUT = 600  # seconds that a job may take before the pool is declared stuck: a busy machine takes its time
 
 
@@ -158,6 +159,7 @@ def _worker(rank: int, jobs: Any, results: Any, stacks: Path) -> None:
     rounding.install()
     meet_at_once()
     kept_groups.install()
+    gc.set_threshold(gc.get_threshold()[0], 1_000_000)  # the second generation is left to `_collect_new`
     mp.set_start_method("fork", force=True)  # of data workers, as in a process of its own
     own_environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     while True:
@@ -186,7 +188,18 @@ def _reset(environment: dict[str, str]) -> None:
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     forget_compiled()
-    gc.collect()  # what the job before had not quite let go of at its end
+    _collect_new()
+
+
+def _collect_new() -> None:
+    """Collect what the job before had not quite let go of at its end, and not what has outlived an earlier job.
+
+    It is in the first two generations, unless the job has asked for a whole collection.
+    """
+    global _whole_collections
+    asked = gc.get_stats()[2]["collections"] > _whole_collections
+    gc.collect(2 if asked else 1)
+    _whole_collections = gc.get_stats()[2]["collections"]
 
 
 def threads() -> int:

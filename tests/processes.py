@@ -90,7 +90,7 @@ def amt(*arguments: str | Path, folder: Path, path: Sequence[Path] = ()) -> str:
     Args:
         path: folders to import from beside the environment's.
     """
-    return call(folder, _amt, [str(argument) for argument in arguments], [str(place) for place in path])
+    return call(folder, run_amt, [str(argument) for argument in arguments], [str(place) for place in path])
 
 
 def call(folder: Path, function: Callable[..., Any], *args: Any, timeout: float = 900) -> str:
@@ -123,7 +123,8 @@ def torchrun(max_restarts: int, function: Callable[..., Any], *args: Any) -> Non
     elastic_launch(LaunchConfig(**ranks, **rendezvous), function)(*args)
 
 
-def _amt(arguments: list[str], path: list[str]) -> None:
+def run_amt(arguments: list[str], path: list[str]) -> None:
+    """In this process, what `amt ARGUMENTS` runs."""
     from automodel_trainer.cli import main
 
     sys.path += path

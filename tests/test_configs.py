@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.beside import folder_of, use
-from tests.processes import amt
+from tests.processes import amt, call, run_amt
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer, write_chats
 from tests.vlm.families import model_of, processor_of
 from tests.vlm.families import rows as pictures
@@ -80,16 +81,30 @@ def overrides(config: Path, home: Path) -> list[str]:
     return [part for key, value in options.items() for part in (f"--{key}", value)]
 
 
+def amt_with_torchao(arguments: list[str], stance: str = "force_eager") -> None:
+    torch.compiler.set_stance(stance)  # its optimizers compile their step, for half a minute
+    run_amt(arguments, [str(folder_of("torchao"))])
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_runs(config: Path, home: Path) -> None:
-    beside = []
+    run = "fit", "--config", config, *overrides(config, home)
     if "torchao" in config.read_text():
         use("torchao")
-        beside = [folder_of("torchao")]
-    amt("fit", "--config", config, *overrides(config, home), folder=home, path=beside)
+        call(home, amt_with_torchao, [str(part) for part in run])
+    else:
+        amt(*run, folder=home)
     saved = home / config.stem / "config.yaml"
     assert (home / config.stem / "checkpoints" / "latest" / "config.yaml").is_file()
     assert yaml.safe_load(saved.read_text())["trainer"]["max_steps"] == 2
+
+
+@pytest.mark.matrix
+def test_a_low_bit_optimizer_compiles_its_step(home: Path) -> None:
+    use("torchao")
+    config = next(path for path in CONFIGS if path.stem == "qlora")
+    arguments = "fit", "--config", str(config), *overrides(config, home)
+    call(home, amt_with_torchao, [*arguments, "--trainer.default_root_dir", str(home / "compiled")], "default")
 
 
 def test_well_known_models_say_what_they_need() -> None:

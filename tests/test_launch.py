@@ -75,6 +75,8 @@ def test_torchrun_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched_sizes(4, 2) == (4, 2)
     with pytest.raises(ValueError, match=r"devices=8, but the launcher started 4 process"):
         launched_sizes(8, 1)
+    with pytest.raises(ValueError, match=r"num_nodes=3, but torchrun started ranks on 2 node.*clocks of the"):
+        launched_sizes(4, 3)
 
 
 def test_srun_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from automodel_trainer.callbacks import DCPCheckpoint
 from automodel_trainer.distributed import restarts
 from automodel_trainer.distributed.rendezvous import outliving_store
 from automodel_trainer.resume import saved_before_restart
+from automodel_trainer.trainer import Trainer
 from tests.callbacks.runs import train
 from tests.pool import RankPool
 from tests.processes import Job, torchrun
@@ -86,12 +87,13 @@ def test_a_script_that_fits_twice_is_restarted_in_order(monkeypatch: pytest.Monk
 
 
 def test_a_restart_that_nobody_remembers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(logger=False, accelerator="cpu", devices=1)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.warns(UserWarning, match=r"it starts from the beginning.*Give ckpt_path='auto'"):
-        assert saved_before_restart() is None
+        assert saved_before_restart(trainer) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert saved_before_restart("auto") is None
+        assert saved_before_restart(trainer, "auto") is None
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-        assert saved_before_restart() is None
+        assert saved_before_restart(trainer) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from automodel_trainer.checkpoint.manifest import MANIFEST, write_manifest
@@ -49,7 +49,7 @@ def abandon(target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
 
 
-def publish(target: Path, folder: Path, written: Mapping[str, Entry]) -> None:
+def publish(target: Path, folder: Path, written: Mapping[str, Entry], elsewhere: Collection[str] = ()) -> None:
     """Write the manifest of `target`, flush everything to disk, and rename `target` to `folder`.
 
     Args:
@@ -57,6 +57,7 @@ def publish(target: Path, folder: Path, written: Mapping[str, Entry]) -> None:
         folder: its final name.
         written: maps paths in `target` to entries, from the ranks that wrote and flushed the files. Other files in
             `target` are read and flushed here.
+        elsewhere: those of them that lie on the disks of other nodes.
 
     Raises:
         OSError: a file is missing, or its size is not what was written.
@@ -68,6 +69,8 @@ def publish(target: Path, folder: Path, written: Mapping[str, Entry]) -> None:
             entries[name] = entry_of(file)
             sync(file)
     for name, entry in entries.items():
+        if name in elsewhere:
+            continue
         size = (target / name).stat().st_size
         if size != entry["size"]:
             raise OSError(f"{name} has {size:,} bytes, but {entry['size']:,} were written: the disk lost some")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -13,6 +12,7 @@ from typing import Any
 
 import xxhash
 
+from automodel_trainer.checkpoint.clock import note, stamp
 from automodel_trainer.checkpoint.record import CHECKSUM, Entry, entry_of, to_json, write_json
 from automodel_trainer.models.files import INDEX_NAME, check_safetensors, weight_files
 from automodel_trainer.models.sidecars import is_weight_file
@@ -35,7 +35,7 @@ def write_manifest(folder: Path, files: Mapping[str, Entry], name: str) -> None:
         files: maps paths in the folder to entries.
         name: final name of the checkpoint.
     """
-    content = {"name": name, "created": time.time(), "files": dict(sorted(files.items()))}
+    content = {"name": name, "created": stamp(), "files": dict(sorted(files.items()))}
     write_json(folder / MANIFEST, {**content, CHECKSUM: _own_checksum(content)})
 
 
@@ -64,7 +64,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     outside = [name for name in sizes if _leaves(name)]
     if outside:
         raise ValueError(f"{file} names files outside its folder: {outside}. Do not trust this checkpoint.")
+    note(content["created"])
     return content
+
+
+def only_manifest(folder: Path) -> bool:
+    """Whether nothing else is here: several nodes without a shared folder wrote the checkpoint to object storage."""
+    return folder.is_dir() and [path.name for path in folder.iterdir()] == [MANIFEST]
 
 
 def check_checkpoint(folder: str | os.PathLike[str], *, contents: bool = True, part: int = 0, parts: int = 1) -> None:
@@ -84,6 +90,11 @@ def check_checkpoint(folder: str | os.PathLike[str], *, contents: bool = True, p
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a checkpoint: there is no such folder. Check the path.")
     files = read_manifest(folder)["files"]
+    if only_manifest(folder):
+        raise ValueError(
+            f"{folder} has only its {MANIFEST}: nodes without a shared folder wrote it to object storage. Give its "
+            "URL, or ckpt_path='last'."
+        )
     for name, entry in files.items():
         _check_file(folder, name, entry)
     for name in _unlisted(folder, files):

@@ -20,8 +20,10 @@ import torch.distributed as dist
 from filelock import FileLock
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from automodel_trainer.checkpoint.clock import note
 from automodel_trainer.checkpoint.folder import TEMPORARY
 from automodel_trainer.checkpoint.manifest import MANIFEST, check_checkpoint, read_manifest
+from automodel_trainer.checkpoint.places import Share
 from automodel_trainer.checkpoint.runs import BEST, created
 from automodel_trainer.data.cache import cache_root
 from automodel_trainer.distributed.agreement import on_all_ranks, rank, world_size
@@ -108,21 +110,19 @@ class RemoteRuns:
         return bool(self._fs.isdir(self._root))
 
     @_os_error
-    def upload(self, folder: Path, run: str, part: int, parts: int) -> None:
-        """Upload a share of a local checkpoint's files, without the manifest. Objects left by a crash are replaced.
+    def upload(self, share: Share, run: str, checkpoint: str) -> None:
+        """Upload a share of a checkpoint's files, without the manifest. Objects left by a crash are replaced.
 
         Args:
-            folder: the local checkpoint, complete.
+            share: the files.
             run: suffix of the run: "" for the first, "-v1" for the second, …
-            part: index of the share to upload.
-            parts: number of shares.
+            checkpoint: name of the checkpoint.
         """
-        files = read_manifest(folder)["files"]
-        for name in sorted(files)[part::parts]:
-            target = self._path(run, folder.name, name)
-            self._fs.put_file(str(folder / name), target)
-            if (size := self._fs.info(target)["size"]) != files[name]["size"]:
-                raise OSError(f"{target} has {size:,} bytes, but {files[name]['size']:,} were uploaded")
+        for name, entry in sorted(share.files.items()):
+            target = self._path(run, checkpoint, name)
+            self._fs.put_file(str(share.source / name), target)
+            if (size := self._fs.info(target)["size"]) != entry["size"]:
+                raise OSError(f"{target} has {size:,} bytes, but {entry['size']:,} were uploaded")
 
     @_os_error
     def withdraw(self, run: str, name: str) -> None:
@@ -220,12 +220,20 @@ class RemoteRuns:
 
     def _created(self, run: str, name: str) -> float:
         try:
-            return float(json.loads(self._fs.cat_file(self._path(run, name, MANIFEST)))["created"])
+            created = float(json.loads(self._fs.cat_file(self._path(run, name, MANIFEST)))["created"])
         except (ValueError, KeyError, TypeError):  # the manifest is damaged
             return self._fs.modified(self._path(run, name, MANIFEST)).timestamp()
+        note(created)
+        return created
 
 
-def mirror(remote: RemoteRuns, run: str, folder: Path, group: dist.ProcessGroup | None = None) -> None:
+def mirror(
+    remote: RemoteRuns,
+    run: str,
+    folder: Path,
+    group: dist.ProcessGroup | None = None,
+    share: Share | None = None,
+) -> None:
     """Upload a local checkpoint; each rank uploads a share of its files. Collective.
 
     Objects of the same name in the store are replaced.
@@ -233,16 +241,22 @@ def mirror(remote: RemoteRuns, run: str, folder: Path, group: dist.ProcessGroup 
     Args:
         remote: the store.
         run: suffix of the run.
-        folder: the local checkpoint, complete.
+        folder: the local checkpoint.
         group: the ranks that agree, over their CPUs. None: the default group.
+        share: the files that this rank uploads. None: all ranks see a complete checkpoint, and share its files evenly.
 
     Raises:
         CheckpointError: the store failed. An incomplete upload is not a checkpoint.
     """
     first = rank() == 0
     on_all_ranks(lambda: remote.withdraw(run, folder.name) if first else None, remote, group)
-    on_all_ranks(lambda: remote.upload(folder, run, rank(), world_size()), remote, group)
+    on_all_ranks(lambda: remote.upload(share or _even_share(folder), run, folder.name), remote, group)
     on_all_ranks(lambda: remote.commit(folder, run) if first else None, remote, group)
+
+
+def _even_share(folder: Path) -> Share:
+    files = read_manifest(folder)["files"]
+    return Share(folder, {name: files[name] for name in sorted(files)[rank() :: world_size()]})
 
 
 def fetch(url: str, folder: Path) -> Path:
@@ -259,7 +273,9 @@ def fetch(url: str, folder: Path) -> Path:
     return folder / name
 
 
-def download_last(remote: RemoteRuns, base: Path, local: Path | None, whole: bool) -> Path | None:
+def download_last(
+    remote: RemoteRuns, base: Path, local: Path | None, whole: bool, only: str | None = None
+) -> Path | None:
     """Download the newest checkpoint of a store, and return its folder.
 
     Args:
@@ -267,6 +283,7 @@ def download_last(remote: RemoteRuns, base: Path, local: Path | None, whole: boo
         base: local folder of the first run.
         local: the newest local checkpoint. It is returned instead if it is newer.
         whole: skip damaged checkpoints; see `runs.find_last`.
+        only: suffix of the run to look at. None: all.
 
     Returns:
         The folder of the newest checkpoint; None if there is none.
@@ -275,6 +292,8 @@ def download_last(remote: RemoteRuns, base: Path, local: Path | None, whole: boo
         ValueError: without `whole`, the newest checkpoint is damaged.
     """
     for run, name in remote.newest():
+        if only not in (None, run):
+            continue
         folder = base.with_name(base.name + run) / name
         try:
             remote.download(run, name, folder)

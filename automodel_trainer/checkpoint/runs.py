@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from automodel_trainer.checkpoint.folder import TEMPORARY
-from automodel_trainer.checkpoint.manifest import MANIFEST, check_checkpoint, read_manifest
+from automodel_trainer.checkpoint.manifest import MANIFEST, check_checkpoint, only_manifest, read_manifest
 
 LATEST, BEST = "latest", "best"
 
@@ -62,6 +62,20 @@ def new_run(base: Path, taken: Collection[str] = ()) -> Path:
     return run
 
 
+def newest_whole(run: Path) -> Path | None:
+    """The newest undamaged checkpoint in a run's folder, with a warning for each that is not; None if there is none."""
+    for checkpoint in reversed(saved_in(run)):
+        if only_manifest(checkpoint):
+            continue  # object storage has it
+        try:
+            check_checkpoint(checkpoint)
+        except ValueError as error:
+            rank_zero_warn(f"Skipping a damaged checkpoint: {error}")
+        else:
+            return checkpoint
+    return None
+
+
 def find_last(base: Path, whole: bool = False) -> Path | None:
     """The newest checkpoint of all runs; None if there is none.
 
@@ -72,6 +86,8 @@ def find_last(base: Path, whole: bool = False) -> Path | None:
     """
     everything = [checkpoint for run in runs(base) for checkpoint in _step_folders(run)]
     for checkpoint in sorted(everything, key=created, reverse=True):
+        if whole and only_manifest(checkpoint):
+            continue  # object storage has it
         try:
             if whole:
                 check_checkpoint(checkpoint)
@@ -89,8 +105,8 @@ def find_best(base: Path) -> Path | None:
 
 
 def created(checkpoint: Path) -> float:
-    """When a checkpoint was written, in seconds. Without a readable manifest, when its folder last changed."""
+    """When a checkpoint was written, in seconds. Without a readable manifest, when its folder or file last changed."""
     try:
         return float(read_manifest(checkpoint)["created"])
-    except ValueError:
+    except (ValueError, NotADirectoryError):
         return checkpoint.stat().st_mtime

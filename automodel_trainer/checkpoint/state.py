@@ -25,11 +25,12 @@ from transformers import PreTrainedModel
 from automodel_trainer.checkpoint.codec import decode, encode
 from automodel_trainer.checkpoint.extra import FOLDER as EXTRA
 from automodel_trainer.checkpoint.extra import put_back, take_out
-from automodel_trainer.checkpoint.folder import abandon, prepare, publish, temporary
+from automodel_trainer.checkpoint.folder import abandon, prepare, publish, remove_checkpoint, temporary
 from automodel_trainer.checkpoint.host_copies import Copy, keep
 from automodel_trainer.checkpoint.hyperparameters import savable_state
-from automodel_trainer.checkpoint.manifest import check_checkpoint, damage_named, read_json
+from automodel_trainer.checkpoint.manifest import check_checkpoint, damage_named, read_json, read_manifest
 from automodel_trainer.checkpoint.optimizer import OptimizerSnapshot, load_optimizers, snapshot_optimizers
+from automodel_trainer.checkpoint.places import Place, Share, leave_manifest, place_of
 from automodel_trainer.checkpoint.record import Entry, to_json, write_text
 from automodel_trainer.checkpoint.rng import fresh_rng_state, rng_state, set_rng_state
 from automodel_trainer.checkpoint.saved_weights import SavedWeights
@@ -41,8 +42,9 @@ RNG_KEY = "automodel_trainer.rng"  # key in the loaded dict: the state of this r
 CONFIG_KEY = "automodel_trainer.config"  # key in the dict to save: the text of the run's config.yaml
 FOLDER_KEY = "automodel_trainer.folder"  # key in the loaded dict: where it was read from
 RUN_KEY = "automodel_trainer.run"  # key in both: the run's settings, and what optimizers and schedules were given
+RUN_FOLDER_KEY = "automodel_trainer.run_folder"  # key in the dict to save: the run's folder, and its newest checkpoint
 TOKENIZER_KEY = "automodel_trainer.tokenizer"  # key in the dict to save: the tokenizer or processor of the run
-_NOT_IN_JSON = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY, FOLDER_KEY, TOKENIZER_KEY)
+_NOT_IN_JSON = ("state_dict", "optimizer_states", RNG_KEY, CONFIG_KEY, FOLDER_KEY, RUN_FOLDER_KEY, TOKENIZER_KEY)
 
 
 @dataclass
@@ -85,8 +87,8 @@ class Snapshot:
         return written
 
 
-Mirror = Callable[[Path, dist.ProcessGroup | None], None]
-"""Copies a complete checkpoint elsewhere. All ranks call it. Raises CheckpointError."""
+Mirror = Callable[[Path, dist.ProcessGroup | None, Share | None], None]
+"""Copies a complete checkpoint elsewhere: each rank its share. All ranks call it. Raises CheckpointError."""
 
 
 def save_checkpoint(
@@ -110,6 +112,7 @@ def save_checkpoint(
 
     Args:
         folder: the folder to write, on a file system that all ranks share. An older checkpoint there is replaced.
+            With `mirror` nodes may have folders of their own. Of a checkpoint in parts only the manifest stays here.
         lightning_checkpoint: Lightning's state. Without "optimizer_states" it is a checkpoint of weights alone. If its
             "state_dict" is not empty, it is written instead of the module's weights: a hook has changed it.
         module: the module to save. The checkpoint uses its state-dict keys.
@@ -173,17 +176,48 @@ def write_snapshot(
     """
     target = temporary(folder)
     first = rank() == 0
+    place = Place(tuple(range(world_size())))
     try:
         on_all_ranks(lambda: prepare(folder) if first else None, folder, group)
+        if mirror is not None:
+            place = place_of(target, group)
+            on_all_ranks(lambda: prepare(folder) if place.first and not first else None, folder, group)
         written = on_all_ranks(partial(snapshot.write, target), folder, group)
         all_written = gather(written, group)
-        on_all_ranks(lambda: _publish(target, folder, all_written) if first else None, folder, group)
+        on_all_ranks(lambda: _publish(target, folder, all_written, place) if first else None, folder, group)
     except (OSError, ValueError):
-        if first:
+        if place.first:
             abandon(target)
         raise
-    if mirror is not None:
-        mirror(folder, group)
+    if mirror is not None and place.apart:
+        _send_parts(mirror, folder, group, place, all_written)
+    elif mirror is not None:
+        mirror(folder, group, None)
+
+
+def _send_parts(
+    mirror: Mirror, folder: Path, group: dist.ProcessGroup | None, place: Place, written: Sequence[dict[str, Entry]]
+) -> None:
+    """Copy a checkpoint elsewhere that lies in parts on the disks of several nodes, and keep its manifest alone."""
+    first = rank() == 0
+    source = folder if 0 in place.ranks else temporary(folder)
+    files = {**written[rank()], **(_sidecars(folder, written) if first else {})}
+    try:
+        mirror(folder, group, Share(source, files))
+    except OSError:
+        if first:
+            remove_checkpoint(folder)
+        raise
+    finally:
+        if place.first and not first:
+            abandon(source)
+    on_all_ranks(lambda: leave_manifest(folder) if first else None, folder, group)
+
+
+def _sidecars(folder: Path, written: Sequence[dict[str, Entry]]) -> dict[str, Entry]:
+    """The files that no rank has an entry of: what rank 0 copied."""
+    files = read_manifest(folder)["files"]
+    return {name: entry for name, entry in files.items() if not any(name in entries for entries in written)}
 
 
 def load_checkpoint(folder: str | Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
@@ -301,13 +335,14 @@ def _texts(checkpoint: dict[str, Any], state: dict[str, Any], module: nn.Module,
     return files
 
 
-def _publish(target: Path, folder: Path, written: Sequence[dict[str, Entry]]) -> None:
-    lacking = [name for name in map(_rank_file, range(world_size())) if not (target / name).is_file()]
+def _publish(target: Path, folder: Path, written: Sequence[dict[str, Entry]], place: Place) -> None:
+    lacking = [name for name in map(_rank_file, place.ranks) if not (target / name).is_file()]
     if lacking:
         raise OSError(
             f"rank 0 does not see {lacking} of other ranks: checkpoints need a file system that all ranks share"
         )
-    publish(target, folder, {name: entry for entries in written for name, entry in entries.items()})
+    elsewhere = {name for number, entries in enumerate(written) if number not in place.ranks for name in entries}
+    publish(target, folder, {name: entry for entries in written for name, entry in entries.items()}, elsewhere)
 
 
 def _loader_state(checkpoint: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from automodel_trainer.callbacks.preemption import preemption_of
 from automodel_trainer.cluster.ray_train import Workers, check_address, check_workers, run_on_ray
 from automodel_trainer.cluster.record import Outcome
-from automodel_trainer.cluster.worker import check_file, outcome_of
+from automodel_trainer.cluster.worker import check_files, outcome_of
 from automodel_trainer.strategies import MeshStrategy
 
 
@@ -50,8 +50,7 @@ def fit_on(trainer: Any, on: str | None, workers: Workers | None, given: dict[st
 
 def _fit(trainer_class: Any, arguments: dict[str, Any], given: dict[str, Any]) -> Outcome:
     """One worker's fit."""
-    for name, value in given.items():
-        check_file(name, value)
+    check_files(given)
     trainer = trainer_class(**arguments)
     return outcome_of(trainer, trainer.fit(**given))
 

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from automodel_trainer.checkpoint.remote import is_remote
 from automodel_trainer.cluster.record import ABORT, STOP, Outcome, Record
 from automodel_trainer.cluster.versions import versions
@@ -143,6 +145,11 @@ def check_cluster(resources: Mapping[str, float], workers: int, gpu: bool | None
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     if gpu is None:
         gpu = gpus >= workers
+        if gpus and not gpu:
+            rank_zero_warn(
+                f"workers={workers}, and the cluster has {gpus} GPU(s): this run computes on CPUs. Ask for at most "
+                f"{gpus} workers, or give accelerator='gpu' to be refused instead."
+            )
     has, what = (gpus, "GPU(s)") if gpu else (cpus, "CPU(s)")
     if has < workers:
         raise ValueError(

@@ -20,6 +20,7 @@ from automodel_trainer.callbacks.preemption import stop_running
 from automodel_trainer.cluster.record import ABORT, STOP, Outcome, RecordStore
 from automodel_trainer.cluster.versions import check_versions
 from automodel_trainer.distributed import restarts
+from automodel_trainer.distributed.agreement import on_all_ranks
 
 POLL_SECONDS = 1.0
 
@@ -46,7 +47,8 @@ class Given:
 def work(given: Given) -> None:
     """Run this worker's rank.
 
-    A `ValueError` is the user's to fix: it is noted, and the worker returns, because the cluster would try again.
+    What is checked before the run is raised on all workers. A `ValueError` is the user's to fix: it is noted, and the
+    worker returns, because the cluster would try again.
     """
     if given.call("error") is not None or given.call("asked") is not None:
         return
@@ -54,7 +56,7 @@ def work(given: Given) -> None:
     listener.start()
     output = Output(given.call) if _rank() == 0 else None
     try:
-        check_versions(given.versions, socket.gethostname())
+        on_all_ranks(lambda: check_versions(given.versions, socket.gethostname()), "")
         _enter(given)
         check_even()
         outcome = given.task()
@@ -90,6 +92,23 @@ def check_even() -> None:
             f"The nodes of the cluster run different numbers of workers ({each}). Ask for a number that fills nodes "
             "evenly, or take nodes with the same number of GPUs."
         )
+
+
+def check_files(values: Mapping[str, Any]) -> None:
+    """Check that the paths among options are there on every worker. Collective: none waits for one that refuses.
+
+    Args:
+        values: what was given, by option.
+
+    Raises:
+        ValueError: a path is not there on some worker.
+    """
+
+    def look() -> None:
+        for option, value in values.items():
+            check_file(option, value)
+
+    on_all_ranks(look, "")
 
 
 def check_file(option: str, value: Any) -> None:

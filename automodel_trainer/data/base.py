@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from automodel_trainer.data.batches import MicroBatch
+from automodel_trainer.data.global_batch import GlobalBatch
 from automodel_trainer.data.loader import MicroBatchLoader
 from automodel_trainer.data.mixture import MixtureRows, Source, named_splits, parse_sources
 from automodel_trainer.data.preview import Preview
@@ -262,6 +263,11 @@ class MicroBatchDataModule(LightningDataModule):
         return self._data_parallel()[1]
 
     @property
+    def replicas(self) -> int:
+        """The number of replica groups that come and go, if the strategy has such; else 1."""
+        return getattr(getattr(self.trainer, "strategy", None), "replicas", 1)
+
+    @property
     def rows_per_step(self) -> int:
         """Rows per optimizer step over all ranks.
 
@@ -269,16 +275,16 @@ class MicroBatchDataModule(LightningDataModule):
             ValueError: `global_batch_size` is not a multiple of `micro_batch_size * dp_size`, or contradicts the
                 Trainer's accumulation.
         """
-        unit = self.micro_batch_size * self.dp_size
+        unit = self.micro_batch_size * self.dp_size * self.replicas
         accumulation = getattr(self.trainer, "micro_batches_per_step", 1)
         if self.global_batch_size is None:
             return unit * accumulation
-        check_global_batch(self.global_batch_size, self.micro_batch_size, self.dp_size)
+        check_global_batch(self.global_batch_size, self.micro_batch_size, self.dp_size * self.replicas)
         if accumulation not in (1, self.global_batch_size // unit):
             raise ValueError(
                 f"accumulate_grad_batches={accumulation} makes {unit * accumulation} rows per step (times "
-                f"micro_batch_size={self.micro_batch_size} and dp_size={self.dp_size}), but global_batch_size is "
-                f"{self.global_batch_size}. Set only one of the two."
+                f"micro_batch_size={self.micro_batch_size} and dp_size={unit // self.micro_batch_size}), but "
+                f"global_batch_size is {self.global_batch_size}. Set only one of the two."
             )
         return self.global_batch_size
 
@@ -333,6 +339,7 @@ class MicroBatchDataModule(LightningDataModule):
             drop_last=self.drop_last,
             num_workers=self.num_workers,
             limit=self._limit(),
+            deals_late=self.replicas > 1,
             **self._layout(),
         )
 
@@ -364,7 +371,10 @@ class MicroBatchDataModule(LightningDataModule):
         """The first list of micro-batches that this rank gets, for previews."""
         self.setup("fit")
         loader = self.build_train_loader() if split == "train" else self._evaluation_loader(split)
-        return next(iter(loader))
+        batch = next(iter(loader))
+        if isinstance(batch, GlobalBatch):
+            batch.deal(self.dp_rank, self.dp_size * self.replicas)
+        return batch
 
     def preview(self, rows: int = 1, split: str = "train") -> Preview:
         """The first batch with what of it is trained, to be looked at: in colour in a notebook, as text by `print`.

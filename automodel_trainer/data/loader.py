@@ -8,6 +8,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,9 +17,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from automodel_trainer.data.batches import MicroBatch, collate_packed, collate_padded, padded_width
+from automodel_trainer.data.global_batch import GlobalBatch, whole_turns
 from automodel_trainer.data.mixture import MixtureRows
 from automodel_trainer.data.packing import epoch_order
 from automodel_trainer.data.rows import Rows
+
+_LOOKED_AT = 256  # of the longest rows, for one with several documents
 
 
 class Lacking(NamedTuple):
@@ -71,6 +75,8 @@ class MicroBatchLoader:
         positions: how many positions the model has; None: no limit.
         collate: makes a micro-batch; None: `collate_packed` or `collate_padded`.
         always_pictures: the layout needs a gradient of every parameter in every step.
+        deals_late: yield each global batch undealt (`GlobalBatch`); the strategy deals it in every step. `dp_rank`,
+            `dp_size` and `num_workers` then mean nothing.
 
     Attributes:
         epoch: the current epoch, from 0.
@@ -97,6 +103,7 @@ class MicroBatchLoader:
         positions: int | None = None,
         collate: Collate | None = None,
         always_pictures: bool = False,
+        deals_late: bool = False,
     ) -> None:
         assert global_batch_size % (micro_batch_size * dp_size) == 0, "checked by the data module"
         self.rows = rows
@@ -112,9 +119,10 @@ class MicroBatchLoader:
         self._resumed = False
         self._begin_epoch()
         collate = collate or partial(collate_packed if packed else collate_padded, positions=positions)
-        self._loader = step_loader(
-            _Steps(rows, micro_batch_size, pad_id, collate), sampler=_Epoch(self), num_workers=num_workers
-        )
+        self.deals_late = deals_late
+        self._steps = _Steps(rows, micro_batch_size, pad_id, collate)
+        dataset = _Undealt() if deals_late else self._steps
+        self._loader = step_loader(dataset, sampler=_Epoch(self), num_workers=0 if deals_late else num_workers)
 
     def __len__(self) -> int:
         """Global batches per epoch, including those before a resumed position."""
@@ -163,15 +171,71 @@ class MicroBatchLoader:
             self._resumed = False
             yield batch
 
-    def steps(self) -> Iterator[Step]:
-        """This rank's rows of each global batch that is left in this epoch."""
+    @property
+    def has_one_width(self) -> bool:
+        """Whether all micro-batches are equally wide."""
+        return self.packed
+
+    def largest_steps(self) -> list[list[MicroBatch]]:
+        """Micro-batches that take the most memory, each list a step of at most two: gradients exist in the second.
+
+        The longest rows, those with the most pictures, and, beside rows of one document, the longest with several:
+        attention treats them differently. All are as wide as a row of this data can be.
+        """
+        # A mixture has other rows in each epoch, so it counts them on.
+        offset = self.epoch * len(self.rows) if hasattr(self.rows, "lengths_of") else 0
+        longest = np.argsort(-self._lengths(self.epoch), kind="stable") + offset
+        chosen = [longest]
+        if (tokens := self._picture_tokens(self.epoch)) is not None:
+            chosen.append(np.argsort(-tokens, kind="stable") + offset)
+        if self.packed:
+            looked = longest[:_LOOKED_AT]
+            several = np.array([len(documents) > 1 for documents in self.rows.fetch(looked.tolist())])
+            if several.any() and not several[: self.micro_batch_size].all():
+                chosen.append(looked[several])
+        alone = self.global_batch_size == self.micro_batch_size * self.dp_size and not self.deals_late
+        count = 1 if alone else 2
+        return [self._made_of(rows) * count for rows in chosen]
+
+    def _made_of(self, rows: np.ndarray) -> list[MicroBatch]:
+        """A micro-batch of the first of these rows, as wide as can be."""
+        widest = self.rows.width if self.packed else padded_width(self.rows.longest, self.rows.width)
+        made: list[MicroBatch] = self._steps[np.resize(rows, self.micro_batch_size).tolist(), widest, Lacking()]
+        return made
+
+    @contextmanager
+    def last_not_taken(self) -> Iterator[None]:
+        """A context in which the state is that before the batch that was yielded last."""
+        self.batches_yielded -= 1
+        try:
+            yield
+        finally:
+            self.batches_yielded += 1
+
+    def steps(self) -> Iterator[Any]:
+        """This rank's rows of each global batch that is left in this epoch (`Step`), or the batches undealt."""
         left = self._batches(self.epoch, *self._order)
         lengths = self._lengths(self.epoch)
         # A mixture has other rows in each epoch, so it counts them on.
         offset = self.epoch * len(self.rows) if hasattr(self.rows, "lengths_of") else 0
-        ranks = _Ranks(self.dp_rank, self.dp_size, self.micro_batch_size, self.always_pictures)
         tokens = self._picture_tokens(self.epoch)
-        return _shares(even_out(left, tokens), lengths, tokens, self.rows.width, offset, self.packed, ranks)
+        left = even_out(left, tokens)
+
+        def shares(batches: np.ndarray, rank: int, size: int) -> Iterator[Step]:
+            ranks = _Ranks(rank, size, self.micro_batch_size, self.always_pictures)
+            return _shares(batches, lengths, tokens, self.rows.width, offset, self.packed, ranks)
+
+        if not self.deals_late:
+            return shares(left, self.dp_rank, self.dp_size)
+        return (GlobalBatch(partial(self._share, shares, batch)) for batch in left)
+
+    def _share(
+        self, shares: Callable[[np.ndarray, int, int], Iterator[Step]], batch: np.ndarray, rank: int, size: int
+    ) -> list[MicroBatch]:
+        """One rank's micro-batches of a global batch, among any number of ranks."""
+        whole = np.full((1, whole_turns(len(batch), self.micro_batch_size, size)), -1, dtype=np.int64)
+        whole[0, : len(batch)] = batch
+        return self._steps[next(shares(whole, rank, size))]
 
     def global_batches(self, epoch: int) -> np.ndarray:
         """Row numbers of all global batches of an epoch: int64 `[len(self), global_batch_size]`; -1 is a filler."""
@@ -345,6 +409,13 @@ class _Steps(Dataset):
         if isinstance(self.rows, MixtureRows):
             add_sources(batches, self.rows.sources_of(rows), self.micro_batch_size)
         return batches
+
+
+class _Undealt(Dataset):
+    """Hands global batches through: their rows are fetched when they are dealt."""
+
+    def __getitem__(self, batch: GlobalBatch) -> GlobalBatch:
+        return batch
 
 
 def add_sources(batches: Sequence[MicroBatch], sources: np.ndarray, size: int) -> None:

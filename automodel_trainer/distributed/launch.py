@@ -20,7 +20,8 @@ def launched_sizes(devices: Any, num_nodes: int) -> tuple[Any, int]:
         `devices` and `num_nodes`, unchanged if no launcher is found.
 
     Raises:
-        ValueError: `devices` is not the number of processes that the launcher started on this node.
+        ValueError: `devices` is not the number of processes that the launcher started on this node, or `num_nodes` not
+            that of torchrun's nodes.
     """
     found = ray_sizes() or _torchrun() or _srun()
     if found is None:
@@ -32,6 +33,12 @@ def launched_sizes(devices: Any, num_nodes: int) -> tuple[Any, int]:
         raise ValueError(
             f"devices={devices}, but the launcher started {local} process(es) on this node. Leave devices out, or give "
             f"the launcher {devices} (torchrun --nproc-per-node {devices})."
+        )
+    if num_nodes not in (1, nodes) and _torchrun() is not None:
+        raise ValueError(
+            f"num_nodes={num_nodes}, but torchrun started ranks on {nodes} node(s). Leave num_nodes out, or give "
+            f"torchrun --nnodes {num_nodes}. If it has that already, look at the clocks of the nodes: torchrun takes "
+            "one whose clock is behind by more than 15 s for dead, and starts without it."
         )
     return devices, nodes if num_nodes == 1 else num_nodes
 

@@ -149,7 +149,7 @@ def _draw(
     for parameter in tied:  # the first module that holds it has drawn it
         mark_loaded(parameter, True)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        _seed(seed, device)
         initialize_module(model, module)
     for parameter in tied:
         mark_loaded(parameter, False)
@@ -164,6 +164,18 @@ def _draw(
             parameter.to_local().copy_(shard.to_local())
             owner._parameters[key] = parameter
     return left
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed what draws on `device`.
+
+    `torch.manual_seed` also notes the call and the stack for every kind of device that is not there: that takes longer
+    than to draw a small layer, and is kept.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _own_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

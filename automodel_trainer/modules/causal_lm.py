@@ -75,6 +75,11 @@ class CausalLMModule(HuggingFaceModule):
         self._sources = None
         if not names:
             return
+        if self.strategy.replicas > 1:
+            rank_zero_warn(
+                "The loss of each source is not logged: replica groups that come and go count all rows together."
+            )
+            return
         if (kernel := kernels_in_use(self.model).loss) is not None:
             rank_zero_warn(
                 f"The loss of each source is not logged: kernels loss={kernel.name!r} computes the sum of all tokens "

@@ -39,9 +39,10 @@ from automodel_trainer.modules.optim import (
 )
 from automodel_trainer.nn.configs import as_config
 from automodel_trainer.strategies import MeshStrategy
-from automodel_trainer.strategies.base.objective import MicroBatch, count_all
+from automodel_trainer.strategies.base.objective import MicroBatch
 
 _WINDOW_KEY = "loss_window"
+_NOTHING = nullcontext()
 
 
 class HuggingFaceModule(EvaluatedModule):
@@ -180,8 +181,10 @@ class HuggingFaceModule(EvaluatedModule):
         strategy = self.strategy
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
-        tokens = strategy.sum_over_rows(count_all(self, micro_batches))
-        loss_sum = strategy.forward_backward(self, micro_batches, tokens)
+        taken = strategy.take_gradients(self, micro_batches)
+        if taken is None:
+            return
+        loss_sum, tokens = taken
         self.after_backward(micro_batches)
         self._grad_norm = strategy.clip_grad_norm_(parameters_of(optimizer), self._clip_value)
         lr = optimizer.param_groups[0]["lr"]
@@ -197,7 +200,7 @@ class HuggingFaceModule(EvaluatedModule):
         self, strategy: MeshStrategy, micro_batches: Sequence[MicroBatch], num_tokens: Tensor
     ) -> AbstractContextManager[None]:
         if self._balance is None:
-            return nullcontext()
+            return _NOTHING
         return self._balance.step(strategy, self, micro_batches, num_tokens)
 
     def token_marks(self, micro_batch: MicroBatch) -> Tensor | None:

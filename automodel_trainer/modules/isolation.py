@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -100,8 +101,11 @@ def _on_disk(path: Path, prove: Callable[[], Isolation]) -> Isolation:
 
 @cache
 def _versions() -> dict[str, str]:
-    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return {name: installed[name] for name in _PACKAGES if name in installed}
+    found = {}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def packs(micro_batch: MicroBatch) -> bool:

@@ -131,7 +131,7 @@ class HostInputs:
         piece: bytes of a piece of host memory.
 
     Attributes:
-        blocks: the number of blocks whose inputs it holds.
+        blocks: tells the number of blocks whose inputs it is to hold.
         full: whether an input stayed on the device because the limit was reached.
         last: of each kind of tensor, the one that was stored last.
     """
@@ -145,7 +145,7 @@ class HostInputs:
         self._leaving: deque[_Stored] = deque()
         self.last: dict[str, ref[_Stored]] = {}
         self.full = False
-        self.blocks = 0
+        self.blocks: Callable[[], int] = lambda: 0
         self._input_bytes = self._result_bytes = 0
 
     def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -173,11 +173,18 @@ class HostInputs:
         """The most bytes of host memory; 0 before the first input."""
         return self.pieces.limit if self._ready else 0
 
+    def release(self) -> None:
+        """Give the host memory back, and begin anew. No graph that needs an input may be left."""
+        self._leaving.clear()
+        self._ready, self.full, self.last = False, False, {}
+        self._input_bytes = self._result_bytes = 0
+        self.__dict__.pop("pieces", None)
+
     def keep(self, tensor: Tensor) -> Any:
         """What stands for a result of attention until `kept`; None: the inputs of all blocks leave no room for it."""
         if tensor.nbytes < SMALL or not self._ready:
             return tensor.detach()
-        room = self.pieces.limit - self.blocks * self._input_bytes - self._result_bytes
+        room = self.pieces.limit - self.blocks() * self._input_bytes - self._result_bytes
         return self._store(tensor, "result") if tensor.nbytes <= room else None
 
     def kept(self, entry: Any) -> Tensor:

@@ -84,11 +84,10 @@ def _configs(options: list[str]) -> list[str]:
 
 def _fit(options: list[str], texts: dict[str, str], files: dict[str, str]) -> Any:
     """One worker's `amt fit`."""
-    from automodel_trainer.cluster.worker import check_file, outcome_of
+    from automodel_trainer.cluster.worker import check_files, outcome_of
     from automodel_trainer.lightning_cli import run
 
-    for option, path in files.items():
-        check_file(option, path)
+    check_files(files)
     with tempfile.TemporaryDirectory() as folder:
         places = {}
         for number, (path, text) in enumerate(texts.items()):

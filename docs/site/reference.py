@@ -38,6 +38,7 @@ YAML_CLASSES = {
     "Preemption": "automodel_trainer.callbacks.Preemption",
     "Watchdog": "automodel_trainer.callbacks.Watchdog",
     "FSDP2Strategy": "automodel_trainer.strategies.FSDP2Strategy",
+    "FaultTolerantStrategy": "automodel_trainer.strategies.FaultTolerantStrategy",
     "DDPStrategy": "automodel_trainer.strategies.DDPStrategy",
     "Parallel3DStrategy": "automodel_trainer.strategies.Parallel3DStrategy",
     "MegatronFSDPStrategy": "automodel_trainer.strategies.MegatronFSDPStrategy",

@@ -59,6 +59,8 @@ class MeshProcesses(ParallelStrategy):
         self.process_group_backend = process_group_backend
         self.timeout = timeout
         self.num_nodes = 1
+        self.replicas = 1  # groups of such processes that come and go, each with a mesh of its own
+        self.groups_met = 1  # of these, in the last step
         self._device_mesh: DeviceMesh | None = None
         self._group: Any = None
         self._owns_group = False

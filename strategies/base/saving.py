@@ -55,6 +55,11 @@ class SavingStrategy(MeshProcesses):
         """The module whose parameter names the checkpoint uses."""
 
     @property
+    def writes_checkpoints(self) -> bool:
+        """Whether these ranks write the checkpoints of the run; other replica groups, if there are any, do not."""
+        return True
+
+    @property
     def checkpoint_io(self) -> CheckpointIO:
         """Lightning's plugin, which this strategy does not use. Assigning one raises ValueError."""
         return super().checkpoint_io
@@ -147,8 +152,7 @@ class SavingStrategy(MeshProcesses):
                 return
             store, name = _store_and_name(filepath)
             local = scratch(store) / name
-            save(local, checkpoint, self.trained_module, optimizers)
-            mirror(RemoteRuns(store), "", local)
+            save(local, checkpoint, self.trained_module, optimizers, mirror=partial(mirror, RemoteRuns(store), ""))
             on_all_ranks(lambda: remove_checkpoint(local) if self.is_global_zero else None, local)
 
     def _edited(self, state: Any) -> Mapping[str, Any]:

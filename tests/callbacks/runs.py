@@ -39,11 +39,12 @@ def train(
     root: Path,
     callbacks: Sequence[Callback] = (),
     *,
-    strategy: str = "auto",
+    strategy: Any = "auto",
     devices: int = 1,
     scheduler: str = "cosine",
     attention_dropout: float = 0.3,
     ckpt_path: str | Path | None = None,
+    module: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train with dropout, accumulation, clipping and a schedule; returns the journal, the weights and the trainer."""
@@ -66,12 +67,13 @@ def train(
         **{**defaults, **options},
     )
     trainer.fit(
-        CausalLMModule(model, tokenizer=tiny_tokenizer(), lr=1e-2, scheduler=scheduler, optimizer=ADAM),
+        CausalLMModule(
+            model, tokenizer=tiny_tokenizer(), lr=1e-2, scheduler=scheduler, optimizer=ADAM, **(module or {})
+        ),
         data,
         ckpt_path=ckpt_path,
     )
-    module = trainer.lightning_module
-    weights = {name: whole(value) for name, value in module.state_dict().items()}
+    weights = {name: whole(value) for name, value in trainer.lightning_module.state_dict().items()}
     return {"journal": journal.entries, "weights": weights, "trainer": trainer}
 
 

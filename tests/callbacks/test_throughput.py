@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +15,16 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from automodel_trainer.callbacks import Throughput
+from automodel_trainer.callbacks import Throughput, rank_times, stragglers
 from automodel_trainer.callbacks import throughput as throughput_file
 from automodel_trainer.callbacks.counts import Counts
+from automodel_trainer.callbacks.device_probe import DeviceProbe
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.nn.flops import flops_per_token
 from automodel_trainer.trainer import Trainer
@@ -272,6 +276,68 @@ def test_tokens_of_all_ranks_count(pool: RankPool, tmp_path: Path) -> None:
     assert all(line["data_wait"][1] >= 0.1 and len(line["cpu"]) == 2 and min(line["cpu"]) > 0 for line in lines)
     assert max(lines[-1]["peak_memory_gib"]) == pytest.approx(first["peak_memory_gib"])
     assert first["tokens_per_second"] == pytest.approx(2 * first["tokens_per_second_per_device"])
+
+
+class Sleeps(Callback):
+    """Rank 1 has something to do in every step that no other has."""
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        time.sleep(0.1 * (trainer.global_rank == 1))
+
+
+def with_a_slow_rank(strategy: str, folder: str) -> dict[str, float]:
+    throughput = Throughput()
+    options = {**QUIET, "devices": 2, "max_steps": 30, "log_every_n_steps": 5, "default_root_dir": folder}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_times, "LOOKS", 20)
+        patch.setattr(stragglers, "HOLD", 0.5)
+        trainer = Trainer(**options, strategy=strategy, callbacks=[throughput, Sleeps()])
+        trainer.fit(CausalLMModule(tiny_model()), [[micro_batch()] for _ in range(30)])
+    return throughput.last
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_a_slow_rank_is_named_once(strategy: str, pool: RankPool, tmp_path: Path) -> None:
+    first, second = pool.run(2, with_a_slow_rank, strategy, str(tmp_path))
+    assert first["slowest_rank"] == second["slowest_rank"] > 1.5
+    lines = [json.loads(line) for line in (tmp_path / "ranks.jsonl").read_text().splitlines()]
+    assert lines[-1]["stragglers"] == [{"rank": 1, "host": socket.gethostname()}]
+    own, other = lines[-1]["own"][1], lines[-1]["own"][0]
+    assert own > 0.1
+    assert own > 1.5 * other
+    said = [text for line in lines for text in line.get("said", ())]
+    assert len(said) == 1
+    assert re.match(rf"rank 1 \({socket.gethostname()}\) takes \d+\.\d × the median of all ranks: ", said[0])
+
+
+def test_a_straggler_begins_and_ends() -> None:
+    now = [0.0]
+    judge = stragglers.Stragglers(now=lambda: now[0])
+
+    def after(seconds: float, own: list[float], step: float = 1.0) -> list[int]:
+        now[0] += seconds
+        return judge.judge(own, step)
+
+    assert after(0, [0.5, 0.5, 0.9, 0.5]) == []
+    assert after(30, [0.5, 0.5, 0.5, 0.5]) == [], "for a moment only, as on a busy machine"
+    assert after(1, [0.5, 0.5, 0.9, 0.5]) == []
+    assert after(30, [0.5, 0.5, 0.9, 0.5]) == [2]
+    assert after(30, [0.5, 0.5, 0.9, 0.5]) == [], "it is said once"
+    assert after(30, [0.5, 0.5, 0.7, 0.5]) == []
+    assert judge.named == {2}, "between the two limits it stays one"
+    assert after(30, [0.5, 0.5, 0.5, 0.5]) == []
+    assert not judge.named
+    for _ in range(3):
+        assert after(30, [0.01, 0.01, 0.02, 0.01]) == [], "too small a difference"
+        assert after(30, [0.1, 0.1, 0.4, 0.1]) == [], "steps take longer for another reason"
+    after(0, [0.5, 0.9])
+    assert after(30, [0.5, 0.9]) == [1], "of two ranks the faster is the median"
+
+
+def test_the_work_that_measures_a_device() -> None:
+    probe = DeviceProbe(torch.device("cpu"), size=32)
+    assert 0 < probe.measure() < 60
+    assert probe.seconds() == 0.0, "on a CPU nothing is measured"
 
 
 def test_a_peak_that_is_none_is_refused() -> None:

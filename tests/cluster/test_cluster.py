@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from automodel_trainer import CausalLMModule, ChatDataModule, Trainer
 from automodel_trainer.callbacks import DCPCheckpoint
@@ -26,6 +28,8 @@ from automodel_trainer.distributed.mesh import ParallelDims
 from automodel_trainer.distributed.ray_worker import ray_context
 from automodel_trainer.tools import fit_on
 from tests.cluster import fake_ray
+from tests.kept_groups import own_groups
+from tests.pool import RankPool
 from tests.tiny import save_tiny_model, write_chats
 
 
@@ -74,11 +78,52 @@ def test_workers_that_do_not_fit(workers: Any, dims: ParallelDims | None, said: 
 
 def test_a_cluster_that_is_too_small() -> None:
     assert check_cluster({"CPU": 16, "GPU": 8}, 8, None) is True
-    assert check_cluster({"CPU": 16, "GPU": 4}, 8, None) is False
+    with pytest.warns(UserWarning, match=r"workers=8, and the cluster has 4 GPU\(s\): this run computes on CPUs"):
+        assert check_cluster({"CPU": 16, "GPU": 4}, 8, None) is False
     with pytest.raises(ValueError, match=r"workers=8 need one of the cluster's GPU\(s\) each, and it has 4"):
         check_cluster({"CPU": 16, "GPU": 4}, 8, True)
     with pytest.raises(ValueError, match=r"CPU\(s\) each, and it has 2"):
         check_cluster({"CPU": 2}, 8, None)
+
+
+@own_groups
+def refused(workers_a_node: int, other_torch: bool, file: str) -> str:
+    """What a worker refuses; its last one is another than the others."""
+    said: list[str] = []
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    driver = {**versions(), "torch": "1.13"} if other_torch and last else versions()
+
+    def task() -> Outcome:
+        worker.check_files({"data.train": file if last else "/"})
+        return Outcome(None, None, 0, 1)
+
+    def call(method: str, *args: Any) -> None:
+        said.extend(args if method == "refuse" else ())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: f"node-{int(os.environ['RANK']) // workers_a_node}")
+        patch.setattr(restarts, "_memory", None)
+        patch.setattr(restarts, "_launcher", "torchrun")
+        dist.init_process_group("gloo")
+        worker.work(worker.Given(call, task, driver, ".", {}))
+    return "".join(said)
+
+
+@pytest.mark.parametrize(
+    ("workers_a_node", "other_torch", "file", "message"),
+    [
+        (2, False, "/", r"run different numbers of workers \(node-0 2, node-1 1\)"),
+        (3, True, "/", r"on node-0 has other versions .*\(driver: 1.13\).* \(on rank 2\)"),
+        (3, False, "/no/chats", r"data.train='/no/chats' is on the driver's machine .* \(on rank 2\)"),
+    ],
+)
+def test_all_workers_refuse_together(
+    workers_a_node: int, other_torch: bool, file: str, message: str, pool: RankPool
+) -> None:
+    """None waits in a collective for one that has refused."""
+    for number, said in enumerate(pool.run(3, refused, workers_a_node, other_torch, file)):
+        assert re.search(message, said), said
+        assert said.endswith(f"(on worker {number}, node-{number // workers_a_node})")
 
 
 def test_other_versions() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from automodel_trainer import CausalLMModule, LoRAConfig, OptimizerConfig
 from automodel_trainer.callbacks import DCPCheckpoint
 from tests.harness import random_rows, stack
 from tests.lightning.boring import loader, make, weight
+from tests.processes import call
 from tests.tiny import tiny_model
 
 
@@ -162,8 +161,7 @@ def test_ddp_fork_tells_the_parent(tmp_path: Path) -> None:
 
     In a process of its own: one that has run other tests has threads, which a fork loses while they hold locks.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-        alone.submit(forked, tmp_path).result(timeout=120)
+    call(tmp_path, forked, tmp_path)
 
 
 class Stateless(torch.optim.lr_scheduler.LRScheduler):

@@ -8,14 +8,17 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from automodel_trainer.callbacks import Ledger
+from automodel_trainer.tools.watch import run as run_file
 from automodel_trainer.tools.watch.curves import read_curves
 from automodel_trainer.tools.watch.diff import compare, diff
 from automodel_trainer.tools.watch.page import page
@@ -178,6 +181,9 @@ def write_ranks(folder: Path, steps: int, ranks: int) -> None:
             "data_wait": [0.5 if rank == 2 else 0.001 for rank in range(ranks)],
             "cpu": [2.0 if rank == ranks - 1 else 1.0 for rank in range(ranks)],
             "peak_memory_gib": [3.0] * ranks,
+            "own": [1.0] * ranks,
+            "probe": [0.0] * ranks,
+            "said": [f"rank 2 ({SCRIPT})"] if step == 3 else 7,
         }
         for step in range(1, steps + 1)
     ]
@@ -200,9 +206,35 @@ def test_ranks(tmp_path: Path) -> None:
     assert stragglers(means(run.ranks)["peak_memory_gib"], 0.1) == set()
     assert sum(attributes.get("class") == "bad" for tag, attributes in found.tags if tag == "td") == 2
     assert "and 4 ranks that are faster" in found.text
+    assert f"straggler: rank 2 ({SCRIPT})" in found.text
     assert not read_run(tmp_path).problems
+    file.write_text('{"step": 1, "data_wait": [1], "cpu": [1], "peak_memory_gib": [1]}')
+    assert re.findall(r"<tr><th>(\d+)</th>", page(read_run(tmp_path))) == ["0"], "as version 0.1 wrote it"
     file.write_text("")
     assert "Ranks" not in check_harmless(page(read_run(tmp_path))).text
+
+
+@pytest.mark.parametrize("wrong_by", [-3600, 3600])
+def test_the_clock_of_a_run_s_machine_may_be_wrong(
+    wrong_by: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second look on, only this machine's clock counts."""
+    now = [0.0]
+    monkeypatch.setattr(run_file, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0]))
+    write_ranks(tmp_path, 1, 2)
+    (tmp_path / "config.yaml").write_text("a: 1")
+
+    def writes(at: float) -> None:
+        os.utime(tmp_path / "ranks.jsonl", (at, at))
+
+    writes(time.time() + wrong_by)
+    assert read_run(tmp_path).going_on == (wrong_by > 0), "at the first look nobody knows"
+    now[0] += 10
+    writes(time.time() + wrong_by + 10)
+    assert read_run(tmp_path).going_on
+    now[0] += 300
+    assert not read_run(tmp_path).going_on
+    assert "last change 5 minutes ago" in page(read_run(tmp_path))
 
 
 def test_two_runs_over_each_other(home: Path, tmp_path: Path) -> None:

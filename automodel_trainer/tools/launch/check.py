@@ -97,8 +97,14 @@ def _check_layout(strategy: MeshStrategy, data: Any, nodes: int, gpus: int) -> t
     if ep not in (1, "auto"):
         check_ep(ep, None, resolved.dp_shard * resolved.cp * resolved.tp)
     if isinstance(data, MicroBatchDataModule) and data.global_batch_size is not None:
-        check_global_batch(data.global_batch_size, data.micro_batch_size, resolved.dp_replicate * resolved.dp_shard)
+        ranks = resolved.dp_replicate * resolved.dp_shard * strategy.replicas
+        check_global_batch(data.global_batch_size, data.micro_batch_size, ranks)
     notes = []
+    if strategy.replicas > 1:
+        notes.append(
+            f"This starts one of {strategy.replicas} replica groups: start it {strategy.replicas} times, beside one "
+            "torchft_lighthouse (docs/fault_tolerance.md)"
+        )
     if resolved.tp > gpus:
         notes.append(f"tp={resolved.tp} spans nodes of {gpus} GPUs, and its traffic is the largest of all axes")
     return resolved.describe().replace(" × ", " x "), notes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import datetime
 from html import escape
 from typing import Any
@@ -89,7 +88,7 @@ def trouble(words: str) -> str:
 
 def _head(run: Run) -> str:
     planned = f" of {run.planned:,}" if run.planned else ""
-    state = "goes on" if run.going_on else f"last change {_ago(time.time() - run.changed)} ago" if run.changed else ""
+    state = "goes on" if run.going_on else f"last change {_ago(run.age)} ago" if run.age is not None else ""
     cards = [("step", f"{run.step:,}{planned}")]
     cards += [(words, short(_last(run.curves[name]))) for name, words in CARDS.items() if run.curves.get(name)]
     shown = "".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from statistics import fmean, median
 from typing import Any
 
@@ -12,8 +13,14 @@ LATEST = 10  # lines that the table is a mean of
 MOST = 16  # ranks in the table
 DRAWN = 4  # ranks in the chart
 FAR = 1.5  # times the median of all ranks: more is marked
-TITLES = {"data_wait": "waits for data, s/step", "cpu": "CPU time, s/step", "peak_memory_gib": "peak memory, GiB"}
-SMALL = {"data_wait": 0.01, "cpu": 0.01, "peak_memory_gib": 0.1}
+TITLES = {
+    "data_wait": "waits for data, s/step",
+    "cpu": "CPU time, s/step",
+    "peak_memory_gib": "peak memory, GiB",
+    "own": "outside of collectives, s/step",
+    "probe": "fixed work of its GPU, s",
+}
+SMALL = {"data_wait": 0.01, "cpu": 0.01, "peak_memory_gib": 0.1, "own": 0.02, "probe": 0.0}
 """Differences from the median that matter to nobody."""
 
 
@@ -51,7 +58,18 @@ def ranks_section(lines: list[dict[str, Any]]) -> str:
     keys = "".join(f'<span class="key c{index}">{name}</span>' for index, name in enumerate(curves))
     words = f"mean of the last {min(LATEST, len(lines))} log steps, the slowest first; red: {FAR} times the median"
     return (
-        f'<h2>Ranks</h2><div class="grid-of"><section><p class="soft">{words}</p><table><tr><th>rank</th>{head}</tr>'
-        f"{rows}</table>{more}</section><section><h3>waiting for data and CPU time, s/step</h3>{chart(curves)}{keys}"
+        f'<h2>Ranks</h2>{_said(lines)}<div class="grid-of"><section><p class="soft">{words}</p><table>'
+        f"<tr><th>rank</th>{head}</tr>{rows}</table>{more}</section>"
+        f"<section><h3>waiting for data and CPU time, s/step</h3>{chart(curves)}{keys}"
         "</section></div>"
     )
+
+
+def _said(lines: list[dict[str, Any]]) -> str:
+    """What the run has said about stragglers, the latest last."""
+    said = [text for line in lines for text in _texts(line.get("said"))][-MOST:]
+    return "".join(f'<p class="bad">straggler: {escape(text)}</p>' for text in said)
+
+
+def _texts(value: Any) -> list[str]:
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []

@@ -15,7 +15,7 @@ import yaml
 from automodel_trainer.callbacks.ledger_text import ledger_rows
 from automodel_trainer.callbacks.rank_times import FILE as RANKS_FILE
 from automodel_trainer.callbacks.rank_times import NAMES
-from automodel_trainer.checkpoint.manifest import check_checkpoint, read_manifest
+from automodel_trainer.checkpoint.manifest import MANIFEST, check_checkpoint, read_manifest
 from automodel_trainer.checkpoint.runs import runs, saved_in
 from automodel_trainer.nn.chart import Curve
 from automodel_trainer.tools.watch.curves import changed, curve_files, read_curves
@@ -46,7 +46,7 @@ class Run:
         checkpoints: oldest first.
         pictures: SVG files of callbacks.
         ranks: lines about every rank (`callbacks/rank_times.py`), oldest first.
-        changed: when a file of it last changed, in seconds.
+        age: seconds since a file of it last changed; None if nobody knows.
         problems: what could not be read.
     """
 
@@ -57,14 +57,14 @@ class Run:
     checkpoints: list[Saved] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
     ranks: list[Facts] = field(default_factory=list)
-    changed: float = 0.0
+    age: float | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
     def going_on(self) -> bool:
         """Whether something was written lately, and the last step was not the last planned one."""
         planned = self.planned
-        return time.time() - self.changed < STILL and (planned is None or self.step < planned)
+        return self.age is not None and self.age < STILL and (planned is None or self.step < planned)
 
     @property
     def step(self) -> int:
@@ -124,7 +124,8 @@ def read_run(folder: str | os.PathLike[str], *, contents: bool = False) -> Run:
             f"{folder} is not the folder of a run: it holds {held}, and no ledger.json, config.yaml, curves or "
             "checkpoints. Give the default_root_dir of a run."
         )
-    run.changed = _last_change(run)
+    last = _last_change(run)
+    run.age = _looks.age(run.folder.absolute(), last) if last else None
     return run
 
 
@@ -180,7 +181,11 @@ def _ranks(text: str) -> list[Facts]:
             facts = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(facts, dict) and isinstance(facts.get("step"), int) and all(map(_numbers, map(facts.get, NAMES))):
+        if not isinstance(facts, dict) or not isinstance(facts.get("step"), int):
+            continue
+        if _numbers(facts.get(NAMES[0])):
+            facts = {name: [0.0] * len(facts[NAMES[0]]) for name in NAMES[3:]} | facts  # version 0.1 had three
+        if all(map(_numbers, map(facts.get, NAMES))):
             found.append(facts)
     return [facts for facts in found if all(len(facts[name]) == len(found[-1][NAMES[0]]) for name in NAMES)]
 
@@ -204,8 +209,28 @@ def _saved(path: Path, contents: bool) -> Saved:
 
 def _last_change(run: Run) -> float:
     """Of the files that a run writes while it goes on."""
-    times = [changed(file) for file in (run.folder / "ledger.json", *curve_files(run.folder))]
-    return max([*times, *(saved.created or 0.0 for saved in run.checkpoints)], default=0.0)
+    files = [run.folder / "ledger.json", run.folder / RANKS_FILE, *curve_files(run.folder)]
+    files += [saved.path / MANIFEST for saved in run.checkpoints]
+    return max(map(changed, files))
+
+
+class _Looks:
+    """When this process saw runs change, by its own clock: that of the machine that writes may be wrong."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[float, float, bool]] = {}  # of each run: its last change, when it was seen, moved
+
+    def age(self, folder: Path, changed: float) -> float:
+        now = time.monotonic()
+        before = self._seen.get(folder)
+        if before is None or before[0] != changed:
+            self._seen[folder] = (changed, now, before is not None)
+        _, seen, moved = self._seen[folder]
+        age = time.time() - changed
+        return now - seen if moved or age < 0 else age
+
+
+_looks = _Looks()
 
 
 def _inside(facts: Any, *keys: str) -> Any:

@@ -1,0 +1,220 @@
+"""Everything that the project uses of torchft (0.2.0): a manager that meets the other groups and sums over them."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from automodel_trainer.strategies.fault_tolerant.lifeline import Lifeline
+
+LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # torchft's own variable
+_PATIENCE = 30.0  # seconds: the lighthouse may start a little later than the groups
+_START = "torchft_lighthouse --bind '[::]:29510' --min_replicas 1 --join_timeout_ms 10000"
+
+
+def require_torchft() -> None:
+    """Raise ValueError if torchft is not installed."""
+    if importlib.util.find_spec("torchft") is None:
+        raise ValueError(
+            "fault_tolerant=true needs torchft, which is not installed: pip install 'automodel-trainer[ft]'. Or leave "
+            "fault_tolerant out: torchrun then restarts the whole job from its last checkpoint."
+        )
+
+
+def lighthouse_address(given: str | None) -> str:
+    """The lighthouse's address, as torchft takes it.
+
+    Raises:
+        ValueError: none is given, or it is no address.
+    """
+    address = given or os.environ.get(LIGHTHOUSE)
+    if not address:
+        raise ValueError(
+            "fault_tolerant=true needs the address of a lighthouse, which all replica groups know: "
+            f"strategy='hsdp:fault_tolerant=true,lighthouse=http://HOST:29510', or {LIGHTHOUSE}. Start one with: "
+            f"{_START}"
+        )
+    address = address if "://" in address else f"http://{address}"
+    try:
+        found = urlsplit(address)
+        known = found.hostname is not None and found.port is not None
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"lighthouse={given or address!r} is no address. Write http://HOST:PORT.")
+    return address
+
+
+def require_lighthouse(address: str, patience: float = _PATIENCE) -> None:
+    """Wait until something listens at the address.
+
+    Raises:
+        ValueError: nothing does.
+    """
+    place = urlsplit(address)
+    end = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection((place.hostname, place.port), timeout=5).close()  # type: ignore[arg-type]
+        except OSError as error:
+            if time.monotonic() < end:
+                time.sleep(0.5)
+                continue
+            raise ValueError(
+                f"No lighthouse answers at {address} ({error}; waited {patience:g} s). Start it once, on a machine "
+                f"that all groups reach: {_START}. Then give its address: lighthouse=http://HOST:29510."
+            ) from error
+        return
+
+
+class Peers:
+    """The replica groups of a run as one rank of one group sees them.
+
+    Rank r of each group works together with rank r of the others: it holds the same shards.
+
+    Args:
+        lighthouse: its address.
+        rank: of this process in its group.
+        ranks: the size of a group; all groups have the same.
+        store: the host and port of a store of this group.
+        device: where the summed tensors lie. On CUDA NCCL sums them, else gloo.
+        timeout: seconds that a sum waits for a group that is alive but slow.
+        quorum_timeout: seconds to wait for the other groups before a step.
+        save: makes the state that a group that comes late is given.
+        load: takes such a state.
+    """
+
+    def __init__(
+        self,
+        *,
+        lighthouse: str,
+        rank: int,
+        ranks: int,
+        store: tuple[str, int],
+        device: torch.device,
+        timeout: float,
+        quorum_timeout: float,
+        save: Callable[[], dict[str, Any]],
+        load: Callable[[dict[str, Any]], None],
+    ) -> None:
+        _keep_quiet()
+        os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(timeout))  # torchft warns where it is missing
+        from torchft import Manager, ProcessGroupGloo, ProcessGroupNCCL
+
+        kind = ProcessGroupNCCL if device.type == "cuda" else ProcessGroupGloo
+        self._manager = Manager(
+            pg=kind(timeout=timedelta(seconds=timeout)),
+            load_state_dict=load,
+            state_dict=save,
+            min_replica_size=1,  # `FaultTolerantStrategy` has its own, with a message
+            use_async_quorum=False,
+            timeout=timedelta(seconds=timeout),
+            quorum_timeout=timedelta(seconds=quorum_timeout),
+            connect_timeout=timedelta(seconds=_PATIENCE),
+            rank=rank,
+            world_size=ranks,
+            store_addr=store[0],
+            store_port=store[1],
+            lighthouse_addr=lighthouse,
+            hostname=store[0],
+        )
+        self._device = device
+        self._quorum = -1  # the last one that met
+        self._lifeline = Lifeline(store[0], self._manager._pg.abort)
+
+    def begin_at(self, step: int) -> None:
+        """Say how many steps this group has behind it."""
+        self._manager.load_state_dict({"step": step, "batches_committed": 0})
+
+    @property
+    def step(self) -> int:
+        """The steps that this group has behind it, those that it was given included."""
+        return self._manager.current_step()
+
+    def meet(self, timeout: float) -> tuple[int, int]:
+        """Wait for the groups that take part in the next step; a group that is behind is given the state of another.
+
+        Args:
+            timeout: seconds to wait.
+
+        Returns:
+            the place of this group among them, and their number.
+
+        Raises:
+            TimeoutError: no quorum came about.
+        """
+        try:
+            self._manager.start_quorum(timeout=timedelta(seconds=timeout))
+        except TimeoutError:
+            raise
+        except RuntimeError as error:  # torchft raises the errors of its channel so
+            raise TimeoutError(str(error)) from error
+        place, groups = self._manager.participating_rank() or 0, self._manager.num_participants()
+        if self._manager._quorum_id != self._quorum and not self.failed:
+            self._quorum = self._manager._quorum_id
+            self._watch(place, groups)
+        return place, groups
+
+    def _watch(self, place: int, groups: int) -> None:
+        """Tell the other groups where this process is found, and hold a connection to each of theirs."""
+        table = torch.zeros(groups, 2, dtype=torch.int64, device=self._device)
+        table[place] = torch.tensor(self._lifeline.address)
+        self.add_up(table)
+        if not self.failed:
+            found: list[list[int]] = table.tolist()
+            self._lifeline.watch([(number, port) for at, (number, port) in enumerate(found) if at != place])
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Sum `tensor` `[…]` in place over the groups. If one is lost, no error comes, but `failed` says so."""
+        self._manager.allreduce(tensor, reduce_op=dist.ReduceOp.SUM).wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether something of this step was lost."""
+        return self._manager.errored() is not None
+
+    def commit(self) -> bool:
+        """Whether all ranks of this group have the whole step. Collective over the group."""
+        return self._manager.should_commit()
+
+    def leave(self) -> None:
+        """Stop answering the others."""
+        self._lifeline.cut()
+        with suppress(Exception):
+            self._manager.shutdown(wait=False)
+
+
+def _keep_quiet() -> None:
+    """Silence what torchft says in every step. It reads `RUST_LOG` when it is imported."""
+    os.environ.setdefault("RUST_LOG", "error")
+    # Of tensors in a message, which are copied before anything is written.
+    warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+    logger = logging.getLogger("torchft")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.CRITICAL)  # errors of a lost group come with tracebacks; the strategy says it in a line
+
+
+def host_towards(lighthouse: str) -> str:
+    """The name under which other groups reach this machine: as torchft has it, the machine's own name."""
+    host = urlsplit(lighthouse).hostname or ""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        rank_zero_info(f"This machine's name {name!r} has no address, so other groups are told {host!r}.")
+        return host
+    return name

@@ -1,0 +1,349 @@
+"""FaultTolerantStrategy: HSDP whose replicas are processes of their own, and may drop out and come back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from automodel_trainer._lightning import attached_trainer, count_step
+from automodel_trainer.checkpoint.rng import set_rng_state
+from automodel_trainer.checkpoint.state import RNG_KEY
+from automodel_trainer.data.global_batch import GlobalBatch
+from automodel_trainer.distributed.phase import during_phase, enter_phase
+from automodel_trainer.strategies.base.objective import MicroBatch, Objective, count_all
+from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy
+from automodel_trainer.strategies.expert.plan import find_experts
+from automodel_trainer.strategies.fault_tolerant._torchft import (
+    Peers,
+    host_towards,
+    lighthouse_address,
+    require_lighthouse,
+    require_torchft,
+)
+from automodel_trainer.strategies.fault_tolerant.gradients import sum_gradients
+from automodel_trainer.strategies.fault_tolerant.run_state import (
+    TAKEN_OVER,
+    as_checkpoint,
+    state_before_step,
+    without_tensors,
+)
+from automodel_trainer.strategies.fault_tolerant.state import shards_of, take_over, trained
+
+_AGAIN = 0.5  # seconds between two looks for more groups
+
+
+class _Met(NamedTuple):
+    """The groups that take part in a step: this one's place among them, and their number."""
+
+    place: int
+    groups: int
+
+
+class FaultTolerantStrategy(FSDP2Strategy):
+    """FSDP2 within a replica group; gradients are summed over the groups that live, by torchft.
+
+    Each group is a job of its own (its own torchrun). The groups meet before every step at a lighthouse. The rows of
+    the global batch are dealt to the groups that are there, so a step with fewer groups has the same rows and takes
+    longer. If a group is lost in a step, the others repeat it. A group that comes back is given weights, optimizer
+    state and place in the data by another one (docs/fault_tolerance.md).
+
+    Args:
+        dp_replicate: the number of groups that the global batch is made for. There may be fewer at any time.
+        dp_shard: ranks of each group; -1 takes all of them.
+        min_replicas: with fewer groups than this the run waits.
+        lighthouse: the lighthouse's address, `http://HOST:PORT`; None: `TORCHFT_LIGHTHOUSE`.
+        replica_timeout: seconds that a step waits for a group that is slow, or whose machine is silent.
+        kwargs: see `FSDP2Strategy`; `tp`, `cp` and `ep` must be 1.
+
+    Raises:
+        ValueError: a size does not fit, or the layout splits more than parameters.
+
+    Source: torchft, github.com/pytorch/torchft.
+    """
+
+    def __init__(
+        self,
+        dp_replicate: int = 2,
+        dp_shard: int = -1,
+        *,
+        min_replicas: int = 1,
+        lighthouse: str | None = None,
+        replica_timeout: float = 60.0,
+        **kwargs: Any,
+    ) -> None:
+        _check(dp_replicate, min_replicas, replica_timeout, kwargs)
+        super().__init__(dp_shard, **kwargs)
+        self.replicas, self.min_replicas = dp_replicate, min_replicas
+        self.lighthouse, self.replica_timeout = lighthouse, replica_timeout
+        self._peers: Peers | None = None
+        self._store: dist.TCPStore | None = None
+        self._met: _Met | None = None  # for the step that begins
+        self._wrote: bool = False
+        self._given: dict[str, Any] | None = None  # by another group, and not used yet
+        self._resumed: dict[str, Any] | None = None  # what this group began with, until its first step
+
+    # --- before the first step ----------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """See `MeshStrategy.setup_environment`.
+
+        Raises:
+            ValueError: torchft is not installed, no lighthouse answers, or there is no Trainer.
+        """
+        trainer = attached_trainer(self.lightning_module)
+        if trainer is None:
+            raise ValueError(
+                "fault_tolerant=true is for a Trainer: it gives late groups their place in the loop. In a loop of your "
+                "own use FSDP2Strategy(dp_replicate=…)."
+            )
+        if trainer.state.fn == TrainerFn.FITTING:
+            require_torchft()
+            require_lighthouse(lighthouse_address(self.lighthouse))
+        super().setup_environment()
+
+    def parallelize(self, model: nn.Module) -> nn.Module:
+        """See `FSDP2Strategy.parallelize`.
+
+        Raises:
+            ValueError: the model has experts, whose balance counts tokens of all groups.
+        """
+        if find_experts(model):
+            raise ValueError(
+                "fault_tolerant=true trains dense models: the balance of experts counts tokens over all groups, which "
+                "it does not do yet. Use strategy='hsdp' or 'fsdp2'."
+            )
+        return super().parallelize(model)
+
+    def lay_out_user_module(self, module: Any) -> None:
+        """Refuse a user's own module.
+
+        Raises:
+            ValueError: it runs its own steps, so none of them can be repeated.
+        """
+        raise ValueError(
+            f"fault_tolerant=true repeats a step that was lost, and {type(module).__name__} runs its steps itself. "
+            "Give fit a model, CausalLMModule or another objective; or use strategy='hsdp'."
+        )
+
+    def state_of_peers(self, restored: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Meet the other groups for the first time. Collective.
+
+        Args:
+            restored: the checkpoint that this group has just restored; empty for none.
+
+        Returns:
+            what a run resumes from, if another group is further; None otherwise.
+        """
+        trainer = attached_trainer(self.lightning_module)
+        assert trainer is not None
+        self._peers = self._connect()
+        self._peers.begin_at(trainer.global_step)
+        self._resumed = without_tensors(dict(restored))
+        self._wrote = self._meet().place == 0
+        given, self._given = self._given, None
+        behind = self._peers.step - trainer.global_step
+        if given is None or behind <= 0:
+            return None
+        self._resumed = given["run"]
+        rank_zero_info(f"Another replica group is at step {self._peers.step}: this one goes on from there.")
+        return as_checkpoint(given["run"])
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """See `SavingStrategy`. The state of another group is here already."""
+        if checkpoint.get(TAKEN_OVER):
+            set_rng_state(checkpoint[RNG_KEY])
+            return
+        super().load_optimizer_state_dict(checkpoint)
+
+    def _connect(self) -> Peers:
+        address = lighthouse_address(self.lighthouse)
+        place: tuple[str, int] | None = None
+        if self.global_rank == 0:
+            self._store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+            place = host_towards(address), self._store.port
+        return Peers(
+            lighthouse=address,
+            rank=self.global_rank,
+            ranks=self.world_size,
+            store=self.broadcast(place),
+            device=torch.device("cpu") if self.cpu_offload else self.root_device,
+            timeout=self.replica_timeout,
+            quorum_timeout=self.timeout.total_seconds(),
+            save=self._state_for_others,
+            load=self._take_over,
+        )
+
+    # --- what late groups are given -----------------------------------------------------------------------------------
+
+    def _state_for_others(self) -> dict[str, Any]:
+        """The state before the step that begins, in a thread while this process waits. Collective over the group."""
+        trainer = attached_trainer(self.lightning_module)
+        assert trainer is not None
+        run = self._resumed if self._resumed is not None else state_before_step(trainer)
+        return {"run": run, **shards_of(self.trained_module, self.optimizers)}
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        with during_phase("load"):
+            take_over(state, self.trained_module, self.optimizers)
+        self._given = state
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def take_gradients(self, objective: Objective, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor] | None:
+        """See `MeshStrategy.take_gradients`. The step is repeated until it is whole.
+
+        Raises:
+            ValueError: the data cannot be dealt anew in every step, or too few groups came.
+            RuntimeError: this group fell behind the others by several steps.
+        """
+        if not isinstance(micro_batches, GlobalBatch):
+            raise ValueError(
+                "fault_tolerant=true deals the rows of every step to the groups that are there, so it needs data that "
+                "are given as a path, rows or a data set, or a data module of this project that does not stream. A "
+                "loader of your own has dealt them already: use strategy='hsdp' with it."
+            )
+        while True:
+            if not self._caught_up():
+                return None
+            assert self._met is not None
+            met, self._met = self._met, None
+            taken = self._attempt(objective, micro_batches, met)
+            if taken is not None:
+                self._wrote, self._resumed, self.groups_met = met.place == 0, None, met.groups
+                return taken
+            rank_zero_info("A replica group was lost in this step, which is repeated with the groups that are there.")
+            for parameter in trained(objective.model):
+                parameter.grad = None
+
+    def _caught_up(self) -> bool:
+        """Meet the others; False if they have committed this step already, so that this group has the next state."""
+        trainer = attached_trainer(self.lightning_module)
+        assert trainer is not None
+        assert self._peers is not None
+        if self._met is None:
+            self._meet()
+        behind = self._peers.step - trainer.global_step
+        given, self._given = self._given, None
+        if behind == 0:
+            return True
+        if behind != 1 or given is None:
+            raise RuntimeError(
+                f"This replica group fell {behind} steps behind the others: it was stopped, or cut off from the "
+                "lighthouse. Start it again (torchrun --max-restarts does): it then goes on where the others are."
+            )
+        for config, state in zip(self.lr_scheduler_configs, given["run"]["lr_schedulers"], strict=True):
+            config.scheduler.load_state_dict(state)
+        for optimizer in self._lightning_optimizers:
+            count_step(optimizer)
+        self._wrote = False
+        return False
+
+    def _meet(self) -> _Met:
+        """Wait for enough groups to begin a step.
+
+        Raises:
+            ValueError: they do not come.
+        """
+        peers, end, told = self._peers, time.monotonic() + self.timeout.total_seconds(), False
+        assert peers is not None
+        groups = 0
+        with during_phase("quorum"):
+            while (left := end - time.monotonic()) > 0:
+                try:
+                    place, groups = peers.meet(left)
+                except TimeoutError as error:
+                    raise ValueError(self._nobody(groups, str(error))) from error
+                if self._any_failed():
+                    peers.commit()  # which tells the lighthouse that this group needs another quorum
+                elif groups >= self.min_replicas:
+                    self._met = _Met(place, groups)
+                    return self._met
+                elif not told:
+                    told = True
+                    rank_zero_warn(f"Waiting for min_replicas={self.min_replicas} replica groups; there are {groups}.")
+                time.sleep(_AGAIN)
+        raise ValueError(self._nobody(groups, "none came"))
+
+    def _nobody(self, groups: int, why: str) -> str:
+        return (
+            f"The step cannot begin: min_replicas={self.min_replicas} replica groups are needed and {groups} met "
+            f"within {self.timeout.total_seconds():g} s at {lighthouse_address(self.lighthouse)} ({why}). Start more "
+            "groups, lower min_replicas, or lower --min_replicas of the lighthouse, which must not be higher."
+        )
+
+    def _attempt(self, objective: Objective, batch: GlobalBatch, met: _Met) -> tuple[Tensor, Tensor] | None:
+        """Gradients of the global batch by the groups that met; None if one of them was lost."""
+        assert self._peers is not None
+        batch.deal(met.place * self.dp_size + self.dp_rank, met.groups * self.dp_size)
+        batch[:] = [self.batch_to_device(micro_batch) for micro_batch in batch]
+        tokens = self.sum_over_rows(count_all(objective, batch))
+        self._add_up(tokens)
+        loss = None
+        if not self._any_failed():
+            loss = self.sum_over_tokens(self.forward_backward(objective, batch, tokens))
+            enter_phase("sum over replica groups")
+            sum_gradients(trained(objective.model), self._add_up)
+            self._add_up(loss)
+        if not self._peers.commit() or loss is None:
+            return None
+        return loss / self.dp_size, tokens  # as in `forward_backward`, the sum over ranks is that of the global batch
+
+    def _add_up(self, tensor: Tensor) -> None:
+        assert self._peers is not None
+        where = torch.device("cpu") if self.cpu_offload else tensor.device
+        moved = tensor.to(where)
+        self._peers.add_up(moved)
+        if moved is not tensor:
+            tensor.copy_(moved)
+
+    def _any_failed(self) -> bool:
+        """Whether a rank of this group has lost the others: its ranks must not part ways."""
+        assert self._peers is not None
+        failed = torch.tensor(int(self._peers.failed), device=self.root_device)
+        return bool(self.sum_over_rows(failed))
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """See `MeshStrategy.batch_to_device`. A global batch is dealt first."""
+        return batch if isinstance(batch, GlobalBatch) else super().batch_to_device(batch, device, dataloader_idx)
+
+    # --- around the steps ---------------------------------------------------------------------------------------------
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        """See `SavingStrategy.writes_checkpoints`: the first of the groups that ran the last step."""
+        return self._wrote
+
+    def teardown(self) -> None:
+        """See `MeshProcesses.teardown`. The other groups are told by silence."""
+        if self._peers is not None:
+            self._peers.leave()
+        self._peers = self._store = self._met = self._given = self._resumed = None
+        super().teardown()
+
+
+def _check(dp_replicate: int, min_replicas: int, replica_timeout: float, options: Mapping[str, Any]) -> None:
+    if dp_replicate < 2:
+        raise ValueError(
+            f"fault_tolerant=true with dp_replicate={dp_replicate}: one group has no other to go on with. Allowed: 2 "
+            "or more; or leave fault_tolerant out."
+        )
+    if not 1 <= min_replicas <= dp_replicate:
+        raise ValueError(
+            f"min_replicas={min_replicas} does not fit dp_replicate={dp_replicate}: allowed is 1 to {dp_replicate}, "
+            "the groups that are started."
+        )
+    if replica_timeout <= 0:
+        raise ValueError(f"replica_timeout={replica_timeout} must be more than 0 seconds.")
+    split = [f"{name}={options[name]}" for name in ("tp", "cp", "ep") if options.get(name, 1) != 1]
+    if split:
+        raise ValueError(
+            f"fault_tolerant=true works within groups that shard parameters (dp_shard), and not with {', '.join(split)}"
+            ". Leave that out, or leave out fault_tolerant: checkpoints then bring a lost run back."
+        )
