@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
 __all__ = [
     "FAST_MATH",
+    "DispatchMode",
     "FakeTensorMode",
     "after_backward",
     "allow_side_effects_in_checkpoints",

@@ -83,20 +83,26 @@ class _Stored:
 
     def __init__(self, tensor: Tensor, pieces: list[Tensor], owner: HostInputs, kind: str) -> None:
         self.pieces, self.owner, self.kind = pieces, owner, kind
-        self.before = owner.last.get(kind)  # the one whose backward comes next
+        self.needed_next: list[ref[_Stored]] = []  # once this one is: results of the same block, the input of another
+        self.taken = False
         self.on_device: Tensor | None = tensor.detach()
         self.shape, self.strides, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
         self._copy(self.on_device, out=True)
 
-    def fetch(self) -> None:
-        """Begin to copy the tensor back, unless it is on the device."""
+    def fetch_early(self) -> None:
+        """Begin to copy the tensor back, unless that was done before."""
+        if not self.taken:
+            self._fetch()
+
+    def _fetch(self) -> None:
         if self.on_device is None:
             self.on_device = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
             self._copy(self.on_device, out=False)
 
     def take(self) -> Tensor:
         """The tensor on the device, which is then the caller's."""
-        self.fetch()
+        self._fetch()
+        self.taken = True
         self.owner.copies.wait(self.copied)
         tensor, self.on_device = self.on_device, None
         assert tensor is not None
@@ -133,7 +139,6 @@ class HostInputs:
     Attributes:
         blocks: tells the number of blocks whose inputs it is to hold.
         full: whether an input stayed on the device because the limit was reached.
-        last: of each kind of tensor, the one that was stored last.
     """
 
     pieces: HostPieces
@@ -143,7 +148,7 @@ class HostInputs:
         self._limit, self._ranks, self._piece = limit, ranks, piece
         self._ready = False
         self._leaving: deque[_Stored] = deque()
-        self.last: dict[str, ref[_Stored]] = {}
+        self._last: ref[_Stored] | None = None  # input
         self.full = False
         self.blocks: Callable[[], int] = lambda: 0
         self._input_bytes = self._result_bytes = 0
@@ -176,7 +181,7 @@ class HostInputs:
     def release(self) -> None:
         """Give the host memory back, and begin anew. No graph that needs an input may be left."""
         self._leaving.clear()
-        self._ready, self.full, self.last = False, False, {}
+        self._ready, self.full, self._last = False, False, None
         self._input_bytes = self._result_bytes = 0
         self.__dict__.pop("pieces", None)
 
@@ -185,14 +190,20 @@ class HostInputs:
         if tensor.nbytes < SMALL or not self._ready:
             return tensor.detach()
         room = self.pieces.limit - self.blocks() * self._input_bytes - self._result_bytes
-        return self._store(tensor, "result") if tensor.nbytes <= room else None
+        stored = self._store(tensor, "result") if tensor.nbytes <= room else None
+        block = None if self._last is None else self._last()
+        if stored is not None and block is not None:
+            block.needed_next.insert(0, ref(stored))
+        return stored
 
     def kept(self, entry: Any) -> Tensor:
         """The result that an entry stands for."""
         return self._restore(entry)
 
     def forget(self, stored: _Stored) -> None:
-        """Use the memory of a tensor that nobody needs any more again."""
+        """Use the memory of a tensor that nobody needs any more again, once it is copied."""
+        if stored.on_device is not None:  # fetched, and its graph was dropped
+            self.copies.wait(stored.copied)
         self.pieces.give_back(stored.pieces)
         if stored.kind == "result":
             self._result_bytes -= len(stored.pieces) * self._piece
@@ -204,8 +215,13 @@ class HostInputs:
             self._ready = True
         self._input_bytes = -(-tensor.nbytes // self._piece) * self._piece
         stored = self._store(tensor, "input")
-        self.full = self.full or stored is None
-        return tensor if stored is None else stored
+        if stored is None:
+            self.full = True
+            return tensor
+        if self._last is not None:
+            stored.needed_next.append(self._last)
+        self._last = ref(stored)
+        return stored
 
     def _store(self, tensor: Tensor, kind: str) -> _Stored | None:
         pieces = self.pieces.take(tensor.nbytes)
@@ -214,7 +230,6 @@ class HostInputs:
         stored = _Stored(tensor, pieces, self, kind)
         if kind == "result":
             self._result_bytes += len(pieces) * self._piece
-        self.last[kind] = ref(stored)
         self._leaving.append(stored)
         while len(self._leaving) > IN_FLIGHT:
             self._leaving.popleft().leave()
@@ -226,9 +241,9 @@ class HostInputs:
         tensor = saved.take()
         if saved in self._leaving:
             self._leaving.remove(saved)
-        before = None if saved.before is None else saved.before()
-        if before is not None:
-            before.fetch()
+        for reference in saved.needed_next:
+            if (other := reference()) is not None:
+                other.fetch_early()
         return tensor
 
 

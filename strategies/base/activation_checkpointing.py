@@ -97,7 +97,8 @@ def offload_inputs(
 ) -> None:
     """Checkpoint blocks around all that they do, in place: their inputs lie in host memory until their backward.
 
-    So do their results of attention where there is room, and attention is not computed again. Call it after the blocks are compiled and cut: copies are no part of compiled code.
+    So do their results of attention, as far as there is room: attention is not computed again then. Call it after the
+    blocks are compiled and cut: copies are no part of compiled code.
 
     Args:
         host: holds the inputs. Blocks that run one after the other share one.

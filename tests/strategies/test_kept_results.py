@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from automodel_trainer.models.kernels.attention import install_attention_kernel
+from automodel_trainer.models.kernels.token_mlps import find_token_mlps
 from automodel_trainer.nn import offload
 from automodel_trainer.nn._torch import ATTENTION
 from automodel_trainer.nn.offload import HostInputs
+from automodel_trainer.nn.tiles import tile
 from automodel_trainer.strategies.base.activation_checkpointing import apply_activation_checkpointing, offload_inputs
 from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.harness import close
@@ -78,6 +82,38 @@ def test_compiled_blocks() -> None:
     assert found.keys() == plain.keys()
     for name, gradient in found.items():
         close(gradient, plain[name])
+
+
+def test_each_tensor_is_copied_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles hold what a block has stored until the whole graph is freed: none of it may lie on the device."""
+    on_device: list[int] = []
+    stored: WeakSet[Any] = WeakSet()
+    copy, restore = offload._Stored._copy, HostInputs._restore
+    copies = Counter[int]()
+
+    def counted_copy(self: Any, tensor: Tensor, *, out: bool) -> None:
+        stored.add(self)
+        copies[id(self)] += not out
+        copy(self, tensor, out=out)
+
+    def watched_restore(self: HostInputs, saved: Any) -> Tensor:
+        tensor = restore(self, saved)
+        on_device.append(sum(entry.on_device is not None for entry in stored))
+        return tensor
+
+    monkeypatch.setattr(offload._Stored, "_copy", counted_copy)
+    monkeypatch.setattr(HostInputs, "_restore", watched_restore)
+    model = tiny_model("llama", num_hidden_layers=8).train()
+    install_attention_kernel(model)
+    for mlp in find_token_mlps(model):
+        tile(mlp, 4)
+    offload_inputs(list(model.model.layers), HostInputs(piece=PIECE))
+    loss = model(input_ids=torch.arange(16)[None], use_cache=False).logits.sin().sum()
+    loss.backward()
+    assert len(stored) == 8 * 3  # an input, a result, and a number for each query
+    assert max(copies.values()) == 1
+    assert max(on_device) <= 3
+    assert on_device[-1] == 0
 
 
 def test_inputs_come_first() -> None:
