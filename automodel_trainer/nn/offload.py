@@ -81,7 +81,7 @@ class _Stored:
     """A contiguous tensor of any shape in host memory, and for a while on the device."""
 
     def __init__(self, tensor: Tensor, pieces: list[Tensor], owner: HostInputs, before: _Stored | None) -> None:
-        self.pieces, self.owner = pieces, owner
+        self.pieces, self.pool, self.owner = pieces, owner.pieces, owner
         self.before = None if before is None else ref(before)
         self.on_device: Tensor | None = tensor.detach()
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
@@ -107,7 +107,7 @@ class _Stored:
         self.on_device = None
 
     def _copy(self, tensor: Tensor, *, out: bool) -> None:
-        parts = tensor.view(-1).view(torch.uint8).split(self.owner.pieces.piece)
+        parts = tensor.view(-1).view(torch.uint8).split(self.pool.piece)
         with self.owner.copies.after_computation():
             for part, piece in zip(parts, self.pieces, strict=True):
                 if out:
@@ -117,7 +117,7 @@ class _Stored:
         self.copied = self.owner.copies.mark()
 
     def __del__(self) -> None:
-        self.owner.pieces.give_back(self.pieces)  # a later copy into them waits in the same stream
+        self.pool.give_back(self.pieces)  # a later copy into them waits in the same stream
 
 
 class HostInputs:
@@ -168,7 +168,7 @@ class HostInputs:
         return self.pieces.limit if self._ready else 0
 
     def release(self) -> None:
-        """Give the host memory back, and begin anew. No graph that needs an input may be left."""
+        """Give the host memory back, once no graph needs it, and begin anew."""
         self._leaving.clear()
         self._ready, self._last, self.full = False, None, False
         self.__dict__.pop("pieces", None)
