@@ -164,6 +164,7 @@ class Trainer(SavesPretrained):
                 max_time=max_time,
                 folders=isinstance(strategy, MeshStrategy),
                 reports=ray_context() is not None,
+                budget=isinstance(strategy, MeshStrategy) and strategy.memory is not None,
                 requeues=asks_for_requeue(plugins) and not fast_dev_run,
             ),
             fast_dev_run=fast_dev_run,

@@ -61,7 +61,8 @@ def write_checkpoint(folder: Path, tiny: bool) -> int:
     from bytes_per_block import EIGHT_B, TINY
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    shape = LlamaConfig(**(TINY if tiny else EIGHT_B), num_hidden_layers=2 if tiny else 32, dtype="bfloat16")
+    sizes = (TINY if tiny else EIGHT_B) | {"num_hidden_layers": 2 if tiny else 32, "max_position_embeddings": 8192}
+    shape = LlamaConfig(**sizes, dtype="bfloat16")
     with torch.device("cpu" if tiny else "cuda"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="4GB")

@@ -1,9 +1,10 @@
 """Long rows and small GPUs: LoRA r=16 on llama-8B's shape on one GPU, tokens/s, peak and host memory.
 
 `python benchmarks/long_rows.py` runs every case in its own process. A case is a line of words: the tokens of a row, how
-blocks are checkpointed (`full`, `selective`, `offload`; else not), `tiled` (or `tiled=N`), `rows=N` of a micro-batch,
-`nf4` (a 4-bit base), `whole` (all parameters instead of LoRA), `cap=N` (GiB that the process may take of the GPU),
-`eager`. Figures are of the steps after the first. `--tiny` only shows that the script runs.
+blocks are checkpointed (`full`, `selective`, `offload`, `full:20`; else not), `tiled` (or `tiled=N`), `rows=N` of a
+micro-batch, `nf4` (a 4-bit base), `whole` (all parameters instead of LoRA), `cap=N` (GiB that the process may take of
+the GPU), `memory=80%` or `memory=20` (a budget, which chooses how blocks are checkpointed), `eager`. Figures are of the
+steps after the first. `--tiny` only shows that the script runs.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ CASES = [
     "4096 rows=2 full cap=24",
     "4096 rows=2 offload tiled=4 cap=24",
     "4096 rows=2 selective cap=48",
+    "65536 memory=80%",
+    "131072 memory=80%",
+    "262144 memory=80%",
+    "4096 rows=2 memory=22",
+    "4096 rows=2 memory=80%",
 ]
 MODES = ("full", "selective", "offload")
 
@@ -46,9 +52,10 @@ def value(words: list[str], name: str, default: int) -> int:
 
 def strategy_of(words: list[str]) -> str:
     """The strategy of a case, as a string."""
-    parts = [f"activation_checkpointing={word}" for word in words if word in MODES]
+    parts = [f"activation_checkpointing={word}" for word in words if word.partition(":")[0] in MODES]
     parts += ["tiled_mlp=auto"] if "tiled" in words else []
     parts += [f"tiled_mlp={count}"] if (count := value(words, "tiled", 0)) else []
+    parts += [word for word in words if word.startswith("memory=")]
     parts += ["compile=false"] if "eager" in words else []
     return "fsdp2" + (":" + ",".join(parts) if parts else "")
 
@@ -109,7 +116,9 @@ def run(case: str, layers: int, steps: int, tiny: bool) -> dict[str, Any]:
     trainer.fit(RandomModel(shape, lora=lora, lr=1e-4), data)
     per_step = (clock.ends[-1] - clock.ends[0]) / (steps - 1)
     peak, reserved = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if gpu else (0, 0)
+    chosen = trainer.strategy.chosen
     return {
+        **({"chosen": str(chosen)} if chosen else {}),
         "tok_s": round(rows * seq_len / per_step),
         "step_s": round(per_step, 2),
         "first_step_s": round(clock.ends[0] - start, 1),

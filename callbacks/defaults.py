@@ -8,6 +8,7 @@ from automodel_trainer.callbacks.continue_run import ContinueRun
 from automodel_trainer.callbacks.dcp_checkpoint import DCPCheckpoint
 from automodel_trainer.callbacks.garbage_collection import GarbageCollection
 from automodel_trainer.callbacks.ledger import Ledger
+from automodel_trainer.callbacks.memory_budget import MemoryBudget
 from automodel_trainer.callbacks.preemption import Preemption
 from automodel_trainer.callbacks.progress import ProgressLine
 from automodel_trainer.callbacks.ray_report import RayReport
@@ -29,6 +30,7 @@ def default_callbacks(
     folders: bool = True,
     requeues: bool = False,
     reports: bool = False,
+    budget: bool = False,
 ) -> list[Callback]:
     """The user's callbacks, with the default ones added unless the user gave one of that kind.
 
@@ -46,6 +48,7 @@ def default_callbacks(
         folders: the strategy writes checkpoint folders. Otherwise no DCPCheckpoint is added, and Lightning adds its
             ModelCheckpoint.
         reports: add a RayReport.
+        budget: add a MemoryBudget, before the callbacks that watch the model's forwards.
         requeues: Slurm queues the run again on a signal: add a Preemption, which saves for it.
 
     Raises:
@@ -60,6 +63,8 @@ def default_callbacks(
         callbacks.insert(0, ContinueRun())
     if throughput and missing(Throughput):
         callbacks.insert(0, Throughput())
+    if budget and missing(MemoryBudget):
+        callbacks.insert(0, MemoryBudget())
     if ledger and missing(Ledger):
         callbacks.append(Ledger())
     if progress_bar and missing(ProgressBar):

@@ -148,7 +148,8 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         "world_size": trainer.world_size,
         "device": _device_name(strategy.root_device),
         "precision": str(trainer.precision),
-        "activation_checkpointing": getattr(strategy, "activation_checkpointing", None),
+        "activation_checkpointing": strategy.block_modes if isinstance(strategy, MeshStrategy) else None,
+        "budget": _budget(strategy),
         "offloaded": _offloaded(strategy),
         "tiled": _tiled(strategy),
         **compiled_with(strategy),
@@ -170,10 +171,18 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
     }
 
 
+def _budget(strategy: Any) -> Facts | None:
+    """What a memory budget has chosen, and what a step took."""
+    chosen = strategy.chosen if isinstance(strategy, MeshStrategy) else None
+    if chosen is None:
+        return None
+    return {"given": strategy.memory.given, **asdict(chosen), "text": str(chosen)}
+
+
 def _offloaded(strategy: Any) -> Facts | None:
     """Bytes of host memory that hold the inputs of blocks, the most allowed, and whether that was not enough."""
     host = strategy.prepared.host if isinstance(strategy, MeshStrategy) else None
-    return None if host is None else {"bytes": host.held, "limit": host.limit, "full": host.full}
+    return None if host is None or not host.limit else {"bytes": host.held, "limit": host.limit, "full": host.full}
 
 
 def _tiled(strategy: Any) -> Facts | None:

@@ -62,6 +62,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
         rows += _resumed(run["resumed"])
     if run.get("allocator"):  # only on a GPU
         rows.append(("memory", _allocation(run)))
+    if run.get("budget"):
+        rows.append(("memory budget", f"{run['budget']['given']} chose {run['budget']['text']}"))
     if run.get("bytes_per_block") is not None:
         mode = run["activation_checkpointing"]
         how = f" with activation checkpointing {mode}" if mode else ""

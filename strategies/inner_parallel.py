@@ -17,6 +17,8 @@ from automodel_trainer.models._transformers import has_tower
 from automodel_trainer.nn.deferred_logits import deferred_logits
 from automodel_trainer.nn.tiles import Count
 from automodel_trainer.strategies.base.activation_checkpointing import Mode
+from automodel_trainer.strategies.base.block_modes import check_modes, uses
+from automodel_trainer.strategies.base.budget import Budget, Memory
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part
 from automodel_trainer.strategies.context.at_decoder import split_at_decoder
@@ -35,7 +37,7 @@ from automodel_trainer.strategies.tensor.parallelize import tensor_parallel
 from automodel_trainer.strategies.tensor.rehearsal import check_reads
 from automodel_trainer.strategies.tensor.size import choose_tp
 
-ActivationCheckpointing = Mode | None
+ActivationCheckpointing = Mode | str | None
 TiledMLP = Count | Literal[False]
 
 
@@ -47,7 +49,7 @@ class InnerParallelStrategy(MeshStrategy):
 
     Args:
         dims: sizes of the mesh axes, except those that are "auto".
-        cp, cp_attention, tp, tp_plan, sequence_parallel, async_tp, activation_checkpointing, tiled_mlp: see
+        cp, cp_attention, tp, tp_plan, sequence_parallel, async_tp, activation_checkpointing, tiled_mlp, memory: see
             `FSDP2Strategy`.
         options: see `MeshStrategy`.
     """
@@ -64,8 +66,10 @@ class InnerParallelStrategy(MeshStrategy):
         async_tp: bool = False,
         activation_checkpointing: ActivationCheckpointing = None,
         tiled_mlp: TiledMLP = False,
+        memory: Memory = None,
         **options: Any,
     ) -> None:
+        check_modes(activation_checkpointing)
         check_method(cp_attention)
         super().__init__(replace(dims, cp=1 if cp == "auto" else cp, tp=1 if tp == "auto" else tp), **options)
         self._cp_of_node, self._tp_of_model = cp == "auto", tp == "auto"
@@ -75,6 +79,7 @@ class InnerParallelStrategy(MeshStrategy):
         self.async_tp = async_tp
         self.activation_checkpointing = activation_checkpointing
         self.tiled_mlp = tiled_mlp
+        self.memory = Budget.of(memory, activation_checkpointing, tiled_mlp)
         self._context: ContextParallel | None = None
         self._replicas_to_check = False
 
@@ -106,7 +111,7 @@ class InnerParallelStrategy(MeshStrategy):
             idle.append("tp_plan with tp=1 (nothing is cut)")
         if self.requested_dims.cp == 1 and self.cp_attention != "auto":
             idle.append(f"cp_attention={self.cp_attention!r} with cp=1 (no sequence is split)")
-        return idle
+        return idle + super().ineffective_options()
 
     def forget_run(self) -> None:
         """See `MeshStrategy.forget_run`."""
@@ -158,27 +163,27 @@ class InnerParallelStrategy(MeshStrategy):
             ValueError: the mode is unknown, the model has no blocks, or "selective" meets compiled blocks that use
                 both tp and cp.
         """
-        mode, dims = self.activation_checkpointing, self.dims
-        if self.tiles is not None and before_tp:
+        text, later = self.block_modes, self.memory is not None
+        if before_tp and (self.tiles is not None or later):
             self.prepared.find_mlps(model)
         elif not before_tp:
             self.tile_mlps()
-        if not mode:
+        if text is None and not later:
             return
-        whole = dims.tp == 1 and self.tiles is None
-        if before_tp == (whole or (self.compiles and mode == "selective")):
-            self._checkpoint(model, mode, before_tp)
-        if mode == "offload" and not before_tp:
-            self.prepared.offload(model, self.num_processes)
-
-    def _checkpoint(self, model: nn.Module, mode: Mode, before_tp: bool) -> None:
-        dims = self.dims
-        if before_tp and dims.tp > 1 and dims.cp > 1:
+        if before_tp:
+            self.prepared.set_modes(model, text, self.checkpoints_inside)
+        if before_tp and uses(text, "selective") and self.compiles and self.dims.tp > 1 and self.dims.cp > 1:
             raise ValueError(
                 "activation_checkpointing='selective' needs blocks under tensor parallel to be compiled in one piece, "
                 "and cp's exchange breaks their graph. Set activation_checkpointing='full', or compile=False."
             )
-        self.prepared.checkpoint(model, mode)
+        self.prepared.checkpoint(model, inside=before_tp, always=later)
+        if not before_tp:
+            self.prepared.offload(model, self.num_processes, always=later)
+
+    def checkpoints_inside(self, mode: Mode | None) -> bool:
+        """See `MeshStrategy.checkpoints_inside`."""
+        return super().checkpoints_inside(mode) and (self.dims.tp == 1 or (self.compiles and mode == "selective"))
 
     @final
     def split_sequences(self, model: nn.Module) -> None:

@@ -22,6 +22,8 @@ from automodel_trainer.data.mixture import MixtureRows
 from automodel_trainer.data.packing import epoch_order
 from automodel_trainer.data.rows import Rows
 
+_LOOKED_AT = 256  # of the longest rows, for one with several documents
+
 
 class Lacking(NamedTuple):
     """Which micro-batches of a step must run the vision tower although their rows have no pictures.
@@ -168,6 +170,38 @@ class MicroBatchLoader:
             self.batches_yielded += 1
             self._resumed = False
             yield batch
+
+    @property
+    def has_one_width(self) -> bool:
+        """Whether all micro-batches are equally wide."""
+        return self.packed
+
+    def largest_steps(self) -> list[list[MicroBatch]]:
+        """Micro-batches that take the most memory, each list a step of at most two: gradients exist in the second.
+
+        The longest rows, those with the most pictures, and, beside rows of one document, the longest with several:
+        attention treats them differently. All are as wide as a row of this data can be.
+        """
+        # A mixture has other rows in each epoch, so it counts them on.
+        offset = self.epoch * len(self.rows) if hasattr(self.rows, "lengths_of") else 0
+        longest = np.argsort(-self._lengths(self.epoch), kind="stable") + offset
+        chosen = [longest]
+        if (tokens := self._picture_tokens(self.epoch)) is not None:
+            chosen.append(np.argsort(-tokens, kind="stable") + offset)
+        if self.packed:
+            looked = longest[:_LOOKED_AT]
+            several = np.array([len(documents) > 1 for documents in self.rows.fetch(looked.tolist())])
+            if several.any() and not several[: self.micro_batch_size].all():
+                chosen.append(looked[several])
+        alone = self.global_batch_size == self.micro_batch_size * self.dp_size and not self.deals_late
+        count = 1 if alone else 2
+        return [self._made_of(rows) * count for rows in chosen]
+
+    def _made_of(self, rows: np.ndarray) -> list[MicroBatch]:
+        """A micro-batch of the first of these rows, as wide as can be."""
+        widest = self.rows.width if self.packed else padded_width(self.rows.longest, self.rows.width)
+        made: list[MicroBatch] = self._steps[np.resize(rows, self.micro_batch_size).tolist(), widest, Lacking()]
+        return made
 
     @contextmanager
     def last_not_taken(self) -> Iterator[None]:

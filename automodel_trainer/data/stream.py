@@ -204,6 +204,15 @@ class StreamLoader:
     def __len__(self) -> int:
         return self.total
 
+    has_one_width = True  # of all micro-batches
+
+    def largest_steps(self) -> list[list[MicroBatch]]:
+        """The first rows as the micro-batches of a step, at most two. All rows of a stream are full."""
+        size, _, ranks, pad_id = self._share
+        rows = [documents for documents, _, _ in islice(self.stream.rows(self.stream.beginning()), size)]
+        count = 1 if self.global_batch_size == size * ranks else 2
+        return [micro_batches(rows, size, self.stream.seq_len, pad_id) * count]
+
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         steps = _StreamSteps(self.stream, self.position, self.global_batch_size, *self._share)
         for batch, position in step_loader(steps, self.num_workers):

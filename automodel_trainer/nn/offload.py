@@ -167,6 +167,12 @@ class HostInputs:
         """The most bytes of host memory; 0 before the first input."""
         return self.pieces.limit if self._ready else 0
 
+    def release(self) -> None:
+        """Give the host memory back, and begin anew. No graph that needs an input may be left."""
+        self._leaving.clear()
+        self._ready, self._last, self.full = False, None, False
+        self.__dict__.pop("pieces", None)
+
     def _store(self, tensor: Tensor) -> Any:
         if not self._ready:
             limit = int(available_host_memory() * SHARE / self._ranks) if self._limit is None else self._limit

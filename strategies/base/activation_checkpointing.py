@@ -1,14 +1,15 @@
 """Activation checkpointing: recompute a block's activations in backward instead of keeping them.
 
-What it keeps, the inputs of blocks, can lie in host memory until then (`offload_inputs`).
+What it keeps, the inputs of blocks, can lie in host memory until then (`offload_inputs`). A `Switch` says what a block
+does, and can be set anew between two steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from automodel_trainer.nn._torch import CHECKPOINT_MISSES_FUNCTIONS, EXPENSIVE_O
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.offload import HostInputs
 from automodel_trainer.nn.wrap import wrap
+from automodel_trainer.strategies.base.block_modes import MODES, Mode
 
-Mode = Literal["full", "selective", "offload"]
-MODES = ("full", "selective", "offload")
+__all__ = ["Mode", "Switch", "apply_activation_checkpointing", "check_blocks", "offload_inputs", "switch_blocks"]
+
 CHEAP = 8  # a matmul whose result is this many times as wide as the dimension it sums over is computed again
 
 
@@ -44,30 +46,64 @@ def apply_activation_checkpointing(model: nn.Module, mode: Mode, blocks: Sequenc
             f"activation_checkpointing={mode!r} is unknown. Allowed: {', '.join(MODES)}, or null for none."
         )
     blocks = find_blocks(model) if blocks is None else blocks
+    check_blocks(model, blocks, mode)
+    switch_blocks({block: Switch(mode) for block in blocks}, inside=True)
+
+
+class Switch:
+    """What a block does with its activations.
+
+    Attributes:
+        mode: how it is checkpointed; None: everything is kept.
+        inside: whether that happens inside of what is compiled, if the block is.
+    """
+
+    def __init__(self, mode: Mode | None = None, inside: bool = True) -> None:
+        self.mode, self.inside = mode, inside
+
+
+def check_blocks(model: nn.Module, blocks: Sequence[nn.Module], mode: str | None) -> None:
+    """Raise ValueError if the model has no blocks, or cannot compute them again.
+
+    Args:
+        mode: what is asked for; None: a memory budget will say.
+    """
+    name = "memory" if mode is None else "activation_checkpointing"
     if not blocks:
         raise ValueError(
-            f"activation_checkpointing recomputes a model block by block, and {type(model).__name__} has no list of "
-            "blocks (nn.ModuleList). Set activation_checkpointing to null."
+            f"{name} recomputes a model block by block, and {type(model).__name__} has no list of blocks "
+            f"(nn.ModuleList). Set {name} to null."
         )
     if (layers := fp8_layers(model)) and layers.has_history:
         raise ValueError(
-            f"activation_checkpointing={mode!r} runs blocks again in backward, and with fp8='delayed' every run "
-            "changes the scales. Set fp8='current', or activation_checkpointing to null."
+            f"{name if mode is None else f'{name}={mode!r}'} runs blocks again in backward, and with fp8='delayed' "
+            f"every run changes the scales. Set fp8='current', or {name} to null."
         )
-    for block in blocks:
-        wrap(block, partial(_checkpointed, block, mode))
 
 
-def offload_inputs(blocks: Sequence[nn.Module], host: HostInputs) -> None:
+def switch_blocks(switches: Mapping[nn.Module, Switch], *, inside: bool) -> None:
+    """Let blocks do what their switches say, in place. Wrappers put around a block later are not recomputed.
+
+    Args:
+        inside: whether these calls are the ones inside of what is compiled.
+    """
+    for block, switch in switches.items():
+        wrap(block, partial(_checkpointed, block, switch, inside))
+
+
+def offload_inputs(
+    blocks: Sequence[nn.Module], host: HostInputs, switches: Mapping[nn.Module, Switch] | None = None
+) -> None:
     """Keep what checkpointed blocks save, their inputs, in host memory until their backward, in place.
 
     Call it after the blocks are compiled and cut: copies are no part of compiled code.
 
     Args:
         host: holds the inputs. Blocks that run one after the other share one.
+        switches: of the blocks: only those whose mode is "offload" do it. None: all.
     """
     for block in blocks:
-        wrap(block, partial(_offloaded, block, host))
+        wrap(block, partial(_offloaded, block, (switches or {}).get(block, Switch("offload")), host))
 
 
 class Checkpointed:
@@ -99,8 +135,11 @@ def _enable(self: nn.Module, *_: Any, every_n_layers: int = 1, offload: bool = F
         record_of(self).keep(Checkpointed())
 
 
-def _checkpointed(block: nn.Module, mode: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not (block.training and torch.is_grad_enabled()):
+def _checkpointed(
+    block: nn.Module, switch: Switch, inside: bool, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    mode = switch.mode
+    if mode is None or switch.inside != inside or not (block.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
@@ -119,8 +158,10 @@ def _unflattened(forward: Callable[..., Any], structure: Any, *leaves: Any) -> A
     return forward(*args, **kwargs)
 
 
-def _offloaded(block: nn.Module, host: HostInputs, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not (block.training and torch.is_grad_enabled()):
+def _offloaded(
+    block: nn.Module, switch: Switch, host: HostInputs, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    if switch.mode != "offload" or not (block.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
     return host.around(forward, *args, **kwargs)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from automodel_trainer.models.kernels.tower_attention import attends_in_one_call, reads_boundaries
 from automodel_trainer.models.lora.fuse import fused_groups
@@ -24,6 +24,7 @@ from automodel_trainer.nn._torch import (
     raise_recompile_limit,
 )
 from automodel_trainer.nn.blocks import find_blocks
+from automodel_trainer.nn.offload import is_number
 from automodel_trainer.nn.wrap import Forward, own_forward
 
 
@@ -152,4 +153,31 @@ class _Compiled:
         if self.fused is None:
             self.fused = fused_groups(self.block)
         refresh(self.fused)  # outside of the graph: it copies updated adapters once per optimizer step
+        if args and is_number(args[0]) and not args[0].requires_grad and _is_trained(self.block):
+            args = (_with_gradient(args[0]), *args[1:])
         return self.compiled(self.forward, *args, **kwargs)
+
+
+def _is_trained(block: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())
+
+
+def _with_gradient(x: Tensor) -> Tensor:
+    """`x`, as if something before it were trained.
+
+    The first block behind frozen embeddings then runs the graph of all others, and no second one is compiled. Its
+    backward computes a gradient that nobody needs, of one matmul.
+    """
+    return _Frozen.apply(x.new_empty(0, requires_grad=True), x)
+
+
+class _Frozen(torch.autograd.Function):
+    """Gives back its second argument, and wants a gradient that it drops."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return None, None

@@ -22,6 +22,8 @@ from automodel_trainer.models.stage_names import pipeline_of
 from automodel_trainer.nn.tiles import Count
 from automodel_trainer.strategies.base._transformers_marks import mark_as_sharded
 from automodel_trainer.strategies.base.activation_checkpointing import Checkpointed, checkpoint_when_asked
+from automodel_trainer.strategies.base.block_modes import Mode, modes_of_blocks, uses
+from automodel_trainer.strategies.base.budget import Budget, Chosen
 from automodel_trainer.strategies.base.compile import wants_compile
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part, count_all
 from automodel_trainer.strategies.base.precision import MeshPrecision
@@ -68,6 +70,7 @@ class MeshStrategy(StepRunner, SavingStrategy):
         self.compile, self.compile_backend, self.compile_options = compile, compile_backend, compile_options
         self.prepared = PreparedBlocks()
         self._sets_up_training = False
+        self.chosen: Chosen | None = None  # by the budget, for this run
 
     def __repr__(self) -> str:
         """What Lightning's Fabric prints when it refuses a strategy that is not one of its own."""
@@ -77,6 +80,13 @@ class MeshStrategy(StepRunner, SavingStrategy):
             f"Fabric: call {name}(…).start(), load the model with AutoModelForCausalLM.from_pretrained(folder, "
             "strategy), and run the loop without Fabric (docs/own_loop.md)"
         )
+
+    memory: Budget | None = None
+
+    def ineffective_options(self) -> list[str]:
+        """See `MeshProcesses.ineffective_options`."""
+        alone = self.memory is not None and self.lightning_module is None
+        return [f"memory={self.memory.given!r} without a Trainer's fit, which tries steps"] if alone else []  # type: ignore[union-attr]
 
     # --- the contract: what a layout defines --------------------------------------------------------------------------
 
@@ -137,7 +147,7 @@ class MeshStrategy(StepRunner, SavingStrategy):
             mark_as_sharded(model, self.dims)
         if self.dims.tp * self.dims.cp > 1:
             checkpoint_when_asked(model)
-            if getattr(self, "activation_checkpointing", None):
+            if self.block_modes is not None or self.memory is not None:
                 record_of(model).keep(Checkpointed())
 
     def take_gradients(self, objective: Objective, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor] | None:
@@ -184,18 +194,46 @@ class MeshStrategy(StepRunner, SavingStrategy):
         Raises:
             ValueError: `tiled_mlp` is unknown, or it cannot be with this activation checkpointing.
         """
-        asked = getattr(self, "tiled_mlp", False)
-        mode = getattr(self, "activation_checkpointing", None)
+        if self.chosen is not None:
+            return self.chosen.tiles
+        asked, modes = getattr(self, "tiled_mlp", False), self.block_modes
         if asked != "auto" and (isinstance(asked, str) or (asked is not False and asked < 2)):
             raise ValueError(f"tiled_mlp={asked!r} is unknown. Allowed: auto, a number of tiles from 2 on, or false.")
-        if asked is False or (asked == "auto" and mode not in ("full", "offload")):
+        if asked is False or (asked == "auto" and not uses(modes, "full", "offload")):
             return None
-        if mode == "selective" and self.compiles:
+        if uses(modes, "selective") and self.compiles:
             raise ValueError(
-                "activation_checkpointing='selective' needs compiled blocks in one piece, and tiled_mlp="
-                f"{asked} cuts them. Set activation_checkpointing='full' or 'offload', or compile=False."
+                f"activation_checkpointing={modes!r} needs compiled blocks in one piece, and tiled_mlp={asked} cuts "
+                "them. Set activation_checkpointing='full' or 'offload', or compile=False."
             )
         return asked  # type: ignore[no-any-return]
+
+    @property
+    @final
+    def block_modes(self) -> str | None:
+        """How blocks keep their activations, as `modes_of_blocks` takes it: asked for, or what the budget chose."""
+        return getattr(self, "activation_checkpointing", None) if self.chosen is None else self.chosen.modes
+
+    def checkpoints_inside(self, mode: Mode | None) -> bool:
+        """Whether blocks of a mode are checkpointed inside of what is compiled. Tiles cut that, so then it is not."""
+        return self.tiles is None
+
+    @final
+    def choose(self, chosen: Chosen | None) -> None:
+        """Let blocks keep their activations as a memory budget has it, from the next step on; None: all of them."""
+        before, self.chosen = self.tiles, chosen
+        tiles, blocks = self.tiles, list(self.prepared.switches)
+        if tiles != before:
+            self.prepared.untile()
+            self.tile_mlps()
+            if self.compiles:
+                torch.compiler.reset()  # the compiler does not see that an MLP in a block has another forward
+        for block, mode in zip(blocks, modes_of_blocks(self.block_modes, len(blocks))):
+            switch = self.prepared.switches[block]
+            switch.mode, switch.inside = mode, self.checkpoints_inside(mode)
+
+    def forget_interrupted(self, model: nn.Module) -> None:
+        """Let `model` take another step after one whose forward or backward has raised an error."""
 
     # --- what Lightning calls ---------------------------------------------------------------------------------------
 
@@ -264,4 +302,4 @@ class MeshStrategy(StepRunner, SavingStrategy):
     def forget_run(self) -> None:
         """Release the processes, the mesh and the model. The requested layout remains, ready for another run."""
         super().forget_run()
-        self.prepared = PreparedBlocks()
+        self.prepared, self.chosen = PreparedBlocks(), None

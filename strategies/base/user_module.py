@@ -6,9 +6,9 @@ module's parts, and checkpoint and compile its blocks, as it does for an objecti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import lightning.pytorch as pl
 from torch import nn
@@ -18,11 +18,15 @@ from automodel_trainer.models.kernels.token_mlps import find_token_mlps
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.offload import HostInputs
 from automodel_trainer.nn.tiles import Count, tile
+from automodel_trainer.nn.wrap import Forward
 from automodel_trainer.strategies.base.activation_checkpointing import (
     Mode,
-    apply_activation_checkpointing,
+    Switch,
+    check_blocks,
     offload_inputs,
+    switch_blocks,
 )
+from automodel_trainer.strategies.base.block_modes import modes_of_blocks
 from automodel_trainer.strategies.base.compile import compile_blocks, compiled_call
 
 
@@ -48,36 +52,65 @@ class PreparedBlocks:
     """Checkpoints and compiles blocks, tiles their MLPs and offloads their inputs, each of them at most once.
 
     Attributes:
+        switches: what the blocks do with their activations.
         host: holds the inputs of offloaded blocks; None if there are none.
         tiled: the MLPs that are computed in tiles.
     """
 
     def __init__(self) -> None:
-        self.checkpointed: WeakSet[nn.Module] = WeakSet()
+        self.switches: WeakKeyDictionary[nn.Module, Switch] = WeakKeyDictionary()
+        self._switched: dict[bool, WeakSet[nn.Module]] = {True: WeakSet(), False: WeakSet()}  # inside, outside
         self.compiled: WeakSet[nn.Module] = WeakSet()
         self.offloaded: WeakSet[nn.Module] = WeakSet()
         self.tiled: WeakSet[nn.Module] = WeakSet()
         self._to_tile: WeakSet[nn.Module] = WeakSet()
+        self._whole: WeakKeyDictionary[nn.Module, Forward | None] = WeakKeyDictionary()  # forwards without tiles
         self.host: HostInputs | None = None
 
     def __reduce__(self) -> Any:
         return PreparedBlocks, ()  # a worker process that gets a pickled strategy builds its own model
 
-    def checkpoint(self, model: nn.Module, mode: Mode) -> None:
-        """Checkpoint the blocks of `model` that are not checkpointed yet; see `apply_activation_checkpointing`.
+    def set_modes(self, model: nn.Module, text: str | None, inside: Callable[[Mode | None], bool]) -> None:
+        """Say how the blocks of `model` that nothing is said of yet keep their activations.
+
+        Args:
+            text: see `modes_of_blocks`.
+            inside: whether blocks of a mode are checkpointed inside of what is compiled.
 
         Raises:
-            ValueError: the mode is unknown, or the model has no blocks.
+            ValueError: the mode is unknown, or the model has no blocks, or they cannot be computed again.
         """
         blocks = find_blocks(model)
-        fresh = [block for block in blocks if block not in self.checkpointed]
-        if fresh or not blocks:  # without blocks the call raises
-            apply_activation_checkpointing(model, mode, fresh)
-        self.checkpointed.update(fresh)
+        if not blocks or any(block not in self.switches for block in blocks):
+            check_blocks(model, blocks, text)
+        for block, mode in zip(blocks, modes_of_blocks(text, len(blocks))):
+            self.switches.setdefault(block, Switch(mode, inside(mode)))
+
+    def checkpoint(self, model: nn.Module, *, inside: bool, always: bool = False) -> None:
+        """Checkpoint the blocks of `model`, as `set_modes` has said.
+
+        Args:
+            inside: whether this call comes before the blocks are compiled. Those of the other place are left alone.
+            always: let all blocks look at their switches here, because these are going to change.
+        """
+        fresh = {
+            block: switch
+            for block in find_blocks(model)
+            if (switch := self.switches.get(block)) is not None
+            and (always or (switch.mode is not None and switch.inside == inside))
+            and block not in self._switched[inside]
+        }
+        switch_blocks(fresh, inside=inside)
+        self._switched[inside].update(fresh)
 
     def find_mlps(self, model: nn.Module) -> None:
         """Find what `tile` is to tile. Call it before the model is cut: then an MLP can still be recognised."""
         self._to_tile.update(find_token_mlps(model))
+
+    @property
+    def mlps(self) -> int:
+        """The number of MLPs that can be tiled, or are."""
+        return len(self._to_tile) + len(self.tiled)
 
     def tile(self, count: Count, backend: str | None, options: dict[str, Any] | None) -> None:
         """Compute the MLPs that were found in tiles; see `nn.tiles.tile`. Call it once they are cut.
@@ -89,27 +122,46 @@ class PreparedBlocks:
         Raises:
             ValueError: `count` is a number and no MLP was found.
         """
-        if count != "auto" and not (self._to_tile or self.tiled):
+        if count != "auto" and not self.mlps:
             raise ValueError(
                 f"tiled_mlp={count} finds no MLP to tile: a part of a block that is made of linear layers and treats "
                 "every token by itself. Set tiled_mlp=False."
             )
         compiled = None if backend is None else compiled_call(backend, options)
         for module in self._to_tile:
+            self._whole[module] = module.__dict__.get("forward")
             tile(module, count, compiled)
         self.tiled.update(self._to_tile)
         self._to_tile = WeakSet()
 
-    def offload(self, model: nn.Module, ranks: int) -> None:
+    def untile(self) -> None:
+        """Compute MLPs in one piece again."""
+        for module in self.tiled:
+            whole = self._whole[module]
+            if whole is None:
+                del module.forward
+            else:
+                module.forward = whole  # type: ignore[method-assign, assignment]
+        self._to_tile.update(self.tiled)
+        self.tiled = WeakSet()
+
+    def offload(self, model: nn.Module, ranks: int, always: bool = False) -> None:
         """Keep the inputs of checkpointed blocks in host memory; see `offload_inputs`. Call it after `compile`.
 
         Args:
             ranks: processes of this host that do the same.
+            always: as `checkpoint` has it.
         """
-        fresh = [block for block in find_blocks(model) if block not in self.offloaded]
+        asked = [block for block, switch in self._of(model) if always or switch.mode == "offload"]
+        fresh = [block for block in asked if block not in self.offloaded]
+        if not fresh:
+            return
         self.host = self.host or HostInputs(ranks=ranks)
-        offload_inputs(fresh, self.host)
+        offload_inputs(fresh, self.host, self.switches)
         self.offloaded.update(fresh)
+
+    def _of(self, model: nn.Module) -> Sequence[tuple[nn.Module, Switch]]:
+        return [(block, self.switches[block]) for block in find_blocks(model) if block in self.switches]
 
     def compile(
         self, model: nn.Module, backend: str, options: dict[str, Any] | None, asked: bool | Literal["auto"]

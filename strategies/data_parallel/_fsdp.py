@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 __all__ = [
     "ShardedParameter",
+    "forget_interrupted",
     "forget_replaced_shards",
     "initialize_sharding",
     "lay_out_gradients",
@@ -34,6 +36,40 @@ def reduce_gradients(model: FSDPModule) -> None:
     for group in _groups(model):
         group.post_backward()
     _state(model)._root_post_backward_final_callback()
+
+
+def forget_interrupted(model: FSDPModule) -> None:
+    """Begin anew after a forward or backward that was not finished: nothing is gathered or waits to be reduced."""
+    if hasattr(model, "reset_iter_state"):  # torch 2.13
+        model.reset_iter_state()
+    else:
+        _reset_step(_state(model))
+    for record in (record for group in _groups(model) for record in group.fsdp_params):
+        record.unsharded_accumulated_grad = None
+
+
+def _reset_step(root: Any) -> None:
+    """What `reset_iter_state` does, for earlier versions of torch."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # then there are no events to wait for
+    for state in root._state_ctx.all_states:
+        state._training_state = TrainingState.IDLE
+        for group in _groups_of(state):
+            if group._all_gather_result is not None and group._all_gather_result.all_gather_work is not None:
+                group._all_gather_result.all_gather_work.wait()
+            group._all_gather_result = group._reshard_after_forward_event = group._post_reduce_event = None
+            group._partial_reduce_output = group._all_reduce_state = None
+            group._post_forward_indices.clear()
+            group._training_state = TrainingState.IDLE
+            group._to_sharded()
+    shared = root._comm_ctx
+    shared.post_forward_order.clear()
+    shared.all_gather_state = None
+    if hasattr(shared, "reduce_scatter_states"):
+        shared.reduce_scatter_states.clear()
+    else:
+        shared.reduce_scatter_state = None
+    root._state_ctx.iter_forward_root, root._state_ctx.post_backward_final_callback_queued = None, False
 
 
 class ShardedParameter:

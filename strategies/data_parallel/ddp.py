@@ -14,8 +14,11 @@ from automodel_trainer._lightning import DDPForwardRedirection, prepare_for_back
 from automodel_trainer.distributed.mesh import ParallelDims
 from automodel_trainer.nn.tiles import Count
 from automodel_trainer.strategies.base.activation_checkpointing import Mode
+from automodel_trainer.strategies.base.block_modes import check_modes
+from automodel_trainer.strategies.base.budget import Budget, Memory
 from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy, Objective
 from automodel_trainer.strategies.base.precision import MeshPrecision
+from automodel_trainer.strategies.data_parallel._ddp import remove_hooks
 from automodel_trainer.strategies.data_parallel.plain_ddp import AverageAfterBackward
 
 
@@ -26,7 +29,7 @@ class DDPStrategy(MeshStrategy):
 
     Args:
         activation_checkpointing: "full", "selective" or "offload"; see `FSDP2Strategy`.
-        tiled_mlp: see `FSDP2Strategy`.
+        tiled_mlp, memory: see `FSDP2Strategy`.
         find_unused_parameters: allow parameters that a step does not use (costs a walk over the graph).
         bucket_cap_mb: size of a gradient bucket, in MiB.
         compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
@@ -37,16 +40,19 @@ class DDPStrategy(MeshStrategy):
     def __init__(
         self,
         *,
-        activation_checkpointing: Mode | None = None,
+        activation_checkpointing: Mode | str | None = None,
         tiled_mlp: Count | Literal[False] = False,
+        memory: Memory = None,
         find_unused_parameters: bool = False,
         bucket_cap_mb: int = 25,
         **kwargs: Any,
     ) -> None:
+        check_modes(activation_checkpointing)
         super().__init__(ParallelDims(dp_replicate=1, dp_shard=-1), **kwargs)
         self._forward_redirection = DDPForwardRedirection()
         self.activation_checkpointing = activation_checkpointing
         self.tiled_mlp = tiled_mlp
+        self.memory = Budget.of(memory, activation_checkpointing, tiled_mlp)
         self.ddp_options: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,
             "bucket_cap_mb": bucket_cap_mb,
@@ -80,17 +86,16 @@ class DDPStrategy(MeshStrategy):
         Raises:
             ValueError: the model has no blocks, or this run cannot compile.
         """
-        mode = self.activation_checkpointing
-        if mode and self.tiles is None:
-            self.prepared.checkpoint(model, mode)
-        self.compile_model(model)
-        if self.tiles is not None:
+        text, later = self.block_modes, self.memory is not None
+        if self.tiles is not None or later:
             self.prepared.find_mlps(model)
-            self.tile_mlps()
-            if mode:  # around compiled blocks, which tiles cut
-                self.prepared.checkpoint(model, mode)
-        if mode == "offload":
-            self.prepared.offload(model, self.num_processes)
+        if text is not None or later:
+            self.prepared.set_modes(model, text, self.checkpoints_inside)
+        self.prepared.checkpoint(model, inside=True, always=later)
+        self.compile_model(model)
+        self.tile_mlps()
+        self.prepared.checkpoint(model, inside=False, always=later)  # around compiled blocks, which tiles cut
+        self.prepared.offload(model, self.num_processes, always=later)
         return model  # wrapped in `layout`: DDP needs real parameters
 
     def finalize_parameters(self, model: nn.Module) -> None:
@@ -141,6 +146,12 @@ class DDPStrategy(MeshStrategy):
         module = self.lightning_module
         if isinstance(self.model, DistributedDataParallel) and module is not None and not module.automatic_optimization:
             prepare_for_backward(self.model, closure_loss)
+
+    def forget_interrupted(self, model: nn.Module) -> None:
+        """See `MeshStrategy.forget_interrupted`. DDP would wait for the gradients that were left out."""
+        if self._wrapped is not None:
+            remove_hooks(self._wrapped)
+            self._wrapped = self._wrap(model)
 
     def forget_run(self) -> None:
         """See `MeshStrategy.forget_run`."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.distributed.mesh import SHARD_AXES, ParallelDims, submesh
 from automodel_trainer.nn._torch import apply_to_tensors
+from automodel_trainer.strategies.base.budget import Memory
 from automodel_trainer.strategies.base.compile import compile_any_length
 from automodel_trainer.strategies.base.objective import Objective
 from automodel_trainer.strategies.base.precision import MeshPrecision, check_plugin
@@ -67,10 +68,13 @@ class FSDP2Strategy(InnerParallelStrategy):
         cpu_offload: keep parameters, gradients and optimizer state in CPU memory, and copy blocks to the GPU for use.
         activation_checkpointing: "full" recomputes every block in backward; "selective" keeps the outputs of matmuls
             and attention and recomputes the rest; "offload" is "full" whose saved inputs lie in host memory, up to two
-            thirds of what is free there. They are copied while other blocks compute.
+            thirds of what is free there. They are copied while other blocks compute. "full:20" does it for the first 20
+            blocks, "full:20+selective" with another mode for the rest.
         tiled_mlp: compute the MLP of every block in this many tiles of tokens, so that its activations exist for one
             tile at a time. "auto": tiles of 8,192 tokens where a micro-batch has more than two of them, with
             activation_checkpointing "full" or "offload".
+        memory: choose both so that a step fits: "80%" of the device, "20GiB", or a number of GiB that tensors may take.
+            Steps of the largest micro-batch are tried before the first one (`budget.py`).
         sync_every_micro_batch: reduce gradients after every micro-batch instead of once per optimizer step. This costs
             more traffic, but no unsharded gradients are held while micro-batches accumulate.
         compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
@@ -96,6 +100,7 @@ class FSDP2Strategy(InnerParallelStrategy):
         cpu_offload: bool = False,
         activation_checkpointing: ActivationCheckpointing = None,
         tiled_mlp: TiledMLP = False,
+        memory: Memory = None,
         sync_every_micro_batch: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -109,6 +114,7 @@ class FSDP2Strategy(InnerParallelStrategy):
             async_tp=async_tp,
             activation_checkpointing=activation_checkpointing,
             tiled_mlp=tiled_mlp,
+            memory=memory,
             **kwargs,
         )
         self.ep = ep
@@ -234,6 +240,10 @@ class FSDP2Strategy(InnerParallelStrategy):
             return shard
         assert shard.mesh_dim_names is not None
         return self.device_mesh[("dp_replicate", *shard.mesh_dim_names)]
+
+    def forget_interrupted(self, model: nn.Module) -> None:
+        """See `MeshStrategy.forget_interrupted`."""
+        self.shards.forget_interrupted(model)
 
     def finalize_parameters(self, model: nn.Module) -> None:
         """See `Shards.finish`."""

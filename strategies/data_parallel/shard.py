@@ -21,6 +21,7 @@ from automodel_trainer.nn.blocks import find_blocks, untied_input_embedding
 from automodel_trainer.strategies.base.precision import Dtypes, fsdp_policy
 from automodel_trainer.strategies.data_parallel import gradient_reduction
 from automodel_trainer.strategies.data_parallel._fsdp import (
+    forget_interrupted,
     forget_replaced_shards,
     initialize_sharding,
     lay_out_gradients_at_once,
@@ -198,6 +199,11 @@ class Shards:
             for module in model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = buffer.to(device)
+
+    def forget_interrupted(self, model: nn.Module) -> None:
+        """Forget what a step has begun that has raised an error: gathered parameters, and what was to be reduced."""
+        if isinstance(model, FSDPModule):
+            forget_interrupted(model)
 
     def forget(self) -> None:
         """Release the model."""

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -200,6 +201,8 @@ class Peers:
 def _keep_quiet() -> None:
     """Silence what torchft says in every step. It reads `RUST_LOG` when it is imported."""
     os.environ.setdefault("RUST_LOG", "error")
+    # Of tensors in a message, which are copied before anything is written.
+    warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
     logger = logging.getLogger("torchft")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.CRITICAL)  # errors of a lost group come with tracebacks; the strategy says it in a line

@@ -64,10 +64,11 @@ def _put_together(values: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
 
 def _like(value: Any, parameter: Tensor) -> Any:
     if not (isinstance(value, dict) and value.keys() == {_SHARD}):
-        return value
+        # An optimizer may keep what it is given, and this memory is that of a message.
+        return value.clone() if isinstance(value, Tensor) else value
     assert isinstance(parameter, DTensor), "both groups lay the parameter out alike"
     return DTensor.from_local(
-        value[_SHARD].to(parameter.to_local().device),
+        value[_SHARD].to(parameter.to_local().device, copy=True),
         parameter.device_mesh,
         parameter.placements,
         run_check=False,

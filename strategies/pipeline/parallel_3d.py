@@ -92,6 +92,8 @@ class Parallel3DStrategy(FSDP2Strategy):
         super().__init__(dp_shard, dp_replicate, cp=cp, tp=tp, reshard_after_forward=reshard_after_forward, **kwargs)
         dims: ParallelDims = self.requested_dims
         self.requested_dims = replace(dims, pp=pp)
+        if self.memory is not None and pp > 1:
+            self.memory.refuse(f"pp={pp}")
         self.schedule = schedule.lower()
         self.stages_per_rank = stages_per_rank(self.schedule, virtual_stages)
         self.split = split if isinstance(split, str) or split is None else list(split)

@@ -53,6 +53,38 @@ def epochs(of: MicroBatchLoader, count: int) -> list[list[int]]:
     return [ids(step) for _ in range(count) for step in of]
 
 
+def test_the_largest_steps() -> None:
+    """Padded: the longest rows, twice where gradients accumulate. The place in the data stays."""
+    rows = UnevenRows(43)
+    padded = loader(rows, packed=False, micro_batch_size=2)
+    (step,) = padded.largest_steps()
+    assert len(step) == 2
+    assert step[0]["lengths"].tolist() == sorted(rows.lengths)[:-3:-1]
+    assert step[0]["input_ids"].shape == (
+        2,
+        max(batch["input_ids"].shape[1] for batches in padded for batch in batches),
+    )
+    assert not padded.has_one_width
+    assert epochs(padded, 1) == epochs(loader(rows, packed=False, micro_batch_size=2), 2)[6:]
+
+
+def test_the_largest_packed_steps() -> None:
+    """A row of one document, and one of several: attention has other ways for them."""
+
+    class SplitRows(RandomRows):
+        def fetch(self, rows: Any) -> list:
+            found = super().fetch(rows)
+            return [cut(documents[0]) if row % 4 == 3 else documents for row, documents in zip(rows, found)]
+
+    def cut(d: Any) -> list:
+        parts = (slice(5), slice(5, 16))
+        return [d._replace(input_ids=d.input_ids[part], trained=d.trained[part]) for part in parts]
+
+    alone, several = loader(SplitRows(43, 16, 250, seed=0), global_batch_size=1).largest_steps()
+    assert [batch["document_lengths"] for batch in (*alone, *several)] == [[[16]], [[5, 11]]]
+    assert len(loader().largest_steps()) == 1
+
+
 def test_a_batch_that_is_dealt_late_has_the_same_rows_for_any_number_of_ranks() -> None:
     whole = [ids(step) for step in loader(UnevenRows(43), packed=False)]
     late = loader(UnevenRows(43), packed=False, deals_late=True, micro_batch_size=2, dp_size=2)

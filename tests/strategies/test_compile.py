@@ -119,6 +119,31 @@ def test_checkpointing_recomputes(pool: RankPool, spec: str) -> None:
     assert pool.run(2, count_calls, f"{spec}{separator}activation_checkpointing=full", 2) == [2, 2]
 
 
+def test_frozen_embeddings_need_no_graph_of_their_own() -> None:
+    """Behind them the first block gets an input without a gradient. A frozen block keeps it so."""
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = tiny_model("llama", num_hidden_layers=3).train()
+    model.model.embed_tokens.requires_grad_(False)
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, use_cache=False).logits.sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    compile_blocks(model, backend)
+    model(input_ids=ids, use_cache=False).logits.sum().backward()
+    assert len(compiled) == 1
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        close(gradient, expected[name])
+    assert not model.requires_grad_(False)(input_ids=ids, use_cache=False).logits.requires_grad
+
+
 def test_evaluation_is_not_compiled() -> None:
     model = tiny_model("llama").eval()
     ids = torch.arange(8)[None]

@@ -110,7 +110,8 @@ def _small_copy(module: nn.Module, roles: GatedMLP, generator: torch.Generator) 
     probe._modules = dict(module._modules)
     for name, layer in _linear(module).items():
         sizes = (_INNER, _WIDTH) if name == roles.down else (_WIDTH, _INNER)
-        small = nn.Linear(*sizes, bias=layer.bias is not None, device="cpu")
+        # `skip_init`: the run's random numbers are left alone
+        small = nn.utils.skip_init(nn.Linear, *sizes, bias=layer.bias is not None, device="cpu")
         for parameter in small.parameters():
             parameter.normal_(generator=generator)
         probe._modules[name] = small

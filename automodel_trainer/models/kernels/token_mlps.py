@@ -62,7 +62,8 @@ def _treats_tokens_alone(module: nn.Module, sizes: dict[str, tuple[int, int]]) -
     probe._modules = {name: _in_evaluation(child) for name, child in module._modules.items()}
     for name, (inputs, outputs) in sizes.items():
         layer: nn.Linear = module._modules[name]  # type: ignore[assignment]
-        small = nn.Linear(inputs, outputs, bias=layer.bias is not None, device="cpu")
+        # `skip_init`: the run's random numbers are left alone
+        small = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=layer.bias is not None, device="cpu")
         for parameter in small.parameters():
             parameter.normal_(generator=generator)
         probe._modules[name] = small
