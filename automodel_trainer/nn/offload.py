@@ -175,8 +175,9 @@ class HostInputs:
 
     def _store(self, tensor: Tensor) -> Any:
         if not self._ready:
-            limit = int(available_host_memory() * SHARE / self._ranks) if self._limit is None else self._limit
-            self.pieces, self.copies = HostPieces(tensor.device, limit, self._piece), CopyStream(tensor.device)
+            if self._limit is None:  # once: torch keeps pinned memory that was released, and it is taken again
+                self._limit = int(available_host_memory() * SHARE / self._ranks)
+            self.pieces, self.copies = HostPieces(tensor.device, self._limit, self._piece), CopyStream(tensor.device)
             self._ready = True
         pieces = self.pieces.take(tensor.nbytes)
         if pieces is None:
