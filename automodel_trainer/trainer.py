@@ -496,6 +496,4 @@ def _upper_limit(
             raise ValueError(f"min_{unit}={low} is more than max_{unit}={high}. Raise max_{unit} or lower min_{unit}.")
     if max_epochs is not None or max_steps != -1:
         return max_epochs
-    if max_time is not None:
-        return -1
-    return max(DEFAULT_EPOCHS, min_epochs or 0)
+    return -1 if max_time is not None else max(DEFAULT_EPOCHS, min_epochs or 0)

@@ -94,7 +94,8 @@ class RankTimes:
             self._windows.popleft()
         waited, looks, seconds, steps = (sum(column) for column in zip(*self._windows))
         step = seconds / steps
-        return step, step * (1 - waited / looks) if looks >= LOOKS else 0.0
+        own = max(looks - waited, 1) / max(looks, 1)  # who was seen waiting at every look does something in between
+        return step, step * own if looks >= LOOKS else 0.0
 
     def _report(self, columns: dict[str, list[float]], step: float) -> None:
         line: dict[str, Any] = {"step": self._trainer.global_step, **columns}

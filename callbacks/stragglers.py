@@ -9,7 +9,7 @@ from statistics import median_low
 FAR, NEAR = 1.5, 1.25  # times the median: a straggler begins above the first, and ends below the second
 HOLD = 20.0  # seconds that it must be far, without a break, before it is named
 FLOOR = 0.02  # seconds a step: a smaller difference matters to nobody
-CRITICAL = 0.6  # share of a step that a straggler does not wait in: otherwise it is not what the others wait for
+COST = 0.1  # share of a step that the others wait for a straggler; a smaller one has another reason
 
 
 def ratios(values: Sequence[float]) -> list[float]:
@@ -45,7 +45,7 @@ class Stragglers:
         for rank, (value, ratio) in enumerate(zip(own, ratios(own))):
             if ratio < NEAR:
                 self.named.discard(rank)
-            if not (ratio > FAR and value - middle > self._floor and value > CRITICAL * step):
+            if not (ratio > FAR and value - middle > self._floor and value - middle > COST * step):
                 self._far_since.pop(rank, None)
             elif self._now() - self._far_since.setdefault(rank, self._now()) >= HOLD and rank not in self.named:
                 self.named.add(rank)

@@ -70,7 +70,6 @@ def test_two_machines_train_as_one_device(tmp_path: Path) -> None:
     assert again.global_step == 15
 
 
-@pytest.mark.matrix
 def test_a_killed_machine_that_comes_back_is_taken_in(tmp_path: Path) -> None:
     """The other goes on with it from the newest checkpoint; losses are those of one device."""
     alone = losses(tmp_path / "alone")

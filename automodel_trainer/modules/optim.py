@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from automodel_trainer.models.lora import learning_rate_of
+from automodel_trainer.modules._sharded_adam import on_shards
 from automodel_trainer.nn._torch import without_graph_cache
 
 
@@ -89,6 +90,8 @@ def build_optimizer(
     groups = parameter_groups(model, config.weight_decay if "weight_decay" in accepted else None, lr, lr_of)
     if "fused" in accepted and not {"fused", "foreach"} & args.keys():
         args["fused"] = True
+    if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
+        cls = on_shards(cls)
     return compiled_apart(cls(groups, lr=lr, **args))  # type: ignore[call-arg]
 
 

@@ -82,7 +82,7 @@ class _Stored:
     """A dense tensor of any shape in host memory, and for a while on the device."""
 
     def __init__(self, tensor: Tensor, pieces: list[Tensor], owner: HostInputs, kind: str) -> None:
-        self.pieces, self.owner, self.kind = pieces, owner, kind
+        self.pieces, self.pool, self.owner, self.kind = pieces, owner.pieces, owner, kind
         self.needed_next: list[ref[_Stored]] = []  # once this one is: results of the same block, the input of another
         self.taken = False
         self.on_device: Tensor | None = tensor.detach()
@@ -115,7 +115,7 @@ class _Stored:
 
     def _copy(self, tensor: Tensor, *, out: bool) -> None:
         flat = tensor.as_strided((tensor.numel(),), (1,))
-        parts = flat.view(torch.uint8).split(self.owner.pieces.piece)
+        parts = flat.view(torch.uint8).split(self.pool.piece)
         with self.owner.copies.after_computation():
             for part, piece in zip(parts, self.pieces, strict=True):
                 if out:
@@ -179,7 +179,7 @@ class HostInputs:
         return self.pieces.limit if self._ready else 0
 
     def release(self) -> None:
-        """Give the host memory back, and begin anew. No graph that needs an input may be left."""
+        """Give the host memory back, once no graph needs it, and begin anew."""
         self._leaving.clear()
         self._ready, self.full, self._last = False, False, None
         self._input_bytes = self._result_bytes = 0
@@ -204,14 +204,15 @@ class HostInputs:
         """Use the memory of a tensor that nobody needs any more again, once it is copied."""
         if stored.on_device is not None:  # fetched, and its graph was dropped
             self.copies.wait(stored.copied)
-        self.pieces.give_back(stored.pieces)
-        if stored.kind == "result":
+        stored.pool.give_back(stored.pieces)
+        if stored.kind == "result" and stored.pool is self.__dict__.get("pieces"):
             self._result_bytes -= len(stored.pieces) * self._piece
 
     def _store_input(self, tensor: Tensor) -> Any:
         if not self._ready:
-            limit = int(available_host_memory() * SHARE / self._ranks) if self._limit is None else self._limit
-            self.pieces, self.copies = HostPieces(tensor.device, limit, self._piece), CopyStream(tensor.device)
+            if self._limit is None:  # once: torch keeps pinned memory that was released, and it is taken again
+                self._limit = int(available_host_memory() * SHARE / self._ranks)
+            self.pieces, self.copies = HostPieces(tensor.device, self._limit, self._piece), CopyStream(tensor.device)
             self._ready = True
         self._input_bytes = -(-tensor.nbytes // self._piece) * self._piece
         stored = self._store(tensor, "input")

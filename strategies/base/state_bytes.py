@@ -40,7 +40,7 @@ def _missing(optimizer: Optimizer, device: str) -> int:
 
 
 def _fake(tensor: Tensor) -> torch.nn.Parameter:
-    fake = torch.nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype))
+    fake = torch.nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
     fake.grad = torch.empty_like(fake)
     return fake
 

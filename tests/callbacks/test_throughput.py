@@ -282,17 +282,17 @@ class Sleeps(Callback):
     """Rank 1 has something to do in every step that no other has."""
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
-        time.sleep(0.1 * (trainer.global_rank == 1))
+        time.sleep(0.2 * (trainer.global_rank == 1))
 
 
 def with_a_slow_rank(strategy: str, folder: str) -> dict[str, float]:
     throughput = Throughput()
-    options = {**QUIET, "devices": 2, "max_steps": 30, "log_every_n_steps": 5, "default_root_dir": folder}
+    options = {**QUIET, "devices": 2, "max_steps": 20, "log_every_n_steps": 5, "default_root_dir": folder}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank_times, "LOOKS", 20)
-        patch.setattr(stragglers, "HOLD", 0.5)
+        patch.setattr(stragglers, "HOLD", 0.0)
         trainer = Trainer(**options, strategy=strategy, callbacks=[throughput, Sleeps()])
-        trainer.fit(CausalLMModule(tiny_model()), [[micro_batch()] for _ in range(30)])
+        trainer.fit(CausalLMModule(tiny_model()), [[micro_batch()] for _ in range(20)])
     return throughput.last
 
 
@@ -329,7 +329,7 @@ def test_a_straggler_begins_and_ends() -> None:
     assert not judge.named
     for _ in range(3):
         assert after(30, [0.01, 0.01, 0.02, 0.01]) == [], "too small a difference"
-        assert after(30, [0.1, 0.1, 0.4, 0.1]) == [], "steps take longer for another reason"
+        assert after(30, [0.1, 0.1, 0.19, 0.1]) == [], "steps take longer for another reason"
     after(0, [0.5, 0.9])
     assert after(30, [0.5, 0.9]) == [1], "of two ranks the faster is the median"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from automodel_trainer import CausalLMModule, LoRAConfig, MockDataModule
 from automodel_trainer.callbacks import DCPCheckpoint
+from automodel_trainer.checkpoint import manifest
 from automodel_trainer.resume import checkpoint_path
 from tests.harness import random_rows, stack
 from tests.lightning.boring import loader, make, weight
@@ -385,7 +386,8 @@ def test_both_kinds_side_by_side(tmp_path: Path) -> None:
             tested = trainer.test(dataloaders=loader(), **given, verbose=False)[0]["w"]
             assert tested == pytest.approx(expected), (number, given)
         older = tmp_path / str(number) / "checkpoints" / "step-00000004"
-        os.utime(older, (0, 0))
+        with mock.patch.object(manifest, "stamp", return_value=0.0):
+            manifest.write_manifest(older, manifest.read_manifest(older)["files"], older.name)
         assert checkpoint_path(trainer, "last") == str(tmp_path / "theirs" / "last.ckpt")
     monitors = ModelCheckpoint(dirpath=tmp_path / "other", monitor="val_loss")
     with pytest.raises(ValueError, match=r"there is no checkpoint"):  # in a new process nobody knows which is the best

@@ -5,9 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from automodel_trainer.modules.optim import OptimizerConfig, SchedulerConfig, build_optimizer, build_scheduler
+from tests.harness import make_strategy
+from tests.pool import RankPool
 from tests.tiny import tiny_model
 
 
@@ -94,3 +98,49 @@ def test_shapes() -> None:
 def test_bad_schedules(config: Any, total: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         curve(config, 1, total)
+
+
+class Kinds(TorchDispatchMode):
+    """Notes what Adam's kernel is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[type] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "adam" in func.__name__:
+            self.seen |= {type(tensor) for tensors in args[:4] for tensor in tensors}
+        return func(*args, **(kwargs or {}))
+
+
+def adam_steps(name: str, args: dict[str, Any], ours: bool) -> tuple[list[torch.Tensor], set[type]]:
+    """Weights and state after three steps of shards, of which one is empty; and what the kernel was given."""
+    mesh, kinds = make_strategy("fsdp2", 2).device_mesh["dp_shard"], Kinds()
+    torch.manual_seed(0)
+    model = nn.Module()
+    for key, rows in (("even", 4), ("uneven", 3), ("one", 1)):
+        model.register_parameter(key, nn.Parameter(distribute_tensor(torch.randn(rows, 2), mesh, [Shard(0)])))
+    theirs = getattr(torch.optim, name)
+    config = (
+        OptimizerConfig(name, 0.1, args) if ours else lambda groups: theirs(groups, lr=0.1, weight_decay=0.1, **args)
+    )
+    optimizer = build_optimizer(config, model, 0.1)
+    assert type(optimizer).__name__ == name
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = distribute_tensor(torch.randn(parameter.shape), mesh, [Shard(0)])
+        with kinds:
+            optimizer.step()
+    state = [value for parameter in model.parameters() for value in optimizer.state[parameter].values()]
+    return [t.full_tensor() if isinstance(t, DTensor) else t for t in (*model.parameters(), *state)], kinds.seen
+
+
+def both(name: str, args: dict[str, Any]) -> tuple[bool, bool, bool]:
+    (got, on_shards), (want, on_wholes) = (adam_steps(name, args, ours) for ours in (True, False))
+    return len(got) == len(want) and all(map(torch.equal, got, want)), DTensor in on_wholes, DTensor in on_shards
+
+
+@pytest.mark.parametrize(("name", "args"), [("AdamW", {"fused": True}), ("Adam", {"fused": True, "amsgrad": True})])
+def test_adam_steps_on_shards(pool: RankPool, name: str, args: dict[str, Any]) -> None:
+    """Bit for bit as torch's class, which hands the kernel DTensors."""
+    assert pool.run(2, both, name, args) == [(True, True, False)] * 2
