@@ -5,9 +5,10 @@ Names are imported when they are first used: `import automodel_trainer` alone is
 
 from __future__ import annotations
 
-import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from automodel_trainer.imports import importing
 
 if TYPE_CHECKING:
     from automodel_trainer.auto import (
@@ -130,18 +131,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home, _, known_as = _HOMES[name].partition(":")
-    return getattr(_imported(f"{__name__}.{home}"), known_as or name)
-
-
-def _imported(name: str) -> Any:
-    """The module `name`. Imports make no garbage, and looking for it would take a tenth of their time."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        return import_module(name)
-    finally:
-        if collects:
-            gc.enable()
+    with importing():
+        module = import_module(f"{__name__}.{home}")
+    return getattr(module, known_as or name)
 
 
 def __dir__() -> list[str]:

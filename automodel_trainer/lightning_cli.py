@@ -32,6 +32,7 @@ from automodel_trainer.data import (
     TextDataModule,
     TokenDataModule,
 )
+from automodel_trainer.imports import importing
 from automodel_trainer.modules import DEFAULT_OBJECTIVE, HuggingFaceModule, objective_named
 from automodel_trainer.short_options import expand, named_model
 from automodel_trainer.trainer import Trainer
@@ -132,6 +133,16 @@ class AmtCLI(LightningCLI):
                 "data": {"class_path": f"automodel_trainer.{self.objective.data_class.__name__}"},
             }
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse `args`, which imports the classes that they name."""
+        with importing():
+            super().parse_arguments(parser, args)
+
+    def instantiate_classes(self) -> None:
+        """Make the trainer, the model and the data, which imports what they need."""
+        with importing():
+            super().instantiate_classes()
 
     @classmethod
     def subcommands(cls) -> dict[str, set[str]]:

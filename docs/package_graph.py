@@ -37,6 +37,7 @@ HOLDS = {
     "distributed": "processes and the mesh they form",
     "_jsonargparse": "private names of jsonargparse",
     "_lightning": "private names of Lightning",
+    "imports": "imports without a look for garbage",
 }
 
 LEFT, TOP, ROW, GAP = 24, 80, 46, 5
