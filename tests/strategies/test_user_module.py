@@ -97,7 +97,8 @@ def fit(spec: str, root: str, dp: int = 1, precision: str = "32-true", **kind: b
     meshes = [p.device_mesh.mesh_dim_names or () for p in ours.parameters() if isinstance(p, DTensor)]
     return {
         "weights": {name: full(p).detach().clone() for name, p in ours.named_parameters()},
-        "compiled": len(tuned.compiled), "checkpointed": len(tuned.checkpointed),
+        "compiled": len(tuned.compiled),
+        "checkpointed": sum(switch.mode is not None for switch in tuned.switches.values()),
         "on": {name for names in meshes for name in names},
     }  # fmt: skip
 
