@@ -86,7 +86,7 @@ class MeshStrategy(StepRunner, SavingStrategy):
     def ineffective_options(self) -> list[str]:
         """See `MeshProcesses.ineffective_options`."""
         alone = self.memory is not None and self.lightning_module is None
-        return [f"memory={self.memory.given!r} without a Trainer's fit, which tries steps"] if alone else []  # type: ignore[union-attr]
+        return [f"memory={self.memory.given!r} outside of a Trainer's fit"] if alone else []  # type: ignore[union-attr]
 
     # --- the contract: what a layout defines --------------------------------------------------------------------------
 
