@@ -180,9 +180,11 @@ def _budget(strategy: Any) -> Facts | None:
 
 
 def _offloaded(strategy: Any) -> Facts | None:
-    """Bytes of host memory that hold the inputs of blocks, the most allowed, and whether that was not enough."""
+    """Bytes of host memory that hold inputs of blocks, the most allowed, and for what that was enough."""
     host = strategy.prepared.host if isinstance(strategy, MeshStrategy) else None
-    return None if host is None or not host.limit else {"bytes": host.held, "limit": host.limit, "full": host.full}
+    if host is None or not host.limit:
+        return None
+    return {"bytes": host.held, "limit": host.limit, "full": host.full, "results": host.results}
 
 
 def _tiled(strategy: Any) -> Facts | None:

@@ -91,8 +91,10 @@ def _allocation(run: Facts) -> str:
 
 
 def _offloaded(host: Facts) -> str:
+    results = host.get("results", "none")  # runs of before kept none
+    what = "inputs of blocks" + ("" if results == "none" else f" and {results} results of attention")
     more = ", and what is over stays on the device" if host["full"] else ""
-    return f"inputs of blocks take {memory_text(host['bytes'])} of at most {memory_text(host['limit'])}{more}"
+    return f"{what} take {memory_text(host['bytes'])} of at most {memory_text(host['limit'])}{more}"
 
 
 def batch_text(batch: Facts) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 from weakref import ref
 
 import torch
@@ -150,6 +150,7 @@ class HostInputs:
         self._leaving: deque[_Stored] = deque()
         self._last: ref[_Stored] | None = None  # input
         self.full = False
+        self._kept_results = self._left_results = False
         self.blocks: Callable[[], int] = lambda: 0
         self._input_bytes = self._result_bytes = 0
 
@@ -178,11 +179,19 @@ class HostInputs:
         """The most bytes of host memory; 0 before the first input."""
         return self.pieces.limit if self._ready else 0
 
+    @property
+    def results(self) -> Literal["all", "some", "none"]:
+        """Whether results of attention were kept until now. The rest are computed again."""
+        if not self._kept_results:
+            return "none"
+        return "some" if self._left_results else "all"
+
     def release(self) -> None:
         """Give the host memory back, once no graph needs it, and begin anew."""
         self._leaving.clear()
         self._ready, self.full, self._last = False, False, None
         self._input_bytes = self._result_bytes = 0
+        self._kept_results = self._left_results = False
         self.__dict__.pop("pieces", None)
 
     def keep(self, tensor: Tensor) -> Any:
@@ -191,6 +200,8 @@ class HostInputs:
             return tensor.detach()
         room = self.pieces.limit - self.blocks() * self._input_bytes - self._result_bytes
         stored = self._store(tensor, "result") if tensor.nbytes <= room else None
+        self._kept_results |= stored is not None
+        self._left_results |= stored is None
         block = None if self._last is None else self._last()
         if stored is not None and block is not None:
             block.needed_next.insert(0, ref(stored))

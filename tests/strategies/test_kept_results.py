@@ -123,4 +123,5 @@ def test_inputs_come_first() -> None:
         _, calls = run(host)
         assert calls == 2 * (2 * LAYERS - kept)
         assert not host.full
+        assert host.results == {0: "none", 1: "some", LAYERS: "all"}[kept]
         assert host.held <= pieces * PIECE

@@ -203,5 +203,6 @@ def test_the_ledger_says_how_much(tmp_path: Path, capsys: pytest.CaptureFixture[
     facts = fit(tiny_model(num_hidden_layers=2), Ledger(), tmp_path, strategy=strategy).facts
     assert facts["run"]["offloaded"]["bytes"] == 2 * 16 * 2**20
     assert "inputs of blocks take 32.0 MiB of at most" in " ".join(capsys.readouterr().out.split())
-    facts["run"]["offloaded"]["full"] = True
+    facts["run"]["offloaded"] |= {"full": True, "results": "some"}
+    assert "inputs of blocks and some results of attention take" in dict(ledger_rows(facts))["host memory"]
     assert dict(ledger_rows(facts))["host memory"].endswith(", and what is over stays on the device")
