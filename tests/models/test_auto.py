@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from automodel_trainer import AutoModelForCausalLM, CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.distributed._dtensor import local_tensor
-from tests.harness import make_strategy
+from tests.harness import close, make_strategy
 from tests.pool import RankPool
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 
@@ -162,7 +162,7 @@ def test_random_weights_do_not_depend_on_the_layout(
     assert not torch.allclose(expected, other, atol=1e-2)
     for _, is_tied, result in pool.run(world_size, build_sharded, spec, world_size, None, family, tied):
         assert is_tied == tied
-        assert torch.allclose(result, expected, atol=1e-6)
+        close(result, expected, terms=64 * 14)  # some 14 products in a row
 
 
 def peak_memory_of_load(folder: str) -> float:

@@ -189,6 +189,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm(x).cumsum(1))  # type: ignore[no-any-return]
 
 
+@pytest.mark.exact
 def test_compiled_blocks() -> None:
     """The block is compiled around its MLP, and tiles are compiled by themselves; checkpointed or not."""
     results: list[list[Tensor]] = []
