@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -64,7 +64,11 @@ def new_run(base: Path, taken: Collection[str] = ()) -> Path:
 
 def newest_whole(run: Path) -> Path | None:
     """The newest undamaged checkpoint in a run's folder, with a warning for each that is not; None if there is none."""
-    for checkpoint in reversed(saved_in(run)):
+    return _first_whole(reversed(saved_in(run)))
+
+
+def _first_whole(checkpoints: Iterable[Path]) -> Path | None:
+    for checkpoint in checkpoints:
         if only_manifest(checkpoint):
             continue  # object storage has it
         try:
@@ -85,17 +89,8 @@ def find_last(base: Path, whole: bool = False) -> Path | None:
             unchecked; loading it raises if it is damaged.
     """
     everything = [checkpoint for run in runs(base) for checkpoint in _step_folders(run)]
-    for checkpoint in sorted(everything, key=created, reverse=True):
-        if whole and only_manifest(checkpoint):
-            continue  # object storage has it
-        try:
-            if whole:
-                check_checkpoint(checkpoint)
-        except ValueError as error:
-            rank_zero_warn(f"Skipping a damaged checkpoint: {error}")
-        else:
-            return checkpoint
-    return None
+    newest_first = sorted(everything, key=created, reverse=True)
+    return _first_whole(newest_first) if whole else next(iter(newest_first), None)
 
 
 def find_best(base: Path) -> Path | None:

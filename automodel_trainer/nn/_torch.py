@@ -194,9 +194,17 @@ PIN_MEMORY = torch.ops.aten._pin_memory.default
 TO_COPY = torch.ops.aten._to_copy.default
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 
+# Attention without a mask, or with one; each returns its result first.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
 # Operations that take longer to recompute than their outputs take to keep: matmuls, attention and, in compiled blocks,
 # reductions over ranks.
-EXPENSIVE_OPERATIONS = {
+EXPENSIVE_OPERATIONS = ATTENTION | {
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_reduce.default,
     torch.ops.aten.mm.default,
@@ -205,18 +213,6 @@ EXPENSIVE_OPERATIONS = {
     torch.ops.aten._scaled_mm.default,
     torch.ops.aten._grouped_mm.default,
     torch.ops.automodel_trainer.scaled_grouped_mm.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
-
-# Attention without a mask, or with one; each returns its result first.
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
 
 # Matrix products -> the place of their second factor `[…, k, n]` among the arguments.

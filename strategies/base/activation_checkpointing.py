@@ -36,7 +36,7 @@ def apply_activation_checkpointing(model: nn.Module, mode: Mode, blocks: Sequenc
 
     Args:
         mode: "full" recomputes a whole block; "selective" keeps the outputs of attention and of all but cheap matmuls.
-            "offload" is "full" for blocks that `offload_inputs` is called on later.
+            "offload" leaves the blocks to `offload_inputs`.
         blocks: the blocks to checkpoint; None: all of the model's.
 
     Raises:
