@@ -47,18 +47,19 @@ def gather_once_in_generate(
         independent: whether a forward of gathered weights needs no other rank. Each then ends when its own answers do,
             and a GPU may replay the steps of an answer whose cache is static.
     """
-    if not hasattr(type(model), "generate"):
+    own = getattr(type(model), "generate", None)
+    if own is None:
         return
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     freeing = [unit for unit in units if unit is not model] if resharding else []
     generating = False
-    independent = independent and type(model).generate is GenerationMixin.generate
+    independent = independent and own is GenerationMixin.generate  # another might not take the arguments below
     record = independent and _on_gpu(group) and can_record(model)  # type: ignore[arg-type]
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal generating
         if generating:  # transformers calls it again for some kinds of generation
-            return type(self).generate(self, *args, **kwargs)
+            return own(self, *args, **kwargs)
         generating = True
         try:
             fits = _fits(_bytes(self, compute), group)
@@ -67,7 +68,7 @@ def gather_once_in_generate(
             if record and fits:
                 kwargs.setdefault("disable_compile", True)  # it would compile the steps that are replayed
             with _gathered(self, units, freeing, record) if fits else nullcontext():
-                return type(self).generate(self, *args, **kwargs)
+                return own(self, *args, **kwargs)
         finally:
             generating = False
             reshard(self)
