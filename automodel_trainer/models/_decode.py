@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from automodel_trainer.nn.recorded_call import RecordedCall
 
+_refused: WeakSet[PreTrainedModel] = WeakSet()  # a step was tried, and does what cannot be recorded
 _EXTRAS = ("output_attentions", "output_hidden_states")
 
 
@@ -38,14 +40,16 @@ def recorded_decoding(model: PreTrainedModel, make: Callable[..., RecordedCall] 
         cache = kwargs.get("past_key_values")
         if args or not _decodes(kwargs, cache):
             return original(*args, **kwargs)
-        if cache is not of_cache:
+        if recorded is None or cache is not of_cache:
             state = _plain_state(cache)
             recorded, of_cache = make(original, functools.partial(_tensors, cache)), cache
             outputs = recorded(**kwargs)
             recorded.given_up |= _plain_state(cache) != state  # it counts tokens in Python, which no replay would do
-            return outputs
-        assert recorded is not None
-        return recorded(**kwargs)
+        else:
+            outputs = recorded(**kwargs)
+        if recorded.refused:
+            _refused.add(model)
+        return outputs
 
     model.forward = forward  # type: ignore[method-assign]
     try:
@@ -59,7 +63,7 @@ def recorded_decoding(model: PreTrainedModel, make: Callable[..., RecordedCall] 
 
 def can_record(model: PreTrainedModel) -> bool:
     """Whether decoding steps of the model can be recorded, if the cache is static."""
-    return bool(model._can_compile_fullgraph) and not model.config.is_encoder_decoder
+    return bool(model._can_compile_fullgraph) and not model.config.is_encoder_decoder and model not in _refused
 
 
 def _decodes(kwargs: dict[str, Any], cache: Any) -> bool:

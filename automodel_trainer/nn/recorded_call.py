@@ -5,6 +5,7 @@ Launching a kernel costs the host more than a small kernel costs the device. A g
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_trainer.nn._torch import pytree
+from automodel_trainer.nn._torch import pytree, stop_allocating_to
 
 Replay = Callable[[], None]
 Call = Callable[[], Any]
@@ -26,23 +27,27 @@ class RecordedCall:
     run as they are.
 
     Args:
-        function: launches the same kernels at every call, and never waits for the device.
+        function: launches the same kernels at every call.
         held: the tensors that the function keeps from call to call. They must stay the same ones.
-        warm_up: runs a call so that the next one can be recorded.
+        warm_up: runs a call so that the next one can be recorded. It returns what that returned, and whether it can be.
         record: records a call without running it. It returns what the call returned, and the replay.
+
+    Attributes:
+        given_up: all calls run as they are from now on.
+        refused: the function does what cannot be recorded.
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
         held: Callable[[], Sequence[Tensor]],
-        warm_up: Callable[[Call], Any] | None = None,
+        warm_up: Callable[[Call], tuple[Any, bool]] | None = None,
         record: Callable[[Call], tuple[Any, Replay]] | None = None,
     ) -> None:
         self.function, self.held = function, held
         self.warm_up = warm_up_on_gpu if warm_up is None else warm_up
         self.record = record_on_gpu if record is None else record
-        self.given_up = False
+        self.given_up = self.refused = False
         self._kept: Sequence[Tensor] = ()
         self._inputs: list[Any] = []
         self._kind: Any = None
@@ -68,14 +73,17 @@ class RecordedCall:
 
     def _first(self, given: list[Any], kind: Any, kwargs: dict[str, Any]) -> Any:
         self._inputs, self._kind, self._kept = given, kind, self.held()
-        return self.warm_up(lambda: self.function(**kwargs))
+        result, can_be_recorded = self.warm_up(lambda: self.function(**kwargs))
+        self.given_up = self.refused = not can_be_recorded
+        return result
 
     def _recorded(self, given: list[Any]) -> bool:
         self._inputs = [_copy(value) for value in given]
         kwargs = pytree.tree_unflatten(self._inputs, self._kind)
         try:
             self._output, self._replay = self.record(lambda: self.function(**kwargs))
-        except RuntimeError:  # it waits for the device, or there is no memory left
+        except RuntimeError:
+            self.refused = True
             return False
         return True
 
@@ -114,9 +122,21 @@ def _side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def warm_up_on_gpu(call: Call) -> Any:
-    """Run `call` on the stream that records: libraries make there what they must not make in a record."""
-    return _on_side_stream(call)
+def warm_up_on_gpu(call: Call) -> tuple[Any, bool]:
+    """Run `call` on the stream that records: libraries make there what they must not make in a record.
+
+    Returns:
+        what it returned, and whether it never waited for the device, which a record cannot.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            result = _on_side_stream(call)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return result, not any("synchroniz" in str(warning.message) for warning in caught)
 
 
 def record_on_gpu(call: Call) -> tuple[Any, Replay]:
@@ -136,7 +156,11 @@ def record_on_gpu(call: Call) -> tuple[Any, Replay]:
         finally:
             graph.capture_end()
 
-    result = _on_side_stream(record)
+    try:
+        result = _on_side_stream(record)
+    except RuntimeError:
+        stop_allocating_to(graph, device)
+        raise
     last_graphs[device] = graph
     return result, graph.replay
 

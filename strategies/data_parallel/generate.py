@@ -54,7 +54,6 @@ def gather_once_in_generate(
     freeing = [unit for unit in units if unit is not model] if resharding else []
     generating = False
     independent = independent and own is GenerationMixin.generate  # another might not take the arguments below
-    record = independent and _on_gpu(group) and can_record(model)  # type: ignore[arg-type]
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal generating
@@ -65,7 +64,8 @@ def gather_once_in_generate(
             fits = _fits(_bytes(self, compute), group)
             if independent and fits and kwargs.get("synced_gpus") is None:
                 kwargs["synced_gpus"] = False
-            if record and fits:
+            record = independent and fits and _on_gpu(group) and can_record(self)
+            if record:
                 kwargs.setdefault("disable_compile", True)  # it would compile the steps that are replayed
             with _gathered(self, units, freeing, record) if fits else nullcontext():
                 return own(self, *args, **kwargs)

@@ -27,7 +27,7 @@ class StandIn:
 
     def make(self, function: Any, held: Any) -> RecordedCall:
         self.held = held
-        self.made.append(RecordedCall(function, held, warm_up=lambda call: call(), record=self.record))
+        self.made.append(RecordedCall(function, held, warm_up=lambda call: (call(), True), record=self.record))
         return self.made[-1]
 
     def record(self, call: Call) -> tuple[Any, Replay]:
@@ -97,6 +97,14 @@ def test_caches_that_count_in_python_are_not_recorded() -> None:
     assert [call.given_up for call in stand_in.made] == [True]
 
 
+def test_a_model_that_cannot_be_recorded_is_not_tried_again() -> None:
+    model = start()
+    expected = answer(model)
+    with recorded_decoding(model, partial(RecordedCall, warm_up=lambda call: (call(), False))):
+        assert torch.equal(answer(model).sequences, expected.sequences)
+    assert not can_record(model)
+
+
 def test_calls_that_differ_run_as_they_are() -> None:
     def double(x: Tensor, factor: int) -> Tensor:
         return x * factor
@@ -104,10 +112,11 @@ def test_calls_that_differ_run_as_they_are() -> None:
     def fails(call: Call) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    made = partial(RecordedCall, double, list, warm_up=lambda call: call())
+    made = partial(RecordedCall, double, list, warm_up=lambda call: (call(), True))
     refused = made(record=fails)
     assert [int(refused(x=torch.tensor(i), factor=2)) for i in range(4)] == [0, 2, 4, 6]
     assert refused.given_up
+    assert refused.refused
     stand_in = StandIn()
     stand_in.held = list
     for other in ({"x": torch.ones(2), "factor": 2}, {"x": torch.ones(()), "factor": 3}):
