@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lora_8b import synchronize
 from transformers import LlamaConfig
 
 from automodel_trainer import AutoModelForCausalLM, CausalLMModule, MockDataModule, Trainer
@@ -112,9 +113,10 @@ def one_b(strategy: str, root: str) -> dict[str, Any]:
 def decode(strategy: str) -> dict[str, Any]:
     """Answers of the 1B shape: with a dynamic cache, with a static one as transformers has it, and replayed."""
     config = LlamaConfig(**ONE_B, tie_word_embeddings=True, pad_token_id=0)
-    alone = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, seed=1, device="cuda")
     sharded = AutoModelForCausalLM.from_config(config, strategy, dtype=torch.bfloat16, seed=1)
-    ids = torch.arange(4, 260, device="cuda").view(4, 64)
+    device = sharded.device
+    alone = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, seed=1, device=device)
+    ids = torch.arange(4, 260, device=device).view(4, 64)
     found: dict[str, Any] = {}
     for name, model in (("alone", alone), ("sharded", sharded)):
         for cache in ("dynamic", "static"):
@@ -123,10 +125,10 @@ def decode(strategy: str) -> dict[str, Any]:
             generate: Any = model.generate
             for _ in range(2):
                 torch.manual_seed(1)
-                torch.cuda.synchronize()
+                synchronize()
                 began = time.perf_counter()
                 tokens = generate(ids, attention_mask=torch.ones_like(ids), **options)
-                torch.cuda.synchronize()
+                synchronize()
             found[f"{name}, {cache}, ms a token"] = round((time.perf_counter() - began) / 64 * 1e3, 2)
             found[f"{name}, {cache}"] = tokens.cpu()
     # Both a whole and a gathered weight are bf16, and both run the same kernels: answers are equal to the last token.
