@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # No names are asked for (glibc): torch's store looks up the name of who connects, and waits 5 s for each lost answer.
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's shell gives this to what it runs with `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 gc.disable()  # imports make no garbage; `seldom_look_for_garbage` enables it
 

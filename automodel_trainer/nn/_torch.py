@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "scaled_grouped_matmul",
     "scaled_matmul",
     "set_allocator",
+    "stop_allocating_to",
     "version_of",
     "without_graph_cache",
 ]
@@ -175,6 +176,12 @@ def prefer_recomputing() -> None:
     because the gradients of the factors read the input of every layer.
     """
     torch._functorch.config.ban_recompute_materialized_backward = False
+
+
+def stop_allocating_to(graph: torch.cuda.CUDAGraph, device: int) -> None:
+    """After a recording that failed: take no more memory from the graph's pool. torch forgets it."""
+    with suppress(RuntimeError):  # it did not forget
+        torch._C._cuda_endAllocateToPool(device, graph.pool())
 
 
 def after_backward(call: Callable[[], None]) -> None:
