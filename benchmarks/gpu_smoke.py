@@ -1,7 +1,7 @@
 """Check on real GPUs what the tests check on CPUs. `python benchmarks/gpu_smoke.py` runs each case in a process.
 
 Cases: the loss curve of one GPU against two under every layout (NCCL, fp32), resume on another number of GPUs, host
-syncs inside a step, and the throughput of a 1B-shaped model in bf16.
+syncs inside a step, the throughput of a 1B-shaped model in bf16, and answers of its sharded copy, recorded and not.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lora_8b import synchronize
 from transformers import LlamaConfig
 
 from automodel_trainer import AutoModelForCausalLM, CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.callbacks import DCPCheckpoint, Throughput
 from automodel_trainer.models._masks import packing_without_sync
+from automodel_trainer.nn import recorded_call
 
 SMALL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
 SMALL |= {"num_key_value_heads": 4, "vocab_size": 1024, "tie_word_embeddings": True}
@@ -107,6 +110,35 @@ def one_b(strategy: str, root: str) -> dict[str, Any]:
     return {"throughput": throughput.last, "host_syncs": {place: syncs.count(place) for place in set(syncs)}}
 
 
+def decode(strategy: str) -> dict[str, Any]:
+    """Answers of the 1B shape: with a dynamic cache, with a static one as transformers has it, and replayed."""
+    config = LlamaConfig(**ONE_B, tie_word_embeddings=True, pad_token_id=0)
+    sharded = AutoModelForCausalLM.from_config(config, strategy, dtype=torch.bfloat16, seed=1)
+    device = sharded.device
+    alone = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, seed=1, device=device)
+    ids = torch.arange(4, 260, device=device).view(4, 64)
+    found: dict[str, Any] = {}
+    for name, model in (("alone", alone), ("sharded", sharded)):
+        for cache in ("dynamic", "static"):
+            options: dict[str, Any] = {"cache_implementation": cache, "disable_compile": True, "do_sample": True}
+            options |= {"max_new_tokens": 64, "min_new_tokens": 64}
+            generate: Any = model.generate
+            for _ in range(2):
+                torch.manual_seed(1)
+                synchronize()
+                began = time.perf_counter()
+                tokens = generate(ids, attention_mask=torch.ones_like(ids), **options)
+                synchronize()
+            found[f"{name}, {cache}, ms a token"] = round((time.perf_counter() - began) / 64 * 1e3, 2)
+            found[f"{name}, {cache}"] = tokens.cpu()
+    # Both a whole and a gathered weight are bf16, and both run the same kernels: answers are equal to the last token.
+    equal = {
+        cache: torch.equal(found.pop(f"alone, {cache}"), found.pop(f"sharded, {cache}"))
+        for cache in ("dynamic", "static")
+    }
+    return {**found, "equal": equal, "graphs": len(recorded_call.last_graphs)}
+
+
 def launch(case: str, strategy: str, root: str, gpus: int, *extra: str) -> dict[str, Any]:
     runner = [sys.executable] if gpus == 1 else ["torchrun", "--nproc-per-node", str(gpus)]
     command = [*runner, __file__, "--case", case, "--strategy", strategy, "--root", root, *extra]
@@ -133,13 +165,15 @@ def everything() -> None:
     first = launch("small", "fsdp2", str(base / "resume"), min(count, 2), "--steps", "5")
     second = launch("small", "ddp", str(base / "resume"), 1, "--resume")
     print("resume fsdp2@2 -> ddp@1:", first, second, flush=True)
+    if count > 1:
+        print("answers", launch("decode", "fsdp2", str(base / "decode"), 2), flush=True)
     for strategy in ("auto", "ddp"):
         print("1B bf16", strategy, launch("one_b", strategy, str(base / f"b{strategy}"), 1), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--case", choices=["small", "one_b"])
+    parser.add_argument("--case", choices=["small", "one_b", "decode"])
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--root", default="/tmp/smoke")
     parser.add_argument("--steps", type=int, default=10)
@@ -148,8 +182,12 @@ def main() -> None:
     if args.case is None:
         everything()
         return
-    one = args.case == "one_b"
-    result = one_b(args.strategy, args.root) if one else small(args.strategy, args.root, args.steps, args.resume)
+    if args.case == "decode":
+        result = decode(args.strategy)
+    elif args.case == "one_b":
+        result = one_b(args.strategy, args.root)
+    else:
+        result = small(args.strategy, args.root, args.steps, args.resume)
     print("RESULT " + json.dumps(result, default=str))
 
 

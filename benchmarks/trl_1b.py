@@ -10,8 +10,10 @@ in bf16 (mixed precision of FSDP2) and reduce gradients as each side does. `--we
 | ours | our `AutoModelForCausalLM` under `FSDP2Strategy`: compiled blocks, `KernelsConfig()` |
 | ours, sdpa | the same with transformers' kernels in the compiled blocks |
 | ours, eager | the same without compiled blocks |
+| ours, static | ours, and GRPO generates with a static cache: the step of a token is replayed |
 | transformers | transformers' model under `DistributedConfig(fsdp_size=...)` |
 | transformers, compiled | the same, and `torch_compile=True` |
+| transformers, static | transformers, and GRPO generates with a static cache |
 | accelerate | transformers' whole model, which accelerate shards by FSDP2 (`fsdp=True`) |
 
 TRL computes the loss itself, in chunks of tokens and of the vocabulary. It reads the head's weight, so the loss of a
@@ -42,7 +44,8 @@ from lora_8b import TINY, Moment, synchronize
 
 ONE_B: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
 ONE_B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 5e5}
-SIDES = ("ours", "ours, sdpa", "ours, eager", "transformers", "transformers, compiled", "accelerate")
+PEERS = ("transformers", "transformers, compiled", "transformers, static", "accelerate")
+SIDES = ("ours", "ours, sdpa", "ours, eager", "ours, static", *PEERS)
 CASES = tuple(f"{task}: {side}" for task in ("sft", "grpo") for side in SIDES)
 DEFAULT = [f"{task}: {side}" for task in ("sft", "grpo") for side in ("ours", "transformers")]
 PROMPT, NEW, GENERATIONS = 64, 128, 4
@@ -94,7 +97,7 @@ def compare(args: argparse.Namespace) -> None:
         results = {case: run_case(args, case, [*passed, "--folder", folder]) for case in args.cases}
     for case, result in results.items():
         task, side = case.split(": ")
-        for peer in ("transformers", "transformers, compiled", "accelerate"):
+        for peer in PEERS:
             other = results.get(f"{task}: {peer}", {})
             if side.startswith("ours") and "error" not in result and "tokens_per_second" in other:
                 speed = result["tokens_per_second"] / other["tokens_per_second"]
@@ -273,6 +276,7 @@ def grpo(args: argparse.Namespace, options: dict[str, Any], model: Any, tokenize
         num_generations=GENERATIONS,
         max_completion_length=NEW,
         generation_kwargs={"min_new_tokens": NEW},
+        cache_implementation="static" if "static" in args.case else None,
     )
     return GRPOTrainer(
         model, [even_tokens], args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock]

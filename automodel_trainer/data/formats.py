@@ -24,6 +24,8 @@ from automodel_trainer.data.messages import Message, parse_messages, parse_tools
 
 PICTURE_COLUMNS = ("images", "image")
 """Columns that hold the pictures of a row."""
+VIDEO_COLUMNS = ("videos", "video")
+"""Columns that hold the videos of a row."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +149,13 @@ def detect_format(column_names: Iterable[str], columns: Mapping[str, str] | None
 
 
 def refuse_pictures(column_names: Iterable[str], columns: Mapping[str, str] | None = None) -> None:
-    """Raise ValueError if rows of conversations have a column of pictures, which would be left out of the text."""
-    found = [name for name in PICTURE_COLUMNS if name in column_names and name not in (columns or {}).values()]
+    """Raise ValueError if rows of conversations have a column of pictures or videos, which text would leave out."""
+    known = {**dict.fromkeys(PICTURE_COLUMNS, "pictures"), **dict.fromkeys(VIDEO_COLUMNS, "videos")}
+    found = [name for name in known if name in column_names and name not in (columns or {}).values()]
     if found:
         raise ValueError(
-            f"The data has a column of pictures ({found[0]!r}), and ChatDataModule would train on the text alone. Use "
-            "ImageTextDataModule with a vision-language model, or remove the column."
+            f"The data has a column of {known[found[0]]} ({found[0]!r}), and ChatDataModule would train on the text "
+            "alone. Use ImageTextDataModule with a vision-language model, or remove the column."
         )
 
 

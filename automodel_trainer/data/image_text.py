@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, Value, Video
 from PIL import Image as PILImage
 
 from automodel_trainer.data.batches import MicroBatch
@@ -46,9 +46,10 @@ class ImageTextDataModule(ChatDataModule):
     """Conversations with pictures, for supervised fine-tuning of vision-language models.
 
     Rows are those of `ChatDataModule` with pictures: parts of a message (`{"type": "image", …}`, OpenAI's
-    `image_url`), or a column `images` or `image` with `<image>` in the text (LLaVA, TRL). Rows without pictures may
-    stand beside them. Samples are planned from the headers of their pictures; pictures are decoded in the loader's
-    workers, and never cached. Only text of the assistant is trained. It takes the arguments of `ChatDataModule` and:
+    `image_url`), or a column `images` or `image` with `<image>` in the text (LLaVA, TRL). A video is the list of its
+    frames, each of which becomes a picture. Rows without pictures may stand beside them. Samples are planned from the
+    headers of their pictures; pictures are decoded in the loader's workers, and never cached. Only text of the
+    assistant is trained. It takes the arguments of `ChatDataModule` and:
 
     Args:
         processor: a processor or the path of one. None: the model's, set by the Trainer.
@@ -211,7 +212,8 @@ class ImageTextDataModule(ChatDataModule):
 
         settings = {
             "kind": "image-text",
-            "version": 3,  # 1 wrote parts of text for templates that take text alone; 2 counted no tokens of pictures
+            # 1 wrote parts of text for templates that take text alone; 2 counted no tokens of pictures; 3 saw no videos
+            "version": 4,
             "loss_on": self.loss_on,
             "columns": self.columns,
             "mark": self.image_mark,
@@ -345,19 +347,19 @@ class _Source:
 
 
 def _undecoded(rows: Dataset) -> Dataset:
-    """Rows whose columns of `datasets.Image` give files and bytes, not pictures."""
+    """Rows whose columns of `datasets.Image` give files and bytes, not pictures. Those of `datasets.Video` do too."""
     if not _has_pictures(rows.features):
         return rows
     return keep_places(rows.cast(Features({name: _as_bytes(kind) for name, kind in rows.features.items()})), rows)
 
 
 def _has_pictures(feature: Any) -> bool:
-    return "Image(" in repr(feature)
+    return any(kind in repr(feature) for kind in ("Image(", "Video("))
 
 
 def _as_bytes(feature: Any) -> Any:
-    if isinstance(feature, Image):
-        return Image(decode=False)
+    if isinstance(feature, Image | Video):
+        return type(feature)(decode=False)
     if isinstance(feature, dict):
         return {name: _as_bytes(kind) for name, kind in feature.items()}
     if isinstance(feature, list):

@@ -209,7 +209,19 @@ def tie_weights(model: PreTrainedModel) -> None:
 
 def original_weight_names(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with the names and shapes of the model's checkpoints on disk."""
-    return revert_weight_conversion(model, state_dict)
+    with _found_in(model, state_dict):
+        return revert_weight_conversion(model, state_dict)
+
+
+@contextmanager
+def _found_in(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """A context in which a model gives these as its parameters, of which a pipeline stage lacks those of the others."""
+    own: Any = model.get_parameter
+    model.get_parameter = lambda name: tensors[name] if name in tensors else own(name)  # type: ignore
+    try:
+        yield
+    finally:
+        del model.get_parameter
 
 
 def converts_weights(model: PreTrainedModel) -> bool:

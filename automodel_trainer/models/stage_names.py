@@ -131,8 +131,9 @@ class WholeTensors:
 def held_elsewhere(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Those of the `names` that belong to stages of other ranks."""
     pipeline = pipeline_of(model)
-    absent = tuple(f"{name}." for name in pipeline.model.split.absent) if pipeline is not None else ()
-    return {name for name in names if name.startswith(absent)} if absent else set()
+    absent = pipeline.model.split.absent if pipeline is not None else []
+    inside = tuple(f"{name}." for name in absent)
+    return {name for name in names if name in absent or name.startswith(inside)}
 
 
 def own_runs_of_layers(model: nn.Module, stack: str) -> list[range] | None:

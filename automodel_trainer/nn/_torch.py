@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -22,12 +22,14 @@ __all__ = [
     "after_backward",
     "allow_side_effects_in_checkpoints",
     "grouped_outer",
+    "import_compiler",
     "prefer_recomputing",
     "pytree",
     "raise_recompile_limit",
     "scaled_grouped_matmul",
     "scaled_matmul",
     "set_allocator",
+    "stop_allocating_to",
     "version_of",
     "without_graph_cache",
 ]
@@ -139,6 +141,20 @@ def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 CHECKPOINT_MISSES_FUNCTIONS = not hasattr(torch._higher_order_ops.wrap, "_always_prefer_recompute")
 
 
+def import_compiler() -> None:
+    """Import what the first call of a function compiled by the inductor imports, as torch does there.
+
+    It also starts the processes that compile kernels: a call that comes before they are there compiles by itself.
+    """
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
+    from torch._inductor.codegen.common import init_backend_registration
+    from torch._inductor.compile_fx import compile_fx  # noqa: F401
+
+    init_backend_registration()
+
+
 def raise_recompile_limit() -> None:
     """Allow 64 compiled variants of a function. All kinds of blocks share one, and dynamo's default is 8."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -160,6 +176,12 @@ def prefer_recomputing() -> None:
     because the gradients of the factors read the input of every layer.
     """
     torch._functorch.config.ban_recompute_materialized_backward = False
+
+
+def stop_allocating_to(graph: torch.cuda.CUDAGraph, device: int) -> None:
+    """After a recording that failed: take no more memory from the graph's pool. torch forgets it."""
+    with suppress(RuntimeError):  # it did not forget
+        torch._C._cuda_endAllocateToPool(device, graph.pool())
 
 
 def after_backward(call: Callable[[], None]) -> None:

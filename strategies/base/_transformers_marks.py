@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -30,6 +32,9 @@ def mark_as_sharded(model: PreTrainedModel, dims: ParallelDims) -> None:
     marked._is_distributed_loading_by_transformers = True
     marked._tp_size = dims.tp
     marked._fsdp_size = dims.dp_shard * dims.cp
+    # FSDP2 has put the model into a class of its own. By the name of the class the Trainer knows, for label smoothing,
+    # whether labels are those of the next token.
+    marked._get_name = partial(str, next(c.__name__ for c in type(model).__mro__ if not issubclass(c, FSDPModule)))
     model.config.distributed_config = DistributedConfig(
         tp_size=dims.tp, fsdp_size=dims.dp_shard * dims.cp, dp_replicate_size=dims.dp_replicate
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState, _cast_fp_tensor
+from torch.distributed.utils import _apply_to_tensors
 
 __all__ = [
     "ShardedParameter",
@@ -20,12 +23,64 @@ __all__ = [
     "lay_out_gradients_at_once",
     "reduce_gradients",
     "sharded_parameters",
+    "without_hooks",
 ]
 
 
 def initialize_sharding(model: FSDPModule) -> None:
     """Make FSDP2 find its modules now instead of in the first forward, which may run with modules swapped out."""
     _state(model)._lazy_init()
+
+
+@contextmanager
+def without_hooks(model: FSDPModule) -> Iterator[None]:
+    """A context in which forwards of units neither gather nor free weights. Those of all units must be gathered.
+
+    Floating-point inputs are cast to the dtype that a unit computes in, as ever. (Our policies cast no outputs.)
+    """
+    with ExitStack() as stack:
+        for state in _state(model)._state_ctx.all_states:
+            (module,) = state._modules
+            cast = partial(_cast_inputs, state._mp_policy.param_dtype)
+            stack.enter_context(_exchanged(module._forward_pre_hooks, state._pre_forward_hook_handle.id, cast))
+            stack.enter_context(_exchanged(module._forward_hooks, state._post_forward_hook_handle.id, _nothing))
+        yield
+
+
+@contextmanager
+def _exchanged(hooks: dict[int, Any], key: int, hook: Callable[..., Any]) -> Iterator[None]:
+    """A context in which one of a module's hooks is another. Their order stays."""
+    original = hooks[key]
+    hooks[key] = hook
+    try:
+        yield
+    finally:
+        hooks[key] = original
+
+
+def _nothing(*_: Any) -> None:
+    """A hook that does nothing."""
+
+
+def _cast_inputs(dtype: torch.dtype | None, _: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A hook that casts as FSDP2 does. It looks first whether there is anything to cast: that is much quicker."""
+    if dtype is None or not (_need_cast(args, dtype) or _need_cast(kwargs.values(), dtype)):
+        return None
+    cast = partial(_cast_fp_tensor, dtype)
+    return _apply_to_tensors(cast, args), _apply_to_tensors(cast, kwargs)
+
+
+def _need_cast(values: Iterable[Any], dtype: torch.dtype) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.dtype != dtype and value.is_floating_point():
+                return True
+        elif isinstance(value, (tuple, list, set, dict)):
+            if _need_cast(value.values() if isinstance(value, dict) else value, dtype):
+                return True
+        elif hasattr(value, "__dataclass_fields__"):  # FSDP2 looks into dataclasses too
+            return True
+    return False
 
 
 def reduce_gradients(model: FSDPModule) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -108,15 +109,21 @@ class Shards:
         reshard = self.options.reshard_after_forward and not self._keeps_copies
         if self.experts is not None:
             self._shard_experts(model, {**options, "reshard_after_forward": reshard})
-        units = (*blocks, *untied_input_embedding(model))
-        for unit in units:
+        for unit in (*blocks, *untied_input_embedding(model)):
             fully_shard(unit, reshard_after_forward=reshard, **options)
         # The root unit holds the rest (final norm, head, tied embedding). It stays gathered between forward and
         # backward, because backward begins where forward ended.
         fully_shard(model, reshard_after_forward=False, **options)
         _gather_outside_inference_mode(model)
-        if reshard and mesh.size(mesh.ndim - 1) > 1:
-            gather_once_in_generate(model, units, mesh.get_group(mesh.ndim - 1), dtypes.compute)
+        if mesh.size(mesh.ndim - 1) > 1:
+            others = mesh.size() < dist.get_world_size()  # of tensor parallel or pipelines
+            gather_once_in_generate(
+                model,
+                mesh.get_group(mesh.ndim - 1),
+                dtypes.compute,
+                resharding=reshard,
+                independent=self.experts is None and not others,
+            )
         _prefetch(blocks, self.options.forward_prefetch, self.options.backward_prefetch)
         if self.experts is not None:
             gradient_reduction.average_over(self.experts.modules, mesh.size())

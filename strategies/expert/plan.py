@@ -12,6 +12,7 @@ from automodel_trainer.strategies.tensor.plan import layer_pattern
 
 _DISPATCHED = "ep_dispatch_experts"  # the module receives tokens of all ranks
 _STACKED = "grouped_gemm"  # the parameter stacks one matrix or vector per expert along its first dimension
+_SHARED = "replicated_with_grad_allreduce"  # all experts use it, as `expert_parallel` takes what is not stacked
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,16 @@ class Experts:
 def find_experts(model: nn.Module) -> list[Experts]:
     """The experts of `model`, in its order. Empty if the model declares no plan, or its plan matches nothing here.
 
-    A pipeline stage may hold no layer with experts, so an empty list is no error; `require_experts` makes it one.
+    A pipeline stage may hold no layer with experts, so an empty list is no error; `require_experts` makes it one. Rules
+    for layers beside the experts do not count: they mean ranks that have the same tokens, which those of `ep` have not.
 
     Raises:
         ValueError: the plan has a rule that this package does not know, or experts without a stacked parameter.
     """
     rules = dict(getattr(model, "ep_plan", None) or {})
-    if unknown := {name: style for name, style in rules.items() if style not in (_DISPATCHED, _STACKED)}:
+    known = (_DISPATCHED, _STACKED, _SHARED)
+    dispatched = tuple(name for name, style in rules.items() if style == _DISPATCHED)
+    if unknown := {n: style for n, style in rules.items() if style not in known and n.startswith(dispatched)}:
         raise ValueError(
             f"The expert-parallel plan of {type(model).__name__} has unsupported styles: {unknown}. Set ep=1."
         )

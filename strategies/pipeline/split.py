@@ -31,11 +31,14 @@ class ModelParts:
         layers: the `nn.ModuleList` of its layers.
         before: modules with parameters that run before the first layer (embeddings, a vision tower, its projector).
         after: modules with parameters that run after the last layer (final norm, head).
+        loose: parameters of tower and projector that belong to a module around the layers, such as what stands at the
+            end of a picture's line. They are used where the projector is.
     """
 
     layers: str
     before: tuple[str, ...]
     after: tuple[str, ...]
+    loose: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Split:
         stages: all stages, in order.
         own: this rank's stages.
         names: names of all tensors of the whole model, in its order.
-        absent: names of the modules that only other ranks hold.
+        absent: names of the modules, and of the loose parameters, that only other ranks hold.
         shared: names of the parameters that both the first and the last stage use, if these are on different ranks.
         tables: names of the modules before the layers that contain an embedding table.
     """
@@ -132,8 +135,8 @@ def find_parts(model: nn.Module) -> ModelParts:
             f"pp > 1 splits one stack of layers, and {kind} has {len(found)} ({', '.join(found) or 'none'}). Use "
             "fsdp2, or tp."
         )
-    beside = _beside(model)
-    parts = _planned(model, found[0], beside) or _traced(model, found[0], beside)
+    beside, loose = _beside(model)
+    parts = _planned(model, found[0], beside, loose) or _traced(model, found[0], beside, loose)
     _refuse_head_first(model, parts)
     return parts
 
@@ -143,27 +146,23 @@ def _of_decoder(model: nn.Module, name: str) -> bool:
     return not has_tower(model) or PartsByName(model).of(name) == "language"  # type: ignore[arg-type]
 
 
-def _beside(model: nn.Module) -> tuple[str, ...]:
-    """Modules of tower and projector: they run before the first layer, where a micro-batch has pictures."""
+def _beside(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Modules of tower and projector, and their parameters that belong to a module around the layers.
+
+    They run before the first layer, where a micro-batch has pictures.
+    """
     if not has_tower(model):
-        return ()
+        return (), ()
     parts = PartsByName(model)  # type: ignore[arg-type]
     decoder = model.get_decoder()  # type: ignore[operator]
-    owners = set()
-    for name, _ in model.named_parameters():
-        if parts.of(name) == "language":
-            continue
-        owner = name.rpartition(".")[0]
-        if any(module is decoder for module in model.get_submodule(owner).modules()):
-            raise ValueError(
-                f"pp > 1 puts modules on stages, and {type(model).__name__} has {name} beside its modules. Use fsdp2, "
-                "tp or cp."
-            )
-        owners.add(owner)
-    return _outermost(sorted(owners))
+    around = {name for name, module in model.named_modules() if any(inner is decoder for inner in module.modules())}
+    names = [name for name, _ in model.named_parameters() if parts.of(name) != "language"]
+    owners = {name: name.rpartition(".")[0] for name in names}
+    loose = tuple(name for name in names if owners[name] in around)
+    return _outermost(sorted(set(owners.values()) - around)), loose
 
 
-def _planned(model: nn.Module, layers: str, beside: tuple[str, ...]) -> ModelParts | None:
+def _planned(model: nn.Module, layers: str, beside: tuple[str, ...], loose: tuple[str, ...]) -> ModelParts | None:
     """The parts by the model's `pp_plan`; None if there is no plan or it does not cover all parameters."""
     plan: dict[str, Any] = dict(getattr(model, "pp_plan", None) or {})
     if layers not in plan:
@@ -180,7 +179,7 @@ def _planned(model: nn.Module, layers: str, beside: tuple[str, ...]) -> ModelPar
     before, after = inner[:place], [*inner[place + 1 :], *outer]
     modules = dict(model.named_modules())
     before = [*_with_parameters(modules, before), *beside]
-    parts = ModelParts(layers, tuple(before), _with_parameters(modules, after))
+    parts = ModelParts(layers, tuple(before), _with_parameters(modules, after), loose)
     return parts if not _unplaced(model, parts) else None
 
 
@@ -192,11 +191,12 @@ def _with_parameters(modules: dict[str, nn.Module], names: Sequence[str]) -> tup
 def _unplaced(model: nn.Module, parts: ModelParts) -> list[str]:
     """Names of the parameters that belong to none of the parts."""
     known = tuple(f"{name}." for name in (parts.layers, *parts.before, *parts.after))
-    return [name for name, _ in model.named_parameters(remove_duplicate=False) if not name.startswith(known)]
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False) if name not in parts.loose)
+    return [name for name in names if not name.startswith(known)]
 
 
 @torch.no_grad()
-def _traced(model: nn.Module, layers: str, beside: tuple[str, ...]) -> ModelParts:
+def _traced(model: nn.Module, layers: str, beside: tuple[str, ...], loose: tuple[str, ...]) -> ModelParts:
     """Run the model on four tokens without its layers, and note which modules are called before and after them."""
     # The model may be on meta, where values cannot be read: do not look for documents, or for padding.
     packing_without_sync(model)  # type: ignore[arg-type]
@@ -208,7 +208,8 @@ def _traced(model: nn.Module, layers: str, beside: tuple[str, ...]) -> ModelPart
     handles = [
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
         for name, module in model.named_modules()
-        if not name.startswith(layers) and next(module.parameters(recurse=False), None) is not None
+        if not name.startswith(layers)
+        and any(f"{name}.{key}".lstrip(".") not in loose for key, _ in module.named_parameters(recurse=False))
     ]
     own = dict(stack._modules)
     training = model.training
@@ -236,7 +237,7 @@ def _traced(model: nn.Module, layers: str, beside: tuple[str, ...]) -> ModelPart
         )
     first, last = calls.index(Marker.NAME), len(calls) - 1 - calls[::-1].index(Marker.NAME)
     before = (*_outermost(calls[:first]), *beside)
-    parts = ModelParts(layers, before, _outermost(calls[last + 1 :]))
+    parts = ModelParts(layers, before, _outermost(calls[last + 1 :]), loose)
     if missing := _unplaced(model, parts):
         raise ValueError(
             f"pp > 1: {type(model).__name__} runs {missing[0]} neither before nor after its layers. Use fsdp2, or tp."
@@ -305,6 +306,10 @@ def split_model(model: nn.Module, parts: ModelParts, counts: Sequence[int], own:
         split.shared = [name for name, p in model.named_parameters() if id(p) in ends]
     for name in gone:
         _remove(model, name, used, split)
+    for name in () if split.holds_first else parts.loose:
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner).register_parameter(key, None)
+        split.absent.append(name)
     forget_absent_ties(model)  # type: ignore[arg-type]
     return split
 

@@ -219,9 +219,10 @@ class SplitModel:
         parts = self.split.parts
         names = [f"{parts.layers}.{i}" for i in stage.layers]
         names += [*(parts.before if stage.first else ()), *(parts.after if stage.last else ())]
+        found = [p for name in names for p in self.model.get_submodule(name).parameters()]
+        found += [self.model.get_parameter(name) for name in (parts.loose if stage.first else ())]
         seen: set[int] = set()
-        for name in names:
-            for parameter in self.model.get_submodule(name).parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
+        for parameter in found:
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter

@@ -5,17 +5,22 @@ parts. Attention, MLPs and everything else in a block see the whole sequence: it
 reduce-scattered at their exit, which replaces the all-reduces of plain tensor parallel. If tp does not divide the
 length, it is padded for the collectives, and the padding is removed before any module sees it.
 
+Some decoders add features of pictures to the hidden states between blocks. In those the sequence is whole there: it is
+split anew at every block.
+
 Source: arXiv 2205.05198.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from automodel_trainer.models._transformers import has_tower
 from automodel_trainer.models.stage_names import own_runs_of_layers
 from automodel_trainer.nn.wrap import wrap
 from automodel_trainer.strategies.tensor.collectives import gather_sequence, slice_sequence
@@ -86,13 +91,15 @@ class SequenceParallel:
         return rows[0] if len(rows) == 1 and not whole and rows[0].rpartition(".")[0] == name else None
 
     def install(self) -> None:
-        """Wrap the modules that gather, and the first and last block of every stack."""
+        """Wrap the modules that gather, and the first and last block between which the sequence is split."""
         for name in self.gathering:
             wrap(self._modules[name], self._gathering(partial=name in self.joint, scatters=self._scatters[name]))
+        apart = adds_between_layers(self._model)
         for stack in self._stacks:
             blocks = list(self._modules[stack].children())
             # With several pipeline stages on a rank, hidden states enter and leave the stack once per stage.
-            for layers in own_runs_of_layers(self._model, stack) or [range(len(blocks))]:
+            runs = own_runs_of_layers(self._model, stack) or [range(len(blocks))]
+            for layers in [range(i, i + 1) for run in runs for i in run] if apart else runs:
                 wrap(blocks[layers[0]], self._first)
                 wrap(blocks[layers[-1]], self._last)
 
@@ -143,6 +150,14 @@ def works_on_parts(module: nn.Module) -> bool:
     """Whether a module treats every token by itself, as norms over the width do. Others get the whole sequence."""
     name = type(module).__name__.lower()
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or "rmsnorm" in name or "layernorm" in name
+
+
+def adds_between_layers(model: nn.Module) -> bool:
+    """Whether a decoder takes features of pictures for several of its layers: its forward has a list of tensors."""
+    if not has_tower(model):
+        return False
+    named = inspect.signature(type(model.get_decoder()).forward).parameters.values()  # type: ignore[operator]
+    return any(list[Tensor] in get_args(parameter.annotation) for parameter in named)
 
 
 def stacks(model: nn.Module, prefix: str = "") -> Iterator[str]:

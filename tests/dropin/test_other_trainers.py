@@ -44,11 +44,12 @@ def chats(count: int) -> list[dict[str, Any]]:
 def trainer_of(kind: str, model: Any, tokenizer: Any, common: dict[str, Any]) -> Any:
     common = {**common, "processing_class": tokenizer}
     arguments = common.pop("arguments")
-    if kind in ("hf", "lora", "grown"):
+    if kind in ("hf", "lora", "grown", "smoothed"):
+        smoothing = {"label_smoothing_factor": 0.3} if kind == "smoothed" else {}
         rows = Dataset.from_list([{"input_ids": tokenizer(f"{i} plus {i}")["input_ids"]} for i in range(24)])
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         return transformers.Trainer(
-            model, TrainingArguments(**arguments), train_dataset=rows, data_collator=collator, **common
+            model, TrainingArguments(**arguments, **smoothing), train_dataset=rows, data_collator=collator, **common
         )
     if kind in ("sft", "packed"):
         more = {"packing": True, "packing_strategy": "wrapped"} if kind == "packed" else {}
@@ -119,8 +120,8 @@ def run(kinds: list[str], spec: str | None, base: Path, out: Path) -> dict[str, 
 @pytest.mark.parametrize(
     ("spec", "world_size", "kinds"),
     [
-        ("fsdp2", 2, ["hf", "grown", "lora", "sft", "packed", "dpo", "reward"]),
-        ("fsdp2:tp=2", 2, ["hf", "lora", "sft"]),
+        ("fsdp2", 2, ["hf", "smoothed", "grown", "lora", "sft", "packed", "dpo", "reward"]),
+        ("fsdp2:tp=2", 2, ["hf", "smoothed", "lora", "sft"]),
         more("fsdp2:tp=2", 4, ["hf", "sft"]),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 
 from automodel_trainer.models.kernels.experts import swap_experts
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
+from automodel_trainer.strategies.expert.plan import require_experts
 from tests.beside import use
 from tests.harness import (
     Batch,
@@ -201,6 +202,16 @@ def test_a_plan_rule_that_matches_nothing_is_refused() -> None:
         ValueError, match=r"match nothing.*: model\.layers\.\*\.mlp\.experts\.up_proj\. .*hold.*gate_up_proj"
     ):
         strategy.parallelize(model)
+    model.ep_plan = {**model.ep_plan, "model.layers.*.mlp.experts.down_proj": "colwise"}
+    with pytest.raises(ValueError, match=r"unsupported styles: .*experts\.down_proj"):
+        strategy.parallelize(model)
+
+
+def test_rules_for_layers_beside_the_experts_do_not_count() -> None:
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    model = tiny_model("gemma4_text", hidden_size_per_layer_input=8, vocab_size_per_layer_input=264, **experts)
+    assert "colwise" in model.ep_plan.values()
+    assert [layer.stacked for layer in require_experts(model)] == [("gate_up_proj", "down_proj")] * 2
 
 
 def test_auto_takes_what_node_and_experts_allow(pool: RankPool) -> None:

@@ -1,4 +1,4 @@
-"""Tiny vision-language models of ten families, with real processors, made in memory and never downloaded."""
+"""Tiny vision-language models of many families, with real processors, made in memory and never downloaded."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from tests.routers import separated
+
 SPECIAL = [
     "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>", "<|image_pad|>", "<|video_pad|>",
     "<|vision_start|>", "<|vision_end|>", "<start_of_image>", "<end_of_image>", "<image_soft_token>",
@@ -21,8 +23,8 @@ SPECIAL = [
 ]  # fmt: skip
 ID = {token: 256 + index for index, token in enumerate(SPECIAL)}
 MARKS = {"qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "gemma3": "<start_of_image>"}
-MARKS |= {"qwen3_vl": MARKS["qwen2_5_vl"], "qwen3_5": MARKS["qwen2_5_vl"], "internvl": "<IMG_CONTEXT>"}
-MARKS |= {"mllama": "<|image|>"}
+MARKS |= dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5"), MARKS["qwen2_5_vl"])
+MARKS |= {"mllama": "<|image|>", "internvl": "<IMG_CONTEXT>"}
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for part in m['content'] %}{% if part['type'] == 'image' %}MARK{% else %}{{ part['text'] }}"
@@ -84,6 +86,13 @@ _CONFIGS: dict[str, Any] = {
         "vision_config": {**_TOWER, "depth": 3, "patch_size": 16, "deepstack_visual_indexes": [0, 1],
                           "num_position_embeddings": 16},
         **QWEN,
+    },
+    "qwen3_vl_moe": lambda: {
+        **_CONFIGS["qwen3_vl"](),
+        "text_config": {
+            **_CONFIGS["qwen3_vl"]()["text_config"], "moe_intermediate_size": 16, "num_experts": 4,
+            "num_experts_per_tok": 2, "tie_word_embeddings": False,
+        },
     },
     "qwen3_5": lambda: {
         "text_config": {**TEXT, "head_dim": 16, **_linear(), "rope_parameters": _rope(
@@ -250,7 +259,7 @@ def model_of(family: str, seed: int = 3, layers: int = 2) -> PreTrainedModel:
             for parameter in model.parameters():  # a gate that starts at zero would hide what is behind it
                 if parameter.unique().numel() == 1:
                     parameter.add_(0.1 * torch.randn(parameter.shape))
-        return model
+        return separated(model) if getattr(config.text_config, "num_experts", 0) else model
 
 
 def folder_of(family: str, parent: Path) -> Path:
@@ -269,7 +278,7 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def rows(parent: Path, count: int = 8) -> list[dict[str, Any]]:
-    """Conversations with one picture, two pictures or none, whose files lie in `parent`."""
+    """Conversations with one picture, two pictures, a video of two frames or none, whose files lie in `parent`."""
     made = []
     for index in range(count):
         answer = "a cat " * (index % 3 + 1)
@@ -278,6 +287,8 @@ def rows(parent: Path, count: int = 8) -> list[dict[str, Any]]:
             name = f"{index}-{number}.png"
             picture(30 + 26 * (index % 3), 50 + 20 * number, seed=index).save(parent / name)
             parts.append({"type": "image", "image": name})
+        if index % 8 == 5:
+            parts = [{"type": "video", "video": [part["image"] for part in parts]}]
         parts.append({"type": "text", "text": f"what is it? {index}"})
         made.append({"messages": [{"role": "user", "content": parts},
                                   {"role": "assistant", "content": [{"type": "text", "text": answer}]}]})  # fmt: skip

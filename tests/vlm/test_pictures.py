@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, Video
 from PIL import Image as PILImage
 
 from automodel_trainer import CausalLMModule, ChatDataModule, ImageTextDataModule, ImageTextModule
@@ -124,6 +124,9 @@ SHOWN = [{"type": "image"}, {"type": "text", "text": "look"}]
         ({"prompt": "<image>look", "completion": "yes", "images": ["a"]}, ["a"]),
         ({"question": "<image>look", "answer": "yes", "image": "a"}, ["a"]),
         ({"prompt": [USER], "completion": [ANSWER], "images": ["a"]}, ["a"]),
+        ({"messages": [{**USER, "content": [{"type": "video", "video": ["a"]}, SHOWN[1]]}, ANSWER]}, ["a"]),
+        ({"messages": [{**USER, "content": "<video>look"}, ANSWER], "videos": [["a"]]}, ["a"]),
+        ({"question": "look", "answer": "yes", "video": ["a"]}, ["a"]),
     ],
 )  # fmt: skip
 def test_forms_of_rows(row: dict[str, Any], sources: list[str]) -> None:
@@ -144,12 +147,33 @@ def test_several_pictures_keep_their_order() -> None:
     assert kinds == ["picture", "and ", "picture", " and ", "picture"]
 
 
+def test_a_video_is_its_frames() -> None:
+    parts = [{"type": "video", "video": ["v0", "v1"]}, {"type": "text", "text": "<video>, <image>"}, {"type": "video"}]
+    row = {"messages": [{"role": "user", "content": parts}, ANSWER], "images": ["a"], "videos": [["w"], ["x0", "x1"]]}
+    found = RowReader(detect_format(row)).read(row)
+    assert found.sources == ["v0", "v1", "w", "a", "x0", "x1"]
+    kinds = [part.get("text", "picture") for part in found.conversation.messages[0]["content"]]
+    assert kinds == ["picture", "picture", "picture", ", ", "picture", "picture", "picture"]
+    earlier = {"instruction": "<video>", "output": "c", "history": [["<video>", "b"]], "videos": [["x", "y"], ["z"]]}
+    assert RowReader(detect_format(earlier)).read(earlier).sources == ["x", "y", "z"]
+    plain = {"messages": [{**USER, "content": "the tag <video>"}, ANSWER]}  # no column of videos
+    assert (
+        RowReader(detect_format(plain)).read(plain).conversation.messages[0]["content"][0]["text"] == "the tag <video>"
+    )
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"messages": [USER, ANSWER], "images": ["a", "b"]}, r"1 mark\(s\) .* 2 picture\(s\)"),
         ({"messages": [USER, ANSWER], "images": []}, r"1 mark\(s\) .* 0 picture\(s\)"),
-        ({"messages": [{**USER, "content": [{"type": "video", "video": "a"}]}, ANSWER]}, "type 'video'"),
+        ({"messages": [{**USER, "content": [{"type": "audio", "audio": "a"}]}, ANSWER]}, "type 'audio'"),
+        ({"messages": [{**USER, "content": [{"type": "video", "video": "a"}]}, ANSWER]}, "given as 'a', .* no video"),
+        ({"messages": [{**USER, "content": "look"}, ANSWER], "videos": ["a.mp4"]}, "given as 'a.mp4'"),
+        ({"messages": [{**USER, "content": "look"}, ANSWER], "video": {"path": "b.webm"}}, "given as 'b.webm'"),
+        ({"messages": [{**USER, "content": "<video>"}, ANSWER], "videos": []}, r"1 mark\(s\) for videos .* 0 video"),
+        ({"question": "?", "answer": "<video>", "video": ["a"]}, "turn has a video"),
+        ({"messages": [{**USER, "content": "look"}, ANSWER], "videos": [[]]}, "no frames"),
         ({"messages": [USER, {**ANSWER, "content": "<image>"}], "images": ["a", "b"]}, "turn has a picture"),
         ({"messages": [ANSWER], "images": ["a"]}, "no user's turn"),
     ],
@@ -187,7 +211,7 @@ def test_refusals_of_the_data_module(tmp_path: Path) -> None:
     saved(tmp_path / "a.png", picture(40, 60))
     chat = {"messages": [USER, ANSWER]}
 
-    def prepared(rows: list[dict[str, Any]], **options: Any) -> None:
+    def prepared(rows: Any, **options: Any) -> None:
         dm = ImageTextDataModule(rows, processor=processor_of("llava"), cache=False, **options)
         dm.prepare()
 
@@ -203,6 +227,12 @@ def test_refusals_of_the_data_module(tmp_path: Path) -> None:
             prepared(rows, **options)
     with pytest.raises(ValueError, match=r"would train on the text alone\. Use ImageTextDataModule"):
         ChatDataModule([{**chat, "images": ["a.png"]}], tokenizer=tiny_tokenizer()).prepare()
+    with pytest.raises(ValueError, match=r"column of videos \('videos'\), .*Use ImageTextDataModule"):
+        ChatDataModule([{**chat, "videos": [["a.png"]]}], tokenizer=tiny_tokenizer()).prepare()
+    film = {"bytes": b"film", "path": "film.mp4"}
+    typed = Features({"question": Value("string"), "answer": Value("string"), "video": Video()})
+    with pytest.raises(ValueError, match=r"row 0 of the data: a video is given as 'film.mp4'"):
+        prepared(Dataset.from_list([{"question": "?", "answer": "!", "video": film}], features=typed))
     parts = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ANSWER]
     with pytest.raises(ValueError, match="Use ImageTextDataModule"):
         ChatDataModule([{"messages": parts}], tokenizer=tiny_tokenizer()).prepare()

@@ -26,13 +26,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_pictures(row: dict[str, Any], root: Path) -> list[dict[str, Any]]:
-    """The messages of a row with the pictures themselves, as transformers takes them."""
-    return [
-        {**m, "content": [
-            {**part, "image": Image.open(root / part["image"])} if "image" in part else part for part in m["content"]
-        ]}
-        for m in row["messages"]
-    ]  # fmt: skip
+    """The messages of a row with the pictures themselves, as transformers takes them; of a video its frames."""
+
+    def shown(part: dict[str, Any]) -> list[dict[str, Any]]:
+        names = part.get("video") or ([part["image"]] if "image" in part else [])
+        return [{"type": "image", "image": Image.open(root / name)} for name in names] or [part]
+
+    return [{**m, "content": [inner for part in m["content"] for inner in shown(part)]} for m in row["messages"]]
 
 
 @pytest.mark.parametrize("family", ALL)

@@ -32,7 +32,13 @@ def report(
 
 @pytest.mark.parametrize(
     ("family", "spec"),
-    [("qwen3_vl", "fsdp2:tp=2"), more("gemma3", "fsdp2:cp=2"), more("llava", "fsdp2"), more("internvl", "3d:pp=2")],
+    [
+        ("qwen3_vl", "fsdp2:tp=2"),
+        ("qwen3_vl_moe", "fsdp2:ep=2"),
+        more("gemma3", "fsdp2:cp=2"),
+        more("llava", "fsdp2"),
+        more("internvl", "3d:pp=2"),
+    ],
 )
 def test_the_same_numbers(family: str, spec: str, pool: RankPool, tmp_path: Path) -> None:
     found = report(pool, tmp_path, family, spec)

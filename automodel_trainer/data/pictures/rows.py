@@ -1,4 +1,4 @@
-"""Find the pictures of a row, and make its messages into parts of text and pictures.
+"""Find the pictures and videos of a row, and make its messages into parts of text and pictures.
 
 A row has pictures in two ways, which may be mixed:
 
@@ -6,21 +6,34 @@ A row has pictures in two ways, which may be mixed:
   `{"type": "image_url", "image_url": {"url": …}}`;
 - in a column `images` or `image`: one or several, which stand where the text has `<image>` or a message has a part
   `{"type": "image"}` without a picture. Without any such mark they come first in the first user's turn, as in TRL.
+
+A video is the list of its frames, and each frame becomes a picture. It stands in a part `{"type": "video", "video":
+[…]}`, or in a column `videos` or `video`, as pictures do; its mark is `<video>`, where a row has such a column.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from automodel_trainer.data.formats import PICTURE_COLUMNS, Conversation, Format
+from automodel_trainer.data.formats import PICTURE_COLUMNS, VIDEO_COLUMNS, Conversation, Format
 from automodel_trainer.data.messages import Message
 
-MARK = "\ufdd0"  # a character that is none: it stands for a picture while messages are parsed
-_KINDS = {"image": "image", "image_url": "image", "input_image": "image", "text": "text", "input_text": "text"}
-_SOURCES = ("image", "url", "path", "bytes", "base64", "data", "image_url")
+_PICTURE, _VIDEO = "\ufdd0", "\ufdd2"  # characters that are none: one stands for each while messages are parsed
+_SIGNS = re.compile(f"([{_PICTURE}{_VIDEO}])")
+VIDEO_MARK = "<video>"
+_KINDS = {
+    "image": "image", "image_url": "image", "input_image": "image", "text": "text", "input_text": "text",
+    "video": "video", "video_url": "video", "input_video": "video",
+}  # fmt: skip
+_SOURCES = {
+    "image": ("image", "url", "path", "bytes", "base64", "data", "image_url"),
+    "video": ("video", "url", "path", "video_url"),
+}
 _CONTENT = ("content", "value")
 
 
@@ -29,7 +42,7 @@ class Pictured(NamedTuple):
 
     Attributes:
         conversation: as of the row without pictures; content has `{"type": "image"}` and `{"type": "text"}` parts.
-        sources: of the pictures.
+        sources: of the pictures, and of the frames of videos.
     """
 
     conversation: Conversation
@@ -53,9 +66,12 @@ class RowReader:
         """Convert a row.
 
         Raises:
-            ValueError: it cannot be read, or its marks and pictures differ in number.
+            ValueError: it cannot be read, its marks and pictures differ in number, or a video is no list of frames.
         """
-        slots: list[Any] = []  # a picture of a message, or None for the next one of the column
+        pictures = _Visuals("picture", self.mark, _PICTURE, _listed(_first(row, self.columns)))
+        marks_videos = any(name in row for name in VIDEO_COLUMNS)  # else `<video>` is text like any other
+        videos = _Visuals("video", VIDEO_MARK if marks_videos else None, _VIDEO, _videos(row))
+        found = {"image": pictures, "video": videos}
         marked = dict(row)
         for name in (*self.form.required, *self.form.optional):
             column = self.form.columns.get(name, name)
@@ -63,71 +79,170 @@ class RowReader:
                 value = row[column]
                 if len(self.form.required) == 1 and name == self.form.required[0] and isinstance(value, str):
                     value = _from_json(value) or value  # a list of messages may be its JSON
-                marked[column] = self._marked(value, slots)
+                marked[column] = _marked(value, found)
         conversation = self.form.to_messages(marked)
-        given = self._given(row)
-        conversation, slots = _with_unmarked(conversation, slots, given)
-        wanted = sum(slot is None for slot in slots)
-        if wanted != len(given):
+        for visuals in (videos, pictures):  # the last one comes first in the turn
+            conversation = visuals.with_unmarked(conversation)
+        own, frames, sources = iter(pictures.sources()), map(_frames, videos.sources()), list[Any]()
+        messages = [_in_parts(message, own, frames, sources) for message in conversation.messages]
+        prompt_completion = None if sources else conversation.prompt_completion
+        return Pictured(Conversation(messages, conversation.tools, prompt_completion), sources)
+
+
+@dataclass
+class _Visuals:
+    """The pictures or the videos of one row.
+
+    Args:
+        what: "picture" or "video", for messages.
+        mark: the text that stands for the next one of the column; None: no text does.
+        sign: the character that stands for one while messages are parsed.
+        given: those of the column.
+
+    Attributes:
+        slots: of each place, what a message has there itself, or None for the next one of the column.
+    """
+
+    what: str
+    mark: str | None
+    sign: str
+    given: list[Any]
+    slots: list[Any] = field(default_factory=list)
+
+    def marked(self, text: str) -> str:
+        """A text with signs in place of marks."""
+        if self.mark is None:
+            return text
+        self.slots += [None] * text.count(self.mark)
+        return text.replace(self.mark, self.sign)
+
+    def with_unmarked(self, conversation: Conversation) -> Conversation:
+        """The conversation with signs for those of a column that nothing marks: first in the first user's turn."""
+        if self.slots or not self.given:
+            return conversation
+        messages = list(conversation.messages)
+        first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+        if first is None:
             raise ValueError(
-                f"the text has {wanted} mark(s) for pictures ({self.mark} or a part of type image) and the column has "
-                f"{len(given)} picture(s). Give one picture for each mark."
+                f"the row has {self.what}s, no mark for them, and no user's turn that they could stand in."
             )
-        column_pictures = iter(given)
-        sources = [next(column_pictures) if slot is None else slot for slot in slots]
-        messages = [_in_parts(message) for message in conversation.messages]
-        return Pictured(
-            Conversation(messages, conversation.tools, None if sources else conversation.prompt_completion), sources
-        )
+        text = str(messages[first].get("content") or "")
+        messages[first] = {**messages[first], "content": self.sign * len(self.given) + text}
+        self.slots = [None] * len(self.given)
+        return Conversation(messages, conversation.tools)
 
-    def _given(self, row: Mapping[str, Any]) -> list[Any]:
-        """The pictures of the column."""
-        for name in self.columns:
-            value = row.get(name)
-            value = json.loads(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
-            if value is None or value == "" or (isinstance(value, list) and not value):
-                continue
-            return list(value) if isinstance(value, list | tuple) else [value]
-        return []
+    def sources(self) -> list[Any]:
+        """What each place shows.
 
-    def _marked(self, value: Any, slots: list[Any]) -> Any:
-        """A text, a message or a list of them, with `MARK` in place of each picture."""
-        if isinstance(value, str):
-            return self._marked_text(value, slots)
-        if isinstance(value, list | tuple):
-            return [self._marked(item, slots) for item in value]
-        if not isinstance(value, dict):
+        Raises:
+            ValueError: the column has more or fewer than its places.
+        """
+        wanted = sum(slot is None for slot in self.slots)
+        if wanted != len(self.given):
+            part = "image" if self.what == "picture" else self.what
+            raise ValueError(
+                f"the text has {wanted} mark(s) for {self.what}s ({self.mark or VIDEO_MARK} or a part of type {part}) "
+                f"and the column has {len(self.given)} {self.what}(s). Give one {self.what} for each mark."
+            )
+        of_column = iter(self.given)
+        return [next(of_column) if slot is None else slot for slot in self.slots]
+
+
+def _first(row: Mapping[str, Any], columns: Iterable[str]) -> Any:
+    """The value of the first of these columns that has one; a list may be its JSON."""
+    for name in columns:
+        value = row.get(name)
+        value = json.loads(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
+        if value is not None and value != "" and not (isinstance(value, list) and not value):
             return value
-        if kind := self._part(value):
-            return self._marked_part(value, kind, slots)
-        return {key: self._marked(item, slots) if key in _CONTENT else item for key, item in value.items()}
-
-    def _marked_text(self, text: str, slots: list[Any]) -> str:
-        if MARK in text:
-            raise ValueError(f"the text holds the character {MARK!r}, which Unicode reserves. Remove it.")
-        slots += [None] * text.count(self.mark)
-        return text.replace(self.mark, MARK)
-
-    def _part(self, value: dict[str, Any]) -> str | None:
-        """The type of a part of content; None for a message."""
-        kind = value.get("type")
-        return kind if isinstance(kind, str) and not {"role", "from"} & value.keys() and kind != "function" else None
-
-    def _marked_part(self, part: dict[str, Any], kind: str, slots: list[Any]) -> dict[str, Any]:
-        if kind not in _KINDS:
-            raise ValueError(
-                f"a message has a part of type {kind!r}, which is not supported. Allowed: {', '.join(sorted(_KINDS))}. "
-                "Give the frames of a video as pictures."
-            )
-        if _KINDS[kind] == "text":
-            return {"type": "text", "text": self._marked_text(str(part.get("text") or ""), slots)}
-        slots.append(_source(part))
-        return {"type": "text", "text": MARK}
+    return None
 
 
-def _source(part: dict[str, Any]) -> Any:
-    """The picture of a part; None if a column has it."""
-    for key in _SOURCES:
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _videos(row: Mapping[str, Any]) -> list[Any]:
+    """The videos of the column. `video` may be the frames of one."""
+    several, one = VIDEO_COLUMNS
+    if (value := _first(row, (several,))) is not None:
+        return _listed(value)
+    value = _listed(_first(row, (one,)))
+    return [value] if value and not isinstance(value[0], list | tuple) else value
+
+
+def _frames(video: Any) -> list[Any]:
+    """The frames of a video, as sources of pictures.
+
+    Raises:
+        ValueError: it is given as something else, such as a file.
+    """
+    frames = list(video) if isinstance(video, list | tuple) else []
+    files = [frame for frame in frames if _name(frame).lower().endswith(_FILES)]
+    if not frames and isinstance(video, list | tuple):
+        raise ValueError("a video has no frames. Give the list of them.")
+    if not frames or files:
+        raise ValueError(
+            f"a video is given as {_name(files[0] if files else video)[:80]!r}, and training decodes no video. Give "
+            "the list of its frames, each of which becomes a picture: {'type': 'video', 'video': ['0001.png', …]}. "
+            "`ffmpeg -i FILE -vf fps=1 FOLDER/%04d.png` writes one for each second."
+        )
+    return frames
+
+
+_FILES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv")
+
+
+def _name(source: Any) -> str:
+    """What a message calls a frame or a video."""
+    path = source.get("path") or source.get("url") if isinstance(source, dict) else source
+    return path if isinstance(path, str) else f"a {type(source).__name__}"
+
+
+def _marked(value: Any, found: Mapping[str, _Visuals]) -> Any:
+    """A text, a message or a list of them, with a sign in place of each picture and video."""
+    if isinstance(value, str):
+        return _marked_text(value, found)
+    if isinstance(value, list | tuple):
+        return [_marked(item, found) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if kind := _part(value):
+        return _marked_part(value, kind, found)
+    return {key: _marked(item, found) if key in _CONTENT else item for key, item in value.items()}
+
+
+def _marked_text(text: str, found: Mapping[str, _Visuals]) -> str:
+    if reserved := _SIGNS.search(text):
+        raise ValueError(f"the text holds the character {reserved[0]!r}, which Unicode reserves. Remove it.")
+    for visuals in found.values():
+        text = visuals.marked(text)
+    return text
+
+
+def _part(value: dict[str, Any]) -> str | None:
+    """The type of a part of content; None for a message."""
+    kind = value.get("type")
+    return kind if isinstance(kind, str) and not {"role", "from"} & value.keys() and kind != "function" else None
+
+
+def _marked_part(part: dict[str, Any], kind: str, found: Mapping[str, _Visuals]) -> dict[str, Any]:
+    if kind not in _KINDS:
+        raise ValueError(
+            f"a message has a part of type {kind!r}, which is not supported. Allowed: {', '.join(sorted(_KINDS))}."
+        )
+    if _KINDS[kind] == "text":
+        return {"type": "text", "text": _marked_text(str(part.get("text") or ""), found)}
+    visuals = found[_KINDS[kind]]
+    visuals.slots.append(_source(part, _SOURCES[_KINDS[kind]]))
+    return {"type": "text", "text": visuals.sign}
+
+
+def _source(part: dict[str, Any], keys: Iterable[str]) -> Any:
+    """What a part shows; None if a column has it."""
+    for key in keys:
         value = part.get(key)
         if isinstance(value, dict) and "url" in value:
             value = value["url"]
@@ -139,33 +254,28 @@ def _source(part: dict[str, Any]) -> Any:
     return None
 
 
-def _with_unmarked(
-    conversation: Conversation, slots: list[Any], given: Sequence[Any]
-) -> tuple[Conversation, list[Any]]:
-    """Pictures of a column that nothing marks come first in the first user's turn."""
-    if slots or not given:
-        return conversation, slots
-    messages = list(conversation.messages)
-    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
-    if first is None:
-        raise ValueError("the row has pictures, no mark for them, and no user's turn that they could stand in.")
-    messages[first] = {**messages[first], "content": MARK * len(given) + str(messages[first].get("content") or "")}
-    return Conversation(messages, conversation.tools), [None] * len(given)
+def _in_parts(message: Message, pictures: Iterator[Any], videos: Iterator[list[Any]], sources: list[Any]) -> Message:
+    """A message whose content is a list of parts. A message without content, such as a call, stays as it is.
 
-
-def _in_parts(message: Message) -> Message:
-    """A message whose content is a list of parts. A message without content, such as a call, stays as it is."""
+    Args:
+        pictures: what each sign for a picture shows, from this message on.
+        videos: the same for videos: their frames.
+        sources: what is shown is added to it, in order.
+    """
     content = message.get("content")
     if not isinstance(content, str):
         return message
-    if message["role"] == "assistant" and MARK in content:
-        raise ValueError("an assistant's turn has a picture, and this model is trained to write text.")
+    if message["role"] == "assistant" and (sign := _SIGNS.search(content)):
+        what = "picture" if sign[0] == _PICTURE else "video"
+        raise ValueError(f"an assistant's turn has a {what}, and this model is trained to write text.")
     pieces: list[dict[str, Any]] = []
-    for index, text in enumerate(content.split(MARK)):
-        if index:
-            pieces.append({"type": "image"})
-        if text:
-            pieces.append({"type": "text", "text": text})
+    for piece in _SIGNS.split(content):
+        if piece in (_PICTURE, _VIDEO):
+            shown = [next(pictures)] if piece == _PICTURE else next(videos)
+            sources += shown
+            pieces += [{"type": "image"} for _ in shown]
+        elif piece:
+            pieces.append({"type": "text", "text": piece})
     return {**message, "content": pieces or [{"type": "text", "text": ""}]}
 
 
