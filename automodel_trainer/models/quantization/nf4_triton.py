@@ -33,9 +33,9 @@ def dequantize_in_one_pass(codes: Tensor, scales: Tensor, factors: Tensor, mean:
 
 
 @triton.jit
-def _dequantize(
+def _dequantize(  # type: ignore[no-untyped-def]
     codes, scales, factors, mean, levels, out, blocks, scale_block, BYTES: tl.constexpr, BLOCKS: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """Results are rounded to the dtype of `out` after every operation, as torch does."""
     dtype = out.dtype.element_ty
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
