@@ -8,6 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from automodel_trainer.imports import user_freezes
+
 
 class GarbageCollection(Callback):
     """Collects garbage every few optimizer steps, and at no other time.
@@ -67,11 +69,11 @@ class GarbageCollection(Callback):
 
     @classmethod
     def _user_freezes(cls) -> bool:
-        """Whether anything is frozen, now or in an earlier run: Python counts a million objects in a tenth of a second.
+        """Whether anything is frozen, now or in an earlier run: to count a million objects takes a tenth of a second.
 
         Who has unfrozen them since is missed. Then objects are scanned that need not be.
         """
-        cls._frozen_by_user = cls._frozen_by_user or gc.get_freeze_count() > 0
+        cls._frozen_by_user = cls._frozen_by_user or user_freezes()
         return cls._frozen_by_user
 
     def _stop(self) -> None:

@@ -6,12 +6,14 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -244,7 +246,7 @@ class BuiltModule(Objective, pl.LightningModule):
         self._check_options()
         check_compiled(self.kernels, self.strategy.compiles)
         # Lightning calls this with the GPU as the default device, and the builder chooses every tensor's device itself.
-        with torch.device("cpu"):
+        with torch.device("cpu"), self._imports_beside():
             self.model = self._build()
         check_gathered(self.model)
         if lora_of(self.model) is None:
@@ -257,6 +259,11 @@ class BuiltModule(Objective, pl.LightningModule):
             add_neftune(self.model.get_input_embeddings(), self.neftune_alpha)
         save_by_export(self.model)
         self.model.train()
+
+    def _imports_beside(self) -> AbstractContextManager[None]:
+        """A context around loading, in which a run that trains imports what its first step needs."""
+        trains = self.trainer.state.fn == TrainerFn.FITTING
+        return self.strategy.beside_loading() if trains else nullcontext()
 
     def _check_options(self) -> None:
         cp = self.strategy.dims.cp

@@ -22,6 +22,7 @@ __all__ = [
     "after_backward",
     "allow_side_effects_in_checkpoints",
     "grouped_outer",
+    "import_compiler",
     "prefer_recomputing",
     "pytree",
     "raise_recompile_limit",
@@ -138,6 +139,20 @@ def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 # Whether the compiler overlooks the inside of an autograd.Function in a checkpoint without a policy (torch 2.11). It
 # does not mark these operations to be recomputed, and keeps their results for the backward.
 CHECKPOINT_MISSES_FUNCTIONS = not hasattr(torch._higher_order_ops.wrap, "_always_prefer_recompute")
+
+
+def import_compiler() -> None:
+    """Import what the first call of a function compiled by the inductor imports, as torch does there.
+
+    It also starts the processes that compile kernels: a call that comes before they are there compiles by itself.
+    """
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
+    from torch._inductor.codegen.common import init_backend_registration
+    from torch._inductor.compile_fx import compile_fx  # noqa: F401
+
+    init_backend_registration()
 
 
 def raise_recompile_limit() -> None:

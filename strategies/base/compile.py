@@ -7,12 +7,17 @@ shapes, and `generate` has a new one for every token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from functools import partial
+from threading import Thread
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from automodel_trainer.imports import importing
 from automodel_trainer.models.kernels.tower_attention import attends_in_one_call, reads_boundaries
 from automodel_trainer.models.lora.fuse import fused_groups
 from automodel_trainer.models.lora.fused import FusedGroup, refresh
@@ -20,6 +25,7 @@ from automodel_trainer.models.record import CompiledBlock, record_of
 from automodel_trainer.nn._torch import (
     FAST_MATH,
     allow_side_effects_in_checkpoints,
+    import_compiler,
     prefer_recomputing,
     raise_recompile_limit,
 )
@@ -43,6 +49,29 @@ def wants_compile(asked: bool | Literal["auto"], backend: str, device: torch.dev
             "compile_backend='aot_eager' to test whether the model compiles at all."
         )
     return asked is True or (asked == "auto" and gpu)
+
+
+@contextmanager
+def compiler_imported(wanted: bool) -> Iterator[None]:
+    """A context that reads weights. If `wanted`, a thread imports the compiler meanwhile; it ends before the context.
+
+    The interpreter is idle while weights are read, and the first compiled call would import for seconds. The thread
+    must have ended before another process is forked, which would inherit modules that are half imported.
+    """
+    # torch keeps its settings in the context: the thread must see those of this one
+    thread = Thread(target=copy_context().run, args=(_import_quietly,), name="import of the compiler", daemon=True)
+    if wanted:
+        thread.start()
+    try:
+        yield
+    finally:
+        if wanted:
+            thread.join()
+
+
+def _import_quietly() -> None:
+    with suppress(Exception), importing():  # the first compiled call imports it again, and raises what there is to say
+        import_compiler()
 
 
 def compile_blocks(
@@ -77,10 +106,10 @@ def compile_blocks(
     allow_side_effects_in_checkpoints()
     prefer_recomputing()
     options = effective_options(backend, options)
-    compiled = torch.compile(_run, backend=backend, options=options)
+    compiled = _compiled(_run, backend, options)
     blocks = [*filter(_can_be_compiled, blocks)]
     if any(map(reads_boundaries, blocks)):
-        for_any_length = torch.compile(_run_any_length, backend=backend, options=options, dynamic=True)
+        for_any_length = _compiled(_run_any_length, backend, options, dynamic=True)
     for block in blocks:
         record_of(block).keep(CompiledBlock())  # LoRA fuses the layers of such blocks
         run = for_any_length if reads_boundaries(block) else compiled
@@ -106,6 +135,30 @@ def compile_any_length(
 def effective_options(backend: str | Callable[..., Any], options: dict[str, Any] | None) -> dict[str, Any] | None:
     """The options that blocks are compiled with: `options`, or the inductor's default if they are None."""
     return FAST_MATH if options is None and backend == "inductor" else options
+
+
+def _compiled(
+    run: Callable[..., Any], backend: str | Callable[..., Any], options: dict[str, Any] | None, **more: Any
+) -> Callable[..., Any]:
+    """`torch.compile`. With this project's own options it is called later, because it imports all of the inductor.
+
+    What a user gives is checked at once.
+    """
+    compile = partial(torch.compile, run, backend=backend, options=options, **more)
+    return _AtFirstCall(compile) if options is FAST_MATH else compile()
+
+
+class _AtFirstCall:
+    """A function that is made when it is first called."""
+
+    def __init__(self, make: Callable[[], Callable[..., Any]]) -> None:
+        self.make = make
+        self.made: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.made is None:
+            self.made = self.make()
+        return self.made(*args, **kwargs)
 
 
 def _can_be_compiled(block: nn.Module) -> bool:

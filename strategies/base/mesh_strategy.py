@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, Literal, final
 
@@ -24,7 +25,7 @@ from automodel_trainer.strategies.base._transformers_marks import mark_as_sharde
 from automodel_trainer.strategies.base.activation_checkpointing import Checkpointed, checkpoint_when_asked
 from automodel_trainer.strategies.base.block_modes import Mode, modes_of_blocks, uses
 from automodel_trainer.strategies.base.budget import Budget, Chosen
-from automodel_trainer.strategies.base.compile import wants_compile
+from automodel_trainer.strategies.base.compile import compiler_imported, wants_compile
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, Part, count_all
 from automodel_trainer.strategies.base.precision import MeshPrecision
 from automodel_trainer.strategies.base.processes import Launcher
@@ -175,6 +176,11 @@ class MeshStrategy(StepRunner, SavingStrategy):
         """
         if self.compiles:
             self.prepared.compile(model, self.compile_backend, self.compile_options, self.compile)
+
+    @final
+    def beside_loading(self) -> AbstractContextManager[None]:
+        """A context that reads weights. If this run is going to compile by the inductor, it is imported meanwhile."""
+        return compiler_imported(self.compiles and self.compile_backend == "inductor")
 
     @final
     def tile_mlps(self) -> None:

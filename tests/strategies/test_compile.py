@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from automodel_trainer import CausalLMModule, Trainer
 from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, MegatronFSDPStrategy
+from automodel_trainer.strategies.base import compile, mesh_strategy
 from automodel_trainer.strategies.base.compile import compile_blocks
 from automodel_trainer.strategies.tensor import collectives
-from tests.harness import check_steps, close, make_strategy
+from tests.harness import check_steps, close, make_strategy, random_rows, stack
 from tests.matrix import more
 from tests.pool import RankPool
 from tests.strategies.test_parity import reference, train
+from tests.test_trainer import quiet
 from tests.tiny import tiny_model
 
 COMPILED = "compile=true,compile_backend=aot_eager"
@@ -172,14 +178,62 @@ def test_options(monkeypatch: pytest.MonkeyPatch, backend: str, given: Any, pass
 
     def compile(function: Any, **kwargs: Any) -> Any:
         calls.append(kwargs)
-        return real(function, **kwargs)  # which knows the options of this torch
+        real(function, **kwargs)  # which knows the options of this torch
+        return function
 
     monkeypatch.setattr(torch, "compile", compile)
     strategy = make_strategy("ddp", 1)
     strategy.compile, strategy.compile_backend, strategy.compile_options = True, backend, given
     monkeypatch.setattr(type(strategy), "compiles", True)
-    strategy.compile_model(tiny_model("llama"))
+    model = tiny_model("llama").train()
+    strategy.compile_model(model)
+    # Its own options are right, and `torch.compile` then imports all of the inductor: it waits for the first call.
+    assert len(calls) == ((backend, given) != ("inductor", None))
+    model(input_ids=torch.arange(8)[None])
     assert calls == [{"backend": backend, "options": passed}]
+
+
+def test_the_compiler_is_imported_beside_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread that has ended when the weights are there. It never raises: the first compiled call does."""
+    seen: list[Any] = []
+
+    def import_compiler() -> None:
+        seen.append((threading.current_thread(), torch._inductor.config.max_autotune))
+        raise ImportError("no compiler")
+
+    monkeypatch.setattr(compile, "import_compiler", import_compiler)
+    with compile.compiler_imported(False):
+        pass
+    with torch._inductor.config.patch(max_autotune=True), compile.compiler_imported(True):
+        pass
+    ((thread, autotunes),) = seen
+    assert thread is not threading.current_thread()
+    assert not thread.is_alive()
+    assert autotunes
+    with pytest.raises(RuntimeError, match="of the weights"), compile.compiler_imported(True):
+        raise RuntimeError("of the weights")
+
+
+@pytest.mark.parametrize(("backend", "imports"), [("inductor", [False, True]), ("aot_eager", [False, False])])
+def test_runs_that_train_import_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, imports: list[bool]
+) -> None:
+    """Before the weights are there. The blocks of this run then compute without a compiler."""
+    asked: list[bool] = []
+
+    def imported(wanted: bool) -> Any:
+        asked.append(wanted)
+        return nullcontext()
+
+    monkeypatch.setattr(mesh_strategy, "compiler_imported", imported)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    data = [[stack(random_rows(2, 8, 0))]]
+    for compiles in (False, True):
+        monkeypatch.setattr(DDPStrategy, "compiles", compiles)
+        trainer = Trainer(**quiet(tmp_path, max_steps=1, strategy=f"ddp:compile_backend={backend}"))
+        trainer.validate(CausalLMModule(tiny_model("llama")), data)
+        trainer.fit(CausalLMModule(tiny_model("llama")), data)
+    assert asked == imports
 
 
 @pytest.mark.parametrize("strategy", [DDPStrategy, FSDP2Strategy, MegatronFSDPStrategy])

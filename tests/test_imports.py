@@ -1,0 +1,45 @@
+"""Imports without a look for garbage: neither while they go on nor afterwards."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from automodel_trainer import imports
+
+CODE = """
+import gc
+from automodel_trainer.imports import importing
+
+seen, kept = [], []
+with importing():
+    gc.callbacks.append(lambda *found: seen.append(found))
+    kept += [[] for _ in range(100_000)]
+kept += [[] for _ in range(100)]
+assert gc.isenabled() and not seen, seen
+assert any(found is kept[0] for found in gc.get_objects(generation=2))
+
+gc.freeze()
+frozen = gc.get_freeze_count()
+with importing():
+    kept += [[] for _ in range(100)]
+assert gc.get_freeze_count() >= 0.9 * frozen > 0
+
+gc.disable()
+with importing():
+    pass
+assert not gc.isenabled()
+"""
+
+
+def test_nothing_is_looked_through() -> None:
+    """In a process in which nobody has frozen anything. What a user has frozen or switched off stays so."""
+    subprocess.run([sys.executable, "-c", CODE], check=True)
+
+
+@pytest.mark.parametrize(("count", "by_user"), [(0, False), (375, False), (100_000, True)])
+def test_python_freezes_a_few_objects_itself(monkeypatch: pytest.MonkeyPatch, count: int, by_user: bool) -> None:
+    monkeypatch.setattr(imports.gc, "get_freeze_count", lambda: count)
+    assert imports.user_freezes() == by_user
