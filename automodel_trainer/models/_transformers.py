@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -82,7 +83,7 @@ def load_weights(
         ValueError: a weight does not have the model's shape.
     """
     dtype = next(model.parameters()).dtype
-    mapping = get_model_conversion_mapping(model)
+    mapping = _conversions(model)
     config = LoadStateDictConfig(
         pretrained_model_name_or_path=str(files[0].parent),
         device_map={"": device},
@@ -209,8 +210,32 @@ def tie_weights(model: PreTrainedModel) -> None:
 
 def original_weight_names(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with the names and shapes of the model's checkpoints on disk."""
-    with _found_in(model, state_dict):
+    with _own_classes(model), _found_in(model, state_dict):
         return revert_weight_conversion(model, state_dict)
+
+
+def _conversions(model: PreTrainedModel, add_legacy: bool = True) -> list[Any]:
+    """How names and shapes on disk become those of a model, sharded or not."""
+    with _own_classes(model):
+        return get_model_conversion_mapping(model, add_legacy=add_legacy)
+
+
+@contextmanager
+def _own_classes(model: PreTrainedModel) -> Iterator[None]:
+    """A context in which sharded models have the names of their own classes, by which transformers finds conversions.
+
+    FSDP2 puts a class of its own before the model's, which transformers takes for code of a user, without conversions.
+    """
+    kinds = {type(m) for m in model.modules() if isinstance(m, FSDPModule) and isinstance(m, PreTrainedModel)}
+    before = {kind: (kind.__name__, kind.__module__) for kind in kinds}
+    for kind in kinds:
+        own = next(base for base in kind.__mro__[1:] if base is not FSDPModule)
+        kind.__name__, kind.__module__ = own.__name__, own.__module__
+    try:
+        yield
+    finally:
+        for kind, (name, module) in before.items():
+            kind.__name__, kind.__module__ = name, module
 
 
 @contextmanager
@@ -226,12 +251,12 @@ def _found_in(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Iterator
 
 def converts_weights(model: PreTrainedModel) -> bool:
     """Whether checkpoints on disk have other names or shapes than the model in memory."""
-    return bool(getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False))
+    return bool(getattr(model, "_weight_conversions", None) or _conversions(model, add_legacy=False))
 
 
 def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """Where a model would put tensors of a checkpoint: name in the files -> name in the model, of those it takes."""
-    mapping = get_model_conversion_mapping(model)
+    mapping = _conversions(model)
     renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
     converters = [step for step in mapping if isinstance(step, WeightConverter)]
     held = model.state_dict()
