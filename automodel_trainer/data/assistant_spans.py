@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from automodel_trainer.data.messages import REASONING
 from automodel_trainer.data.rendered_chat import (
     Message,
     RenderedChat,
@@ -27,7 +28,6 @@ from automodel_trainer.data.rendered_chat import (
     with_arguments,
 )
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
 PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
 
 
