@@ -200,8 +200,13 @@ def _meant(folder: Path) -> str:
         within = folder.parent if (folder.parent / MANIFEST).is_file() else None
         other = f"To resume give {within}." if within else f"To begin with its weights give it as {given}."
         return f"It is a model without training state. {other}"
+    return checkpoints_within(folder) or OTHER
+
+
+def checkpoints_within(folder: Path) -> str:
+    """What to say of a folder that holds checkpoints and is none; "" if it holds none."""
     inside = [found for found in (folder / "latest", folder / "checkpoints" / "latest") if found.is_dir()]
-    return f"It holds checkpoints: give one, such as {inside[0]}." if inside else OTHER
+    return f"It holds checkpoints: give one, such as {inside[0]}." if inside else ""
 
 
 OTHER = (

@@ -196,11 +196,14 @@ def _check_calls(chat: RenderedChat, i: int) -> None:
 
 
 def _check_content(chat: RenderedChat, i: int, span: Span) -> None:
-    """Check that the assistant's answer lies in its turn, if the template writes it unchanged."""
+    """Check that the assistant's answer lies in its turn. What a template has changed is found by substitution."""
     message, turn = chat.messages[i], chat.text[slice(*span)]
     if isinstance(content := message.get("content"), str) and not message.get("tool_calls"):
         answer = content.split("</think>")[-1].strip()  # templates may drop the reasoning of earlier turns
-        if answer in chat.text and answer not in turn:
+        if answer in turn:
+            return
+        start, end = _content(chat, chat.messages, i, chat.text)
+        if not span[0] <= start <= end <= span[1]:
             raise _unplaced(chat, i, f"its content is not in the text that was found, {shortened(turn)!r}")
 
 

@@ -135,6 +135,8 @@ def reaching(data: object) -> Iterator[None]:
 
 
 def _found(data: str | os.PathLike[str]) -> Found | None:
+    if not str(data).strip():
+        raise ValueError(f"the name of the data is empty. Allowed: {ALLOWED}.")
     text = str(data) if "://" in str(data) else os.path.expanduser(data)
     fs, path = fsspec.url_to_fs(text)
     url = "://" in text

@@ -62,10 +62,16 @@ class TurnFinder:
         if found is not None and exact != wanted:
             self._marks[key] = None  # this template is not as simple as it looked
         elif key not in self._marks and not self.last_turn and len(exact) == len(turns):
-            self._marks[key] = _learned(chat, turns, exact)
+            self._marks[key] = _learned(chat, turns, exact, self.special)
         elif key not in self._marks and self.last_turn:
-            self._marks[key] = _learned(chat, turns, assistant_spans(chat, self.special))
+            self._marks[key] = self._learned_of_all(chat, turns)
         return exact
+
+    def _learned_of_all(self, chat: RenderedChat, turns: list[Message]) -> Marks | None:
+        try:
+            return _learned(chat, turns, assistant_spans(chat, self.special), self.special)
+        except ValueError:  # an earlier turn cannot be placed, and need not be
+            return None
 
 
 def _is_plain(message: Message) -> bool:
@@ -80,7 +86,7 @@ def _text_of(message: Message) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _learned(chat: RenderedChat, turns: list[Message], spans: list[Span]) -> Marks | None:
+def _learned(chat: RenderedChat, turns: list[Message], spans: list[Span], special: re.Pattern[str]) -> Marks | None:
     places = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if len(spans) != len(turns):
         return None
@@ -95,8 +101,8 @@ def _learned(chat: RenderedChat, turns: list[Message], spans: list[Span]) -> Mar
             return None
         found.add(Marks(prompt[len(without) :], written[len(content) :]))
     marks = found.pop() if len(found) == 1 else None
-    if marks is None or not marks.before or not marks.after:
-        return None
+    if marks is None or not marks.before or not special.search(marks.after):
+        return None  # without an end-of-turn token a special token in the content may end the turn
     return marks if _placed(chat.text, turns, marks) == spans else None
 
 

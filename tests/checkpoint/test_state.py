@@ -28,6 +28,7 @@ from automodel_trainer.checkpoint import (
 from automodel_trainer.checkpoint import optimizer as optimizer_states
 from automodel_trainer.checkpoint.lightning_file import read_lightning_file
 from automodel_trainer.checkpoint.optimizer import load_optimizers, snapshot_optimizers
+from automodel_trainer.checkpoint.sources import model_folder
 from tests.harness import make_strategy
 from tests.pool import RankPool
 from tests.processes import Job
@@ -213,6 +214,8 @@ def test_folders_beside_a_checkpoint_are_told_from_damaged_ones(tmp_path: Path) 
     ):
         with pytest.raises(ValueError, match=message):
             check_checkpoint(given)
+    with pytest.raises(ValueError, match=r"neither a model nor a checkpoint\. It holds checkpoints: give one"):
+        model_folder(tmp_path)
     with pytest.raises(ValueError, match=r"is a part of a checkpoint. Give its folder: .*/step-00000001"):
         read_lightning_file(checkpoint / "manifest.json")
 

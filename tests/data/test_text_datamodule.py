@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from automodel_trainer.data import TextDataModule, text
 from automodel_trainer.data.stream import StreamLoader
@@ -118,6 +119,31 @@ def test_a_text_file_and_the_second_look_at_it(tmp_path: Path, monkeypatch: pyte
     assert first.rows["train"].stats.samples == 1
     monkeypatch.setattr(text, "encode_documents", None)
     assert tokens_of(module(str(path)).train_dataloader()) == tokens_of(first.train_dataloader())
+
+
+def test_documents_begin_and_end_once() -> None:
+    """Also a text that was rendered with BOS and EOS, and a tokenizer that adds both."""
+    tokenizer = tiny_tokenizer(eos_token="</s>")
+    parts = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=parts)
+    once = [tokenizer.bos_token_id, *tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert text.encode_documents(tokenizer, ["a", "<s>a", "a</s>", "<s>a</s>", ""]) == [once] * 4 + [[]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"micro_batch_size": "2"}, "micro_batch_size='2' is a str and must be a whole number"),
+        ({"global_batch_size": 4.0}, "global_batch_size=4.0 is a float"),
+        ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
+        ({"seed": None}, "seed=None is a NoneType"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"validation": ""}, "the name of the data is empty"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(**options)
 
 
 def test_bad_input_is_refused() -> None:
