@@ -25,6 +25,7 @@ from automodel_trainer.data.rendered_chat import (
     called_function,
     shared_length,
     shortened,
+    text_of,
     with_arguments,
 )
 
@@ -198,7 +199,7 @@ def _check_calls(chat: RenderedChat, i: int) -> None:
 def _check_content(chat: RenderedChat, i: int, span: Span) -> None:
     """Check that the assistant's answer lies in its turn. What a template has changed is found by substitution."""
     message, turn = chat.messages[i], chat.text[slice(*span)]
-    if isinstance(content := message.get("content"), str) and not message.get("tool_calls"):
+    if (content := text_of(message)) is not None and not message.get("tool_calls"):
         answer = content.split("</think>")[-1].strip()  # templates may drop the reasoning of earlier turns
         if answer in turn:
             return

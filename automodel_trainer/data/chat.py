@@ -17,6 +17,7 @@ from automodel_trainer.data.formats import Format, format_of, refuse_pictures, r
 from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.mixture import check_temperature, parse_sources
 from automodel_trainer.data.packing import pack
+from automodel_trainer.data.rendered_chat import wants_parts
 from automodel_trainer.data.rows import Rows, RowStats, SampleRows, TokenStore, digest
 from automodel_trainer.data.sources import (
     describe_place,
@@ -233,6 +234,12 @@ class ChatDataModule(MicroBatchDataModule):
         settings: dict[str, Any] = {"kind": "chat", "loss_on": loss_on, "columns": self.columns}
         if "history" in form.columns_read and form.columns_read["history"] in rows.column_names:
             settings["history"] = True  # samples were made without it once
+        templates = tokenizer.chat_template  # several by name, one, or none
+        if any(
+            wants_parts(template, tokenizer.special_tokens_map)
+            for template in (templates.values() if isinstance(templates, dict) else [templates] if templates else [])
+        ):
+            settings["parts"] = True  # samples were made without their texts once
         if added := form.columns_added(rows.column_names):
             settings["columns read"] = added
         samples, key = tokenize(

@@ -13,7 +13,7 @@ import re
 from typing import NamedTuple
 
 from automodel_trainer.data.assistant_spans import assistant_spans
-from automodel_trainer.data.rendered_chat import Message, RenderedChat, Span
+from automodel_trainer.data.rendered_chat import Message, RenderedChat, Span, text_of
 
 _PLAIN = {"role", "content", "weight"}
 _COMPARED = 50  # one in so many
@@ -75,15 +75,7 @@ class TurnFinder:
 
 
 def _is_plain(message: Message) -> bool:
-    return bool(_text_of(message)) and message.keys() <= _PLAIN
-
-
-def _text_of(message: Message) -> str | None:
-    """The content, if it is text or one part of text."""
-    content = message.get("content")
-    if isinstance(content, list) and len(content) == 1 and content[0].get("type") == "text":
-        content = content[0].get("text")
-    return content if isinstance(content, str) else None
+    return bool(text_of(message)) and message.keys() <= _PLAIN
 
 
 def _learned(chat: RenderedChat, turns: list[Message], spans: list[Span], special: re.Pattern[str]) -> Marks | None:
@@ -95,7 +87,7 @@ def _learned(chat: RenderedChat, turns: list[Message], spans: list[Span], specia
         without = chat.render(chat.messages[:place])
         prompt = chat.render(chat.messages[:place], add_generation_prompt=True)
         written = chat.text[start:stop]
-        content = _text_of(message)
+        content = text_of(message)
         assert content is not None, "plain messages have text"
         if not without or not prompt or not prompt.startswith(without) or not written.startswith(content):
             return None
@@ -113,7 +105,7 @@ def _placed(text: str, turns: list[Message], marks: Marks) -> list[Span] | None:
     spans, place = [], 0
     for message in turns:
         start = text.index(marks.before, place) + len(marks.before)
-        content = _text_of(message) or ""
+        content = text_of(message) or ""
         if not text.startswith(content + marks.after, start):
             return None
         place = start + len(content) + len(marks.after)

@@ -234,6 +234,30 @@ def test_a_stream_goes_on_exactly_also_on_another_layout(stop: int, num_workers:
     assert [Counter(tokens_of(shares)) for shares in zip(*resumed, strict=True)] == reference[stop:]
 
 
+def test_a_stream_position_is_refused_where_files_changed(tmp_path: Path) -> None:
+    """Lines and files may be added at the end: the place means the same."""
+    lines = [json.dumps(row) + "\n" for row in documents()]
+
+    def write(name: str, chosen: list[str]) -> None:
+        (tmp_path / name).write_text("".join(chosen))
+
+    write("a.jsonl", lines[:5]), write("b.jsonl", lines[5:20])
+    interrupted = loader(train=str(tmp_path), shuffle_buffer=0)
+    steps = iter(interrupted)
+    next(steps)
+    state, following = json.loads(json.dumps(interrupted.state_dict())), tokens_of([next(steps)])
+    write("b.jsonl", lines[5:]), write("c.jsonl", lines[:2])
+    grown = loader(train=str(tmp_path), shuffle_buffer=0)
+    grown.load_state_dict(state)
+    assert tokens_of([next(iter(grown))]) == following
+    write("a.jsonl", lines[1:6])
+    with pytest.raises(ValueError, match=r"a\.jsonl is not as it was.*resume='data'"):
+        loader(train=str(tmp_path), shuffle_buffer=0).load_state_dict(state)
+    write("a.jsonl", lines[:5]), write("aa.jsonl", lines[:5])
+    with pytest.raises(ValueError, match=r"file 2 of the stream was b\.jsonl, and now aa\.jsonl"):
+        loader(train=str(tmp_path), shuffle_buffer=0).load_state_dict(state)
+
+
 def test_a_stream_position_is_refused_with_other_settings() -> None:
     with pytest.raises(ValueError, match="shuffle_buffer"):
         loader(shuffle_buffer=3).load_state_dict(loader().state_dict())
