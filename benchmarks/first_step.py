@@ -2,8 +2,8 @@
 
 `python benchmarks/first_step.py` writes random weights (16 GB), reads them once so that the file system is warm, and
 runs `amt fit` `--runs` times, each in a process of its own. The first has empty caches of compiled code. It prints when
-each part ended, in seconds since the process began. `--profile N` prints the functions that the last run spent most
-time in. `--tiny` is for a CPU.
+each part ended, in seconds since the process began, and how many modules were imported by then. `--profile N` prints
+the functions that the last run spent most time in. `--tiny` is for a CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +28,63 @@ def since_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
+IMPORTED = since_start()  # the parser imports this file as soon as it reads the configuration
+
+
 class Clock(Callback):
-    """Prints when the parts of a run's start ended."""
+    """Prints when the parts of a run's start ended, and how many modules were imported by then."""
 
     def __init__(self) -> None:
-        self.times = {"imports and parsing": since_start()}
+        self.times = {"imports": IMPORTED}
+        self.modules: dict[str, int] = {}
+        self.note("parsing")
 
-    def setup(self, *_: Any, **__: Any) -> None:
-        self.times["before setup"] = since_start()
+    def note(self, part: str) -> None:
+        """Note that a part has ended, the first time."""
+        if part not in self.times:
+            self.times[part], self.modules[part] = since_start(), len(sys.modules)
+
+    def noting(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose end is noted."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            self.note(part)
+            return result
+
+        return call
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.note("before setup")
+        strategy = trainer.strategy
+        strategy.parallelize = self.noting("laid out", strategy.parallelize)
+        pl_module.configure_model = self.noting("weights read", pl_module.configure_model)
+        pl_module.loss = self.noting("forward 1", pl_module.loss)
 
     def on_fit_start(self, *_: Any) -> None:
-        self.times["model loaded"] = since_start()
+        self.note("model ready")
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.times.setdefault("step 1 starts", since_start())
+        self.note("step 1 starts")
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.wait_for("backward 1")
 
     def on_train_batch_end(self, *_: Any) -> None:
+        self.wait_for("step 2" if "step 1" in self.times else "step 1")
+
+    def wait_for(self, part: str) -> None:
+        """Note that a part has ended on the device."""
         import torch
 
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if "step 1 ends" in self.times:
-            self.times.setdefault("step 2 ends", since_start())
-        self.times.setdefault("step 1 ends", since_start())
+        if part not in self.times:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.note(part)
 
     def on_train_end(self, *_: Any) -> None:
-        print("RESULT " + json.dumps({name: round(value, 1) for name, value in self.times.items()}), flush=True)
+        print("RESULT " + json.dumps({name: round(value, 1) for name, value in self.times.items()}))
+        print("MODULES " + json.dumps(self.modules), flush=True)
 
 
 def write_checkpoint(folder: Path, tiny: bool) -> int:
@@ -119,9 +151,9 @@ def main() -> None:
         command = [sys.executable, *(["-m", "cProfile", "-o", str(folder / "profile")] if profiled else [])]
         command += ["-m", "automodel_trainer", "fit", "--config", str(folder / "run.yaml")]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        print(f"run {run + 1}{' (profiled)' if profiled else ''}: ", end="")
-        print(found[0].removeprefix("RESULT ") if found else f"failed: {done.stderr[-1500:]}", flush=True)
+        found = [line for line in done.stdout.splitlines() if line.startswith(("RESULT ", "MODULES "))]
+        print(f"run {run + 1}{' (profiled)' if profiled else ''}:")
+        print(*(found or [f"failed: {done.stderr[-1500:]}"]), sep="\n", flush=True)
     if args.profile:
         import pstats
 

@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
+from automodel_trainer.nn.operators import operator
+
 __all__ = [
     "FAST_MATH",
     "DispatchMode",
@@ -90,7 +92,7 @@ def scaled_grouped_matmul(
     return out if out.dtype == dtype else out.to(dtype)
 
 
-@torch.library.custom_op("automodel_trainer::scaled_grouped_mm", mutates_args=())
+@operator("scaled_grouped_mm")
 def _scaled_grouped_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor) -> Tensor:
     assert a.is_contiguous()
     assert b.mT.is_contiguous()
@@ -121,7 +123,7 @@ def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return _grouped_outer(a.contiguous(), b.contiguous(), ends)
 
 
-@torch.library.custom_op("automodel_trainer::grouped_outer", mutates_args=())
+@operator("grouped_outer")
 def _grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     assert a.is_contiguous()
     assert b.is_contiguous()

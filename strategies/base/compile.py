@@ -31,6 +31,7 @@ from automodel_trainer.nn._torch import (
 )
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.offload import is_number
+from automodel_trainer.nn.operators import key_by_operators
 from automodel_trainer.nn.wrap import Forward, own_forward
 
 
@@ -103,6 +104,7 @@ def compile_blocks(
             "(nn.ModuleList). Set compile=False."
         )
     raise_recompile_limit()
+    key_by_operators()
     allow_side_effects_in_checkpoints()
     prefer_recomputing()
     options = effective_options(backend, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from automodel_trainer.models.kernels.experts import experts_to_fp8, swap_expert
 from automodel_trainer.models.lora import LoRAConfig, adapters
 from automodel_trainer.models.quantization.quantize import is_quantized
 from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor, quantize
-from tests.beside import use
+from tests.beside import folder_of, use
 from tests.harness import close, make_strategy, relative_error
 from tests.limits import CHAIN
 from tests.matrix import more
@@ -200,3 +201,12 @@ def test_a_library_that_is_not_installed_is_named(bases: Path, packing: str, mon
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=rf"quantize='{packing}' needs {LIBRARIES[packing]}: pip install"):
         build(bases / "dense", packing)
+
+
+def test_the_kernel_for_gpus_computes_what_torchao_does() -> None:
+    if not all(folder_of(name).is_dir() for name in ("triton", "torchao")):
+        pytest.skip("needs triton and torchao beside the environment (`make venv`)")
+    command = [sys.executable, "-m", "tests.models.nf4_on_cpu"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.splitlines()[-1]) == 0

@@ -17,11 +17,13 @@ from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.kernels.fp8 import convert_to_fp8
 from automodel_trainer.models.lora import LoRAConfig, adapters, apply_lora, finish_lora
 from automodel_trainer.models.lora.fuse import Fusion
+from automodel_trainer.models.quantization.quantize import quantized
 from automodel_trainer.models.record import record_of
 from automodel_trainer.nn.shared_input import layers_with_one_input
 from automodel_trainer.nn.step_cache import unchanged_weights
 from automodel_trainer.strategies.base.activation_checkpointing import apply_activation_checkpointing
 from automodel_trainer.strategies.base.compile import compile_blocks
+from tests.beside import use
 from tests.callbacks.test_ledger import fit
 from tests.tiny import tiny_model
 
@@ -31,11 +33,15 @@ SIZES = {"hidden_size": WIDTH, "intermediate_size": 224, "num_hidden_layers": 3,
 SIZES |= {"num_key_value_heads": 1, "tie_word_embeddings": False}
 
 
-def kept(kernel: str, *, mode: str | None, compiled: bool = True, packed: bool = False, fp8: bool = False) -> float:
+def kept(
+    kernel: str, *, mode: str | None, compiled: bool = True, packed: bool = False, fp8: bool = False, nf4: bool = False
+) -> float:
     """What the second of three blocks keeps, as a multiple of its input."""
     torch._dynamo.reset()
     model: Any = tiny_model(**SIZES)
     apply_lora(model, LoRAConfig(rank=4))
+    for adapter in adapters(model) if nf4 else ():
+        adapter.module.register_parameter("weight", quantized(adapter.module.weight, "nf4"))  # type: ignore[arg-type]
     if fp8:
         convert_to_fp8(model, "tensorwise", torch.device("cpu"), emulate=True)
         names = [adapter.target for adapter in adapters(model)]
@@ -105,6 +111,11 @@ def test_selective_checkpointing_keeps_no_cheap_matmuls() -> None:
     # q, k and v; attention; the output projection; gate and up; down; the input: 1.5 + 1 + 1 + 7 + 1 + 1
     assert selective < 12.6
     assert abs(selective - fused) < 1
+
+
+def test_a_4_bit_base_is_not_kept_as_dense_weights() -> None:
+    use("torchao")
+    assert kept("separate", mode=None, nf4=True) < kept("separate", mode=None) + 0.5
 
 
 def test_the_ledger_says_what_a_block_keeps(

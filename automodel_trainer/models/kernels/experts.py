@@ -27,6 +27,7 @@ from automodel_trainer.models.quantization.fp8_weight import SCHEMES as FP8_SCHE
 from automodel_trainer.models.quantization.quantize import is_to_be_quantized, quantize_parameters
 from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor
 from automodel_trainer.nn.mixing import mixed
+from automodel_trainer.nn.operators import operator
 
 _ALIGNED = 8  # a grouped matmul takes rows of 16 bytes and their multiples
 
@@ -186,7 +187,7 @@ def _low_rank(module: LoRAParameters, name: str, x: Tensor, ends: Tensor) -> Ten
     return grouped_mm(grouped_mm(x, a.to(x.dtype).mT, ends), _expert_major(b, experts, missing).mT, ends)
 
 
-@torch.library.custom_op("automodel_trainer::expert_major", mutates_args=())
+@operator("expert_major")
 def _expert_major(b: Tensor, experts: int, missing: int) -> Tensor:
     """PEFT's B `[out, rank · experts]`, the expert running fastest, as `[experts, out, rank + missing]` with zeros.
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from automodel_trainer.models.lora.functional import matmul_into
 from automodel_trainer.models.lora.layers import LoRALinear
+from automodel_trainer.nn.operators import operator
 from automodel_trainer.nn.shared_input import SharedInput
 from automodel_trainer.nn.step_cache import StepCache
 
@@ -152,7 +153,7 @@ class _Matmul(torch.autograd.Function):
         return both @ storage[:, :inputs], None, None, None, None, *(f for pair in zip(parts, of_b) for f in pair)
 
 
-@torch.library.custom_op("automodel_trainer::multiply_beside", mutates_args=("both",))
+@operator("multiply_beside", mutates_args=("both",))
 def multiply_beside(both: Tensor, factor: Tensor, width: int) -> Tensor:
     """both[:, width:] = both[:, :width] · factorᵀ, in place; returns the product.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_trainer.models.quantization.nf4 import BLOCK, SCALE_BLOCK, QuantizedParts
+from automodel_trainer.models.quantization.nf4 import BLOCK, SCALE_BLOCK, QuantizedParts, deferred
 
 
 def functional() -> Any:
@@ -38,8 +38,9 @@ def quantize(weight: Tensor, scale_block: int) -> QuantizedParts:
     return QuantizedParts(codes, state.absmax, state.state2.absmax, state.offset, state.state2.code)
 
 
-def dequantize(parts: QuantizedParts, dtype: torch.dtype) -> Tensor:
-    """The elements in row-major order, `[n]`."""
+def dequantize(parts: QuantizedParts, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+    """The elements in row-major order, `[n]`; see `nf4.deferred` for `after`."""
+    parts = deferred(parts, after)
     bnb, scales = functional(), parts.scales
     if parts.factors.numel():
         options = {"absmax": parts.factors, "code": parts.levels, "blocksize": SCALE_BLOCK}

@@ -11,7 +11,7 @@ from automodel_trainer.models.quantization.nf4 import BLOCK, QuantizedParts
 
 
 def nf4_tensor() -> Any:
-    """torchao's NF4Tensor, for weights of one or two dimensions.
+    """torchao's NF4Tensor.
 
     Raises:
         ValueError: torchao is not installed.
@@ -31,15 +31,38 @@ def quantize(weight: Tensor, scale_block: int) -> QuantizedParts:
     )
 
 
-def dequantize(parts: QuantizedParts, dtype: torch.dtype) -> Tensor:
-    """The elements in row-major order, `[n]`."""
+def dequantize(parts: QuantizedParts, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+    """The elements in row-major order, `[n]`; see `nf4.deferred` for `after`."""
+    corner = None if after is None else after[(slice(1),) * after.ndim]
+    return dequantize_nf4(parts.codes, parts.scales, parts.factors, parts.mean, parts.levels, corner).to(dtype)
+
+
+@torch.library.custom_op("automodel_trainer::dequantize_nf4", mutates_args=())
+def dequantize_nf4(
+    codes: Tensor, scales: Tensor, factors: Tensor, mean: Tensor, levels: Tensor, after: Tensor | None
+) -> Tensor:
+    """The elements `[n]` of `QuantizedParts`, in the dtype of `levels`.
+
+    This is a custom operation because the compiler divides two numbers for every element, where 64 have the same scale.
+    Nothing reads `after`: the compiler does not move the operation before what computes it.
+    """
+    if codes.is_cuda:
+        from automodel_trainer.models.quantization.nf4_triton import dequantize_in_one_pass
+
+        return dequantize_in_one_pass(codes, scales, factors, mean, levels)
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import SubclassTensorArgs
 
-    blocks = parts.scales.numel()
-    shape, scale_block = torch.Size((blocks, BLOCK)), blocks // parts.factors.numel()
-    meta = SubclassTensorArgs(shape, (BLOCK, 1), 0, parts.levels.dtype, parts.codes.device, False)
-    inner = (parts.scales, parts.factors, parts.mean, parts.codes, parts.levels)
-    return nf4_tensor()(meta, BLOCK, blocks, scale_block, *inner).get_original_weight().reshape(-1).to(dtype)
+    blocks = scales.numel()
+    shape, scale_block = torch.Size((blocks, BLOCK)), blocks // factors.numel()
+    meta = SubclassTensorArgs(shape, (BLOCK, 1), 0, levels.dtype, codes.device, False)
+    made = nf4_tensor()(meta, BLOCK, blocks, scale_block, scales, factors, mean, codes, levels)
+    dense: Tensor = made.get_original_weight().reshape(-1)
+    return dense
+
+
+@dequantize_nf4.register_fake
+def _(codes: Tensor, scales: Tensor, factors: Tensor, mean: Tensor, levels: Tensor, after: Tensor | None) -> Tensor:
+    return levels.new_empty(2 * codes.numel())
 
 
 # --- float8 training: names that `torchao.float8` does not export -----------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_trainer.models.quantization.nf4 import QuantizedParts
+from automodel_trainer.models.quantization.nf4 import QuantizedParts, deferred
 from automodel_trainer.nn._torch import scaled_matmul
 from automodel_trainer.nn.defer_to_backward import defer_to_backward
 
@@ -43,8 +43,9 @@ def quantize(weight: Tensor, scheme: str) -> QuantizedParts:
     )
 
 
-def dequantize(parts: QuantizedParts, dtype: torch.dtype) -> Tensor:
-    """The dense weight `[out, in]`."""
+def dequantize(parts: QuantizedParts, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+    """The dense weight `[out, in]`; see `nf4.deferred` for `after`."""
+    parts = deferred(parts, after)
     return (parts.codes.view(E4M3).float() * parts.scales[:, None]).to(dtype)
 
 

@@ -5,9 +5,11 @@ Every 64 elements share a scale. In a large weight every 256 scales share a seco
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
+
+from automodel_trainer.nn.defer_to_backward import defer_to_backward
 
 BLOCK = 64  # elements that share a scale
 SCALE_BLOCK = 256  # scales that share a second scale
@@ -31,3 +33,15 @@ class QuantizedParts:
     factors: Tensor
     mean: Tensor
     levels: Tensor
+
+
+def deferred(parts: QuantizedParts, after: Tensor | None) -> QuantizedParts:
+    """The same parts; what a compiled backward computes from them stays there (`defer_to_backward`).
+
+    Args:
+        after: the output gradient that the backward starts from, any shape; None outside of a backward.
+    """
+    if after is None:
+        return parts
+    found = {field.name: getattr(parts, field.name) for field in fields(parts)}
+    return replace(parts, **{n: defer_to_backward(t, after) for n, t in found.items() if not t.is_floating_point()})

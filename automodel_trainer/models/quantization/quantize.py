@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from automodel_trainer.models._transformers import is_loaded, mark_loaded
 from automodel_trainer.models.quantization import _bitsandbytes, _torchao
 from automodel_trainer.models.quantization.fp8_weight import SCHEMES as FP8_SCHEMES
 from automodel_trainer.models.quantization.nf4 import BLOCK, SCALE_BLOCK
-from automodel_trainer.models.quantization.quantized_tensor import quantize
+from automodel_trainer.models.quantization.quantized_tensor import QuantizedTensor, quantize
 from automodel_trainer.nn.mixing import mixed
 
 _RANKS = 8  # on up to this many ranks, shards end between blocks, so every layout has the same quantized weights
@@ -128,7 +127,7 @@ def quantize_weights(model: nn.Module) -> None:
 
 def is_quantized(tensor: Tensor) -> bool:
     """Whether the tensor, or the shard that this rank holds of it, is quantized."""
-    return hasattr(local_tensor(tensor), "get_original_weight")
+    return isinstance(local_tensor(tensor), QuantizedTensor)
 
 
 @torch.no_grad()
@@ -155,12 +154,9 @@ def quantized(weight: Tensor, scheme: str) -> nn.Parameter:
     return nn.Parameter(spread, requires_grad=False)
 
 
-def _shard_of(weight: Tensor, scheme: str, index: int, count: int) -> Any:
+def _shard_of(weight: Tensor, scheme: str, index: int, count: int) -> QuantizedTensor:
     """One of `count` shards of the quantized weight. It keeps the mean of all scales of the whole weight."""
     scale_block = 0 if scheme in FP8_SCHEMES else _scale_block(weight.shape, count)
-    if scheme == "nf4" and weight.ndim == 2:
-        whole = _torchao.nf4_tensor().from_tensor(weight, BLOCK, scale_block)
-        return whole.split(weight.shape[0] // count)[index] if count > 1 else whole
     made = quantize(weight, scheme, scale_block)
     return made.shard(index, count) if count > 1 else made
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from automodel_trainer.models.quantization import _bitsandbytes, _torchao, fp8_weight
 from automodel_trainer.models.quantization.nf4 import QuantizedParts
 from automodel_trainer.nn._torch import PIN_MEMORY, TO_COPY, UNSAFE_VIEW, without_torch_function, wrapper_subclass
-from automodel_trainer.nn.defer_to_backward import defer_to_backward
 
 _NAMES = [field.name for field in fields(QuantizedParts)]
 _CUT = ("codes", "scales", "factors")  # these are cut when the weight is; a shard keeps the others whole
@@ -41,7 +40,8 @@ def quantize(weight: Tensor, scheme: str, scale_block: int) -> QuantizedTensor:
 class QuantizedTensor(torch.Tensor):
     """Looks like the dense weight (shape, dtype), and holds `QuantizedParts`.
 
-    torchao's NF4Tensor has at most two dimensions, and bitsandbytes' parameter cannot be sharded.
+    torchao's NF4Tensor has at most two dimensions, and a compiled block would keep its dense weight for the backward;
+    bitsandbytes' parameter cannot be sharded.
 
     Args:
         parts: the quantized weight; codes in the row-major order of the weight.
@@ -65,13 +65,12 @@ class QuantizedTensor(torch.Tensor):
         return f"QuantizedTensor({self.scheme}, shape={list(self.shape)}, dtype={self.dtype})"
 
     def get_original_weight(self) -> Tensor:
-        """The dense weight. (NF4Tensor has the same method, so a caller need not tell them apart.)"""
+        """The dense weight."""
         return _LIBRARIES[self.scheme].dequantize(self.parts, self.dtype).view(self.shape)
 
     def get_weight_in_backward(self, gradient: Tensor) -> Tensor:
-        """The dense weight for a backward that starts from `gradient`; see `defer_to_backward`."""
-        here = self.remade(lambda part: part if part.is_floating_point() else defer_to_backward(part, gradient))
-        return here.get_original_weight()
+        """The dense weight for a backward that starts from `gradient`, computed there (`nf4.deferred`)."""
+        return _LIBRARIES[self.scheme].dequantize(self.parts, self.dtype, gradient).view(self.shape)
 
     def remade(self, function: Callable[[Tensor], Tensor], shape: Sequence[int] | None = None) -> QuantizedTensor:
         """A copy with `function` applied to every part."""

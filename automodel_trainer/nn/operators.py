@@ -1,0 +1,44 @@
+"""Operations that the compiler takes as they are, and the name under which it keeps what it has compiled.
+
+Torch keeps compiled code on disk for later runs. It tells one custom operation from another by name alone, although the
+code holds what was traced of it: its gradient and its fake. So a run after an upgrade would compute the gradients of
+the version before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OPERATORS: dict[str, str] = {}
+"""Maps the names of this project's operations to the files that define them, gradients and fakes included."""
+
+
+def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """`torch.library.custom_op("automodel_trainer::" + name)`, noted for `key_by_operators`."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        OPERATORS[name] = function.__code__.co_filename
+        return torch.library.custom_op(f"automodel_trainer::{name}", function, mutates_args=mutates_args)
+
+    return register
+
+
+def key_by_operators() -> None:
+    """Let code compiled from now on be kept under a name that tells these files from other versions of them."""
+    tag, config = _hash_of(tuple(sorted(set(OPERATORS.values())))), torch.compiler.config
+    if tag not in config.cache_key_tag:
+        config.cache_key_tag = f"{config.cache_key_tag} {tag}".strip()
+
+
+@cache
+def _hash_of(files: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:16]
