@@ -234,7 +234,12 @@ def test_public_names_have_docstrings() -> None:
     for file in SOURCES:
         if file != "__main__.py":
             name = "automodel_trainer." + file.removesuffix(".py").replace("/", ".")
-            found |= set(undocumented(importlib.import_module(name.removesuffix(".__init__"))))
+            try:
+                module = importlib.import_module(name.removesuffix(".__init__"))
+            except ModuleNotFoundError as error:
+                assert error.name == "triton", error  # kernels; `make venv` puts it where only their tests find it
+                continue
+            found |= set(undocumented(module))
     assert not found
 
 
