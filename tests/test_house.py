@@ -237,7 +237,8 @@ def test_public_names_have_docstrings() -> None:
             try:
                 module = importlib.import_module(name.removesuffix(".__init__"))
             except ModuleNotFoundError as error:
-                assert error.name == "triton", error  # kernels; `make venv` puts it where only their tests find it
+                if error.name != "triton":  # `make venv` puts it where only tests of kernels find it
+                    raise
                 continue
             found |= set(undocumented(module))
     assert not found
