@@ -107,11 +107,12 @@ def wants_parts(template: str, special_tokens: dict[str, Any]) -> bool:
 @lru_cache(maxsize=16)
 def _wants_parts(template: str, variables: tuple[tuple[str, str], ...]) -> bool:
     mark = "\ue000"
+    tokens: Any = dict(variables)
     shown = []
     for content in (mark, [{"type": "text", "text": mark}]):
         chat = [{"role": "user", "content": content}]
         try:
-            rendered: Any = render_jinja_template(conversations=[chat], chat_template=template, **dict(variables))
+            rendered: Any = render_jinja_template(conversations=[chat], chat_template=template, **tokens)
         except REFUSALS:
             return False
         shown.append(mark in rendered[0][0])
