@@ -207,9 +207,18 @@ def refuse(changed: Iterable[Change], resume: str, checkpoint: object) -> None:
         ways = ["give these settings their old values"]
         if any(change.setting.meaning is Meaning.NEW_DATA for change in refused):
             ways.append("keep the optimizer and begin with this data: fit(resume='data'), --resume data")
-        ways.append("start a new run from the checkpoint's weights: fit(resume='weights'), --resume weights")
+        ways.append(_new_run(refused))
         way = "Either " + "; or ".join(ways) + "."
     raise ValueError(f"{checkpoint} cannot go on with what has changed:\n" + "\n".join(lines) + f"\n{way}")
+
+
+def _new_run(refused: Iterable[Change]) -> str:
+    """How to begin a new run with what a checkpoint has, as far as its weights fit."""
+    names = [change.name for change in refused]
+    if any(name.startswith("model.lora") or name == BASE for name in names):
+        return "start a new run from the exported model (amt export) or LoRAConfig(adapter=…/model)"
+    fit = ", which must have the shapes of the model" if any(n.startswith("model.config.") for n in names) else ""
+    return f"start a new run from the checkpoint's weights{fit}: fit(resume='weights'), --resume weights"
 
 
 def _text(value: Any) -> str:

@@ -122,6 +122,7 @@ def write_stream(
 
     Raises:
         ValueError: there are more shards than tensors, or `dtype` is given for quantized weights.
+        OSError: a file cannot be written. It names the folder.
     """
     # Convert on meta first: the headers of all files must be known before the first tensor is written.
     meta, change = weights.meta(), convert or _same
@@ -133,7 +134,11 @@ def write_stream(
     headers: dict[str, Header] = {}
     for name, tensor in planned.items():
         headers.setdefault(file_of[name], {})[name] = (tensor.dtype, tuple(tensor.shape))
-    with ExitStack() as stack, progress(title, sum(t.nbytes for t in planned.values())) as advance:
+    with (
+        _naming(target),
+        ExitStack() as stack,
+        progress(title, sum(t.nbytes for t in planned.values())) as advance,
+    ):
         writers = {f: stack.enter_context(SafetensorsWriter(target / f, header)) for f, header in headers.items()}
         for group in groups:
             for name, tensor in change(weights.read(group)).items():
@@ -143,6 +148,17 @@ def write_stream(
         total = {"total_size": sum(tensor.nbytes for tensor in planned.values())}
         index = {"metadata": total, "weight_map": file_of}
         (target / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Names the folder in what the system says of a write, which names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def _same(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ from automodel_trainer.data.files import DataFile, names_of
 from automodel_trainer.data.locked_folder import lock_in
 from automodel_trainer.data.readers import TYPED, Row, read_rows, read_tables, schema_of
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a disk is full, a quota is used up, or a file may not grow."""
 _VERSION = 2  # 1 read the quotes of csv files leniently
 _FEATURES = {"bool": Value("bool"), "int": Value("int64"), "float": Value("float64"), "string": Value("string")}
 Kinds = dict[str, str | None]
@@ -95,7 +97,7 @@ def _write(files: Sequence[DataFile], target: Path) -> list[tuple[int, str]]:
         os.replace(temporary, target)
         return starts
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in NO_SPACE:
             raise ValueError(no_space(target.parent, names_of(files), "HF_HOME or HF_DATASETS_CACHE")) from error
         raise
     finally:

@@ -6,7 +6,6 @@ It is safe to delete at any time: the next run builds it again.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from typing import Any
 
 from datasets import Dataset, load_from_disk
 
-from automodel_trainer.data.arrow_rows import no_space
+from automodel_trainer.data.arrow_rows import NO_SPACE, no_space
 from automodel_trainer.data.locked_folder import lock_in
 from automodel_trainer.data.sources import quiet
 
@@ -101,7 +100,7 @@ def _write(folder: Path, build: Callable[[Path], Dataset]) -> None:
             with quiet():
                 samples.save_to_disk(str(done))
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in NO_SPACE:
                 raise ValueError(no_space(folder.parent, "tokens", "AMT_CACHE")) from error
             raise
         os.replace(done, folder)

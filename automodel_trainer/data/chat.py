@@ -17,7 +17,6 @@ from automodel_trainer.data.formats import Format, format_of, refuse_pictures, r
 from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.mixture import check_temperature, parse_sources
 from automodel_trainer.data.packing import pack
-from automodel_trainer.data.rendered_chat import wants_parts
 from automodel_trainer.data.rows import Rows, RowStats, SampleRows, TokenStore, digest
 from automodel_trainer.data.sources import (
     describe_place,
@@ -27,6 +26,7 @@ from automodel_trainer.data.sources import (
     refuse_other_columns,
 )
 from automodel_trainer.data.tokens import check_share, split_ids, tokenize
+from automodel_trainer.models.content_parts import wants_parts
 
 CHECKED = 200
 """Number of samples, spread over the data, whose BOS, EOS and mask are checked at each start."""

@@ -6,20 +6,18 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from automodel_trainer.models.content_parts import REFUSALS, in_parts, wants_parts
 
 Message = dict[str, Any]
 Span = tuple[int, int]
 """Characters [start, end) of the rendered text."""
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-REFUSALS = (TemplateError, TypeError, KeyError, AttributeError, ValueError)
-"""Exceptions that templates raise for a conversation they do not support."""
 SHOWN = 2000
 """Maximum number of characters of a text in an error message."""
 
@@ -54,7 +52,7 @@ class RenderedChat:
         self.variables: dict[str, Any] = tokenizer.special_tokens_map
         self.messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if wants_parts(self.template, self.variables):
-            self.messages = [_in_parts(message) for message in self.messages]
+            self.messages = [in_parts(message) for message in self.messages]
         try:
             self.text, self.marked = self._render_whole()
         except REFUSALS as error:
@@ -94,34 +92,6 @@ class RenderedChat:
             **self.variables,
         )
         return rendered[0][0], rendered[1][0] if marks else None
-
-
-def wants_parts(template: str, special_tokens: dict[str, Any]) -> bool:
-    """Whether a chat template leaves out content that is a text, and writes a list of parts.
-
-    Templates of vision-language models do so: they go through the content part by part, and a text has none.
-    """
-    return _wants_parts(template, tuple((n, token) for n, token in special_tokens.items() if isinstance(token, str)))
-
-
-@lru_cache(maxsize=16)
-def _wants_parts(template: str, variables: tuple[tuple[str, str], ...]) -> bool:
-    mark = "\ue000"
-    tokens: Any = dict(variables)
-    shown = []
-    for content in (mark, [{"type": "text", "text": mark}]):
-        chat = [{"role": "user", "content": content}]
-        try:
-            rendered: Any = render_jinja_template(conversations=[chat], chat_template=template, **tokens)
-        except REFUSALS:
-            return False
-        shown.append(mark in rendered[0][0])
-    return shown == [False, True]
-
-
-def _in_parts(message: Message) -> Message:
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def text_of(message: Message) -> str | None:

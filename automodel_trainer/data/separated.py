@@ -26,7 +26,11 @@ def separated_rows(stream: BinaryIO, path: str, delimiter: str) -> Iterator[dict
         ValueError: names the line.
     """
     csv.field_size_limit(_LONGEST_CELL)
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        yield from _rows(text, path, delimiter)
+
+
+def _rows(text: io.TextIOWrapper, path: str, delimiter: str) -> Iterator[dict[str, str]]:
     skipped, header = _first_line(text)
     if delimiter == "," and "," not in header and ";" in header:
         delimiter = ";"

@@ -72,10 +72,15 @@ def test_what_is_refused_is_named_with_the_reason(tmp_path: Path) -> None:
         ("lora", module(lora=LoRAConfig(rank=4, modules_to_save=["lm_head"])), None, ["modules_to_save"]),
         ("lora", module(lora=LoRAConfig(rank=4, init="orthogonal")), None, ["init kaiming → orthogonal"]),
         ("lora", module(lora=LoRAConfig(rank=4, seed=1)), None, ["seed"]),
-        ("lora", module(), None, ["adapters → whole model"]),
+        ("lora", module(), None, ["adapters → whole model", "from the exported model"]),
         ("whole", module(lora=lora), None, ["whole model → adapters"]),
         ("whole", module(tokenizer=added), None, ["model.tokenizer"]),
-        ("whole", module(config={"hidden_size": 64}), None, ["hidden_size 32 → 64"]),
+        (
+            "whole",
+            module(config={"hidden_size": 64}),
+            None,
+            ["hidden_size 32 → 64", "which must have the shapes of the model: fit(resume='weights')"],
+        ),
         ("whole", module(config={"rms_norm_eps": 0.1}), None, ["rms_norm_eps"]),
         ("whole", module(optimizer="SGD"), None, ["optimizer.name", "SGD"]),
         (

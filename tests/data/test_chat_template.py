@@ -23,6 +23,7 @@ from automodel_trainer.data.chat_template import (
     overlapping,
 )
 from automodel_trainer.data.formats import Conversation
+from automodel_trainer.models import generation
 from tests.data.chat_shapes import TEMPLATES, shape
 from tests.tiny import CHATML, tiny_tokenizer
 
@@ -296,6 +297,19 @@ def test_real_templates_against_marked_variants(name: str) -> None:
     assert segments(tokenizer, found) == without_newline
     assert len(without_newline) == 3
     assert "Hello" in without_newline[0]  # idefics3 writes parts alone, and nothing of a text
+
+
+def test_templates_of_parts_get_parts() -> None:
+    """In training and in answers: of a text they would write nothing."""
+    parts = "{% for p in message.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    head, tail = CHATML.split(
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    )
+    template = f"{head}<|im_start|>{{{{ message.role }}}}\n{parts}<|im_end|>{{{{ '\n' }}}}{tail}"
+    tokenizer, plain = tiny_tokenizer(template), tiny_tokenizer()
+    assert encode_conversation(tokenizer, CHAT) == encode_conversation(plain, CHAT)
+    found, expected = (generation.encode(one, CHAT[:1])["input_ids"].tolist() for one in (tokenizer, plain))
+    assert found == expected
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
