@@ -44,6 +44,7 @@ from automodel_trainer.data.preview import Preview
 from automodel_trainer.distributed.launch import launched_sizes
 from automodel_trainer.distributed.ray_worker import ray_context
 from automodel_trainer.modules import HuggingFaceModule
+from automodel_trainer.modules.optim import check_clip
 from automodel_trainer.resume import (
     check_folder,
     check_resume,
@@ -138,11 +139,15 @@ class Trainer(SavesPretrained):
         devices, num_nodes = launched_sizes(devices, num_nodes)
         accelerator, strategy = resolve_devices(accelerator, strategy)
         plugins = with_environment(plugins)
+        check_clip(gradient_clip_val)
+        if accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches={accumulate_grad_batches} must be at least 1.")
         self.requested_gradient_clip_val = gradient_clip_val
         self.requested_accumulation = accumulate_grad_batches
         self.arguments = arguments
         self.resume: str = "all"
         self.resumed_path: str | None = None  # the checkpoint that the run goes on from, or takes its weights of
+        self.evaluated_path: str | None = None  # the checkpoint whose weights were evaluated last
         self.extra_steps = 0  # beyond epochs × steps per epoch: of epochs with another batch size, or other data
         drop_advertisement()
         keep_quiet_about_trees()
@@ -469,7 +474,7 @@ class Trainer(SavesPretrained):
     ) -> dict[str, Any]:
         if model is None and ckpt_path is None and len(self.checkpoint_callbacks) > 1:
             ckpt_path = "best"  # Lightning would look at the first callback alone
-        path = checkpoint_path(self, ckpt_path)
+        path = self.evaluated_path = checkpoint_path(self, ckpt_path)
         data = one_of("data", data, "dataloaders", dataloaders)
         if model is None:
             if self.lightning_module is None:

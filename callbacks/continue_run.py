@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from automodel_trainer.callbacks.continued_loops import new_data, place_in_epoch, place_of, refuse_other_batches
-from automodel_trainer.callbacks.run_settings import Settings, run_settings
+from automodel_trainer.callbacks.run_settings import Settings, module_settings, run_settings
 from automodel_trainer.checkpoint.given import continued_schedule, given_options, given_schedule
 from automodel_trainer.checkpoint.loader_place import begins_anew, why_forgotten
 from automodel_trainer.checkpoint.option_groups import GroupOptions
-from automodel_trainer.checkpoint.settings import Change, Meaning, changes, refuse
+from automodel_trainer.checkpoint.settings import Change, Meaning, changes, computes_otherwise, refuse
 from automodel_trainer.checkpoint.state import RUN_KEY, read_lightning_state
 from automodel_trainer.checkpoint.weights import load_weights
 from automodel_trainer.data.base import MicroBatchDataModule
@@ -56,6 +56,7 @@ class ContinueRun(Callback):
             return
         strategy.on_read = strategy.on_optimizers_read = None
         if stage != "fit":
+            _warn_of_another_model(getattr(trainer, "evaluated_path", None), pl_module)
             return
         self._settings = run_settings(trainer, pl_module)
         self.resume = getattr(trainer, "resume", "all")
@@ -183,6 +184,16 @@ class ContinueRun(Callback):
             going_on = continued_schedule(config.scheduler, state, then.get("state", {}), optimizer, options, rates)
             continued.append(going_on)
         checkpoint["lr_schedulers"] = continued
+
+
+def _warn_of_another_model(checkpoint: str | None, module: pl.LightningModule) -> None:
+    """Say it if the weights of a checkpoint are evaluated in a model that computes something else with them."""
+    if checkpoint is None or not (Path(checkpoint) / "trainer.json").is_file():
+        return
+    then = read_lightning_state(Path(checkpoint)).get(RUN_KEY, {}).get("settings", {})
+    if changed := computes_otherwise(changes(then, module_settings(module))):
+        lines = "\n".join(f"  {change}" for change in changed)
+        rank_zero_warn(f"{checkpoint} was trained otherwise, so this is not the model that was trained:\n{lines}")
 
 
 def changed_rows(changed: list[Change]) -> list[str]:

@@ -28,7 +28,7 @@ _CONFIG_FACTS = ("_name_or_path", "transformers_version", "architectures", "auto
 
 def run_settings(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
     """Every setting of a run: maps names to plain values. The data must be prepared and the processes started."""
-    return {**_trainer(trainer), **_module(module), **_data(trainer, module)}
+    return {**_trainer(trainer), **module_settings(module), **_data(trainer, module)}
 
 
 def _trainer(trainer: pl.Trainer) -> Settings:
@@ -61,7 +61,8 @@ def _given(thing: object) -> Settings:
     return {name: value for name, value in kept.items() if value is None or type(value) in (str, int, float, bool)}
 
 
-def _module(module: pl.LightningModule) -> Settings:
+def module_settings(module: pl.LightningModule) -> Settings:
+    """Those of the model, its adapters and how it learns."""
     given = {name: _plain(value) for name, value in module.hparams.items()}
     if not isinstance(module, Objective):
         return _named("model", given)

@@ -182,6 +182,12 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     ]
 
 
+def computes_otherwise(changed: Iterable[Change]) -> list[Change]:
+    """The changes under which a checkpoint's weights compute something else."""
+    reasons = (_OTHER_FUNCTION, _OTHER_ADAPTER)
+    return [change for change in changed if change.name == BASE or change.setting.reason in reasons]
+
+
 def refuse(changed: Iterable[Change], resume: str, checkpoint: object) -> None:
     """Refuse what a checkpoint cannot go on with.
 

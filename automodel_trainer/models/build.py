@@ -345,6 +345,8 @@ def load_config(
             hint = ""
             if (folder / "adapter_config.json").is_file():
                 hint = f" It is an adapter: give its base as the model, and lora={{'adapter': '{folder}'}}."
+            elif (folder / "model" / "config.json").is_file():
+                hint = f" It is a checkpoint: give {folder / 'model'}."
             raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder.{hint}")
         options = {"trust_remote_code": trust_remote_code, "code_revision": code_revision}
         source = folder if given is None else given

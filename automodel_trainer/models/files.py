@@ -200,6 +200,8 @@ def _no_weights(folder: Path) -> str:
         if found
         else ""
     )
+    if (folder / "adapter_config.json").is_file():
+        other = f" It is an adapter: give its base as the model, and lora={{'adapter': '{folder}'}}."
     return f"{folder} holds no weights: neither {WEIGHTS_NAME} nor {INDEX_NAME}.{other}"
 
 

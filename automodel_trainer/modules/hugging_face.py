@@ -35,6 +35,7 @@ from automodel_trainer.modules.optim import (
     SchedulerConfig,
     build_optimizer,
     build_scheduler,
+    check_clip,
     check_lr,
     parameters_of,
 )
@@ -123,6 +124,7 @@ class HuggingFaceModule(EvaluatedModule):
         )
         self.automatic_optimization = False
         check_lr(lr)
+        check_clip(gradient_clip_val)
         self.lr = lr
         self.optimizer_config = optimizer
         self.scheduler_config = scheduler

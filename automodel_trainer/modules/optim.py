@@ -108,6 +108,16 @@ def check_lr(lr: object) -> None:
         raise ValueError(f"lr={lr} is no learning rate. Allowed: finite numbers from 0 on.")
 
 
+def check_clip(norm: float | None) -> None:
+    """Check the largest gradient norm. Clipping to a negative one would turn gradients around.
+
+    Raises:
+        ValueError: it is no number from 0 on.
+    """
+    if norm is not None and not norm >= 0:
+        raise ValueError(f"gradient_clip_val={norm} is no norm. Allowed: numbers from 0 on; 0 does not clip.")
+
+
 def compiled_apart(optimizer: Optimizer) -> Optimizer:
     """Turn off torch's graph cache during a step of torchao's optimizers on sharded parameters.
 
@@ -216,6 +226,8 @@ _SHAPES: dict[str, Callable[[float, SchedulerConfig], float]] = {
 def _check(config: SchedulerConfig, total_steps: int | None) -> None:
     if config.name not in _SHAPES:
         raise ValueError(f"scheduler {config.name!r} is unknown. Allowed: {', '.join(_SHAPES)}.")
+    if not 0 <= config.min_lr_ratio <= 1 or not 0 < config.decay_ratio <= 1:
+        raise ValueError(f"{config}: min_lr_ratio must be in [0, 1] and decay_ratio in (0, 1].")
     if config.warmup_steps and config.warmup_ratio:
         raise ValueError("Give warmup_steps or warmup_ratio, not both.")
     if not 0 <= config.warmup_ratio < 1 or config.warmup_steps < 0:

@@ -167,6 +167,17 @@ def test_new_data_keeps_the_optimizer(tmp_path: Path) -> None:
     assert trainer.global_step == 14
 
 
+def test_weights_that_are_evaluated_in_another_model_are_named(tmp_path: Path, recwarn: Any) -> None:
+    data = MockDataModule(264, seq_len=16, num_samples=8, val_samples=4)
+    fit(tmp_path, module(lora=LoRAConfig(rank=4)), data)
+    trainer = Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    trainer.validate(module(lora=LoRAConfig(rank=4, dropout=0.1)), data, ckpt_path="last")
+    assert not [w for w in recwarn if "was trained otherwise" in str(w.message)]
+    other = module(lora=LoRAConfig(rank=4, alpha=64), config={"rms_norm_eps": 0.1})
+    with pytest.warns(UserWarning, match=r"(?s)was trained otherwise.*lora\.alpha None → 64.*rms_norm_eps"):
+        trainer.validate(other, data, ckpt_path="last")
+
+
 def test_only_the_weights(tmp_path: Path) -> None:
     """A new run: step 0, a fresh optimizer, another folder, any data and optimizer; and the weights."""
     first = fit(tmp_path, module())

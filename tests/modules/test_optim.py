@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from automodel_trainer import CausalLMModule, Trainer
 from automodel_trainer.modules.optim import (
     OptimizerConfig,
     SchedulerConfig,
@@ -19,7 +20,7 @@ from automodel_trainer.modules.optim import (
 )
 from tests.harness import make_strategy
 from tests.pool import RankPool
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def curve(config: SchedulerConfig | str, steps: int, total: int | None) -> list[float]:
@@ -75,6 +76,16 @@ def test_bad_learning_rates(lr: Any) -> None:
         check_lr(good)
 
 
+@pytest.mark.parametrize("norm", [-1.0, float("nan")])
+def test_bad_norms(norm: float) -> None:
+    with pytest.raises(ValueError, match=f"gradient_clip_val={norm} is no norm"):
+        CausalLMModule(tiny_model(), tokenizer=tiny_tokenizer(), gradient_clip_val=norm)
+    with pytest.raises(ValueError, match=f"gradient_clip_val={norm} is no norm"):
+        Trainer(gradient_clip_val=norm)
+    with pytest.raises(ValueError, match="accumulate_grad_batches=0 must be at least 1"):
+        Trainer(accumulate_grad_batches=0)
+
+
 def test_nothing_to_train() -> None:
     with pytest.raises(ValueError, match="No parameter of the model is trainable"):
         build_optimizer("AdamW", tiny_model().requires_grad_(False), 0.1)
@@ -107,6 +118,8 @@ def test_shapes() -> None:
         ("cosin", 10, "Allowed: cosine"),
         (SchedulerConfig(warmup_steps=2, warmup_ratio=0.1), 10, "not both"),
         (SchedulerConfig(warmup_steps=10), 10, "must be less than"),
+        (SchedulerConfig(min_lr_ratio=2.0), 10, r"min_lr_ratio must be in \[0, 1\]"),
+        (SchedulerConfig("wsd", decay_ratio=0.0), 10, r"decay_ratio in \(0, 1\]"),
         ("constant", 0, "the run has no steps to train"),
         (SchedulerConfig(warmup_ratio=1.5), 10, "invalid warm-up"),
         ("cosine", None, "max_steps"),

@@ -55,6 +55,8 @@ class LoRAConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int):
+            raise ValueError(f"lora rank={self.rank!r} is a {type(self.rank).__name__} and must be a whole number.")
         if self.rank < 1:
             raise ValueError(f"lora rank={self.rank} adapts nothing: give a positive rank (8, 16 and 64 are usual).")
         if not 0 <= self.dropout < 1:
