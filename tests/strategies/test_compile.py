@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -230,6 +231,13 @@ def test_the_compiler_is_imported_beside_loading(monkeypatch: pytest.MonkeyPatch
     assert autotunes
     with pytest.raises(RuntimeError, match="of the weights"), compile.compiler_imported(True):
         raise RuntimeError("of the weights")
+
+
+def test_what_is_imported() -> None:
+    """Under this torch, and on no device."""
+    compile.import_compiler()
+    assert "torch._inductor.compile_fx" in sys.modules
+    assert not torch.cuda.is_initialized()
 
 
 @pytest.mark.parametrize(("backend", "imports"), [("inductor", [False, True]), ("aot_eager", [False, False])])
