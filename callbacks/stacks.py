@@ -19,7 +19,11 @@ _WAITS = (
     "torch/distributed/fsdp/",
     "torch/distributed/pipelining/",
     "torch/cuda/__init__.py",
+    "torch/accelerator/__init__.py",
+    "torch/futures/__init__.py",
+    "torchft/manager.py",
 )
+_OTHER_THREADS = ("threading.py", "concurrent/futures/_base.py")  # here it waits for a thread that works for its caller
 _AUTOGRAD = "torch/autograd/graph.py"
 
 
@@ -55,7 +59,9 @@ def frame_of(thread_id: int) -> FrameType | None:
 
 
 def waits_for_ranks(frame: FrameType) -> bool:
-    """Whether a thread whose innermost frame this is waits for other ranks, or for its device."""
+    """Whether a thread whose innermost frame this is waits for other ranks or replica groups, or for its device."""
+    while frame.f_code.co_filename.endswith(_OTHER_THREADS) and frame.f_back is not None:
+        frame = frame.f_back
     return any(part in frame.f_code.co_filename for part in _WAITS)
 
 

@@ -1,12 +1,16 @@
-"""Write the table of docs/verify.md: the result of `amt verify` for tiny models on many layouts.
+"""Write the tables of docs/verify.md and docs/vlm.md: the result of `amt verify` for tiny models on many layouts.
 
-python docs/verify_matrix.py            # a few minutes on two cores
+python docs/verify_matrix.py            # a quarter of an hour on two cores
+python docs/verify_matrix.py vlm        # the table of docs/vlm.md alone
 """
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests.tiny
 
-from automodel_trainer import CausalLMModule
+from automodel_trainer import CausalLMModule, ImageTextDataModule, ImageTextModule
 from automodel_trainer.models.lora import LoRAConfig
 from automodel_trainer.verification.ranks import Processes
 from automodel_trainer.verification.verify import verify
 from tests.strategies.test_context import rows_of
 from tests.tiny import tiny_config, tiny_tokenizer
+from tests.vlm.families import ALL, model_of, processor_of, rows
 
 SIZES = {"num_hidden_layers": 6, "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,34 +54,70 @@ LAYOUTS = [
     ("fsdp2:cp=4", 4),
     ("fsdp2:cp=2,cp_attention=ring", 2),
     ("fsdp2:tp=2,cp=2", 4),
+    ("fsdp2:ep=2", 2),
 ]
+PICTURED = (*ALL, "qwen3_vl_moe", "qwen3_5_moe")
+LAYOUTS_OF_PICTURED = [("fsdp2", 2), ("fsdp2:tp=2", 2), ("fsdp2:cp=2", 2), ("3d:pp=2", 2), ("fsdp2:ep=2", 2)]
+Layouts = Sequence[tuple[str, int]]
 START, END = "<!-- table -->", "<!-- end of table -->"
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
+    if sys.argv[1:] != ["vlm"]:
+        write("verify.md", {name: text_of(*of) for name, of in MODELS.items()}, LAYOUTS)
+    with tempfile.TemporaryDirectory() as folder:
+        made = [row for index, row in enumerate(rows(Path(folder))) if index % 4 != 2]  # all of them with pictures
+        path = Path(folder) / "pictures.jsonl"
+        path.write_text("\n".join(map(json.dumps, made)))
+        write("vlm.md", {f"`{family}`": pictures_of(family, path) for family in PICTURED}, LAYOUTS_OF_PICTURED)
+
+
+def write(page: str, models: dict[str, Callable[[], tuple[Any, Any]]], layouts: Layouts) -> None:
+    """The table of a page: a row for each model, with what makes its module and its data."""
     notes: dict[str, int] = {}
     lines = [
-        "| model | " + " | ".join(f"`{layout}`" for layout, _ in LAYOUTS) + " |",
-        "| --- " * (len(LAYOUTS) + 1) + "|",
+        "| model | " + " | ".join(f"`{layout}`" for layout, _ in layouts) + " |",
+        "| --- " * (len(layouts) + 1) + "|",
     ]
-    for name, (family, options) in MODELS.items():
-        cells = [cell(family, dict(options), layout, devices, notes) for layout, devices in LAYOUTS]
+    for name, made in models.items():
+        cells = [cell(*made(), layout, devices, notes) for layout, devices in layouts]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     lines += ["", *(f"{number}. {text}" for text, number in notes.items())]
-    page = Path(__file__).with_name("verify.md")
-    before, _, rest = page.read_text().partition(START)
-    page.write_text(before + START + "\n" + "\n".join(lines).rstrip() + "\n" + END + rest.partition(END)[2])
+    path = Path(__file__).with_name(page)
+    before, _, rest = path.read_text().partition(START)
+    path.write_text(before + START + "\n" + "\n".join(lines).rstrip() + "\n" + END + rest.partition(END)[2])
 
 
-def cell(family: str, options: dict[str, Any], layout: str, devices: int, notes: dict[str, int]) -> str:
-    lora = options.pop("lora", None)
-    with torch.device("meta"):
-        config = tiny_config(family, **{**SIZES, **options})
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_dict()))
-    module = CausalLMModule(model, tokenizer=tiny_tokenizer(), lora=lora)
-    data = [[row] for seed in range(8) for row in rows_of("packed, ragged", seed)]  # 29 tokens, 4 documents
+def text_of(family: str, options: dict[str, Any]) -> Callable[[], tuple[Any, Any]]:
+    """A model of text, and rows of 29 tokens with 4 documents."""
+
+    def made() -> tuple[Any, Any]:
+        sizes = {**SIZES, **options}
+        lora = sizes.pop("lora", None)
+        with torch.device("meta"):
+            config = tiny_config(family, **sizes)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_dict()))
+        data = [[row] for seed in range(8) for row in rows_of("packed, ragged", seed)]
+        return CausalLMModule(model, tokenizer=tiny_tokenizer(), lora=lora), data
+
+    return made
+
+
+def pictures_of(family: str, path: Path) -> Callable[[], tuple[Any, Any]]:
+    """A vision-language model, and rows with pictures."""
+
+    def made() -> tuple[Any, Any]:
+        module = ImageTextModule(model_of(family), processor=processor_of(family))
+        return module, ImageTextDataModule(str(path), seq_len=256, cache=False)
+
+    return made
+
+
+def cell(module: Any, data: Any, layout: str, devices: int, notes: dict[str, int]) -> str:
+    if "ep=" in layout and not getattr(module.given_model, "ep_plan", None):
+        return "–"  # it has no experts
     try:
         report = verify(module, data, layout, devices, launch=Processes("fork"))
     except ValueError as error:

@@ -17,6 +17,7 @@ ARGUMENTS = {
     "callback": ("my-model", "chats.jsonl", "3", "100"),
     "lightning_module": ("my-model", "2"),
     "own_loop": ("my-model", "2"),
+    "needle": ("my-model", "320", "1", "1"),
     "resume": ("my-model", "chats.jsonl", "2"),
 }
 PRINTED = {
@@ -25,6 +26,7 @@ PRINTED = {
     "resume": "step 4",
     "lr_sweep": "best: lr",
     "own_rows": "tensor(",
+    "needle": "after 0% deep: ",
 }
 NOT_OURS = {"model.model": "my-model", "trainer.accelerator": "cpu"}
 STEPS = {"trainer.max_steps": "2"}

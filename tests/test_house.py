@@ -234,7 +234,13 @@ def test_public_names_have_docstrings() -> None:
     for file in SOURCES:
         if file != "__main__.py":
             name = "automodel_trainer." + file.removesuffix(".py").replace("/", ".")
-            found |= set(undocumented(importlib.import_module(name.removesuffix(".__init__"))))
+            try:
+                module = importlib.import_module(name.removesuffix(".__init__"))
+            except ModuleNotFoundError as error:
+                if error.name != "triton":  # `make venv` puts it where only tests of kernels find it
+                    raise
+                continue
+            found |= set(undocumented(module))
     assert not found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from automodel_trainer.checkpoint.manifest import MANIFEST
 from automodel_trainer.checkpoint.saved_weights import like
 from automodel_trainer.nn.text import listed
 
@@ -22,12 +23,16 @@ def read_lightning_file(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file holds other objects (the message names them), or is no such file.
     """
+    if (file.parent / MANIFEST).is_file():
+        raise ValueError(f"{file} is a part of a checkpoint. Give its folder: {file.parent}.")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(file)) from error
     except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{file} is neither a checkpoint folder nor a whole Lightning checkpoint: {error}") from error
+        raise ValueError(
+            f"{file} is neither a checkpoint folder nor a whole Lightning checkpoint: {error!r}"
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ValueError(
             f"{file} has no state_dict, so it is not a Lightning checkpoint. Allowed: a checkpoint folder of this "

@@ -55,7 +55,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         sizes = {name: (int(entry["size"]), str(entry[CHECKSUM])) for name, entry in content["files"].items()}
     except FileNotFoundError as error:
         raise ValueError(
-            f"{file} is missing, so {folder} is not a complete checkpoint of this library. {OTHER}"
+            f"{file} is missing, so {folder} is not a complete checkpoint of this library. {_meant(folder)}"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}. {OTHER}") from error
@@ -191,6 +191,22 @@ def _leaves(name: str) -> bool:
 
 def _own_checksum(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _meant(folder: Path) -> str:
+    """What somebody who gave this folder as a checkpoint may have meant."""
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        given = "the model" if (folder / "config.json").is_file() else "LoRAConfig(adapter=…)"
+        within = folder.parent if (folder.parent / MANIFEST).is_file() else None
+        other = f"To resume give {within}." if within else f"To begin with its weights give it as {given}."
+        return f"It is a model without training state. {other}"
+    return checkpoints_within(folder) or OTHER
+
+
+def checkpoints_within(folder: Path) -> str:
+    """What to say of a folder that holds checkpoints and is none; "" if it holds none."""
+    inside = [found for found in (folder / "latest", folder / "checkpoints" / "latest") if found.is_dir()]
+    return f"It holds checkpoints: give one, such as {inside[0]}." if inside else ""
 
 
 OTHER = (

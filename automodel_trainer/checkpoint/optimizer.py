@@ -155,6 +155,7 @@ def _united(ranks: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         for ours, theirs in zip(united, other):
             for group, more in zip(ours["groups"], theirs["groups"]):
                 group["parameters"] = list(dict.fromkeys([*group["parameters"], *more["parameters"]]))
+                group["dtypes"] = {**group["dtypes"], **more["dtypes"]}
     return united
 
 
@@ -190,6 +191,7 @@ def load_optimizers(
     if any(folder.glob("*.safetensors")):  # a checkpoint from before the first step has no state
         saved = read_shapes(reader, folder)
     parameters, before = {}, []
+    dtypes = {f"{i}.{n}": t for i, o in enumerate(groups) for g in o["groups"] for n, t in g["dtypes"].items()}
     here = _united(gather([_groups(module, optimizer) for optimizer in optimizers]))
     for index, (optimizer, now, group) in enumerate(zip(optimizers, here, groups)):
         before.append(_load_groups(optimizer, now, group, folder, given[index] if given else None))
@@ -227,6 +229,8 @@ def load_optimizers(
         key, _, kind = key.partition(":")
         if isinstance(tensor, DTensor) and tensor.shape == parameter.shape:
             tensor = _redistributed(tensor, parameter.placements)  # type: ignore[attr-defined]
+        if not kind and tensor.is_floating_point() and _had_dtype_of_parameter(tensor, optimizer, dtypes.get(owner)):
+            tensor = tensor.to(parameter.dtype)
         optimizer.state[parameter][key] = _restored(tensor, kind, _scalar_device(optimizer, parameter))
     if (folder / NESTED).is_file():
         _load_nested(decode(read_json(folder / NESTED), folder / NESTED), parameters, targets, folder)
@@ -265,8 +269,9 @@ def _groups(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     groups = []
     for number, group in enumerate(optimizer.param_groups):
         options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        named = [names[id(parameter)] for parameter in group["params"]]
-        groups.append({"parameters": named, "options": encode(options, f"param_groups[{number}]")})
+        dtypes = {names[id(parameter)]: str(parameter.dtype) for parameter in group["params"]}
+        options = encode(options, f"param_groups[{number}]")
+        groups.append({"parameters": list(dtypes), "dtypes": dtypes, "options": options})
     return {"optimizer": type(optimizer).__name__, "groups": groups}
 
 
@@ -277,7 +282,12 @@ def _read_groups(file: Path) -> list[dict[str, Any]]:
             {
                 "optimizer": optimizer["optimizer"],
                 "groups": [
-                    {"parameters": set(g["parameters"]), "options": {**g["options"]}} for g in optimizer["groups"]
+                    {
+                        "parameters": set(g["parameters"]),
+                        "dtypes": dict(g.get("dtypes", {})),  # older checkpoints have none
+                        "options": {**g["options"]},
+                    }
+                    for g in optimizer["groups"]
                 ],
             }
             for optimizer in saved
@@ -390,6 +400,17 @@ def _redistributed(value: DTensor, placements: tuple[Placement, ...]) -> DTensor
         return value
     on_mesh = value.to(value.device_mesh.device_type)  # with CPU offload: NCCL needs it on the GPU
     return redistributed(on_mesh, placements).to(value.device)  # type: ignore[arg-type,return-value]
+
+
+def _had_dtype_of_parameter(tensor: Tensor, optimizer: Optimizer, dtype: str | None) -> bool:
+    """Whether saved state follows the dtype of its parameter (`dtype` when it was saved), and has no dtype of its own.
+
+    The precision of a run may change. torch's optimizers then need state in the new one; others may keep fp32 for
+    parameters in bf16, and that stays.
+    """
+    if dtype is None:  # an older checkpoint
+        return isinstance(optimizer, getattr(torch.optim, type(optimizer).__name__, ()))
+    return str(tensor.dtype) == dtype
 
 
 def _restored(tensor: Tensor, kind: str, device: torch.device) -> Any:

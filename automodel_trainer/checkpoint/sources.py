@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from automodel_trainer.checkpoint import check_checkpoint
+from automodel_trainer.checkpoint.manifest import checkpoints_within
 from automodel_trainer.checkpoint.remote import fetch, is_remote
 from automodel_trainer.checkpoint.weight_stream import progress
 from automodel_trainer.checkpoint.writable import check_folder
@@ -49,6 +50,8 @@ def model_folder(source: str | os.PathLike[str]) -> Path:
     """
     folder = local_folder(source)
     if not is_checkpoint(folder):
+        if not (folder / "config.json").is_file() and (hint := checkpoints_within(folder)):
+            raise ValueError(f"{source} is neither a model nor a checkpoint. {hint}")
         return folder
     check_whole(folder)
     return folder / "model"

@@ -27,7 +27,7 @@ from automodel_trainer.data.files import DataFile, names_of
 from automodel_trainer.data.locked_folder import lock_in
 from automodel_trainer.data.readers import TYPED, Row, read_rows, read_tables, schema_of
 
-_VERSION = 1
+_VERSION = 2  # 1 read the quotes of csv files leniently
 _FEATURES = {"bool": Value("bool"), "int": Value("int64"), "float": Value("float64"), "string": Value("string")}
 Kinds = dict[str, str | None]
 

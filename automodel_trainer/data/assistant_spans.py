@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from automodel_trainer.data.messages import REASONING
 from automodel_trainer.data.rendered_chat import (
     Message,
     RenderedChat,
@@ -24,10 +25,10 @@ from automodel_trainer.data.rendered_chat import (
     called_function,
     shared_length,
     shortened,
+    text_of,
     with_arguments,
 )
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
 PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
 
 
@@ -196,11 +197,14 @@ def _check_calls(chat: RenderedChat, i: int) -> None:
 
 
 def _check_content(chat: RenderedChat, i: int, span: Span) -> None:
-    """Check that the assistant's answer lies in its turn, if the template writes it unchanged."""
+    """Check that the assistant's answer lies in its turn. What a template has changed is found by substitution."""
     message, turn = chat.messages[i], chat.text[slice(*span)]
-    if isinstance(content := message.get("content"), str) and not message.get("tool_calls"):
+    if (content := text_of(message)) is not None and not message.get("tool_calls"):
         answer = content.split("</think>")[-1].strip()  # templates may drop the reasoning of earlier turns
-        if answer in chat.text and answer not in turn:
+        if answer in turn:
+            return
+        start, end = _content(chat, chat.messages, i, chat.text)
+        if not span[0] <= start <= end <= span[1]:
             raise _unplaced(chat, i, f"its content is not in the text that was found, {shortened(turn)!r}")
 
 

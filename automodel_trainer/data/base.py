@@ -6,6 +6,7 @@ import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, Literal, Protocol
 
 from datasets import DatasetDict
@@ -85,10 +86,12 @@ class MicroBatchDataModule(LightningDataModule):
         drop_last: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name}={size} must be at least 1.")
+        _check_whole("micro_batch_size", micro_batch_size, 1)
+        if global_batch_size is not None:
+            _check_whole("global_batch_size", global_batch_size, 1)
+        _check_whole("num_workers", num_workers, 0)
+        _check_whole("seed", seed, 0)
+        _check_whole("seq_len", seq_len, 0)
         if seq_len < 2:
             raise ValueError(f"seq_len={seq_len} must be at least 2: a token and the next one, which it predicts.")
         self.tokenizer = tokenizer
@@ -468,6 +471,14 @@ class MicroBatchDataModule(LightningDataModule):
         # Lightning's own strategies give the same facts as arguments for a sampler.
         replicas = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return replicas["rank"], replicas["num_replicas"]
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    """Raise ValueError if an option is no whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__} and must be a whole number.")
+    if value < least:  # type: ignore[operator]
+        raise ValueError(f"{name}={value} must be at least {least}.")
 
 
 def check_packing(packing: object) -> None:

@@ -7,16 +7,17 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from automodel_trainer.data.base import MicroBatchDataModule, check_packing
 from automodel_trainer.data.built_in_templates import set_template
 from automodel_trainer.data.chat_template import BatchEncoder, Encoded
 from automodel_trainer.data.checks import check_samples
-from automodel_trainer.data.formats import format_of, refuse_pictures
+from automodel_trainer.data.formats import Format, format_of, refuse_pictures, refuse_unwanted_answers
 from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.mixture import check_temperature, parse_sources
 from automodel_trainer.data.packing import pack
+from automodel_trainer.data.rendered_chat import wants_parts
 from automodel_trainer.data.rows import Rows, RowStats, SampleRows, TokenStore, digest
 from automodel_trainer.data.sources import (
     describe_place,
@@ -206,6 +207,8 @@ class ChatDataModule(MicroBatchDataModule):
         tokenizer, loss_on = self.load_tokenizer(), self.loss_on
         form = format_of(rows, self.columns)
         refuse_other_columns(rows, form.data_columns)
+        refuse_unwanted_answers(rows, form)
+        self._name_unread(rows, form)
         places = places_of(rows)
 
         encoder = BatchEncoder(tokenizer, loss_on)
@@ -229,8 +232,16 @@ class ChatDataModule(MicroBatchDataModule):
             }
 
         settings: dict[str, Any] = {"kind": "chat", "loss_on": loss_on, "columns": self.columns}
-        if form.columns.get("history", "history") in rows.column_names and "history" in form.optional:
+        if "history" in form.columns_read and form.columns_read["history"] in rows.column_names:
             settings["history"] = True  # samples were made without it once
+        templates = tokenizer.chat_template  # several by name, one, or none
+        if any(
+            wants_parts(template, tokenizer.special_tokens_map)
+            for template in (templates.values() if isinstance(templates, dict) else [templates] if templates else [])
+        ):
+            settings["parts"] = True  # samples were made without their texts once
+        if added := form.columns_added(rows.column_names):
+            settings["columns read"] = added
         samples, key = tokenize(
             rows, encode_batch, tokenizer=tokenizer, settings=settings, masked=True, cache=self.cache
         )
@@ -239,12 +250,19 @@ class ChatDataModule(MicroBatchDataModule):
             shown = [describe_place(places, int(i)) for i in store.sample_ids[empty[:3]]]
             named = f"{self._source}: " if self._source else ""
             rank_zero_warn(
-                f"{named}{len(empty):,} conversations have an assistant turn without content or calls: "
-                f"{', '.join(shown)}{', …' if len(empty) > 3 else ''}. The model learns to say nothing there. Remove "
-                'these turns, or set "weight": 0 in them.'
+                f"{named}{len(empty):,} conversations have a turn without content or calls, of the user or the "
+                f"assistant: {', '.join(shown)}{', …' if len(empty) > 3 else ''}. Of one of the assistant the model "
+                'learns to say nothing. Remove these turns, or set "weight": 0 in them.'
             )
         self._check(store)
         return store, key
+
+    def _name_unread(self, rows: Dataset, form: Format) -> None:
+        """Say which columns are not read, so that nobody believes that the model sees them."""
+        read = set(form.columns_read.values())
+        if unread := [name for name in rows.column_names if name not in read]:
+            named = f"{self._source}: " if self._source else ""
+            rank_zero_info(f"{named}read as {form.name}. Columns that are not read: {', '.join(unread)}.")
 
     def _check(self, store: TokenStore) -> None:
         """Refuse data that would train wrongly without an error. Checks `CHECKED` samples that have trained tokens."""

@@ -112,7 +112,7 @@ def _stop(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> Stop | None:
     if True not in trained:
         return None
     end = len(trained) - trained[::-1].index(True)
-    ids = set(input_ids[trained.index(True) : end])
+    ids = {token for token, is_trained in zip(input_ids, trained) if is_trained}
     # Several tokens, because white space may follow the end token.
     last = tokenizer.decode(input_ids[max(0, end - 3) : end], clean_up_tokenization_spaces=False)
     if tokenizer.eos_token_id in ids or _ends_with(special_tokens(tokenizer, len(tokenizer)), str(last)):

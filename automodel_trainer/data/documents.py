@@ -55,7 +55,8 @@ def half_a_character(error: UnicodeEncodeError) -> str:
 def encode_documents(tokenizer: Any, texts: list[str | None]) -> list[list[int]]:
     """The tokens of each text: BOS if the tokenizer adds it, the text, and exactly one EOS.
 
-    An empty or missing text has no tokens.
+    An empty or missing text has no tokens. A text that begins with BOS or ends with EOS itself, as a rendered
+    conversation does, has one of each too.
 
     Raises:
         ValueError: the tokenizer has no EOS token.
@@ -63,8 +64,12 @@ def encode_documents(tokenizer: Any, texts: list[str | None]) -> list[list[int]]
     end = document_end(tokenizer)
     present = [text for text in texts if text]
     encoded = iter(tokenizer(present, verbose=False)["input_ids"] if present else [])
-    return [_ended(next(encoded), end) if text else [] for text in texts]
+    return [_framed(next(encoded), tokenizer.bos_token_id, end) if text else [] for text in texts]
 
 
-def _ended(ids: list[int], end: int) -> list[int]:
+def _framed(ids: list[int], begin: int | None, end: int) -> list[int]:
+    while len(ids) > 1 and begin is not None and ids[0] == ids[1] == begin != end:
+        ids = ids[1:]
+    while len(ids) > 1 and ids[-1] == ids[-2] == end:
+        ids = ids[:-1]
     return ids if ids and ids[-1] == end else [*ids, end]

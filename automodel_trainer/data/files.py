@@ -98,6 +98,7 @@ def find_files(data: str | os.PathLike[str]) -> Found | None:
     """The data files that a path, a folder, a pattern or a URL means.
 
     A name that exists is that file or folder, whatever it has of brackets. Any other with `*`, `?` or `[` is a pattern.
+    In folders, names that begin with `.` or `_` are no data: what Spark writes to `_temporary` is also a row elsewhere.
 
     Returns:
         None if `data` is not the name of anything that exists, nor looks like a path: it may be a Hub id.
@@ -134,10 +135,13 @@ def reaching(data: object) -> Iterator[None]:
 
 
 def _found(data: str | os.PathLike[str]) -> Found | None:
+    if not str(data).strip():
+        raise ValueError(f"the name of the data is empty. Allowed: {ALLOWED}.")
     text = str(data) if "://" in str(data) else os.path.expanduser(data)
     fs, path = fsspec.url_to_fs(text)
     url = "://" in text
-    if fs.isfile(path):
+    asked = fs.isfile(path)  # by its own name: whatever that is, it is data
+    if asked:
         paths, base = [path], os.path.dirname(path)
     elif fs.isdir(path):
         paths, base = sorted(fs.find(path)), path
@@ -150,11 +154,15 @@ def _found(data: str | os.PathLike[str]) -> Found | None:
     else:
         return None
     named = [(p, os.path.relpath(p, base)) for p in paths]
-    visible = [(p, name) for p, name in named if not any(part.startswith(".") for part in name.split("/"))]
-    files = [_data_file(fs.unstrip_protocol(p) if url else p, name) for p, name in visible]
+    visible = [(p, name) for p, name in named if asked or not _begins_with(".", name)]
+    left_out = [name for _, name in visible if not asked and "/_" not in f"/{text}" and _begins_with("_", name)]
+    files = [
+        None if name in left_out else _data_file(fs.unstrip_protocol(p) if url else p, name) for p, name in visible
+    ]
     found = [file for file in files if file is not None]
     if not found:
-        raise ValueError(f"{data} is not data that can be read. Allowed: {ALLOWED}.")
+        why = f" Names that begin with _ are left out, as Spark does: {names_of(left_out)}." if left_out else ""
+        raise ValueError(f"{data} is not data that can be read.{why} Allowed: {ALLOWED}.")
     for file in found:
         try:
             empty = file.state[0] == 0
@@ -165,6 +173,11 @@ def _found(data: str | os.PathLike[str]) -> Found | None:
         if empty:
             raise ValueError(f"{file.path} is empty. Allowed: {ALLOWED}, with at least one row.")
     return Found(tuple(found), tuple(name for (_, name), file in zip(visible, files) if file is None))
+
+
+def _begins_with(mark: str, name: str) -> bool:
+    """Whether a file, or a folder that it is in, has a name of bookkeeping: .git, _temporary, _delta_log."""
+    return any(part.startswith(mark) for part in name.split("/"))
 
 
 def _before_pattern(path: str) -> str:

@@ -5,9 +5,9 @@
 | messages | `messages`: dicts with role, content, tool_calls, … (OpenAI) | `tools` |
 | conversations | `conversations`: dicts with from, value (ShareGPT) | `tools`, `system` |
 | prompt/completion | `prompt`, `completion`: texts or lists of messages (TRL) | `tools`, `system` |
-| instruction/output | `instruction`, `output` (Alpaca) | `input`, `system`, `history`: pairs of texts |
-| instruction/response | `instruction`, `response` (Dolly) | `context`, `system` |
-| question/answer | `question`, `answer` | `system` |
+| instruction/output | `instruction`, `output` (Alpaca) | `input`, `context`, `system`, `history`: pairs of texts |
+| instruction/response | `instruction`, `response` (Dolly) | `input`, `context`, `system`, `history` |
+| question/answer | `question`, `answer` | `input`, `context`, `system`, `history` |
 | prompt/response | `prompt`, `response` | `system` |
 """
 
@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from datasets import Dataset
+import pyarrow.compute as pc
+from datasets import Dataset, Value
 
 from automodel_trainer.data.arrow_rows import has_exact_values
 from automodel_trainer.data.messages import Message, parse_messages, parse_tools
@@ -64,6 +65,19 @@ class Format:
     exact: frozenset[str] = frozenset()
 
     @property
+    def columns_read(self) -> dict[str, str]:
+        """Our names of the columns that may be read, and the data set's. A column that was mapped is read as that."""
+        taken = set(self.columns.values())
+        optional = [name for name in self.optional if name in self.columns or name not in taken]
+        return {name: self.columns.get(name, name) for name in (*self.required, *optional)}
+
+    def columns_added(self, column_names: Iterable[str]) -> list[str]:
+        """Our names of columns of these that an earlier version did not read: samples of it are others."""
+        found = set(column_names)
+        later = _READ_LATER.get(self.name, ())
+        return [name for name, column in self.columns_read.items() if name in later and column in found]
+
+    @property
     def data_columns(self) -> list[str]:
         """The data set's names of the required columns."""
         return [self.columns.get(name, name) for name in self.required]
@@ -78,7 +92,7 @@ class Format:
         Raises:
             ValueError: a list of messages is empty, a role is unknown, or a message cannot be read.
         """
-        values = {name: row.get(self.columns.get(name, name)) for name in (*self.required, *self.optional)}
+        values = {name: row.get(column) for name, column in self.columns_read.items()}
         try:
             return self._conversation(values)
         except ValueError as error:
@@ -95,8 +109,9 @@ class Format:
         prompt, answer = (values[name] for name in self.required)
         if self.name == "prompt/completion":
             return _prompt_completion(prompt, answer, _system(values), tools)
-        if more := values.get("input") or values.get("context"):
-            prompt = f"{prompt}\n\n{more}"
+        for name in ("input", "context"):
+            if more := values.get(name):
+                prompt = f"{prompt}\n\n{_as_text(more, name)}"
         pair = [*_turn("user", prompt, first), *_turn("assistant", answer, self.required[1])]
         return Conversation([*_system(values), *_history(values.get("history")), *pair], tools)
 
@@ -104,15 +119,21 @@ class Format:
         return self.columns.get(name, name) in self.exact
 
 
+_BESIDE = ("input", "context", "system", "history")
 FORMATS = (
     Format("messages", ("messages",), ("tools",)),
     Format("conversations", ("conversations",), ("tools", "system")),
     Format("prompt/completion", ("prompt", "completion"), ("tools", "system")),
-    Format("instruction/output", ("instruction", "output"), ("input", "system", "history")),
-    Format("instruction/response", ("instruction", "response"), ("context", "system")),
-    Format("question/answer", ("question", "answer"), ("system",)),
+    Format("instruction/output", ("instruction", "output"), _BESIDE),
+    Format("instruction/response", ("instruction", "response"), _BESIDE),
+    Format("question/answer", ("question", "answer"), _BESIDE),
     Format("prompt/response", ("prompt", "response"), ("system",)),
 )
+_READ_LATER = {
+    "instruction/output": ("context",),
+    "instruction/response": ("input", "history"),
+    "question/answer": ("input", "context", "history"),
+}
 
 
 def format_of(rows: Dataset, columns: Mapping[str, str] | None = None) -> Format:
@@ -159,6 +180,18 @@ def refuse_pictures(column_names: Iterable[str], columns: Mapping[str, str] | No
         )
 
 
+def refuse_unwanted_answers(rows: Dataset, form: Format) -> None:
+    """Raise ValueError if a column says that some completions are bad examples: an objective for pairs wants these."""
+    if form.name != "prompt/completion" or rows.features.get("label") != Value("bool"):
+        return
+    labels = rows.select_columns(["label"]).with_format("arrow")[:]["label"]
+    if bad := pc.sum(pc.invert(labels)).as_py():
+        raise ValueError(
+            f"The data has preferences: {bad:,} of {len(rows):,} completions have the label false, and training "
+            "on them would teach answers that nobody wants. Keep the rows with the label true, or remove the column."
+        )
+
+
 def _check_mapping(found: list[str], mapped: dict[str, str]) -> None:
     known = sorted({name for known in FORMATS for name in (*known.required, *known.optional)})
     for ours, theirs in mapped.items():
@@ -184,6 +217,12 @@ def _turn(role: str, text: Any, column: str) -> list[Message]:
     if not isinstance(text, str):
         raise ValueError(f"{column!r} must be a string, found {type(text).__name__}: {str(text)[:200]!r}")
     return [{"role": role, "content": text}]
+
+
+def _as_text(value: Any, column: str) -> str:
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise ValueError(f"{column!r} must be a text, found {type(value).__name__}: {str(value)[:200]!r}")
 
 
 def _history(value: Any) -> list[Message]:

@@ -22,12 +22,16 @@ ROLES = {
     "function_call": "assistant",
     "tool_call": "assistant",
     "tool": "tool",
+    "ipython": "tool",
     "function": "tool",
     "function_response": "tool",
     "tool_response": "tool",
     "observation": "tool",
 }
 """Maps the roles in data sets to those of chat templates."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold the assistant's thoughts."""
 
 CALLS = ("function_call", "tool_call")
 """ShareGPT roles whose value is a function call in JSON."""
@@ -57,9 +61,9 @@ def parse_messages(value: Any, column: str, exact: bool = False) -> list[Message
 
 
 def is_empty_turn(message: Message) -> bool:
-    """Whether a message is an assistant's turn that says nothing and calls nothing."""
+    """Whether a message is a turn of the user or the assistant that says nothing and calls nothing."""
     return (
-        message["role"] == "assistant"
+        message["role"] in ("user", "assistant")
         and not str(message.get("content") or "").strip()
         and not message.get("tool_calls")
     )
@@ -110,8 +114,18 @@ def _parse_message(message: Any, i: int, exact: bool) -> Message:
     if calls and name in CALLS:
         content = ""
     rest = {key: value for key, value in parsed.items() if key not in ("tool_calls", "function_call")}
+    if exact and not calls and not {"content", "value"} & message.keys():
+        _refuse_other_text(rest, message, i)
+    if rest.get("weight", 1) not in (0, 1):
+        raise ValueError(f"message {i} has weight {rest['weight']!r}. Allowed: 1, and 0: it is not trained.")
     text = _text(content, ROLES[name], i)
     return {"role": ROLES[name], "content": text, **rest, **({"tool_calls": calls} if calls else {})}
+
+
+def _refuse_other_text(rest: Message, message: Message, i: int) -> None:
+    """A message without content that says something under another key would be an empty one."""
+    if any(isinstance(text, str) and text.strip() and key not in REASONING for key, text in rest.items()):
+        raise ValueError(f"message {i} has no 'content' (or 'value'). Its keys are {list(message)}.")
 
 
 def _text(content: Any, role: str, i: int) -> str:

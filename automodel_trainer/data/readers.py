@@ -11,14 +11,16 @@ import lzma
 import os
 import shlex
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
-import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
+from automodel_trainer.data.fault import Fault
 from automodel_trainer.data.files import DataFile, reaching
+from automodel_trainer.data.separated import separated_rows
 
 Row = dict[str, Any]
 ROWS = 1000  # rows of a batch
@@ -53,7 +55,13 @@ def read_tables(file: DataFile) -> Iterator[pa.Table]:
     """
     with _Named(file), opened(file) as stream:
         source = stream if file.compression is None else pa.BufferReader(stream.read())
-        batches = pq.ParquetFile(source).iter_batches(ROWS) if file.format == "parquet" else _ipc_batches(source)
+        if file.format == "parquet":
+            parquet = pq.ParquetFile(source)
+            schema, batches = parquet.schema_arrow, parquet.iter_batches(ROWS)
+        else:
+            reader = _ipc(source)
+            schema, batches = reader.schema, _ipc_batches(reader)
+        _refuse_equal_names(schema, file.path)
         for batch in batches:
             yield _without_dictionaries(pa.Table.from_batches([batch]))
 
@@ -68,6 +76,11 @@ def schema_of(file: DataFile) -> pa.Schema:
         source = stream if file.compression is None else pa.BufferReader(stream.read())
         schema = pq.ParquetFile(source).schema_arrow if file.format == "parquet" else _ipc(source).schema
         return pa.schema([field.with_type(_decoded(field.type)) for field in schema], schema.metadata)
+
+
+def _refuse_equal_names(schema: pa.Schema, path: str) -> None:
+    if len(set(schema.names)) < len(schema.names):  # as Python values one of them would be lost
+        raise Fault(f"{path} has two columns of one name: {schema.names}.")
 
 
 def _without_dictionaries(table: pa.Table) -> pa.Table:
@@ -132,7 +145,7 @@ class _Named:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ValueError) and (text := _encoding_fault(self.file, error)):
             raise ValueError(text) from None
-        if isinstance(error, _Fault):
+        if isinstance(error, Fault):
             raise ValueError(str(error)) from None
         if "://" in self.file.path and isinstance(error, Exception):
             with reaching(self.file.path):
@@ -143,10 +156,6 @@ class _Named:
             raise ValueError(f"{self.file.path} cannot be read: {type(error).__name__}: {error}") from error
 
 
-class _Fault(ValueError):
-    """A message that names the file already."""
-
-
 def _encoding_fault(file: DataFile, error: ValueError) -> str | None:
     """What to say if a file of text could not be read because it is not UTF-8; None if that was not the reason."""
     if file.format in TYPED:
@@ -155,7 +164,7 @@ def _encoding_fault(file: DataFile, error: ValueError) -> str | None:
     with opened(file) as stream:
         if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             encoding = "utf-16"
-        elif not isinstance(error, UnicodeDecodeError) and "invalid UTF8" not in str(error):  # of Arrow
+        elif not isinstance(error, UnicodeDecodeError):
             return None
     if (found := _first_bad_byte(file)) is None:
         return None
@@ -195,8 +204,7 @@ def _ipc(source: Any) -> Any:
         return pa.ipc.open_file(source)
 
 
-def _ipc_batches(source: Any) -> Iterator[pa.RecordBatch]:
-    reader = _ipc(source)
+def _ipc_batches(reader: Any) -> Iterator[pa.RecordBatch]:
     if isinstance(reader, pa.RecordBatchFileReader):
         yield from map(reader.get_batch, range(reader.num_record_batches))
     else:
@@ -233,14 +241,14 @@ def _parsed(line: bytes, path: str, number: int) -> Any:
     try:
         return json.loads(line.rstrip())
     except json.JSONDecodeError as error:
-        raise _Fault(
+        raise Fault(
             f"{path} line {number + error.lineno - 1} is not valid JSON: {error.msg} at column {error.colno}."
         ) from None
 
 
 def _row(value: Any, place: str) -> Row:
     if not isinstance(value, dict):
-        raise _Fault(f"{place} holds a {type(value).__name__}, and a row is an object with columns: {str(value)[:80]}")
+        raise Fault(f"{place} holds a {type(value).__name__}, and a row is an object with columns: {str(value)[:80]}")
     return value
 
 
@@ -264,44 +272,15 @@ def _json(stream: BinaryIO, path: str) -> Iterator[list[Row]]:
         else:
             value = [value]
     if not isinstance(value, list):
-        raise _Fault(f"{path} holds a {type(value).__name__}. A .json file is a list of rows.")
+        raise Fault(f"{path} holds a {type(value).__name__}. A .json file is a list of rows.")
     rows = [_row(item, f"{path} row {number}") for number, item in enumerate(value, start=1)]
     yield from (rows[start : start + ROWS] for start in range(0, len(rows), ROWS))
 
 
 def _csv(stream: BinaryIO, path: str, delimiter: str = ",") -> Iterator[list[Row]]:
-    head = stream.read(1 << 16)
-    if delimiter == "," and b"," not in (line := head.splitlines()[0]) and b";" in line:
-        delimiter = ";"  # as spreadsheets write it where the comma is a decimal sign
-    names = pc.read_csv(io.BytesIO(head.splitlines()[0] + b"\n"), parse_options=pc.ParseOptions(delimiter=delimiter))
-    if len(set(names.column_names)) < len(names.column_names):
-        raise _Fault(f"{path} has two columns of one name: {names.column_names}.")
-    reader = pc.open_csv(
-        _Joined(head, stream),
-        read_options=pc.ReadOptions(use_threads=False),  # with threads, errors do not name the row
-        parse_options=pc.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pc.ConvertOptions(column_types=dict.fromkeys(names.column_names, pa.string())),
-    )
-    for batch in reader:
-        rows = batch.to_pylist()
-        yield from (rows[start : start + ROWS] for start in range(0, len(rows), ROWS))
-
-
-class _Joined(io.RawIOBase):
-    """What was read of a stream already, and the rest of it."""
-
-    def __init__(self, head: bytes, rest: BinaryIO) -> None:
-        self.head, self.rest = head, rest
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        if size < 0:
-            data, self.head = self.head + self.rest.read(), b""
-            return data
-        data, self.head = self.head[:size], self.head[size:]
-        return data if len(data) == size else data + self.rest.read(size - len(data))
+    rows = separated_rows(stream, path, delimiter)
+    while batch := list(islice(rows, ROWS)):
+        yield batch
 
 
 def _tsv(stream: BinaryIO, path: str) -> Iterator[list[Row]]:

@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -33,7 +34,8 @@ class RenderedChat:
 
     Attributes:
         messages: the messages as given to the template, without keys whose value is None. The arguments of tool calls
-            are dicts, or JSON strings for templates that do not accept dicts.
+            are dicts, or JSON strings for templates that do not accept dicts. Content is text, or a part of text for
+            templates that write parts alone.
         text: the whole conversation, without a generation prompt.
         marked: the spans that the template marks with `{% generation %}`; None for a template without the marker.
 
@@ -51,6 +53,8 @@ class RenderedChat:
             )
         self.variables: dict[str, Any] = tokenizer.special_tokens_map
         self.messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        if wants_parts(self.template, self.variables):
+            self.messages = [_in_parts(message) for message in self.messages]
         try:
             self.text, self.marked = self._render_whole()
         except REFUSALS as error:
@@ -90,6 +94,42 @@ class RenderedChat:
             **self.variables,
         )
         return rendered[0][0], rendered[1][0] if marks else None
+
+
+def wants_parts(template: str, special_tokens: dict[str, Any]) -> bool:
+    """Whether a chat template leaves out content that is a text, and writes a list of parts.
+
+    Templates of vision-language models do so: they go through the content part by part, and a text has none.
+    """
+    return _wants_parts(template, tuple((n, token) for n, token in special_tokens.items() if isinstance(token, str)))
+
+
+@lru_cache(maxsize=16)
+def _wants_parts(template: str, variables: tuple[tuple[str, str], ...]) -> bool:
+    mark = "\ue000"
+    tokens: Any = dict(variables)
+    shown = []
+    for content in (mark, [{"type": "text", "text": mark}]):
+        chat = [{"role": "user", "content": content}]
+        try:
+            rendered: Any = render_jinja_template(conversations=[chat], chat_template=template, **tokens)
+        except REFUSALS:
+            return False
+        shown.append(mark in rendered[0][0])
+    return shown == [False, True]
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def text_of(message: Message) -> str | None:
+    """The content, if it is text or one part of text."""
+    content = message.get("content")
+    if isinstance(content, list) and len(content) == 1 and content[0].get("type") == "text":
+        content = content[0].get("text")
+    return content if isinstance(content, str) else None
 
 
 def shortened(text: str) -> str:

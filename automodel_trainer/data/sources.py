@@ -28,6 +28,7 @@ from automodel_trainer.data.exact_json import exactly
 from automodel_trainer.data.files import ALLOWED, DataFile, Found, by_split, find_files, names_of
 from automodel_trainer.data.readers import Row, read_rows
 
+_STREAMED: WeakKeyDictionary[IterableDataset, list[DataFile]] = WeakKeyDictionary()
 _PLACES: WeakKeyDictionary[Dataset, list[tuple[int, str]]] = WeakKeyDictionary()
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 """Split names that mean validation. A test split is never used for validation."""
@@ -162,11 +163,18 @@ def open_stream(data: Any, split: str = "train") -> IterableDataset:
         return data[split]
     if (found := _files(data)) is not None:
         files = _of_split(data, found, split)
-        return IterableDataset.from_generator(_rows_of, gen_kwargs={"files": files})
+        stream = IterableDataset.from_generator(_rows_of, gen_kwargs={"files": files})
+        _STREAMED[stream] = files
+        return stream
     if isinstance(data, str | os.PathLike) and not _is_saved(Path(data).expanduser()):
         stream = _load(data, streaming=True)
         return stream if isinstance(stream, IterableDataset) else open_stream(stream, split)
     return load_rows(data, split).to_iterable_dataset()
+
+
+def files_of_stream(stream: IterableDataset) -> list[DataFile]:
+    """The files that a stream reads, in order; empty if it reads no files of ours."""
+    return _STREAMED.get(stream, [])
 
 
 def fingerprint(rows: Dataset) -> str:

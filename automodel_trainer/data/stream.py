@@ -15,7 +15,10 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from automodel_trainer.data.batches import Document, MicroBatch
 from automodel_trainer.data.cache import cache_key
 from automodel_trainer.data.documents import check_text, document_end, encode_documents
+from automodel_trainer.data.files import DataFile
 from automodel_trainer.data.loader import add_sources, micro_batches, step_loader
+from automodel_trainer.data.sources import files_of_stream
+from automodel_trainer.data.stream_files import check_marks, marks_of
 
 DOCUMENTS_AT_ONCE = 64
 """Number of documents to tokenize in one call: the tokenizer spreads them over several cores."""
@@ -33,11 +36,13 @@ class RowStream(Protocol):
         seq_len: tokens per row.
         fingerprint: a hash of the settings that determine the rows.
         names: of the sources of a mixture; empty for a single stream.
+        files: those that are read, in order.
     """
 
     seq_len: int
     fingerprint: str
     names: tuple[str, ...]
+    files: list[DataFile]
 
     def beginning(self) -> Position:
         """The position of the first row."""
@@ -77,6 +82,7 @@ class TokenStream:
     ) -> None:
         document_end(tokenizer)
         self.source, self.tokenizer = source, tokenizer
+        self.files = files_of_stream(source)
         self.names: tuple[str, ...] = ()
         self.seq_len, self.text_column = seq_len, text_column
         self.seed, self.block_size = seed, max(1, shuffle_buffer)
@@ -200,6 +206,7 @@ class StreamLoader:
         self._share = (micro_batch_size, dp_rank, dp_size, pad_id)
         self.batches_yielded = 0
         self.position = stream.beginning()
+        self._marks = marks_of(stream.files)
 
     def __len__(self) -> int:
         return self.total
@@ -230,13 +237,14 @@ class StreamLoader:
             "batches_yielded": self.batches_yielded,
             "position": copy.deepcopy(self.position),
             "fingerprint": self.stream.fingerprint,
+            "files": self._marks,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last batch that was yielded when the state was saved, on any number of ranks.
 
         Raises:
-            ValueError: a setting that determines the rows changed.
+            ValueError: a setting that determines the rows changed, or a file did.
         """
         if state["fingerprint"] != self.stream.fingerprint:
             raise ValueError(
@@ -245,6 +253,7 @@ class StreamLoader:
                 "valid. Restore them; or keep the optimizer and begin with this data (fit(resume='data'), --resume "
                 "data); or start a new run from the checkpoint's weights (resume='weights')."
             )
+        check_marks(state.get("files", []), self.stream.files)
         self.batches_yielded = int(state["batches_yielded"])
         self.position = copy.deepcopy(state["position"])
 

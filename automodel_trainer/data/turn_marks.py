@@ -13,7 +13,7 @@ import re
 from typing import NamedTuple
 
 from automodel_trainer.data.assistant_spans import assistant_spans
-from automodel_trainer.data.rendered_chat import Message, RenderedChat, Span
+from automodel_trainer.data.rendered_chat import Message, RenderedChat, Span, text_of
 
 _PLAIN = {"role", "content", "weight"}
 _COMPARED = 50  # one in so many
@@ -62,25 +62,23 @@ class TurnFinder:
         if found is not None and exact != wanted:
             self._marks[key] = None  # this template is not as simple as it looked
         elif key not in self._marks and not self.last_turn and len(exact) == len(turns):
-            self._marks[key] = _learned(chat, turns, exact)
+            self._marks[key] = _learned(chat, turns, exact, self.special)
         elif key not in self._marks and self.last_turn:
-            self._marks[key] = _learned(chat, turns, assistant_spans(chat, self.special))
+            self._marks[key] = self._learned_of_all(chat, turns)
         return exact
+
+    def _learned_of_all(self, chat: RenderedChat, turns: list[Message]) -> Marks | None:
+        try:
+            return _learned(chat, turns, assistant_spans(chat, self.special), self.special)
+        except ValueError:  # an earlier turn cannot be placed, and need not be
+            return None
 
 
 def _is_plain(message: Message) -> bool:
-    return bool(_text_of(message)) and message.keys() <= _PLAIN
+    return bool(text_of(message)) and message.keys() <= _PLAIN
 
 
-def _text_of(message: Message) -> str | None:
-    """The content, if it is text or one part of text."""
-    content = message.get("content")
-    if isinstance(content, list) and len(content) == 1 and content[0].get("type") == "text":
-        content = content[0].get("text")
-    return content if isinstance(content, str) else None
-
-
-def _learned(chat: RenderedChat, turns: list[Message], spans: list[Span]) -> Marks | None:
+def _learned(chat: RenderedChat, turns: list[Message], spans: list[Span], special: re.Pattern[str]) -> Marks | None:
     places = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if len(spans) != len(turns):
         return None
@@ -89,14 +87,14 @@ def _learned(chat: RenderedChat, turns: list[Message], spans: list[Span]) -> Mar
         without = chat.render(chat.messages[:place])
         prompt = chat.render(chat.messages[:place], add_generation_prompt=True)
         written = chat.text[start:stop]
-        content = _text_of(message)
+        content = text_of(message)
         assert content is not None, "plain messages have text"
         if not without or not prompt or not prompt.startswith(without) or not written.startswith(content):
             return None
         found.add(Marks(prompt[len(without) :], written[len(content) :]))
     marks = found.pop() if len(found) == 1 else None
-    if marks is None or not marks.before or not marks.after:
-        return None
+    if marks is None or not marks.before or not special.search(marks.after):
+        return None  # without an end-of-turn token a special token in the content may end the turn
     return marks if _placed(chat.text, turns, marks) == spans else None
 
 
@@ -107,7 +105,7 @@ def _placed(text: str, turns: list[Message], marks: Marks) -> list[Span] | None:
     spans, place = [], 0
     for message in turns:
         start = text.index(marks.before, place) + len(marks.before)
-        content = _text_of(message) or ""
+        content = text_of(message) or ""
         if not text.startswith(content + marks.after, start):
             return None
         place = start + len(content) + len(marks.after)

@@ -35,6 +35,7 @@ from automodel_trainer.modules.optim import (
     SchedulerConfig,
     build_optimizer,
     build_scheduler,
+    check_lr,
     parameters_of,
 )
 from automodel_trainer.nn.configs import as_config
@@ -121,6 +122,7 @@ class HuggingFaceModule(EvaluatedModule):
             allow_unused_weights=allow_unused_weights,
         )
         self.automatic_optimization = False
+        check_lr(lr)
         self.lr = lr
         self.optimizer_config = optimizer
         self.scheduler_config = scheduler

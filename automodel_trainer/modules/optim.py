@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -93,6 +94,18 @@ def build_optimizer(
     if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
         cls = on_shards(cls)
     return compiled_apart(cls(groups, lr=lr, **args))  # type: ignore[call-arg]
+
+
+def check_lr(lr: object) -> None:
+    """Check a learning rate before anything is built.
+
+    Raises:
+        ValueError: it is no number from 0 on.
+    """
+    if isinstance(lr, bool) or not isinstance(lr, Real | Tensor):
+        raise ValueError(f"lr={lr!r} is a {type(lr).__name__}, and a learning rate is a number, such as 2e-5.")
+    if not 0 <= float(lr) < math.inf:
+        raise ValueError(f"lr={lr} is no learning rate. Allowed: finite numbers from 0 on.")
 
 
 def compiled_apart(optimizer: Optimizer) -> Optimizer:
@@ -211,6 +224,10 @@ def _check(config: SchedulerConfig, total_steps: int | None) -> None:
         raise ValueError(
             f"scheduler {config.name!r} needs the number of steps of the run. Set Trainer(max_steps=…), or use "
             "'constant' with warmup_steps."
+        )
+    if total_steps is not None and total_steps < 1:
+        raise ValueError(
+            "the run has no steps to train. Look at max_steps, max_epochs, limit_train_batches and the data."
         )
     if total_steps is not None and config.warmup_steps >= total_steps:
         raise ValueError(

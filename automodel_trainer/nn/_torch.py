@@ -144,17 +144,26 @@ CHECKPOINT_MISSES_FUNCTIONS = not hasattr(torch._higher_order_ops.wrap, "_always
 
 
 def import_compiler() -> None:
-    """Import what the first call of a function compiled by the inductor imports, as torch does there.
+    """Do what the first call of a function compiled by the inductor does whatever it compiles.
 
-    It also starts the processes that compile kernels: a call that comes before they are there compiles by itself.
+    It starts the processes that compile kernels (a call that comes before they are there compiles by itself), imports
+    the inductor, and hashes the files of torch and triton, half a gigabyte, to tell kept code from that of others.
+    Nothing here touches a device: a thread does not know which one is this rank's.
     """
+    from torch._inductor import config
     from torch._inductor.async_compile import maybe_warm_pool
 
-    maybe_warm_pool()
+    if config.worker_start_method == "subprocess":  # the default: other ways ask a device, or fork this process
+        maybe_warm_pool()
+    from torch._inductor.codecache import torch_key
     from torch._inductor.codegen.common import init_backend_registration
     from torch._inductor.compile_fx import compile_fx  # noqa: F401
+    from torch._inductor.runtime.triton_compat import HAS_TRITON, triton_key
 
     init_backend_registration()
+    torch_key()
+    if HAS_TRITON:
+        triton_key()
 
 
 def raise_recompile_limit() -> None:

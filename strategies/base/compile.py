@@ -201,20 +201,22 @@ class _Compiled:
     def __init__(self, block: nn.Module, forward: Forward, compiled: Callable[..., Any]) -> None:
         self.block, self.forward, self.compiled = block, forward, compiled
         self.fused: list[FusedGroup] | None = None  # found at the first call, once the weights are real
+        self.held: list[dict[str, nn.Parameter | None]] = []  # the parameters that each of its modules holds
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.block.training and torch.is_grad_enabled()):
             return self.forward(*args, **kwargs)
         if self.fused is None:
             self.fused = fused_groups(self.block)
+            self.held = [module._parameters for module in self.block.modules() if module._parameters]
         refresh(self.fused)  # outside of the graph: it copies updated adapters once per optimizer step
-        if args and is_number(args[0]) and not args[0].requires_grad and _is_trained(self.block):
+        if args and is_number(args[0]) and not args[0].requires_grad and self._is_trained():
             args = (_with_gradient(args[0]), *args[1:])
         return self.compiled(self.forward, *args, **kwargs)
 
-
-def _is_trained(block: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in block.parameters())
+    def _is_trained(self) -> bool:
+        """Whether the block trains anything now. Those of a frozen tower ask at each call: modules are not walked."""
+        return any(found is not None and found.requires_grad for held in self.held for found in held.values())
 
 
 def _with_gradient(x: Tensor) -> Tensor:

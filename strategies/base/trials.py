@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from statistics import median_high
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from automodel_trainer.checkpoint.rng import rng_state, set_rng_state
 from automodel_trainer.distributed.agreement import gather
@@ -28,9 +28,12 @@ from automodel_trainer.strategies.base.mesh_strategy import MeshStrategy
 from automodel_trainer.strategies.base.objective import MicroBatch, count_all
 from automodel_trainer.strategies.base.search import Key, Plan, Trial, search
 from automodel_trainer.strategies.base.state_bytes import missing_state_bytes
+from automodel_trainer.strategies.base.together import RanOutElsewhere, Stuck, Together
 
 FEW_TILES = 4  # where a micro-batch is too short for tiles of TILE tokens
-_DONE = -1
+Place = tuple[str, int, int]
+"""Where a trial ended: whether ranks could stop there together; how many blocks, and backwards of blocks, had begun."""
+DONE: Place = ("done", 0, 0)
 
 
 def choose_for_budget(
@@ -45,21 +48,26 @@ def choose_for_budget(
         memory: counts what this rank's device holds.
 
     Raises:
-        ValueError: nothing fits; or the device ran out of memory on some ranks only, which then cannot go on.
+        ValueError: nothing fits; or the device ran out of memory on some ranks where others wait for them.
     """
     assert strategy.memory is not None
     budget = min(gather(min(strategy.memory.bytes_of(memory.total), memory.room)))
-    trials = _Trials(strategy, objective, steps, memory)
+    together = Together(strategy.timeout)
+    trials = _Trials(strategy, objective, steps, memory, together)
     ladder: tuple[Mode | None, ...] = (None, "full", "offload")
     if not strategy.compiles:  # a compiler chooses by itself what to keep, as "selective" does
         ladder = (None, "selective", "full", "offload")
-    with during_phase("memory"):
-        found, tried = search(trials.kinds, ladder, strategy.prepared.mlps > 0, budget, trials.measure)
-        strategy.choose(None if found is None else trials.setting(found.plan))
-        strategy.forget_interrupted(objective.model)  # DDP has ordered its buckets anew
-        if strategy.prepared.host is not None:
-            strategy.prepared.host.release()
-        memory.restart()
+    try:
+        with during_phase("memory"):
+            found, tried = search(trials.kinds, ladder, strategy.prepared.mlps > 0, budget, trials.measure)
+            strategy.choose(None if found is None else trials.setting(found.plan))
+            strategy.forget_interrupted(objective.model)  # DDP has ordered its buckets anew
+            if strategy.prepared.host is not None:
+                strategy.prepared.host.release()
+            memory.restart()
+        together.close()
+    finally:
+        together.stop()
     if found is None:
         raise ValueError(_nothing_fits(strategy, trials, tried, budget))
     assert found.peak is not None
@@ -91,9 +99,14 @@ class _Trials:
     """
 
     def __init__(
-        self, strategy: MeshStrategy, objective: Any, steps: Sequence[Sequence[MicroBatch]], memory: DeviceMemory
+        self,
+        strategy: MeshStrategy,
+        objective: Any,
+        steps: Sequence[Sequence[MicroBatch]],
+        memory: DeviceMemory,
+        together: Together,
     ) -> None:
-        self.strategy, self.objective, self.memory = strategy, objective, memory
+        self.strategy, self.objective, self.memory, self.together = strategy, objective, memory, together
         self.steps = [strategy.batch_to_device(list(step), strategy.root_device) for step in steps]
         self.tokens = max(batch["input_ids"].numel() for step in steps for batch in step)
         self.blocks = list(strategy.prepared.switches)
@@ -110,52 +123,72 @@ class _Trials:
         """Run the steps with a plan. Collective: all ranks get what the worst of them had.
 
         Raises:
-            ValueError: the ranks ended at different places.
+            ValueError: the ranks ended at different places, or some cannot come to its end.
         """
         if self.strategy.prepared.host is not None:
             self.strategy.prepared.host.release()
         self.strategy.choose(self.setting(plan))
         assert plan.modes == tuple(modes_of_blocks(self.strategy.block_modes, len(self.blocks)))
         self.memory.restart()
-        place, kept = self._run()
+        try:
+            place, kept = self._run()
+        except Stuck as stuck:
+            raise ValueError(self._apart(plan, [stuck.rank])) from stuck
         peak = self.memory.peak() + self.missing
         host = self.strategy.prepared.host
         everywhere = gather((place, peak, kept, 0 if host is None else host.held))
         places = {found[0] for found in everywhere}
         if len(places) > 1:
-            raise ValueError(
-                f"memory={self.strategy.memory.given!r}: some ranks ran out of memory in a trial "  # type: ignore[union-attr]
-                f"({self.setting(plan).setting}) and others did not, so they cannot go on together. Give less, such as "
-                "memory=70%, or set activation_checkpointing yourself."
-            )
+            raise ValueError(self._apart(plan, [rank for rank, found in enumerate(everywhere) if found[0] != DONE]))
         self.host[plan] = max(found[3] for found in everywhere)
         worst = max(found[1] for found in everywhere)
-        most = {key: max(found[2].get(key, 0) for found in everywhere) for key in kept}
-        trial = Trial(plan, worst if places == {_DONE} else None, most)
+        most = {key: max(found[2].get(key, 0) for found in everywhere) for found in everywhere for key in found[2]}
+        trial = Trial(plan, worst if places == {DONE} else None, most)
         took = "ran out of memory" if trial.peak is None else f"took {gib(worst)}"
         rank_zero_info(f"memory: a step with {self.setting(plan).setting} {took}.")
         return trial
 
-    def _run(self) -> tuple[int, dict[Key, int]]:
+    def _apart(self, plan: Plan, ranks: Sequence[int]) -> str:
+        assert self.strategy.memory is not None
+        return (
+            f"memory={self.strategy.memory.given!r}: some ranks ran out of memory in a trial "
+            f"({self.setting(plan).setting}) while others waited for them, or at different places: "
+            f"{', '.join(f'rank {rank}' for rank in ranks)}. They cannot go on together. Give less, such as "
+            "memory=70%, or set activation_checkpointing yourself."
+        )
+
+    def _run(self) -> tuple[Place, dict[Key, int]]:
         """Run the steps.
 
         Returns:
-            _DONE, or how many blocks had begun when memory ran out; and what blocks keep.
+            DONE, or where memory ran out; and what blocks keep.
+
+        Raises:
+            Stuck: memory ran out on one rank, and others wait for it in a collective.
         """
         strategy, model = self.strategy, self.objective.model
-        meter = _Meter(self.blocks, self.memory)
-        place = _DONE
-        with unchanged(self.objective), meter.reading():
+        dims = strategy.dims
+        inner = dims.tp * dims.cp > 1 or strategy.expert_ranks != 1  # blocks have collectives of their own
+        meter = _Meter(self.blocks, self.memory, self.together, inner)
+        place = DONE
+        self.together.begin()
+        with unchanged(self.objective), meter.reading(self.objective):
             try:
                 for step in self.steps:
                     tokens = strategy.sum_over_rows(count_all(self.objective, step))
                     with strategy.precision_plugin.train_step_context():
                         strategy.forward_backward(self.objective, step, tokens)
                     _forget_gradients(self.objective)
+                    meter.end_step()
             except torch.OutOfMemoryError as error:
-                place = meter.begun
+                place = meter.place
                 traceback.clear_frames(error.__traceback__)  # which hold what the step has computed
-        if place != _DONE:
+                if not isinstance(error, RanOutElsewhere):
+                    self.together.ran_out()
+            except RuntimeError as error:
+                self.together.explain(error)
+                raise
+        if place != DONE:
             gc.collect()
             strategy.forget_interrupted(model)
             _forget_gradients(self.objective)
@@ -167,32 +200,84 @@ class _Trials:
 
 
 class _Meter:
-    """Reads how many bytes a block keeps, at the ends of its first forward."""
+    """Reads how many bytes a block keeps, at the ends of its first forward; lets ranks look before each block.
 
-    def __init__(self, blocks: Sequence[nn.Module], memory: DeviceMemory) -> None:
-        self.blocks, self.memory = blocks, memory
-        self.begun = 0
+    A rank that runs out of memory in a forward between two collectives has begun the same ones as the others, which
+    learn it before the next: all can go on with another trial.
+
+    Args:
+        blocks: of the model.
+        memory: of this rank.
+        together: the ranks.
+        inner: whether a forward of a block has collectives.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], memory: DeviceMemory, together: Together, inner: bool) -> None:
+        self.blocks, self.memory, self.together, self.inner = blocks, memory, together, inner
         self.kept: dict[int, int] = {}
         self._before: dict[int, int] = {}
+        self._begun = self._returned = 0  # forwards and backwards of blocks
+        self._between = False  # no collective of the model is begun until the ranks look again
+
+    @property
+    def place(self) -> Place:
+        """Where this rank is."""
+        return "between" if self._between and not self.inner else "inside", self._begun, self._returned
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self, objective: Any) -> Iterator[None]:
         """A context in which forwards are watched."""
         with ExitStack() as handles:
             for index, block in enumerate(self.blocks):
-                # before FSDP2 gathers the block, and after it has freed it
-                before = block.register_forward_pre_hook(partial(self._begin, index), prepend=True)
-                after = block.register_forward_hook(partial(self._end, index))
-                handles.callback(before.remove)
-                handles.callback(after.remove)
+                # before FSDP2 gathers the block, once it has, and after it has freed it
+                hooks = (
+                    block.register_forward_pre_hook(partial(self._begin, index), prepend=True),
+                    block.register_forward_pre_hook(self._gathered),
+                    block.register_forward_hook(partial(self._end, index)),
+                )
+                for hook in hooks:
+                    handles.callback(hook.remove)
+            handles.callback(_put_back, objective, objective.__dict__.get("loss"))  # most have only that of their class
+            objective.loss = partial(self._loss, objective.loss)
             yield
 
+    def end_step(self) -> None:
+        """Let ranks look once more. One that is still in its backward is elsewhere."""
+        self._returned += 1
+        self.together.look()
+
+    def _look(self) -> None:
+        self._between = not self.inner  # so are ranks that learn it here
+        self.together.look()
+        self._between = False
+
     def _begin(self, index: int, *_: Any) -> None:
-        self.begun += 1
+        self._look()
+        self._begun += 1
         self._before.setdefault(index, self.memory.allocated())
 
-    def _end(self, index: int, *_: Any) -> None:
+    def _gathered(self, *_: Any) -> None:
+        self._between = True
+
+    def _end(self, index: int, block: nn.Module, args: Any, output: Any) -> None:
         self.kept.setdefault(index, self.memory.allocated() - self._before[index])
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor) and first.requires_grad:
+            first.register_hook(self._returns)
+
+    def _loss(self, loss: Callable[..., Tensor], *args: Any) -> Tensor:
+        found = loss(*args)
+        self._look()
+        return found
+
+    def _returns(self, gradient: Tensor) -> None:
+        self._returned += 1
+
+
+def _put_back(objective: Any, loss: Any) -> None:
+    del objective.loss
+    if loss is not None:
+        objective.loss = loss
 
 
 @contextmanager

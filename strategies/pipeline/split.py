@@ -310,6 +310,7 @@ def split_model(model: nn.Module, parts: ModelParts, counts: Sequence[int], own:
         owner, _, key = name.rpartition(".")
         model.get_submodule(owner).register_parameter(key, None)
         split.absent.append(name)
+    _forget_buffers(model, split.absent)
     forget_absent_ties(model)  # type: ignore[arg-type]
     return split
 
@@ -345,6 +346,14 @@ def _remove(model: nn.Module, name: str, used: set[int], split: Split) -> None:
         return  # the other end of a tie, such as a tied head: this rank has its weight anyway
     model.set_submodule(name, Absent(kept))
     split.absent.append(name)
+
+
+def _forget_buffers(model: nn.Module, absent: Sequence[str]) -> None:
+    """Remove the buffers of modules of which nothing is left: the rule that draws their values needs what is absent."""
+    for owner in {name.rpartition(".")[0] for name in absent}:
+        module = model.get_submodule(owner)
+        if next(module.parameters(), None) is None:
+            module._buffers.update(dict.fromkeys(module._buffers))
 
 
 # --- balancing --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from automodel_trainer.callbacks import Throughput, rank_times, stragglers
 from automodel_trainer.callbacks import throughput as throughput_file
 from automodel_trainer.callbacks.counts import Counts
 from automodel_trainer.callbacks.device_probe import DeviceProbe
+from automodel_trainer.callbacks.stacks import frame_of, waits_for_ranks
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.nn.flops import flops_per_token
 from automodel_trainer.trainer import Trainer
@@ -347,3 +349,26 @@ def test_a_peak_that_is_none_is_refused() -> None:
 
 def test_flops_of_layers_of_several_sizes() -> None:
     assert flops_per_token(tiny_model("gemma4_text"), 8) > 0
+
+
+@pytest.mark.parametrize(("file", "waits"), [("of/torchft/manager.py", True), ("of/other.py", False)])
+def test_who_waits_for_the_thread_of_a_collective_waits_for_ranks(file: str, waits: bool) -> None:
+    """As replica groups do: the innermost frames are those of Python's threads."""
+    found: dict[str, Any] = {}
+    exec(compile("def wait(event):\n    event.wait()\n", file, "exec"), found)
+    event = threading.Event()
+    thread = threading.Thread(target=found["wait"], args=(event,))
+    thread.start()
+    files = [""]
+    while not (files[0].endswith("threading.py") and file in files):
+        time.sleep(0.01)
+        frame = frame_of(thread.ident)  # type: ignore[arg-type]
+        files = files_of(frame)
+    assert waits_for_ranks(frame) is waits  # type: ignore[arg-type]
+    event.set()
+    thread.join()
+
+
+def files_of(frame: Any) -> list[str]:
+    """Of a stack, the innermost first."""
+    return [] if frame is None else [frame.f_code.co_filename, *files_of(frame.f_back)]

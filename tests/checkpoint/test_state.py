@@ -26,6 +26,9 @@ from automodel_trainer.checkpoint import (
     weights,
 )
 from automodel_trainer.checkpoint import optimizer as optimizer_states
+from automodel_trainer.checkpoint.lightning_file import read_lightning_file
+from automodel_trainer.checkpoint.optimizer import load_optimizers, snapshot_optimizers
+from automodel_trainer.checkpoint.sources import model_folder
 from tests.harness import make_strategy
 from tests.pool import RankPool
 from tests.processes import Job
@@ -195,6 +198,28 @@ def test_damage_is_named(pool: RankPool, tmp_path: Path, file: str) -> None:
         check_checkpoint(tmp_path / "b")
 
 
+def test_folders_beside_a_checkpoint_are_told_from_damaged_ones(tmp_path: Path) -> None:
+    """People give the folder of the run, the one of the checkpoints, a model, or a file."""
+    checkpoint = tmp_path / "checkpoints" / "step-00000001"
+    (checkpoint / "model").mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    (checkpoint.parent / "latest").symlink_to(checkpoint.name)
+    (checkpoint / "model" / "config.json").write_text("{}")
+    shutil.copytree(checkpoint / "model", tmp_path / "export")
+    for given, message in (
+        (tmp_path, "It holds checkpoints: give one, such as .*/checkpoints/latest"),
+        (checkpoint.parent, "It holds checkpoints: give one, such as .*/checkpoints/latest"),
+        (checkpoint / "model", "without training state. To resume give .*/step-00000001"),
+        (tmp_path / "export", "without training state. To begin with its weights give it as the model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_checkpoint(given)
+    with pytest.raises(ValueError, match=r"neither a model nor a checkpoint\. It holds checkpoints: give one"):
+        model_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"is a part of a checkpoint. Give its folder: .*/step-00000001"):
+        read_lightning_file(checkpoint / "manifest.json")
+
+
 def test_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
     model, optimizer = build("auto", 1, 1)
     step(model, optimizer)
@@ -210,6 +235,42 @@ def test_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
     half = [{"params": list(model.parameters())[:2]}, {"params": list(model.parameters())[2:]}]
     with pytest.raises(ValueError, match="is trained in only one of"):
         load_checkpoint(tmp_path / "a", model, [torch.optim.AdamW(half)])
+
+
+class Master(torch.optim.SGD):
+    """Keeps a copy of each parameter in fp32, whatever the parameter's dtype."""
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter].setdefault("master", parameter.detach().float().clone())
+
+
+@pytest.mark.parametrize("then", [torch.float32, torch.bfloat16])
+def test_state_follows_the_dtype_of_its_parameter(tmp_path: Path, then: torch.dtype) -> None:
+    """A run may go on in another precision. State with a dtype of its own keeps it; older files do not say."""
+    now = torch.bfloat16 if then is torch.float32 else torch.float32
+    for kind in (torch.optim.AdamW, Master):
+        optimizers = {}
+        for dtype in (then, now):
+            model = torch.nn.Linear(3, 2).to(dtype)
+            optimizers[dtype] = model, kind(model.parameters(), **({"fused": True} if kind is not Master else {}))
+        model, optimizer = optimizers[then]
+        model(torch.ones(1, 3, dtype=then)).sum().backward()
+        optimizer.step()
+        folder = tmp_path / kind.__name__
+        folder.mkdir()
+        snapshot_optimizers(model, [optimizer]).write(folder)
+        other, loaded = optimizers[now]
+        for old_file in (False, kind is torch.optim.AdamW):
+            if old_file:
+                groups = json.loads((folder / "groups.json").read_text())
+                del groups[0]["groups"][0]["dtypes"]
+                (folder / "groups.json").write_text(json.dumps(groups))
+            load_optimizers(other, [loaded], folder)
+            kinds = {value.dtype for entry in loaded.state.values() for value in entry.values() if value.dim()}
+            assert kinds == ({torch.float32} if kind is Master and then is torch.bfloat16 else {now})
+            other(torch.ones(1, 3, dtype=now)).sum().backward()
+            loaded.step()
 
 
 def test_state_that_is_no_json_is_refused_and_named(tmp_path: Path) -> None:

@@ -295,6 +295,7 @@ def test_real_templates_against_marked_variants(name: str) -> None:
     without_newline = [text.removesuffix("\n") for text in segments(tokenizer, reference)]  # the variants train it
     assert segments(tokenizer, found) == without_newline
     assert len(without_newline) == 3
+    assert "Hello" in without_newline[0]  # idefics3 writes parts alone, and nothing of a text
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -363,6 +364,18 @@ class TestRefusals:
             ValueError, match=r"message 1 \(assistant\) cannot be placed(.|\n)*<\|im_start\|>user 3\nHi"
         ):
             encode_conversation(tiny_tokenizer(template), CHAT)
+
+    def test_content_that_the_template_leaves_out(self) -> None:
+        """Not the next header in its place."""
+        template = CHATML.replace("in messages %}", "in messages if message.role == 'user' %}")
+        with pytest.raises(ValueError, match=r"message 1 \(assistant\) .* does not show its content"):
+            encode_conversation(tiny_tokenizer(template), [user("q"), assistant("answer"), user("r")])
+
+    def test_content_that_the_template_changes(self) -> None:
+        """The letter occurs elsewhere, too."""
+        tokenizer = tiny_tokenizer(CHATML.replace("message['content']", "message['content'] | upper"))
+        chat = [user("q"), assistant("a"), user("r")]
+        assert segments(tokenizer, encode_conversation(tokenizer, chat)) == ["A<|im_end|>"]
 
     def test_content_out_of_place(self) -> None:
         template = (
@@ -444,8 +457,11 @@ def test_many_at_a_time_are_encoded_as_one_by_one(loss_on: Any) -> None:
         "assistant",
         "b",
     ]
-    for name in TEMPLATES:
-        tokenizer = shape(name)
+    ends = CHATML.replace("+ '<|im_end|>' ", "") + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    recent = CHATML.replace("in messages %}", "in messages[-2:] %}")
+    extra = {"ends": tiny_tokenizer(ends), "recent": tiny_tokenizer(recent)}
+    for name in (*TEMPLATES, *extra):
+        tokenizer = extra.get(name) or shape(name)
         encoder = BatchEncoder(tokenizer, loss_on)
         placed, expected = [], []
         for _ in range(120):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from automodel_trainer.data.chat_template import Encoded, encode_conversation
@@ -60,6 +62,15 @@ def test_eos_outside_the_marker() -> None:
     assert check_sample(tokenizer, encoded).stop == "masked"
     with pytest.raises(ValueError, match=r"EOS .* is masked(.|\n)*generation(.|\n)*«Hey 😀»<\|im_end\|>"):
         check_samples(tokenizer, [encoded])
+
+
+def test_eos_outside_the_marker_of_several_turns() -> None:
+    """The token after an earlier turn lies between trained ones, and is not trained either."""
+    template = MARKED.replace("message.content + '<|im_end|>' }}{% endgen", "message.content }}{% endgen")
+    tokenizer = tiny_tokenizer(template.replace("{{ '\n' }}", "{{ '<|im_end|>\n' }}"))
+    encoded = encode_conversation(tokenizer, [*CHAT, *CHAT[-2:]])
+    assert sum(a and not b for a, b in pairwise(encoded.trained)) == 2
+    assert check_sample(tokenizer, encoded).stop == "masked"
 
 
 def test_eos_masked_as_padding() -> None:

@@ -67,6 +67,12 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
+def parquet_of(names: list[str]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * len(names), names=names), sink)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
 def content(form: str, rows: list[dict[str, Any]] = ROWS) -> bytes:
     delimiter = "\t" if form == ".tsv" else ","
     lines = [list(rows[0]), *([str(v) for v in row.values()] for row in rows)]
@@ -126,6 +132,27 @@ def test_csv_of_semicolons(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('prompt;completion\n"a; b";0,5\nc;d\n')
     wanted = [{"prompt": "a; b", "completion": "0,5"}, {"prompt": "c", "completion": "d"}]
     assert load_rows(tmp_path / "rows.csv").to_list() == wanted
+
+
+def test_csv_of_long_cells_empty_lines_and_old_line_ends(tmp_path: Path) -> None:
+    long = "x,\n" * 500_000
+    (tmp_path / "long.csv").write_text(f'\n a ,b\n"{long}",\n\n,"say ""hi"""\n')
+    assert load_rows(tmp_path / "long.csv").to_list() == [{" a ": long, "b": ""}, {" a ": "", "b": 'say "hi"'}]
+    (tmp_path / "mac.csv").write_bytes(b'\xef\xbb\xbf"a\r\nb",c\r1,2\r')
+    assert load_rows(tmp_path / "mac.csv").to_list() == [{"a\r\nb": "1", "c": "2"}]
+
+
+def test_names_of_bookkeeping_are_read_only_if_asked_for(tmp_path: Path) -> None:
+    """Spark leaves rows in `_temporary` that are in the table too."""
+    write(tmp_path / "table" / "part-0.jsonl")
+    hidden = [write(tmp_path / "table" / name) for name in ("_temporary/0/part-0.jsonl", ".old/a.jsonl", "_b.jsonl")]
+    assert load_rows(tmp_path / "table").to_list() == ROWS
+    assert load_rows(f"{tmp_path}/table/**/*.jsonl").to_list() == ROWS
+    for path in (*hidden, hidden[0].parent, f"{tmp_path}/table/_*.jsonl"):
+        assert load_rows(path).to_list() == ROWS, path
+    (tmp_path / "table" / "part-0.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"begin with _ are left out, as Spark does: _b\.jsonl, _temporary/0/part-0"):
+        load_rows(tmp_path / "table")
 
 
 def test_several_paths_are_no_source(tmp_path: Path) -> None:
@@ -274,9 +301,7 @@ def test_turns_that_say_nothing_are_reported(tmp_path: Path) -> None:
     empty = [*turn, {"role": "user", "content": "q"}, {"role": "assistant", "content": None}]
     path = write(tmp_path / "empty.jsonl", rows=[{"messages": turn}, {"messages": empty}])
     data = ChatDataModule(path, tokenizer=tiny_tokenizer(), seq_len=256)
-    with pytest.warns(
-        UserWarning, match=r"1 conversations have an assistant turn without content.*row 1 of the data \("
-    ):
+    with pytest.warns(UserWarning, match=r"1 conversations have a turn without content.*row 1 of the data \("):
         data.prepare()
     again = ChatDataModule(path, tokenizer=tiny_tokenizer(), seq_len=256)
     with pytest.warns(UserWarning, match="1 conversations"):  # also where the tokens come from the cache
@@ -290,10 +315,14 @@ def test_broken_files_are_named_with_the_row(tmp_path: Path) -> None:
         "b.jsonl": (good + b"[1]\n", r"b\.jsonl line 6 holds a list"),
         "c.jsonl": (good + b'{"a": "\xff"}\n', r"c\.jsonl line 6 is not UTF-8"),
         "d.json": (b'[{"a": 1}, 2]', r"d\.json row 2 holds a int"),
-        "e.csv": (b"a,b\n1,2\n1,2,3\n", r"e\.csv cannot be read.*Row #3"),
+        "e.csv": (b"a,b\n1,2\n\n1,2,3\n", r"e\.csv line 4 has 3 cells, and the header has 2"),
+        "q.csv": (b'a,b\n1,2\n"x" y,2\n', r"q\.csv line 3 is not valid: .* goes on after the quote that ends it"),
+        "r.csv": (b'a,b\n"1\n1",2\n"x,2\n3,4\n', r"r\.csv line 4 is not valid: .* no other quote ends it"),
+        "s.tsv": (b'a\tb\n"x \\"y\\""\t2\n', r"s\.tsv line 2 is not valid: .* must be in quotes, and these doubled"),
         "f.csv": (b"a,a\n1,2\n", r"f\.csv has two columns of one name"),
         "g.jsonl.gz": (gzip.compress(good)[:-20], r"g\.jsonl\.gz cannot be read"),
         "h.jsonl.xz": (good, r"h\.jsonl\.xz cannot be read"),
+        "t.parquet": (parquet_of(["a", "a"]), r"t\.parquet has two columns of one name: \['a', 'a'\]"),
         "i.parquet": (b"nothing", r"i\.parquet cannot be read"),
         "j.arrow": (b"nothing of arrow", r"j\.arrow cannot be read"),
         "k.jsonl.zst": (good, r"k\.jsonl\.zst cannot be read"),

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from automodel_trainer.data.formats import Conversation, detect_format
+from automodel_trainer.data.arrow_rows import dataset_of_rows
+from automodel_trainer.data.formats import Conversation, detect_format, format_of, refuse_unwanted_answers
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
@@ -60,6 +61,16 @@ def convert(row: dict[str, Any], columns: dict[str, str] | None = None) -> Conve
             "instruction/response",
             [{"role": "user", "content": "Add\n\n1 2"}, ASSISTANT],
         ),
+        (
+            {"instruction": "Add", "input": "1 2", "context": 3, "response": "Hello", "history": []},
+            "instruction/response",
+            [{"role": "user", "content": "Add\n\n1 2\n\n3"}, ASSISTANT],
+        ),
+        (
+            {"question": "Add", "context": "1 2", "answer": "Hello"},
+            "question/answer",
+            [{"role": "user", "content": "Add\n\n1 2"}, ASSISTANT],
+        ),
         ({"question": "Hi", "answer": "Hello", "source": "x"}, "question/answer", [USER, ASSISTANT]),
         ({"prompt": "Hi", "response": "Hello", "system": None}, "prompt/response", [USER, ASSISTANT]),
     ],
@@ -77,6 +88,9 @@ def test_values_of_other_types_are_named() -> None:
             {"instruction": "Hi", "output": "Hello", "history": [["Add", None]]},
             "'history' must be a string, found None",
         ),
+        ({"instruction": "Hi", "input": ["a"], "output": "b"}, r"'input' must be a text, found list"),
+        ({"messages": [{**ASSISTANT, "weight": 0.5}]}, r"message 0 has weight 0\.5\. Allowed: 1, and 0"),
+        ({"messages": [{**ASSISTANT, "weight": "0"}]}, r"message 0 has weight '0'"),
         ({"prompt": "Hi", "completion": 4}, "'completion' must be a text or a list of messages, found int: '4'"),
         ({"prompt": b"Hi", "completion": "4"}, "'prompt' must be a text or a list of messages, found bytes"),
     ):
@@ -89,9 +103,9 @@ def test_mapped_by_name() -> None:
     mapped = convert(row, {"prompt": "my_q", "completion": "my_a", "system": "persona"})
     assert mapped.messages == [SYSTEM, USER, ASSISTANT]
     assert convert({"dialog": [USER], "tools": [TOOL]}, {"messages": "dialog"}) == Conversation([USER], [TOOL])
-    assert convert(
-        {"instruction": "Add", "context": "1 2", "response": "3"}, {"input": "context", "output": "response"}
-    )
+    row = {"instruction": "Add", "context": "1 2", "response": "Hello"}
+    added = convert(row, {"input": "context", "output": "response"}).messages
+    assert added == [{"role": "user", "content": "Add\n\n1 2"}, ASSISTANT]  # once, though context has a meaning too
 
 
 def test_only_two_texts_are_a_prompt_and_its_completion() -> None:
@@ -133,7 +147,7 @@ class TestTools:
         assert message == {"role": "assistant", "content": "weather(Köln)"}
 
     def test_results_of_all_names_and_kinds(self) -> None:
-        for role in ("tool", "function", "observation", "function_response"):
+        for role in ("tool", "ipython", "function", "observation", "function_response"):
             (message,) = convert({"conversations": [{"from": role, "value": "Sun"}]}).messages
             assert message == {"role": "tool", "content": "Sun"}
         (message,) = convert({"messages": [{"role": "tool", "content": {"sky": "klar ☀"}}]}).messages
@@ -174,6 +188,22 @@ def test_keys_that_arrow_adds_are_dropped() -> None:
     form = detect_format(rows.column_names)
     assert form.to_messages(rows[0]).messages == [USER, calling, result]
     assert form.to_messages(rows[1]).messages == [USER, other, ASSISTANT]
+
+
+def test_a_text_under_another_key_is_no_empty_message() -> None:
+    rows = [{"messages": [{"role": "user", "text": "Hi"}, ASSISTANT]}]
+    form = format_of(dataset_of_rows(rows))
+    with pytest.raises(ValueError, match=r"message 0 has no 'content'.* keys are \['role', 'text'\]"):
+        form.to_messages(rows[0])
+    thought = {"role": "assistant", "reasoning": "r"}
+    assert form.to_messages({"messages": [thought]}).messages == [{**thought, "content": ""}]
+
+
+def test_completions_that_nobody_wants_are_refused() -> None:
+    good, bad = ({"prompt": "Hi", "completion": "Hello", "label": wanted} for wanted in (True, False))
+    refuse_unwanted_answers(rows := dataset_of_rows([good, good]), format_of(rows))
+    with pytest.raises(ValueError, match="1 of 2 completions have the label false"):
+        refuse_unwanted_answers(rows := dataset_of_rows([good, bad]), format_of(rows))
 
 
 def test_other_keys_and_parts_of_text() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from automodel_trainer.data import TextDataModule, text
 from automodel_trainer.data.stream import StreamLoader
@@ -120,6 +121,31 @@ def test_a_text_file_and_the_second_look_at_it(tmp_path: Path, monkeypatch: pyte
     assert tokens_of(module(str(path)).train_dataloader()) == tokens_of(first.train_dataloader())
 
 
+def test_documents_begin_and_end_once() -> None:
+    """Also a text that was rendered with BOS and EOS, and a tokenizer that adds both."""
+    tokenizer = tiny_tokenizer(eos_token="</s>")
+    parts = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=parts)
+    once = [tokenizer.bos_token_id, *tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert text.encode_documents(tokenizer, ["a", "<s>a", "a</s>", "<s>a</s>", ""]) == [once] * 4 + [[]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"micro_batch_size": "2"}, "micro_batch_size='2' is a str and must be a whole number"),
+        ({"global_batch_size": 4.0}, "global_batch_size=4.0 is a float"),
+        ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
+        ({"seed": None}, "seed=None is a NoneType"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"validation": ""}, "the name of the data is empty"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(**options)
+
+
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no column 'body'; its columns are \['text'\]"):
         module(text_column="body")
@@ -206,6 +232,30 @@ def test_a_stream_goes_on_exactly_also_on_another_layout(stop: int, num_workers:
     for one in resumed:
         one.load_state_dict(state)
     assert [Counter(tokens_of(shares)) for shares in zip(*resumed, strict=True)] == reference[stop:]
+
+
+def test_a_stream_position_is_refused_where_files_changed(tmp_path: Path) -> None:
+    """Lines and files may be added at the end: the place means the same."""
+    lines = [json.dumps(row) + "\n" for row in documents()]
+
+    def write(name: str, chosen: list[str]) -> None:
+        (tmp_path / name).write_text("".join(chosen))
+
+    write("a.jsonl", lines[:5]), write("b.jsonl", lines[5:20])
+    interrupted = loader(train=str(tmp_path), shuffle_buffer=0)
+    steps = iter(interrupted)
+    next(steps)
+    state, following = json.loads(json.dumps(interrupted.state_dict())), tokens_of([next(steps)])
+    write("b.jsonl", lines[5:]), write("c.jsonl", lines[:2])
+    grown = loader(train=str(tmp_path), shuffle_buffer=0)
+    grown.load_state_dict(state)
+    assert tokens_of([next(iter(grown))]) == following
+    write("a.jsonl", lines[1:6])
+    with pytest.raises(ValueError, match=r"a\.jsonl is not as it was.*resume='data'"):
+        loader(train=str(tmp_path), shuffle_buffer=0).load_state_dict(state)
+    write("a.jsonl", lines[:5]), write("aa.jsonl", lines[:5])
+    with pytest.raises(ValueError, match=r"file 2 of the stream was b\.jsonl, and now aa\.jsonl"):
+        loader(train=str(tmp_path), shuffle_buffer=0).load_state_dict(state)
 
 
 def test_a_stream_position_is_refused_with_other_settings() -> None:

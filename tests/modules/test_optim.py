@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +10,13 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from automodel_trainer.modules.optim import OptimizerConfig, SchedulerConfig, build_optimizer, build_scheduler
+from automodel_trainer.modules.optim import (
+    OptimizerConfig,
+    SchedulerConfig,
+    build_optimizer,
+    build_scheduler,
+    check_lr,
+)
 from tests.harness import make_strategy
 from tests.pool import RankPool
 from tests.tiny import tiny_model
@@ -59,6 +66,15 @@ def test_bad_optimizers(config: Any, message: str) -> None:
         build_optimizer(config, tiny_model(), 0.1)
 
 
+@pytest.mark.parametrize("lr", ["1e-3", None, True, float("nan"), float("inf"), -1.0])
+def test_bad_learning_rates(lr: Any) -> None:
+    """YAML reads 1e-3 as a text."""
+    with pytest.raises(ValueError, match=f"lr='?{lr}"):
+        check_lr(lr)
+    for good in (0, np.float32(1e-3), torch.tensor(1e-3)):
+        check_lr(good)
+
+
 def test_nothing_to_train() -> None:
     with pytest.raises(ValueError, match="No parameter of the model is trainable"):
         build_optimizer("AdamW", tiny_model().requires_grad_(False), 0.1)
@@ -91,6 +107,7 @@ def test_shapes() -> None:
         ("cosin", 10, "Allowed: cosine"),
         (SchedulerConfig(warmup_steps=2, warmup_ratio=0.1), 10, "not both"),
         (SchedulerConfig(warmup_steps=10), 10, "must be less than"),
+        ("constant", 0, "the run has no steps to train"),
         (SchedulerConfig(warmup_ratio=1.5), 10, "invalid warm-up"),
         ("cosine", None, "max_steps"),
     ],

@@ -23,7 +23,7 @@ from automodel_trainer.callbacks.ledger_text import ledger_rows
 from automodel_trainer.callbacks.memory_budget import MemoryBudget
 from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.strategies import DDPStrategy, FSDP2Strategy, Parallel3DStrategy
-from automodel_trainer.strategies.base import trials
+from automodel_trainer.strategies.base import together, trials
 from automodel_trainer.strategies.base.block_modes import modes_of_blocks, text_of
 from automodel_trainer.strategies.base.budget import Budget, Chosen
 from automodel_trainer.strategies.base.search import Plan, Trial, search
@@ -32,6 +32,7 @@ from tests.counted_memory import CountedMemory
 from tests.harness import NextToken, make_strategy, random_rows
 from tests.matrix import more
 from tests.pool import RankPool
+from tests.processes import Job
 from tests.tiny import tiny_model
 
 PLENTY = 2**40
@@ -213,7 +214,7 @@ def run(spec: str, devices: int, folder: str, device: Any = None, **options: Any
     """Three steps with dropout; the budget counts on `device`."""
     torch.manual_seed(1)
     overrides = {"num_hidden_layers": 6, "attention_dropout": 0.2, **options.pop("overrides", {})}
-    model = tiny_model(options.pop("family", "llama"), **overrides)
+    model = options.pop("model", None) or tiny_model(options.pop("family", "llama"), **overrides)
     numbers = Numbers()
     trainer = Trainer(
         accelerator="cpu",
@@ -284,13 +285,27 @@ class RunsOut(CountedMemory):
         return super().allocated()
 
 
-def both_after_one_failed(spec: str, budget: int, folder: str, by_hand: bool) -> tuple[str, list[int]]:
+class OneRunsOut(CountedMemory):
+    """Runs out once on rank 1 alone, when the forward of the fourth block of the first trial ends."""
+
+    reads = 0
+
+    def allocated(self) -> int:
+        self.reads += 1
+        if self.reads == 8 and os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("as if")
+        return super().allocated()
+
+
+def both_after_one_failed(
+    spec: str, budget: int, folder: str, by_hand: bool, device: type[CountedMemory] = RunsOut
+) -> tuple[str, list[int]]:
     """`both`; with `by_hand` without torch 2.13's function that lets FSDP2 begin anew."""
     given = getattr(FSDPModule, "reset_iter_state", None)
     try:
         if by_hand and given is not None:
             del FSDPModule.reset_iter_state
-        return both(spec, budget, RunsOut(), 2, folder)
+        return both(spec, budget, device(), 2, folder)
     finally:
         if given is not None:
             FSDPModule.reset_iter_state = given
@@ -314,13 +329,48 @@ def test_ranks(pool: RankPool, tmp_path: Path, spec: str, budget: int, by_hand: 
     assert len({setting for setting, _ in found}) == 1
 
 
+@pytest.mark.parametrize(
+    ("spec", "budget"), [("fsdp2", 3_600_000), more("hsdp:dp_replicate=2", 4_500_000), more("ddp", 3_200_000)]
+)
+def test_one_rank_runs_out_in_a_forward(pool: RankPool, tmp_path: Path, spec: str, budget: int) -> None:
+    """The other learns it before the next collective; both choose the same."""
+    found = pool.run(2, both_after_one_failed, spec, budget, str(tmp_path), False, OneRunsOut)
+    assert not any(different for _, different in found)
+    assert len({setting for setting, _ in found}) == 1
+
+
+def run_out_in_backward(folder: str) -> None:
+    together.PATIENCE = 3.0
+
+    def fail(gradient: Tensor) -> None:
+        raise torch.OutOfMemoryError("as if")
+
+    def fails_in_backward(layer: Any, args: Any, output: Tensor) -> None:
+        if os.environ["RANK"] == "1":
+            output.register_hook(fail)
+
+    model = tiny_model("llama", num_hidden_layers=6)
+    model.model.layers[3].mlp.register_forward_hook(fails_in_backward)
+    with pytest.raises(ValueError, match=r"ran out of memory in a trial .*: rank 1\. They cannot go on"):
+        run("fsdp2:memory=0.1", 2, folder, CountedMemory(), model=model)
+    print("the run has ended")
+
+
+def test_one_rank_runs_out_in_a_backward(tmp_path: Path) -> None:
+    """The other stands in a collective for ever: all end, with an error that names the rank."""
+    job = Job(tmp_path / "logs", run_out_in_backward, str(tmp_path), world_size=2)
+    codes = job.wait(60)
+    assert ["the run has ended" in job.log(rank) for rank in (0, 1)] == [True, True], job.log() + job.log(1)
+    assert codes[1] == 0
+
+
 def run_out_on_one(folder: str) -> str:
-    """The error of a run in which rank 1 alone says that it ran out of memory. (With gloo the other would wait.)"""
+    """The error of a run in which rank 1 alone says that it ran out of memory."""
     whole = trials._Trials._run
 
     def ends_early(self: Any) -> Any:
         place, kept = whole(self)
-        return (3 if os.environ["RANK"] == "1" else place), kept
+        return (("inside", 3, 0) if os.environ["RANK"] == "1" else place), kept
 
     try:
         trials._Trials._run = ends_early  # type: ignore[method-assign]
@@ -336,6 +386,7 @@ def test_one_rank_runs_out(pool: RankPool, tmp_path: Path) -> None:
     """Ranks that ended a trial at different places cannot go on, and all say so."""
     for message in pool.run(2, run_out_on_one, str(tmp_path)):
         assert "some ranks ran out of memory in a trial" in message
+        assert "rank 1. They" in message
         assert "Give less" in message
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -150,6 +151,24 @@ def test_frozen_embeddings_need_no_graph_of_their_own() -> None:
     assert not model.requires_grad_(False)(input_ids=ids, use_cache=False).logits.requires_grad
 
 
+def test_blocks_that_train_something_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is trained may change between calls; frozen blocks, which are asked at each, do not walk their modules."""
+    given: list[Any] = []
+    monkeypatch.setattr(compile, "_with_gradient", lambda x: given.append(x) or x)
+    model = tiny_model("llama", num_hidden_layers=3).train().requires_grad_(False)
+    compile_blocks(model, "eager")
+    for block in model.model.layers:
+        block.forward.compiled = lambda forward, *args, **kwargs: forward(*args, **kwargs)
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, use_cache=False)
+    assert not given
+    model.model.layers[0].mlp.requires_grad_(True)
+    monkeypatch.setattr(torch.nn.Module, "modules", None)
+    model(input_ids=ids, use_cache=False)
+    assert len(given) == 1
+    monkeypatch.undo()
+
+
 def test_evaluation_is_not_compiled() -> None:
     model = tiny_model("llama").eval()
     ids = torch.arange(8)[None]
@@ -212,6 +231,13 @@ def test_the_compiler_is_imported_beside_loading(monkeypatch: pytest.MonkeyPatch
     assert autotunes
     with pytest.raises(RuntimeError, match="of the weights"), compile.compiler_imported(True):
         raise RuntimeError("of the weights")
+
+
+def test_what_is_imported() -> None:
+    """Under this torch, and on no device."""
+    compile.import_compiler()
+    assert "torch._inductor.compile_fx" in sys.modules
+    assert not torch.cuda.is_initialized()
 
 
 @pytest.mark.parametrize(("backend", "imports"), [("inductor", [False, True]), ("aot_eager", [False, False])])

@@ -23,7 +23,7 @@ SPECIAL = [
 ]  # fmt: skip
 ID = {token: 256 + index for index, token in enumerate(SPECIAL)}
 MARKS = {"qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "gemma3": "<start_of_image>"}
-MARKS |= dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5"), MARKS["qwen2_5_vl"])
+MARKS |= dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), MARKS["qwen2_5_vl"])
 MARKS |= {"mllama": "<|image|>", "internvl": "<IMG_CONTEXT>"}
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
@@ -72,6 +72,12 @@ def _idefics(name: str) -> dict[str, Any]:
             "pad_token_id": 256}  # fmt: skip
 
 
+def _with_experts(family: str, **more: Any) -> dict[str, Any]:
+    config = _CONFIGS[family]()
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, **more}
+    return {**config, "text_config": {**config["text_config"], **experts}}
+
+
 _TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
 _CONFIGS: dict[str, Any] = {
     "qwen2_5_vl": lambda: {
@@ -87,13 +93,8 @@ _CONFIGS: dict[str, Any] = {
                           "num_position_embeddings": 16},
         **QWEN,
     },
-    "qwen3_vl_moe": lambda: {
-        **_CONFIGS["qwen3_vl"](),
-        "text_config": {
-            **_CONFIGS["qwen3_vl"]()["text_config"], "moe_intermediate_size": 16, "num_experts": 4,
-            "num_experts_per_tok": 2, "tie_word_embeddings": False,
-        },
-    },
+    "qwen3_vl_moe": lambda: _with_experts("qwen3_vl", tie_word_embeddings=False),
+    "qwen3_5_moe": lambda: _with_experts("qwen3_5", shared_expert_intermediate_size=16),
     "qwen3_5": lambda: {
         "text_config": {**TEXT, "head_dim": 16, **_linear(), "rope_parameters": _rope(
             mrope_section=[2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.5)},

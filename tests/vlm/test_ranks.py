@@ -75,6 +75,7 @@ MORE = [
     Case("llava_onevision", "3d:pp=2", lora=True),
     Case("qwen3_vl_moe", "fsdp2:ep=2", lora=True, packing=True),
     Case("qwen3_vl_moe", "fsdp2:ep=2", freeze=()),
+    Case("qwen3_5_moe", "fsdp2:ep=2", export=True),
 ]
 ON_FOUR = [Case(family, "fsdp2:cp=2,tp=2", packing=True) for family in ("qwen3_vl", "gemma3")]
 ON_FOUR += [Case("llava", spec, packing=True) for spec in ("3d:pp=2,cp=2", "3d:pp=2,tp=2")]

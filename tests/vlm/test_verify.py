@@ -37,6 +37,7 @@ def report(
         ("qwen3_vl_moe", "fsdp2:ep=2"),
         more("gemma3", "fsdp2:cp=2"),
         more("llava", "fsdp2"),
+        ("llava_onevision", "3d:pp=2"),
         more("internvl", "3d:pp=2"),
     ],
 )

@@ -73,8 +73,7 @@ class RowReader:
         videos = _Visuals("video", VIDEO_MARK if marks_videos else None, _VIDEO, _videos(row))
         found = {"image": pictures, "video": videos}
         marked = dict(row)
-        for name in (*self.form.required, *self.form.optional):
-            column = self.form.columns.get(name, name)
+        for name, column in self.form.columns_read.items():
             if column in row and name != "tools":
                 value = row[column]
                 if len(self.form.required) == 1 and name == self.form.required[0] and isinstance(value, str):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from automodel_trainer.models.quantization.nf4 import BLOCK, QuantizedParts
+from automodel_trainer.nn.operators import operator
 
 
 def nf4_tensor() -> Any:
@@ -37,7 +38,7 @@ def dequantize(parts: QuantizedParts, dtype: torch.dtype, after: Tensor | None =
     return dequantize_nf4(parts.codes, parts.scales, parts.factors, parts.mean, parts.levels, corner).to(dtype)
 
 
-@torch.library.custom_op("automodel_trainer::dequantize_nf4", mutates_args=())
+@operator("dequantize_nf4")
 def dequantize_nf4(
     codes: Tensor, scales: Tensor, factors: Tensor, mean: Tensor, levels: Tensor, after: Tensor | None
 ) -> Tensor:
