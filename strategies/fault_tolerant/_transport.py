@@ -19,9 +19,6 @@ class Transport(HTTPTransport):  # type: ignore[misc]
 
     Args:
         timeout: how long a late rank waits for a part of the state, and the others for the late rank.
-
-    Attributes:
-        asked: whether this rank is to serve the state before the next step.
     """
 
     def __init__(self, timeout: timedelta) -> None:
@@ -31,6 +28,7 @@ class Transport(HTTPTransport):  # type: ignore[misc]
 
     @property
     def asked(self) -> bool:
+        """Whether this rank is to serve the state before the next step."""
         return self._request is not None
 
     def forget_request(self) -> None:
