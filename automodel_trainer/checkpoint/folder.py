@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from automodel_trainer.checkpoint.manifest import MANIFEST, write_manifest
@@ -13,6 +15,16 @@ from automodel_trainer.checkpoint.record import Entry, entry_of, sync
 TEMPORARY = ".tmp"  # step-00000010.tmp is being written; step-00000010.tmp-old is being replaced
 _OLD = "-old"
 _IN_WORK: set[Path] = set()  # temporary folders that this process is writing, possibly in the background
+_SILENT = 3600.0  # seconds after which a folder of another job that nobody has written to is taken for a remainder
+
+
+class _Neighbours:
+    """Whether other jobs write checkpoints of the same run beside this one: replica groups that take turns."""
+
+    present = False
+
+
+neighbours = _Neighbours()
 
 
 def temporary(folder: Path) -> Path:
@@ -31,16 +43,34 @@ def prepare(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     target = temporary(folder)
     assert target not in _IN_WORK, "one save of a folder at a time"
-    for leftover in folder.parent.glob(f"*{TEMPORARY}*"):
-        if leftover.is_dir() and not leftover.is_symlink() and leftover not in _IN_WORK:
-            replaced = leftover.with_name(leftover.name.removesuffix(TEMPORARY + _OLD))
-            if leftover.name.endswith(TEMPORARY + _OLD) and not replaced.exists():
-                leftover.rename(replaced)
-            else:
-                shutil.rmtree(leftover)
+    _clear(target)
     target.mkdir()
+    now = target.stat().st_mtime  # by the clock of the disk
+    for leftover in folder.parent.glob(f"*{TEMPORARY}*"):
+        if leftover != target and not (neighbours.present and now - _last_write(leftover) < _SILENT):
+            _clear(leftover)
     _IN_WORK.add(target)
     return target
+
+
+def _clear(leftover: Path) -> None:
+    """Remove a temporary folder that nobody writes any more."""
+    if not leftover.is_dir() or leftover.is_symlink() or leftover in _IN_WORK:
+        return
+    replaced = leftover.with_name(leftover.name.removesuffix(TEMPORARY + _OLD))
+    if leftover.name.endswith(TEMPORARY + _OLD) and not replaced.exists():
+        leftover.rename(replaced)
+    else:
+        shutil.rmtree(leftover, ignore_errors=neighbours.present)  # which may be removing it too
+
+
+def _last_write(folder: Path) -> float:
+    """When something in a folder was last written; in the far past if it is gone."""
+    latest = -math.inf
+    for path in (folder, *folder.rglob("*")):
+        with suppress(FileNotFoundError):
+            latest = max(latest, path.stat().st_mtime)
+    return latest
 
 
 def abandon(target: Path) -> None:
@@ -106,4 +136,4 @@ def link(link: Path, name: str) -> None:
     sync(link.parent)
 
 
-__all__ = ["MANIFEST", "abandon", "link", "prepare", "publish", "remove_checkpoint", "temporary"]
+__all__ = ["MANIFEST", "abandon", "link", "neighbours", "prepare", "publish", "remove_checkpoint", "temporary"]

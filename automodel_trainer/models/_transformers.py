@@ -75,7 +75,8 @@ def load_weights(
         model: laid out, or not.
         files: the safetensors files of the checkpoint.
         device: where parameters go.
-        added: names of parameters that no checkpoint holds (adapters). They become real and stay uninitialized.
+        added: names of parameters that these files do not hold. They become real and stay uninitialized (adapters),
+            unless they are real already.
         in_turn: read one weight at a time, for modules that quantize theirs: only one is then held in full precision.
         tensors: read these instead of what the files hold, for files with codes and scales (`dense_weights`).
 
@@ -128,6 +129,8 @@ def _materialize(model: PreTrainedModel, names: Set[str], device: torch.device) 
         module = model.get_submodule(owner)
         meta = module._parameters[key]
         assert meta is not None
+        if not meta.is_meta:
+            continue
         local = meta.to_local() if isinstance(meta, DTensor) else meta
         value = torch.empty_like(local, device=device)
         if isinstance(meta, DTensor):
@@ -254,16 +257,21 @@ def converts_weights(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "_weight_conversions", None) or _conversions(model, add_legacy=False))
 
 
-def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Where a model would put tensors of a checkpoint: name in the files -> name in the model, of those it takes."""
+def places_of(model: PreTrainedModel, names: Iterable[str], converted: bool = True) -> dict[str, str]:
+    """Where a model would put tensors of a checkpoint: name in the files -> name in the model, of those it takes.
+
+    Args:
+        names: of tensors in the files.
+        converted: also those that it computes something else of, beside another name.
+    """
     mapping = _conversions(model)
     renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
     converters = [step for step in mapping if isinstance(step, WeightConverter)]
     held = model.state_dict()
     found = {}
     for name in names:
-        place, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, held)
-        if place in held or name in held:
+        place, conversion = rename_source_key(name, renamings, converters, model.base_model_prefix, held)
+        if (place in held or name in held) and (converted or conversion is None):
             found[name] = place if place in held else name
     return found
 

@@ -39,7 +39,15 @@ from automodel_trainer.models.lora import (
 )
 from automodel_trainer.models.new_heads import new_heads, tell_new_heads
 from automodel_trainer.models.parts import freeze_parts
+from automodel_trainer.models.quantization import mxfp4
+from automodel_trainer.models.quantization.as_stored import (
+    is_held_as_stored,
+    read_as_stored,
+    stored_weights,
+    weights_in,
+)
 from automodel_trainer.models.quantization.checkpoint import check_leftovers, dense_weights, quantization_of
+from automodel_trainer.models.quantization.dense import DenseWeight, Mxfp4Weight
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization.quantize import quantized_weights
 from automodel_trainer.models.quantization_config import ReadDense, forget_quantization, quantization_in
@@ -100,7 +108,7 @@ def build_pretrained(
     if freeze:
         freeze_parts(model, freeze)
     if lora is not None:
-        add_adapters(model, lora, strategy)
+        add_adapters(model, lora, strategy, folder)
     if kernels is not None:
         apply_kernels(model, kernels, _device(strategy, device))
     fill_from_folder(
@@ -194,15 +202,24 @@ def empty_model(
     return build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
 
 
-def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: Layout | None) -> None:
+def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: Layout | None, folder: Path | None = None) -> None:
     """Freeze a model that is not laid out yet, and add adapters.
 
     Frozen weights need no master copy, because nothing updates them. They are held in the dtype that they compute in.
+
+    Args:
+        model: on meta or real.
+        lora: what to adapt, and how.
+        strategy: its dtypes are taken.
+        folder: whose weights a model on meta will have; None: others, or it has its weights.
     """
+    stored = None
+    if lora.quantize == mxfp4.SCHEME and folder is not None:
+        stored = weights_in(model, folder, weight_files(folder))
     if strategy is None:
-        apply_lora(model, lora)
+        apply_lora(model, lora, stored=stored)
     else:
-        apply_lora(model, lora, strategy.dtypes.compute, strategy.dtypes.parameters)
+        apply_lora(model, lora, strategy.dtypes.compute, strategy.dtypes.parameters, stored)
 
 
 def fill_from_folder(
@@ -232,17 +249,23 @@ def fill_from_folder(
     files = files or weight_files(folder)
     quantization = quantization_of(folder)
     tensors: Mapping[str, TensorSlice] | None = None
+    stored: dict[str, Mxfp4Weight] = {}
     if quantization is not None:
         tensors = dense_weights(slices_of(files), quantization, folder)
-        record_of(model).keep(ReadDense(str(quantization.get("quant_method"))))
+        stored = {n: w for n, w in stored_weights(model, tensors).items() if is_held_as_stored(model, n)}
+        tensors = {name: part for name, part in tensors.items() if part not in stored.values()}
+        if any(isinstance(part, DenseWeight) for part in tensors.values()):
+            record_of(model).keep(ReadDense(str(quantization.get("quant_method"))))
     forget_quantization(model.config)
     tensors = _without_embeddings(model, files, tensors)
     if strategy is not None:
         strategy.parallelize(model)
     check_gathered(model)
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    in_turn = bool(quantized_weights(model))
+    read_as_stored(model, stored, _device(strategy, device))
+    in_turn = any(weight.is_meta for weight in quantized_weights(model))
     added = adapter_names(model) | (embeddings_of_adapter(model) - tied_weight_names(model).keys())
+    added |= stored.keys() & requires_grad.keys()
     loaded = load_weights(model, files, _device(strategy, device), added, in_turn, tensors)
     missing, unexpected = set(loaded.missing), set(loaded.unexpected)
     for name, parameter in model.named_parameters():

@@ -321,7 +321,8 @@ class BuiltModule(Objective, pl.LightningModule):
         if self.frozen:
             freeze_parts(model, self.frozen)
         if self.lora is not None:
-            add_adapters(model, self.lora, self.strategy)
+            on_meta = any(parameter.is_meta for parameter in model.parameters())
+            add_adapters(model, self.lora, self.strategy, self.source if on_meta else None)
         apply_kernels(model, self.kernels, self.strategy.root_device)
         if not any(parameter.is_meta for parameter in model.parameters()):
             self.strategy.parallelize(model)

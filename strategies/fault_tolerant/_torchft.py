@@ -23,7 +23,8 @@ from automodel_trainer.strategies.fault_tolerant.lifeline import Lifeline
 
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # torchft's own variable
 _PATIENCE = 30.0  # seconds: the lighthouse may start a little later than the groups
-_START = "torchft_lighthouse --bind '[::]:29510' --min_replicas 1 --join_timeout_ms 10000"
+_START = "torchft_lighthouse --bind '[::]:29510' --min_replicas 1 --join_timeout_ms 60000"
+_RETRIES = 1000  # of a question to the lighthouse, within the time that a group waits: it may be started again
 
 
 def require_torchft() -> None:
@@ -94,8 +95,7 @@ class Peers:
         device: where the summed tensors lie. On CUDA NCCL sums them, else gloo.
         timeout: seconds that a sum waits for a group that is alive but slow.
         quorum_timeout: seconds to wait for the other groups before a step.
-        save: makes the state that a group that comes late is given.
-        load: takes such a state.
+        load: takes the state of another group, if this one comes late.
     """
 
     def __init__(
@@ -108,18 +108,21 @@ class Peers:
         device: torch.device,
         timeout: float,
         quorum_timeout: float,
-        save: Callable[[], dict[str, Any]],
         load: Callable[[dict[str, Any]], None],
     ) -> None:
         _keep_quiet()
         os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(timeout))  # torchft warns where it is missing
         from torchft import Manager, ProcessGroupGloo, ProcessGroupNCCL
 
+        from automodel_trainer.strategies.fault_tolerant._transport import Transport
+
+        self._transport = Transport(timedelta(seconds=timeout))
         kind = ProcessGroupNCCL if device.type == "cuda" else ProcessGroupGloo
         self._manager = Manager(
             pg=kind(timeout=timedelta(seconds=timeout)),
             load_state_dict=load,
-            state_dict=save,
+            state_dict=dict,  # `give` brings it
+            checkpoint_transport=self._transport,
             min_replica_size=1,  # `FaultTolerantStrategy` has its own, with a message
             use_async_quorum=False,
             timeout=timedelta(seconds=timeout),
@@ -131,9 +134,10 @@ class Peers:
             store_port=store[1],
             lighthouse_addr=lighthouse,
             hostname=store[0],
+            quorum_retries=_RETRIES,
         )
         self._device = device
-        self._quorum = -1  # the last one that met
+        self._watched = -1  # the quorum
         self._lifeline = Lifeline(store[0], self._manager._pg.abort)
 
     def begin_at(self, step: int) -> None:
@@ -157,20 +161,32 @@ class Peers:
         Raises:
             TimeoutError: no quorum came about.
         """
+        self._transport.forget_request()
         try:
             self._manager.start_quorum(timeout=timedelta(seconds=timeout))
         except TimeoutError:
             raise
         except RuntimeError as error:  # torchft raises the errors of its channel so
             raise TimeoutError(str(error)) from error
-        place, groups = self._manager.participating_rank() or 0, self._manager.num_participants()
-        if self._manager._quorum_id != self._quorum and not self.failed:
-            self._quorum = self._manager._quorum_id
-            self._watch(place, groups)
-        return place, groups
+        return self._manager.participating_rank() or 0, self._manager.num_participants()
 
-    def _watch(self, place: int, groups: int) -> None:
+    @property
+    def asked(self) -> bool:
+        """Whether a late group waits for the state of this rank. Then `give` it, before anything is summed."""
+        return self._transport.asked
+
+    def give(self, state: dict[str, Any]) -> None:
+        """Let late groups have a state. On a CPU its tensors must be copies."""
+        self._transport.give(state)
+
+    @property
+    def others_changed(self) -> bool:
+        """Whether the groups are others than those that are watched; the same on all ranks of a group."""
+        return self._manager._quorum_id != self._watched
+
+    def watch(self, place: int, groups: int) -> None:
         """Tell the other groups where this process is found, and hold a connection to each of theirs."""
+        self._watched = self._manager._quorum_id
         table = torch.zeros(groups, 2, dtype=torch.int64, device=self._device)
         table[place] = torch.tensor(self._lifeline.address)
         self.add_up(table)
@@ -186,6 +202,12 @@ class Peers:
     def failed(self) -> bool:
         """Whether something of this step was lost."""
         return self._manager.errored() is not None
+
+    @property
+    def why(self) -> str:
+        """What was lost first, in a line; "" if nothing was."""
+        error = self._manager.errored()
+        return "" if error is None else f"{error.original_exception}".partition("\n")[0][:120]
 
     def commit(self) -> bool:
         """Whether all ranks of this group have the whole step. Collective over the group."""

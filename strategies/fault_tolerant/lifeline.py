@@ -7,7 +7,7 @@ power breaks none of them, so the timeout still counts.
 from __future__ import annotations
 
 import ipaddress
-import select
+import selectors
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -62,13 +62,25 @@ class Lifeline:
     def _accept(self) -> None:
         with suppress(OSError):  # the server was closed
             while True:
-                self._held.append(self._server.accept()[0])
+                line = self._server.accept()[0]
+                gone = broken(self._held)  # those of earlier quorums
+                for old in gone:
+                    old.close()
+                self._held = [*(old for old in self._held if old not in gone), line]
 
     def _look(self, lines: list[socket.socket], over: threading.Event) -> None:
-        broken = False
-        while not over.is_set() and not broken:
-            broken = bool(select.select(lines, [], [], _LOOK)[0])  # nothing is sent, so this is an end
-        if broken and not over.is_set():
+        gone: list[socket.socket] = []
+        while not over.is_set() and not gone:
+            gone = broken(lines, _LOOK)
+        if gone and not over.is_set():
             self._lost()
         for line in lines:
             line.close()
+
+
+def broken(lines: Sequence[socket.socket], seconds: float = 0.0) -> list[socket.socket]:
+    """The connections that have ended, after waiting for one at most so long. What can be read is an end."""
+    with selectors.DefaultSelector() as selector:  # `select` takes no more than 1,024 open files
+        for line in lines:
+            selector.register(line, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(seconds)]  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from copy import deepcopy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,9 +32,16 @@ def state_before_step(trainer: pl.Trainer) -> dict[str, Any]:
     for scope in ("total", "current"):
         batches = state["loops"]["fit_loop"]["epoch_loop.batch_progress"][scope]
         batches.update(ready=batches["completed"], started=batches["completed"], processed=batches["completed"])
-    return {**without_tensors(state), RNG_KEY: rng_state()}
+    return deepcopy({**without_tensors(state), RNG_KEY: rng_state()})  # the run goes on while it is read
 
 
 def as_checkpoint(state: dict[str, Any]) -> dict[str, Any]:
     """A state from another group in the form of a loaded checkpoint."""
     return {**state, "state_dict": {}, "optimizer_states": [], TAKEN_OVER: True}
+
+
+def is_over(trainer: pl.Trainer) -> bool:
+    """Whether a run that has been restored has no step left."""
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    limits = ((trainer.max_steps, trainer.global_step), (trainer.max_epochs, epochs.processed))
+    return any(limit not in (None, -1) and done >= limit for limit, done in limits)

@@ -24,12 +24,23 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def shards_of(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Any]:
-    """Trained parameters, buffers and optimizer states. Frozen weights come from the model's folder in every group."""
+    """Trained parameters, buffers and optimizer states, in host memory: training may go on while they are read.
+
+    Frozen weights come from the model's folder in every group.
+    """
     kept = [optimizer.state_dict() for optimizer in optimizers]
     return {
-        "parameters": [local(parameter).detach() for parameter in trained(model)],
-        "buffers": [buffer.detach() for buffer in model.buffers()],
-        "optimizers": [{**state, "state": _taken_apart(state["state"])} for state in kept],
+        "parameters": [_copied(parameter) for parameter in trained(model)],
+        "buffers": [_copied(buffer) for buffer in model.buffers()],
+        "optimizers": [
+            {
+                "state": _taken_apart(state["state"]),
+                "param_groups": [
+                    {name: _copied(value) for name, value in group.items()} for group in state["param_groups"]
+                ],
+            }
+            for state in kept
+        ],
     }
 
 
@@ -51,11 +62,15 @@ def take_over(state: dict[str, Any], model: nn.Module, optimizers: Sequence[Opti
 def _taken_apart(states: dict[int, Any]) -> dict[int, Any]:
     return {
         number: {
-            name: {_SHARD: local(value).detach()} if isinstance(value, DTensor) else value
+            name: {_SHARD: _copied(value)} if isinstance(value, DTensor) else _copied(value)
             for name, value in values.items()
         }
         for number, values in states.items()
     }
+
+
+def _copied(value: Any) -> Any:
+    return local(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def _put_together(values: dict[str, Any], parameter: Tensor) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from automodel_trainer._lightning import attached_trainer, count_step
+from automodel_trainer.checkpoint.folder import neighbours
 from automodel_trainer.checkpoint.rng import set_rng_state
 from automodel_trainer.checkpoint.state import RNG_KEY
 from automodel_trainer.data.global_batch import GlobalBatch
+from automodel_trainer.distributed.agreement import gather
 from automodel_trainer.distributed.phase import during_phase, enter_phase
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, count_all
 from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy
@@ -31,6 +33,7 @@ from automodel_trainer.strategies.fault_tolerant.gradients import sum_gradients
 from automodel_trainer.strategies.fault_tolerant.run_state import (
     TAKEN_OVER,
     as_checkpoint,
+    is_over,
     state_before_step,
     without_tensors,
 )
@@ -86,6 +89,7 @@ class FaultTolerantStrategy(FSDP2Strategy):
         self._store: dist.TCPStore | None = None
         self._met: _Met | None = None  # for the step that begins
         self._wrote: bool = False
+        self._why = ""  # the last step or meeting was not whole
         self._given: dict[str, Any] | None = None  # by another group, and not used yet
         self._resumed: dict[str, Any] | None = None  # what this group began with, until its first step
 
@@ -143,6 +147,9 @@ class FaultTolerantStrategy(FSDP2Strategy):
         """
         trainer = attached_trainer(self.lightning_module)
         assert trainer is not None
+        if is_over(trainer):  # nobody else may come any more
+            return None
+        neighbours.present = True
         self._peers = self._connect()
         self._peers.begin_at(trainer.global_step)
         self._resumed = without_tensors(dict(restored))
@@ -176,14 +183,13 @@ class FaultTolerantStrategy(FSDP2Strategy):
             device=torch.device("cpu") if self.cpu_offload else self.root_device,
             timeout=self.replica_timeout,
             quorum_timeout=self.timeout.total_seconds(),
-            save=self._state_for_others,
             load=self._take_over,
         )
 
     # --- what late groups are given -----------------------------------------------------------------------------------
 
     def _state_for_others(self) -> dict[str, Any]:
-        """The state before the step that begins, in a thread while this process waits. Collective over the group."""
+        """The state before the step that begins. Collective over the group."""
         trainer = attached_trainer(self.lightning_module)
         assert trainer is not None
         run = self._resumed if self._resumed is not None else state_before_step(trainer)
@@ -209,6 +215,7 @@ class FaultTolerantStrategy(FSDP2Strategy):
                 "are given as a path, rows or a data set, or a data module of this project that does not stream. A "
                 "loader of your own has dealt them already: use strategy='hsdp' with it."
             )
+        end = time.monotonic() + self.timeout.total_seconds()
         while True:
             if not self._caught_up():
                 return None
@@ -218,7 +225,12 @@ class FaultTolerantStrategy(FSDP2Strategy):
             if taken is not None:
                 self._wrote, self._resumed, self.groups_met = met.place == 0, None, met.groups
                 return taken
-            rank_zero_info("A replica group was lost in this step, which is repeated with the groups that are there.")
+            if self._any(time.monotonic() > end)[0]:
+                raise ValueError(self._apart(met.groups, self._why))
+            rank_zero_info(
+                "A replica group was lost in this step, which is repeated with the groups that are there"
+                f"{self._why and f' ({self._why})'}."
+            )
             for parameter in trained(objective.model):
                 parameter.grad = None
 
@@ -235,8 +247,9 @@ class FaultTolerantStrategy(FSDP2Strategy):
             return True
         if behind != 1 or given is None:
             raise RuntimeError(
-                f"This replica group fell {behind} steps behind the others: it was stopped, or cut off from the "
-                "lighthouse. Start it again (torchrun --max-restarts does): it then goes on where the others are."
+                f"This replica group fell {behind} steps behind the others: it was stopped or cut off from the "
+                "lighthouse, or it came to a step later than --join_timeout_ms of the lighthouse allows (after a slow "
+                "save?). Start it again (torchrun --max-restarts does): it then goes on where the others are."
             )
         for config, state in zip(self.lr_scheduler_configs, given["run"]["lr_schedulers"], strict=True):
             config.scheduler.load_state_dict(state)
@@ -253,29 +266,67 @@ class FaultTolerantStrategy(FSDP2Strategy):
         """
         peers, end, told = self._peers, time.monotonic() + self.timeout.total_seconds(), False
         assert peers is not None
-        groups = 0
+        groups, self._why = 0, ""
         with during_phase("quorum"):
             while (left := end - time.monotonic()) > 0:
                 try:
                     place, groups = peers.meet(left)
                 except TimeoutError as error:
+                    require_lighthouse(lighthouse_address(self.lighthouse), patience=0)
                     raise ValueError(self._nobody(groups, str(error))) from error
-                if self._any_failed():
-                    peers.commit()  # which tells the lighthouse that this group needs another quorum
-                elif groups >= self.min_replicas:
-                    self._met = _Met(place, groups)
-                    return self._met
-                elif not told:
-                    told = True
-                    rank_zero_warn(f"Waiting for min_replicas={self.min_replicas} replica groups; there are {groups}.")
+                if self._is_whole(place, groups):
+                    if groups >= self.min_replicas:
+                        self._met = _Met(place, groups)
+                        return self._met
+                    if not told:
+                        told = True
+                        rank_zero_warn(
+                            f"Waiting for min_replicas={self.min_replicas} replica groups; there are {groups}."
+                        )
                 time.sleep(_AGAIN)
+        if groups >= self.min_replicas:
+            raise ValueError(self._apart(groups, self._why))
         raise ValueError(self._nobody(groups, "none came"))
+
+    def _is_whole(self, place: int, groups: int) -> bool:
+        """Give late groups the state, and look whether all who met are reached; if not, the groups must meet again.
+
+        Raises:
+            RuntimeError: only some ranks of this group were given the state of the others.
+        """
+        peers = self._peers
+        assert peers is not None
+        asked, failed = self._any(peers.asked, peers.failed)
+        if asked:
+            state = self._state_for_others()
+            if peers.asked:
+                peers.give(state)
+        if not failed and peers.others_changed:
+            peers.watch(place, groups)
+            (failed,) = self._any(peers.failed)
+        if failed:
+            self._why = peers.why
+            steps = gather(peers.step)
+            peers.commit()  # which tells the lighthouse that this group needs another quorum
+            if len(set(steps)) > 1:
+                raise RuntimeError(
+                    f"Only some ranks of this replica group got the state of the others ({self._why}): they are at "
+                    f"steps {sorted(set(steps))}. Start the group again (torchrun --max-restarts does)."
+                )
+        return not failed
 
     def _nobody(self, groups: int, why: str) -> str:
         return (
             f"The step cannot begin: min_replicas={self.min_replicas} replica groups are needed and {groups} met "
             f"within {self.timeout.total_seconds():g} s at {lighthouse_address(self.lighthouse)} ({why}). Start more "
             "groups, lower min_replicas, or lower --min_replicas of the lighthouse, which must not be higher."
+        )
+
+    def _apart(self, groups: int, why: str) -> str:
+        return (
+            f"{groups} replica groups meet at {lighthouse_address(self.lighthouse)}, but for "
+            f"{self.timeout.total_seconds():g} s they could not sum over their ranks ({why or 'see the other ranks'}). "
+            "Their machines must reach each other by name, on any port."
         )
 
     def _attempt(self, objective: Objective, batch: GlobalBatch, met: _Met) -> tuple[Tensor, Tensor] | None:
@@ -286,12 +337,14 @@ class FaultTolerantStrategy(FSDP2Strategy):
         tokens = self.sum_over_rows(count_all(objective, batch))
         self._add_up(tokens)
         loss = None
-        if not self._any_failed():
+        if not self._any(self._peers.failed)[0]:
             loss = self.sum_over_tokens(self.forward_backward(objective, batch, tokens))
             enter_phase("sum over replica groups")
             sum_gradients(trained(objective.model), self._add_up)
             self._add_up(loss)
-        if not self._peers.commit() or loss is None:
+        whole = self._peers.commit()
+        if not whole or loss is None:
+            self._why = self._peers.why
             return None
         return loss / self.dp_size, tokens  # as in `forward_backward`, the sum over ranks is that of the global batch
 
@@ -303,11 +356,10 @@ class FaultTolerantStrategy(FSDP2Strategy):
         if moved is not tensor:
             tensor.copy_(moved)
 
-    def _any_failed(self) -> bool:
-        """Whether a rank of this group has lost the others: its ranks must not part ways."""
-        assert self._peers is not None
-        failed = torch.tensor(int(self._peers.failed), device=self.root_device)
-        return bool(self.sum_over_rows(failed))
+    def _any(self, *facts: bool) -> list[bool]:
+        """Of each fact whether it is true on any rank of this group: its ranks must not part ways."""
+        found = torch.tensor(facts, dtype=torch.int64, device=self.root_device)
+        return [bool(number) for number in self.sum_over_rows(found).tolist()]
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """See `MeshStrategy.batch_to_device`. A global batch is dealt first."""
@@ -322,6 +374,7 @@ class FaultTolerantStrategy(FSDP2Strategy):
 
     def teardown(self) -> None:
         """See `MeshProcesses.teardown`. The other groups are told by silence."""
+        neighbours.present = False
         if self._peers is not None:
             self._peers.leave()
         self._peers = self._store = self._met = self._given = self._resumed = None

@@ -21,8 +21,9 @@ def cut_adapters(model: nn.Module, plan: TensorPlan) -> None:
         plan: the model's plan; its `placements` and `summed` grow.
 
     Raises:
-        ValueError: an adapter's base weight is packed, or DoRA would need a sum over ranks in every step.
+        ValueError: the plan cuts a quantized weight, or DoRA would need a sum over ranks in every step.
     """
+    _refuse_quantized(model, plan)
     for adapter in adapters(model):
         weight = adapter.module._parameters[adapter.parameter]
         cut = plan.placements.get(id(weight))
@@ -47,13 +48,18 @@ def _outputs(adapter: Adapter, ndim: int) -> int:
     return ndim - 1 if transposed else ndim - 2
 
 
+def _refuse_quantized(model: nn.Module, plan: TensorPlan) -> None:
+    for name, module in model.named_modules():
+        for key, weight in module.named_parameters(recurse=False):
+            if id(weight) in plan.placements and is_to_be_quantized(module, key):
+                raise ValueError(
+                    f"The {key} of {name} is held quantized (lora quantize, or kernels fp8), and tensor parallel "
+                    "cannot cut it. Set tp=1. Experts may be split by ep instead."
+                )
+
+
 def _refuse(adapter: Adapter, columns: bool) -> None:
     """Refuse adapters that cannot be cut; `columns`: the base weight is cut along its outputs."""
-    if is_to_be_quantized(adapter.module, adapter.parameter):
-        raise ValueError(
-            f"The weight of {adapter.target} is held quantized (lora quantize, or kernels fp8), and tensor parallel "
-            "cannot cut it. Set tp=1."
-        )
     if adapter.magnitude is not None and not columns:
         raise ValueError(
             f"lora use_dora: under tensor parallel the norm of {adapter.target}'s rows would need a sum over ranks in "

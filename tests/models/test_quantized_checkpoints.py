@@ -27,6 +27,7 @@ from automodel_trainer.models.record import recorded
 from tests.harness import make_strategy
 from tests.models.test_lora_peft import disturb
 from tests.pool import RankPool
+from tests.routers import separated
 from tests.tiny import tiny_config, tiny_model
 
 E4M3 = torch.float8_e4m3fn
@@ -65,7 +66,7 @@ def fp8_folder(tmp_path: Path, quantization: dict[str, Any] = BLOCKS) -> Path:
 
 def mxfp4_folder(tmp_path: Path) -> Path:
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4, "head_dim": 16}
-    model = tiny_model("gpt_oss", **sizes, num_experts_per_tok=2).to(torch.bfloat16)
+    model = separated(tiny_model("gpt_oss", **sizes, num_experts_per_tok=2)).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "whole")
     tensors = load_file(tmp_path / "whole" / "model.safetensors")
     generator = torch.Generator().manual_seed(0)

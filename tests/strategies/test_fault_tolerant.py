@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import lightning.pytorch as pl
 import pytest
@@ -20,13 +22,15 @@ from lightning.pytorch.callbacks import Callback
 
 from automodel_trainer import FaultTolerantStrategy
 from automodel_trainer.callbacks import DCPCheckpoint
+from automodel_trainer.checkpoint import folder
 from automodel_trainer.strategies import StrategyRegistry
-from automodel_trainer.strategies.fault_tolerant import _torchft
+from automodel_trainer.strategies.fault_tolerant import _torchft, strategy
 from automodel_trainer.strategies.fault_tolerant._torchft import Peers, require_lighthouse
 from automodel_trainer.strategies.fault_tolerant.lifeline import NOWHERE, Lifeline
 from tests.beside import use
 from tests.callbacks.runs import train
 from tests.matrix import more
+from tests.pool import _free_port as free_port
 from tests.processes import Job
 
 ROWS = 8  # of a global batch
@@ -95,13 +99,38 @@ class Fate(Callback):
             time.sleep(0.1)
 
 
-def group(root: Path, number: int, lighthouse: str, fate: tuple[int | None, int | None], options: dict) -> None:
+class Gates(Callback):
+    """Waits after some steps until other groups are there; kills a group in the forward of a step.
+
+    Args:
+        comes: a file that says that this group is there.
+        gates: files to wait for after steps.
+        dies_in: the step in which this group ends.
+    """
+
+    def __init__(self, comes: Path, gates: dict[int, Path], dies_in: int | None = None) -> None:
+        self.comes, self.gates, self.dies_in = comes, gates, dies_in
+
+    def on_fit_start(self, *args: Any) -> None:
+        self.comes.touch()
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+        if trainer.global_step + 1 == self.dies_in:
+            module.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        while (gate := self.gates.get(trainer.global_step)) is not None and not gate.exists():
+            time.sleep(0.02)
+        time.sleep(0.05)  # others have time to come
+
+    def on_save_checkpoint(self, trainer: Any, *args: Any) -> None:
+        """As the objective sums the losses since the last log step: all ranks of a group must make the state."""
+        assert trainer.strategy.sum_over_rows(torch.ones(())) == trainer.world_size
+
+
+def group(root: Path, number: int, lighthouse: str, fate: Callback, options: dict) -> None:
     use("torchft")
-    callbacks = [
-        Diary(root, f"group-{number}"),
-        Fate(root / f"there-{number}", root / f"there-{1 - number}", *fate),
-        DCPCheckpoint(every_n_steps=4, keep_last=None),
-    ]
+    callbacks = [Diary(root, f"group-{number}"), fate, DCPCheckpoint(every_n_steps=4, keep_last=None)]
     strategy = f"hsdp:fault_tolerant=true,lighthouse={lighthouse},replica_timeout=20"
     ran = train(root, callbacks, strategy=strategy, devices=int(os.environ.get("WORLD_SIZE", 1)), **options)
     if ran["trainer"].is_global_zero:
@@ -110,11 +139,21 @@ def group(root: Path, number: int, lighthouse: str, fate: tuple[int | None, int 
 
 @pytest.fixture
 def lighthouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from lit(monkeypatch, 1000)
+
+
+@pytest.fixture
+def patient_lighthouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """On a busy machine some process of many says nothing for a second."""
+    yield from lit(monkeypatch, 5000)
+
+
+def lit(monkeypatch: pytest.MonkeyPatch, heartbeat: int) -> Iterator[str]:
     use("torchft")
     monkeypatch.setenv("RUST_LOG", "error")  # read at the import
     from torchft.coordination import LighthouseServer
 
-    server = LighthouseServer(bind="[::]:0", min_replicas=1, join_timeout_ms=10000, heartbeat_timeout_ms=1000)
+    server = LighthouseServer(bind="[::]:0", min_replicas=1, join_timeout_ms=60000, heartbeat_timeout_ms=heartbeat)
     yield server.address()
     server.shutdown()
 
@@ -127,6 +166,14 @@ def goes_alone(root: Path, job: Job) -> None:
         time.sleep(0.05)
 
 
+def comes(root: Path, name: str, step: int, job: Job) -> None:
+    """Wait until a group has made a step."""
+    end = time.monotonic() + 60
+    while not (lines := diary(root, name)) or lines[-1][0] < step:
+        assert time.monotonic() < end, job.log()
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("kills", "ranks", "options", "near"), [(2, 1, FULL, 1e-5), more(10, 1, FULL, 1e-5), more(2, 2, LORA, 1e-2)]
 )
@@ -135,12 +182,16 @@ def test_the_curve_is_that_of_a_run_without_kills(
 ) -> None:
     root, options = tmp_path / "both", {**options, "max_epochs": 3 * kills}
     root.mkdir()
-    survivor = Job(tmp_path / "0", group, root, 0, lighthouse, (None, None), options, world_size=ranks)
+
+    def fate(number: int, dies_in: int | None = None, misses: int | None = None) -> Fate:
+        return Fate(root / f"there-{number}", root / f"there-{1 - number}", dies_in, misses)
+
+    survivor = Job(tmp_path / "0", group, root, 0, lighthouse, fate(0), options, world_size=ranks)
     for life in range(kills + 1):
         goes_alone(root, survivor)
         died = 5 + BETWEEN * (life - 1)
-        fate = (died + BETWEEN, None) if life < kills else (None, died + BETWEEN - 2)
-        job = Job(tmp_path / f"1-{life}", group, root, 1, lighthouse, fate, options, world_size=ranks)
+        own = fate(1, dies_in=died + BETWEEN) if life < kills else fate(1, misses=died + BETWEEN - 2)
+        job = Job(tmp_path / f"1-{life}", group, root, 1, lighthouse, own, options, world_size=ranks)
         if life < kills:
             assert job.wait(60) == [-signal.SIGKILL] * ranks, job.log() + survivor.log()
     assert survivor.wait(120) == [0] * ranks, survivor.log()
@@ -176,6 +227,44 @@ def goes_on_alone(
         torch.testing.assert_close(on["weights"][name], right, rtol=10 * near, atol=3 * near)
 
 
+@pytest.mark.parametrize("ranks", [more(1), more(2)])
+def test_three_groups_of_which_two_are_lost_at_once(tmp_path: Path, patient_lighthouse: str, ranks: int) -> None:
+    """The second and the third end in one step, and the second comes back."""
+    root, options = tmp_path / "all", {**FULL, "max_epochs": 14}
+    root.mkdir()
+    there = [root / f"there-{name}" for name in ("0", "1", "2", "1-again")]
+
+    def start(number: int, comes: Path, gates: dict[int, Path], dies_in: int | None = None) -> Job:
+        own = Gates(comes, gates, dies_in)
+        return Job(tmp_path / comes.name, group, root, number, patient_lighthouse, own, options, world_size=ranks)
+
+    first = start(0, there[0], {2: there[1], 17: there[2], 46: there[3]})
+    goes_alone(root, first)
+    second = start(1, there[1], {}, dies_in=45)
+    comes(root, "group-1", 17, first)  # then two groups have the state that the third is given
+    third = start(2, there[2], {}, dies_in=45)
+    assert second.wait(90) == third.wait(90) == [-signal.SIGKILL] * ranks, first.log() + second.log() + third.log()
+    comes(root, "group-0", 46, first)
+    again = start(1, there[3], {})
+    assert first.wait(90) == again.wait(90) == [0] * ranks, first.log() + again.log()
+
+    plain = train(tmp_path, [Diary(tmp_path, "plain")], **options)
+    diaries = [{step: (loss, rows) for step, loss, rows in diary(root, f"group-{number}")} for number in range(3)]
+    expected = {step: (loss, rows) for step, loss, rows in diary(tmp_path, "plain")}
+    assert diaries[0].keys() == expected.keys() > diaries[1].keys() > diaries[2].keys()
+    assert len(diaries[2]) > 10
+    assert 45 not in diaries[1]
+    assert 70 in diaries[1]
+    for step, (right, all_rows) in expected.items():
+        found = [entries[step] for entries in diaries if step in entries]
+        assert [loss for loss, _ in found] == [found[0][0]] * len(found), step
+        assert found[0][0] == pytest.approx(right, rel=1e-5), step
+        assert sorted(row for _, rows in found for row in rows if row >= 0) == all_rows, step
+    for name, right in plain["weights"].items():
+        torch.testing.assert_close(torch.load(root / "weights-0.pt")[name], right, rtol=1e-4, atol=3e-5)
+        assert torch.equal(torch.load(root / "weights-1.pt")[name], torch.load(root / "weights-0.pt")[name]), name
+
+
 def test_a_lifeline_breaks_with_the_process_at_its_end(tmp_path: Path) -> None:
     lost = threading.Event()
     line = Lifeline("127.0.0.1", lost.set)
@@ -205,6 +294,94 @@ def test_a_lifeline_that_was_cut_or_replaced_tells_nobody() -> None:
     lines[0].cut()
     lines[2].cut()
     assert not lost.wait(0.5)
+
+
+# --- what torchft does ---
+
+
+def counts_groups(port: int) -> None:
+    """A lighthouse, until it is killed."""
+    use("torchft")
+    from torchft.coordination import LighthouseServer
+
+    server = LighthouseServer(bind=f"[::]:{port}", min_replicas=1, join_timeout_ms=10000, heartbeat_timeout_ms=1000)
+    print(f"lit at {server.address()}")
+    time.sleep(600)
+
+
+def meets_twice(port: int, dark: Path) -> None:
+    """A step, then another once the lighthouse is away."""
+    use("torchft")
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    place: dict[str, Any] = {"lighthouse": f"http://localhost:{port}", "store": ("localhost", store.port)}
+    times: dict[str, Any] = {"timeout": 5, "quorum_timeout": 30}
+    peers = Peers(rank=0, ranks=1, device=torch.device("cpu"), load=lambda state: None, **place, **times)
+    assert peers.meet(10) == (0, 1)
+    assert peers.commit()
+    print("the first step is done")
+    while not dark.exists():
+        time.sleep(0.02)
+    assert peers.meet(60) == (0, 1)
+    assert peers.commit()
+    assert peers.step == 2
+    peers.leave()
+
+
+def test_a_lighthouse_that_is_started_again(tmp_path: Path) -> None:
+    """The groups wait for it."""
+    use("torchft")
+    port, dark = free_port(), tmp_path / "dark"
+    lighthouse = Job(tmp_path / "1", counts_groups, port)
+    lighthouse.until("lit")
+    group = Job(tmp_path / "group", meets_twice, port, dark)
+    group.until("the first step is done", timeout=60)
+    lighthouse.signal(signal.SIGKILL)
+    assert lighthouse.wait(10) == [-signal.SIGKILL]
+    dark.touch()
+    time.sleep(1)
+    assert group.ranks[0].is_alive(), group.log()
+    again = Job(tmp_path / "2", counts_groups, port)
+    assert group.wait(60) == [0], group.log()
+    again.signal(signal.SIGKILL)
+    again.wait(10)
+
+
+def test_nobody_waits_for_a_slow_reader() -> None:
+    use("torchft")
+    from automodel_trainer.strategies.fault_tolerant._transport import Transport
+
+    limit = timedelta(seconds=30)
+    server, late = Transport(limit), Transport(limit)
+    place = urlsplit(server.metadata())
+    for step in (3, 4):
+        server.send_checkpoint([1], step, {"user": {"default": {}}, "torchft": {"step": step}}, limit)
+        assert server.asked
+        server.give({"weights": torch.full((2**23,), step)})
+        slow = socket.create_connection(("localhost", place.port))
+        slow.sendall(f"GET {place.path}{step}/full HTTP/1.0\r\n\r\n".encode())
+        assert slow.recv(4) == b"HTTP"
+        state = late.recv_checkpoint(0, f"http://localhost:{place.port}{place.path}", step, limit)
+        assert state["user"]["default"]["weights"].eq(step).all()
+        begun = time.monotonic()
+        server.disallow_checkpoint()
+        assert time.monotonic() - begun < 1
+        slow.close()
+
+
+def test_a_checkpoint_that_another_group_is_writing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remains of crashed saves go: those of this group's step at once, others when nobody has written for an hour."""
+    monkeypatch.setattr(folder.neighbours, "present", True)
+    names = ("step-1.tmp", "step-2.tmp", "step-3.tmp", "step-0.tmp-gone")
+    for name in names:
+        (tmp_path / name / "model").mkdir(parents=True)
+    long_ago = time.time() - 2 * 3600
+    for old in ("step-1.tmp", "step-0.tmp-gone"):
+        os.utime(tmp_path / old, (long_ago, long_ago))
+    os.utime(tmp_path / "step-0.tmp-gone" / "model", (long_ago, long_ago))
+    target = folder.prepare(tmp_path / "step-3")
+    assert {path.name for path in tmp_path.iterdir()} == {"step-1.tmp", "step-2.tmp", "step-3.tmp"}
+    assert not list(target.iterdir())
+    folder.abandon(target)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -258,6 +435,17 @@ def test_a_group_that_fell_behind_starts_again() -> None:
     strategy._peers, strategy._met = SimpleNamespace(step=9), SimpleNamespace()  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match=r"fell 4 steps behind the others.*Start it again"):
         strategy._caught_up()
+
+
+def test_ranks_that_got_different_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group whose ranks are at different steps must not train."""
+    fault = FaultTolerantStrategy(lighthouse="host:1")
+    fault._peers = SimpleNamespace(asked=False, failed=True, why="it broke", step=9, commit=bool)  # type: ignore[assignment]
+    monkeypatch.setattr(fault, "_any", lambda *facts: [*facts])
+    assert not fault._is_whole(0, 2)
+    monkeypatch.setattr(strategy, "gather", lambda step: [step, 4])
+    with pytest.raises(RuntimeError, match=r"\(it broke\): they are at steps \[4, 9\]"):
+        fault._is_whole(0, 2)
 
 
 def test_a_loader_that_has_dealt_its_rows_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -34,6 +35,8 @@ from automodel_trainer.models.lora.layers import (
     quantizable_weights,
 )
 from automodel_trainer.models.lora.targets import Target, find_targets, kind, kinds, matches
+from automodel_trainer.models.quantization import mxfp4, nf4
+from automodel_trainer.models.quantization.as_stored import hold_as_stored
 from automodel_trainer.models.quantization.quantize import prepare_quantization, quantize_weights
 from automodel_trainer.models.record import record_of, recorded
 
@@ -44,7 +47,11 @@ def lora_of(model: nn.Module) -> LoRAConfig | None:
 
 
 def apply_lora(
-    model: PreTrainedModel, config: LoRAConfig, base_dtype: torch.dtype | None = None, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    config: LoRAConfig,
+    base_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    stored: Collection[str] | None = None,
 ) -> PreTrainedModel:
     """Freeze a model and give it adapters, in place, before it is laid out. `finish_lora` fills them.
 
@@ -53,10 +60,16 @@ def apply_lora(
         config: what to adapt, and how.
         base_dtype: of the frozen weights; None leaves them as they are.
         dtype: of what is trained; None: fp32 or wider.
+        stored: names of the parameters that `quantize: mxfp4` holds as the checkpoint has them (`as_stored.py`).
 
     Raises:
         ValueError: the configuration does not fit the model; the message lists what would.
     """
+    if config.quantize == mxfp4.SCHEME and stored is None:
+        raise ValueError(
+            "lora quantize='mxfp4' holds the experts as the files of an mxfp4 checkpoint have them, and this model has "
+            "other weights already. Give the checkpoint's folder or Hub id as the model, or set quantize to 'nf4'."
+        )
     if config.adapter is not None:
         _warn_of_changes(model, str(config.adapter))
         config = adapter_config(config)
@@ -73,6 +86,8 @@ def apply_lora(
     saved = _modules_to_save(model, config.modules_to_save)
     dtype = dtype or torch.promote_types(next(model.parameters()).dtype, torch.float32)
     _freeze(model, saved, base_dtype, dtype)
+    if stored:  # before adapters: theirs is the outer forward
+        hold_as_stored(model, stored)
     for target in targets:
         if target.name in linear:
             module = model.get_submodule(target.name)
@@ -85,7 +100,7 @@ def apply_lora(
         if not adapter.b.weight.is_meta:
             nn.init.zeros_(adapter.b.weight)
     record_of(model).keep(replace(config, modules_to_save=saved))
-    if config.quantize:
+    if config.quantize in nf4.SCHEMES:
         prepare_quantization(model, config.quantize, quantizable_weights(model))
     return model
 
@@ -189,7 +204,7 @@ def _check(model: PreTrainedModel, config: LoRAConfig, targets: list[Target], li
             f"Leave it out, or exclude them (exclude: {sorted({kind(p).rpartition('.')[2] for p in parameters})})."
         )
     transposed = [t.name for t in targets if t.name in linear and isinstance(model.get_submodule(t.name), Conv1D)]
-    if transposed and config.quantize:
+    if transposed and config.quantize in nf4.SCHEMES:
         raise ValueError(
             f"lora quantize={config.quantize!r} holds nn.Linear layers in few bits, and {kinds(transposed)} are "
             "transformers' Conv1D. Leave quantize out."

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from automodel_trainer.models.quantization.nf4 import SCHEMES
+from automodel_trainer.models.quantization import mxfp4, nf4
 
 INITS = ("kaiming", "pissa", "orthogonal")
+QUANTIZE = (*nf4.SCHEMES, mxfp4.SCHEME)
 
 
 @dataclass
@@ -30,7 +31,8 @@ class LoRAConfig:
         lr_ratio: the learning rate of B as a multiple of A's (LoRA+, arXiv 2402.12354).
         modules_to_save_lr: learning rate of modules_to_save; None: that of the adapters.
         quantize: `nf4` holds the adapted base weights (linear layers and fused experts) in 4 bits (QLoRA, arXiv
-            2305.14314) and needs torchao; `bnb-nf4` is bitsandbytes' form of the same.
+            2305.14314) and needs torchao; `bnb-nf4` is bitsandbytes' form of the same. `mxfp4` holds the
+            experts of an mxfp4 checkpoint as its files have them, adapted or not, without rounding.
         adapter: folder or Hub id of an adapter in PEFT's format to continue from. It decides rank, alpha, dropout,
             targets and the kind of adapter; leave these out.
         seed: of the adapters' initial values.
@@ -50,7 +52,7 @@ class LoRAConfig:
     modules_to_save: list[str] = field(default_factory=list)
     lr_ratio: float = 1.0
     modules_to_save_lr: float | None = None
-    quantize: Literal["nf4", "bnb-nf4"] | None = None
+    quantize: Literal["nf4", "bnb-nf4", "mxfp4"] | None = None
     adapter: str | None = None
     seed: int = 0
 
@@ -73,8 +75,8 @@ class LoRAConfig:
             raise ValueError("lora lr_ratio must be positive and modules_to_save_lr not negative.")
         if self.modules_to_save_lr is not None and not self.modules_to_save and not self.adapter:
             raise ValueError("lora modules_to_save_lr is given, but modules_to_save names nothing.")
-        if self.quantize not in (None, *SCHEMES):
-            raise ValueError(f"lora quantize={self.quantize!r} is unknown. Allowed: {', '.join(SCHEMES)}, or null.")
+        if self.quantize not in (None, *QUANTIZE):
+            raise ValueError(f"lora quantize={self.quantize!r} is unknown. Allowed: {', '.join(QUANTIZE)}, or null.")
         if self.quantize and self.init == "pissa":
             raise ValueError(
                 "lora init='pissa' takes the adapter out of the base weight: that weight cannot be quantized."

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from automodel_trainer.models.files import TensorSlice
-
-# The values of a 4-bit float: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, E2M1).
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_BIAS = 127  # of the exponents that are stored as bytes (E8M0)
+from automodel_trainer.models.quantization.mxfp4 import pairs, powers
 
 
 class DenseWeight:
@@ -151,13 +148,16 @@ class Mxfp4Weight(DenseWeight):
         values = _unpacked(self.blocks[where]).mul_(_powers(self.scales[where]).unsqueeze(-1)).flatten(-2)
         return values.mT[..., inputs.start - first * self.size :, :][..., : len(inputs), :].contiguous()
 
+    def stored(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Codes `[n, …, out, in / 2]` and exponents `[n, …, out, in / 32]` of n indices from `first` on, as bytes."""
+        return self.blocks[first:end].flatten(-2), self.scales[first:end]
+
 
 def _unpacked(codes: Tensor) -> Tensor:
     """Bytes `[…, n]` as the values of two 4-bit codes each, `[…, 2 n]`, fp32."""
-    table = torch.tensor(FP4, dtype=torch.float32, device=codes.device)
-    return torch.stack((table[(codes & 15).int()], table[(codes >> 4).int()]), -1).flatten(-2)
+    return pairs()[codes.int()].flatten(-2)
 
 
 def _powers(scales: Tensor) -> Tensor:
     """Scales in fp32. Bytes are exponents of two."""
-    return (scales.float() - _BIAS).exp2() if scales.dtype == torch.uint8 else scales.float()
+    return powers(scales) if scales.dtype == torch.uint8 else scales.float()

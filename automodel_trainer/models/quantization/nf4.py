@@ -21,11 +21,12 @@ class QuantizedParts:
     """`n` quantized elements.
 
     Args:
-        codes: uint8 `[n / 2]`, two elements a byte. (fp8: uint8 `[out, in]`, one element a byte.)
+        codes: uint8 `[n / 2]`, two elements a byte. (fp8: uint8 `[out, in]`, one element a byte; mxfp4: see
+            `mxfp4.parts`.)
         scales: one for each block, `[n / 64]`: 8 bits, or fp32 if they are not quantized. (fp8: fp32 `[out]`.)
         factors: the second scales, `[n / 64 / scale_block]`; empty if scales are fp32.
         mean: of all scales, 0-dim. A shard holds the mean of the whole weight.
-        levels: the table that codes (torchao) or scales (bitsandbytes) index into.
+        levels: the table that codes (torchao, mxfp4) or scales (bitsandbytes) index into.
     """
 
     codes: Tensor

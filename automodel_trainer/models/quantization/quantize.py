@@ -1,9 +1,12 @@
-"""Frozen weights held in 4 bits for QLoRA (torchao's NF4 or bitsandbytes'), or in fp8; whole or in shards."""
+"""Frozen weights held in 4 bits for QLoRA (torchao's NF4 or bitsandbytes'), or in fp8; whole or in shards.
+
+Weights that are held in the codes of their checkpoint are in `as_stored.py`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +65,8 @@ def prepare_quantization(model: nn.Module, scheme: str, weights: Mapping[str, tu
                     f"lora quantize={scheme!r}: the {key} of {name} has {elements} elements, not a multiple of "
                     f"{BLOCK}. Leave it out with exclude."
                 )
-        _hold_quantized(module, scheme, names)
-    _ignore_in_ddp(model)
+        hold_quantized(module, scheme, names)
+    ignore_in_ddp(model)
 
 
 def quantize_linear(model: nn.Module, names: Iterable[str], scheme: str) -> None:
@@ -83,17 +86,20 @@ def quantize_parameters(model: nn.Module, weights: Mapping[str, tuple[str, ...]]
         scheme: of `fp8_weight.SCHEMES`.
     """
     for name, names in weights.items():
-        _hold_quantized(model.get_submodule(name), scheme, names)
-    _ignore_in_ddp(model)
+        hold_quantized(model.get_submodule(name), scheme, names)
+    ignore_in_ddp(model)
 
 
-def _hold_quantized(module: nn.Module, scheme: str, names: tuple[str, ...]) -> None:
-    module.__class__ = mixed(QuantizedWeights, type(module))  # type: ignore[arg-type]
+def hold_quantized(
+    module: nn.Module, scheme: str, names: tuple[str, ...], mixin: type[QuantizedWeights] = QuantizedWeights
+) -> None:
+    """Make a module hold these parameters quantized from now on."""
+    module.__class__ = mixed(mixin, type(module))  # type: ignore[arg-type]
     assert isinstance(module, QuantizedWeights)
     module.scheme, module.quantized_names = scheme, names
 
 
-def _ignore_in_ddp(model: nn.Module) -> None:
+def ignore_in_ddp(model: nn.Module) -> None:
     """DDP's first broadcast cannot handle quantized weights. It is not needed: all ranks read the same file."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
@@ -141,15 +147,36 @@ def quantized(weight: Tensor, scheme: str) -> nn.Parameter:
     """
     weight = weight.detach()
     if not isinstance(weight, DTensor):
-        return nn.Parameter(_shard_of(weight, scheme, 0, 1), requires_grad=False)
+        return laid_out_as(weight, scheme, lambda index, count: _shard_of(weight, scheme, index, count))
+    mesh, device = weight.device_mesh, weight.to_local().device
+
+    def shard(index: int, count: int) -> QuantizedTensor:
+        full = weight.to(mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+        return _shard_of(full, scheme, index, count).to(device)  # type: ignore[return-value]
+
+    return laid_out_as(weight, scheme, shard)
+
+
+def laid_out_as(weight: Tensor, scheme: str, shard: Callable[[int, int], QuantizedTensor]) -> nn.Parameter:
+    """A frozen parameter that is laid out as `weight` is, and holds something else.
+
+    Args:
+        weight: on meta or real, a DTensor or not.
+        scheme: for the error message.
+        shard: `shard(index, count)` makes one of `count` equal shards along dimension 0.
+
+    Raises:
+        ValueError: a DTensor is not sharded along dimension 0 into equal shards.
+    """
+    if not isinstance(weight, DTensor):
+        return nn.Parameter(shard(0, 1), requires_grad=False)
     mesh, shape = weight.device_mesh, weight.shape
     shards = math.prod(mesh.size(axis) for axis, p in enumerate(weight.placements) if _cuts(p))
     if any(not isinstance(p, Replicate) and not _cuts(p) for p in weight.placements) or shape[0] % shards:
         raise ValueError(
             f"A weight of shape {list(shape)} cannot be quantized as {scheme} in {shards} shards: use fewer ranks."
         )
-    full = weight.to(mesh.device_type).full_tensor()  # type: ignore[attr-defined]
-    local = _shard_of(full, scheme, _place(weight), shards).to(weight.to_local().device)
+    local = shard(_place(weight), shards)
     spread = DTensor.from_local(local, mesh, weight.placements, run_check=False, shape=shape, stride=weight.stride())
     return nn.Parameter(spread, requires_grad=False)
 

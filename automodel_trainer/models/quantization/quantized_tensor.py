@@ -1,4 +1,4 @@
-"""A frozen weight in NF4 (any shape) or fp8 (matrices). FSDP2 shards and gathers it in the quantized form."""
+"""A frozen weight in NF4 (any shape), fp8 (matrices) or mxfp4 (experts). FSDP2 shards and gathers it in that form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from automodel_trainer.models.quantization import _bitsandbytes, _torchao, fp8_weight
+from automodel_trainer.models.quantization import _bitsandbytes, _torchao, fp8_weight, mxfp4
 from automodel_trainer.models.quantization.nf4 import QuantizedParts
 from automodel_trainer.nn._torch import PIN_MEMORY, TO_COPY, UNSAFE_VIEW, without_torch_function, wrapper_subclass
 
@@ -21,6 +21,7 @@ _LIBRARIES: dict[str, Any] = {
     "nf4": _torchao,
     "bnb-nf4": _bitsandbytes,
     **dict.fromkeys(fp8_weight.SCHEMES, fp8_weight),
+    mxfp4.SCHEME: mxfp4,
 }
 aten = torch.ops.aten
 
@@ -44,8 +45,8 @@ class QuantizedTensor(torch.Tensor):
     bitsandbytes' parameter cannot be sharded.
 
     Args:
-        parts: the quantized weight; codes in the row-major order of the weight.
-        scheme: `nf4` (torchao's), `bnb-nf4` (bitsandbytes'), or one of `fp8_weight.SCHEMES`.
+        parts: the quantized weight; codes in the row-major order of the weight (mxfp4: of its transpose).
+        scheme: `nf4` (torchao's), `bnb-nf4` (bitsandbytes'), `mxfp4`, or one of `fp8_weight.SCHEMES`.
         shape: of the dense weight.
         dtype: that it dequantizes into.
     """
