@@ -18,7 +18,7 @@ from automodel_trainer.data.global_batch import GlobalBatch
 from automodel_trainer.data.loader import MicroBatchLoader
 from automodel_trainer.data.mixture import MixtureRows, Source, named_splits, parse_sources
 from automodel_trainer.data.preview import Preview
-from automodel_trainer.data.rows import Rows
+from automodel_trainer.data.rows import Rows, SampleRows
 from automodel_trainer.data.sizes import check_positions, check_tokens
 
 
@@ -169,7 +169,17 @@ class MicroBatchDataModule(LightningDataModule):
             return
         self.rows = self.build_rows()
         self._prepared = True
+        for split in self._copies_of_train():
+            rank_zero_info(f"{split} has the samples of the training data: its loss shows what is learned by heart.")
         rank_zero_info(self.summary())
+
+    def _copies_of_train(self) -> list[str]:
+        """Evaluation sets with the samples of the training set, in the same order."""
+        stores = {name: rows.store for name, rows in self.rows.items() if isinstance(rows, SampleRows)}
+        train = stores.pop("train", None)
+        if train is None:
+            return []
+        return [name for name, store in stores.items() if store is not train and store.looks_like(train)]
 
     def check_sizes(self, vocabulary: int | None, positions: int | None, rotary: bool) -> None:
         """Compare the prepared data with the sizes of a model.

@@ -26,7 +26,7 @@ from automodel_trainer.data.sources import (
     refuse_other_columns,
 )
 from automodel_trainer.data.tokens import check_share, split_ids, tokenize
-from automodel_trainer.models.content_parts import wants_parts
+from automodel_trainer.nn.content_parts import wants_parts
 
 CHECKED = 200
 """Number of samples, spread over the data, whose BOS, EOS and mask are checked at each start."""

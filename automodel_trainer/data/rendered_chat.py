@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from automodel_trainer.models.content_parts import REFUSALS, in_parts, wants_parts
+from automodel_trainer.nn.content_parts import REFUSALS, in_parts, wants_parts
 
 Message = dict[str, Any]
 Span = tuple[int, int]

@@ -82,6 +82,7 @@ class Rows(Protocol):
         ...
 
 
+_COMPARED = 100  # samples
 _SCANNED = 10_000  # samples at a time
 
 
@@ -134,6 +135,14 @@ class TokenStore:
             Document(tokens[start:end], trained[start:end], int(self.sample_ids[index]))
             for index, start, end in zip(indices, bounds[:-1], bounds[1:])
         ]
+
+    def looks_like(self, other: TokenStore) -> bool:
+        """Whether the samples have the lengths of another store's, and the first ones their tokens."""
+        if not np.array_equal(self.lengths, other.lengths):
+            return False
+        first = range(min(len(self), _COMPARED))
+        pairs = zip(self.fetch(first), other.fetch(first))
+        return all(np.array_equal(one.input_ids, two.input_ids) for one, two in pairs)
 
     def highest(self) -> tuple[int, int]:
         """The highest token id, and the `sample_id` of a sample that has it."""

@@ -61,7 +61,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]
     """Token ids and mask, ``[1, s]`` each; without a chat template the last message is continued as plain text."""
     if not tokenizer.chat_template:
         return tokenizer(conversation[-1]["content"], return_tensors="pt", return_token_type_ids=False)
-    from automodel_trainer.models.content_parts import in_parts, wants_parts  # brings all of transformers
+    from automodel_trainer.nn.content_parts import in_parts, wants_parts  # brings all of transformers
 
     if wants_parts(tokenizer.get_chat_template(), tokenizer.special_tokens_map):
         conversation = [in_parts(message) for message in conversation]

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from yaml import YAMLError
+
 _OF_FILES = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
     errno.EEXIST, errno.ENAMETOOLONG,
@@ -19,8 +21,9 @@ _OF_FILES = (
 def explain_errors(run: Callable[[], None]) -> None:
     """Call `run` and print this project's errors for users without a traceback.
 
-    These are the ValueErrors that the project's own code raises, and what the system says of a file that cannot be
-    written or read (no space, no permission, no folder). Any other error is a bug and keeps its traceback.
+    These are the ValueErrors that the project's own code raises, faults of YAML, and what the system says of a file
+    that cannot be written or read (no space, no permission, no folder). Any other error is a bug and keeps its
+    traceback.
 
     Raises:
         SystemExit: with code 1, after such an error.
@@ -31,6 +34,10 @@ def explain_errors(run: Callable[[], None]) -> None:
         if os.environ.get("AMT_TRACEBACK") or not _is_ours(error):
             raise
         _exit(error)
+    except YAMLError as error:
+        if os.environ.get("AMT_TRACEBACK"):
+            raise
+        _exit(f"a YAML file cannot be read: {error}")
     except OSError as error:
         if os.environ.get("AMT_TRACEBACK") or error.errno not in _OF_FILES:
             raise

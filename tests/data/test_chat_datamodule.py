@@ -168,6 +168,16 @@ def test_the_validation_split_of_a_data_set_is_used() -> None:
     assert len(sample_ids(module(conversations(9), validation=conversations(2)).val_dataloader())) == 2
 
 
+def test_validation_with_the_samples_of_training_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("automodel_trainer.data.base.rank_zero_info", said.append)
+    rows = conversations(6)
+    module(rows, validation={"same": rows, "other": conversations(7)[1:]})
+    assert [line for line in said if "by heart" in line] == [
+        "validation/same has the samples of the training data: its loss shows what is learned by heart."
+    ]
+
+
 def test_columns_are_mapped_by_name_and_unknown_ones_refused() -> None:
     rows = [{"frage": f"f{i}", "antwort": f"a{i}"} for i in range(8)]
     data = module(rows, columns={"prompt": "frage", "completion": "antwort"})

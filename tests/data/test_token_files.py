@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from automodel_trainer import CausalLMModule, TextDataModule, TokenDataModule, Trainer
 from automodel_trainer.cli import main as amt
@@ -114,6 +115,9 @@ def test_what_the_system_says_of_files_is_no_traceback(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         explain_errors(full)
     assert "No space left on device (/data/shard-00001.bin). Look at the folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        explain_errors(lambda: yaml.safe_load("a: b\n c: d"))
+    assert "a YAML file cannot be read: mapping values are not allowed here" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):  # a bug of ours
         explain_errors(lambda: Path("/nothing").stat())
 
