@@ -43,8 +43,8 @@ from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.data.preview import Preview
 from automodel_trainer.distributed.launch import launched_sizes
 from automodel_trainer.distributed.ray_worker import ray_context
+from automodel_trainer.limits import DEFAULT_EPOCHS, check_step, upper_limit
 from automodel_trainer.modules import HuggingFaceModule
-from automodel_trainer.modules.optim import check_clip
 from automodel_trainer.resume import (
     check_folder,
     check_resume,
@@ -60,7 +60,6 @@ from automodel_trainer.verification.report import Report
 from automodel_trainer.verification.verify import verify
 
 LOG_EVERY = 10
-DEFAULT_EPOCHS = 3  # if neither epochs, steps nor time are given; Hugging Face's Trainer has the same default
 
 
 class Trainer(SavesPretrained):
@@ -135,13 +134,11 @@ class Trainer(SavesPretrained):
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self._fits_min_steps = min_steps is not None and max_epochs is None and max_steps == -1 and max_time is None
-        max_epochs = _upper_limit(max_epochs, max_steps, min_epochs, min_steps, max_time)
+        max_epochs = upper_limit(max_epochs, max_steps, min_epochs, min_steps, max_time)
         devices, num_nodes = launched_sizes(devices, num_nodes)
         accelerator, strategy = resolve_devices(accelerator, strategy)
         plugins = with_environment(plugins)
-        check_clip(gradient_clip_val)
-        if accumulate_grad_batches < 1:
-            raise ValueError(f"accumulate_grad_batches={accumulate_grad_batches} must be at least 1.")
+        check_step(gradient_clip_val, accumulate_grad_batches)
         self.requested_gradient_clip_val = gradient_clip_val
         self.requested_accumulation = accumulate_grad_batches
         self.arguments = arguments
@@ -486,19 +483,3 @@ class Trainer(SavesPretrained):
             return {"model": None, "dataloaders": loader, "datamodule": datamodule, "ckpt_path": path}
         module, datamodule, loader = connect(model, data, datamodule, role)
         return {"model": module, "dataloaders": loader, "datamodule": datamodule, "ckpt_path": path}
-
-
-def _upper_limit(
-    max_epochs: int | None, max_steps: int, min_epochs: int | None, min_steps: int | None, max_time: Any
-) -> int | None:
-    """`max_epochs`, or the default where neither epochs, steps nor time are limited.
-
-    Raises:
-        ValueError: the lower limits lie above the upper ones.
-    """
-    for unit, low, high in (("epochs", min_epochs, max_epochs), ("steps", min_steps, max_steps)):
-        if low is not None and high is not None and -1 < high < low:
-            raise ValueError(f"min_{unit}={low} is more than max_{unit}={high}. Raise max_{unit} or lower min_{unit}.")
-    if max_epochs is not None or max_steps != -1:
-        return max_epochs
-    return -1 if max_time is not None else max(DEFAULT_EPOCHS, min_epochs or 0)

@@ -6,7 +6,6 @@ import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
 from typing import Any, Literal, Protocol
 
 from datasets import DatasetDict
@@ -17,6 +16,7 @@ from automodel_trainer.data.batches import MicroBatch
 from automodel_trainer.data.global_batch import GlobalBatch
 from automodel_trainer.data.loader import MicroBatchLoader
 from automodel_trainer.data.mixture import MixtureRows, Source, named_splits, parse_sources
+from automodel_trainer.data.option_checks import check_global_batch, check_whole
 from automodel_trainer.data.preview import Preview
 from automodel_trainer.data.rows import Rows, SampleRows
 from automodel_trainer.data.sizes import check_positions, check_tokens
@@ -86,12 +86,12 @@ class MicroBatchDataModule(LightningDataModule):
         drop_last: bool = False,
     ) -> None:
         super().__init__()
-        _check_whole("micro_batch_size", micro_batch_size, 1)
+        check_whole("micro_batch_size", micro_batch_size, 1)
         if global_batch_size is not None:
-            _check_whole("global_batch_size", global_batch_size, 1)
-        _check_whole("num_workers", num_workers, 0)
-        _check_whole("seed", seed, 0)
-        _check_whole("seq_len", seq_len, 0)
+            check_whole("global_batch_size", global_batch_size, 1)
+        check_whole("num_workers", num_workers, 0)
+        check_whole("seed", seed, 0)
+        check_whole("seq_len", seq_len, 0)
         if seq_len < 2:
             raise ValueError(f"seq_len={seq_len} must be at least 2: a token and the next one, which it predicts.")
         self.tokenizer = tokenizer
@@ -481,34 +481,3 @@ class MicroBatchDataModule(LightningDataModule):
         # Lightning's own strategies give the same facts as arguments for a sampler.
         replicas = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return replicas["rank"], replicas["num_replicas"]
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    """Raise ValueError if an option is no whole number from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name}={value!r} is a {type(value).__name__} and must be a whole number.")
-    if value < least:  # type: ignore[operator]
-        raise ValueError(f"{name}={value} must be at least {least}.")
-
-
-def check_packing(packing: object) -> None:
-    """Raise ValueError if `packing` is none of its values."""
-    if packing not in (True, False, "auto"):
-        raise ValueError(f"packing={packing!r} is unknown. Allowed: true, false, auto.")
-
-
-def check_global_batch(global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
-    """Check that the rows of a step are whole micro-batches on every data-parallel rank.
-
-    Raises:
-        ValueError: they are not; the message has the nearest sizes that work.
-    """
-    unit = micro_batch_size * dp_size
-    if global_batch_size % unit:
-        lower = global_batch_size // unit * unit
-        near = f"{lower} or {lower + unit}" if lower else f"{unit}"
-        raise ValueError(
-            f"global_batch_size={global_batch_size} cannot be split into micro-batches: it must be a multiple of "
-            f"micro_batch_size={micro_batch_size} times dp_size={dp_size} (= {unit}). The nearest sizes that work: "
-            f"{near}."
-        )

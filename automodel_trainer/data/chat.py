@@ -9,13 +9,14 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from automodel_trainer.data.base import MicroBatchDataModule, check_packing
+from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.data.built_in_templates import set_template
 from automodel_trainer.data.chat_template import BatchEncoder, Encoded
 from automodel_trainer.data.checks import check_samples
 from automodel_trainer.data.formats import Format, format_of, refuse_pictures, refuse_unwanted_answers
 from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.mixture import check_temperature, parse_sources
+from automodel_trainer.data.option_checks import check_packing
 from automodel_trainer.data.packing import pack
 from automodel_trainer.data.rows import Rows, RowStats, SampleRows, TokenStore, digest
 from automodel_trainer.data.sources import (

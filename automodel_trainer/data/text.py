@@ -10,10 +10,11 @@ import numpy as np
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from automodel_trainer.data.base import MicroBatchDataModule, TrainLoader, check_packing
+from automodel_trainer.data.base import MicroBatchDataModule, TrainLoader
 from automodel_trainer.data.documents import check_text, document_end, encode_documents
 from automodel_trainer.data.mixed_stream import MixedStream, weights_of
 from automodel_trainer.data.mixture import check_temperature, parse_sources
+from automodel_trainer.data.option_checks import check_packing
 from automodel_trainer.data.rows import Rows, StreamRows, TokenStore, digest
 from automodel_trainer.data.sources import (
     describe_place,

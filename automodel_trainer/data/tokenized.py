@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from automodel_trainer.data.base import MicroBatchDataModule, check_packing
+from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.data.mixture import check_temperature
+from automodel_trainer.data.option_checks import check_packing
 from automodel_trainer.data.rows import Rows, StreamRows, digest
 from automodel_trainer.data.token_files import TokenFile, parse_split
 

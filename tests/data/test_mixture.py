@@ -134,7 +134,7 @@ def test_messages_name_the_source() -> None:
 
     chats = said(ChatDataModule, {"plain": good, "mixed": good + silent + long}, seq_len=128)
     assert "train/mixed: 1 of 10 samples are longer than seq_len=128" in chats
-    assert "mixed: 1 conversations have an assistant turn without content" in chats
+    assert "mixed: 1 conversations have a turn without content" in chats
     assert "train/plain" not in chats
     texts = {"full": [{"text": "words"}] * 3, "gaps": [{"text": "words"}, {"text": ""}, {"text": None}]}
     assert "train/gaps: left out 2 of 3 rows without text" in said(TextDataModule, texts, seq_len=16)

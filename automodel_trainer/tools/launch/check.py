@@ -14,7 +14,7 @@ import yaml
 from automodel_trainer.callbacks.preemption import preemption_of
 from automodel_trainer.checkpoint.remote import is_remote
 from automodel_trainer.data import MicroBatchDataModule
-from automodel_trainer.data.base import check_global_batch
+from automodel_trainer.data.option_checks import check_global_batch
 from automodel_trainer.distributed.mesh import ParallelDims
 from automodel_trainer.lightning_cli import build
 from automodel_trainer.strategies import MeshStrategy
