@@ -88,7 +88,7 @@ def test_srun_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RAISES = """
-import os, sys, threading, time
+import os, sys, threading
 from lightning.pytorch.callbacks import Callback
 from automodel_trainer import CausalLMModule, DDPStrategy, MockDataModule, Trainer
 from tests.tiny import tiny_model
@@ -96,8 +96,8 @@ from tests.tiny import tiny_model
 class Accident(Callback):
     def on_train_batch_start(self, trainer, *args):
         print("PID", os.getpid(), flush=True)
+        trainer.strategy.barrier()  # however slow the machine is, both have printed
         if trainer.global_rank == 0:
-            time.sleep(1)
             raise RuntimeError("on purpose, on one rank only")
         threading.Event().wait(3000)
 
