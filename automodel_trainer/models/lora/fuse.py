@@ -91,8 +91,8 @@ def obstacle(module: LoRALinear) -> str | None:
     weight = module.weight
     if isinstance(weight, DTensor):
         return "its weight is sharded"
-    if hasattr(weight, "get_original_weight"):
-        if getattr(weight, "scheme", None) != "fp8-tensorwise":
+    if isinstance(weight, QuantizedTensor):
+        if weight.scheme != "fp8-tensorwise":
             return "its weight is quantized"
         if module.lora_dropout:
             return "in fp8, dropout needs base and update apart"

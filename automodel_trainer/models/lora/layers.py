@@ -266,10 +266,7 @@ def adapt_parameter(module: nn.Module, name: str, rank: int, scaling: float, *, 
 
 def dense(weight: Tensor) -> Tensor:
     """The weight as a dense tensor of the same shape."""
-    if isinstance(weight, QuantizedTensor):  # dynamo can follow this, and not the `getattr` below
-        return weight.get_original_weight()
-    dequantize = getattr(weight, "get_original_weight", None)
-    return weight if dequantize is None else dequantize()
+    return weight.get_original_weight() if isinstance(weight, QuantizedTensor) else weight
 
 
 def quantizable_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
