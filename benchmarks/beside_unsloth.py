@@ -4,7 +4,7 @@
 
 Every case runs in two processes, ours and Unsloth's. Unsloth loads its model from a folder of random weights, which is
 written once for each shape. `--peer-path` takes the place of PYTHONPATH there, because Unsloth needs other versions of
-packages. A case is a line of words: the shape (`8b`, `1b`, `qwen3_moe`, `gpt_oss`, with `:N` for N layers),
+packages. A case is a line of words: the shape (of `shapes.py`, with `:N` for N layers),
 the tokens of a row, `rows=N` of a micro-batch, `micro=N` micro-batches of a step, `nf4` (a 4-bit base), `whole` (all
 parameters instead of LoRA r=16 on every linear layer), `cap=N` (GiB that the process may take of the GPU), `ours=…`
 (options of our strategy), `theirs=…` (Unsloth's gradient checkpointing: `unsloth`, else none). Rates are the median of
@@ -26,37 +26,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peer import SPECIAL, save_random, unsloth_model
+from shapes import SHAPES
 
-LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 128256, "head_dim": 128, "num_key_value_heads": 8}
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": LLAMA
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "1b": LLAMA
-    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16},
-    "qwen3_moe": {
-        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
-        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "moe_intermediate_size": 768,
-        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
-    },
-    "gpt_oss": {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32},
-}  # fmt: skip
 TINY = {
     "vocab_size": 128300, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16,
     "num_key_value_heads": 2, "moe_intermediate_size": 32, "num_experts": 8, "num_local_experts": 8,
 }  # fmt: skip
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FULL = "ours=activation_checkpointing=full theirs=unsloth"
 LONG = "ours=activation_checkpointing=offload,tiled_mlp=auto theirs=unsloth"
 CASES = [
-    "8b 4096 rows=2 micro=4",
-    "8b 4096 rows=2 micro=4 nf4",
-    f"8b 4096 rows=2 micro=4 nf4 cap=24 {FULL}",
-    f"8b 4096 rows=2 micro=4 cap=24 {FULL}",
-    f"8b 131072 {LONG}",
-    "1b 4096 rows=2 micro=4 whole",
-    f"qwen3_moe:12 4096 rows=2 {FULL}",
-    f"qwen3_moe:12 4096 rows=2 nf4 {FULL}",
-    f"gpt_oss:12 4096 rows=2 {FULL}",
+    "8B 4096 rows=2 micro=4",
+    "8B 4096 rows=2 micro=4 nf4",
+    f"8B 4096 rows=2 micro=4 nf4 cap=24 {FULL}",
+    f"8B 4096 rows=2 micro=4 cap=24 {FULL}",
+    f"8B 131072 {LONG}",
+    "1B 4096 rows=2 micro=4 whole",
+    f"30B-A3B:12 4096 rows=2 {FULL}",
+    f"30B-A3B:12 4096 rows=2 nf4 {FULL}",
+    f"gpt-oss-20b:12 4096 rows=2 {FULL}",
 ]
 
 
@@ -82,8 +70,7 @@ class Case:
         sizes = dict(SHAPES[self.shape])
         sizes |= {name: size for name, size in TINY.items() if tiny and name in sizes}
         sizes["num_hidden_layers"] = min(2, self.layers) if tiny else self.layers
-        special = {"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128002}
-        return AutoConfig.for_model(**sizes, **special, max_position_embeddings=max(self.length, 8192))
+        return AutoConfig.for_model(**sizes, **SPECIAL, max_position_embeddings=max(self.length, 8192))
 
     def folder(self, root: str) -> Path:
         return Path(root) / f"{self.shape}-{self.layers}"
@@ -153,30 +140,13 @@ def ours(case: Case, steps: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def theirs(case: Case, steps: int, args: argparse.Namespace) -> dict[str, Any]:
-    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
-    from unsloth import FastLanguageModel
-
-    checkpointing = case.value("theirs") or False
-    model, _ = FastLanguageModel.from_pretrained(
-        str(case.folder(args.folder)),
-        max_seq_length=case.length,
-        dtype=torch.bfloat16,
-        load_in_4bit=case.nf4,
-        full_finetuning=case.whole,
-        use_gradient_checkpointing=checkpointing,
-        local_files_only=True,
+    model = unsloth_model(
+        case.folder(args.folder),
+        case.length,
+        checkpointing=case.value("theirs") or False,
+        nf4=case.nf4,
+        whole=case.whole,
     )
-    if not case.whole:
-        model = FastLanguageModel.get_peft_model(
-            model,
-            r=16,
-            lora_alpha=32,
-            lora_dropout=0,
-            bias="none",
-            target_modules=TARGETS,
-            use_gradient_checkpointing=checkpointing,
-        )
-    model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     print("trained parameters", sum(parameter.numel() for parameter in trained), trained[0].dtype, flush=True)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -194,24 +164,6 @@ def theirs(case: Case, steps: int, args: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
         clock.step()
     return clock.figures(case, total)
-
-
-def save(case: Case, args: argparse.Namespace) -> None:
-    """Write random weights and a tokenizer, because Unsloth can only load from a folder."""
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    folder, config = case.folder(args.folder), case.config(args.tiny)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    names = {128000: "<s>", 128001: "</s>", 128002: "<pad>", 128003: "<unk>"}
-    vocabulary = {f"<0x{i:02X}>": i for i in range(256)}
-    vocabulary |= {names.get(i, f"t{i}"): i for i in range(256, config.vocab_size)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    backend.decoder = decoders.ByteFallback()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
 
 
 def cap_memory(case: Case) -> None:
@@ -265,7 +217,7 @@ def main() -> None:
         steps = min(args.steps, 2) if case.length > 32768 else args.steps
         cap_memory(case)
         if args.job == "save":
-            save(case, args)
+            save_random(case.folder(args.folder), case.config(args.tiny))
             print("RESULT {}", flush=True)
         else:
             run = ours if args.job == "ours" else theirs

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peer import SPECIAL, TARGETS, save_random, unsloth_model
 
 EIGHT_B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
 EIGHT_B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 5e5}
 TINY: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "rope_theta": 5e5}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS, ACCUMULATION = 2, 4
 CASES = ("ours", "ours, separate", "ours, eager", "ours, fp8", "ours, fp8, separate", "ours, nf4")
 CASES += ("peft and liger", "unsloth")
@@ -163,22 +162,7 @@ def peft_and_liger(args: argparse.Namespace) -> dict[str, Any]:
 
 def unsloth(args: argparse.Namespace) -> dict[str, Any]:
     """Unsloth with its own loading and adapters. It needs the folder written by `--save DIR`."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
-    from unsloth import FastLanguageModel
-
-    model, _ = FastLanguageModel.from_pretrained(
-        args.folder, max_seq_length=args.seq_len, dtype=torch.bfloat16, load_in_4bit=False, local_files_only=True
-    )
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=16,
-        lora_alpha=32,
-        lora_dropout=0,
-        bias="none",
-        target_modules=TARGETS,
-        use_gradient_checkpointing=False,
-    )
-    return loop(args, model.train())
+    return loop(args, unsloth_model(args.folder, args.seq_len))
 
 
 def loop(args: argparse.Namespace, model: Any) -> dict[str, Any]:
@@ -250,21 +234,9 @@ def synchronize() -> None:
 
 def save(args: argparse.Namespace) -> None:
     """Write a checkpoint with random weights and a tokenizer, for peers that can only load from a folder."""
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig
 
-    special = {"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128002}
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device()):
-        model = LlamaForCausalLM(LlamaConfig(**args.shape, max_position_embeddings=8192, **special))
-    model.save_pretrained(args.save)
-    names = {128000: "<s>", 128001: "</s>", 128002: "<pad>", 128003: "<unk>"}
-    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {names.get(i, f"t{i}"): i for i in range(256, 128256)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    backend.decoder = decoders.ByteFallback()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(args.save)
+    save_random(args.save, LlamaConfig(**args.shape, max_position_embeddings=8192, **SPECIAL))
 
 
 def main() -> None:
