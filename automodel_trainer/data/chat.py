@@ -27,7 +27,7 @@ from automodel_trainer.data.sources import (
     refuse_other_columns,
 )
 from automodel_trainer.data.tokens import check_share, split_ids, tokenize
-from automodel_trainer.nn.content_parts import wants_parts
+from automodel_trainer.nn.content_parts import any_wants_parts
 
 CHECKED = 200
 """Number of samples, spread over the data, whose BOS, EOS and mask are checked at each start."""
@@ -235,11 +235,7 @@ class ChatDataModule(MicroBatchDataModule):
         settings: dict[str, Any] = {"kind": "chat", "loss_on": loss_on, "columns": self.columns}
         if "history" in form.columns_read and form.columns_read["history"] in rows.column_names:
             settings["history"] = True  # samples were made without it once
-        templates = tokenizer.chat_template  # several by name, one, or none
-        if any(
-            wants_parts(template, tokenizer.special_tokens_map)
-            for template in (templates.values() if isinstance(templates, dict) else [templates] if templates else [])
-        ):
+        if any_wants_parts(tokenizer.chat_template, tokenizer.special_tokens_map):
             settings["parts"] = True  # samples were made without their texts once
         if added := form.columns_added(rows.column_names):
             settings["columns read"] = added

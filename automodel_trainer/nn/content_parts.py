@@ -20,6 +20,12 @@ def wants_parts(template: str, special_tokens: dict[str, Any]) -> bool:
     return _wants_parts(template, tuple((n, token) for n, token in special_tokens.items() if isinstance(token, str)))
 
 
+def any_wants_parts(templates: str | dict[str, str] | None, special_tokens: dict[str, Any]) -> bool:
+    """Whether one of a tokenizer's templates does; it has several by name, one, or none."""
+    each = templates.values() if isinstance(templates, dict) else [templates] if templates else []
+    return any(wants_parts(template, special_tokens) for template in each)
+
+
 @lru_cache(maxsize=16)
 def _wants_parts(template: str, variables: tuple[tuple[str, str], ...]) -> bool:
     mark = "\ue000"
