@@ -5,6 +5,8 @@ Names are imported when they are first used: `import automodel_trainer` alone is
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -131,8 +133,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home, _, known_as = _HOMES[name].partition(":")
-    with importing():
-        module = import_module(f"{__name__}.{home}")
+    file = f"{__name__}.{home}"
+    with nullcontext() if file in sys.modules else importing():  # a parser asks for each name a hundred times
+        module = import_module(file)
     return getattr(module, known_as or name)
 
 
