@@ -16,13 +16,18 @@ import tempfile
 import time
 
 NUMERIC = [
+    "tests/checkpoint/test_changed_schedules.py",
+    "tests/checkpoint/test_changed_settings.py",
     "tests/checkpoint/test_resume.py",
     "tests/data/test_chat_datamodule.py",
     "tests/data/test_packing.py",
     "tests/data/test_text_datamodule.py",
+    "tests/dropin",
+    "tests/lightning/test_modules.py",
     "tests/models",
     "tests/modules",
     "tests/strategies",
+    "tests/test_add_an_objective.py",
     "tests/test_limits.py",
     "tests/test_numerics.py",
     "tests/test_trainer.py",
@@ -30,6 +35,8 @@ NUMERIC = [
     "tests/tools/test_generate.py",
     "tests/tools/test_merge.py",
     "tests/tools/test_verify.py",
+    "tests/tools/test_verify_choices.py",
+    "tests/vlm",
 ]
 NAMES = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "AMT_TEST_THREADS")
 PAIRS = [
