@@ -190,12 +190,15 @@ def _generation(original: Path, exported: Path, trust_remote_code: bool) -> Find
 
 def _generation_fault(folder: Path, trust_remote_code: bool) -> tuple[str, str]:
     """What is wrong with the settings of generation, "" if nothing; and what they are."""
-    in_file = (folder / GENERATION_CONFIG).is_file()
-    model = None if in_file else empty_model(folder, trust_remote_code)  # older folders have them in config.json
+    model = None
+    if not (folder / GENERATION_CONFIG).is_file():  # older folders have them in config.json
+        model = empty_model(folder, trust_remote_code)
     if model is not None and not model.can_generate():
         return "", "none"
     try:
-        config: Any = transformers.GenerationConfig.from_pretrained(folder) if in_file else model.generation_config
+        config: Any = (
+            transformers.GenerationConfig.from_pretrained(folder) if model is None else model.generation_config
+        )
         config.validate(strict=True)
     except (ValueError, OSError, TypeError) as error:
         return str(error), ""
