@@ -111,7 +111,7 @@ def _data(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
         given["rows"] = datamodule.rows["train"].fingerprint
     else:
         given["stream"] = given.get("train")
-        if (rows := rows_of_stream(sources_of(datamodule.train))) is not None:
+        if (rows := rows_of_stream(sources_of(getattr(datamodule, "train", None)))) is not None:
             given["rows"] = rows
     tokenizer = datamodule.tokenizer if hasattr(datamodule.tokenizer, "get_vocab") else tokenizer_of(module)
     return _named("data", given) | _tokenizer(tokenizer) | _processor(getattr(datamodule, "processor", None))
