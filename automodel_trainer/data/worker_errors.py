@@ -1,7 +1,7 @@
 """A fault of the data that a loader's worker finds is told as one that is found here.
 
-torch wraps an error of a worker into its traceback there. A ValueError is for the user, so its message is handed over as
-an item, and raised where the items are taken.
+torch wraps an error of a worker into its traceback there. A ValueError is for the user, so its message is handed over
+as an item, and raised where the items are taken.
 """
 
 from __future__ import annotations
