@@ -168,6 +168,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         ),
         "checkpoints": str(folder) if folder else None,
         "resumed": resumed_facts(trainer),
+        "returned": str(strategy.returned) if getattr(strategy, "returned", None) is not None else None,
     }
 
 
