@@ -102,7 +102,7 @@ _TABLE: tuple[tuple[Meaning, str, str, str], ...] = (
         "temperature split document_end token_dtype streaming vocab_size num_samples chat_template class",
         _ROWS,
     ),
-    (_DATA, "data.", "image_mark min_pixels max_pixels", _ROWS),
+    (_DATA, "data.", "image_mark min_pixels max_pixels videos video_fps", _ROWS),
     (_TAKEN, "data.", "image_root processor", "if the rows and what prepares their pictures are the same"),
     (_TAKEN, "data.", "train", "if the rows are the same; a stream is told by its name"),
     (_DATA, "data.", "stream", "a stream's place is that in its source"),

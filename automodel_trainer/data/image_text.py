@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value, Video
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image as PILImage
 
 from automodel_trainer.data.batches import MicroBatch
@@ -22,10 +23,11 @@ from automodel_trainer.data.chat import ChatDataModule
 from automodel_trainer.data.formats import Conversation, format_of
 from automodel_trainer.data.packing import pack
 from automodel_trainer.data.pictures.collate import PictureCollate, crossing
-from automodel_trainer.data.pictures.encode import PictureEncoder, Size
+from automodel_trainer.data.pictures.encode import How, PictureEncoder, Shown, Size
 from automodel_trainer.data.pictures.files import Pictures, as_png
-from automodel_trainer.data.pictures.rows import RowReader, as_text
-from automodel_trainer.data.pictures.store import Picture, PictureDocument, PictureRows, PictureStore
+from automodel_trainer.data.pictures.rows import Clip, RowReader, as_text
+from automodel_trainer.data.pictures.store import Film, Picture, PictureDocument, PictureRows, PictureStore
+from automodel_trainer.data.pictures.videos import Footage, VideoPart, Videos
 from automodel_trainer.data.rows import TokenStore
 from automodel_trainer.data.sources import (
     describe_place,
@@ -47,17 +49,21 @@ class ImageTextDataModule(ChatDataModule):
 
     Rows are those of `ChatDataModule` with pictures: parts of a message (`{"type": "image", …}`, OpenAI's
     `image_url`), or a column `images` or `image` with `<image>` in the text (LLaVA, TRL). A video is the list of its
-    frames, each of which becomes a picture. Rows without pictures may stand beside them. Samples are planned from the
-    headers of their pictures; pictures are decoded in the loader's workers, and never cached. Only text of the
-    assistant is trained. It takes the arguments of `ChatDataModule` and:
+    frames, or a file. Rows without pictures may stand beside them. Samples are planned from the headers of their
+    pictures and videos, which are decoded in the loader's workers, and never cached. Only text of the assistant is
+    trained. It takes the arguments of `ChatDataModule` and:
 
     Args:
         processor: a processor or the path of one. None: the model's, set by the Trainer.
         image_root: the folder that paths of pictures are relative to and must not leave. None: the folder of the file
             that a row is in.
         image_mark: the text that stands for a picture of the column.
-        min_pixels, max_pixels: scale pictures to so many pixels at least and at most, before the processor does what
-            its own settings say. None: no limit.
+        min_pixels, max_pixels: scale pictures, and frames of videos, to so many pixels at least and at most, before
+            the processor does what its own settings say. None: no limit.
+        videos: how videos are shown: by the "processor", which has a part for them; as "pictures", one for each frame;
+            "auto" does the former where it can. Files are shown by the processor alone.
+        video_fps: frames per second of lists of frames that do not say theirs (`fps` of their part), and how many
+            frames of each second of a file are shown. None: what the processor says.
         overlong: what to do with samples longer than `seq_len`: "drop" them, or stop with an "error". They are
             reported in either case, and never cut: a picture cannot be.
 
@@ -77,9 +83,15 @@ class ImageTextDataModule(ChatDataModule):
         image_mark: str = "<image>",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        videos: How = "auto",
+        video_fps: float | None = None,
         overlong: Literal["drop", "error"] = "drop",
         **kwargs: Any,
     ) -> None:
+        if videos not in get_args(How):
+            raise ValueError(f"videos={videos!r}. Allowed: {', '.join(map(repr, get_args(How)))}.")
+        if video_fps is not None and not 0 < video_fps < float("inf"):
+            raise ValueError(f"video_fps={video_fps} must be a number of frames per second, above 0.")
         if overlong not in ("drop", "error"):
             raise ValueError(f"overlong={overlong!r}: a sample with pictures is not cut. Allowed: 'drop', 'error'.")
         if kwargs.get("tokenizer") is not None:
@@ -98,14 +110,18 @@ class ImageTextDataModule(ChatDataModule):
         self.image_root = None if image_root is None else Path(image_root).expanduser()
         self.image_mark = image_mark
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.videos: How = videos
+        self.video_fps = video_fps
         self._blank_size: Size = (BLANK, BLANK)
+        self._stacked: int | None = None  # frames of every video, of a processor that stacks them
+        self._has_films = False  # rows have videos that reach the model beside pictures
         self._crossed: str | None = None  # the model's input for cross-attention, once samples were made
         self.rope_index: Callable[[Mapping[str, Any]], Any] | None = None
 
     def resized(self, max_pixels: int) -> ImageTextDataModule:
         """A copy that prepares its data anew, with pictures of at most `max_pixels`."""
         other = copy.copy(self)
-        for name in ("encoder", "blank"):
+        for name in ("encoder", "blank", "_blank_clip"):
             other.__dict__.pop(name, None)
         other.rows, other._prepared = {}, False
         other.max_pixels = min(max_pixels, self.max_pixels or max_pixels)
@@ -146,18 +162,34 @@ class ImageTextDataModule(ChatDataModule):
     @cached_property
     def encoder(self) -> PictureEncoder:
         """Plans samples with the processor."""
-        return PictureEncoder(self.load_processor(), self.loss_on)
+        return PictureEncoder(self.load_processor(), self.loss_on, self.videos)
 
     @cached_property
     def blank(self) -> PictureDocument:
         """A document with a small blank picture and nothing to train."""
-        parts = [{"type": "image"}, {"type": "text", "text": "."}]
+        picture = Picture(Pictures(), PILImage.new("RGB", self._blank_size), "the blank picture")
+        return self._blank_of("image", self._blank_size, picture)
+
+    @cached_property
+    def _blank_clip(self) -> PictureDocument:
+        """A document with a small blank video and nothing to train."""
+        part, count = self.encoder.videos, self._stacked or 2
+        assert part is not None, "rows have such videos"
+        footage = Footage((BLANK, BLANK), tuple(range(count)), count, 1.0)
+        frames = [PILImage.fromarray(frame) for frame in footage.blank()]
+        film = Film(Videos(Pictures(), part), Clip(frames, footage.fps), "the blank video")
+        return self._blank_of("video", footage, film)
+
+    def _blank_of(self, kind: str, shown: Shown, item: Picture | Film) -> PictureDocument:
+        parts = [{"type": kind}, {"type": "text", "text": "."}]
         messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]
-        size = self._blank_size
-        planned = self.encoder.plan(Conversation(messages), [size])
+        planned = self.encoder.plan(Conversation(messages), [shown])
         ids = np.array(planned.encoded.input_ids)
-        picture = Picture(Pictures(), PILImage.new("RGB", size), "the blank picture")
-        return PictureDocument(ids, np.zeros(len(ids), bool), -1, planned.text, [picture])
+        return PictureDocument(ids, np.zeros(len(ids), bool), -1, planned.text, [item])
+
+    def _blanks(self) -> dict[str, PictureDocument]:
+        """The blank document of each kind that the data have."""
+        return {"picture": self.blank} | ({"video": self._blank_clip} if self._has_films else {})
 
     def picture_probe(self) -> MicroBatch:
         """A micro-batch with one small blank picture, and all of its text trained."""
@@ -180,46 +212,52 @@ class ImageTextDataModule(ChatDataModule):
         """All rows as planned samples, and their fingerprint."""
         form = format_of(rows, self.columns)
         refuse_other_columns(rows, form.data_columns)
+        self.load_tokenizer()
+        encoder = self.encoder
         source = _Source(
             rows.with_format(None),
-            RowReader(form, self.image_mark),
+            RowReader(form, self.image_mark, films=encoder.videos is not None),
             places_of(rows),
             self.image_root or (Path("/") if _has_pictures(rows.features) else None),
             self.min_pixels,
             self.max_pixels,
+            encoder.videos,
+            self.video_fps,
         )
-        self.load_tokenizer()
-        encoder = self.encoder
 
         def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-            made: dict[str, list[Any]] = {"input_ids": [], "trained": [], "text": [], "pictures": [], "empty_turns": []}
-            made["picture_tokens"] = []
+            made: dict[str, list[Any]] = {"input_ids": [], "trained": [], "text": [], "empty_turns": []}
+            made |= {name: [] for name in _OF_PICTURES}
             for position, index in enumerate(indices):
                 row = {name: values[position] for name, values in batch.items()}
                 try:
                     conversation, sources = source.reader.read(row)
-                    reader = source.pictures(index)
-                    planned = encoder.plan(conversation, [reader.size(s) for s in sources])
+                    shown = [source.look(index, item) for item in sources]
+                    counts = _counts(shown, encoder.videos)
+                    planned = encoder.plan(conversation, shown)
                 except ValueError as error:
                     raise ValueError(f"{source.place(index)}: {error}") from error
                 made["input_ids"].append(planned.encoded.input_ids)
                 made["trained"].append(planned.encoded.trained)
                 made["text"].append(planned.text if sources else "")
-                made["pictures"].append(len(sources))
                 made["picture_tokens"].append(planned.picture_tokens)
+                for name, count in counts.items():
+                    made[name].append(count)
                 made["empty_turns"].append(0)
             return {**made, "sample_id": indices}
 
         settings = {
             "kind": "image-text",
-            # 1 wrote parts of text for templates that take text alone; 2 counted no tokens of pictures; 3 saw no videos
-            "version": 4,
+            # 1 wrote parts of text for templates that take text alone; 2 counted no tokens of pictures; 3 saw no
+            # videos; 4 knew no processor's part for videos
+            "version": 5,
             "loss_on": self.loss_on,
             "columns": self.columns,
             "mark": self.image_mark,
             "root": str(self.image_root),
             "pixels": [self.min_pixels, self.max_pixels],
             "processor": _content(self.load_processor()),
+            "videos": None if encoder.videos is None else [self.video_fps, encoder.videos.settings()],
         }
         samples, key = tokenize(
             rows,
@@ -228,20 +266,38 @@ class ImageTextDataModule(ChatDataModule):
             settings=settings,
             masked=True,
             cache=self.cache,
-            more={"text": Value("string"), "pictures": Value("int32"), "picture_tokens": Value("int64")},
+            more={"text": Value("string"), **dict.fromkeys(_OF_PICTURES, Value("int64"))},
         )
         store = PictureStore(samples, source.of)
-        self._choose_blank(store)
+        self._choose_blanks(store)
         self._check(store)
         self._check_plan(store)
         return store, key
 
-    def _choose_blank(self, store: PictureStore) -> None:
-        """A processor that does not resize wants pictures of one size: the blank one has that of the data."""
+    def _choose_blanks(self, store: PictureStore) -> None:
+        """A processor that does not resize wants pictures of one size: blank ones have that of the data.
+
+        Raises:
+            ValueError: the processor stacks videos, and these differ in their number of frames.
+        """
         resizes = getattr(self.load_processor().image_processor, "do_resize", True)
-        if not resizes and store.pictures.any():
-            picture = store.fetch([int(np.flatnonzero(store.pictures)[0])])[0].pictures[0]
+        stills = np.flatnonzero(store.pictures > store.films)
+        if not resizes and len(stills):
+            items = store.fetch([int(stills[0])])[0].pictures
+            picture = next(item for item in items if isinstance(item, Picture))
             self._blank_size = picture.reader.size(picture.source)
+        part, frames = self.encoder.videos, np.unique(store.frames[store.frames > 0])
+        if part is None or not len(frames):
+            return
+        if (silent := store.timeless) and part.reads_times:
+            rank_zero_warn(
+                f"{silent:,} videos do not say their frames per second, so {type(self.load_processor()).__name__} "
+                "guesses the times of their frames (24 a second). Give `fps` in their parts, or video_fps=."
+            )
+        if part.same_length:
+            self._stacked = int(frames[0]) if self._stacked is None else self._stacked
+            _refuse_lengths(part, {self._stacked, *frames.tolist()})
+        self._has_films = self._has_films or bool(store.films.any())
 
     def _check_plan(self, store: PictureStore) -> None:
         """Make the tensors of a few samples, so that a plan that does not hold is known before training.
@@ -279,10 +335,14 @@ class ImageTextDataModule(ChatDataModule):
         """Which samples share a row. Where some rows have no picture, each has room for the blank one."""
         assert isinstance(store, PictureStore)
         groups = super().group(store, kept)
-        pictured = [bool(store.pictures[kept[group]].any()) for group in groups]
-        if all(pictured) or not any(pictured):
+        has = {"picture": store.pictures > store.films, "video": store.films > 0}
+        needed = 0
+        for kind, blank in self._blanks().items():
+            found = [bool(has[kind][kept[group]].any()) for group in groups]
+            needed += 0 if all(found) or not any(found) else len(blank.input_ids)
+        if not needed:
             return groups
-        lengths, room = store.lengths[kept], self.seq_len - len(self.blank.input_ids)
+        lengths, room = store.lengths[kept], self.seq_len - needed
         if room < self.seq_len // 2:  # it would cost too much: a rank without pictures takes a row more instead
             return groups
         fits = np.flatnonzero(lengths <= room)
@@ -292,7 +352,8 @@ class ImageTextDataModule(ChatDataModule):
     def sample_prompts(self, count: int) -> list[str]:
         """At most `count` prompts to try a model on: first user turns of rows without pictures."""
         rows = self.prompt_rows()
-        reader, found = RowReader(format_of(rows, self.columns), self.image_mark), []
+        films = self.encoder.videos is not None
+        reader, found = RowReader(format_of(rows, self.columns), self.image_mark, films=films), []
         for index in range(min(len(rows), 100 * count)):
             conversation, sources = reader.read(rows[index])
             turns = [m["content"] for m in as_text(conversation.messages) if m["role"] == "user"] if not sources else []
@@ -307,7 +368,7 @@ class ImageTextDataModule(ChatDataModule):
         return {**super()._layout(), "collate": self._collate(), "always_pictures": always}
 
     def _collate(self) -> PictureCollate:
-        return PictureCollate(self.encoder, self.rope_index, self.packs, self.blank, self.positions)
+        return PictureCollate(self.encoder, self.rope_index, self.packs, self._blanks(), self.positions)
 
 
 @dataclass
@@ -320,6 +381,8 @@ class _Source:
         places: where each file begins in the rows; None: they come from no file.
         root: the folder of all pictures; None: that of the file of a row.
         min_pixels, max_pixels: see `Pictures`.
+        videos: the processor's part for videos; None: their frames become pictures.
+        video_fps: see `Videos`.
     """
 
     rows: Dataset
@@ -328,6 +391,8 @@ class _Source:
     root: Path | None
     min_pixels: int | None
     max_pixels: int | None
+    videos: VideoPart | None
+    video_fps: float | None
 
     def place(self, index: int) -> str:
         """Where a row came from, for messages."""
@@ -340,10 +405,50 @@ class _Source:
             root = Path(file_of(self.places, index)[1]).parent
         return Pictures(root, self.min_pixels, self.max_pixels)
 
-    def of(self, index: int) -> list[Picture]:
-        """The pictures of a row, which are not read yet."""
-        reader, place = self.pictures(index), self.place(index)
-        return [Picture(reader, source, place) for source in self.reader.read(self.rows[index]).sources]
+    def look(self, index: int, item: Any) -> Shown:
+        """What is known of a picture or a video of a row from its headers."""
+        pictures = self.pictures(index)
+        return self.films(pictures).look(item) if isinstance(item, Clip) else pictures.size(item)
+
+    def films(self, pictures: Pictures) -> Videos:
+        """How the videos of a row are read."""
+        assert self.videos is not None, "else frames are pictures"
+        return Videos(pictures, self.videos, self.video_fps)
+
+    def of(self, index: int) -> list[Picture | Film]:
+        """The pictures and videos of a row, which are not read yet."""
+        pictures, place = self.pictures(index), self.place(index)
+        return [
+            Film(self.films(pictures), item, place) if isinstance(item, Clip) else Picture(pictures, item, place)
+            for item in self.reader.read(self.rows[index]).sources
+        ]
+
+
+_OF_PICTURES = ("picture_tokens", "pictures", "films", "frames", "timeless")
+
+
+def _counts(shown: Sequence[Shown], part: VideoPart | None) -> dict[str, int]:
+    """Columns of a sample's pictures and videos; see `PictureStore`.
+
+    Raises:
+        ValueError: the processor stacks videos, and these differ in their number of frames.
+    """
+    frames = [len(item.taken) for item in shown if isinstance(item, Footage)]
+    if part is not None and frames and part.same_length:
+        _refuse_lengths(part, set(frames))
+    timeless = sum(isinstance(item, Footage) and item.fps is None for item in shown)
+    own = len(frames) if part is not None and frames and part.own_tensors else 0
+    return {"pictures": len(shown), "films": own, "frames": max(frames, default=0), "timeless": timeless}
+
+
+def _refuse_lengths(part: VideoPart, frames: set[int]) -> None:
+    """Raise ValueError if videos that are stacked differ in their number of frames."""
+    if len(frames) > 1:
+        some = ", ".join(map(str, sorted(frames)[:4])) + (", …" if len(frames) > 4 else "")
+        raise ValueError(
+            f"{type(part.processor).__name__} stacks videos, so all must have the same number of frames, and these "
+            f"have {some}. Give as many of each, or set videos='pictures': each frame becomes a picture."
+        )
 
 
 def _undecoded(rows: Dataset) -> Dataset:

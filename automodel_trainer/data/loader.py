@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,18 +29,21 @@ class Lacking(NamedTuple):
     """Which micro-batches of a step must run the vision tower although their rows have no pictures.
 
     Attributes:
-        here: of each of this rank's micro-batches, whether it lacks pictures that another rank has there.
+        here: of each of this rank's micro-batches, the kinds ("picture", "video") that it lacks and another rank has
+            there.
         everywhere: no row of the global batch has pictures, and the layout runs the tower all the same.
     """
 
-    here: Sequence[bool] = ()
+    here: Sequence[Sequence[str]] = ()
     everywhere: bool = False
 
 
 Step = tuple[list[int], int, Lacking]
 """The numbers of this rank's rows in one global batch (-1 = filler), their width in tokens, and what lacks pictures."""
+Kinds = Mapping[str, np.ndarray]
+"""Of each kind of picture that reaches the model by itself ("picture", "video"), which rows have any: bool `[n]`."""
 Collate = Callable[..., MicroBatch]
-"""Makes a micro-batch of rows, their width and the id for padding; with pictures, also of `needs_pictures`."""
+"""Makes a micro-batch of rows, their width and the id for padding; with pictures, also of the kinds it `lacks`."""
 
 
 class MicroBatchLoader:
@@ -218,12 +221,12 @@ class MicroBatchLoader:
         lengths = self._lengths(self.epoch)
         # A mixture has other rows in each epoch, so it counts them on.
         offset = self.epoch * len(self.rows) if hasattr(self.rows, "lengths_of") else 0
-        tokens = self._picture_tokens(self.epoch)
-        left = even_out(left, tokens)
+        kinds = self._kinds(self.epoch)
+        left = even_out(left, self._picture_tokens(self.epoch))
 
         def shares(batches: np.ndarray, rank: int, size: int) -> Iterator[Step]:
             ranks = _Ranks(rank, size, self.micro_batch_size, self.always_pictures)
-            return _shares(batches, lengths, tokens, self.rows.width, offset, self.packed, ranks)
+            return _shares(batches, lengths, kinds, self.rows.width, offset, self.packed, ranks)
 
         if not self.deals_late:
             return shares(left, self.dp_rank, self.dp_size)
@@ -259,6 +262,11 @@ class MicroBatchLoader:
         """Tokens of pictures in each row, int64 `[n]`; None if none can have one."""
         of_epoch = getattr(self.rows, "picture_tokens_of", None)
         return getattr(self.rows, "picture_tokens", None) if of_epoch is None else of_epoch(epoch)
+
+    def _kinds(self, epoch: int) -> Kinds | None:
+        """Which rows have which kind of picture, in an epoch; None if none can have one."""
+        of_epoch = getattr(self.rows, "kinds_of", None)
+        return getattr(self.rows, "kinds", None) if of_epoch is None else of_epoch(epoch)
 
     def _cut(self, order: np.ndarray, count: int) -> np.ndarray:
         """`order` as `count` global batches; the last one is filled up with -1."""
@@ -338,21 +346,30 @@ class _Ranks(NamedTuple):
         """This rank's rows of a global batch."""
         return batch[self.rank :: self.size]
 
-    def lacking(self, batch: np.ndarray, picture_tokens: np.ndarray | None) -> Lacking:
+    def lacking(self, batch: np.ndarray, kinds: Kinds | None) -> Lacking:
         """What this rank's micro-batches of a global batch lack."""
-        if picture_tokens is None or self.size == 1:
+        if kinds is None or self.size == 1:
             return Lacking()
-        has = np.where(batch >= 0, picture_tokens[batch] > 0, False)
+        found = {kind: self._found(np.where(batch >= 0, rows[batch], False)) for kind, rows in kinds.items()}
+        wanted = {kind: here.any(0) for kind, here in found.items()}
+        nothing = ~np.any(list(wanted.values()), axis=0)  # [micro-batches]
+        if self.always:
+            wanted["picture"] = wanted["picture"] | nothing
+        lacks = {kind: wanted[kind] & ~here[self.rank] for kind, here in found.items()}
+        here = [[kind for kind, missing in lacks.items() if missing[place]] for place in range(len(nothing))]
+        return Lacking(here, bool(self.always and nothing.all()))
+
+    def _found(self, has: np.ndarray) -> np.ndarray:
+        """Which micro-batch of which rank has what these rows of a global batch have: `[ranks, micro-batches]`."""
         by_rank = np.stack([has[rank :: self.size] for rank in range(self.size)])  # [ranks, rows]
-        found: np.ndarray = np.any(by_rank.reshape(self.size, -1, self.rows), axis=-1)  # [ranks, micro-batches]
-        wanted = np.ones_like(found[0]) if self.always else found.any(0)
-        return Lacking((wanted & ~found[self.rank]).tolist(), bool(self.always and not found.any()))
+        found: np.ndarray = np.any(by_rank.reshape(self.size, -1, self.rows), axis=-1)
+        return found
 
 
 def _shares(
     batches: np.ndarray,
     lengths: np.ndarray,
-    picture_tokens: np.ndarray | None,
+    kinds: Kinds | None,
     width: int,
     offset: int,
     packed: bool,
@@ -361,7 +378,7 @@ def _shares(
     for batch in batches:
         wide = width if packed else padded_width(int(lengths[batch[batch >= 0]].max()), width)
         own = ranks.of(np.where(batch >= 0, batch + offset, -1)).tolist()
-        yield own, wide, ranks.lacking(batch, picture_tokens)
+        yield own, wide, ranks.lacking(batch, kinds)
 
 
 def even_out(batches: np.ndarray, picture_tokens: np.ndarray | None) -> np.ndarray:
@@ -447,12 +464,12 @@ def micro_batches(
         width: tokens per row.
         pad_id: token id for padding.
         collate: `collate_packed`, `collate_padded`, or one that knows pictures.
-        lacking: which micro-batches must have a picture that their rows have not.
+        lacking: which micro-batches must have pictures or videos that their rows have not.
     """
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     if not lacking.here:
         return [collate(part, width, pad_id) for part in parts]
-    made = [collate(part, width, pad_id, needs_pictures=lacks) for part, lacks in zip(parts, lacking.here)]
+    made = [collate(part, width, pad_id, lacks=kinds) for part, kinds in zip(parts, lacking.here)]
     return [{**part, "only_blank_pictures": True} for part in made] if lacking.everywhere else made
 
 

@@ -185,6 +185,16 @@ class MixtureRows:
         known = [np.zeros(len(rows), np.int64) if part is None else part for part, rows in zip(parts, self.rows)]
         return np.concatenate([part[self._rows_of(number, epoch)] for number, part in enumerate(known)])
 
+    def kinds_of(self, epoch: int) -> dict[str, np.ndarray] | None:
+        """Which rows have which kind of picture in an epoch: each bool `[len(self)]`; None if no row can have one."""
+        parts = [getattr(part, "kinds", None) for part in self.rows]
+        names = {name: None for part in parts if part is not None for name in part}
+        found = {}
+        for name in names:
+            known = [np.zeros(len(rows), bool) if part is None else part[name] for part, rows in zip(parts, self.rows)]
+            found[name] = np.concatenate([part[self._rows_of(number, epoch)] for number, part in enumerate(known)])
+        return found or None
+
     def fetch(self, rows: Sequence[int]) -> list[list[Document]]:
         """The documents of rows, numbered on over epochs: `epoch · len(self) + row`; −1 is the filler."""
         found: list[list[Document]] = [[] for _ in rows]

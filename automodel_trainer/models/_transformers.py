@@ -188,7 +188,7 @@ def read_generation_config(
         trust_remote_code: use a `generate` of the folder's own.
 
     Raises:
-        ValueError: the folder's is damaged.
+        ValueError: the folder's is damaged, or transformers refuses it.
     """
     if given is not None:
         model.generation_config = GenerationConfig.from_dict(given.to_dict())
@@ -197,6 +197,10 @@ def read_generation_config(
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except OSError as error:
             raise ValueError(f"{first_line(error)} Copy it again, or remove it.") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{folder / 'generation_config.json'} is invalid: {error} Correct it, or remove it."
+            ) from error
     elif (folder / "config.json").is_file():  # older checkpoints keep their settings there
         options: Any = {"config_file_name": "config.json", "_from_model_config": True}
         model.generation_config = GenerationConfig.from_pretrained(folder, **options)

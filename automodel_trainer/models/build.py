@@ -26,6 +26,7 @@ from automodel_trainer.models.auto_classes import (
     transformers_class,
 )
 from automodel_trainer.models.files import TensorSlice, floating_dtypes, slices_of, weight_files
+from automodel_trainer.models.generation import GENERATION_CONFIG
 from automodel_trainer.models.initialize import initialize_missing, initialize_weights
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
 from automodel_trainer.models.layout import Layout
@@ -199,7 +200,10 @@ def empty_model(
     """
     config = load_config(folder, trust_remote_code, overrides or {})
     auto_class = auto_class_of_task(task, config) or auto_class_of(config)
-    return build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
+    model = build_on_meta(auto_class, config, _parameter_dtype("auto", None, config), None, trust_remote_code)
+    if model.can_generate() and not (folder / GENERATION_CONFIG).is_file():
+        read_generation_config(model, folder, None, trust_remote_code=False)  # older folders have it in config.json
+    return model
 
 
 def add_adapters(model: PreTrainedModel, lora: LoRAConfig, strategy: Layout | None, folder: Path | None = None) -> None:

@@ -4,31 +4,54 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+GENERATION_CONFIG = "generation_config.json"
+
+
 def check_generation_config(model: PreTrainedModel, source: Path | None) -> None:
     """Refuse settings that transformers would not write when the model is saved.
 
+    It writes what it has read as it is, valid or not. What was changed since must be valid.
+
     Args:
         model: the model.
-        source: the folder that it came from. If that has a generation_config.json, its copy is saved, as it is.
+        source: the folder that it came from.
 
     Raises:
         ValueError: they cannot be saved.
     """
-    if not model.can_generate() or (source is not None and (source / "generation_config.json").is_file()):
+    if not model.can_generate() or (source is not None and says_the_same(model, source)):
         return
     try:
-        model.generation_config.validate(strict=True)
+        with TemporaryDirectory() as folder:
+            model.generation_config.save_pretrained(folder)
     except ValueError as error:
         raise ValueError(
             f"The model's generation_config cannot be saved, so neither could the trained model: {error} Change it "
             "before training, for example model.generation_config.do_sample = True."
         ) from error
+
+
+def write_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model's settings of generation into a folder, unless the source's file lies there and says the same."""
+    if model.can_generate() and not says_the_same(model, folder):
+        model.generation_config.save_pretrained(folder)
+
+
+def says_the_same(model: PreTrainedModel, folder: Path) -> bool:
+    """Whether the file of a folder has a model's settings, or the model has none beyond those that its config gives."""
+    from transformers import GenerationConfig
+
+    if not (folder / GENERATION_CONFIG).is_file():
+        return False
+    own = model.generation_config
+    return own == GenerationConfig.from_model_config(model.config) or own == GenerationConfig.from_pretrained(folder)
 
 
 def generation_config(

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.models.auto_classes import auto_class_of, auto_classes_of
+from automodel_trainer.models.generation import write_generation_config
 from automodel_trainer.models.quantization_config import without_quantization
 from automodel_trainer.models.record import record_of, recorded
 
@@ -75,8 +76,9 @@ def copy_sidecars(
     """Write everything but the weights into `folder`. Call it on one rank; it reads no parameter's values.
 
     Files of the folder that the model came from are copied unchanged (model card, license, tokenizer, chat template,
-    code, generation config). config.json keeps every field that training did not change, known to transformers or not.
-    It says nothing of quantized weights, because those that are written are dense.
+    code, and the generation config unless the user changed it). config.json keeps every field that training did not
+    change, known to transformers or not. It says nothing of quantized weights, because those that are written are
+    dense.
 
     Args:
         model: the trained model.
@@ -96,8 +98,7 @@ def copy_sidecars(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
         (folder / "config.json").write_text(json.dumps(_merged_config(model, source, dtype), indent=2) + "\n")
-    if model.can_generate() and not (folder / "generation_config.json").is_file():
-        model.generation_config.save_pretrained(folder)
+    write_generation_config(model, folder)
     if tokenizer is not None and (source is None or not _same_tokenizer(tokenizer, source)):
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # of the tokenizer that is replaced
         tokenizer.save_pretrained(folder)

@@ -19,6 +19,7 @@ from automodel_trainer.models._transformers import converts_weights, original_we
 from automodel_trainer.models.auto_classes import auto_class_of_folder, transformers_class
 from automodel_trainer.models.build import empty_model
 from automodel_trainer.models.files import resolve_folder
+from automodel_trainer.models.generation import GENERATION_CONFIG
 from automodel_trainer.models.lora.adapter_files import read_config, read_tensors
 from automodel_trainer.models.lora.config_changes import read_changes
 from automodel_trainer.models.sidecars import has_tokenizer
@@ -87,7 +88,7 @@ def check_export(
         lambda: _tensors(original, exported, trust_remote_code),
         lambda: _loads(original, exported, adapter, trust_remote_code),
         lambda: _config(original, exported, adapter, trust_remote_code),
-        lambda: _generation(exported),
+        lambda: _generation(original, exported, trust_remote_code),
         lambda: _chats(adapter or folder, original, exported, trust_remote_code),
     ]
     checks.append(lambda: _unchanged(original, exported, adapter))
@@ -112,20 +113,37 @@ def _tensors(original: Path, exported: Path, trust_remote_code: bool) -> Finding
 
 def _loads(original: Path, exported: Path, adapter: Path | None, trust_remote_code: bool) -> Finding:
     """transformers takes every tensor, what the config ties is one tensor, and what the source ties is tied."""
-    cls = transformers_class(auto_class_of_folder(exported, trust_remote_code=trust_remote_code))
-    model, info = cls.from_pretrained(exported, output_loading_info=True, trust_remote_code=trust_remote_code)
-    faults = [f"{key} {listed(sorted(map(str, info[key])))}" for key in info if info.get(key)]
+    model, faults = _read(exported, trust_remote_code)
+    known = [fault for fault in faults if fault in _read(original, trust_remote_code)[1]] if faults else []
+    faults = [fault for fault in faults if fault not in known]
     pairs = tied_weight_names(model)
-    faults += [
-        f"{name} and {other} are tied by the config and differ"
-        for name, other in pairs.items()
-        if model.get_parameter(name) is not model.get_parameter(other)
-    ]
     if adapter is None or not read_config(adapter).get("modules_to_save"):  # which may train a tied weight by itself
         lost = tied_weight_names(empty_model(original, trust_remote_code)).keys() - pairs.keys()
         faults += [f"{name} is tied in the source and not here" for name in sorted(lost)]
     ties = f", {len(pairs)} tied" if pairs else ""
-    return Finding("loading", "; ".join(faults), f"transformers reads it into {type(model).__name__}{ties}")
+    read = f"transformers reads it into {type(model).__name__}{ties}"
+    return Finding("loading", "; ".join(faults), f"{read}{_known('; '.join(known))}")
+
+
+def _read(folder: Path, trust_remote_code: bool) -> tuple[Any, list[str]]:
+    """A model as transformers reads it, and what is wrong with that."""
+    cls = transformers_class(auto_class_of_folder(folder, trust_remote_code=trust_remote_code))
+    try:
+        model, info = cls.from_pretrained(folder, output_loading_info=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"transformers cannot read {folder}: {error}") from error
+    faults = [f"{key} {listed(sorted(map(str, info[key])))}" for key in info if info.get(key)]
+    faults += [
+        f"{name} and {other} are tied by the config and differ"
+        for name, other in tied_weight_names(model).items()
+        if model.get_parameter(name) is not model.get_parameter(other)
+    ]
+    return model, faults
+
+
+def _known(fault: str) -> str:
+    """What to say of a fault that the source has too: the export did not make it."""
+    return f" (as in the source: {' '.join(fault.split())})" if fault else ""
 
 
 def _config(original: Path, exported: Path, adapter: Path | None, trust_remote_code: bool) -> Finding:
@@ -162,21 +180,35 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def _generation(exported: Path) -> Finding:
-    if not (exported / "generation_config.json").is_file():
-        return Finding("generation config", "", "none")
+def _generation(original: Path, exported: Path, trust_remote_code: bool) -> Finding:
+    """The settings of generation are valid, or those of the source, which transformers takes back with a warning."""
+    fault, found = _generation_fault(exported, trust_remote_code)
+    if fault and fault == _generation_fault(original, trust_remote_code)[0]:
+        return Finding("generation config", "", f"that of the source{_known(fault)}")
+    return Finding("generation config", fault, found)
+
+
+def _generation_fault(folder: Path, trust_remote_code: bool) -> tuple[str, str]:
+    """What is wrong with the settings of generation, "" if nothing; and what they are."""
+    model = None
+    if not (folder / GENERATION_CONFIG).is_file():  # older folders have them in config.json
+        model = empty_model(folder, trust_remote_code)
+    if model is not None and not model.can_generate():
+        return "", "none"
     try:
-        config = transformers.GenerationConfig.from_pretrained(exported)
+        config: Any = (
+            transformers.GenerationConfig.from_pretrained(folder) if model is None else model.generation_config
+        )
         config.validate(strict=True)
     except (ValueError, OSError, TypeError) as error:
-        return Finding("generation config", str(error), "")
-    size = _vocabulary(exported)
+        return str(error), ""
+    size = _vocabulary(folder)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(config, name, None)
         for token in ids if isinstance(ids, list) else [ids]:
             if token is not None and size is not None and not 0 <= token < size:
-                return Finding("generation config", f"{name}={token}, and the model has {size:,} tokens", "")
-    return Finding("generation config", "", "valid")
+                return f"{name}={token}, and the model has {size:,} tokens", ""
+    return "", "valid"
 
 
 def _chats(trained: Path, original: Path, exported: Path, trust_remote_code: bool) -> Finding:
@@ -192,8 +224,8 @@ def _chats(trained: Path, original: Path, exported: Path, trust_remote_code: boo
     )
     if before.get_vocab() != after.get_vocab():
         return Finding("chat template", f"the vocabulary differs ({len(before):,} tokens, then {len(after):,})", "")
-    size = _vocabulary(exported)
-    if size is not None and len(after) > size:
+    size, then = _vocabulary(exported), _vocabulary(original)
+    if size is not None and len(after) > size and not (then is not None and len(before) > then):
         return Finding("chat template", f"the tokenizer has {len(after):,} tokens and the model {size:,}", "")
     if (before.chat_template is None) != (after.chat_template is None):
         return Finding("chat template", "one of source and export has none", "")

@@ -59,8 +59,8 @@ def compare_served(folder: Path, prompts: list[list[int]]) -> Served:
     """
     check_engine("vllm")
     vllm: Any = __import__("vllm")
-    engine = vllm.LLM(model=str(folder), enforce_eager=True, seed=0)
-    parameters = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+    engine = vllm.LLM(model=str(folder), enforce_eager=True, seed=0, skip_tokenizer_init=True)
+    parameters = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], parameters)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     differences = []

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,10 @@ class PicturedRows(RandomRows):
         super().__init__(count, 16, 250, seed=0)
         tokens = np.random.default_rng(3).integers(1, 5000, count)
         self.picture_tokens = np.where(np.arange(count) % 3 == 0, 0, tokens)
+        self.kinds = {"picture": self.picture_tokens > 0}
 
 
-def without_blanks(*args: Any, needs_pictures: bool = False) -> Any:
+def without_blanks(*args: Any, lacks: Sequence[str] = ()) -> Any:
     return collate_packed(*args)
 
 
@@ -164,6 +166,28 @@ def test_ranks_have_about_as_many_tokens_of_pictures_in_each_micro_batch(dp_size
     for batch, *steps in zip(evened, *ranks):
         dealt = [[i for micro in step for i in micro["sample_ids"]] for step in steps]
         assert dealt == [batch[rank::dp_size].tolist() for rank in range(dp_size)]
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_rank_lacks_the_kinds_that_another_rank_has(always: bool) -> None:
+    """Of micro-batches without any kind, pictures are lacking where the layout needs every gradient."""
+    rows = PicturedRows()
+    numbers = np.arange(len(rows))
+    rows.kinds = {"picture": numbers % 5 == 0, "video": numbers % 7 == 0}
+
+    def lacks_of(*args: Any, lacks: Sequence[str] = ()) -> Any:
+        return {"ids": [document.sample_id for row in args[0] for document in row], "lacks": list(lacks)}
+
+    options: dict[str, Any] = {"collate": lacks_of, "always_pictures": always, "micro_batch_size": 2, "dp_size": 2}
+    ranks = [list(loader(rows, dp_rank=rank, **options)) for rank in range(2)]
+    seen = set()
+    for parts in ((left, right) for steps in zip(*ranks) for left, right in zip(*steps)):
+        has = [{kind for kind, of in rows.kinds.items() if of[part["ids"]].any()} for part in parts]
+        wanted = has[0] | has[1] or ({"picture"} if always else set())
+        for own, part in zip(has, parts):
+            assert set(part["lacks"]) == wanted - own
+            seen.add(tuple(part["lacks"]))
+    assert {(), ("picture",), ("video",)} <= seen
 
 
 def test_rows_with_as_many_tokens_of_pictures_keep_their_order() -> None:

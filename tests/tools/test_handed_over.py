@@ -197,3 +197,45 @@ def test_writing_fails_before_training(tmp_path: Path, monkeypatch: pytest.Monke
             fit(tmp_path, module, None, DCPCheckpoint(tmp_path / "a"))
         patched.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
         refused(r"A checkpoint needs about 0\.4 MiB and .* has 0\.0 MiB free", DCPCheckpoint(tmp_path / "b"))
+
+
+def test_what_is_wrong_in_the_source_is_not_blamed_on_the_export(tmp_path: Path) -> None:
+    """Published settings of generation that transformers only warns of, in either file: saved as transformers saves."""
+    for name, values in (
+        ("generation_config.json", {"temperature": 0.6, "eos_token_id": 99999}),
+        ("config.json", {"temperature": 0.6}),
+        ("generation_config.json", {"eos_token_id": [4, 99999]}),
+    ):
+        root = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder = base(root)
+        settings = folder / "generation_config.json"
+        if name != settings.name:
+            settings.unlink()
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **values}))
+        transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(root / "reference")
+        reference = transformers.GenerationConfig.from_pretrained(root / "reference")
+        fit(root, CausalLMModule(folder), steps=1)
+        for source in (root / "checkpoints" / "latest", folder):
+            exported = merge(source, root / f"of {source.name}")
+            assert transformers.GenerationConfig.from_pretrained(exported) == reference, (name, source)
+            found = {finding.name: finding for finding in check_export(source, exported)}["generation config"]
+            assert not found.fault
+            assert "as in the source: " in found.detail, found.detail
+    broken = base(tmp_path / "broken") / "generation_config.json"
+    broken.write_text(json.dumps({"num_return_sequences": 3}))
+    with pytest.raises(ValueError, match=r"generation_config\.json is invalid: .*num_return_sequences.* Correct it"):
+        fit(tmp_path / "broken", CausalLMModule(broken.parent))
+
+
+def test_settings_of_generation_that_the_user_changed_are_handed_over(tmp_path: Path) -> None:
+    folder = base(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config.max_new_tokens = 77
+    trainer = fit(tmp_path, CausalLMModule(model), steps=1)
+    trainer.save_pretrained(tmp_path / "saved")
+    for place in (tmp_path / "checkpoints" / "latest" / "model", tmp_path / "saved"):
+        assert transformers.GenerationConfig.from_pretrained(place).max_new_tokens == 77, place
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config.temperature = 0.6  # which transformers does not save without do_sample
+    with pytest.raises(ValueError, match="generation_config cannot be saved"):
+        fit(tmp_path / "refused", CausalLMModule(model), steps=1)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from tests.routers import separated
+from tests.vlm.videos import video_processor_of
 
 SPECIAL = [
     "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>", "<|image_pad|>", "<|video_pad|>",
@@ -48,6 +49,9 @@ QWEN = {
 }
 ALONE = ("gemma3", "llava", "idefics3", "mllama")
 """Families whose processors have no part for videos, and so need no torchvision."""
+FILMS = {"llava_onevision": "<video>", "internvl": "<video>"}
+FILMS |= dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_5"), "<|vision_start|><|video_pad|><|vision_end|>")
+"""Marks for videos, of families whose processors have a part for them that works beside pictures."""
 ALL = (*ALONE, "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision", "smolvlm", "internvl")
 
 
@@ -174,11 +178,16 @@ def tokenizer_of(family: str) -> Any:
     )
 
 
-def processor_of(family: str) -> Any:
-    """The family's own processor. Its part for videos, which needs torchvision, is an empty one."""
+def processor_of(family: str, films: bool = False) -> Any:
+    """The family's own processor. Its part for videos is an empty one; with `films` it is the real one."""
     tokenizer, config = tokenizer_of(family), config_of(family)
     template = TEMPLATE.replace("MARK", MARKS.get(family, "<image>"))
     made = {"tokenizer": tokenizer, "chat_template": template}
+    if films:
+        template = template.replace(
+            "{% else %}{{ part", f"{{% elif part['type'] == 'video' %}}{FILMS[family]}{{% else %}}{{{{ part"
+        )
+        made |= {"chat_template": template, "video_processor": video_processor_of(family, **_films(family))}
     small = {"height": 28, "width": 28}
     if family.startswith("qwen"):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -238,14 +247,23 @@ class NoVideos:
     num_frames = fps = 1
 
 
+def _films(family: str) -> dict[str, Any]:
+    """Settings of a tiny part for videos."""
+    if not family.startswith("qwen"):
+        return {"size": {"height": 28, "width": 28}}
+    patch = config_of(family).vision_config.patch_size
+    size = {"shortest_edge": 4 * (patch * 2) ** 2, "longest_edge": 64 * (patch * 2) ** 2}
+    return {"patch_size": patch, "size": size, "cap_pixels_per_frame": False}
+
+
 def without_videos(kind: Any, **parts: Any) -> Any:
-    """A processor of this class that does not ask for the class of its part for videos."""
+    """A processor of this class that does not ask for the class of its part for videos, empty unless it is given."""
     own = globals().get(kind.__name__)
     if own is None:
         own = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None, "__module__": __name__})
         globals()[kind.__name__] = own  # so that it can be pickled
     with mock.patch("transformers.models.smolvlm.processing_smolvlm.num2words"):  # it spells the length of a video
-        return own(video_processor=NoVideos(), **parts)
+        return own(**{"video_processor": NoVideos(), **parts})
 
 
 def model_of(family: str, seed: int = 3, layers: int = 2) -> PreTrainedModel:

@@ -168,7 +168,7 @@ def test_a_video_is_its_frames() -> None:
         ({"messages": [USER, ANSWER], "images": ["a", "b"]}, r"1 mark\(s\) .* 2 picture\(s\)"),
         ({"messages": [USER, ANSWER], "images": []}, r"1 mark\(s\) .* 0 picture\(s\)"),
         ({"messages": [{**USER, "content": [{"type": "audio", "audio": "a"}]}, ANSWER]}, "type 'audio'"),
-        ({"messages": [{**USER, "content": [{"type": "video", "video": "a"}]}, ANSWER]}, "given as 'a', .* no video"),
+        ({"messages": [{**USER, "content": [{"type": "video", "video": "a"}]}, ANSWER]}, "given as 'a', .* a picture"),
         ({"messages": [{**USER, "content": "look"}, ANSWER], "videos": ["a.mp4"]}, "given as 'a.mp4'"),
         ({"messages": [{**USER, "content": "look"}, ANSWER], "video": {"path": "b.webm"}}, "given as 'b.webm'"),
         ({"messages": [{**USER, "content": "<video>"}, ANSWER], "videos": []}, r"1 mark\(s\) for videos .* 0 video"),

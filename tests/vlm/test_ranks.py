@@ -20,6 +20,7 @@ from tests.matrix import more
 from tests.pool import RankPool
 from tests.test_trainer import quiet
 from tests.vlm.families import model_of, processor_of, rows
+from tests.vlm.films import films
 
 STEPS = 3
 
@@ -50,6 +51,8 @@ CASES = [
     Case("qwen3_vl", freeze=("*.embed_tokens.*",)),  # the tower is trained, and a rank without pictures gives it zeros
     Case("internvl", "ddp", freeze=("language",)),
     *(Case("llava", spec, freeze=()) for spec in ("ddp", "fsdp2")),  # no forward reaches the tower's last layer
+    Case("qwen3_vl", rows="films"),  # a rank has videos, and another pictures: each runs the tower twice
+    Case("llava_onevision", packing=True, rows="films-alike", freeze=()),
     Case("gemma3", "fsdp2_tp:tp=2", packing=True),
     Case("qwen3_vl_moe", "fsdp2_tp:tp=2", packing=True, freeze=WITHOUT_RULE),  # adds features between cut layers
 ]
@@ -63,6 +66,8 @@ CASES += [
     Case("qwen3_vl_moe", "fsdp2_ep", lora=True),
 ]
 MORE = [
+    *(Case("qwen2_5_vl", spec, packing=True, rows="films") for spec in ("fsdp2:cp=2", "3d:pp=2", "fsdp2_tp:tp=2")),
+    *(Case("internvl", "ddp", rows="films-alike", freeze=(), lora=lora) for lora in (False, True)),
     Case("qwen3_vl", "ddp"),
     *(Case(family, "fsdp2_tp:tp=2", packing=True) for family in ("llava", "qwen3_vl")),
     *(Case(family, "fsdp2:cp=2", packing=True) for family in ("qwen2_5_vl", "llava_onevision", "smolvlm")),
@@ -120,10 +125,12 @@ def run(root: Path, case: Case, devices: int = 2) -> Run:
     torch.manual_seed(0)
     steps = Steps()
     path = str(root / f"{case.rows}.jsonl")
-    dm = ImageTextDataModule(path, seq_len=160, global_batch_size=case.batch, packing=case.packing, cache=False)
+    shows_films = case.rows.startswith("films")
+    length = 256 if shows_films else 160
+    dm = ImageTextDataModule(path, seq_len=length, global_batch_size=case.batch, packing=case.packing, cache=False)
     module = ImageTextModule(
         model_of(case.family, layers=case.layers),
-        processor=processor_of(case.family),
+        processor=processor_of(case.family, films=shows_films),
         lr=1e-3,
         scheduler="constant",
         lora=LoRAConfig(rank=2) if case.lora else None,
@@ -162,6 +169,9 @@ def written(root: Path) -> None:
     """Rows in an order in which steps of two rows have none, one or two with pictures."""
     made = rows(root, 12)
     (root / "mixed.jsonl").write_text("\n".join(json.dumps(made[i]) for i in (0, 2, 6, 10, 3, 1)))
+    for name, alike in (("films", False), ("films-alike", True)):
+        made_of = films(root, alike)
+        (root / f"{name}.jsonl").write_text("\n".join(json.dumps(made_of[i]) for i in (0, 4, 2, 1, 4, 2)))
     (root / "pictured.jsonl").write_text("\n".join(json.dumps(made[i]) for i in (0, 1, 3, 4, 5, 7)))
 
 

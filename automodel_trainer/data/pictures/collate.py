@@ -24,37 +24,39 @@ class PictureCollate:
         encoder: has the processor.
         rope_index: positions in several dimensions `[3, b, s]` of what the processor made; None: one dimension.
         packed: lay documents end to end; False: one padded document a row.
-        blank: a document with a small blank picture and nothing to train.
+        blanks: of each kind ("picture", "video") that the data have, a document with a small blank one and nothing
+            to train.
         positions: how many positions the model has.
     """
 
     encoder: PictureEncoder
     rope_index: Callable[[Mapping[str, Any]], Tensor] | None
     packed: bool
-    blank: PictureDocument
+    blanks: Mapping[str, PictureDocument]
     positions: int | None = None
 
-    def __call__(self, rows: Sequence[Any], width: int, pad_id: int, needs_pictures: bool = False) -> MicroBatch:
+    def __call__(self, rows: Sequence[Any], width: int, pad_id: int, lacks: Sequence[str] = ()) -> MicroBatch:
         """One micro-batch.
 
         Args:
             rows: the documents of each row.
             width: tokens per row.
             pad_id: token id for padding.
-            needs_pictures: another rank has pictures here, so this one runs the tower too: on the blank document.
+            lacks: the kinds that another rank has here, so this one runs the tower for them too: on a blank document.
 
         Raises:
             ValueError: a picture cannot be read, or became other tokens than planned.
         """
         rows = [list(row) for row in rows]
         own = [document.sample_id for row in rows for document in row]
-        if needs_pictures and not any(_pictured(document) for row in rows for document in row):
-            width = self._with_blank(rows, width)
+        for kind in lacks:
+            width = self._with_blank(rows, self.blanks[kind], width)
         collate = collate_packed if self.packed else collate_padded
         batch = collate(rows, width, pad_id, self.positions)
         batch["sample_ids"] = own
-        if rows[-1] and rows[-1][-1] is self.blank:  # it is padding: no part of the data
-            batch["lengths"][-1] -= len(self.blank.input_ids)
+        added = {id(document) for document in self.blanks.values()}
+        for index, row in enumerate(rows):  # they are padding: no part of the data
+            batch["lengths"][index] -= sum(len(document.input_ids) for document in row if id(document) in added)
         places = []  # row and first token of each document with pictures
         for index, row in enumerate(rows):
             start = 0
@@ -66,14 +68,14 @@ class PictureCollate:
             batch["position_ids"] = batch["position_ids"].expand(4, -1, -1).clone()
         return self._with_pictures(batch, places) if places else batch
 
-    def _with_blank(self, rows: list[list[Any]], width: int) -> int:
-        """Add the blank document at the end of the last row, or as a row of its own. Returns the width."""
+    def _with_blank(self, rows: list[list[Any]], blank: PictureDocument, width: int) -> int:
+        """Add a blank document at the end of the last row, or as a row of its own. Returns the width."""
         used = sum(len(document.input_ids) for document in rows[-1])
-        if not rows[-1] or (self.packed and used + len(self.blank.input_ids) <= width):
-            rows[-1].append(self.blank)
+        if not rows[-1] or (self.packed and used + len(blank.input_ids) <= width):
+            rows[-1].append(blank)
         else:
-            rows.append([self.blank])
-        return max(width, len(self.blank.input_ids))
+            rows.append([blank])
+        return max(width, len(blank.input_ids))
 
     def _with_pictures(self, batch: MicroBatch, places: list[tuple[int, int, PictureDocument]]) -> MicroBatch:
         documents = [document for _, _, document in places]

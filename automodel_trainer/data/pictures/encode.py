@@ -1,28 +1,38 @@
 """From a conversation with pictures to tokens: the ids that the model reads, and which of them are trained.
 
 The processor's chat template is used unchanged, and so is its rule for what a picture becomes in the text. A blank
-picture of the same size becomes the same tokens, so a sample is planned from the headers of its pictures. The template
-writes one mark for a picture, and the processor puts many tokens in its place; spans of characters move along.
+picture of the same size becomes the same tokens, so a sample is planned from the headers of its pictures, and with a
+video of as many frames. The template writes one mark for each, and the processor puts many tokens in its place; spans
+of characters move along.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from automodel_trainer.data.chat_template import Encoded, LossOn, all_but_bos, overlapping, special_tokens
 from automodel_trainer.data.formats import Conversation
 from automodel_trainer.data.messages import Message
 from automodel_trainer.data.pictures.rows import as_text
+from automodel_trainer.data.pictures.videos import Footage, VideoPart, obstacle
 from automodel_trainer.data.rendered_chat import RenderedChat, Span, shortened
 from automodel_trainer.data.turn_marks import TurnFinder
 
 Size = tuple[int, int]
 """Width and height of a picture."""
+Shown = Size | Footage
+"""What is known of a picture or a video without its pixels."""
+Seen = Image.Image | tuple[np.ndarray, Footage]
+"""A picture, or the frames of a video and what is known of it."""
+How = Literal["auto", "pictures", "processor"]
+"""How videos are shown; see `ImageTextDataModule`."""
 _PROBE = "\ufdd1"  # a text that no template writes by itself
 
 
@@ -31,8 +41,8 @@ class Planned(NamedTuple):
 
     Attributes:
         encoded: its tokens and which of them are trained. No token of a picture is.
-        text: what the processor is given, with one mark for each picture.
-        picture_tokens: tokens that stand for pictures.
+        text: what the processor is given, with one mark for each picture and video.
+        picture_tokens: tokens that stand for pictures and videos.
     """
 
     encoded: Encoded
@@ -46,13 +56,14 @@ class PictureEncoder:
     Args:
         processor: the model's processor.
         loss_on: "assistant", "last_turn" or "all"; see `encode_conversation`.
+        videos: how videos are shown.
 
     Raises:
         ValueError: the processor names no token for a picture, or its tokenizer gives no character offsets.
     """
 
-    def __init__(self, processor: Any, loss_on: LossOn) -> None:
-        self.processor, self.loss_on = processor, loss_on
+    def __init__(self, processor: Any, loss_on: LossOn, videos: How = "auto") -> None:
+        self.processor, self.loss_on, self._how = processor, loss_on, videos
         self.tokenizer = with_template(processor)
         if not self.tokenizer.is_fast:
             raise ValueError(
@@ -65,32 +76,49 @@ class PictureEncoder:
                 f"{type(processor).__name__} does not say which token stands for a picture (image_token), so its "
                 "pictures cannot be placed."
             )
-        self.mark = re.compile(re.escape(token))
         self.token = token
         self._finder = TurnFinder(special_tokens(self.tokenizer, len(self.tokenizer)), loss_on == "last_turn")
         self._parts: dict[str, bool] = {}
-        self._replacements: dict[tuple[Size, ...], list[str]] = {}
+        self._replacements: dict[tuple[Shown, ...], list[str]] = {}
 
-    def plan(self, conversation: Conversation, sizes: Sequence[Size]) -> Planned:
+    @cached_property
+    def videos(self) -> VideoPart | None:
+        """The processor's part for videos; None: their frames become pictures.
+
+        Raises:
+            ValueError: the processor's part is asked for, and it has none that works here.
+        """
+        if self._how == "pictures":
+            return None
+        missing = obstacle(self.processor) or self._unwritten()
+        if missing is None:
+            return VideoPart(self.processor)
+        if self._how == "processor":
+            raise ValueError(f"videos='processor': {missing}. Set videos='pictures': each frame becomes a picture.")
+        return None
+
+    @cached_property
+    def mark(self) -> re.Pattern[str]:
+        """What the template writes for a picture or a video."""
+        tokens = [self.token] if self.videos is None else [self.token, self.videos.token]
+        return re.compile("|".join(f"({re.escape(token)})" for token in tokens))
+
+    def plan(self, conversation: Conversation, shown: Sequence[Shown]) -> Planned:
         """Encode a conversation.
 
         Args:
             conversation: its content is a list of parts; see `RowReader`.
-            sizes: of its pictures.
+            shown: its pictures and videos, in order.
 
         Raises:
-            ValueError: the template refuses it, or writes another number of marks than there are pictures.
+            ValueError: the template refuses it, or writes another number of marks than there are pictures or videos.
         """
         text, spans = self._rendered(conversation)
-        found = [match.span() for match in self.mark.finditer(text)]
-        if len(found) != len(sizes):
-            raise ValueError(
-                f"the chat template wrote {len(found)} marks for pictures ({self.token!r}), and the sample has "
-                f"{len(sizes)} picture(s). Use a template that writes pictures, and remove the mark from texts that "
-                f"mean no picture. The conversation as rendered:\n{shortened(text)}"
-            )
+        marks = list(self.mark.finditer(text))
+        self._check_marks(text, [match.lastindex == 2 for match in marks], shown)
+        found = [match.span() for match in marks]
         added = inserted_text(self.processor, text)  # some processors begin the text with BOS
-        pieces = self._replaced(tuple(sizes))
+        pieces = self._replaced(tuple(shown))
         expanded, placed = _expand(added, self.mark, pieces)
         moved = [_moved(span, found, pieces, len(added) - len(text)) for span in spans]
         tokens = self.tokenizer(
@@ -99,32 +127,59 @@ class PictureEncoder:
         ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
         everything = self.loss_on == "all"
         trained = all_but_bos(self.tokenizer, ids).trained if everything else overlapping(offsets, moved)
-        shown = overlapping(offsets, placed) if placed else [False] * len(ids)
-        return Planned(Encoded(ids, [t and not s for t, s in zip(trained, shown)]), text, sum(shown))
+        of_pictures = overlapping(offsets, placed) if placed else [False] * len(ids)
+        return Planned(Encoded(ids, [t and not s for t, s in zip(trained, of_pictures)]), text, sum(of_pictures))
 
-    def inputs(self, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Any:
-        """What the processor makes of planned texts and their pictures, padded: tensors by name.
+    def inputs(self, texts: Sequence[str], seen: Sequence[Sequence[Seen]]) -> Any:
+        """What the processor makes of planned texts and their pictures and videos, padded: tensors by name.
 
         Args:
-            texts: of samples with pictures, as planned.
-            pictures: of each.
+            texts: of samples with pictures or videos, as planned.
+            seen: by each.
         """
-        groups = [(text, list(own), self._options(text)) for text, own in zip(texts, pictures)]
-        options = groups[0][2]
-        assert all(own == options for _, _, own in groups), "texts of one template begin alike"
-        return self.processor(
-            text=[text for text, _, _ in groups],
-            images=[own for _, own, _ in groups],
-            padding=True,
-            return_tensors="pt",
-            **options,
-        )
+        options = self._options(texts[0])
+        assert all(self._options(text) == options for text in texts), "texts of one template begin alike"
+        pictures = [[item for item in own if not isinstance(item, tuple)] for own in seen]
+        films = [item for own in seen for item in own if isinstance(item, tuple)]
+        if films:
+            assert self.videos is not None, "else frames are pictures"
+            pictures = [own for own in pictures if own]
+            options |= {"videos": [frames for frames, _ in films]}
+            options |= self.videos.options([footage for _, footage in films])
+        return self.processor(text=list(texts), images=pictures or None, padding=True, return_tensors="pt", **options)
+
+    def _unwritten(self) -> str | None:
+        """Why the chat template cannot show a video as the processor wants it; None: it can."""
+        token = self.processor.video_token
+        if self.tokenizer.chat_template is None:
+            return None
+        turn = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": _PROBE}]}
+        try:
+            text = RenderedChat(self.tokenizer, [turn], None).text
+        except ValueError:
+            text = ""
+        return None if text.count(token) == 1 else f"the chat template writes no {token!r} for a video"
+
+    def _check_marks(self, text: str, films: Sequence[bool], shown: Sequence[Shown]) -> None:
+        wanted = [isinstance(item, Footage) for item in shown]
+        if list(films) == wanted:
+            return
+        video = None if self.videos is None else self.videos.token
+        for what, token, film in (("picture", self.token, False), ("video", video, True)):
+            if films.count(film) != wanted.count(film):
+                raise ValueError(
+                    f"the chat template wrote {films.count(film)} marks for {what}s ({token!r}), and the sample has "
+                    f"{wanted.count(film)} {what}(s). Use a template that writes {what}s, and remove the mark from "
+                    f"texts that mean no {what}. The conversation as rendered:\n{shortened(text)}"
+                )
+        raise ValueError(f"the chat template changes the order of pictures and videos:\n{shortened(text)}")
 
     def _rendered(self, conversation: Conversation) -> tuple[str, list[Span]]:
         if self.tokenizer.chat_template is None:
             if conversation.prompt_completion is not None:
                 return self._joined(*conversation.prompt_completion)
-            if (pair := _question_and_answer(conversation.messages, self.token)) is not None:
+            tokens = {"image": self.token, "video": self.videos.token if self.videos else ""}
+            if (pair := _question_and_answer(conversation.messages, tokens)) is not None:
                 return self._joined(*pair)
             raise ValueError(
                 "This processor has no chat template, so it cannot turn a conversation into tokens. Set one with "
@@ -155,13 +210,13 @@ class PictureEncoder:
         bos = self.tokenizer.bos_token
         return {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
 
-    def _replaced(self, sizes: tuple[Size, ...]) -> list[str]:
-        """What the processor writes for each of a sample's pictures. It may depend on the other ones."""
-        if not sizes:
+    def _replaced(self, shown: tuple[Shown, ...]) -> list[str]:
+        """What the processor writes for each of a sample's pictures and videos. It may depend on the other ones."""
+        if not shown:
             return []
-        if sizes not in self._replacements:
-            self._replacements[sizes] = replacements(self.processor, self.token, sizes)
-        return self._replacements[sizes]
+        if shown not in self._replacements:
+            self._replacements[shown] = replacements(self.processor, self.token, shown, self.videos)
+        return self._replacements[shown]
 
 
 def with_template(processor: Any) -> Any:
@@ -175,20 +230,31 @@ def with_template(processor: Any) -> Any:
     return tokenizer
 
 
-def replacements(processor: Any, token: str, sizes: Sequence[Size]) -> list[str]:
-    """What a processor writes for pictures of one sample, found with blank ones.
+def replacements(processor: Any, token: str, shown: Sequence[Shown], videos: VideoPart | None) -> list[str]:
+    """What a processor writes for pictures and videos of one sample, found with blank ones.
 
     Args:
         processor: the processor.
         token: its mark for a picture.
-        sizes: of the pictures.
+        shown: the pictures and videos.
+        videos: its part for videos; None: there are none.
     """
-    blanks = [Image.new("RGB", size) for size in sizes]
-    made = processor(text=["".join(f"{token}\n" for _ in sizes)], images=[blanks], return_text_replacement_offsets=True)
+    pictures = [Image.new("RGB", item) for item in shown if not isinstance(item, Footage)]
+    films = [item for item in shown if isinstance(item, Footage)]
+    tokens = [videos.token if videos and isinstance(item, Footage) else token for item in shown]
+    options: dict[str, Any] = {}
+    if films and videos is not None:
+        options = {"videos": [item.blank() for item in films], "return_tensors": "pt", **videos.options(films)}
+    made = processor(
+        text=["".join(f"{mark}\n" for mark in tokens)],
+        images=[pictures] if pictures else None,
+        return_text_replacement_offsets=True,
+        **options,
+    )
     found = made.get("text_replacement_offsets")
     if not found:  # pictures are seen by cross-attention: the mark stays
-        return [token] * len(sizes)
-    assert len(found[0]) == len(sizes), "one replacement for each picture"
+        return tokens
+    assert len(found[0]) == len(shown), "one replacement for each picture and video"
     return [item["replacement"] for item in found[0]]
 
 
@@ -222,19 +288,19 @@ def takes_parts(tokenizer: Any, role: str = "user") -> bool:
 
 def _refuse_pictures(message: Message) -> None:
     content = message.get("content")
-    if isinstance(content, list) and any(part["type"] == "image" for part in content):
+    if isinstance(content, list) and any(part["type"] != "text" for part in content):
         raise ValueError(
-            f"the chat template takes text alone in turns of {message['role']!r}, and this one has pictures. Set "
-            "chat_template=."
+            f"the chat template takes text alone in turns of {message['role']!r}, and this one has pictures or "
+            "videos. Set chat_template=."
         )
 
 
-def _question_and_answer(messages: Sequence[Message], token: str) -> tuple[str, str] | None:
+def _question_and_answer(messages: Sequence[Message], tokens: Mapping[str, str]) -> tuple[str, str] | None:
     """Prompt and completion of a row of two turns, for a model without a chat template."""
     if [message["role"] for message in messages] != ["user", "assistant"]:
         return None
     prompt, answer = (
-        "".join(token if part["type"] == "image" else part["text"] for part in message["content"])
+        "".join(part["text"] if part["type"] == "text" else tokens[part["type"]] for part in message["content"])
         for message in messages
     )
     return prompt, answer

@@ -41,7 +41,7 @@ class Pictures:
         """
         with self._opened(source) as image:
             width, height = image.size
-            return self._scaled(*((height, width) if _orientation(image) in _TURNED else (width, height)))
+            return self.scaled(*((height, width) if _orientation(image) in _TURNED else (width, height)))
 
     def read(self, source: Any) -> Image.Image:
         """The picture, upright, in RGB.
@@ -59,10 +59,11 @@ class Pictures:
                 image = image.convert("RGB")
             except (OSError, ValueError, SyntaxError, EOFError) as error:
                 raise ValueError(f"{name} cannot be decoded, it may be truncated: {error}") from error
-        size = self._scaled(*image.size)
+        size = self.scaled(*image.size)
         return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
-    def _scaled(self, width: int, height: int) -> tuple[int, int]:
+    def scaled(self, width: int, height: int) -> tuple[int, int]:
+        """The size of a picture of this size as the processor will see it."""
         pixels = width * height
         if self.max_pixels is not None and pixels > self.max_pixels:
             factor = math.sqrt(self.max_pixels / pixels)
@@ -95,12 +96,7 @@ class Pictures:
             text = str(source)
             if text.startswith("data:"):
                 return io.BytesIO(_of_data_url(text))
-            if "://" in text:
-                raise ValueError(
-                    f"{_name(source)} is on the network, and training reads no network. Download the picture and give "
-                    "its path."
-                )
-            return self._inside(text)
+            return Path(self.path(text))
         if isinstance(source, dict):  # of `datasets.Image`
             if source.get("bytes") is not None:
                 return io.BytesIO(source["bytes"])
@@ -108,22 +104,36 @@ class Pictures:
                 return self._data(source["path"])
         raise ValueError(f"a picture is a {type(source).__name__}: {str(source)[:80]!r}. {ALLOWED}")
 
-    def _inside(self, path: str) -> Path:
+    def path(self, path: str, what: str = "picture") -> str:
+        """Where a path inside `root` leads.
+
+        Args:
+            path: relative to it, or absolute.
+            what: what messages call it.
+
+        Raises:
+            ValueError: there is no such file, or it leads out of `root`.
+        """
+        if "://" in path:
+            raise ValueError(
+                f"{what} {path!r} is on the network, and training reads no network. Download the {what} and give its "
+                "path."
+            )
         if self.root is None:
             raise ValueError(
-                f"picture {path!r} is a path, and these rows come from no file whose folder it could be in: give "
+                f"{what} {path!r} is a path, and these rows come from no file whose folder it could be in: give "
                 "image_root."
             )
         root = self.root.resolve()
         found = (root / path).resolve()  # an absolute path stays as it is
         if not found.is_relative_to(root):
             raise ValueError(
-                f"picture {path!r} leads out of image_root={str(self.root)!r}. Give the folder that holds all pictures "
+                f"{what} {path!r} leads out of image_root={str(self.root)!r}. Give the folder that holds all {what}s "
                 "as image_root."
             )
         if not found.is_file():
-            raise ValueError(f"picture {path!r} does not exist in {self.root}.")
-        return found
+            raise ValueError(f"{what} {path!r} does not exist in {self.root}.")
+        return str(found)
 
 
 ALLOWED = (

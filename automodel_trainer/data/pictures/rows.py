@@ -7,8 +7,9 @@ A row has pictures in two ways, which may be mixed:
 - in a column `images` or `image`: one or several, which stand where the text has `<image>` or a message has a part
   `{"type": "image"}` without a picture. Without any such mark they come first in the first user's turn, as in TRL.
 
-A video is the list of its frames, and each frame becomes a picture. It stands in a part `{"type": "video", "video":
-[…]}`, or in a column `videos` or `video`, as pictures do; its mark is `<video>`, where a row has such a column.
+A video is the list of its frames or a file. It stands in a part `{"type": "video", "video": […]}`, or in a column
+`videos` or `video`, as pictures do; its mark is `<video>`, where a row has such a column. It stays a video where the
+processor has a part for videos; elsewhere each of its frames becomes a picture.
 """
 
 from __future__ import annotations
@@ -34,15 +35,29 @@ _SOURCES = {
     "image": ("image", "url", "path", "bytes", "base64", "data", "image_url"),
     "video": ("video", "url", "path", "video_url"),
 }
+_RATES = ("fps", "sample_fps")
 _CONTENT = ("content", "value")
+
+
+class Clip(NamedTuple):
+    """A video of a row.
+
+    Attributes:
+        source: its frames, or its file.
+        fps: frames per second; None: the row does not say.
+    """
+
+    source: Any
+    fps: float | None = None
 
 
 class Pictured(NamedTuple):
     """One row: its messages, whose content is a list of parts, and the pictures in their order.
 
     Attributes:
-        conversation: as of the row without pictures; content has `{"type": "image"}` and `{"type": "text"}` parts.
-        sources: of the pictures, and of the frames of videos.
+        conversation: as of the row without pictures; content has parts `{"type": "image"}`, `{"type": "text"}` and,
+            where videos stay videos, `{"type": "video"}`.
+        sources: of the pictures and of the frames of videos; where videos stay videos, a `Clip` for each.
     """
 
     conversation: Conversation
@@ -56,17 +71,18 @@ class RowReader:
         form: the format of the rows.
         mark: the text that stands for a picture of the column.
         column: the column with pictures; None: `images` or `image`.
+        films: videos stay videos; False: their frames become pictures.
     """
 
-    def __init__(self, form: Format, mark: str = "<image>", column: str | None = None) -> None:
-        self.form, self.mark = form, mark
+    def __init__(self, form: Format, mark: str = "<image>", column: str | None = None, *, films: bool = False) -> None:
+        self.form, self.mark, self.films = form, mark, films
         self.columns = PICTURE_COLUMNS if column is None else (column,)
 
     def read(self, row: Mapping[str, Any]) -> Pictured:
         """Convert a row.
 
         Raises:
-            ValueError: it cannot be read, its marks and pictures differ in number, or a video is no list of frames.
+            ValueError: it cannot be read, its marks and pictures differ in number, or a video cannot be shown.
         """
         pictures = _Visuals("picture", self.mark, _PICTURE, _listed(_first(row, self.columns)))
         marks_videos = any(name in row for name in VIDEO_COLUMNS)  # else `<video>` is text like any other
@@ -82,10 +98,17 @@ class RowReader:
         conversation = self.form.to_messages(marked)
         for visuals in (videos, pictures):  # the last one comes first in the turn
             conversation = visuals.with_unmarked(conversation)
-        own, frames, sources = iter(pictures.sources()), map(_frames, videos.sources()), list[Any]()
-        messages = [_in_parts(message, own, frames, sources) for message in conversation.messages]
+        shown = {_PICTURE: iter(pictures.sources()), _VIDEO: self._shown_of(videos)}
+        sources: list[Any] = []
+        messages = [_in_parts(message, shown, sources) for message in conversation.messages]
         prompt_completion = None if sources else conversation.prompt_completion
         return Pictured(Conversation(messages, conversation.tools, prompt_completion), sources)
+
+    def _shown_of(self, videos: _Visuals) -> Iterator[Any]:
+        """What each video of a row shows: itself, or the list of its frames."""
+        if self.films:
+            return iter([Clip(source, rate) for source, rate in zip(videos.sources(), videos.rates)])
+        return map(_frames, videos.sources())
 
 
 @dataclass
@@ -100,6 +123,7 @@ class _Visuals:
 
     Attributes:
         slots: of each place, what a message has there itself, or None for the next one of the column.
+        rates: of each place, the frames per second that a message says.
     """
 
     what: str
@@ -107,13 +131,20 @@ class _Visuals:
     sign: str
     given: list[Any]
     slots: list[Any] = field(default_factory=list)
+    rates: list[float | None] = field(default_factory=list)
 
     def marked(self, text: str) -> str:
         """A text with signs in place of marks."""
         if self.mark is None:
             return text
-        self.slots += [None] * text.count(self.mark)
+        for _ in range(text.count(self.mark)):
+            self.add(None)
         return text.replace(self.mark, self.sign)
+
+    def add(self, source: Any, rate: float | None = None) -> None:
+        """Another place: what it shows, or None for the next one of the column."""
+        self.slots.append(source)
+        self.rates.append(rate)
 
     def with_unmarked(self, conversation: Conversation) -> Conversation:
         """The conversation with signs for those of a column that nothing marks: first in the first user's turn."""
@@ -127,7 +158,8 @@ class _Visuals:
             )
         text = str(messages[first].get("content") or "")
         messages[first] = {**messages[first], "content": self.sign * len(self.given) + text}
-        self.slots = [None] * len(self.given)
+        for _ in self.given:
+            self.add(None)
         return Conversation(messages, conversation.tools)
 
     def sources(self) -> list[Any]:
@@ -164,12 +196,14 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _videos(row: Mapping[str, Any]) -> list[Any]:
-    """The videos of the column. `video` may be the frames of one."""
+    """The videos of the column. `video` may be the frames of one, or its file."""
     several, one = VIDEO_COLUMNS
     if (value := _first(row, (several,))) is not None:
         return _listed(value)
-    value = _listed(_first(row, (one,)))
-    return [value] if value and not isinstance(value[0], list | tuple) else value
+    value = _first(row, (one,))
+    if not isinstance(value, list | tuple) or isinstance(value[0], list | tuple) or is_film(value[0]):
+        return _listed(value)
+    return [value]
 
 
 def _frames(video: Any) -> list[Any]:
@@ -178,23 +212,44 @@ def _frames(video: Any) -> list[Any]:
     Raises:
         ValueError: it is given as something else, such as a file.
     """
-    frames = list(video) if isinstance(video, list | tuple) else []
-    files = [frame for frame in frames if _name(frame).lower().endswith(_FILES)]
-    if not frames and isinstance(video, list | tuple):
+    if (frames := frames_of(video)) is not None:
+        return frames
+    raise ValueError(
+        f"a video is given as {name_of(video)[:80]!r}, and each frame of a video becomes a picture here. {GIVE_FRAMES}"
+    )
+
+
+GIVE_FRAMES = (
+    "Give the list of its frames: {'type': 'video', 'video': ['0001.png', …]}. "
+    "`ffmpeg -i FILE -vf fps=1 FOLDER/%04d.png` writes one for each second."
+)
+
+
+def frames_of(video: Any) -> list[Any] | None:
+    """The frames of a video, as sources of pictures; None if it is a file.
+
+    Raises:
+        ValueError: it has no frames, or one of them is a video.
+    """
+    if not isinstance(video, list | tuple):
+        return None
+    if not video:
         raise ValueError("a video has no frames. Give the list of them.")
-    if not frames or files:
-        raise ValueError(
-            f"a video is given as {_name(files[0] if files else video)[:80]!r}, and training decodes no video. Give "
-            "the list of its frames, each of which becomes a picture: {'type': 'video', 'video': ['0001.png', …]}. "
-            "`ffmpeg -i FILE -vf fps=1 FOLDER/%04d.png` writes one for each second."
-        )
-    return frames
+    for frame in video:
+        if is_film(frame):
+            raise ValueError(f"a frame of a video is given as {name_of(frame)[:80]!r}, which is a video. {GIVE_FRAMES}")
+    return list(video)
 
 
 _FILES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv")
 
 
-def _name(source: Any) -> str:
+def is_film(source: Any) -> bool:
+    """Whether a source is the file of a video, by its name."""
+    return name_of(source).lower().endswith(_FILES)
+
+
+def name_of(source: Any) -> str:
     """What a message calls a frame or a video."""
     path = source.get("path") or source.get("url") if isinstance(source, dict) else source
     return path if isinstance(path, str) else f"a {type(source).__name__}"
@@ -235,7 +290,7 @@ def _marked_part(part: dict[str, Any], kind: str, found: Mapping[str, _Visuals])
     if _KINDS[kind] == "text":
         return {"type": "text", "text": _marked_text(str(part.get("text") or ""), found)}
     visuals = found[_KINDS[kind]]
-    visuals.slots.append(_source(part, _SOURCES[_KINDS[kind]]))
+    visuals.add(_source(part, _SOURCES[_KINDS[kind]]), _rate(part))
     return {"type": "text", "text": visuals.sign}
 
 
@@ -253,12 +308,25 @@ def _source(part: dict[str, Any], keys: Iterable[str]) -> Any:
     return None
 
 
-def _in_parts(message: Message, pictures: Iterator[Any], videos: Iterator[list[Any]], sources: list[Any]) -> Message:
+def _rate(part: dict[str, Any]) -> float | None:
+    """The frames per second that a part says.
+
+    Raises:
+        ValueError: it is no positive number.
+    """
+    value = next((part[key] for key in _RATES if part.get(key) is not None), None)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"a video has fps={value!r}. It must be a number of frames per second, above 0.")
+    return float(value)
+
+
+def _in_parts(message: Message, shown: Mapping[str, Iterator[Any]], sources: list[Any]) -> Message:
     """A message whose content is a list of parts. A message without content, such as a call, stays as it is.
 
     Args:
-        pictures: what each sign for a picture shows, from this message on.
-        videos: the same for videos: their frames.
+        shown: what each sign shows, from this message on; of a video all its frames, or the video.
         sources: what is shown is added to it, in order.
     """
     content = message.get("content")
@@ -269,10 +337,11 @@ def _in_parts(message: Message, pictures: Iterator[Any], videos: Iterator[list[A
         raise ValueError(f"an assistant's turn has a {what}, and this model is trained to write text.")
     pieces: list[dict[str, Any]] = []
     for piece in _SIGNS.split(content):
-        if piece in (_PICTURE, _VIDEO):
-            shown = [next(pictures)] if piece == _PICTURE else next(videos)
-            sources += shown
-            pieces += [{"type": "image"} for _ in shown]
+        if piece in shown:
+            found = next(shown[piece])
+            several = found if piece == _VIDEO and not isinstance(found, Clip) else [found]
+            sources += several
+            pieces += [{"type": "video" if isinstance(found, Clip) else "image"} for _ in several]
         elif piece:
             pieces.append({"type": "text", "text": piece})
     return {**message, "content": pieces or [{"type": "text", "text": ""}]}

@@ -10,6 +10,8 @@ from datasets import Dataset
 from PIL import Image
 
 from automodel_trainer.data.pictures.files import Pictures
+from automodel_trainer.data.pictures.rows import Clip
+from automodel_trainer.data.pictures.videos import Footage, Videos
 from automodel_trainer.data.rows import RowStats, SampleRows, TokenStore, integers
 
 
@@ -32,45 +34,71 @@ class Picture(NamedTuple):
             raise ValueError(f"{self.place}: {error}") from error
 
 
+class Film(NamedTuple):
+    """A video of a sample: how it is read, from where, and what a message calls its sample."""
+
+    reader: Videos
+    source: Clip
+    place: str
+
+    def read(self) -> tuple[np.ndarray, Footage]:
+        """The frames that the model sees, and what is known of the video.
+
+        Raises:
+            ValueError: it cannot be read; the sample is named.
+        """
+        try:
+            return self.reader.read(self.source)
+        except ValueError as error:
+            raise ValueError(f"{self.place}: {error}") from error
+
+
 class PictureDocument(NamedTuple):
-    """A `Document` with pictures.
+    """A `Document` with pictures or videos.
 
     Attributes:
         input_ids, trained, sample_id: as of `Document`.
         text: what the processor is given.
-        pictures: of the sample, in order. They are not read yet.
+        pictures: and videos of the sample, in order. They are not read yet.
     """
 
     input_ids: np.ndarray
     trained: np.ndarray
     sample_id: int
     text: str
-    pictures: Sequence[Picture]
+    pictures: Sequence[Picture | Film]
 
 
 class PictureStore(TokenStore):
     """Random access to planned samples.
 
     Args:
-        dataset: as of `TokenStore`, and with the columns `text`, `pictures` (their number) and
-            `picture_tokens`.
-        pictures_of: the pictures of a row of the data, by its number.
+        dataset: as of `TokenStore`, and with the columns `text`, `pictures` (how many pictures and videos),
+            `picture_tokens`, `films` (videos that reach the model beside pictures), `frames` (of each of its videos;
+            0 if it has none) and `timeless` (videos that do not say their frames per second).
+        pictures_of: the pictures and videos of a row of the data, by its number.
 
     Attributes:
-        pictures: pictures per sample, int64 `[n]`.
-        picture_tokens: tokens per sample that stand for pictures, int64 `[n]`.
+        pictures: pictures and videos per sample, int64 `[n]`.
+        picture_tokens: tokens per sample that stand for pictures and videos, int64 `[n]`.
+        films: videos per sample that reach the model beside pictures, int64 `[n]`.
+        frames: of each video of a sample, int64 `[n]`.
+        timeless: videos of all samples that do not say their frames per second.
     """
 
-    def __init__(self, dataset: Dataset, pictures_of: Callable[[int], list[Picture]]) -> None:
+    def __init__(self, dataset: Dataset, pictures_of: Callable[[int], list[Picture | Film]]) -> None:
         super().__init__(dataset)
         self.pictures = integers(dataset, "pictures")
         self.picture_tokens = integers(dataset, "picture_tokens")
+        self.films, self.frames = integers(dataset, "films"), integers(dataset, "frames")
+        self.timeless = int(integers(dataset, "timeless").sum())
         self._texts = dataset.select_columns(["text"])
         self._pictures_of = pictures_of
 
     def pictures_of(self, sample_id: int) -> list[Image.Image]:
-        """The pictures of a row of the data, read now."""
-        return [picture.read() for picture in self._pictures_of(sample_id)]
+        """The pictures of a row of the data, read now, and the first frame of each video."""
+        shown = [item.read() for item in self._pictures_of(sample_id)]
+        return [Image.fromarray(item[0][0]) if isinstance(item, tuple) else item for item in shown]
 
     def fetch(self, indices: Sequence[int]) -> list[Any]:
         """The documents with these indices, in this order. Those without pictures are plain `Document`s."""
@@ -93,7 +121,9 @@ class PictureRows(SampleRows):
         groups, width, stats, fingerprint: as of `SampleRows`.
 
     Attributes:
-        picture_tokens: tokens per row that stand for pictures, int64 `[len(self)]`.
+        picture_tokens: tokens per row that stand for pictures and videos, int64 `[len(self)]`.
+        kinds: whether a row has any "picture", and any "video" that reaches the model beside pictures: each bool
+            `[len(self)]`.
         pictures_of: see `PictureStore`.
     """
 
@@ -101,5 +131,11 @@ class PictureRows(SampleRows):
         self, store: PictureStore, groups: Iterable[np.ndarray], width: int, stats: RowStats, fingerprint: str
     ) -> None:
         super().__init__(store, groups, width, stats, fingerprint)
-        self.picture_tokens = np.add.reduceat(store.picture_tokens[self._members], self._bounds[:-1])
+        self.picture_tokens = self._sum(store.picture_tokens)
+        films = self._sum(store.films)
+        self.kinds = {"picture": self._sum(store.pictures) > films, "video": films > 0}
         self.pictures_of = store.pictures_of
+
+    def _sum(self, of_samples: np.ndarray) -> np.ndarray:
+        """A number of each sample, summed up in each row."""
+        return np.add.reduceat(of_samples[self._members], self._bounds[:-1])
