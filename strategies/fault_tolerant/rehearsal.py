@@ -31,12 +31,12 @@ def rehearse(strategy: MeshStrategy, trainer: pl.Trainer) -> None:
 
     Data that cannot tell their largest step are not rehearsed. Callbacks that try steps before the first one do it now.
     """
-    build: Any = getattr(trainer.datamodule, "build_train_loader", None)
+    build: Any = getattr(trainer.datamodule, "build_train_loader", None)  # type: ignore[attr-defined]
     loader = None if build is None else build()
     if not isinstance(loader, MicroBatchLoader):
         return
     objective: Any = trainer.lightning_module
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         getattr(callback, "before_peers", _nothing)(trainer, objective, loader)
     with during_phase("rehearsal"), unchanged(objective):
         for step in _steps(strategy, loader):
