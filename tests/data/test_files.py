@@ -174,15 +174,17 @@ def test_a_folder_of_several_formats_is_read_whole(tmp_path: Path) -> None:
 
 
 def test_copies_in_another_format_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
     text = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(3))
-    (tmp_path / "a.jsonl").write_text(text)
-    (tmp_path / "b.jsonl").write_text(text)
+    (folder / "a.jsonl").write_text(text)
+    (folder / "b.jsonl").write_text(text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(load_rows(str(tmp_path))) == 6
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+        assert len(load_rows(str(folder))) == 6
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     with pytest.warns(UserWarning, match=r"a\.jsonl, a\.jsonl\.gz have one name .* trained twice"):
-        assert len(load_rows(str(tmp_path))) == 9
+        assert len(load_rows(str(folder))) == 9
 
 
 def test_brackets_are_names(tmp_path: Path) -> None:
