@@ -2,7 +2,9 @@
 
 Run `python -m benchmarks.replica_kills` on two GPUs, with torchft. `groups` starts a lighthouse and two groups of one
 GPU, kills the second and starts it again at once. Lost are the seconds by which the step after the kill and the step in
-which the group comes back are longer than others. No checkpoint is written. `restart` runs the same model as one job
+which the group comes back are longer than others; the return is taken apart (meeting, transfer of the state with its
+rate, the first step together; and the rehearsal before that, for which nobody waits). No checkpoint is written.
+`restart` (`python -m benchmarks.replica_kills restart` runs it alone, without torchft) runs the same model as one job
 of torchrun, writes a checkpoint at step `--every`, kills a rank half as many steps later, and lets torchrun start both
 ranks again. Lost are the seconds until the step that was under way is done, less a step. Each phase is a line of the
 output with the seconds since the start. `--device cpu` tests the script itself with a small model.
@@ -26,9 +28,9 @@ from pathlib import Path
 
 Steps = Sequence[tuple[float, int, int]]
 """The time at the end of a step, its number, and the rows that this rank had in it."""
-ROWS = 8  # of a global batch
 WAIT = 600  # seconds for anything to happen
 TOGETHER = 8  # steps before each kill
+SHAPES = {"cpu": "tiny", "cuda": "1b"}  # of the model, if none is given
 ALONE = 3  # steps that the survivor makes alone at least, for the length of such a step
 BEGUN = time.monotonic()
 
@@ -53,6 +55,11 @@ class Run:
         text = self.file.read_text() if self.file.exists() else ""
         return [tuple(json.loads(line)) for line in text.split("\n")[:-1]]
 
+    def returned(self) -> str:
+        """What the newest return of a group cost, as this group sees it."""
+        file = self.file.with_suffix(".returns")
+        return file.read_text().splitlines()[-1] if file.exists() else "nothing"
+
     def pid(self, rank: int) -> int:
         return int(self.file.with_suffix(f".pid-{rank}").read_text())
 
@@ -72,9 +79,9 @@ class Run:
         self.process.wait()
 
 
-def went_alone(before: int, steps: Steps) -> bool:
-    """Whether the survivor has made some steps alone since it had made `before`."""
-    return sum(rows == ROWS for *_, rows in steps[before:]) >= ALONE
+def went_alone(before: int, whole: int, steps: Steps) -> bool:
+    """Whether the survivor has made some steps of `whole` rows, alone, since it had made `before`."""
+    return sum(rows == whole for *_, rows in steps[before:]) >= ALONE
 
 
 def is_between(every: int, steps: Steps) -> bool:
@@ -106,6 +113,7 @@ def groups(folder: Path, options: argparse.Namespace) -> None:
         device = number if options.device == "cuda" else None
         return Run(folder, f"group-{number}", worker(folder / f"group-{number}.jsonl", strategy, options), device)
 
+    whole, half = options.rows, options.rows // 2
     say("groups: two groups start")
     first, second = start(0), start(1)
     lost, back = [], []
@@ -113,21 +121,23 @@ def groups(folder: Path, options: argparse.Namespace) -> None:
         first.until(bool)
         say("groups: the first step is done")
         for _ in range(options.kills):
-            first.until(lambda steps: [rows for *_, rows in steps[-TOGETHER:]] == [ROWS // 2] * TOGETHER)
+            first.until(lambda steps: [rows for *_, rows in steps[-TOGETHER:]] == [half] * TOGETHER)
             second.end()
             before = len(first.steps())
             say("groups: both train; the second is killed and started again")
             second = start(1)
-            steps = first.until(partial(went_alone, before))
-            alone = typical(steps, ROWS)
+            steps = first.until(partial(went_alone, before, whole))
+            alone = typical(steps, whole)
             gaps = [(b[0] - a[0], b[2]) for a, b in pairwise(steps[before - 1 :])]
-            lost.append(max(gap for gap, rows in gaps if rows == ROWS) - alone)
+            lost.append(max(gap for gap, rows in gaps if rows == whole) - alone)
             say(f"groups: {lost[-1]:.1f} s lost at the kill; a step takes {alone:.2f} s alone")
-            steps = first.until(lambda steps: [rows for *_, rows in steps[-3:]] == [ROWS // 2] * 3)
-            together = typical(steps, ROWS // 2)
+            steps = first.until(lambda steps: [rows for *_, rows in steps[-3:]] == [half] * 3)
+            together = typical(steps, half)
             gaps = [(b[0] - a[0], b[2]) for a, b in pairwise(steps[before - 1 :])]
-            back.append(max(gap for gap, rows in gaps if rows == ROWS // 2) - together)
+            back.append(max(gap for gap, rows in gaps if rows == half) - together)
             say(f"groups: {back[-1]:.1f} s lost when the group came back; a step takes {together:.2f} s together")
+            say(f"groups: the group that came back: {second.returned()}")
+            say(f"groups: the other: {first.returned()}")
     finally:
         first.end()
         second.end()
@@ -165,7 +175,13 @@ def restart(folder: Path, options: argparse.Namespace) -> None:
 
 def worker(file: Path, strategy: str, options: argparse.Namespace, launcher: Sequence[str] = ()) -> list[str]:
     """The command that trains."""
-    given = {"file": file, "strategy": strategy, "device": options.device, "seq-len": options.seq_len, "rows": ROWS}
+    given = {
+        "file": file,
+        "strategy": strategy,
+        "device": options.device,
+        "shape": options.shape or SHAPES[options.device],
+    }
+    given |= {"seq-len": options.seq_len, "rows": options.rows}
     flags = [f"--{name}={value}" for name, value in given.items()]
     return [sys.executable, "-m", *launcher, "benchmarks.replica_worker", *flags]
 
@@ -175,6 +191,8 @@ def main() -> None:
     parser.add_argument("part", nargs="?", default="both", choices=["both", "groups", "restart"])
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--shape", choices=["tiny", "100m", "1b"], help="of the model; by default as the device can")
+    parser.add_argument("--rows", type=int, default=8, help="of a global batch")
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints of `restart`")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument(

@@ -168,6 +168,7 @@ def run_facts(trainer: pl.Trainer, batch: Any) -> Facts:
         ),
         "checkpoints": str(folder) if folder else None,
         "resumed": resumed_facts(trainer),
+        "returned": _returned(strategy),
     }
 
 
@@ -177,6 +178,12 @@ def _budget(strategy: Any) -> Facts | None:
     if chosen is None:
         return None
     return {"given": strategy.memory.given, **asdict(chosen), "text": str(chosen)}
+
+
+def _returned(strategy: Any) -> str | None:
+    """What it cost that this replica group came back; None if it did not."""
+    returned = getattr(strategy, "returned", None)
+    return None if returned is None else str(returned)
 
 
 def _offloaded(strategy: Any) -> Facts | None:

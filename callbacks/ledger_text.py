@@ -60,6 +60,8 @@ def ledger_rows(facts: Facts) -> list[Row]:
     ]
     if run.get("resumed"):
         rows += _resumed(run["resumed"])
+    if run.get("returned"):
+        rows.append(("replica group", f"is back among the others: {run['returned']}"))
     if run.get("allocator"):  # only on a GPU
         rows.append(("memory", _allocation(run)))
     if run.get("budget"):

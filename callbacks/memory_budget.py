@@ -26,9 +26,11 @@ class MemoryBudget(Callback):
 
     def __init__(self, memory: DeviceMemory | None = None) -> None:
         self._memory = memory
+        self._done = False  # for this run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget what an earlier run chose, and refuse what cannot be tried."""
+        self._done = False
         strategy = trainer.strategy
         if stage != "fit" or not isinstance(strategy, MeshStrategy) or strategy.memory is None:
             return
@@ -40,8 +42,21 @@ class MemoryBudget(Callback):
             )
         strategy.choose(None)
 
+    def before_peers(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Any) -> None:
+        """Choose now, and not when other replica groups wait for this one.
+
+        Args:
+            loader: of the training rows.
+        """
+        self._choose(trainer, pl_module, loader)
+        self._done = True
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose. The optimizers exist by now, with their state if the run goes on from a checkpoint."""
+        """Choose, if that is not done. The optimizers exist, with their state if the run goes on from a checkpoint."""
+        if not self._done:
+            self._choose(trainer, pl_module, trainer.train_dataloader)
+
+    def _choose(self, trainer: pl.Trainer, pl_module: Any, loader: Any) -> None:
         strategy = trainer.strategy
         if not isinstance(strategy, MeshStrategy) or strategy.memory is None:
             return
@@ -52,7 +67,6 @@ class MemoryBudget(Callback):
                 "what tensors take. All activations are kept."
             )
             return
-        loader: Any = trainer.train_dataloader
         largest = getattr(loader, "largest_steps", None)
         if largest is None:
             raise ValueError(

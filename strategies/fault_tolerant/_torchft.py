@@ -8,8 +8,8 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -138,6 +138,7 @@ class Peers:
         )
         self._device = device
         self._watched = -1  # the quorum
+        self._before = 0  # steps at the last meeting
         self._lifeline = Lifeline(store[0], self._manager._pg.abort)
 
     def begin_at(self, step: int) -> None:
@@ -161,7 +162,8 @@ class Peers:
         Raises:
             TimeoutError: no quorum came about.
         """
-        self._transport.forget_request()
+        self._transport.begin_quorum()
+        self._before = self.step
         try:
             self._manager.start_quorum(timeout=timedelta(seconds=timeout))
         except TimeoutError:
@@ -175,9 +177,51 @@ class Peers:
         """Whether a late group waits for the state of this rank. Then `give` it, before anything is summed."""
         return self._transport.asked
 
-    def give(self, state: dict[str, Any]) -> None:
-        """Let late groups have a state. On a CPU its tensors must be copies."""
-        self._transport.give(state)
+    def give(self, message: dict[str, Any]) -> None:
+        """Let late groups have a message: what of the state is not sent apart. On a CPU its tensors must be copies."""
+        self._transport.give(message)
+
+    @property
+    def gives(self) -> bool:
+        """Whether late groups wait for tensors of this rank."""
+        return bool(self._transport.readers)
+
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        """Send tensors to the late groups that were given a message; they are free at the end. See `failed`."""
+        from automodel_trainer.strategies.fault_tolerant._transport import send
+
+        with self._noting_errors():
+            send(self._manager._pg, tensors, self._transport.readers)
+
+    @contextmanager
+    def receiving(self) -> Iterator[Callable[[Tensor], None]]:
+        """A context that yields a function, which fills a contiguous tensor with the next one that is sent here.
+
+        What is lost ends the context, and no error comes of it. See `failed`.
+        """
+        from automodel_trainer.strategies.fault_tolerant._transport import receive
+
+        source = self._transport.source
+        assert source is not None
+        with self._noting_errors():
+            yield lambda tensor: receive(self._manager._pg, tensor, source)
+
+    @contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        """A context whose errors of the process group are those of this step."""
+        try:
+            yield
+            if (error := self._manager._pg.errored()) is not None:  # it waits for the device
+                raise error
+        except ValueError:  # of ours
+            raise
+        except Exception as error:
+            self._manager.report_error(error)
+
+    def fall_back(self) -> None:
+        """Take back that this group was given a state in the last meeting."""
+        if self.step != self._before:
+            self.begin_at(self._before)
 
     @property
     def others_changed(self) -> bool:

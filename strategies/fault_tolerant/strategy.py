@@ -17,7 +17,6 @@ from automodel_trainer.checkpoint.folder import neighbours
 from automodel_trainer.checkpoint.rng import set_rng_state
 from automodel_trainer.checkpoint.state import RNG_KEY
 from automodel_trainer.data.global_batch import GlobalBatch
-from automodel_trainer.distributed.agreement import gather
 from automodel_trainer.distributed.phase import during_phase, enter_phase
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective, count_all
 from automodel_trainer.strategies.data_parallel.fsdp2 import FSDP2Strategy
@@ -30,6 +29,8 @@ from automodel_trainer.strategies.fault_tolerant._torchft import (
     require_torchft,
 )
 from automodel_trainer.strategies.fault_tolerant.gradients import sum_gradients
+from automodel_trainer.strategies.fault_tolerant.rehearsal import rehearse
+from automodel_trainer.strategies.fault_tolerant.returned import Clock, Returned
 from automodel_trainer.strategies.fault_tolerant.run_state import (
     TAKEN_OVER,
     as_checkpoint,
@@ -37,7 +38,7 @@ from automodel_trainer.strategies.fault_tolerant.run_state import (
     state_before_step,
     without_tensors,
 )
-from automodel_trainer.strategies.fault_tolerant.state import shards_of, take_over, trained
+from automodel_trainer.strategies.fault_tolerant.state import Shards, take_over, trained
 
 _AGAIN = 0.5  # seconds between two looks for more groups
 
@@ -90,8 +91,13 @@ class FaultTolerantStrategy(FSDP2Strategy):
         self._met: _Met | None = None  # for the step that begins
         self._wrote: bool = False
         self._why = ""  # the last step or meeting was not whole
-        self._given: dict[str, Any] | None = None  # by another group, and not used yet
+        self._message: dict[str, Any] | None = None  # of another group, whose tensors follow
+        self._given: dict[str, Any] | None = None  # by another group, as a whole, and not used yet
+        self._torn = False  # a state came only in part, and this group has neither its own nor that
         self._resumed: dict[str, Any] | None = None  # what this group began with, until its first step
+        self._clock = Clock()
+        self._late = False  # this group comes back in the step that begins
+        self.returned: Returned | None = None  # the last return of a group
 
     # --- before the first step ----------------------------------------------------------------------------------------
 
@@ -150,7 +156,10 @@ class FaultTolerantStrategy(FSDP2Strategy):
         if is_over(trainer):  # nobody else may come any more
             return None
         neighbours.present = True
-        self._peers = self._connect()
+        self._clock.restart()
+        rehearse(self, trainer)
+        self._clock.rehearsal = self._clock.seconds()
+        self._peers = self._connect()  # from here on the others wait for this group
         self._peers.begin_at(trainer.global_step)
         self._resumed = without_tensors(dict(restored))
         self._wrote = self._meet().place == 0
@@ -158,7 +167,7 @@ class FaultTolerantStrategy(FSDP2Strategy):
         behind = self._peers.step - trainer.global_step
         if given is None or behind <= 0:
             return None
-        self._resumed = given["run"]
+        self._resumed, self._late = given["run"], True
         rank_zero_info(f"Another replica group is at step {self._peers.step}: this one goes on from there.")
         return as_checkpoint(given["run"])
 
@@ -180,25 +189,48 @@ class FaultTolerantStrategy(FSDP2Strategy):
             rank=self.global_rank,
             ranks=self.world_size,
             store=self.broadcast(place),
-            device=torch.device("cpu") if self.cpu_offload else self.root_device,
+            device=self._sums_on,
             timeout=self.replica_timeout,
             quorum_timeout=self.timeout.total_seconds(),
-            load=self._take_over,
+            load=self._note_message,
         )
+
+    @property
+    def _sums_on(self) -> torch.device:
+        """Where tensors lie that the groups exchange."""
+        return torch.device("cpu") if self.cpu_offload else self.root_device
 
     # --- what late groups are given -----------------------------------------------------------------------------------
 
-    def _state_for_others(self) -> dict[str, Any]:
+    def _state_for_others(self) -> Shards:
         """The state before the step that begins. Collective over the group."""
         trainer = attached_trainer(self.lightning_module)
         assert trainer is not None
-        run = self._resumed if self._resumed is not None else state_before_step(trainer)
-        return {"run": run, **shards_of(self.trained_module, self.optimizers)}
+        shards = Shards(self.trained_module, self.optimizers, self._sums_on)
+        shards.message["run"] = self._resumed if self._resumed is not None else state_before_step(trainer)
+        return shards
 
-    def _take_over(self, state: dict[str, Any]) -> None:
-        with during_phase("load"):
-            take_over(state, self.trained_module, self.optimizers)
-        self._given = state
+    def _note_message(self, message: dict[str, Any]) -> None:
+        self._message = message
+
+    def _hand_over(self, shards: Shards | None) -> None:
+        """Send tensors to the late groups that have this group's message, or receive those of the message that came."""
+        peers = self._peers
+        assert peers is not None
+        self._clock.meeting, self._clock.sent = self._clock.seconds(), 0
+
+        def receive(tensor: Tensor) -> None:
+            fill(tensor)
+            self._clock.sent += tensor.nbytes
+
+        with during_phase("state"):
+            if shards is not None and peers.gives:
+                peers.send(shards.apart)
+                self._clock.sent = sum(tensor.nbytes for tensor in shards.apart)
+            if self._message is not None:
+                with peers.receiving() as fill:
+                    take_over(self._message, self.trained_module, self.optimizers, receive)
+        self._clock.transfer = self._clock.seconds()
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -223,6 +255,8 @@ class FaultTolerantStrategy(FSDP2Strategy):
             met, self._met = self._met, None
             taken = self._attempt(objective, micro_batches, met)
             if taken is not None:
+                if self._late or (self._resumed is None and met.groups > self.groups_met):
+                    self._tell_return()
                 self._wrote, self._resumed, self.groups_met = met.place == 0, None, met.groups
                 return taken
             if self._any(time.monotonic() > end)[0]:
@@ -233,6 +267,16 @@ class FaultTolerantStrategy(FSDP2Strategy):
             )
             for parameter in trained(objective.model):
                 parameter.grad = None
+
+    def _tell_return(self) -> None:
+        """Say and log what the return cost that this step ends."""
+        trainer = attached_trainer(self.lightning_module)
+        assert trainer is not None
+        self.returned, self._late = self._clock.returned(self._late), False
+        what = "This replica group is back" if self.returned.late else "A replica group came back"
+        rank_zero_info(f"{what} in step {trainer.global_step + 1}: {self.returned}.")
+        for logger in trainer.loggers:
+            logger.log_metrics(self.returned.metrics, step=trainer.global_step)
 
     def _caught_up(self) -> bool:
         """Meet the others; False if they have committed this step already, so that this group has the next state."""
@@ -267,6 +311,7 @@ class FaultTolerantStrategy(FSDP2Strategy):
         peers, end, told = self._peers, time.monotonic() + self.timeout.total_seconds(), False
         assert peers is not None
         groups, self._why = 0, ""
+        self._clock.restart()
         with during_phase("quorum"):
             while (left := end - time.monotonic()) > 0:
                 try:
@@ -292,27 +337,34 @@ class FaultTolerantStrategy(FSDP2Strategy):
         """Give late groups the state, and look whether all who met are reached; if not, the groups must meet again.
 
         Raises:
-            RuntimeError: only some ranks of this group were given the state of the others.
+            RuntimeError: this group was given a state in part, and nobody is left who has the whole.
         """
         peers = self._peers
         assert peers is not None
-        asked, failed = self._any(peers.asked, peers.failed)
-        if asked:
-            state = self._state_for_others()
-            if peers.asked:
-                peers.give(state)
+        asked, given, failed = self._any(peers.asked, self._message is not None, peers.failed)
+        shards = self._state_for_others() if asked else None
+        if shards is not None and peers.asked:
+            peers.give(shards.message)
         if not failed and peers.others_changed:
             peers.watch(place, groups)
             (failed,) = self._any(peers.failed)
+        if not failed and (asked or given):
+            self._torn |= given
+            self._hand_over(shards)
+            (failed,) = self._any(peers.failed)
+            self._torn &= failed
+        message, self._message = self._message, None
         if failed:
             self._why = peers.why
-            steps = gather(peers.step)
             peers.commit()  # which tells the lighthouse that this group needs another quorum
-            if len(set(steps)) > 1:
-                raise RuntimeError(
-                    f"Only some ranks of this replica group got the state of the others ({self._why}): they are at "
-                    f"steps {sorted(set(steps))}. Start the group again (torchrun --max-restarts does)."
-                )
+            peers.fall_back()  # some ranks may have got all, and others not
+        elif self._torn:
+            raise RuntimeError(
+                "This replica group got the state of another only in part, and no group is left that has the whole. "
+                "Start it again (torchrun --max-restarts does): it then goes on from the last checkpoint."
+            )
+        elif message is not None:
+            self._given = message
         return not failed
 
     def _nobody(self, groups: int, why: str) -> str:
@@ -350,8 +402,7 @@ class FaultTolerantStrategy(FSDP2Strategy):
 
     def _add_up(self, tensor: Tensor) -> None:
         assert self._peers is not None
-        where = torch.device("cpu") if self.cpu_offload else tensor.device
-        moved = tensor.to(where)
+        moved = tensor.to(torch.device("cpu") if self.cpu_offload else tensor.device)
         self._peers.add_up(moved)
         if moved is not tensor:
             tensor.copy_(moved)
@@ -377,7 +428,7 @@ class FaultTolerantStrategy(FSDP2Strategy):
         neighbours.present = False
         if self._peers is not None:
             self._peers.leave()
-        self._peers = self._store = self._met = self._given = self._resumed = None
+        self._peers = self._store = self._met = self._message = self._given = self._resumed = None
         super().teardown()
 
 

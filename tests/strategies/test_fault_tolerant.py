@@ -8,7 +8,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from automodel_trainer import FaultTolerantStrategy
 from automodel_trainer.callbacks import DCPCheckpoint
 from automodel_trainer.checkpoint import folder
 from automodel_trainer.strategies import StrategyRegistry
-from automodel_trainer.strategies.fault_tolerant import _torchft, strategy
+from automodel_trainer.strategies.fault_tolerant import _torchft
 from automodel_trainer.strategies.fault_tolerant._torchft import Peers, require_lighthouse
 from automodel_trainer.strategies.fault_tolerant.lifeline import NOWHERE, Lifeline
 from tests.beside import use
@@ -137,27 +136,6 @@ def group(root: Path, number: int, lighthouse: str, fate: Callback, options: dic
         torch.save(ran["weights"], root / f"weights-{number}.pt")
 
 
-@pytest.fixture
-def lighthouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    yield from lit(monkeypatch, 1000)
-
-
-@pytest.fixture
-def patient_lighthouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """On a busy machine some process of many says nothing for a second."""
-    yield from lit(monkeypatch, 5000)
-
-
-def lit(monkeypatch: pytest.MonkeyPatch, heartbeat: int) -> Iterator[str]:
-    use("torchft")
-    monkeypatch.setenv("RUST_LOG", "error")  # read at the import
-    from torchft.coordination import LighthouseServer
-
-    server = LighthouseServer(bind="[::]:0", min_replicas=1, join_timeout_ms=60000, heartbeat_timeout_ms=heartbeat)
-    yield server.address()
-    server.shutdown()
-
-
 def goes_alone(root: Path, job: Job) -> None:
     """Wait until the first group has made a step without the other."""
     end = time.monotonic() + 60
@@ -209,6 +187,9 @@ def test_the_curve_is_that_of_a_run_without_kills(
     assert all(loss == first[step - 1][1] for step, loss, _ in second if step != missed)
     repeated = [log.count("A replica group was lost in this step") for log in (survivor.log(), job.log())]
     assert repeated == [kills, 1], "the steps in flight, and the one that the second group missed"
+    assert survivor.log().count("A replica group came back in step") == kills + 1
+    assert job.log().count("This replica group is back in step") == 1
+    assert "rehearsed before that for" in job.log()
     weights = [torch.load(root / f"weights-{number}.pt") for number in (0, 1)]
     for name, right in plain["weights"].items():
         torch.testing.assert_close(weights[0][name], right, rtol=10 * near, atol=3 * near)
@@ -438,14 +419,20 @@ def test_a_group_that_fell_behind_starts_again() -> None:
 
 
 def test_ranks_that_got_different_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group whose ranks are at different steps must not train."""
-    fault = FaultTolerantStrategy(lighthouse="host:1")
-    fault._peers = SimpleNamespace(asked=False, failed=True, why="it broke", step=9, commit=bool)  # type: ignore[assignment]
+    """All ranks of a group go back to their own step and ask again, also those that got the state of the others."""
+    fault, calls = FaultTolerantStrategy(lighthouse="host:1"), []
+    fault._peers = SimpleNamespace(  # type: ignore[assignment]
+        asked=False,
+        failed=True,
+        why="it broke",
+        commit=lambda: calls.append("commit"),
+        fall_back=lambda: calls.append("back"),
+    )
+    fault._message = {}
     monkeypatch.setattr(fault, "_any", lambda *facts: [*facts])
     assert not fault._is_whole(0, 2)
-    monkeypatch.setattr(strategy, "gather", lambda step: [step, 4])
-    with pytest.raises(RuntimeError, match=r"\(it broke\): they are at steps \[4, 9\]"):
-        fault._is_whole(0, 2)
+    assert calls == ["commit", "back"]
+    assert fault._message is fault._given is None
 
 
 def test_a_loader_that_has_dealt_its_rows_is_refused() -> None:
