@@ -20,8 +20,9 @@ from automodel_trainer.strategies.fault_tolerant.returned import Clock, Returned
 from automodel_trainer.strategies.fault_tolerant.state import Sent, Shards, take_over
 from tests.beside import use
 from tests.callbacks.runs import train
+from tests.counted_memory import CountedMemory
 from tests.processes import Job
-from tests.strategies.test_budget import PLENTY, CountedMemory, both
+from tests.strategies.test_budget import PLENTY, both
 
 CPU = torch.device("cpu")
 
