@@ -15,7 +15,7 @@ from automodel_trainer.callbacks.run_settings import Settings, module_settings, 
 from automodel_trainer.checkpoint.given import continued_schedule, given_options, given_schedule
 from automodel_trainer.checkpoint.loader_place import begins_anew, why_forgotten
 from automodel_trainer.checkpoint.option_groups import GroupOptions
-from automodel_trainer.checkpoint.settings import Change, Meaning, changes, computes_otherwise, refuse
+from automodel_trainer.checkpoint.settings import ROWS, Change, Meaning, changes, computes_otherwise, refuse
 from automodel_trainer.checkpoint.state import RUN_KEY, read_lightning_state
 from automodel_trainer.checkpoint.weights import load_weights
 from automodel_trainer.data.base import MicroBatchDataModule
@@ -46,11 +46,12 @@ class ContinueRun(Callback):
         self.resume = "all"
         self._settings: Settings = {}
         self._midway: tuple[int, bool] | None = None
+        self._knows_rows = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Compare the settings, before anything is built or read."""
         self.checkpoint, self.changes, self.step, self._settings = None, [], 0, {}
-        self._midway = None
+        self._midway, self._knows_rows = None, False
         strategy = trainer.strategy
         if not isinstance(strategy, MeshStrategy):
             return
@@ -58,7 +59,8 @@ class ContinueRun(Callback):
         if stage != "fit":
             _warn_of_another_model(getattr(trainer, "evaluated_path", None), pl_module)
             return
-        self._settings = run_settings(trainer, pl_module)
+        # Rank 0's: what is given in memory may be other values on each rank (random weights, its part of the rows).
+        self._settings = strategy.broadcast(run_settings(trainer, pl_module))
         self.resume = getattr(trainer, "resume", "all")
         path = getattr(trainer, "resumed_path", None)
         if not path:
@@ -69,7 +71,9 @@ class ContinueRun(Callback):
         self.checkpoint = Path(path)
         state = read_lightning_state(self.checkpoint)
         self.step = state.get("global_step", 0)
-        self.changes = changes(state.get(RUN_KEY, {}).get("settings", {}), self._settings)
+        then = state.get(RUN_KEY, {}).get("settings", {})
+        self._knows_rows = ROWS in then and ROWS in self._settings
+        self.changes = changes(then, self._settings)
         refuse(self.changes, self.resume, self.checkpoint)
         if self.resume == "weights":
             return
@@ -114,7 +118,7 @@ class ContinueRun(Callback):
 
         A run that was started with new data goes on with it when the same command starts it again.
         """
-        known = isinstance(trainer.datamodule, MicroBatchDataModule)  # type: ignore[attr-defined]
+        known = self._knows_rows or isinstance(trainer.datamodule, MicroBatchDataModule)  # type: ignore[attr-defined]
         return not known or any(change.setting.meaning is Meaning.NEW_DATA for change in self.changes)
 
     def _plan(self, trainer: Any, state: dict[str, Any], asks_for_new_data: bool) -> None:

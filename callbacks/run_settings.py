@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
 from automodel_trainer.callbacks.layout import dp_size, tokenizer_of
-from automodel_trainer.checkpoint.settings import BASE
+from automodel_trainer.checkpoint.settings import BASE, GIVEN_BASE, ROWS
 from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.data.given_rows import rows_of_loader, rows_of_stream
+from automodel_trainer.data.mixture import sources_of
 from automodel_trainer.models.files import weight_fingerprint
 from automodel_trainer.modules.optim import OptimizerConfig, SchedulerConfig
 from automodel_trainer.strategies import MeshStrategy, Objective
@@ -73,6 +75,8 @@ def module_settings(module: pl.LightningModule) -> Settings:
         if isinstance(config, kind):
             given[name] = {**_plain(config), "name": config.name.rpartition(".")[2]}
     given.update({name: _plain(getattr(module, name, None)) for name in ("revision", "trust_remote_code")})
+    if (lora := getattr(module, "given_lora", None)) is not None:
+        given["lora"] = _plain(lora)
     found = _named("model", given)
     adapts = given.get("lora") is not None
     found["model.lora"] = "adapters" if adapts else "whole model"
@@ -80,6 +84,8 @@ def module_settings(module: pl.LightningModule) -> Settings:
         found |= _named("model.config", _config(module.model_config))
     if adapts and isinstance(module.source, Path):
         found[BASE] = weight_fingerprint(module.source)
+    if adapts and (values := getattr(module, "base_values", None)) is not None:
+        found[GIVEN_BASE] = values
     return found
 
 
@@ -92,6 +98,8 @@ def _data(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
     if not isinstance(datamodule, MicroBatchDataModule):
         found = _named("data", {name: _plain(value) for name, value in getattr(datamodule, "hparams", {}).items()})
         loader = getattr(trainer, "_training_data", None)
+        if datamodule is None and (rows := rows_of_loader(loader)) is not None:
+            found[ROWS] = rows
         if isinstance(loader, DataLoader) and isinstance(loader.batch_size, int):
             found["data.rows_per_batch"] = loader.batch_size * dp_size(trainer)
         return found | _tokenizer(tokenizer_of(module))
@@ -103,6 +111,8 @@ def _data(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
         given["rows"] = datamodule.rows["train"].fingerprint
     else:
         given["stream"] = given.get("train")
+        if (rows := rows_of_stream(sources_of(getattr(datamodule, "train", None)))) is not None:
+            given["rows"] = rows
     tokenizer = datamodule.tokenizer if hasattr(datamodule.tokenizer, "get_vocab") else tokenizer_of(module)
     return _named("data", given) | _tokenizer(tokenizer) | _processor(getattr(datamodule, "processor", None))
 

@@ -68,7 +68,7 @@ _TABLE: tuple[tuple[Meaning, str, str, str], ...] = (
     (_TAKEN, "model.", "gradient_clip_val neftune_alpha", ""),
     # --- the model
     (_TAKEN, "model.", "model", "weights come from the checkpoint; those of a frozen base must be the same"),
-    (_REFUSED, "model.", "base_weights", "the adapters were trained on other base weights"),
+    (_REFUSED, "model.", "base_weights base_values", "the adapters were trained on other base weights"),
     (_TAKEN, "model.", "revision trust_remote_code allow_unused_weights kernels.* balance balance.*", ""),
     (
         _TAKEN,
@@ -137,7 +137,11 @@ _TABLE: tuple[tuple[Meaning, str, str, str], ...] = (
 SETTINGS = tuple(
     Setting(f"{prefix}{name}", meaning, reason) for meaning, prefix, names, reason in _TABLE for name in names.split()
 )
-BASE = "model.base_weights"
+BASE, GIVEN_BASE = "model.base_weights", "model.base_values"
+"""The base of adapters: its files, or the values of an object that was given."""
+ROWS = "data.rows"
+"""The content of the training data, where it is known."""
+_OF_ADAPTERS = ("model.lora", BASE, GIVEN_BASE)
 SHOWN = 60  # characters of a value
 
 
@@ -185,7 +189,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 def computes_otherwise(changed: Iterable[Change]) -> list[Change]:
     """The changes under which a checkpoint's weights compute something else."""
     reasons = (_OTHER_FUNCTION, _OTHER_ADAPTER)
-    return [change for change in changed if change.name == BASE or change.setting.reason in reasons]
+    return [change for change in changed if change.name in (BASE, GIVEN_BASE) or change.setting.reason in reasons]
 
 
 def refuse(changed: Iterable[Change], resume: str, checkpoint: object) -> None:
@@ -202,7 +206,7 @@ def refuse(changed: Iterable[Change], resume: str, checkpoint: object) -> None:
     kinds = {"all": (Meaning.REFUSED, Meaning.NEW_DATA), "data": (Meaning.REFUSED,), "weights": ()}[resume]
     refused = [change for change in changed if change.setting.meaning in kinds]
     if resume == "weights":
-        refused = [change for change in changed if change.name.startswith("model.lora") or change.name == BASE]
+        refused = [change for change in changed if change.name.startswith(_OF_ADAPTERS)]
         refused = [change for change in refused if change.setting.meaning is Meaning.REFUSED]
     if not refused:
         return
@@ -221,7 +225,7 @@ def refuse(changed: Iterable[Change], resume: str, checkpoint: object) -> None:
 def _new_run(refused: Iterable[Change]) -> str:
     """How to begin a new run with what a checkpoint has, as far as its weights fit."""
     names = [change.name for change in refused]
-    if any(name.startswith("model.lora") or name == BASE for name in names):
+    if any(name.startswith(_OF_ADAPTERS) for name in names):
         return "start a new run from the exported model (amt export) or LoRAConfig(adapter=…/model)"
     fit = ", which must have the shapes of the model" if any(n.startswith("model.config.") for n in names) else ""
     return f"start a new run from the checkpoint's weights{fit}: fit(resume='weights'), --resume weights"

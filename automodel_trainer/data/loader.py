@@ -21,6 +21,7 @@ from automodel_trainer.data.global_batch import GlobalBatch, whole_turns
 from automodel_trainer.data.mixture import MixtureRows
 from automodel_trainer.data.packing import epoch_order
 from automodel_trainer.data.rows import Rows
+from automodel_trainer.data.worker_errors import items_of, telling
 
 _LOOKED_AT = 256  # of the longest rows, for one with several documents
 
@@ -169,7 +170,7 @@ class MicroBatchLoader:
         self._loader._iterator = iterator
 
     def _hand_out(self) -> Iterator[list[MicroBatch]]:
-        for batch in self._loader:
+        for batch in items_of(self._loader):
             self.batches_yielded += 1
             self._resumed = False
             yield batch
@@ -474,9 +475,12 @@ def micro_batches(
 
 
 def step_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:
-    """A torch DataLoader for a data set whose items are whole steps: it adds workers and pinned memory, no batching."""
+    """A torch DataLoader for a data set whose items are whole steps: it adds workers and pinned memory, no batching.
+
+    With workers it is to be read through `items_of`.
+    """
     return DataLoader(
-        dataset,
+        telling(dataset) if num_workers else dataset,
         batch_size=None,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

@@ -34,6 +34,12 @@ class Source:
     name: str
 
 
+def sources_of(train: Any) -> list[Any]:
+    """What each source of a mixture is read from, or what is no mixture itself."""
+    sources = parse_sources(train)
+    return [train] if sources is None else [source.path for source in sources]
+
+
 def parse_sources(train: Any) -> list[Source] | None:
     """The sources of `[{path, weight, name}, …]`; None if `train` is no mixture.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -189,10 +190,18 @@ def fingerprint(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
+class PlacedRow(dict[str, Any]):
+    """A row that knows where it stands, for messages."""
+
+    place: str
+
+
 def _rows_of(files: list[DataFile]) -> Iterator[Row]:
     for file in files:
-        for rows in read_rows(file):
-            yield from rows
+        for number, row in enumerate(chain.from_iterable(read_rows(file))):
+            placed = PlacedRow(row)
+            placed.place = f"row {number} of {file.path}"
+            yield placed
 
 
 def _open(data: Any, split: str) -> Dataset | DatasetDict:

@@ -17,8 +17,9 @@ from automodel_trainer.data.cache import cache_key
 from automodel_trainer.data.documents import check_text, document_end, encode_documents
 from automodel_trainer.data.files import DataFile
 from automodel_trainer.data.loader import add_sources, micro_batches, step_loader
-from automodel_trainer.data.sources import files_of_stream
+from automodel_trainer.data.sources import PlacedRow, files_of_stream
 from automodel_trainer.data.stream_files import check_marks, marks_of
+from automodel_trainer.data.worker_errors import items_of
 
 DOCUMENTS_AT_ONCE = 64
 """Number of documents to tokenize in one call: the tokenizer spreads them over several cores."""
@@ -158,12 +159,13 @@ class TokenStream:
         return lines
 
     def _text(self, row: dict[str, Any], number: int) -> str | None:
+        place = f"row {number} of the stream" + (f" ({row.place})" if isinstance(row, PlacedRow) else "")
         if self.text_column not in row:
             raise ValueError(
-                f"row {number} of the stream has no column {self.text_column!r}; its columns are {sorted(row)}. Stream "
+                f"{place} has no column {self.text_column!r}; its columns are {sorted(row)}. Stream "
                 "files that have the column, or set text_column."
             )
-        return check_text(row[self.text_column], self.text_column, f"row {number} of the stream")
+        return check_text(row[self.text_column], self.text_column, place)
 
     def _order(self, count: int, at: Position) -> np.ndarray:
         if self.block_size == 1:
@@ -222,7 +224,7 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         steps = _StreamSteps(self.stream, self.position, self.global_batch_size, *self._share)
-        for batch, position in step_loader(steps, self.num_workers):
+        for batch, position in items_of(step_loader(steps, self.num_workers)):
             if self.batches_yielded >= self.total:
                 return
             self.batches_yielded += 1

@@ -24,6 +24,7 @@ from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.build import add_adapters, build_pretrained, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.generation import check_generation_config
+from automodel_trainer.models.given_weights import values_fingerprint
 from automodel_trainer.models.isolation import Isolation
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
@@ -135,6 +136,19 @@ class BuiltModule(Objective, pl.LightningModule):
         """The model object that was given; None for a folder or Hub id."""
         (reference,) = self._reference
         return reference if isinstance(reference, PreTrainedModel) else None
+
+    @cached_property
+    def base_values(self) -> str | None:
+        """A hash of the frozen weights of the object that was given, as they were before it was laid out; or None."""
+        model = self.given_model
+        return None if model is None else values_fingerprint(model, trains=lora_of(model) is not None)
+
+    @property
+    def given_lora(self) -> LoRAConfig | None:
+        """What is known of the adapters: as they were given, or as those of the object that was given."""
+        if self._given_peft is not None:
+            return self._given_peft.settings
+        return self.lora or (None if self.given_model is None else lora_of(self.given_model))
 
     @property
     def model_config(self) -> PreTrainedConfig:
@@ -297,6 +311,7 @@ class BuiltModule(Objective, pl.LightningModule):
         )
 
     def _adopt(self, model: PreTrainedModel) -> PreTrainedModel:
+        _ = self.base_values  # of the object as it was given
         check_purpose(model, self.auto_class)
         dtype = self.strategy.dtypes.parameters
         if lora_of(model) is not None:  # it was built with adapters, perhaps trained ones: keep them and its dtypes

@@ -75,7 +75,7 @@ class Steps(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         self.batches.append(batch)
-        self.rows.append([i for part in batch for i in part["sample_ids"]])
+        self.rows.append([i for part in batch for i in part["sample_ids"]] if isinstance(batch, list) else [])
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
         self.rates.append(float(module._lr))

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import peft
 import pytest
 import torch
+from datasets import Dataset
 from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader, Subset
 
 from automodel_trainer import (
     CausalLMModule,
@@ -98,6 +101,72 @@ def test_what_is_refused_is_named_with_the_reason(tmp_path: Path) -> None:
             fit(tmp_path / kind, changed, data, ckpt_path="last", max_steps=4)
         assert all(word in str(error.value) for word in words), f"{words} not in: {error.value}"
         assert changed.model is None, "refused before anything is built"
+
+
+def _loader(change: int, kind: str) -> Any:
+    ids = torch.randint(5, 260, (8, 16), generator=torch.Generator().manual_seed(0))
+    ids[5] += change
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    table = Dataset.from_list([{key: value.tolist() for key, value in row.items()} for row in rows])
+    return {
+        "list": lambda: DataLoader(rows, batch_size=2),
+        "table": lambda: DataLoader(table.with_format("torch"), batch_size=2),  # type: ignore[arg-type]
+        "part": lambda: DataLoader(Subset(rows, [0, 5, 2, 3, 1, 7]), batch_size=1),  # type: ignore[arg-type]
+        "batches": lambda: [{key: value[None] for key, value in row.items()} for row in rows],
+    }[kind]()
+
+
+def _stream(change: int, kind: str) -> TextDataModule:
+    rows = [{"text": f"row {i + 100 * change} of a stream of text"} for i in range(30)]
+    source = {
+        "rows": rows,
+        "stream": Dataset.from_list(rows).to_iterable_dataset(),
+        "mixture": [{"path": Dataset.from_list(rows), "weight": 1}, {"path": rows[:10], "weight": 1}],
+    }[kind]
+    return TextDataModule(source, seq_len=16, streaming=True, shuffle_buffer=1)
+
+
+def _peft(seed: int = 0, alpha: int = 8) -> CausalLMModule:
+    config = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"])
+    return CausalLMModule(peft.get_peft_model(tiny_model(seed=seed), config), tokenizer=tiny_tokenizer())
+
+
+def test_another_object_in_memory_is_noticed(tmp_path: Path) -> None:
+    """Of a model under adapters, and of data: the same values go on, others are refused, whatever holds them."""
+
+    def of_seed(seed: int, dtype: torch.dtype = torch.float32) -> CausalLMModule:
+        lora = LoRAConfig(rank=4)
+        return CausalLMModule(tiny_model(seed=seed).to(dtype), tokenizer=tiny_tokenizer(), lora=lora)
+
+    fit(tmp_path / "base", of_seed(0))
+    with pytest.raises(ValueError, match=r"(?s)model\.base_values .*other base weights.*from the exported model"):
+        fit(tmp_path / "base", of_seed(1), ckpt_path="last", max_steps=3)
+    again = of_seed(0, torch.bfloat16)
+    for steps in (3, 4):  # the second time with the module that was laid out
+        assert fit(tmp_path / "base", again, ckpt_path="last", max_steps=steps).global_step == steps
+    fit(tmp_path / "peft", _peft())
+    for changed, message in ((_peft(seed=1), "model.base_values"), (_peft(alpha=64), "lora.alpha 8 → 64")):
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path / "peft", changed, ckpt_path="last", max_steps=3)
+    assert fit(tmp_path / "peft", _peft(), ckpt_path="last", max_steps=3).global_step == 3
+
+    given = [(_loader, kind) for kind in ("list", "table", "part", "batches")]
+    for make, kind in [*given, *((_stream, kind) for kind in ("rows", "stream", "mixture"))]:
+        root = tmp_path / kind
+        fit(root, module(), make(0, kind))
+        with pytest.raises(ValueError, match=r"data\.rows .*: the training rows are others"):
+            fit(root, module(), make(1, kind), ckpt_path="last", max_steps=3)
+        assert fit(root, module(), make(0, kind), ckpt_path="last", max_steps=3).global_step == 3, kind
+    root, asked = tmp_path / "list", {"ckpt_path": "last", "resume": "data"}
+    assert fit(root, module(), _loader(1, "list"), max_steps=5, **asked).global_step == 5
+    steps = Steps()
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=6, default_root_dir=root, logger=False, callbacks=[steps],
+        enable_progress_bar=False,
+    )  # fmt: skip
+    trainer.fit(module(), _loader(1, "list"), **asked)
+    rows = _loader(1, "list").dataset
+    assert torch.equal(steps.batches[0]["input_ids"][1], rows[5]["input_ids"]), "the same command goes on in the epoch"
 
 
 def test_taken_over_where_no_number_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
 from automodel_trainer.data import TextDataModule, text
+from automodel_trainer.data.loader import MicroBatchLoader
 from automodel_trainer.data.stream import StreamLoader
 from automodel_trainer.nn.constants import IGNORE_INDEX
 from tests.data.test_loader import Recorder
@@ -291,3 +292,37 @@ def test_lightning_resumes_a_stream_exactly(tmp_path: Path) -> None:
     assert len(whole) == 9
     with pytest.raises(ValueError, match="max_steps"):
         fit(-1)
+
+
+@pytest.mark.parametrize("line", ['{"text": 5}', '{"body": "x"}', "{oops"], ids=["a number", "no column", "no JSON"])
+def test_what_a_worker_refuses_is_told_as_without_workers(tmp_path: Path, line: str) -> None:
+    """The message names the file and the row, and has nothing of torch's around it."""
+    good = [json.dumps(row) for row in documents(12)]
+    for name, rows in (("a", good[:5]), ("b", [*good[5:8], line, *good[8:]])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    told = []
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"\(row 3 of .*b\.jsonl\)|b\.jsonl line 4") as error:
+            list(loader(train=str(tmp_path), num_workers=workers, shuffle_buffer=1))
+        told.append(str(error.value))
+    assert told[0] == told[1]
+
+
+def test_what_a_worker_cannot_fetch_is_told_as_without_workers() -> None:
+    class Spoilt:
+        fingerprint, width, longest, lengths = "", 16, 16, np.full(4, 16)
+
+        def __len__(self) -> int:
+            return 4
+
+        def fetch(self, rows: list[int]) -> list[Any]:
+            raise ValueError(f"row {rows[0]} of a.jsonl is spoilt")
+
+    for workers in (0, 1):
+        rows: Any = Spoilt()
+        with pytest.raises(ValueError, match=r"^row 0 of a\.jsonl is spoilt$"):
+            next(
+                iter(
+                    MicroBatchLoader(rows, micro_batch_size=1, global_batch_size=1, shuffle=False, num_workers=workers)
+                )
+            )

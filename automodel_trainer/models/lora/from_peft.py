@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from automodel_trainer.models.lora.adapter_files import gather_adapter
+from automodel_trainer.models.lora.adapter_files import adapter_config, gather_adapter
 from automodel_trainer.models.lora.config import LoRAConfig
 
 # Initial values that PEFT takes out of the base weights, which then are not those of any folder.
@@ -57,12 +57,14 @@ class GivenPeftModel:
         base: its base model without PEFT's layers. It shares the frozen weights of the object.
         lora: continues from the object's adapter.
         folder: that the adapter is in.
+        settings: how the adapter is computed.
     """
 
     model: Any
     base: PreTrainedModel
     lora: LoRAConfig
     folder: TemporaryDirectory[str]
+    settings: LoRAConfig
 
     @torch.no_grad()
     def give_back(self, trained: nn.Module) -> None:
@@ -106,7 +108,9 @@ def take_peft_model(model: Any) -> GivenPeftModel:
     folder = TemporaryDirectory(prefix="adapter-")
     model.save_pretrained(folder.name, selected_adapters=[name])
     inside = Path(folder.name) if name == "default" else Path(folder.name) / name
-    return GivenPeftModel(model, _without_adapters(model), LoRAConfig(adapter=str(inside)), folder)
+    lora = LoRAConfig(adapter=str(inside))
+    settings = replace(adapter_config(lora), adapter=None)  # the folder is another one each time
+    return GivenPeftModel(model, _without_adapters(model), lora, folder, settings)
 
 
 def _without_adapters(model: Any) -> PreTrainedModel:
