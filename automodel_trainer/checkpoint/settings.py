@@ -78,6 +78,7 @@ _TABLE: tuple[tuple[Meaning, str, str, str], ...] = (
     ),
     (_REFUSED, "model.", "config.*", _OTHER_FUNCTION),
     (_REFUSED, "model.", "tokenizer", "the model has learned other tokens: the embeddings would be mixed up"),
+    (_TAKEN, "model.", "tokenizer_rules", "the tokens mean the same; texts may be cut otherwise (data.rows tells)"),
     (_REFUSED, "model.", "processor", "the model has learned pictures that were prepared otherwise"),
     (_REFUSED, "model.", "freeze", "other weights are trained"),
     (_REFUSED, "model.", "lora", "adapters and the whole model are trained by different weights"),

@@ -25,6 +25,9 @@ FORMAT_VERSION = 2
 """Part of every key. Increase it when the same rows and settings give other tokens or columns than before."""
 
 
+_RULES = ("normalizer", "pre_tokenizer", "post_processor", "special_tokens", "settings")
+
+
 def cache_root() -> Path:
     """The folder of all caches: `$AMT_CACHE`, or `~/.cache/automodel_trainer` if that is not set."""
     return Path(os.environ.get("AMT_CACHE") or "~/.cache/automodel_trainer").expanduser()
@@ -57,6 +60,13 @@ def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
         content["vocab"] = tokenizer.get_vocab()
         content["settings"] = {key: str(value) for key, value in tokenizer.init_kwargs.items()}
     return content
+
+
+def tokenizer_rules(tokenizer: Any) -> dict[str, str]:
+    """How a tokenizer cuts texts, beside its vocabulary and its chat template."""
+    content = tokenizer_content(tokenizer)
+    rules = {**content.pop("backend", {}), **content}
+    return {key: json.dumps(value, sort_keys=True) for key, value in rules.items() if key in _RULES}
 
 
 def load_or_build(key: str, build: Callable[[Path], Dataset]) -> Dataset:

@@ -27,6 +27,7 @@ from automodel_trainer.data.sources import (
     refuse_other_columns,
 )
 from automodel_trainer.data.tokens import check_share, split_ids, tokenize
+from automodel_trainer.data.unknown_tokens import unknown_share
 from automodel_trainer.nn.content_parts import any_wants_parts
 
 CHECKED = 200
@@ -252,7 +253,14 @@ class ChatDataModule(MicroBatchDataModule):
                 'learns to say nothing. Remove these turns, or set "weight": 0 in them.'
             )
         self._check(store)
+        self._report_unknown(store, rows)
         return store, key
+
+    def _report_unknown(self, store: TokenStore, rows: Dataset) -> None:
+        """Say how much of the text the tokenizer does not know."""
+        places = places_of(rows)
+        named = f"{self._source}: " if self._source else ""
+        store.unknown = unknown_share(store, self.load_tokenizer(), named, lambda row: describe_place(places, row))
 
     def _name_unread(self, rows: Dataset, form: Format) -> None:
         """Say which columns are not read, so that nobody believes that the model sees them."""
@@ -295,6 +303,7 @@ class ChatDataModule(MicroBatchDataModule):
             overlong=int(overlong.sum()),
             overlong_action="truncated" if self.overlong == "truncate" else "dropped",
             unsupervised=without,
+            unknown=store.unknown,
         )
         made_by = (
             key,

@@ -226,6 +226,15 @@ def by_split(files: Iterable[DataFile]) -> tuple[dict[str, list[DataFile]], list
     return named, unnamed
 
 
+def of_one_name(files: Sequence[DataFile]) -> list[DataFile]:
+    """Files beside each other that differ in format or compression alone: `a.jsonl` and `a.jsonl.gz`."""
+    named: dict[str, list[DataFile]] = {}
+    for file in files:
+        stem = os.path.splitext(file.path)[0]
+        named.setdefault(os.path.splitext(stem)[0] if file.compression else stem, []).append(file)
+    return [file for group in named.values() if len(group) > 1 for file in group]
+
+
 def names_of(files: Sequence[DataFile | str]) -> str:
     """Names for a message."""
     names = [os.path.basename(file.path) if isinstance(file, DataFile) else file for file in files]

@@ -33,7 +33,7 @@ class MixedStream:
 
     def __init__(self, sources: Sequence[Source], streams: Sequence[TokenStream], temperature: float) -> None:
         self.names = tuple(source.name for source in sources)
-        self.streams, self.seq_len = list(streams), streams[0].seq_len
+        self.streams, self.seq_len, self.tokenizer = list(streams), streams[0].seq_len, streams[0].tokenizer
         self.files = [file for stream in streams for file in stream.files]
         self.shares = tempered(np.array(weights_of(sources)), temperature)
         parts = [(name, float(share), s.fingerprint) for name, share, s in zip(self.names, self.shares, streams)]

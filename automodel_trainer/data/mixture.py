@@ -164,7 +164,8 @@ class MixtureRows:
         sums = {key: round(sum(getattr(stats, key) * repeat for stats, repeat in parts)) for key in keys}
         left = {key: sum(getattr(stats, key) for stats, _ in parts) for key in ("overlong", "unsupervised", "empty")}
         action = next((stats.overlong_action for stats, _ in parts if stats.overlong), "")
-        return RowStats(rows=len(self), overlong_action=action, **sums, **left)
+        unknown = sum(stats.unknown * stats.tokens * repeat for stats, repeat in parts) / max(1, sums["tokens"])
+        return RowStats(rows=len(self), overlong_action=action, unknown=unknown, **sums, **left)
 
     def highest(self) -> tuple[int, int]:
         """The highest token id of all sources, and a sample that has it."""

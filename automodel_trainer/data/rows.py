@@ -27,6 +27,7 @@ class RowStats:
         overlong_action: what was done with them: "dropped" or "truncated".
         unsupervised: number of samples left out because none of their tokens is trained.
         empty: number of rows of the data left out because they have no text.
+        unknown: share of the tokens that are the tokenizer's unknown token, in the whole source.
     """
 
     samples: int
@@ -38,6 +39,7 @@ class RowStats:
     overlong_action: str = ""
     unsupervised: int = 0
     empty: int = 0
+    unknown: float = 0.0
 
     def describe(self) -> str:
         """The statistics in one line of text."""
@@ -51,6 +53,8 @@ class RowStats:
             text += f"; {self.unsupervised:,} samples without a supervised token left out"
         if self.empty:
             text += f"; {self.empty:,} rows without text left out"
+        if self.unknown:
+            text += f"; {self.unknown:.2%} unknown tokens"
         return text
 
 
@@ -84,6 +88,7 @@ class Rows(Protocol):
 
 _COMPARED = 100  # samples
 _SCANNED = 10_000  # samples at a time
+_LOOKED_INTO = 100  # times as many, for a share
 
 
 class TokenStore:
@@ -98,7 +103,10 @@ class TokenStore:
         sample_ids: the row that each sample comes from, int64 `[n]`.
         supervised: trained tokens per sample, without its first token, int64 `[n]`.
         empty_turns: assistant turns per sample that have no content and no calls, int64 `[n]`.
+        unknown: share of the tokens that are the tokenizer's unknown token, once somebody has looked.
     """
+
+    unknown = 0.0
 
     def __init__(self, dataset: Dataset) -> None:
         self.lengths = integers(dataset, "length")
@@ -155,6 +163,22 @@ class TokenStore:
                 sample = int(np.searchsorted(ids.offsets.to_numpy(), place, side="right")) - 1
                 found, at = int(tokens.max()), int(self.sample_ids[start + sample])
         return found, at
+
+    def share_of(self, token: int) -> tuple[float, int]:
+        """The share of a token in the samples, and the sample that has most of it. Of many, samples are looked at."""
+        count = total = most = worst = 0
+        starts = range(0, len(self), _SCANNED)
+        for start in starts[:: -(-len(starts) // _LOOKED_INTO)]:
+            ids = self._rows[start : start + _SCANNED]["input_ids"].combine_chunks()
+            found = ids.flatten().to_numpy() == token
+            total, here = total + len(found), int(found.sum())
+            count += here
+            if here:
+                ends = np.concatenate([[0], np.cumsum(found)])[ids.offsets.to_numpy() - ids.offsets[0].as_py()]
+                of_samples = np.diff(ends)
+                if of_samples.max() > most:
+                    most, worst = int(of_samples.max()), start + int(of_samples.argmax())
+        return count / max(1, total), worst
 
     def count_supervised(self, indices: np.ndarray, limit: int) -> np.ndarray:
         """Count the trained tokens within the first `limit` tokens of each sample, without its first token.

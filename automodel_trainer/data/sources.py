@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from automodel_trainer.data.arrow_rows import dataset_of_files, dataset_of_rows
 from automodel_trainer.data.exact_json import exactly
-from automodel_trainer.data.files import ALLOWED, DataFile, Found, by_split, find_files, names_of
+from automodel_trainer.data.files import ALLOWED, DataFile, Found, by_split, find_files, names_of, of_one_name
 from automodel_trainer.data.readers import Row, read_rows
 
 _STREAMED: WeakKeyDictionary[IterableDataset, list[DataFile]] = WeakKeyDictionary()
@@ -247,6 +247,11 @@ def _of_split(data: object, found: Found, split: str) -> list[DataFile]:
         rank_zero_warn(
             f"{data}: {names_of(unnamed)} left out: other files are named for a split (train, validation, test), and "
             "these are not. Name them, or give a pattern that matches all."
+        )
+    if copies := of_one_name(splits[split]):
+        rank_zero_warn(
+            f"{data}: {names_of(copies)} have one name in several formats, and all are read. If they are copies, their "
+            "rows are trained twice: keep one of each, or give a pattern that matches one format."
         )
     rest = [file for name, files in splits.items() for file in files if name not in (split, "validation")]
     said = [text for text in (names_of(rest), names_of(found.others)) if text]

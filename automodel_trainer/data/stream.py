@@ -19,6 +19,7 @@ from automodel_trainer.data.files import DataFile
 from automodel_trainer.data.loader import add_sources, micro_batches, step_loader
 from automodel_trainer.data.sources import PlacedRow, files_of_stream
 from automodel_trainer.data.stream_files import check_marks, marks_of
+from automodel_trainer.data.unknown_tokens import UnknownInStream
 from automodel_trainer.data.worker_errors import items_of
 
 DOCUMENTS_AT_ONCE = 64
@@ -38,8 +39,10 @@ class RowStream(Protocol):
         fingerprint: a hash of the settings that determine the rows.
         names: of the sources of a mixture; empty for a single stream.
         files: those that are read, in order.
+        tokenizer: makes the tokens.
     """
 
+    tokenizer: Any
     seq_len: int
     fingerprint: str
     names: tuple[str, ...]
@@ -209,6 +212,7 @@ class StreamLoader:
         self.batches_yielded = 0
         self.position = stream.beginning()
         self._marks = marks_of(stream.files)
+        self._unknown = UnknownInStream(stream.tokenizer)
 
     def __len__(self) -> int:
         return self.total
@@ -228,6 +232,7 @@ class StreamLoader:
             if self.batches_yielded >= self.total:
                 return
             self.batches_yielded += 1
+            self._unknown.look(batch)
             for line in self.stream.news(self.position, position):
                 rank_zero_info(line)
             self.position = position

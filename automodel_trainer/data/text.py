@@ -26,6 +26,7 @@ from automodel_trainer.data.sources import (
 )
 from automodel_trainer.data.stream import RowStream, StreamLoader, TokenStream
 from automodel_trainer.data.tokens import check_columns, check_share, split_ids, tokenize
+from automodel_trainer.data.unknown_tokens import unknown_share
 
 PIECE = 4096
 """Maximum number of tokens per stored piece of a document: reading one row of a book does not read the whole book."""
@@ -232,7 +233,7 @@ class TextDataModule(MicroBatchDataModule):
         if len(found) == 0:
             raise ValueError(f"{self.called(split)}: no document has two tokens, so there is nothing to predict.")
         empty = texts - len(np.unique(store.sample_ids[pieces]))
-        found.stats = replace(found.stats, empty=empty)
+        found.stats = replace(found.stats, empty=empty, unknown=store.unknown)
         if empty:
             rank_zero_warn(
                 f"{self.called(split)}: left out {empty:,} of {texts:,} rows without text in {self.text_column!r}."
@@ -257,7 +258,10 @@ class TextDataModule(MicroBatchDataModule):
 
         settings = {"kind": "text", "text_column": column}
         samples, key = tokenize(rows, encode, tokenizer=tokenizer, settings=settings, masked=False, cache=self.cache)
-        return TokenStore(samples), key
+        store = TokenStore(samples)
+        named = f"{self._source}: " if self._source else ""
+        store.unknown = unknown_share(store, tokenizer, named, lambda row: describe_place(places, row))
+        return store, key
 
     def _open_stream(self) -> RowStream:
         rank_zero_info("streaming: every rank reads the whole stream and takes its rows of each global batch")

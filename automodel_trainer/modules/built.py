@@ -14,6 +14,7 @@ from typing import Any, Self
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +25,7 @@ from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.build import add_adapters, build_pretrained, check_purpose, fill_from_folder, load_config
 from automodel_trainer.models.files import resolve_folder
 from automodel_trainer.models.generation import check_generation_config
-from automodel_trainer.models.given_weights import values_fingerprint
+from automodel_trainer.models.given_weights import unlike_folder, values_fingerprint
 from automodel_trainer.models.isolation import Isolation
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, check_compiled
 from automodel_trainer.models.lora import LoRAConfig, finish_lora, fuse_as_chosen, lora_of
@@ -42,7 +43,7 @@ from automodel_trainer.models.quantization.checkpoint import check_dense
 from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
 from automodel_trainer.models.record import recorded
-from automodel_trainer.models.sidecars import ModelFolder, has_tokenizer
+from automodel_trainer.models.sidecars import ModelFolder, has_tokenizer, source_folder
 from automodel_trainer.modules.balance import Balance, BalanceConfig, balance_of
 from automodel_trainer.modules.isolation import isolation_of, packs
 from automodel_trainer.modules.neftune import add_neftune
@@ -142,6 +143,13 @@ class BuiltModule(Objective, pl.LightningModule):
         """A hash of the frozen weights of the object that was given, as they were before it was laid out; or None."""
         model = self.given_model
         return None if model is None else values_fingerprint(model, trains=lora_of(model) is not None)
+
+    @cached_property
+    def changed_in_memory(self) -> str | None:
+        """A weight of the object that was given that is another in the folder which it names; None if none is known."""
+        model = self.given_model
+        source = None if model is None or lora_of(model) is not None else source_folder(model)
+        return None if model is None or source is None else unlike_folder(model, source)
 
     @property
     def given_lora(self) -> LoRAConfig | None:
@@ -336,6 +344,7 @@ class BuiltModule(Objective, pl.LightningModule):
         if self.frozen:
             freeze_parts(model, self.frozen)
         if self.lora is not None:
+            self._tell_change(model)
             on_meta = any(parameter.is_meta for parameter in model.parameters())
             add_adapters(model, self.lora, self.strategy, self.source if on_meta else None)
         apply_kernels(model, self.kernels, self.strategy.root_device)
@@ -357,6 +366,14 @@ class BuiltModule(Objective, pl.LightningModule):
             trust_remote_code=self.trust_remote_code,
         )
         return model
+
+    def _tell_change(self, model: PreTrainedModel) -> None:
+        if self.changed_in_memory is not None:
+            rank_zero_warn(
+                f"{self.changed_in_memory} of the model that was given is another than in {model.name_or_path}, which "
+                "the adapters will name as their base: who loads or merges them gets another model. Save the changed "
+                "one (model.save_pretrained(folder)) and give that folder."
+            )
 
     def on_fit_end(self) -> None:
         """Write the trained adapter into the `PeftModel` that was given, if one was. Collective."""

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from automodel_trainer.checkpoint.sources import is_adapter, model_folder
+from automodel_trainer.checkpoint.trained_base import other_base
 from automodel_trainer.checkpoint.weight_stream import Weights
 from automodel_trainer.models._transformers import converts_weights, original_weight_names, tied_weight_names
 from automodel_trainer.models.auto_classes import auto_class_of_folder, transformers_class
@@ -93,7 +94,12 @@ def check_export(
     ]
     checks.append(lambda: _unchanged(original, exported, adapter))
     if adapter is not None:
-        checks += [lambda: _deltas(adapter), lambda: _sum(adapter, original, exported, trust_remote_code)]
+        asked = base is not None
+        checks += [
+            lambda: _base(adapter, original, asked),
+            lambda: _deltas(adapter),
+            lambda: _sum(adapter, original, exported, trust_remote_code),
+        ]
     return [check() for check in checks]
 
 
@@ -158,7 +164,8 @@ def _config(original: Path, exported: Path, adapter: Path | None, trust_remote_c
     if before.model_type != after.model_type:  # a part of what the source holds: its text model, say
         before = before.get_text_config()
     old, new = _flat(before.to_dict()), _flat(after.to_dict())
-    resized = adapter is not None and bool(read_config(adapter).get("modules_to_save"))  # embeddings with new tokens
+    # Embeddings with new tokens lie whole beside the adapters.
+    resized = adapter is not None and any(".lora_" not in name for name in read_tensors(adapter))
     differing = [
         f"{name} is {new.get(name)!r} and was {old.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -269,6 +276,16 @@ def _unchanged(original: Path, exported: Path, adapter: Path | None) -> Finding:
             wrong.append(name)
     fault = f"{listed(wrong)} differs from the source, and no adapter changes it" if wrong else ""
     return Finding("unchanged", fault, f"{len(shared)} weights are those of the source")
+
+
+def _base(adapter: Path, original: Path, asked: bool) -> Finding:
+    """The base is the one that the adapter was trained on. Another one may be asked for: one in full precision, say."""
+    other = other_base(adapter, original)
+    if other is None or asked:
+        return Finding(
+            "base", "", f"{other}, as was asked for" if other else "not known to be another than in training"
+        )
+    return Finding("base", other, "")
 
 
 def _deltas(adapter: Path) -> Finding:

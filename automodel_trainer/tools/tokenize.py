@@ -22,6 +22,7 @@ from automodel_trainer.data.files import ALLOWED, DataFile, find_files, names_of
 from automodel_trainer.data.in_processes import in_processes
 from automodel_trainer.data.readers import read_rows
 from automodel_trainer.data.token_files import TokenFileWriter
+from automodel_trainer.data.unknown_tokens import SHARE, unknown_id
 
 CHARACTERS = 1 << 20  # of the texts that a process tokenizes at a time
 
@@ -45,7 +46,8 @@ def tokenize_files(
         shard_bytes: size of a shard's tokens.
 
     Returns:
-        `tokens`, `documents`, `without_text` (rows left out), `seconds`, and the prefixes of the `shards`.
+        `tokens`, `documents`, `without_text` (rows left out), `unknown` (tokens), `seconds`, and the prefixes of the
+        `shards`.
 
     Raises:
         ValueError: no data, no such column, no EOS token, or `output` holds shards.
@@ -62,11 +64,13 @@ def tokenize_files(
     count = workers or len(os.sched_getaffinity(0))
     begun, shards = time.monotonic(), _Shards(output, len(loaded), shard_bytes)
     texts = _Texts(found.files, column)
+    unknown, unknown_token = 0, unknown_id(loaded)
     with _bar() as bar:
         task = bar.add_task("tokenizing", total=len(found.files), speed="")
         try:
             for lengths, tokens in in_processes(_encode, loaded, texts.parts(), count):
                 shards.add(lengths, tokens)
+                unknown += 0 if unknown_token is None else int((tokens == unknown_token).sum())
                 speed = shards.tokens / max(1e-9, time.monotonic() - begun)
                 said = f"{shards.tokens:,} tokens, {speed:,.0f} tokens/s"
                 bar.update(task, completed=texts.files_read, speed=said)
@@ -81,6 +85,7 @@ def tokenize_files(
         "tokens": shards.tokens,
         "documents": shards.documents,
         "without_text": texts.rows - shards.documents,
+        "unknown": unknown,
         "seconds": time.monotonic() - begun,
         "shards": shards.prefixes,
     }
@@ -189,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     speed = done["tokens"] / done["seconds"]
     if missing := done["without_text"]:
         print(f"{missing:,} rows have no text in column {args.column!r} and were left out.")
+    if (share := done["unknown"] / done["tokens"]) >= SHARE:
+        print(f"{share:.1%} of the tokens are the unknown token: the tokenizer has no tokens for this text.")
     print(
         f"{done['tokens']:,} tokens of {done['documents']:,} documents in {len(done['shards'])} shard(s) in "
         f"{args.output} ({speed:,.0f} tokens/s). Train on them with TokenDataModule(train={str(args.output)!r})."

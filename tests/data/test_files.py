@@ -8,6 +8,7 @@ import gzip
 import json
 import logging
 import lzma
+import warnings
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,20 @@ def test_a_folder_of_several_formats_is_read_whole(tmp_path: Path) -> None:
         load_rows(f"{tmp_path}/mix/*.tsv")
 
 
+def test_copies_in_another_format_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    text = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(3))
+    (folder / "a.jsonl").write_text(text)
+    (folder / "b.jsonl").write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_rows(str(folder))) == 6
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    with pytest.warns(UserWarning, match=r"a\.jsonl, a\.jsonl\.gz have one name .* trained twice"):
+        assert len(load_rows(str(folder))) == 9
+
+
 def test_brackets_are_names(tmp_path: Path) -> None:
     write(tmp_path / "chats1.jsonl", rows=ROWS[:1])
     for name in ("run[1]/chats.jsonl", "chats[1].jsonl", "what?.jsonl", "all*.jsonl"):
@@ -283,7 +298,7 @@ def test_values_that_no_file_can_hold_are_named(tmp_path: Path) -> None:
         load_rows(str(tmp_path))
     stream = TextDataModule(str(tmp_path), streaming=True, shuffle_buffer=0, tokenizer=tiny_tokenizer(), seq_len=8)
     stream.setup("fit")
-    with pytest.raises(ValueError, match=r"row 1501 of the stream: a text holds \\ud800"):
+    with pytest.raises(ValueError, match=r"row 1501 of the stream \(row 1500 of .*a\.jsonl\): a text holds \\ud800"):
         list(zip(range(600), stream.build_train_loader()))
     for value, name in (({1, 2}, "set"), (object(), "object")):
         with pytest.raises(ValueError, match=f"row 1 of the data, column 'meta': a value is a {name}"):
@@ -371,7 +386,10 @@ def test_files_of_other_columns_are_named(tmp_path: Path) -> None:
         TextDataModule(tmp_path / "texts", tokenizer=tiny_tokenizer(), seq_len=8).prepare()
     stream = TextDataModule(tmp_path / "texts", tokenizer=tiny_tokenizer(), seq_len=8, streaming=True)
     stream.prepare()
-    with pytest.raises(ValueError, match=r"row 4 of the stream has no column 'text'; its columns are \['content'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"row 4 of the stream \(row 0 of .*c\.jsonl\) has no column 'text'; its columns are \['content'\]",
+    ):
         stream._stream._blocks(stream._stream.beginning()).__next__()  # type: ignore[union-attr]
 
 

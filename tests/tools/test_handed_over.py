@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,45 @@ def test_settings_of_generation_that_the_user_changed_are_handed_over(tmp_path: 
     model.generation_config.temperature = 0.6  # which transformers does not save without do_sample
     with pytest.raises(ValueError, match="generation_config cannot be saved"):
         fit(tmp_path / "refused", CausalLMModule(model), steps=1)
+
+
+def test_another_base_than_the_trained_one_is_named(tmp_path: Path) -> None:
+    """When adapters are merged, when they are checked, and when they are trained on an object unlike its folder."""
+    folder, lora = base(tmp_path), LoRAConfig(rank=4)
+    checkpoint = tmp_path / "checkpoints" / "latest"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*another model|.*others than")
+        fit(tmp_path, CausalLMModule(folder, lora=lora, lr=1e-2))
+        half = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        fit(tmp_path / "half", CausalLMModule(half, lora=lora))
+        assert not [f for f in check_export(checkpoint, merge(checkpoint, tmp_path / "same")) if f.fault]
+        trainer = Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=tmp_path / "evaluated")
+        data = ChatDataModule(CHATS, validation=CHATS[1:4], seq_len=64)
+        trainer.validate(CausalLMModule.load_from_checkpoint(checkpoint), data, ckpt_path=checkpoint)
+    tiny_model(seed=9).save_pretrained(tmp_path / "other")
+    with pytest.warns(UserWarning, match="others than those that the adapter .* was trained on"):
+        exported = merge(checkpoint, tmp_path / "asked", base=tmp_path / "other")
+    assert not [f for f in check_export(checkpoint, exported, base=tmp_path / "other") if f.fault]
+    tiny_model(seed=9).save_pretrained(folder)
+    with pytest.warns(UserWarning, match="others than those that the adapter .* was trained on"):
+        exported = merge(checkpoint, tmp_path / "in place")
+    assert "base: WRONG: the weights in" in " ".join(map(str, check_export(checkpoint, exported)))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.1)  # as merging another adapter does
+    with pytest.warns(
+        UserWarning, match=r"layers\.1\.mlp\.up_proj\.weight of the model that was given is another than"
+    ):
+        fit(tmp_path / "changed", CausalLMModule(model, lora=lora))
+
+
+def test_a_vocabulary_that_grew_under_adapters_is_no_fault(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<a>", "<b>", "<c>", "<d>"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(base(tmp_path))
+    model.resize_token_embeddings(len(tokenizer))
+    fit(tmp_path, CausalLMModule(model, tokenizer=tokenizer, lora=LoRAConfig(rank=4), lr=1e-2))
+    checkpoint = tmp_path / "checkpoints" / "latest"
+    exported = merge(checkpoint, tmp_path / "out")
+    assert not [f for f in check_export(checkpoint, exported) if f.fault]
+    assert len(load_file(exported / "model.safetensors")["model.embed_tokens.weight"]) == len(tokenizer) == 266
