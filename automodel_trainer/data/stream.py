@@ -16,8 +16,9 @@ from automodel_trainer.data.batches import Document, MicroBatch
 from automodel_trainer.data.cache import cache_key
 from automodel_trainer.data.documents import check_text, document_end, encode_documents
 from automodel_trainer.data.files import DataFile
-from automodel_trainer.data.loader import add_sources, micro_batches, step_loader
+from automodel_trainer.data.loader import add_sources, micro_batches
 from automodel_trainer.data.sources import PlacedRow, files_of_stream
+from automodel_trainer.data.step_loader import step_loader
 from automodel_trainer.data.stream_files import check_marks, marks_of
 from automodel_trainer.data.unknown_tokens import UnknownInStream
 from automodel_trainer.data.worker_errors import items_of
