@@ -34,7 +34,7 @@ from automodel_trainer.strategies.tensor.async_tp import enable_async_tp
 from automodel_trainer.strategies.tensor.check import check_replicas
 from automodel_trainer.strategies.tensor.loss_parallel import sharded_logits
 from automodel_trainer.strategies.tensor.parallelize import tensor_parallel
-from automodel_trainer.strategies.tensor.rehearsal import check_reads
+from automodel_trainer.strategies.tensor.rehearsal import check_reads, forgotten_rules
 from automodel_trainer.strategies.tensor.size import choose_tp
 
 ActivationCheckpointing = Mode | str | None
@@ -210,9 +210,11 @@ class InnerParallelStrategy(MeshStrategy):
             ValueError: see `tensor_parallel` and `check_reads`.
         """
         if self.dims.tp > 1:
-            tensor_parallel(model, self.device_mesh["tp"], self.tp_plan, self.sequence_parallel)
+            given = self.tp_plan or {}
+            forgotten = forgotten_rules(model, given) if isinstance(model, PreTrainedModel) else {}
+            tensor_parallel(model, self.device_mesh["tp"], {**forgotten, **given}, self.sequence_parallel)
             if isinstance(model, PreTrainedModel):
-                check_reads(model)
+                check_reads(model, given)
             self._replicas_to_check = True
 
     # --- running a step ---------------------------------------------------------------------------------------------

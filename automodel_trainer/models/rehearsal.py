@@ -7,6 +7,7 @@ tokens, that layers pass on nothing but hidden states. No list of families says 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from automodel_trainer.nn.text import first_line
 
 Cut = Callable[[PreTrainedModel, Tensor], Tensor]
 """Runs a model as a layout would on ids `[b, s]`, and returns the logits `[b, s, v]`."""
+Watching = Callable[[PreTrainedModel], AbstractContextManager[None]]
+"""A context in which a copy runs."""
 ROWS = 2
 SEEDS = 2
 """Weights that are tried: a router may choose otherwise where two scores are equal but for rounding."""
@@ -27,22 +30,28 @@ TOLERANCE = 1e-3
 _known: dict[tuple[str, type, str], str | None] = {}
 
 
-def rehearse(model: PreTrainedModel, name: str, cut: Cut) -> str | None:
+def rehearse(
+    model: PreTrainedModel,
+    name: str,
+    cut: Cut,
+    watching: Watching | None = None,
+) -> str | None:
     """What is wrong with a small copy of `model` that runs cut. None: nothing, or there is no copy to tell.
 
     Args:
         model: on meta or real; only its class and its config are read.
         name: of the way to cut.
         cut: runs the copy; it may change it.
+        watching: a context in which the whole copy runs first. It is entered once for a name and a model.
     """
     key = (name, type(model), model.config.to_json_string())
     if key not in _known:
         with torch.device("cpu"):
-            _known[key] = _rehearse(model, cut)
+            _known[key] = _rehearse(model, cut, watching)
     return _known[key]
 
 
-def _rehearse(model: PreTrainedModel, cut: Cut) -> str | None:
+def _rehearse(model: PreTrainedModel, cut: Cut, watching: Watching | None) -> str | None:
     auto_class = next(iter(auto_classes_of(model)), None)
     if auto_class is None:
         return None
@@ -58,7 +67,8 @@ def _rehearse(model: PreTrainedModel, cut: Cut) -> str | None:
             )
             tokens = ordinary_tokens(copy.config)
             ids = tokens[torch.arange(ROWS * TOKENS).reshape(ROWS, -1) * 7 % len(tokens)]
-            whole = _logits(copy, ids)
+            with watching(copy) if watching else nullcontext():
+                whole = _logits(copy, ids)
         except Exception:  # a family's own code may fail anywhere on sizes that nobody has
             return None
         spread = float(whole.std())

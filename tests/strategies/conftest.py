@@ -21,8 +21,8 @@ def patient_lighthouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def lit(monkeypatch: pytest.MonkeyPatch, heartbeat: int) -> Iterator[str]:
-    use("torchft")
     monkeypatch.setenv("RUST_LOG", "error")  # read at the import
+    use("torchft")
     from torchft.coordination import LighthouseServer
 
     server = LighthouseServer(bind="[::]:0", min_replicas=1, join_timeout_ms=60000, heartbeat_timeout_ms=heartbeat)

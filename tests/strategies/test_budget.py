@@ -203,7 +203,8 @@ class Numbers(Callback):
         self.found.append([tensor.detach().numpy().tobytes() for tensor in tensors])
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-        self._note(batch[0]["input_ids"], torch.rand(2), *module.buffers())
+        first = [part["input_ids"] for part in batch[:1]]  # a global batch of replica groups is not dealt yet
+        self._note(*first, torch.rand(2), *module.buffers())
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         weights = [local_tensor(parameter) for parameter in module.parameters() if parameter.requires_grad]

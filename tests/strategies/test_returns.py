@@ -20,7 +20,9 @@ from automodel_trainer.strategies.fault_tolerant.returned import Clock, Returned
 from automodel_trainer.strategies.fault_tolerant.state import Sent, Shards, take_over
 from tests.beside import use
 from tests.callbacks.runs import train
+from tests.counted_memory import CountedMemory
 from tests.processes import Job
+from tests.strategies.test_budget import PLENTY, both
 
 CPU = torch.device("cpu")
 
@@ -142,10 +144,17 @@ def compiled() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+class Tries(Callback):
+    """Prints that it tries steps, and when the group met the others."""
+
+    def before_peers(self, trainer: Any, module: Any, loader: Any) -> None:
+        print(f"tries {len(loader.largest_steps())} step, {'met' if trainer.strategy._peers else 'alone'}")
+
+
 def compiles(root: str, address: str) -> None:
     use("torchft")
     strategy = f"hsdp:fault_tolerant=true,lighthouse={address},compile=true,compile_backend=aot_eager"
-    train(Path(root), [CountsGraphs()], strategy=strategy, max_steps=2, max_epochs=-1, limit_val_batches=0)
+    train(Path(root), [CountsGraphs(), Tries()], strategy=strategy, max_steps=2, max_epochs=-1, limit_val_batches=0)
 
 
 def test_nothing_is_compiled_while_others_wait(tmp_path: Path, lighthouse: str) -> None:
@@ -155,6 +164,22 @@ def test_nothing_is_compiled_while_others_wait(tmp_path: Path, lighthouse: str) 
     rehearsed, *later = [int(line.split()[-2]) for line in lines]
     assert rehearsed > 0
     assert later == [rehearsed, rehearsed]
+    assert "tries 1 step, alone" in job.log()
+
+
+def budgets(root: str, address: str) -> None:
+    use("torchft")
+    group = f"hsdp:fault_tolerant=true,lighthouse={address}"
+    setting, different = both(group, 2_100_000, CountedMemory(PLENTY), 1, root)
+    assert setting.startswith("activation_checkpointing=full")
+    assert not different
+
+
+def test_a_budget_is_tried_in_the_rehearsal(tmp_path: Path, lighthouse: str) -> None:
+    """Once; the run is that with the choice given."""
+    job = Job(tmp_path / "log", budgets, str(tmp_path), lighthouse)
+    assert job.wait(90) == [0], job.log()
+    assert sum(line.startswith("memory=") for line in job.log().splitlines()) == 1
 
 
 # --- groups that are lost meanwhile -----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from automodel_trainer.modules.loss import predictions, token_losses
 from automodel_trainer.strategies import FSDP2Strategy
 from automodel_trainer.strategies.tensor.check import check_gates
 from automodel_trainer.strategies.tensor.plan import expand_plan
-from automodel_trainer.strategies.tensor.rehearsal import check_reads
+from automodel_trainer.strategies.tensor.rehearsal import check_reads, forgotten_rules
 from automodel_trainer.strategies.tensor.size import choose_tp
 from tests.harness import (
     NextToken,
@@ -249,6 +249,19 @@ def test_weights_that_a_model_reads_outside_of_their_layers(monkeypatch: pytest.
     monkeypatch.setattr("automodel_trainer.models.rehearsal._known", {})
     with pytest.raises(ValueError, match="is read outside of its layer"):
         check_reads(tiny_model())
+
+
+def test_rules_that_a_plan_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of heads are found by what they work on; norms beside cut layers that see everything are not."""
+    model = tiny_model("qwen3", head_dim=8)
+    whole = dict(model.tp_plan)
+    norms = {name: style for name, style in whole.items() if name.endswith("_norm")}
+    assert len(norms) == 2
+    assert forgotten_rules(model) == {}
+    monkeypatch.setattr(type(model), "tp_plan", {name: style for name, style in whole.items() if name not in norms})
+    assert forgotten_rules(model) == forgotten_rules(model) == norms
+    assert forgotten_rules(model, dict.fromkeys(norms, "replicate")) == {}
+    assert forgotten_rules(tiny_model("deepseek_v3", **LATENT)) == {}
 
 
 def test_tied_weights_that_are_cut_in_two_ways() -> None:
