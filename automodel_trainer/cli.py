@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from automodel_trainer.imports import importing
+from automodel_trainer.imports import importing, say_what_compiles_again
 from automodel_trainer.tools.errors import explain_errors
 
 USAGE = """\
@@ -91,6 +91,7 @@ def _train(argv: list[str]) -> None:
     if on is not None:
         code = fit_on(on, workers, rest)
     else:
+        say_what_compiles_again("torch")
         with importing():
             from automodel_trainer.lightning_cli import run
         code = run(argv).trainer.exit_code

@@ -1,10 +1,14 @@
-"""Import without looking for garbage."""
+"""Import without looking for garbage, and say what makes imports slow."""
 
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import cache_from_source, find_spec
+from pathlib import Path
 
 _OF_PYTHON = 2_000  # Python 3.12 freezes a few hundred objects when it starts; whoever freezes later has thousands
 
@@ -35,3 +39,26 @@ def _call_all_old() -> None:
 def user_freezes() -> bool:
     """Whether someone has frozen objects and not thawed them. Python counts a million in a tenth of a second."""
     return gc.get_freeze_count() > _OF_PYTHON
+
+
+def say_what_compiles_again(package: str) -> None:
+    """Print a line if every start compiles the sources of `package` again. Images of containers are often made so."""
+    if (folder := compiles_again(package)) and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(
+            f"{package} lies in {folder} without bytecode, and Python may not write it: every start compiles it, "
+            "which takes several seconds. To end that, run once, as one who may write there: env -u "
+            f"PYTHONDONTWRITEBYTECODE {sys.executable} -m compileall -q -j 0 {folder}",
+            file=sys.stderr,
+        )
+
+
+def compiles_again(package: str) -> Path | None:
+    """The folder that `package` lies in, if it has no bytecode and an import would not leave any."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None or not spec.has_location:
+        return None
+    cache = Path(cache_from_source(spec.origin))
+    place = next(folder for folder in cache.parents if folder.is_dir())
+    if cache.is_file() or not (sys.dont_write_bytecode or not os.access(place, os.W_OK)):
+        return None
+    return Path(spec.origin).parents[1]

@@ -152,7 +152,7 @@ class BuiltModule(Objective, pl.LightningModule):
         return None if model is None or source is None else unlike_folder(model, source)
 
     @property
-    def given_lora(self) -> LoRAConfig | None:
+    def given_lora(self) -> LoRAConfig | dict[str, Any] | None:
         """What is known of the adapters: as they were given, or as those of the object that was given."""
         if self._given_peft is not None:
             return self._given_peft.settings

@@ -150,6 +150,9 @@ def test_another_object_in_memory_is_noticed(tmp_path: Path) -> None:
             fit(tmp_path / "peft", changed, ckpt_path="last", max_steps=3)
     assert fit(tmp_path / "peft", _peft(), ckpt_path="last", max_steps=3).global_step == 3
 
+    same = module(lora=LoRAConfig(rank=4, alpha=8, target_modules=["q_proj"]))
+    assert fit(tmp_path / "peft", same, ckpt_path="last", max_steps=4).global_step == 4, "the same without PEFT"
+
     given = [(_loader, kind) for kind in ("list", "table", "part", "batches")]
     for make, kind in [*given, *((_stream, kind) for kind in ("rows", "stream", "mixture"))]:
         root = tmp_path / kind

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,14 +57,14 @@ class GivenPeftModel:
         base: its base model without PEFT's layers. It shares the frozen weights of the object.
         lora: continues from the object's adapter.
         folder: that the adapter is in.
-        settings: how the adapter is computed.
+        settings: how the adapter is computed, as far as PEFT says it in the words of LoRAConfig.
     """
 
     model: Any
     base: PreTrainedModel
     lora: LoRAConfig
     folder: TemporaryDirectory[str]
-    settings: LoRAConfig
+    settings: dict[str, Any]
 
     @torch.no_grad()
     def give_back(self, trained: nn.Module) -> None:
@@ -109,7 +109,8 @@ def take_peft_model(model: Any) -> GivenPeftModel:
     model.save_pretrained(folder.name, selected_adapters=[name])
     inside = Path(folder.name) if name == "default" else Path(folder.name) / name
     lora = LoRAConfig(adapter=str(inside))
-    settings = replace(adapter_config(lora), adapter=None)  # the folder is another one each time
+    known = asdict(adapter_config(lora))
+    settings = {key: known[key] for key in ("rank", "alpha", "dropout", "use_rslora", "use_dora", "modules_to_save")}
     return GivenPeftModel(model, _without_adapters(model), lora, folder, settings)
 
 
