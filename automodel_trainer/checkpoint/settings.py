@@ -180,11 +180,18 @@ def setting_of(name: str) -> Setting:
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """What differs between two runs, in the order of the second. A setting that only one of them has is left out."""
+    then, now = _with_scale(then), _with_scale(now)
     return [
         Change(name, then[name], now[name], setting_of(name))
         for name in now
         if name in then and not same(then[name], now[name])
     ]
+
+
+def _with_scale(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An alpha that was not given is 2 · rank (`LoRAConfig`), and one that was given so is no other."""
+    rank = settings.get("model.lora.rank")
+    return settings if rank is None or settings.get("model.lora.alpha") else {**settings, "model.lora.alpha": 2 * rank}
 
 
 def computes_otherwise(changed: Iterable[Change]) -> list[Change]:

@@ -31,7 +31,7 @@ from automodel_trainer import (
 )
 from automodel_trainer.callbacks import DCPCheckpoint
 from automodel_trainer.callbacks.continue_run import ContinueRun
-from automodel_trainer.checkpoint.settings import SETTINGS, Meaning, setting_of
+from automodel_trainer.checkpoint.settings import SETTINGS, Meaning, changes, setting_of
 from automodel_trainer.models.kernels import KernelsConfig
 from tests.checkpoint.test_changed_settings import Steps, chats
 from tests.harness import Stop
@@ -124,6 +124,13 @@ def _stream(change: int, kind: str) -> TextDataModule:
         "mixture": [{"path": Dataset.from_list(rows), "weight": 1}, {"path": rows[:10], "weight": 1}],
     }[kind]
     return TextDataModule(source, seq_len=16, streaming=True, shuffle_buffer=1)
+
+
+def test_an_alpha_that_was_not_given_is_twice_the_rank() -> None:
+    without, given = {"model.lora.rank": 4, "model.lora.alpha": None}, {"model.lora.rank": 4, "model.lora.alpha": 8.0}
+    other = given | {"model.lora.alpha": 16.0}
+    assert changes(without, given) == changes(given, without) == changes({"model.lora.rank": 4}, given) == []
+    assert [change.name for change in changes(without, other)] == ["model.lora.alpha"]
 
 
 def _peft(seed: int = 0, alpha: int = 8) -> CausalLMModule:
@@ -246,7 +253,7 @@ def test_weights_that_are_evaluated_in_another_model_are_named(tmp_path: Path, r
     trainer.validate(module(lora=LoRAConfig(rank=4, dropout=0.1)), data, ckpt_path="last")
     assert not [w for w in recwarn if "was trained otherwise" in str(w.message)]
     other = module(lora=LoRAConfig(rank=4, alpha=64), config={"rms_norm_eps": 0.1})
-    with pytest.warns(UserWarning, match=r"(?s)was trained otherwise.*lora\.alpha None → 64.*rms_norm_eps"):
+    with pytest.warns(UserWarning, match=r"(?s)was trained otherwise.*lora\.alpha 8 → 64.*rms_norm_eps"):
         trainer.validate(other, data, ckpt_path="last")
 
 
