@@ -115,7 +115,7 @@ def _merge_adapter(
     source, changes = resolve_folder(named), read_changes(adapter)
     if (other := other_base(adapter, source)) is not None:
         rank_zero_warn(
-            f"{other}: the merged model is another than the one that was trained, unless they are rounded only."
+            f"{other}: unless they differ by rounding alone, the merged model is not the one that was trained."
         )
     model = empty_model(source, trust_remote_code, config.get("task_type"), changes)
     model = apply_lora(model, LoRAConfig(adapter=str(adapter)))

@@ -12,7 +12,7 @@ from automodel_trainer.models.files import weight_fingerprint
 def other_base(adapter: Path, base: Path) -> str | None:
     """What to say of a base with other weights than the adapter was trained on; None if they are the same.
 
-    None also where nobody knows: an adapter outside of a checkpoint, or a base that has no files.
+    Also None where it cannot be known: the adapter lies outside of a checkpoint, or the base has no files.
 
     Args:
         adapter: the folder of an adapter, in a checkpoint or elsewhere.

@@ -1,4 +1,4 @@
-"""A fault of the data that a loader's worker finds is told as one that is found here.
+"""An error that a loader's worker finds in the data reads like one that the main process finds.
 
 torch wraps an error of a worker into its traceback there. A ValueError is for the user, so its message is handed over
 as an item, and raised where the items are taken.

@@ -1,7 +1,8 @@
-"""A step before anybody waits for it: what a process does only once is done when a group meets the others.
+"""A step that runs before anybody waits for it, so that a group has warmed up when it meets the others.
 
-That is imports, compilation, the first use of kernels and of memory, connections within the group. Afterwards
-everything is as if no step had been run: parameters, optimizer states, gradients, random numbers, buffers.
+It pays what a process pays only once: imports, compilation, the first use of kernels and of memory, connections within
+the group. Afterwards everything is as if no step had been run: parameters, optimizer states, gradients, random numbers,
+buffers.
 """
 
 from __future__ import annotations

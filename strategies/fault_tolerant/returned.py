@@ -26,16 +26,16 @@ class Clock:
     _since: float = field(default_factory=time.monotonic)
 
     def restart(self) -> None:
-        """Something begins."""
+        """Start to count."""
         self._since = time.monotonic()
 
     def seconds(self) -> float:
-        """Since `restart`; it begins anew."""
+        """Seconds since `restart`, and start again."""
         before, self._since = self._since, time.monotonic()
         return self._since - before
 
     def returned(self, late: bool) -> Returned:
-        """The return that the step ends which is whole now."""
+        """What the return cost. Call it when the first step together has its gradients."""
         return Returned(late, self.rehearsal if late else None, self.meeting, self.transfer, self.sent, self.seconds())
 
 

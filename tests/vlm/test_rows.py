@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from automodel_trainer import ImageTextDataModule, ImageTextModule
 from automodel_trainer.connect import connect
 from automodel_trainer.models._masks import packing_without_sync
-from tests.harness import close
+from tests.vlm.documents import check_documents
 from tests.vlm.families import ALL, model_of, processor_of, rows
 
 
@@ -45,34 +44,10 @@ def test_documents_are_as_alone(family: str, data: Path) -> None:
     connect(module, None, dm)
     assert dm.packs == (family not in ("mllama", "qwen3_5")), dm.packing_obstacle
     lines = [json.loads(line) for line in data.read_text().splitlines()]
-    seen = []
-    for (batch,) in dm.train_dataloader():
-        inputs, _ = module.split(batch)
-        for key, value in inputs.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                inputs[key] = value.double()
-        with torch.no_grad():
-            logits = model(**inputs).logits
-        ids = iter(batch["sample_ids"])
-        for row in range(len(batch["input_ids"])):
-            lengths = batch["document_lengths"][row] if dm.packs else [int(batch["attention_mask"][row].sum())]
-            start = 0
-            for length in lengths:
-                part = slice(start, start + length)
-                start += length
-                if (batch["input_ids"][row, part] == processor.tokenizer.pad_token_id).all():
-                    continue  # padding
-                sample = next(ids)
-                seen.append(sample)
-                alone = processor.apply_chat_template(
-                    with_pictures(lines[sample], data.parent), tokenize=True, return_dict=True, return_tensors="pt"
-                )
-                assert batch["input_ids"][row, part].tolist() == alone["input_ids"][0].tolist()
-                labels = batch["labels"][row, part]
-                answer = lines[sample]["messages"][1]["content"][0]["text"]
-                assert processor.tokenizer.decode(labels[labels != -100]) == answer + "<|im_end|>"
-                alone = {k: v.double() if v.is_floating_point() else v for k, v in alone.items()}
-                with torch.no_grad():
-                    want = model(**alone, use_cache=False).logits[0]
-                    close(logits[row, part], want, terms=length, dtype=torch.float32)  # of rotary positions
+
+    def alone_of(sample: int) -> Any:
+        messages = with_pictures(lines[sample], data.parent)
+        return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+
+    seen = check_documents(module, dm, model, alone_of, lambda i: lines[i]["messages"][1]["content"][0]["text"])
     assert sorted(seen) == list(range(len(lines)))

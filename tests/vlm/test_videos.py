@@ -15,7 +15,7 @@ from automodel_trainer import ImageTextDataModule, ImageTextModule
 from automodel_trainer.connect import connect
 from automodel_trainer.data.pictures import videos
 from automodel_trainer.models._masks import packing_without_sync
-from tests.harness import close
+from tests.vlm.documents import check_documents
 from tests.vlm.families import FILMS, model_of, picture, processor_of
 from tests.vlm.films import films
 
@@ -44,33 +44,9 @@ def test_documents_with_videos_are_as_alone(family: str, tmp_path: Path) -> None
     path.write_text("\n".join(map(json.dumps, lines)))
     dm = ImageTextDataModule(str(path), seq_len=320, micro_batch_size=2)
     connect(module, None, dm)
-    seen = []
-    for (batch,) in dm.train_dataloader():
-        inputs, _ = module.split(batch)
-        for key, value in inputs.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                inputs[key] = value.double()
-        with torch.no_grad():
-            logits = model(**inputs).logits
-        ids = iter(batch["sample_ids"])
-        for row in range(len(batch["input_ids"])):
-            lengths = batch["document_lengths"][row] if dm.packs else [int(batch["attention_mask"][row].sum())]
-            start = 0
-            for length in lengths:
-                part = slice(start, start + length)
-                start += length
-                if (batch["input_ids"][row, part] == processor.tokenizer.pad_token_id).all():
-                    continue  # padding
-                sample = next(ids)
-                seen.append(sample)
-                alone = by_transformers(processor, lines[sample], tmp_path)
-                assert batch["input_ids"][row, part].tolist() == alone["input_ids"][0].tolist()
-                labels = batch["labels"][row, part]
-                assert processor.tokenizer.decode(labels[labels != -100]) == "a cat " * (sample + 1) + "<|im_end|>"
-                alone = {k: v.double() if v.is_floating_point() else v for k, v in alone.items()}
-                with torch.no_grad():
-                    want = model(**alone, use_cache=False).logits[0]
-                    close(logits[row, part], want, terms=length, dtype=torch.float32)  # of rotary positions
+    seen = check_documents(
+        module, dm, model, lambda i: by_transformers(processor, lines[i], tmp_path), lambda i: "a cat " * (i + 1)
+    )
     assert sorted(seen) == list(range(len(lines)))
 
 

@@ -28,10 +28,7 @@ class Picture(NamedTuple):
         Raises:
             ValueError: it cannot be read; the sample is named.
         """
-        try:
-            return self.reader.read(self.source)
-        except ValueError as error:
-            raise ValueError(f"{self.place}: {error}") from error
+        return _read(self)
 
 
 class Film(NamedTuple):
@@ -47,10 +44,14 @@ class Film(NamedTuple):
         Raises:
             ValueError: it cannot be read; the sample is named.
         """
-        try:
-            return self.reader.read(self.source)
-        except ValueError as error:
-            raise ValueError(f"{self.place}: {error}") from error
+        return _read(self)
+
+
+def _read(item: Picture | Film) -> Any:
+    try:
+        return item.reader.read(item.source)
+    except ValueError as error:
+        raise ValueError(f"{item.place}: {error}") from error
 
 
 class PictureDocument(NamedTuple):
