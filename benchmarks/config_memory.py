@@ -3,8 +3,8 @@
 `python benchmarks/config_memory.py` runs what fits on one GPU of 24, 48, 80 and 141 GiB, and one rank of what fits on
 eight, each case in a process of its own that may take no more than that GPU has. The other seven ranks are imagined
 (`imagined.py`): shards and gathered weights have their real sizes. Weights are random, and the peak is that of the
-steps. Experts on several ranks (`ep`) need real GPUs and are left out, and so are towers for pictures. `--tiny` only
-shows that the script runs.
+steps. Experts on several ranks (`ep`) need real GPUs and are left out, and so are towers for pictures. Cases run side
+by side while the GPU has room for them. `--tiny` only shows that the script runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ SHAPES = {
 }
 LENGTH = 2048
 STEPS = 2
+ROOM = 136  # GiB that the cases of one time share
 
 
 def cases() -> dict[str, dict[str, Any]]:
@@ -116,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a pattern (re) of `model|goal|gpus|memory`")
     parser.add_argument("--timeout", type=int, default=120, help="seconds of a case")
+    parser.add_argument("--at-once", type=int, default=6, help="the most cases at one time")
     parser.add_argument("--list", action="store_true", help="print the cases and their estimates")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -124,13 +128,36 @@ def main() -> None:
         print("RESULT " + json.dumps(run(args.case, args.tiny)), flush=True)
         return
     print("| model | what | GPUs of | rows | estimate, GiB | measured | held by the allocator |\n" + "| --- " * 7 + "|")
-    for name, case in cases().items():
-        if not re.search(args.only, name):
-            continue
-        model, goal, gpus, memory = name.split("|")
-        again = ", recomputed" if "activation" in case["strategy"] else ""
-        said = f"| {model} | {goal}{again} | {gpus} × {memory} GiB | {case['rows']} | {case['estimate_gib']} |"
-        print(said + ("" if args.list else f" {measured(name, args)}"), flush=True)
+    chosen = {name: case for name, case in cases().items() if re.search(args.only, name)}
+    room = Room(ROOM)
+    with ThreadPoolExecutor(args.at_once) as pool:
+        cells = ["" if args.list else pool.submit(room.run, case, name, args) for name, case in chosen.items()]
+        for (name, case), cell in zip(chosen.items(), cells):
+            model, goal, gpus, memory = name.split("|")
+            again = ", recomputed" if "activation" in case["strategy"] else ""
+            said = f"| {model} | {goal}{again} | {gpus} × {memory} GiB | {case['rows']} | {case['estimate_gib']} |"
+            print(said + (cell if args.list else f" {cell.result()}"), flush=True)
+
+
+class Room:
+    """Memory that cases take by their estimates and give back."""
+
+    def __init__(self, gib: float) -> None:
+        self.left, self.whole = gib, gib
+        self.changed = threading.Condition()
+
+    def run(self, case: dict[str, Any], name: str, args: argparse.Namespace) -> str:
+        """Measure the case as soon as there is room."""
+        needed = min(case["estimate_gib"] * 1.1 + 2, int(name.split("|")[-1]), self.whole)
+        with self.changed:
+            self.changed.wait_for(lambda: self.left >= needed)
+            self.left -= needed
+        try:
+            return measured(name, args)
+        finally:
+            with self.changed:
+                self.left += needed
+                self.changed.notify_all()
 
 
 def measured(name: str, args: argparse.Namespace) -> str:
