@@ -17,24 +17,29 @@ from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
 from automodel_trainer.models.lora.layers import LoRAParameters
 from tests.beside import use
 from tests.limits import check_step, close
+from tests.routers import decided, routed_model
 from tests.strategies.test_expert import FAMILIES
 from tests.tiny import tiny_model
 
 
 def eager(family: str, lora: bool = False, sizes: dict[str, Any] | None = None, **options: Any) -> PreTrainedModel:
-    model = tiny_model(family, **{**FAMILIES[family], **(sizes or {})}, experts_implementation="eager")
+    """The same weights in whatever order tests run; tokens choose their experts clearly."""
+    model = routed_model(family, **{**FAMILIES[family], **(sizes or {})}, experts_implementation="eager")
     if lora:
-        apply_lora(model, LoRAConfig(rank=4, target_modules=["gate_up_proj", "down_proj"], **options))
-        finish_lora(model)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.05)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            apply_lora(model, LoRAConfig(rank=4, target_modules=["gate_up_proj", "down_proj"], **options))
+            finish_lora(model)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    nn.init.normal_(parameter, std=0.05)
     return model
 
 
 def loss_and_gradients(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
     ids = torch.randint(6, 260, (2, 17), generator=torch.Generator().manual_seed(1))
-    loss = model(input_ids=ids, labels=ids).loss
+    with decided(model):
+        loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -19,7 +19,7 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, 
 def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
     """With an eps far above the rounding of a gradient: some biases have gradients that are zero but for that."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return adamw(trained, LR, eps=1e-2)
+    return adamw(trained, LR, eps=3e-2)
 
 
 def rows_of(step: int) -> list[Batch]:
