@@ -333,6 +333,11 @@ def offers_flex_attention(model: PreTrainedModel) -> bool:
     return bool(model._supports_flex_attn or getattr(decoder, "_supports_attention_backend", False))
 
 
+def offers_sdpa(model: PreTrainedModel) -> bool:
+    """Whether transformers offers `sdpa` for `model`: not if its softmax has terms that `sdpa` lacks."""
+    return bool(model._supports_sdpa)
+
+
 def has_tower(model: nn.Module) -> bool:
     """Whether transformers knows an image encoder in `model`, beside its decoder."""
     return isinstance(model, PreTrainedModel) and tower_of(model) is not None

@@ -29,6 +29,7 @@ from automodel_trainer.models.files import TensorSlice, floating_dtypes, slices_
 from automodel_trainer.models.generation import GENERATION_CONFIG
 from automodel_trainer.models.initialize import initialize_missing, initialize_weights
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels
+from automodel_trainer.models.kernels.attention import AttentionAsked
 from automodel_trainer.models.layout import Layout
 from automodel_trainer.models.lora import (
     LoRAConfig,
@@ -405,6 +406,8 @@ def build_on_meta(
             config, dtype=dtype, trust_remote_code=trust_remote_code, **options
         )
     model.config.dtype = dtype
+    if attn_implementation:
+        record_of(model).keep(AttentionAsked(attn_implementation))
     return model
 
 

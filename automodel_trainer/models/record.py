@@ -14,6 +14,7 @@ An entry is found by its type, and the package that makes an entry owns the type
 | `lora.embeddings.SavedEmbeddings` | `apply_lora` | which embeddings are saved with the adapter |
 | `lora.embeddings.UntiedHead` | `apply_lora` | which weight is tied in the base and not with the adapter |
 | `kernels.KernelsInUse` | `apply_kernels` | what each part computes with |
+| `kernels.attention.AttentionAsked` | `build_on_meta` | which attention the caller asked transformers for |
 | `quantization.fp8_layers.Fp8Layers` | `convert_to_fp8`, `swap_linear_layers` | which layers multiply in fp8 |
 | `parts.FrozenParts` | `freeze_parts` | which parts of a vision-language model the user froze |
 | `quantization_config.ReadDense` | `fill_from_folder` | the checkpoint's weights were quantized, and are dense now |

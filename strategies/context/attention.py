@@ -234,6 +234,10 @@ class _Layer:
         self.config = _Named(module.config, inner) if hasattr(module, "config") else None
         vars(self).update(parts)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._module)  # a kernel may look for its modeling file
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 

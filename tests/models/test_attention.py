@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 from transformers.integrations import flex_attention as flex_integration
+from transformers.masking_utils import eager_mask
 
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models._transformers import attention_in_use
+from automodel_trainer.models.build import build_on_meta
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, attention
 from automodel_trainer.models.kernels.attention import NAME, document_block_mask, install_attention_kernel
 from tests.harness import close
@@ -21,6 +23,17 @@ from tests.vlm.families import model_of
 
 def _plain_flex(*args: Any, training: bool = False, **kwargs: Any) -> Any:
     return flex_attention(*args, **kwargs)
+
+
+def _written_out(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+    """FlexAttention with a backward, which torch's has on GPUs only."""
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    scores = query @ key.mT * options["scale"]
+    if options["score_mod"] is not None:
+        scores = options["score_mod"](scores)
+    b, h, q, k = (torch.arange(n).view([n if i == d else 1 for i in range(4)]) for d, n in enumerate(scores.shape))
+    scores = scores.masked_fill(~options["block_mask"].mask_mod(b, h, q, k), -torch.inf)
+    return scores.softmax(-1) @ value, AuxOutput(lse=scores.logsumexp(-1))
 
 
 def documents(lengths: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -150,3 +163,60 @@ def test_choice() -> None:
             apply_kernels(model, KernelsConfig(attention="flex"), gpu)
         apply_kernels(model, KernelsConfig(), gpu)
         assert attention_in_use(model) != NAME
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "granite_swa", "gemma2"])
+def test_sinks_and_soft_caps(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `sdpa` does not do, all rows without padding go through blocks: logits and gradients are the eager ones."""
+    monkeypatch.setattr(attention, "_HALF", (torch.float32,))
+    monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", _written_out)
+    model = tiny_model(family, sliding_window=40, attn_logit_softcapping=2.0)
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:
+            torch.nn.init.uniform_(parameter, -1, 3, generator=torch.Generator().manual_seed(1))
+        elif "q_proj.weight" in name:
+            parameter.data *= 20  # scores that differ, and reach the cap
+    packing_without_sync(model)
+    ids = torch.randint(5, 260, (2, 268), generator=torch.Generator().manual_seed(2))
+    positions, _ = documents([[100, 28, 140], [1, 200, 67]])
+    padding = torch.ones_like(ids)
+    padding[1, 200:] = 0
+    kinds = [{"position_ids": positions}, {}, {"attention_mask": padding}]
+
+    def run(inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        logits = model(input_ids=ids, use_cache=False, **inputs).logits
+        (logits[0].logsumexp(-1).mean() + logits[1, :200].logsumexp(-1).mean()).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return logits.detach(), gradients
+
+    wanted = [run(inputs) for inputs in kinds]
+    install_attention_kernel(model)
+    calls = []
+    monkeypatch.setattr(attention, "eager_mask", lambda **k: calls.append(1) or eager_mask(**k))
+    for inputs, (logits, gradients) in zip(kinds, wanted):
+        calls.clear()
+        got, found = run(inputs)
+        assert bool(calls) == ("attention_mask" in inputs)
+        close(got[0], logits[0], 256, name=f"logits of {[*inputs]}")
+        for name, gradient in gradients.items():
+            close(found[name], gradient, 4096, name=f"{name} with {[*inputs]}")
+    monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", _plain_flex)
+    with torch.no_grad():
+        close(model(input_ids=ids, **kinds[0], use_cache=False).logits, wanted[0][0], 256, name="logits of torch's own")
+    cached = model.generate(ids[:1, :50], max_new_tokens=4, do_sample=False)
+    model.set_attn_implementation("eager")
+    assert torch.equal(cached, model.generate(ids[:1, :50], max_new_tokens=4, do_sample=False))
+
+
+def test_choice_where_sdpa_does_not_do() -> None:
+    gpu = torch.device("cuda")
+    model = tiny_model("gpt_oss")
+    assert attention_in_use(model) == "eager"
+    apply_kernels(model, KernelsConfig(), gpu)
+    assert attention.attention_text(attention_in_use(model)) == "FlexAttention"
+    with pytest.raises(ValueError, match="soft caps, sinks"):
+        apply_kernels(tiny_model("gpt_oss"), KernelsConfig(attention="cudnn"), gpu)
+    asked = build_on_meta("AutoModelForCausalLM", model.config, torch.float32, "eager", False)
+    apply_kernels(asked, KernelsConfig(), gpu)
+    assert attention_in_use(asked) == "eager"

@@ -4,12 +4,16 @@ Transformers describes packed rows by a mask `[b, 1, s, s]`. With such a mask at
 and it cannot skip the parts of a row that no query looks at. FlexAttention (arXiv 2412.05496) only needs to know which
 blocks of 128 tokens look at each other, and that follows from where documents begin. We make this block mask once per
 forward and kind of layer, without waiting for the device. Rows of one document go to the kernel of a library.
+
+Some models have terms in their softmax that `sdpa` lacks: soft caps, or sinks. They attend eagerly in transformers,
+with scores of `s × s`. Here FlexAttention computes all their rows (`flex_only.py`).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -20,12 +24,14 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from automodel_trainer.models._masks import is_plain
-from automodel_trainer.models._transformers import attention_of, offers_flex_attention
+from automodel_trainer.models._transformers import attention_of, offers_flex_attention, offers_sdpa
+from automodel_trainer.models.kernels import flex_only
 from automodel_trainer.models.kernels.library import AttentionFunction, KernelLibrary, wrong_dtype
 from automodel_trainer.models.kernels.registry import find, libraries
+from automodel_trainer.models.record import recorded
 from automodel_trainer.nn.documents import current_documents
 from automodel_trainer.nn.kept_results import results_are_kept, with_kept_results
 
@@ -43,10 +49,13 @@ def attention_name(kernel: str) -> str:
 
 
 NAME = attention_name("flex")
+ONLY = attention_name("flex_only")
 
 
 def attention_text(name: str) -> str:
     """The ledger's text for the attention of this name in transformers."""
+    if name == ONLY:
+        return "FlexAttention"
     titles = {attention_name(lib.name): lib.title for lib in libraries() if "attention" in lib.offers}
     return f"FlexAttention for packed rows, {titles[name]} for others" if name in titles else name
 
@@ -70,6 +79,16 @@ def install_attention_kernel(model: PreTrainedModel, kernel: str = "flex") -> No
         raise ValueError(
             f"attention={kernel!r} does not fit {type(model).__name__}: {obstacle}. Use 'sdpa' or 'eager'."
         )
+    if not offers_sdpa(model):
+        if kernel != "flex":
+            raise ValueError(
+                f"attention={kernel!r} does not fit {type(model).__name__}: its softmax has terms (soft caps, sinks) "
+                "that only FlexAttention computes. Use 'flex' or 'eager'."
+            )
+        AttentionInterface.register(ONLY, flex_only.attend)
+        AttentionMaskInterface.register(ONLY, _mask_of_blocks)
+        model.set_attn_implementation(ONLY)
+        return
     plain = library.attention()
     name = attention_name(kernel)
     is_sdpa = plain is sdpa_attention_forward
@@ -78,11 +97,19 @@ def install_attention_kernel(model: PreTrainedModel, kernel: str = "flex") -> No
     model.set_attn_implementation(name)
 
 
+@dataclass(frozen=True)
+class AttentionAsked:
+    """An entry of a model's record: the name of the attention that its builder was asked for."""
+
+    name: str
+
+
 def flex_obstacle(model: PreTrainedModel) -> str | None:
     """Why `model` cannot attend through FlexAttention; None if it can."""
     config = model.config.get_text_config(decoder=True)
-    kernel = attention_of(config)
-    if kernel != "sdpa":
+    kernel, asked = attention_of(config), recorded(model, AttentionAsked)
+    chosen_by_transformers = "sdpa" if offers_sdpa(model) else "eager"
+    if kernel != chosen_by_transformers or (asked is not None and asked.name == "eager"):
         return f"its attention is already set to {kernel!r}"
     if not offers_flex_attention(model):
         return "transformers does not offer it for this model"
@@ -151,13 +178,39 @@ def _mask(
         kernel: name of the library for rows of one document; None: `sdpa` is that too.
     """
     documents = current_documents()
-    unmasked = arguments.get("attention_mask") is None and not use_vmap
-    if documents is not None and dtype in _HALF and unmasked and is_plain(arguments["mask_function"]):
+    if documents is not None and _fits_blocks(dtype, use_vmap, arguments):
         return document_block_mask(documents, local_size)
     mask: Tensor | None = sdpa_mask(dtype=dtype, local_size=local_size, use_vmap=use_vmap, **arguments)
     if mask is not None and kernel is not None and torch.is_grad_enabled():
         _warn_of_masks(kernel)
     return mask
+
+
+def _mask_of_blocks(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    dtype: torch.dtype = torch.float32,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **arguments: Any,
+) -> Tensor | BlockMask:
+    """The block mask of rows without padding in half precision, else the mask that `eager` would get."""
+    if q_length == kv_length > 1 and _fits_blocks(dtype, use_vmap, arguments):
+        documents = current_documents()
+        if documents is None:
+            documents = torch.zeros(batch_size, q_length, dtype=torch.int64, device=device)
+        return document_block_mask(documents, local_size)
+    arguments |= {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "device": device}
+    return eager_mask(dtype=dtype, local_size=local_size, use_vmap=use_vmap, **arguments)
+
+
+def _fits_blocks(dtype: torch.dtype, use_vmap: bool, arguments: dict[str, Any]) -> bool:
+    """Whether a mask is no more than causal within documents and windows, for a kernel in half precision."""
+    unmasked = arguments.get("attention_mask") is None and not use_vmap
+    return dtype in _HALF and unmasked and is_plain(arguments["mask_function"])
 
 
 @cache
