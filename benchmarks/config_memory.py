@@ -74,9 +74,13 @@ def run(name: str, tiny: bool) -> dict[str, Any]:
         small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32}
         sizes = {**sizes, **{key: value for key, value in small.items() if key in sizes or "moe" not in key}}
     gpu = torch.cuda.is_available()
-    if gpu:
+
+    def limit() -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, int(memory) * 2**30 / total))
+
+    if gpu and goal != "qlora":
+        limit()
     if ranks > 1:
         imagine(ranks)
 
@@ -85,7 +89,9 @@ def run(name: str, tiny: bool) -> dict[str, Any]:
 
         def on_train_start(self, *_: Any) -> None:
             if gpu:
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
+                limit()  # random weights lie whole in bf16 before they are quantized; a checkpoint's do not
 
     trainer = Trainer(
         strategy=case["strategy"],
@@ -146,9 +152,17 @@ class Room:
         self.left, self.whole = gib, gib
         self.changed = threading.Condition()
 
+    def needed(self, case: dict[str, Any], name: str) -> float:
+        """GiB of a case at most; random weights lie whole in bf16 before they are quantized."""
+        from choose import MODELS
+
+        model, goal, _, memory = name.split("|")
+        most = min(case["estimate_gib"] * 1.1 + 2, int(memory))
+        return min(max(most, 2 * MODELS[model].parameters / 2**30 + 5 if goal == "qlora" else 0), self.whole)
+
     def run(self, case: dict[str, Any], name: str, args: argparse.Namespace) -> str:
         """Measure the case as soon as there is room."""
-        needed = min(case["estimate_gib"] * 1.1 + 2, int(name.split("|")[-1]), self.whole)
+        needed = self.needed(case, name)
         with self.changed:
             self.changed.wait_for(lambda: self.left >= needed)
             self.left -= needed

@@ -48,11 +48,11 @@ def plan(model: str, goal: str, gpus: int, memory: int, length: int) -> Plan | N
             if cp > 1 and not recompute:
                 continue
             rows = 1
-            size = _gib(model, goal, gpus, length // cp, recompute)
+            size = _gib(model, goal, gpus, memory, length // cp, recompute)
             if size > USABLE * memory:
                 continue
             while cp == 1 and 2 * rows * length <= MOST_TOKENS:
-                more = _gib(model, goal, gpus, 2 * rows * length, recompute)
+                more = _gib(model, goal, gpus, memory, 2 * rows * length, recompute)
                 if more > USABLE * memory:
                     break
                 rows, size = 2 * rows, more
@@ -60,10 +60,10 @@ def plan(model: str, goal: str, gpus: int, memory: int, length: int) -> Plan | N
     return None
 
 
-def _gib(model: str, goal: str, gpus: int, tokens: int, recompute: bool) -> float:
+def _gib(model: str, goal: str, gpus: int, memory: int, tokens: int, recompute: bool) -> float:
     kind = "full" if goal == "pretrain" else goal
     tower = 2 * TOWERS.get(model, 0) / gpus / GIB
-    return sum(needed(MODELS[model], kind, gpus, tokens, recompute=recompute).values()) + tower
+    return sum(needed(MODELS[model], kind, gpus, tokens, recompute=recompute, memory=memory).values()) + tower
 
 
 def _strategy(model: str, goal: str, gpus: int, cp: int, recompute: bool) -> str:

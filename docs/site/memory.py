@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 GIB = 2**30
 NF4 = 0.5 + 0.5 / 64 * 2  # bytes of a weight in 4 bits with its scales
+HELD = 0.1  # as `sync_every_micro_batch="auto"` has it (strategies/data_parallel/shard.py)
 BACKWARD = 2.3  # what a recomputed block holds in its backward, over what it would have kept: gradients lie beside it
 
 
@@ -68,7 +69,7 @@ class Shape:
 
 
 def needed(
-    shape: Shape, goal: str, gpus: int, tokens: int, *, recompute: bool, accumulate: bool = True
+    shape: Shape, goal: str, gpus: int, tokens: int, *, recompute: bool, accumulate: bool = True, memory: float = 0
 ) -> dict[str, float]:
     """GiB on each GPU, by what they are for.
 
@@ -79,6 +80,7 @@ def needed(
         tokens: of a micro-batch on one GPU.
         recompute: activation checkpointing of whole blocks.
         accumulate: several micro-batches a step, so gradients lie beside activations.
+        memory: GiB of a GPU. Up to `HELD` of it, whole gradients wait for the last micro-batch of a step.
     """
     adapters = goal != "full"
     activations = shape.layers * tokens * shape.kept(adapters)
@@ -94,6 +96,9 @@ def needed(
         states = (inside * shape.layers * shape.block + 2 * shape.ends) / gpus
         gradients = 16 * shape.adapters() / gpus  # in fp32, with Adam's moments and their own weights
         other = gathered + 2 * head * (gpus > 1) + (2 * 2 * shape.block if goal == "qlora" else 0)
+    waiting = 4 * (shape.adapters() if adapters else shape.parameters)
+    if gpus > 1 and accumulate and waiting <= HELD * memory * GIB:
+        gradients += waiting
     if not accumulate:
         gradients = max(0.0, gradients - activations)
     parts = {"states": states, "gradients": gradients, "activations": activations, "other": other + 0.5 * GIB}

@@ -77,7 +77,8 @@ class FSDP2Strategy(InnerParallelStrategy):
         memory: choose both so that a step fits: "80%" of the device, "20GiB", or a number of GiB that tensors may take.
             Steps of the largest micro-batch are tried before the first one (`budget.py`).
         sync_every_micro_batch: reduce gradients after every micro-batch instead of once per optimizer step. This costs
-            more traffic, but no unsharded gradients are held while micro-batches accumulate.
+            more traffic, but no gathered gradients (4 bytes for each trained parameter) are held while micro-batches
+            accumulate. "auto": where these would take more than a tenth of a GPU's memory.
         compile, compile_backend, compile_options, launcher, process_group_backend, timeout: see `MeshStrategy`.
 
     Source: `torch.distributed.fsdp.fully_shard`; ZeRO, arXiv 1910.02054.
@@ -102,7 +103,7 @@ class FSDP2Strategy(InnerParallelStrategy):
         activation_checkpointing: ActivationCheckpointing = None,
         tiled_mlp: TiledMLP = False,
         memory: Memory = None,
-        sync_every_micro_batch: bool = False,
+        sync_every_micro_batch: bool | Literal["auto"] = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(

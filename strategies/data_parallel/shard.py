@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -19,6 +20,7 @@ from automodel_trainer.distributed._dtensor import StridedShard
 from automodel_trainer.models.lora.layers import Adapter, adapters, let_adapters_cast
 from automodel_trainer.models.quantization.quantize import quantized_weights
 from automodel_trainer.nn.blocks import find_blocks, untied_input_embedding
+from automodel_trainer.nn.device_memory import DeviceMemory, memory_of
 from automodel_trainer.strategies.base.precision import Dtypes, fsdp_policy
 from automodel_trainer.strategies.data_parallel import gradient_reduction
 from automodel_trainer.strategies.data_parallel._fsdp import (
@@ -31,6 +33,7 @@ from automodel_trainer.strategies.data_parallel.accumulate_grads_foreach import 
 from automodel_trainer.strategies.data_parallel.generate import gather_once_in_generate
 from automodel_trainer.strategies.expert.parallelize import place_expert
 
+HELD = 0.1  # of a GPU's memory, which gradients may take while they wait for the last micro-batch
 _SMALL = 2**30  # bytes; see `_small`
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -43,7 +46,13 @@ class ShardOptions:
     forward_prefetch: int = 0
     backward_prefetch: int = 0
     cpu_offload: bool = False
-    sync_every_micro_batch: bool = False
+    sync_every_micro_batch: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.sync_every_micro_batch not in (True, False, "auto"):
+            raise ValueError(
+                f"sync_every_micro_batch={self.sync_every_micro_batch!r} is unknown. Allowed: true, false, auto."
+            )
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,15 @@ class Shards:
         self.experts: ShardedExperts | None = None
         self._keeps_copies = False
         self._self_casting: list[Adapter] = []
+        self._gathered_gradients = 0  # bytes that gradients take on a rank while they wait to be reduced
+        self._memory: DeviceMemory | None = None
+
+    @property
+    def syncs_every_micro_batch(self) -> bool:
+        """Whether gradients are reduced after every micro-batch, and not only after a step's last one."""
+        if self.options.sync_every_micro_batch != "auto":
+            return self.options.sync_every_micro_batch
+        return self._memory is not None and self._gathered_gradients > HELD * self._memory.total
 
     def apply(
         self,
@@ -104,6 +122,8 @@ class Shards:
             casting = self._let_cast(model, dtypes.compute) if alone else set()
             options["ignored_params"] |= self._left_alone(model, dtypes.compute) | casting
             self._keeps_copies = _small(model, dtypes.compute, options["ignored_params"])
+        else:
+            self._choose_sync(model, dtypes, mesh, options["ignored_params"])
         lay_out_gradients_at_once()
         blocks = find_blocks(model)
         reshard = self.options.reshard_after_forward and not self._keeps_copies
@@ -127,6 +147,17 @@ class Shards:
         _prefetch(blocks, self.options.forward_prefetch, self.options.backward_prefetch)
         if self.experts is not None:
             gradient_reduction.average_over(self.experts.modules, mesh.size())
+
+    def _choose_sync(self, model: nn.Module, dtypes: Dtypes, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
+        """Count what gradients of `model` take while they wait, and say if they may not."""
+        before = self.syncs_every_micro_batch
+        self._gathered_gradients += _gradient_bytes(model, dtypes, ignored)
+        self._memory = memory_of(torch.device(mesh.device_type))
+        if self.syncs_every_micro_batch and not before:
+            rank_zero_info(
+                "sync_every_micro_batch='auto': chose true. Gradients that wait for the last micro-batch would take "
+                f"{self._gathered_gradients / 2**30:.1f} GiB. Set it to false if there is room."
+            )
 
     def _shard_experts(self, model: nn.Module, options: dict[str, Any]) -> None:
         """Make the experts of each layer a unit of their own: they are sharded over fewer ranks than the rest."""
@@ -174,7 +205,7 @@ class Shards:
     def sync(self, model: nn.Module, last: bool) -> Iterator[None]:
         """A context around one micro-batch. Gradients are reduced in the `last` one, or in all by option."""
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last or self.options.sync_every_micro_batch)
+            model.set_requires_gradient_sync(last or self.syncs_every_micro_batch)
             model.set_is_last_backward(last)  # only then FSDP2 waits for its reductions
             model.set_reshard_after_backward(last or not self._keeps_copies)
         # Read the adapters' parameters now: those of a model laid out on meta have been replaced since.
@@ -185,7 +216,7 @@ class Shards:
     @contextmanager
     def no_sync(self, module: nn.Module) -> Iterator[None]:
         """A context around micro-batches of a user's own module whose gradients only accumulate."""
-        if self.options.sync_every_micro_batch:
+        if self.syncs_every_micro_batch:
             yield
             return
         roots = [m for m in module.modules() if isinstance(m, FSDPModule)]
@@ -215,6 +246,7 @@ class Shards:
     def forget(self) -> None:
         """Release the model."""
         self._self_casting = []
+        self._gathered_gradients = 0
         self.experts = None
 
 
@@ -236,6 +268,13 @@ def _small(model: nn.Module, dtype: torch.dtype, ignored: set[nn.Parameter]) -> 
     other parameters.
     """
     return sum(p.numel() for p in model.parameters() if p not in ignored) * dtype.itemsize <= _SMALL
+
+
+def _gradient_bytes(model: nn.Module, dtypes: Dtypes, ignored: set[nn.Parameter]) -> int:
+    """What the gathered gradients of `model` take on this rank, in the dtype in which micro-batches are summed."""
+    trained = (p for p in model.parameters() if p.requires_grad and p not in ignored)
+    held = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+    return sum(tensor.numel() for tensor in held) * (fsdp_policy(dtypes).reduce_dtype or dtypes.parameters).itemsize
 
 
 def _shard_dimension(parameter: nn.Parameter) -> Shard | None:

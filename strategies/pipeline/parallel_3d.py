@@ -119,7 +119,7 @@ class Parallel3DStrategy(FSDP2Strategy):
         if self.splits_backward:
             asked = {n: getattr(self, n) for n in ("sync_every_micro_batch", "reshard_after_forward")}
             why = f"schedule={self.schedule!r} (it keeps parameters and gradients gathered until the end of the step)"
-            idle += [f"{name}=True with {why}" for name, given in asked.items() if given]
+            idle += [f"{name}=True with {why}" for name, given in asked.items() if given is True]
         return idle
 
     def forget_run(self) -> None:
@@ -468,7 +468,7 @@ class _Step:
             # A split backward runs the weights' half later, when the parameters must still be gathered.
             split = self.strategy.splits_backward
             keep = split or not self.strategy.reshard_after_forward
-            model.set_requires_gradient_sync(last or (self.strategy.sync_every_micro_batch and not split))
+            model.set_requires_gradient_sync(last or (self.strategy.shards.syncs_every_micro_batch and not split))
             model.set_is_last_backward(last)
             model.set_reshard_after_backward(last or not keep)
 

@@ -7,6 +7,7 @@ import re
 import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +24,7 @@ from automodel_trainer.models.kernels import KernelsConfig
 from automodel_trainer.models.lora import LoRAConfig, apply_lora
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.strategies import FSDP2Strategy, MeshStrategy
+from automodel_trainer.strategies.data_parallel import shard
 from tests.harness import check_run, full, make_strategy, once, random_rows, widened
 from tests.matrix import more
 from tests.pool import RankPool
@@ -208,8 +210,12 @@ def test_a_given_model_keeps_its_rotary_frequencies(tmp_path: Path) -> None:
     assert {p.dtype for p in ours.model.parameters()} == {torch.bfloat16}
 
 
-def held_back(option: str, root: str) -> int:
-    """How often gradients were told to wait for the end of the step."""
+def held_back(option: str, root: str, memory: int | None = None) -> int:
+    """How often gradients were told to wait for the end of the step.
+
+    Args:
+        memory: bytes of the device; None: nobody counts on it.
+    """
     waits = 0
     original = FSDPModule.set_requires_gradient_sync
 
@@ -220,6 +226,7 @@ def held_back(option: str, root: str) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FSDPModule, "set_requires_gradient_sync", spy)
+        patch.setattr(shard, "memory_of", lambda device: memory and SimpleNamespace(total=memory))
         options = quiet(root, strategy=f"fsdp2:{option}", devices=2, max_steps=1, accumulate_grad_batches=2)
         Trainer(**options).fit(Own(), loader_of(2, 2))
     return waits
@@ -228,6 +235,14 @@ def held_back(option: str, root: str) -> int:
 def test_gradients_of_every_micro_batch(pool: RankPool, tmp_path: Path) -> None:
     assert all(count > 0 for count in pool.run(2, held_back, "sync_every_micro_batch=false", str(tmp_path)))
     assert pool.run(2, held_back, "sync_every_micro_batch=true", str(tmp_path)) == [0, 0]
+
+
+def test_gradients_wait_where_there_is_room(pool: RankPool, tmp_path: Path) -> None:
+    """By default: gathered gradients, of 4 bytes, take up to a tenth of the memory."""
+    size = 4 * sum(p.numel() for p in Own().parameters())
+    assert all(count > 0 for count in pool.run(2, held_back, "dp_shard=2", str(tmp_path)))
+    assert all(count > 0 for count in pool.run(2, held_back, "dp_shard=2", str(tmp_path), 10 * size))
+    assert pool.run(2, held_back, "dp_shard=2", str(tmp_path), 10 * size - 10) == [0, 0]
 
 
 class Small(pl.LightningModule):
