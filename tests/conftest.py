@@ -18,6 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's shell gives 
 gc.disable()  # imports make no garbage; `seldom_look_for_garbage` enables it
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tests import matrix, rounding  # noqa: E402
@@ -58,6 +59,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     look_once_for_plugins()
     seldom_look_for_garbage()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 def shuffled(items: list[pytest.Item], dice: random.Random) -> list[pytest.Item]:

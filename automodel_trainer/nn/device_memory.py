@@ -11,11 +11,12 @@ class DeviceMemory:
     """The memory of a GPU as this process sees it. It waits for nothing: the allocator counts on the host.
 
     Args:
-        device: the GPU.
+        device: the GPU; without an index the one that this process uses.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        current = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", current)
 
     @property
     def total(self) -> int:

@@ -72,6 +72,7 @@ def layers_with_one_input(model: PreTrainedModel, names: Iterable[str]) -> list[
         for name in names:
             probe.get_submodule(name).register_forward_pre_hook(note(name))
         try:
+            probe.set_attn_implementation("eager")  # other kernels would read memory that fake tensors do not have
             probe(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
         except Exception:  # the model needs other inputs, or reads values: an incomplete record is of no use
             calls.clear()
@@ -93,7 +94,7 @@ def blocks_of(model: nn.Module) -> dict[int, int]:
     return {id(module): index for index, block in enumerate(find_blocks(model)) for module in block.modules()}
 
 
-def _without_values(model: nn.Module) -> nn.Module:
+def _without_values(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model whose tensors have shapes but no values (inside `FakeTensorMode`)."""
     memo: dict[int, Any] = {id(t): _empty(t) for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)

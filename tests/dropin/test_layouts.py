@@ -57,7 +57,7 @@ def full(tensor: Any) -> torch.Tensor:
 def loop(model: PreTrainedModel, rows: torch.Tensor, clip: Any = torch.nn.utils.clip_grad_norm_) -> dict[int, float]:
     """Four steps as any torch user writes them; the losses, averaged over data-parallel ranks."""
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-2)
     losses = {}
     for step in range(4):
         parts = rows.chunk(2) if step == 1 else [rows]  # the second step accumulates
