@@ -10,17 +10,17 @@ from memory import GIB, Shape, needed
 
 # Shapes of well-known models, from their configs.
 MODELS = {
-    "Qwen/Qwen3-0.6B": Shape(1024, 28, 2048, 1024, 3072, 151936, tied=True),
+    "Qwen/Qwen3-0.6B": Shape(1024, 28, 2048, 1024, 3072, 151936, tied=True, normed=3072),
     "meta-llama/Llama-3.2-1B": Shape(2048, 16, 2048, 512, 8192, 128256, tied=True),
-    "Qwen/Qwen3-4B": Shape(2560, 36, 4096, 1024, 9728, 151936, tied=True),
-    "google/gemma-3-4b-it": Shape(2560, 34, 2048, 1024, 10240, 262208, tied=True),
+    "Qwen/Qwen3-4B": Shape(2560, 36, 4096, 1024, 9728, 151936, tied=True, normed=5120),
+    "google/gemma-3-4b-it": Shape(2560, 34, 2048, 1024, 10240, 262208, tied=True, normed=5632),
     "meta-llama/Llama-3.1-8B": Shape(4096, 32, 4096, 1024, 14336, 128256),
-    "Qwen/Qwen3-8B": Shape(4096, 36, 4096, 1024, 12288, 151936),
-    "Qwen/Qwen3-VL-8B-Instruct": Shape(4096, 36, 4096, 1024, 12288, 151936),
-    "Qwen/Qwen3-14B": Shape(5120, 40, 5120, 1024, 17408, 151936),
+    "Qwen/Qwen3-8B": Shape(4096, 36, 4096, 1024, 12288, 151936, normed=5120),
+    "Qwen/Qwen3-VL-8B-Instruct": Shape(4096, 36, 4096, 1024, 12288, 151936, normed=5120),
+    "Qwen/Qwen3-14B": Shape(5120, 40, 5120, 1024, 17408, 151936, normed=6144),
     "openai/gpt-oss-20b": Shape(2880, 24, 4096, 512, 2880, 201088, experts=32, chosen=4),
-    "Qwen/Qwen3-30B-A3B": Shape(2048, 48, 4096, 512, 768, 151936, experts=128, chosen=8),
-    "Qwen/Qwen3-32B": Shape(5120, 64, 8192, 1024, 25600, 151936),
+    "Qwen/Qwen3-30B-A3B": Shape(2048, 48, 4096, 512, 768, 151936, experts=128, chosen=8, normed=4608),
+    "Qwen/Qwen3-32B": Shape(5120, 64, 8192, 1024, 25600, 151936, normed=9216),
     "meta-llama/Llama-3.1-70B": Shape(8192, 80, 8192, 1024, 28672, 128256),
 }
 # Parameters of towers for pictures, which are frozen; what they keep of pictures comes on top and is not counted.

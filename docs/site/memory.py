@@ -7,6 +7,7 @@ from dataclasses import dataclass
 GIB = 2**30
 NF4 = 0.5 + 0.5 / 64 * 2  # bytes of a weight in 4 bits with its scales
 HELD = 0.1  # as `sync_every_micro_batch="auto"` has it (strategies/data_parallel/shard.py)
+LOGITS = 2**29  # that exist at a time, in bf16 (modules/linear_cross_entropy.py)
 BACKWARD = 2.3  # what a recomputed block holds in its backward, over what it would have kept: gradients lie beside it
 
 
@@ -20,6 +21,7 @@ class Shape:
         feed_forward: width of the gated MLP, or of one expert.
         experts, chosen: of a layer, and how many a token takes; 1 and 1 is a plain MLP.
         tied: whether head and embedding are one weight.
+        normed: width of what norms inside a block (of heads, of results) keep beside that, when all is trained.
     """
 
     hidden: int
@@ -31,6 +33,7 @@ class Shape:
     experts: int = 1
     chosen: int = 1
     tied: bool = False
+    normed: int = 0
 
     @property
     def block(self) -> int:
@@ -65,7 +68,7 @@ class Shape:
         mlp = self.chosen * wide * self.feed_forward
         if self.experts > 1:
             mlp = self.chosen * (3 * self.feed_forward + self.hidden)  # and the tokens, sorted
-        return 2 * (3 * self.hidden + self.queries + 2 * self.keys + mlp)
+        return 2 * (3 * self.hidden + self.queries + 2 * self.keys + mlp + (0 if adapters else self.normed))
 
 
 def needed(
@@ -91,11 +94,14 @@ def needed(
     if not adapters:
         states, gradients = 12 * shape.parameters / gpus, 4 * shape.parameters / gpus
         other = gathered + 8 * head  # embedding and head in bf16, the head's gradient in fp32
+        if gpus > 1 and accumulate:
+            other += 4 * head  # it is reduced beside what earlier micro-batches have left
     else:
         inside = NF4 if goal == "qlora" else 2
         states = (inside * shape.layers * shape.block + 2 * shape.ends) / gpus
         gradients = 16 * shape.adapters() / gpus  # in fp32, with Adam's moments and their own weights
-        other = gathered + 2 * head * (gpus > 1) + (2 * 2 * shape.block if goal == "qlora" else 0)
+        other = gathered + 2 * head * (gpus > 1) + 2 * min(LOGITS, tokens * shape.vocabulary)
+        other += 2 * 2 * shape.block if goal == "qlora" and shape.experts == 1 else 0  # experts multiply as they are
     waiting = 4 * (shape.adapters() if adapters else shape.parameters)
     if gpus > 1 and accumulate and waiting <= HELD * memory * GIB:
         gradients += waiting

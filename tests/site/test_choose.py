@@ -21,6 +21,7 @@ from memory import Shape, needed  # noqa: E402
 ONE, EIGHT, MIXTURE = (
     choose.MODELS[name] for name in ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B")
 )
+QWEN, GEMMA, SINKS = (choose.MODELS[name] for name in ("Qwen/Qwen3-8B", "google/gemma-3-4b-it", "openai/gpt-oss-20b"))
 
 # Peaks of benchmarks/RESULTS.md, in GiB a GPU: shape, goal, GPUs, tokens of a micro-batch, recomputed, accumulated.
 MEASURED = [
@@ -35,6 +36,32 @@ MEASURED = [
     (replace(ONE, tied=False), "full", 1, 8192, False, True, 32.73),
     (MIXTURE, "lora", 1, 8192, False, True, 102.5),
     (replace(MIXTURE, layers=6), "full", 1, 16384, False, False, 67.8),
+    (EIGHT, "lora", 1, 8192, True, True, 21.1),
+    (EIGHT, "lora", 1, 4096, False, True, 30.8),
+    (EIGHT, "full", 1, 8192, True, True, 126.9),
+    (EIGHT, "full", 8, 4096, True, True, 23.6),
+    (EIGHT, "full", 8, 8192, False, True, 46.8),
+    (EIGHT, "full", 8, 16384, False, True, 69.1),
+    (QWEN, "lora", 1, 8192, True, True, 21.6),
+    (QWEN, "lora", 1, 4096, False, True, 31.6),
+    (QWEN, "lora", 1, 8192, False, True, 46.0),
+    (QWEN, "full", 1, 4096, True, True, 127.6),
+    (QWEN, "full", 8, 2048, True, True, 23.4),
+    (QWEN, "full", 8, 4096, False, True, 35.3),
+    (QWEN, "full", 8, 16384, False, True, 76.4),
+    (GEMMA, "lora", 1, 4096, False, True, 20.9),
+    (GEMMA, "lora", 1, 8192, False, True, 31.2),
+    (GEMMA, "full", 1, 4096, False, True, 72.8),
+    (GEMMA, "full", 1, 16384, False, True, 102.3),
+    (GEMMA, "full", 8, 8192, False, True, 34.7),
+    (GEMMA, "full", 8, 16384, False, True, 54.4),
+    (SINKS, "qlora", 1, 8192, True, True, 18.6),
+    (SINKS, "lora", 1, 2048, True, True, 43.7),
+    (SINKS, "lora", 1, 8192, False, True, 67.6),
+    (SINKS, "lora", 1, 16384, False, True, 90.3),
+    (MIXTURE, "qlora", 1, 2048, False, True, 36.2),
+    (MIXTURE, "lora", 1, 8192, True, True, 71.0),
+    (MIXTURE, "lora", 1, 8192, False, True, 104.9),
 ]
 
 

@@ -30,7 +30,7 @@ def test_sizes_of_layouts_by_hand() -> None:
     eight = scale.SHAPES["8B"]
     fsdp, hsdp = scale.LAYOUTS["8B"]
     per_gpu = 16 * eight.parameters / 8 / scale.GIB  # fp32 weights, gradients and two moments
-    assert per_gpu < scale.memory(eight, hsdp, 1024) == scale.memory(eight, fsdp, 8) < per_gpu + 9
+    assert per_gpu < scale.memory(eight, hsdp, 1024) == scale.memory(eight, fsdp, 8) < per_gpu + 11  # what is gathered
     rings = 8 * eight.layers * eight.block * 7 / 8 / 258e9 + 3 * eight.layers * 7 * 5e-6  # bytes, and hops
     assert scale.communication(eight, fsdp, 8) == pytest.approx(rings, rel=0.01)
     assert scale.communication(eight, fsdp, 1024) > scale.communication(eight, hsdp, 1024)
