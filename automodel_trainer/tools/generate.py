@@ -2,6 +2,7 @@
 
 amt generate --model runs/quickstart/export --prompt "What does `math.hypot` do in Python?"
 amt generate --model runs/vlm/export --image cat.jpg --prompt "What is this?"
+amt generate --model runs/vlm/export --video dance.mp4 --prompt "What happens?"
 amt generate --model runs/quickstart/export            # a conversation, one line at a time
 """
 
@@ -13,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from automodel_trainer.data.pictures.files import Pictures
 from automodel_trainer.models.generation import encode, generation_config
+from automodel_trainer.tools.visual_prompt import VisualPrompt
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -27,6 +28,8 @@ def generate(
     prompt: str | None,
     *,
     images: Sequence[str | Path] = (),
+    videos: Sequence[str | Path] = (),
+    video_fps: float | None = None,
     system: str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -42,6 +45,8 @@ def generate(
         prompt: the prompt. None: read one per line from standard input, as turns of one conversation. An empty line
             starts a new conversation.
         images: pictures that the first prompt shows, for a vision-language model.
+        videos: videos that it shows after them, as files or as folders of frames.
+        video_fps: frames per second of such folders, and how many of a file are taken. None: what the processor says.
         system: a system message at the start of the conversation. The model must have a chat template.
         max_new_tokens: maximum number of tokens per answer.
         temperature: 0 always takes the most likely token (greedy); above 0, tokens are sampled.
@@ -63,8 +68,8 @@ def generate(
         )
     check_folder(model)
     loaded, tokenizer = load(model, device=device, dtype=dtype)
-    processor = _processor(model, loaded, tokenizer, images)
-    pictures = [Pictures(Path(path).expanduser().parent).read(Path(path).name) for path in images]
+    processor = _processor(model, loaded, tokenizer, asked=[*images, *videos])
+    prompt_of = None if processor is None else VisualPrompt(processor, images, videos, video_fps)
     if system is not None and not tokenizer.chat_template:
         raise ValueError(f"{model} has no chat template, so it does not support a system message. Leave out `system`.")
     if seed is not None:
@@ -80,7 +85,7 @@ def generate(
             conversation = list(opening)
             continue
         conversation.append({"role": "user", "content": line})
-        inputs = encode(tokenizer, conversation) if processor is None else shown(processor, conversation, pictures)
+        inputs = encode(tokenizer, conversation) if prompt_of is None else prompt_of.inputs(conversation)
         answers.append(_answer(loaded, tokenizer, inputs, config))
         conversation.append({"role": "assistant", "content": answers[-1]})
     return answers
@@ -136,18 +141,11 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[Any, PreTra
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
-def shown(processor: Any, conversation: Sequence[dict[str, str]], pictures: Sequence[Any]) -> Any:
-    """What a vision-language model reads of a conversation whose first prompt shows pictures: tensors `[1, …]`."""
-    messages: list[dict[str, Any]] = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in conversation]
-    first = next(message for message in messages if message["role"] == "user")
-    first["content"] = [*({"type": "image", "image": picture} for picture in pictures), *first["content"]]
-    return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-
-
-def _processor(model: str | Path, loaded: Any, tokenizer: Any, images: Sequence[str | Path]) -> Any:
+def _processor(model: str | Path, loaded: Any, tokenizer: Any, asked: Sequence[str | Path]) -> Any:
     """The processor of a vision-language model that has a chat template; None for a model of text.
+
+    Args:
+        asked: pictures and videos that the prompt shows.
 
     Raises:
         ValueError: there are pictures, and the model sees none or has no template for them.
@@ -157,13 +155,15 @@ def _processor(model: str | Path, loaded: Any, tokenizer: Any, images: Sequence[
     from automodel_trainer.models.processors import has_processor, load_processor
 
     sees = WITH_PICTURES in auto_classes_of(loaded)
-    if images and not sees:
-        raise ValueError(f"--image is for models that see pictures, and {model} is a {type(loaded).__name__}.")
-    if not sees or not (images or has_processor(resolve_folder(model))):
+    if asked and not sees:
+        raise ValueError(
+            f"--image and --video are for models that see pictures, and {model} is a {type(loaded).__name__}."
+        )
+    if not sees or not (asked or has_processor(resolve_folder(model))):
         return None
     processor = load_processor(model)
     if processor.chat_template is None:
-        if images:
+        if asked:
             raise ValueError(f"{model} has no chat template, which says where pictures stand in a prompt.")
         return None
     tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
@@ -204,6 +204,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder with config, tokenizer and safetensors")
     parser.add_argument("--prompt", help="the prompt; without it, prompts are read from the terminal")
     parser.add_argument("--image", dest="images", action="append", default=[], help="a picture; may be repeated")
+    parser.add_argument(
+        "--video", dest="videos", action="append", default=[], help="a video, or a folder of frames; may be repeated"
+    )
+    parser.add_argument("--video-fps", type=float, help="frames per second: of folders, and how many of a file")
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")

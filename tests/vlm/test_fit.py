@@ -240,7 +240,7 @@ def test_a_picture_is_asked_about(home: Path) -> None:
     text = home / "text"
     tiny_model().save_pretrained(text)
     tiny_tokenizer().save_pretrained(text)
-    with pytest.raises(ValueError, match="--image is for models that see pictures"):
+    with pytest.raises(ValueError, match="--image and --video are for models that see pictures"):
         generate(text, "what is it?", images=[image])
 
 

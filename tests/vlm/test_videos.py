@@ -15,8 +15,10 @@ from automodel_trainer import ImageTextDataModule, ImageTextModule
 from automodel_trainer.connect import connect
 from automodel_trainer.data.pictures import videos
 from automodel_trainer.models._masks import packing_without_sync
+from automodel_trainer.tools.generate import generate
+from automodel_trainer.tools.visual_prompt import VisualPrompt
 from tests.vlm.documents import check_documents
-from tests.vlm.families import FILMS, model_of, picture, processor_of
+from tests.vlm.families import FILMS, folder_of, model_of, picture, processor_of
 from tests.vlm.films import films
 
 
@@ -164,3 +166,49 @@ def test_a_file_is_sampled_as_transformers_does(tmp_path: Path) -> None:
             assert torch.equal(got[key], want[key]), (family, rate, key)
         length = want["input_ids"].shape[1]
         assert torch.equal(got["input_ids"][0, :length], want["input_ids"][0]), (family, rate)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+def test_a_video_is_asked_about(family: str, tmp_path: Path) -> None:
+    """With a picture before it; the model reads what plain transformers gives it."""
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for number in (10, 1, 2, 3):
+        picture(50, 40, seed=number).save(frames / f"{number}.png")
+    picture(60, 40, seed=7).save(tmp_path / "still.png")
+    processor = processor_of(family, films=True)
+    asked = {"images": [tmp_path / "still.png"], "videos": [frames]}
+    got = VisualPrompt(processor, **asked, fps=2).inputs([{"role": "user", "content": "what happens?"}])
+
+    parts = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "what happens?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
+    clip = np.stack([np.asarray(Image.open(frames / f"{number}.png")) for number in (1, 2, 3, 10)])
+    metadata = [{"fps": 2, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}]
+    want = processor(
+        text=[text], images=[Image.open(tmp_path / "still.png")], videos=[clip], video_metadata=metadata,
+        do_sample_frames=False, return_tensors="pt",
+    )  # fmt: skip
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, msg=name)
+
+
+def test_frames_are_pictures_for_a_processor_without_videos(tmp_path: Path) -> None:
+    folder, frames = folder_of("llava", tmp_path), tmp_path / "frames"
+    processor = processor_of("llava")
+    frames.mkdir()
+    with pytest.raises(ValueError, match="is an empty folder"):
+        VisualPrompt(processor, videos=[frames])
+    for number in range(2):
+        picture(50, 40, seed=number).save(frames / f"{number}.png")
+    conversation = [{"role": "user", "content": "what happens?"}]
+    got = VisualPrompt(processor, videos=[frames]).inputs(conversation)
+    want = VisualPrompt(processor, images=[frames / "0.png", frames / "1.png"]).inputs(conversation)
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+    with pytest.raises(ValueError, match=r"--video .*film.mp4: LlavaProcessor has no part for videos.* --video FOLDER"):
+        VisualPrompt(processor, videos=[tmp_path / "film.mp4"])
+    asked = {"max_new_tokens": 4, "temperature": 1.0, "seed": 1}
+    by_video = generate(folder, "what happens?", videos=[frames], **asked)
+    assert by_video == generate(folder, "what happens?", images=[frames / "0.png", frames / "1.png"], **asked)
