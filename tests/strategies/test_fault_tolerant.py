@@ -156,8 +156,9 @@ def comes(root: Path, name: str, step: int, job: Job) -> None:
     ("kills", "ranks", "options", "near"), [(2, 1, FULL, 1e-5), more(10, 1, FULL, 1e-5), more(2, 2, LORA, 1e-2)]
 )
 def test_the_curve_is_that_of_a_run_without_kills(
-    tmp_path: Path, lighthouse: str, kills: int, ranks: int, options: dict[str, Any], near: float
+    tmp_path: Path, request: pytest.FixtureRequest, kills: int, ranks: int, options: dict[str, Any], near: float
 ) -> None:
+    lighthouse = request.getfixturevalue("lighthouse" if (kills, ranks) == (2, 1) else "patient_lighthouse")
     root, options = tmp_path / "both", {**options, "max_epochs": 3 * kills}
     root.mkdir()
 
