@@ -22,11 +22,8 @@ MAKERS = (
     "create_sliding_window_causal_mask",
 )
 """Functions of `masking_utils` that models import and that take `position_ids`."""
-PLAIN = (
-    "causal_mask_function",
-    "packed_sequence_mask_function.<locals>.inner_mask",
-    "sliding_window_overlay.<locals>.inner_mask",
-)
+_DOCUMENTS = "packed_sequence_mask_function.<locals>.inner_mask"
+PLAIN = ("causal_mask_function", _DOCUMENTS, "sliding_window_overlay.<locals>.inner_mask")
 """What a mask of documents may be made of, for a kernel that knows causal attention, documents and one window."""
 _JOINED = "and_masks.<locals>.and_mask"
 _REMAPPED = "remap_positions_for_packed_sequence.<locals>.inner_mask"
@@ -110,6 +107,11 @@ def is_plain(mask_function: Callable[..., Any]) -> bool:
     """Whether a mask function is causal attention within documents and perhaps a window, and nothing else."""
     parts = set(_parts(mask_function))
     return "causal_mask_function" in parts and parts <= set(PLAIN)
+
+
+def keeps_documents_apart(mask_function: Callable[..., Any]) -> bool:
+    """Whether a mask function knows documents, from positions that restart."""
+    return _DOCUMENTS in _parts(mask_function)
 
 
 def _parts(function: Callable[..., Any]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxOutput, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations import flex_attention as flex_integration
 from transformers.masking_utils import eager_mask
 
@@ -16,6 +16,7 @@ from automodel_trainer.models._transformers import attention_in_use
 from automodel_trainer.models.build import build_on_meta
 from automodel_trainer.models.kernels import KernelsConfig, apply_kernels, attention
 from automodel_trainer.models.kernels.attention import NAME, document_block_mask, install_attention_kernel
+from tests.flex_written_out import written_out
 from tests.harness import close
 from tests.tiny import tiny_model
 from tests.vlm.families import model_of
@@ -23,17 +24,6 @@ from tests.vlm.families import model_of
 
 def _plain_flex(*args: Any, training: bool = False, **kwargs: Any) -> Any:
     return flex_attention(*args, **kwargs)
-
-
-def _written_out(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-    """FlexAttention with a backward, which torch's has on GPUs only."""
-    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
-    scores = query @ key.mT * options["scale"]
-    if options["score_mod"] is not None:
-        scores = options["score_mod"](scores)
-    b, h, q, k = (torch.arange(n).view([n if i == d else 1 for i in range(4)]) for d, n in enumerate(scores.shape))
-    scores = scores.masked_fill(~options["block_mask"].mask_mod(b, h, q, k), -torch.inf)
-    return scores.softmax(-1) @ value, AuxOutput(lse=scores.logsumexp(-1))
 
 
 def documents(lengths: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -169,7 +159,7 @@ def test_choice() -> None:
 def test_sinks_and_soft_caps(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where `sdpa` does not do, all rows without padding go through blocks: logits and gradients are the eager ones."""
     monkeypatch.setattr(attention, "_HALF", (torch.float32,))
-    monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", _written_out)
+    monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", written_out)
     model = tiny_model(family, sliding_window=40, attn_logit_softcapping=2.0)
     for name, parameter in model.named_parameters():
         if "sinks" in name:

@@ -26,7 +26,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
-from automodel_trainer.models._masks import is_plain
+from automodel_trainer.models._masks import is_plain, keeps_documents_apart
 from automodel_trainer.models._transformers import attention_of, offers_flex_attention, offers_sdpa
 from automodel_trainer.models.kernels import flex_only
 from automodel_trainer.models.kernels.library import AttentionFunction, KernelLibrary, wrong_dtype
@@ -198,10 +198,10 @@ def _mask_of_blocks(
     **arguments: Any,
 ) -> Tensor | BlockMask:
     """The block mask of rows without padding in half precision, else the mask that `eager` would get."""
-    if q_length == kv_length > 1 and _fits_blocks(dtype, use_vmap, arguments):
-        documents = current_documents()
-        if documents is None:
-            documents = torch.zeros(batch_size, q_length, dtype=torch.int64, device=device)
+    documents = current_documents()
+    if documents is None and not keeps_documents_apart(arguments["mask_function"]):
+        documents = torch.zeros(batch_size, q_length, dtype=torch.int64, device=device)
+    if documents is not None and q_length == kv_length > 1 and _fits_blocks(dtype, use_vmap, arguments):
         return document_block_mask(documents, local_size)
     arguments |= {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "device": device}
     return eager_mask(dtype=dtype, local_size=local_size, use_vmap=use_vmap, **arguments)
