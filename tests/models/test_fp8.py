@@ -224,7 +224,10 @@ def test_the_section_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(kernels, "convert_to_fp8", lambda *args, **options: calls.append((*args[1:], options)))
     apply_kernels(tiny_model("llama"), KernelsConfig(attention="eager", fp8="rowwise"), CPU)
-    assert calls == [("rowwise", CPU, {"all_gather": "auto"})]
+    ((recipe, device, options),) = calls
+    assert (recipe, device, options["all_gather"]) == ("rowwise", CPU, "auto")
+    alike = {frozenset(name.rpartition(".")[2] for name in group) for group in options["together"]}
+    assert {frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"})} <= alike
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])

@@ -37,6 +37,7 @@ from automodel_trainer.models.kernels.mlp import ACTIVATIONS, GatedMLP
 from automodel_trainer.models.kernels.norm import Norm
 from automodel_trainer.models.kernels.rope import restore_rope, rotate_half
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, lora_of
+from automodel_trainer.models.lora.fuse import Fusion
 from automodel_trainer.models.record import ATTRIBUTE, recorded
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.trainer import Trainer
@@ -288,3 +289,14 @@ def test_the_record_is_copied_with_the_model_and_is_all_that_is_attached(tmp_pat
     assert ATTRIBUTE not in vars(plain)
     apply_lora(plain, LoRAConfig(rank=2))
     assert lora_of(plain).rank == 2  # type: ignore[union-attr]
+
+
+def test_kernels_never_see_tensors_without_values(fake: Fake) -> None:
+    """Those of GPU libraries would read their memory. Layers that share an input are found all the same."""
+    model = tiny_model("llama")
+    apply_lora(model, LoRAConfig(rank=2))
+    apply_kernels(model, KernelsConfig(norm="fake", activation="fake", rope="fake", lora="fused"), CPU)
+    assert not fake.calls
+    fusion = recorded(model, Fusion)
+    assert fusion is not None
+    assert ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"] == (fusion.groups or [[]])[0][:2]

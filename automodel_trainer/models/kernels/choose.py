@@ -17,6 +17,7 @@ from automodel_trainer.models.kernels.experts import experts_to_fp8, swap_expert
 from automodel_trainer.models.kernels.fp8 import RECIPES, convert_to_fp8
 from automodel_trainer.models.kernels.library import PARTS, KernelLibrary, LossKernel, within_dtypes
 from automodel_trainer.models.kernels.linear import swap_linear_layers
+from automodel_trainer.models.kernels.linear_layers import block_linear_layers
 from automodel_trainer.models.kernels.mlp import swap_gated_mlps
 from automodel_trainer.models.kernels.norm import swap_norms
 from automodel_trainer.models.kernels.registry import find, libraries
@@ -89,6 +90,8 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
     """
     choices = _choices(kernels, device)
     _choose_attention(model, choices["attention"], device)
+    choices["experts"], experts = _choose_experts(model, kernels, device)
+    together = _layers_with_one_input(model, kernels, device)  # before kernels of libraries, which it cannot run
     loss = choices["loss"]
     texts = {"loss": _LOSSES.get(loss.name) or _title(loss)}
     chosen_here = choices["attention"].is_auto or choices["attention"].library is not None
@@ -96,12 +99,11 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
         texts["attention of the tower"] = TITLE
     for part in _COMPILED:
         choices[part], texts[part] = _swap_or_leave(model, choices[part], device)
-    texts["linear"] = _choose_linear(model, choices["linear"], kernels, device)
-    choices["experts"], experts = _choose_experts(model, kernels, device)
+    texts["linear"] = _choose_linear(model, choices["linear"], kernels, device, together)
     texts |= {"experts": experts} if experts else {}
     in_use = KernelsInUse({part: choice.name for part, choice in choices.items()}, texts, _loss_kernel(loss))
     record_of(model).keep(in_use)
-    record_of(model).keep(Fusion(kernels.lora, _lora_groups(model, kernels.lora, device)))
+    record_of(model).keep(Fusion(kernels.lora, together if _fuses_lora(kernels, device) else None))
     return in_use
 
 
@@ -206,7 +208,9 @@ def _make(factory: Callable[[Any], Any], library: KernelLibrary, part: str, laye
     return kernel if isinstance(kernel, str) else within_dtypes(kernel, library, part)
 
 
-def _choose_linear(model: PreTrainedModel, choice: Choice, kernels: KernelsConfig, device: torch.device) -> str:
+def _choose_linear(
+    model: PreTrainedModel, choice: Choice, kernels: KernelsConfig, device: torch.device, together: list[list[str]]
+) -> str:
     if choice.library is not None:
         return _described(model, choice, "layers", *swap_linear_layers(model, choice.library, kernels.fp8))
     if kernels.fp8 is None:
@@ -217,7 +221,7 @@ def _choose_linear(model: PreTrainedModel, choice: Choice, kernels: KernelsConfi
                 f"fp8={kernels.fp8!r} is a recipe of {library.title}: set linear={library.name!r}. With "
                 f"linear={choice.name!r}: {', '.join(RECIPES)}."
             )
-    convert_to_fp8(model, kernels.fp8, device, all_gather=kernels.fp8_all_gather)
+    convert_to_fp8(model, kernels.fp8, device, all_gather=kernels.fp8_all_gather, together=together)
     return choice.name
 
 
@@ -258,8 +262,13 @@ def _title(choice: Choice) -> str:
     return choice.name if choice.library is None else choice.library.title
 
 
-def _lora_groups(model: PreTrainedModel, lora: str, device: torch.device) -> list[list[str]] | None:
-    """Names of the adapted layers that share an input; None if no layer will be fused."""
-    if lora == "separate" or (lora == "auto" and device.type != "cuda"):
-        return None
-    return layers_with_one_input(model, (adapter.target for adapter in adapters(model) if adapter.is_linear))
+def _fuses_lora(kernels: KernelsConfig, device: torch.device) -> bool:
+    return kernels.lora == "fused" or (kernels.lora == "auto" and device.type == "cuda")
+
+
+def _layers_with_one_input(model: PreTrainedModel, kernels: KernelsConfig, device: torch.device) -> list[list[str]]:
+    """Names of the linear layers that may be computed together, grouped by their input."""
+    names = {adapter.target for adapter in adapters(model) if adapter.is_linear and _fuses_lora(kernels, device)}
+    if kernels.fp8 in RECIPES:
+        names.update(block_linear_layers(model))
+    return layers_with_one_input(model, [name for name, _ in model.named_modules() if name in names])

@@ -9,6 +9,7 @@ Source: torchao.float8; FP8 formats, arXiv 2209.05433.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -35,6 +36,7 @@ def convert_to_fp8(
     *,
     emulate: bool = False,
     all_gather: bool | str = "auto",
+    together: Sequence[Sequence[str]] | None = None,
 ) -> Fp8Layers:
     """Make the linear layers in the blocks of `model` (on meta or real, not laid out yet) multiply in fp8, in place.
 
@@ -46,6 +48,7 @@ def convert_to_fp8(
         device: that will compute.
         emulate: compute the same in fp32, for a device without fp8.
         all_gather: whether FSDP2 gathers trained weights in fp8: "auto" (if it can), True (or an error), or False.
+        together: names of layers that share an input; None: they are found here.
 
     Raises:
         ValueError: an unknown recipe; no torchao; a device without fp8; no layer whose shape suits; adapters that
@@ -80,7 +83,7 @@ def convert_to_fp8(
         raise ValueError(f"fp8_all_gather=true with fp8={recipe!r}: {why}. Leave it at 'auto', or use 'tensorwise'.")
     record_of(model).keep(layers)
     if recipe == TENSORWISE:
-        _group(model, trained)
+        _group(model, set(trained), layers_with_one_input(model, trained) if together is None else together)
     return layers
 
 
@@ -95,11 +98,11 @@ def _cast_on_the_fly(model: PreTrainedModel, recipe: str, names: set[str], emula
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in names)
 
 
-def _group(model: PreTrainedModel, names: list[str]) -> None:
+def _group(model: PreTrainedModel, names: set[str], groups: Sequence[Sequence[str]]) -> None:
     blocks = blocks_of(model)
-    for together in layers_with_one_input(model, names):
+    for together in groups:
         layers: dict[int | None, list[nn.Module]] = {}
-        for layer in map(model.get_submodule, together):
+        for layer in (model.get_submodule(name) for name in together if name in names):
             layers.setdefault(blocks.get(id(layer)), []).append(layer)
         for members in layers.values():
             multiply_together(members)
