@@ -299,4 +299,4 @@ def test_kernels_never_see_tensors_without_values(fake: Fake) -> None:
     assert not fake.calls
     fusion = recorded(model, Fusion)
     assert fusion is not None
-    assert ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"] == (fusion.groups or [[]])[0][:2]
+    assert (fusion.groups or [[]])[0][:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
