@@ -83,6 +83,8 @@ TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
         more("3d:pp=2", 2, "qwen3", {**TIED, "lora": True}),
         ("3d:pp=4", 4, "gemma3_text", TIED),
         ("pp_tp_dp:pp=2", 4, "llama", TIED),
+        ("3d:pp=2,sync_every_micro_batch=true", 4, "llama", TIED),
+        ("3d:pp=2,schedule=interleaved_1f1b,sync_every_micro_batch=true", 4, "qwen3", UNTIED),
         ("3d:pp=2,dp_replicate=2,schedule=zbv", 4, "qwen3", TIED),
         ("3d:pp=2,schedule=interleaved_1f1b,reshard_after_forward=true", 4, "gemma3_text", TIED),
         more("3d:pp=2,tp=2", 4, "llama", TIED),
