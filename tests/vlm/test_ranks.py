@@ -47,7 +47,8 @@ CASES = [
     Case("llava", "ddp", lora=True),
     Case("llava_onevision", packing=True),
     Case("llava", "hsdp:dp_replicate=2"),
-    Case("qwen3_vl", "fsdp2:sync_every_micro_batch=true", freeze=("*.embed_tokens.*",)),  # the tower is trained, and a rank without pictures gives it zeros
+    # The tower is trained, and a rank without pictures gives it zeros.
+    Case("qwen3_vl", "fsdp2:sync_every_micro_batch=true", freeze=("*.embed_tokens.*",)),
     Case("internvl", "ddp", freeze=("language",)),
     *(Case("llava", spec, freeze=()) for spec in ("ddp", "fsdp2")),  # no forward reaches the tower's last layer
     Case("qwen3_vl", rows="films"),  # a rank has videos, and another pictures: each runs the tower twice
