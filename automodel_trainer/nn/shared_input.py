@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -49,7 +50,7 @@ class SharedInput(Generic[Layer]):
 def layers_with_one_input(model: PreTrainedModel, names: Iterable[str]) -> list[list[str]]:
     """Group the named linear layers by the tensor they get as input.
 
-    To find out, we run a copy of the model once with fake tensors (shapes without values), on two tokens.
+    To find out, we run a copy of the model once with tensors that have no values, on two tokens.
 
     Args:
         model: on meta or with real weights, not laid out on a mesh yet.
@@ -57,25 +58,12 @@ def layers_with_one_input(model: PreTrainedModel, names: Iterable[str]) -> list[
 
     Returns:
         Groups of one or more names, in the order in which the layers run. Every name is in exactly one group. A layer
-        that runs twice or never is alone in its group. If the model cannot run on fake tensors, every layer is.
+        that runs twice or never is alone in its group. If the model cannot run so, every layer is.
     """
     names = list(names)
     if len(names) < 2:
         return [[name] for name in names]  # nothing to group: save the run
-    calls: list[tuple[str, Tensor]] = []
-
-    def note(name: str) -> Any:
-        return lambda module, args: calls.append((name, args[0])) if args else None
-
-    with FakeTensorMode(), torch.no_grad():
-        probe = _without_values(model)
-        for name in names:
-            probe.get_submodule(name).register_forward_pre_hook(note(name))
-        try:
-            probe.set_attn_implementation("eager")  # other kernels would read memory that fake tensors do not have
-            probe(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-        except Exception:  # the model needs other inputs, or reads values: an incomplete record is of no use
-            calls.clear()
+    calls = _calls(model, names, torch.device("meta")) or _calls(model, names, FakeTensorMode())
     counts = Counter(name for name, _ in calls)
     groups: dict[int, list[str]] = {}
     for name, given in calls:  # `calls` keeps the tensors alive, so their ids are unique
@@ -83,6 +71,35 @@ def layers_with_one_input(model: PreTrainedModel, names: Iterable[str]) -> list[
             groups.setdefault(id(given), []).append(name)
     found = {name for group in groups.values() for name in group}
     return [*groups.values(), *([name] for name in names if name not in found)]
+
+
+def _calls(
+    model: PreTrainedModel, names: Iterable[str], without_values: AbstractContextManager[Any]
+) -> list[tuple[str, Tensor]]:
+    """The named layers in the order in which they run, each with its input; empty if the model cannot run.
+
+    Args:
+        without_values: a context in which tensors have none. On meta a model of 32 blocks runs in a tenth of the time
+            that fake tensors take, but more of what models do fails there.
+    """
+    calls: list[tuple[str, Tensor]] = []
+
+    def note(name: str) -> Any:
+        return lambda module, args: calls.append((name, args[0])) if args else None
+
+    with without_values, torch.no_grad():
+        probe = _without_values(model)
+        for name in names:
+            probe.get_submodule(name).register_forward_pre_hook(note(name))
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        # A mask of its own for every query: transformers looks at the values of others.
+        given = {"attention_mask": torch.ones(1, 1, 2, 2, dtype=torch.bool)} if tokens.is_meta else {}
+        try:
+            probe.set_attn_implementation("eager")  # other kernels would read memory that is not there
+            probe(input_ids=tokens, use_cache=False, **given)
+        except Exception:  # the model needs other inputs, or reads values: an incomplete record is of no use
+            return []
+    return calls
 
 
 def blocks_of(model: nn.Module) -> dict[int, int]:
@@ -95,7 +112,7 @@ def blocks_of(model: nn.Module) -> dict[int, int]:
 
 
 def _without_values(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model whose tensors have shapes but no values (inside `FakeTensorMode`)."""
+    """A copy of the model whose tensors have shapes but no values, as the context makes them."""
     memo: dict[int, Any] = {id(t): _empty(t) for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)
 

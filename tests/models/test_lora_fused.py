@@ -19,6 +19,8 @@ from automodel_trainer.models.lora.fuse import fuse_adapters
 from automodel_trainer.models.lora.fused import FusedDense, refresh
 from automodel_trainer.models.lora.layers import LoRALinear
 from automodel_trainer.modules import CausalLMModule
+from automodel_trainer.nn import shared_input
+from automodel_trainer.nn._torch import FakeTensorMode
 from automodel_trainer.nn.shared_input import layers_with_one_input
 from automodel_trainer.nn.step_cache import unchanged_weights
 from automodel_trainer.strategies.base.compile import compile_blocks
@@ -217,15 +219,29 @@ def test_gradients_under_dropout(tmp_path: Path) -> None:
     check_step(*(one_step(m) for m in (model, apart)), IDS.numel())
 
 
+def refuses_meta(module: nn.Module, args: Any, out: Tensor) -> None:
+    assert not out.is_meta, "it looks at a value"
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
 @pytest.mark.parametrize(
     ("family", "groups"),
     [
         ("llama", [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"], ["o_proj"], ["down_proj"]]),
         ("phi3", [["qkv_proj"], ["gate_up_proj"], ["o_proj"], ["down_proj"]]),
+        ("gemma3_text", [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"], ["o_proj"], ["down_proj"]]),
     ],
 )
-def test_layers_that_share_an_input_are_found(family: str, groups: list[list[str]]) -> None:
+def test_layers_that_share_an_input_are_found(
+    family: str, groups: list[list[str]], fake: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On meta; or, for models that look at a value there, with fake tensors."""
+    monkeypatch.setattr(shared_input, "FakeTensorMode", FakeTensorMode if fake else None)
     model = tiny_model(family)
+    if fake:
+        model.model.register_forward_pre_hook(
+            lambda module, args, kw: kw["input_ids"].is_meta and 1 / 0, with_kwargs=True
+        )
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers.0." in name]
     found = [[name.rpartition(".")[2] for name in group] for group in layers_with_one_input(model, names)]
     assert sorted(found) == sorted(groups)
