@@ -93,7 +93,7 @@ def _calls(
             probe.get_submodule(name).register_forward_pre_hook(note(name))
         tokens = torch.zeros(1, 2, dtype=torch.long)
         # A mask of its own for every query: transformers looks at the values of others.
-        given = {"attention_mask": torch.ones(1, 1, 2, 2, dtype=torch.bool)} if tokens.is_meta else {}
+        given = {"attention_mask": torch.ones(1, 1, 2, 2, dtype=torch.bool)} if tokens.device.type == "meta" else {}
         try:
             probe.set_attn_implementation("eager")  # other kernels would read memory that is not there
             probe(input_ids=tokens, use_cache=False, **given)

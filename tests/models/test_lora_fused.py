@@ -220,7 +220,7 @@ def test_gradients_under_dropout(tmp_path: Path) -> None:
 
 
 def refuses_meta(module: nn.Module, args: Any, out: Tensor) -> None:
-    assert not out.is_meta, "it looks at a value"
+    assert out.device.type != "meta", "it looks at a value"
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])

@@ -19,7 +19,8 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     Returns:
         scaling · x·Aᵀ·Bᵀ, `[..., out]`, in the dtype of the adapter (under autocast: in autocast's).
     """
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # torch raises an error for meta
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch raises an error for meta
         x = x.to(a.dtype)
     return F.linear(F.linear(x, a), b) * scaling
 
