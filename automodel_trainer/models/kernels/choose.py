@@ -90,7 +90,7 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
     """
     choices = _choices(kernels, device)
     _choose_attention(model, choices["attention"], device)
-    choices["experts"], experts = _choose_experts(model, kernels, device)
+    choices["experts"], experts, swapped = _choose_experts(model, kernels, device)
     together = _layers_with_one_input(model, kernels, device)  # before kernels of libraries, which it cannot run
     loss = choices["loss"]
     texts = {"loss": _LOSSES.get(loss.name) or _title(loss)}
@@ -100,6 +100,8 @@ def apply_kernels(model: PreTrainedModel, kernels: KernelsConfig, device: torch.
     for part in _COMPILED:
         choices[part], texts[part] = _swap_or_leave(model, choices[part], device)
     texts["linear"] = _choose_linear(model, choices["linear"], kernels, device, together)
+    if swapped and kernels.fp8 in RECIPES:
+        experts += _experts_in_fp8(model, swapped, device)
     texts |= {"experts": experts} if experts else {}
     in_use = KernelsInUse({part: choice.name for part, choice in choices.items()}, texts, _loss_kernel(loss))
     record_of(model).keep(in_use)
@@ -225,17 +227,18 @@ def _choose_linear(
     return choice.name
 
 
-def _choose_experts(model: PreTrainedModel, kernels: KernelsConfig, device: torch.device) -> tuple[Choice, str]:
-    """The choice that the model ends up with, and the ledger's text; empty for a model without experts."""
+def _choose_experts(
+    model: PreTrainedModel, kernels: KernelsConfig, device: torch.device
+) -> tuple[Choice, str, list[str]]:
+    """The choice that the model ends up with, the ledger's text (empty if there are no experts), and their names."""
     is_auto = kernels.experts == "auto"
     choice = Choice("experts", kernels.on(device).experts, None, is_auto)
     if choice.name == "transformers":
-        return choice, ""
+        return choice, "", []
     swapped, left = swap_experts(model)
     if not swapped and is_auto:
-        return Choice("experts", PLAIN["experts"], None, is_auto), ""
-    text = _described(model, choice, "modules of experts", swapped, left)
-    return choice, text + (_experts_in_fp8(model, swapped, device) if kernels.fp8 in RECIPES else "")
+        return Choice("experts", PLAIN["experts"], None, is_auto), "", []
+    return choice, _described(model, choice, "modules of experts", swapped, left), swapped
 
 
 def _experts_in_fp8(model: PreTrainedModel, names: list[str], device: torch.device) -> str:
