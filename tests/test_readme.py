@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,28 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_python_blocks(home: Path) -> None:
     """In order, as a reader would."""
     assert len(PYTHON) == 5
-    call(home, run_code, "\n".join(PYTHON), home / "readme.py")
+    run_blocks(home)
     assert (home / "my-tuned-model" / "config.json").is_file()
     assert (home / "runs/python/checkpoints/latest").resolve().name == "step-00000006"
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[" ".join(line.split()[:2]) for line in COMMANDS])
 def test_commands(command: str, home: Path) -> None:
+    """After those before it, as a reader would."""
+    run_blocks(home)
+    for line in COMMANDS[: COMMANDS.index(command) + 1]:
+        run(line, home)
+
+
+@cache
+def run_blocks(home: Path) -> None:
+    """Run the Python blocks, once."""
+    call(home, run_code, "\n".join(PYTHON), home / "readme.py")
+
+
+@cache
+def run(command: str, home: Path) -> None:
+    """Run a command, once."""
     program, *arguments = shlex.split(command)
     if program == "amt":
         amt(*arguments, folder=home)

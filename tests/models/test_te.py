@@ -106,6 +106,7 @@ def test_fp8() -> None:
 
 
 def test_odd_numbers_of_tokens_are_not_multiplied_in_fp8() -> None:
+    _transformer_engine._warn_of_odd_rows.cache_clear()
     model = tiny_model("llama")
     swap_linear_layers(model, TRANSFORMER_ENGINE, "current")
     with pytest.warns(UserWarning, match="no multiple of 8 is not multiplied in fp8"):
