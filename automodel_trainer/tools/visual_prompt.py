@@ -33,7 +33,7 @@ class VisualPrompt:
         fps: float | None = None,
     ) -> None:
         self.processor = processor
-        self.pictures = [_reader(path).read(Path(path).name) for path in images]
+        self.pictures = [Pictures(path.parent).read(path.name) for path in (Path(p).expanduser() for p in images)]
         self.films: list[Any] = []
         self._encoder: Any = None
         if videos:
@@ -72,17 +72,14 @@ class VisualPrompt:
                 self.pictures += [Pictures(path).read(frame) for frame in frames]
 
 
-def _reader(path: str | Path) -> Pictures:
-    return Pictures(Path(path).expanduser().parent)
-
-
 def _frames(folder: Path) -> list[str]:
     """The names of a folder's files in the order of their numbers: 2 before 10."""
     found = [file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
     if not found:
         raise ValueError(f"--video {folder} is an empty folder. Give a folder of frames (0001.png, …) or a file.")
-    return sorted(found, key=lambda name: [(int(part), "") if part.isdigit() else (0, part) for part in _parts(name)])
+    return sorted(found, key=_by_number)
 
 
-def _parts(name: str) -> list[str]:
-    return re.split(r"(\d+)", name)
+def _by_number(name: str) -> list[str | int]:
+    """The parts of a name, text and numbers in turn."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
