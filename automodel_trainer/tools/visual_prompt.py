@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from automodel_trainer.data.pictures.files import Pictures
-from automodel_trainer.data.pictures.rows import GIVE_FRAMES, Clip
 
 
 class VisualPrompt:
@@ -56,6 +55,7 @@ class VisualPrompt:
 
     def _read_videos(self, paths: Sequence[Path], fps: float | None) -> None:
         from automodel_trainer.data.pictures.encode import PictureEncoder
+        from automodel_trainer.data.pictures.rows import GIVE_FRAMES, Clip
         from automodel_trainer.data.pictures.videos import Videos, obstacle
 
         self._encoder = PictureEncoder(self.processor, "all")
