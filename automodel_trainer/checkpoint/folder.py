@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from automodel_trainer.checkpoint.manifest import MANIFEST, write_manifest
@@ -14,7 +15,8 @@ from automodel_trainer.checkpoint.record import Entry, entry_of, sync
 
 TEMPORARY = ".tmp"  # step-00000010.tmp is being written; step-00000010.tmp-old is being replaced
 _OLD = "-old"
-_IN_WORK: set[Path] = set()  # temporary folders that this process is writing, possibly in the background
+_IN_WORK: set[Path] = set()  # temporary folders that this process writes or removes, possibly in the background
+_LOCK = threading.RLock()  # held while remains are looked for, and while a folder of `_IN_WORK` comes to be
 _SILENT = 3600.0  # seconds after which a folder of another job that nobody has written to is taken for a remainder
 
 
@@ -43,19 +45,33 @@ def prepare(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     target = temporary(folder)
     assert target not in _IN_WORK, "one save of a folder at a time"
-    _clear(target)
-    target.mkdir()
-    now = target.stat().st_mtime  # by the clock of the disk
-    for leftover in folder.parent.glob(f"*{TEMPORARY}*"):
-        if leftover != target and not (neighbours.present and now - _last_write(leftover) < _SILENT):
-            _clear(leftover)
-    _IN_WORK.add(target)
+    with _LOCK:
+        _clear(target)
+        _IN_WORK.add(target)
+        target.mkdir()
+        now = target.stat().st_mtime  # by the clock of the disk
+        for leftover in folder.parent.glob(f"*{TEMPORARY}*"):
+            if leftover != target and not (neighbours.present and now - _last_write(leftover) < _SILENT):
+                _clear(leftover)
     return target
+
+
+@contextmanager
+def _renamed(folder: Path, gone: Path) -> Iterator[None]:
+    """Rename `folder` to `gone`, and remove it at the end. No save of this process takes it for a remainder."""
+    try:
+        with _LOCK:
+            _IN_WORK.add(gone)
+            folder.rename(gone)
+        yield
+        shutil.rmtree(gone)
+    finally:
+        _IN_WORK.discard(gone)
 
 
 def _clear(leftover: Path) -> None:
     """Remove a temporary folder that nobody writes any more."""
-    if not leftover.is_dir() or leftover.is_symlink() or leftover in _IN_WORK:
+    if leftover in _IN_WORK or not leftover.is_dir() or leftover.is_symlink():
         return
     replaced = leftover.with_name(leftover.name.removesuffix(TEMPORARY + _OLD))
     if leftover.name.endswith(TEMPORARY + _OLD) and not replaced.exists():
@@ -109,13 +125,11 @@ def publish(target: Path, folder: Path, written: Mapping[str, Entry], elsewhere:
     for path in (*(path for path in target.rglob("*") if path.is_dir()), target):
         sync(path)
     old = folder.with_name(folder.name + TEMPORARY + _OLD)
-    if folder.exists():  # a folder that is not empty cannot be replaced in one step
-        folder.rename(old)
-    target.rename(folder)
-    _IN_WORK.discard(target)
-    sync(folder.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    # A folder that is not empty cannot be replaced in one step.
+    with _renamed(folder, old) if folder.exists() else nullcontext():
+        target.rename(folder)
+        _IN_WORK.discard(target)
+        sync(folder.parent)
 
 
 def remove_checkpoint(folder: str | os.PathLike[str]) -> None:
@@ -123,8 +137,8 @@ def remove_checkpoint(folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     if folder.exists():  # rename first: a half-removed folder must not have a checkpoint's name
         gone = folder.with_name(folder.name + TEMPORARY + "-gone")
-        folder.rename(gone)
-        shutil.rmtree(gone)
+        with _renamed(folder, gone):
+            pass
 
 
 def link(link: Path, name: str) -> None:
