@@ -21,7 +21,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from tests import matrix, rounding  # noqa: E402
+from tests import matrix, process_settings, rounding  # noqa: E402
 from tests.pool import RankPool, forget_compiled, look_once_for_plugins, seldom_look_for_garbage  # noqa: E402
 from tests.store import bucket, server  # noqa: E402, F401
 
@@ -96,6 +96,13 @@ def _compiled() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _settings() -> Iterator[None]:
+    """Nothing of a test's settings is left to the next one."""
+    with process_settings.restored():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _cache(_settings: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token caches go to a folder of the test session."""
     monkeypatch.setenv("AMT_CACHE", str(Path(tmp_path_factory.getbasetemp()) / "amt_cache"))

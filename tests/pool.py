@@ -115,7 +115,8 @@ class _Team:
         else:
             self._fresh = bool(errors) or len(in_group) > 1
         if errors:
-            raise AssertionError("\n".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items())))
+            said = [f"rank {rank}: {error}" for rank, error in sorted(errors.items())]
+            raise AssertionError("\n".join([*said, stuck]))
         if len(results) < self.size:
             raise TimeoutError(f"{function.__name__} did not finish:\n{stuck}")
         return [results[rank] for rank in range(self.size)]

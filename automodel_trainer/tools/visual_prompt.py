@@ -56,7 +56,7 @@ class VisualPrompt:
     def _read_videos(self, paths: Sequence[Path], fps: float | None) -> None:
         from automodel_trainer.data.pictures.encode import PictureEncoder
         from automodel_trainer.data.pictures.rows import GIVE_FRAMES, Clip
-        from automodel_trainer.data.pictures.videos import Videos, obstacle
+        from automodel_trainer.data.pictures.videos import Videos
 
         self._encoder = PictureEncoder(self.processor, "all")
         part = self._encoder.videos
@@ -66,7 +66,7 @@ class VisualPrompt:
                 reader = Videos(Pictures(path if frames else path.parent), part, fps)
                 self.films.append(reader.read(Clip(frames or path.name)))
             elif frames is None:
-                why = obstacle(self.processor) or "the chat template writes no mark for a video"
+                why = self._encoder.video_obstacle
                 raise ValueError(f"--video {path}: {why}. {GIVE_FRAMES} Here: --video FOLDER.")
             else:
                 self.pictures += [Pictures(path).read(frame) for frame in frames]

@@ -75,6 +75,7 @@ class Shards:
 
     def __init__(self, options: ShardOptions) -> None:
         self.options = options
+        self.waits_for: str | None = None  # what keeps gradients to the end of a step, whatever the options say
         self.experts: ShardedExperts | None = None
         self._keeps_copies = False
         self._self_casting: list[Adapter] = []
@@ -84,8 +85,15 @@ class Shards:
     @property
     def syncs_every_micro_batch(self) -> bool:
         """Whether gradients are reduced after every micro-batch, and not only after a step's last one."""
+        if self.waits_for is not None:
+            return False
         if self.options.sync_every_micro_batch != "auto":
             return self.options.sync_every_micro_batch
+        return self._take_much
+
+    @property
+    def _take_much(self) -> bool:
+        """Whether gradients that wait take more than their share of this device; unknown before a model is laid out."""
         return self._memory is not None and self._gathered_gradients > HELD * self._memory.total
 
     def apply(
@@ -149,14 +157,19 @@ class Shards:
             gradient_reduction.average_over(self.experts.modules, mesh.size())
 
     def _choose_sync(self, model: nn.Module, dtypes: Dtypes, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
-        """Count what gradients of `model` take while they wait, and say if they may not."""
-        before = self.syncs_every_micro_batch
+        """Count what gradients of `model` take while they wait, and say what follows if that is much."""
+        before = self._take_much
         self._gathered_gradients += _gradient_bytes(model, dtypes, ignored)
         self._memory = memory_of(torch.device(mesh.device_type))
-        if self.syncs_every_micro_batch and not before:
+        if before or not self._take_much:
+            return
+        size = f"{self._gathered_gradients / 2**30:.1f} GiB"
+        if self.waits_for is not None:
+            rank_zero_info(f"{self.waits_for} keeps whole gradients until the end of a step: {size} on this GPU.")
+        elif self.options.sync_every_micro_batch == "auto":
             rank_zero_info(
                 "sync_every_micro_batch='auto': chose true. Gradients that wait for the last micro-batch would take "
-                f"{self._gathered_gradients / 2**30:.1f} GiB. Set it to false if there is room."
+                f"{size}. Set it to false if there is room."
             )
 
     def _shard_experts(self, model: nn.Module, options: dict[str, Any]) -> None:

@@ -198,6 +198,7 @@ class Parallel3DStrategy(FSDP2Strategy):
             return super().parallelize(model)
         if self._splits(model):
             return model
+        self.shards.waits_for = f"schedule={self.schedule!r}" if self.splits_backward else None
         self.broadcast_from_rank_zero(model)
         self.size_experts(model)
         self._split_layers(model)
@@ -466,9 +467,8 @@ class _Step:
         model = self.objective.model
         if isinstance(model, FSDPModule):
             # A split backward runs the weights' half later, when the parameters must still be gathered.
-            split = self.strategy.splits_backward
-            keep = split or not self.strategy.reshard_after_forward
-            model.set_requires_gradient_sync(last or (self.strategy.shards.syncs_every_micro_batch and not split))
+            keep = self.strategy.splits_backward or not self.strategy.reshard_after_forward
+            model.set_requires_gradient_sync(last or self.strategy.shards.syncs_every_micro_batch)
             model.set_is_last_backward(last)
             model.set_reshard_after_backward(last or not keep)
 

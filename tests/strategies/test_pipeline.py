@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from automodel_trainer.strategies.data_parallel import shard
 from tests.harness import NextToken, check_steps, full, make_strategy, random_rows, relative_error, stack
 from tests.matrix import more
 from tests.pool import RankPool
@@ -119,3 +121,24 @@ def let_go(spec: str, world_size: int) -> bool:
 def test_the_model_is_let_go_with_the_strategy(pool: RankPool, spec: str) -> None:
     """A loss that is kept with its graph would keep the model for good: no garbage collector looks through a graph."""
     assert pool.run(4, let_go, spec, 4) == [True] * 4
+
+
+def said_of_gradients(spec: str, world_size: int) -> list[str]:
+    """What is said when a model is laid out on devices with hardly any memory."""
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard, "memory_of", lambda device: SimpleNamespace(total=1))
+        patch.setattr(shard, "rank_zero_info", said.append)
+        make_strategy(spec, world_size).parallelize(build("llama", lora=False))
+    return [line.partition(":")[0] for line in said]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("3d:pp=2", "sync_every_micro_batch='auto'"),
+        ("3d:pp=2,schedule=zbv", "schedule='zbv' keeps whole gradients until the end of a step"),
+    ],
+)
+def test_what_gradients_take_is_said_once(pool: RankPool, spec: str, expected: str) -> None:
+    assert pool.run(4, said_of_gradients, spec, 4) == [[expected]] * 4

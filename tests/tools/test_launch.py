@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -260,6 +261,7 @@ def test_a_file_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert str(out) in said.out
     assert f"data.train is {tmp_path / 'chats.jsonl'}, a path of the machine that wrote this" in said.err
     assert said.err.partition("data.train is ")[2].strip().rstrip(".") in text
+    assert logging.getLogger("lightning.pytorch").level != logging.ERROR  # as long as the run is checked
 
 
 def test_a_shorter_limit_of_the_run_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,12 +90,18 @@ class PictureEncoder:
         """
         if self._how == "pictures":
             return None
-        missing = obstacle(self.processor) or self._unwritten()
-        if missing is None:
+        if self.video_obstacle is None:
             return VideoPart(self.processor)
         if self._how == "processor":
-            raise ValueError(f"videos='processor': {missing}. Set videos='pictures': each frame becomes a picture.")
+            raise ValueError(
+                f"videos='processor': {self.video_obstacle}. Set videos='pictures': each frame becomes a picture."
+            )
         return None
+
+    @cached_property
+    def video_obstacle(self) -> str | None:
+        """Why the processor cannot show videos as videos; None: it can."""
+        return obstacle(self.processor) or self._unwritten()
 
     @cached_property
     def mark(self) -> re.Pattern[str]:

@@ -10,7 +10,8 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from automodel_trainer.checkpoint.remote import is_remote
@@ -71,10 +72,23 @@ def _check_options(own: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {value!r} is no name of Slurm: letters, digits and . , @ + : - are allowed.")
 
 
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Meanwhile, Lightning logs errors alone."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def _job(own: argparse.Namespace, rest: list[str]) -> Job:
-    for name in ("lightning.pytorch", "lightning.fabric"):  # which GPUs this machine has does not matter
-        logging.getLogger(name).setLevel(logging.ERROR)
-    checked = check(own.config, rest, own.nodes, own.gpus)
+    with _quiet_lightning():  # which GPUs this machine has does not matter
+        checked = check(own.config, rest, own.nodes, own.gpus)
     root = _root(own, checked.root)
     seconds = None if own.time is None else seconds_of(own.time)
     max_time = None if seconds is None else max_time_below(seconds)
