@@ -5,6 +5,7 @@ On a CPU, tensors are counted (tests/counted_memory.py); there are 1 MiB devices
 
 from __future__ import annotations
 
+import importlib
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ from automodel_trainer.strategies.base.block_modes import modes_of_blocks, text_
 from automodel_trainer.strategies.base.budget import Budget, Chosen
 from automodel_trainer.strategies.base.search import Plan, Trial, search
 from automodel_trainer.strategies.base.state_bytes import missing_state_bytes
+from tests.beside import use
 from tests.counted_memory import CountedMemory
 from tests.harness import NextToken, make_strategy, random_rows
 from tests.matrix import more
@@ -188,6 +190,26 @@ def test_state_that_does_not_exist_yet() -> None:
         assert reckoned == sum(tensor.nbytes for tensor in made)
         assert made == [] or missing_state_bytes([optimizer], cpu) == 0
     assert missing_state_bytes([Odd(parameters, lr=0.1)], cpu) == 2 * sum(p.nbytes for p in parameters)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_state_in_few_bits_that_does_not_exist_yet(name: str) -> None:
+    use("torchao")
+    optim = importlib.import_module("torchao.optim")
+    parameters = [nn.Parameter(torch.ones(64, 96)), nn.Parameter(torch.ones(7))]
+    optimizer = getattr(optim, name)(parameters)
+    reckoned = missing_state_bytes([optimizer], torch.device("cpu"))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with torch.compiler.set_stance("force_eager"):  # it compiles its step, for half a minute
+        optimizer.step()
+    assert reckoned == sum(
+        getattr(value, inner).nbytes if inner else value.nbytes
+        for state in optimizer.state.values()
+        for value in (state["exp_avg"], state["exp_avg_sq"])
+        for inner in (value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else [""])
+    )
+    assert reckoned < sum(parameter.nbytes for parameter in parameters)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
