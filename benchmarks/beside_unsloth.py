@@ -14,11 +14,7 @@ the steps after the second; peaks are of the steps after the first.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from itertools import pairwise
@@ -26,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import report, result_of
 from peer import SPECIAL, save_random, unsloth_model
 from shapes import SHAPES
 
@@ -174,30 +171,10 @@ def cap_memory(case: Case) -> None:
 
 def in_process(job: str, text: str, args: argparse.Namespace) -> dict[str, Any] | str:
     """The figures of one side of a case, or why there are none."""
-    environment = dict(os.environ)
-    if job != "ours" and args.peer_path:
-        environment["PYTHONPATH"] = args.peer_path
-    command = [
-        sys.executable,
-        __file__,
-        "--job",
-        job,
-        "--cases",
-        text,
-        "--folder",
-        args.folder,
-        "--steps",
-        str(args.steps),
-    ]
-    command += ["--tiny"] * args.tiny
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, env=environment)
-    except subprocess.TimeoutExpired:
-        return f"took more than {args.timeout} s"
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if found:
-        return json.loads(found[-1].removeprefix("RESULT "))
-    return "failed: " + "\n".join(done.stderr.strip().splitlines()[-args.lines :])
+    environment = {"PYTHONPATH": args.peer_path} if job != "ours" and args.peer_path else {}
+    given = ["--job", job, "--cases", text, "--folder", args.folder, "--steps", str(args.steps)]
+    given += ["--tiny"] * args.tiny
+    return result_of(__file__, given, args.timeout, environment=environment, lines=args.lines)
 
 
 def main() -> None:
@@ -218,10 +195,10 @@ def main() -> None:
         cap_memory(case)
         if args.job == "save":
             save_random(case.folder(args.folder), case.config(args.tiny))
-            print("RESULT {}", flush=True)
+            report({})
         else:
             run = ours if args.job == "ours" else theirs
-            print("RESULT " + json.dumps(run(case, steps, args)), flush=True)
+            report(run(case, steps, args))
         return
     for text in args.cases:
         case, found = Case(text), {}

@@ -8,13 +8,11 @@ shows that the script runs.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from typing import Any
 
 import torch
+from cases import report, result_of
 
 EIGHT_B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128, "vocab_size": 128256}
 EIGHT_B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 5e5}
@@ -102,19 +100,11 @@ def main() -> None:
     args = parser.parse_args()
     args.shape = TINY if args.tiny else EIGHT_B
     if args.case is not None:
-        print("RESULT " + json.dumps(run(args)), flush=True)
+        report(run(args))
         return
     passed = ["--layers", str(args.layers), "--seq-len", str(args.seq_len), *(["--tiny"] if args.tiny else [])]
     for case in args.cases:
-        command = [sys.executable, __file__, "--case", case, *passed]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
-        except subprocess.TimeoutExpired:
-            print(f"{case}: took too long", flush=True)
-            continue
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        failed = next((line for line in done.stderr.splitlines()[::-1] if "Error" in line), done.stderr[-500:])
-        print(f"{case}: {found[0].removeprefix('RESULT ') if found else f'failed: {failed[:300]}'}", flush=True)
+        print(f"{case}: {result_of(__file__, ['--case', case, *passed], args.timeout)}", flush=True)
 
 
 if __name__ == "__main__":

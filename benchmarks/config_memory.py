@@ -10,9 +10,7 @@ by side while the GPU has room for them. `--tiny` only shows that the script run
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import report, result_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "site"))
 
@@ -131,7 +130,7 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        print("RESULT " + json.dumps(run(args.case, args.tiny)), flush=True)
+        report(run(args.case, args.tiny))
         return
     print("| model | what | GPUs of | rows | estimate, GiB | measured | held by the allocator |\n" + "| --- " * 7 + "|")
     chosen = {name: case for name, case in cases().items() if re.search(args.only, name)}
@@ -176,16 +175,9 @@ class Room:
 
 def measured(name: str, args: argparse.Namespace) -> str:
     """The last cells of a line."""
-    command = [sys.executable, __file__, "--case", name, *(["--tiny"] if args.tiny else [])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
-    except subprocess.TimeoutExpired:
-        return f"more than {args.timeout} s | |"
-    found = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
-        failed = next((line for line in done.stderr.splitlines()[::-1] if "Error" in line), done.stderr[-300:])
-        return f"failed: {failed[:300]} | |"
-    result = json.loads(found[0])
+    result = result_of(__file__, ["--case", name, *(["--tiny"] if args.tiny else [])], args.timeout, lines=0)
+    if isinstance(result, str):
+        return f"{result} | |"
     return f"{result['peak_gib']} | {result['held_gib']} |"
 
 

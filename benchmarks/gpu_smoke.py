@@ -7,9 +7,6 @@ syncs inside a step, the throughput of a 1B-shaped model in bf16, and answers of
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import report, result_of
 from lightning.pytorch.callbacks import Callback
 from lora_8b import synchronize
 from transformers import LlamaConfig
@@ -140,14 +138,10 @@ def decode(strategy: str) -> dict[str, Any]:
 
 
 def launch(case: str, strategy: str, root: str, gpus: int, *extra: str) -> dict[str, Any]:
-    runner = [sys.executable] if gpus == 1 else ["torchrun", "--nproc-per-node", str(gpus)]
-    command = [*runner, __file__, "--case", case, "--strategy", strategy, "--root", root, *extra]
-    environment = {**__import__("os").environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        return {"failed": done.stdout[-300:] + done.stderr[-1500:]}
-    return json.loads(lines[0].removeprefix("RESULT "))
+    given = ["--case", case, "--strategy", strategy, "--root", root, *extra]
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    result = result_of(__file__, given, 280, ranks=gpus if gpus > 1 else 0, environment=visible)
+    return {"failed": result} if isinstance(result, str) else result
 
 
 def everything() -> None:
@@ -188,7 +182,7 @@ def main() -> None:
         result = one_b(args.strategy, args.root)
     else:
         result = small(args.strategy, args.root, args.steps, args.resume)
-    print("RESULT " + json.dumps(result, default=str))
+    report(result)
 
 
 if __name__ == "__main__":

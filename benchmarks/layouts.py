@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import report, result_of
 from lightning.pytorch.callbacks import Callback
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -165,16 +165,10 @@ class _Primed(Callback):
         optimizer.zero_grad()
 
 
-def launch(case: str, strategy: str, args: argparse.Namespace, *extra: str) -> dict[str, Any]:
-    command = ["torchrun", "--nproc-per-node", "2", __file__, "--strategy", strategy, "--root", args.root, *extra]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
-    except subprocess.TimeoutExpired as error:
-        return {"failed": f"{case}: longer than {args.timeout} s", "output": str(error.stderr)[-1500:]}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        return {"failed": case, "output": done.stdout[-300:] + done.stderr[-2500:]}
-    return json.loads(lines[0].removeprefix("RESULT "))
+def launch(strategy: str, args: argparse.Namespace, *extra: str) -> dict[str, Any]:
+    given = ["--strategy", strategy, "--root", args.root, *extra]
+    result = result_of(__file__, given, args.timeout, ranks=2)
+    return {"failed": result} if isinstance(result, str) else result
 
 
 def everything(args: argparse.Namespace) -> None:
@@ -182,7 +176,7 @@ def everything(args: argparse.Namespace) -> None:
     reference: list[float] = []
     for case in args.cases:
         sizes = ["--seq-len", str(args.seq_len), "--micro-batch-size", str(args.micro_batch_size)]
-        result = launch(case, CASES[case], args, "--steps", str(args.steps), *sizes, *common)
+        result = launch(CASES[case], args, "--steps", str(args.steps), *sizes, *common)
         reference = reference or result.get("losses", [])
         if "losses" in result:
             pairs = list(zip(result["losses"], reference))
@@ -190,13 +184,11 @@ def everything(args: argparse.Namespace) -> None:
             result["norms"] = [round(norm, 3) for norm in result["norms"][:: max(1, len(pairs) // 6)]]
             result["losses"] = [round(loss, 3) for loss in result["losses"][:: max(1, len(pairs) // 6)]]
         print(case, json.dumps(result), flush=True)
-        if "output" in result:
-            print(result["output"], flush=True)
     for method in args.methods if args.long else ():
         for length in args.long:
             extra = ["--long", "1", "--seq-len", str(length), "--steps", str(args.long_steps), *common]
             strategy = f"fsdp2:cp=2,cp_attention={method},activation_checkpointing=full"
-            result = launch(f"{method}, {length}", strategy, args, *extra)
+            result = launch(strategy, args, *extra)
             print(f"cp=2, {method}, one document of {length}", json.dumps(result), flush=True)
             if "failed" in result:
                 print(result["output"][-800:], flush=True)
@@ -224,7 +216,7 @@ def main() -> None:
         return
     result = run(args)
     if int(os.environ.get("RANK", "0")) == 0:
-        print("RESULT " + json.dumps(result), flush=True)
+        report(result)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ steps after the first. `--tiny` only shows that the script runs.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
 
 import torch
 from bytes_per_block import EIGHT_B, TINY
+from cases import report, result_of
 
 CASES = [
     "65536 full",
@@ -139,19 +137,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     if args.case is not None:
-        print("RESULT " + json.dumps(run(args.case, args.layers, args.steps, args.tiny)), flush=True)
+        report(run(args.case, args.layers, args.steps, args.tiny))
         return
     passed = ["--layers", str(args.layers), "--steps", str(args.steps), *(["--tiny"] if args.tiny else [])]
     for case in args.cases:
-        command = [sys.executable, __file__, "--case", case, *passed]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
-        except subprocess.TimeoutExpired:
-            print(f"{case}: took more than {args.timeout} s", flush=True)
-            continue
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        failed = next((line for line in done.stderr.splitlines()[::-1] if "Error" in line), done.stderr[-500:])
-        print(f"{case}: {found[0].removeprefix('RESULT ') if found else f'failed: {failed[:400]}'}", flush=True)
+        print(f"{case}: {result_of(__file__, ['--case', case, *passed], args.timeout)}", flush=True)
 
 
 if __name__ == "__main__":

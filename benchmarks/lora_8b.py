@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import report, result_of
 from peer import SPECIAL, TARGETS, save_random, unsloth_model
 
 EIGHT_B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
@@ -258,25 +258,17 @@ def main() -> None:
         return
     if args.case:
         run = unsloth if args.case == "unsloth" else peft_and_liger if "peft" in args.case else ours
-        print("RESULT " + json.dumps(run(args)), flush=True)
+        report(run(args))
         return
     results: dict[str, Any] = {}
     for case in args.cases:
         passed = [a for a in sys.argv[1:] if a not in ("--cases", *args.cases)]
-        try:
-            done = subprocess.run(
-                [sys.executable, __file__, "--case", case, *passed],
-                capture_output=True, text=True, timeout=args.timeout,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            print(case, "took too long", flush=True)
+        found = result_of(__file__, ["--case", case, *passed], args.timeout)
+        if isinstance(found, str):
+            print(case, found, flush=True)
             continue
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            print(case, "failed:", done.stdout[-300:], done.stderr[-2500:], flush=True)
-            continue
-        results[case] = json.loads(lines[0].removeprefix("RESULT "))
-        print(case, json.dumps(results[case]), flush=True)
+        results[case] = found
+        print(case, json.dumps(found), flush=True)
     peers = [case for case in results if not case.startswith("ours")]
     for case in results:
         for peer in peers:

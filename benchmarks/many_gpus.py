@@ -19,15 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from cases import report, result_of
 from lightning.pytorch.callbacks import Callback
 from moe import in_turn
 from random_model import RandomModel
@@ -147,22 +145,13 @@ def train(case: dict[str, Any], tiny: bool) -> None:
     rate = batch * length / sorted(seconds)[len(seconds) // 2] / case["gpus"]
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     loss = float(trainer.callback_metrics["train_loss"])
-    print("RESULT " + json.dumps({"tok_s_a_gpu": round(rate), "peak_gib": round(peak, 1), "loss": round(loss, 4)}))
+    report({"tok_s_a_gpu": round(rate), "peak_gib": round(peak, 1), "loss": round(loss, 4)})
 
 
-def run(case: dict[str, Any], args: argparse.Namespace) -> str:
+def run(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | str:
     """Run a case under torchrun; its result, or the reason why there is none."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case['gpus']}"]
-    command = [sys.executable, *torchrun, __file__, "--case", json.dumps(case), *(["--tiny"] if args.tiny else [])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit, env={**os.environ})
-    except subprocess.TimeoutExpired:
-        return f"no end in {args.limit} s"
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if found:
-        return found[-1].removeprefix("RESULT ")
-    errors = [line for line in done.stderr.splitlines() if "Error: " in line and "ChildFailedError" not in line]
-    return f"failed: {(errors or done.stderr.splitlines() or ['no output'])[-1][:300]}"
+    given = ["--case", json.dumps(case), *(["--tiny"] if args.tiny else [])]
+    return result_of(__file__, given, args.limit, ranks=case["gpus"], lines=0)
 
 
 def main() -> None:

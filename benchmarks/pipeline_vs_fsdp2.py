@@ -34,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # layouts.py beside this file
 
 import torch
+from cases import report, reported
 from layouts import EIGHT_B, TINY, RandomModel
 from lightning.pytorch.callbacks import Callback
 
@@ -154,11 +155,11 @@ def launch(case: str, args: argparse.Namespace, seconds: float) -> dict[str, Any
         process.kill()
         process.wait()
     texts = [file.read_text(errors="replace") for file in files]
-    found = [line.removeprefix("RESULT ") for text in texts for line in text.splitlines() if line.startswith("RESULT ")]
+    found = [result for text in texts for result in reported(text)]
     if len(found) < ranks:
         why = f"longer than {seconds:.0f} s" if late else "a rank failed"
         return {"failed": why, "output": [text[-2500:] for text in texts]}
-    return together([json.loads(line) for line in found])
+    return together(found)
 
 
 def together(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -203,7 +204,7 @@ def main() -> None:
     parser.add_argument("--root", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        print("RESULT " + json.dumps(run(args.case, args)), flush=True)
+        report(run(args.case, args))
         return
     results: dict[str, dict[str, Any]] = {}
     began = time.monotonic()

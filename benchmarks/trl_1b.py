@@ -25,21 +25,19 @@ both. `--tiny` is for two gloo ranks on a CPU, where blocks are only traced, and
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from cases import report, result_of
 from lora_8b import TINY, Moment, synchronize
 
 ONE_B: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
@@ -107,41 +105,15 @@ def compare(args: argparse.Namespace) -> None:
 
 def run_case(args: argparse.Namespace, case: str, passed: list[str]) -> dict[str, Any]:
     """Run a case under torchrun, and print its result or why there is none."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus}"]
-    command += [__file__, *passed, "--case", case]
     began = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            process.wait(args.timeout)
-            reason = f"exit status {process.returncode}"
-        except subprocess.TimeoutExpired:
-            reason = f"no end in {args.timeout} s"
-        finally:
-            kill_all(process)
-        file.seek(0)
-        written = file.read()
-    result = found(written) or {"error": reason, "end": written[-400:]}
-    result = {"case": case, **result, "process_s": round(time.perf_counter() - began, 1)}
-    print("RESULT " + json.dumps(result), flush=True)
-    if args.verbose and "error" in result:
-        print(written[-8000:], flush=True)
+    lines = 100 if args.verbose else 3
+    found = result_of(__file__, [*passed, "--case", case], args.timeout, ranks=args.gpus, lines=lines)
+    if isinstance(found, str):
+        print(found, flush=True)
+        found = {"error": found.partition("\n")[0]}
+    result = {"case": case, **found, "process_s": round(time.perf_counter() - began, 1)}
+    report(result)
     return result
-
-
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """End torchrun and the ranks that it started: all of its session."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def found(written: str) -> dict[str, Any] | None:
-    """The first result or failure among the lines that the ranks have written."""
-    for line in written.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    return None
 
 
 # --- the checkpoint ---------------------------------------------------------------------------------------------------
@@ -178,10 +150,10 @@ def rank_of_case(args: argparse.Namespace) -> None:
     except Exception as error:  # another rank may wait for this one forever: say why, and end at once
         traceback.print_exc()
         text = " ".join(str(error).split())[:400]
-        print("RESULT " + json.dumps({"error": f"{type(error).__name__}: {text}"}), flush=True)
+        report({"error": f"{type(error).__name__}: {text}"})
         os._exit(1)
     if dist.get_rank() == 0:
-        print("RESULT " + json.dumps(result), flush=True)
+        report(result)
     dist.destroy_process_group()
 
 

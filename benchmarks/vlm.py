@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import report, result_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests
 
@@ -243,23 +243,17 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     if args.case:
-        print("RESULT " + json.dumps((ours if args.case in CASES[:2] else peer)(args)), flush=True)
+        report((ours if args.case in CASES[:2] else peer)(args))
         return
     results: dict[str, Any] = {}
     for case in args.cases:
         passed = [a for a in sys.argv[1:] if a not in ("--cases", *args.cases)]
-        command = [sys.executable, __file__, "--case", case, *passed]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
-        except subprocess.TimeoutExpired:
-            print(case, "took too long", flush=True)
+        found = result_of(__file__, ["--case", case, *passed], args.timeout)
+        if isinstance(found, str):
+            print(case, found, flush=True)
             continue
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            print(case, "failed:", done.stdout[-600:], done.stderr[-2500:], flush=True)
-            continue
-        results[case] = json.loads(lines[0].removeprefix("RESULT "))
-        print(args.family, case, json.dumps(results[case]), flush=True)
+        results[case] = found
+        print(args.family, case, json.dumps(found), flush=True)
     for case in results:
         if case != "pictures" and "pictures" in results:
             ratio = results["pictures"]["tokens_per_second"] / results[case]["tokens_per_second"]
