@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 _MARK = "RESULT "
@@ -37,7 +35,7 @@ def result_of(
     Args:
         script: a file that calls `report`.
         arguments: of its command line.
-        timeout: seconds after which all its processes are killed.
+        timeout: seconds after which it is ended.
         ranks: of torchrun, on this machine; 0: without torchrun.
         environment: variables besides those of this process.
         lines: of its errors that a failure shows.
@@ -52,18 +50,24 @@ def result_of(
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **(environment or {})},
-        start_new_session=True,
     )
     try:
         out, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
+        _end(process)
         return f"no end in {timeout:.0f} s"
-    finally:  # all of its session: ranks outlive a torchrun that is killed
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
     if found := reported(out):
         return found[0]
     said = errors.strip().splitlines() or out.strip().splitlines() or [f"no output, exit status {process.returncode}"]
     named = [line for line in said if "Error: " in line and "ChildFailedError" not in line]
     return "\n".join([f"failed: {(named or said)[-1][:300]}", *said[max(len(said) - lines, 0) :]])
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process. Ranks outlive a torchrun that is killed: it is asked first, and ends them."""
+    process.terminate()
+    try:
+        process.communicate(timeout=45)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()

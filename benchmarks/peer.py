@@ -62,3 +62,33 @@ def unsloth_model(
             use_gradient_checkpointing=checkpointing,
         )
     return model.train()
+
+
+def unsloth_vision_model(folder: str | Path, seq_len: int, *, whole: bool = False) -> Any:
+    """Unsloth's vision-language model in training mode: adapters (r=16) on the language model, a frozen tower.
+
+    Args:
+        folder: of a model and its processor.
+        whole: train all of the language model, without adapters.
+    """
+    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    from unsloth import FastVisionModel
+
+    model, _ = FastVisionModel.from_pretrained(
+        str(folder),
+        max_seq_length=seq_len,
+        dtype=torch.bfloat16,
+        load_in_4bit=False,
+        full_finetuning=whole,
+        use_gradient_checkpointing=False,
+        local_files_only=True,
+    )
+    if whole:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("visual" not in name)
+    else:
+        model = FastVisionModel.get_peft_model(
+            model, finetune_vision_layers=False, r=16, lora_alpha=32, lora_dropout=0, bias="none",
+            use_gradient_checkpointing=False,
+        )  # fmt: skip
+    return model.train()
