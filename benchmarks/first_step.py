@@ -118,7 +118,7 @@ trainer:
   callbacks:
     - class_path: first_step.Clock
 model:
-  model: {folder}/model
+  model: {model}
   lr: 1.0e-4
   lora: {{rank: 16, alpha: 32}}
 data:
@@ -142,15 +142,18 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--strategy", default="fsdp2")
     parser.add_argument("--profile", type=int, default=0)
+    parser.add_argument("--model", help="a checkpoint that an earlier call has written; by default a new one")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     compile_sources()
     folder = Path(tempfile.mkdtemp())
-    start = time.perf_counter()
-    size = write_checkpoint(folder / "model", args.tiny)
-    print(f"wrote {size / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
+    model = Path(args.model or folder / "model")
+    if not model.exists():
+        start = time.perf_counter()
+        size = write_checkpoint(model, args.tiny)
+        print(f"wrote {size / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
     length = 64 if args.tiny else 4096
-    (folder / "run.yaml").write_text(CONFIG.format(folder=folder, length=length, strategy=args.strategy))
+    (folder / "run.yaml").write_text(CONFIG.format(folder=folder, model=model, length=length, strategy=args.strategy))
     here = Path(__file__).parent
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")]),
