@@ -4,11 +4,11 @@
 
 Every case runs in two processes, ours and Unsloth's. Unsloth loads its model from a folder of random weights, which is
 written once for each shape. `--peer-path` takes the place of PYTHONPATH there, because Unsloth needs other versions of
-packages. A case is a line of words: the shape (of `shapes.py`, with `:N` for N layers),
-the tokens of a row, `rows=N` of a micro-batch, `micro=N` micro-batches of a step, `nf4` (a 4-bit base), `whole` (all
-parameters instead of LoRA r=16 on every linear layer), `cap=N` (GiB that the process may take of the GPU), `ours=…`
-(options of our strategy), `theirs=…` (Unsloth's gradient checkpointing: `unsloth`, else none). Rates are the median of
-the steps after the second; peaks are of the steps after the first.
+packages. A case is a line of words: the shape (of `shapes.py`, with `:N` for N layers), the tokens of a row, `rows=N`
+of a micro-batch, `micro=N` micro-batches of a step, `nf4` (a 4-bit base), `whole` (all parameters, in bf16, instead of
+LoRA r=16 on every linear layer), `cap=N` (GiB that the process may take of the GPU), `ours=…` (options of our
+strategy), `theirs=…` (Unsloth's gradient checkpointing: `unsloth`, else none). Rates are the median of the steps after
+the second; peaks are of the steps after the first.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ CASES = [
     f"8B 4096 rows=2 micro=4 cap=24 {FULL}",
     f"8B 131072 {LONG}",
     "1B 4096 rows=2 micro=4 whole",
+    f"8B 4096 rows=2 micro=4 whole {FULL}",
     f"30B-A3B:12 4096 rows=2 {FULL}",
     f"30B-A3B:12 4096 rows=2 nf4 {FULL}",
     f"gpt-oss-20b:12 4096 rows=2 {FULL}",
@@ -111,10 +112,11 @@ def ours(case: Case, steps: int, args: argparse.Namespace) -> dict[str, Any]:
             clock.step()
 
     shape = case.config(args.tiny)
+    precision = "bf16-true" if case.whole else "bf16"
     trainer = Trainer(
         strategy="fsdp2" + (f":{options}" if (options := case.value("ours")) else ""),
         devices=1,
-        precision="bf16" if torch.cuda.is_available() else "fp32",
+        precision=precision if torch.cuda.is_available() else "fp32",
         max_steps=steps,
         log_every_n_steps=steps,
         default_root_dir=tempfile.mkdtemp(),
@@ -132,7 +134,7 @@ def ours(case: Case, steps: int, args: argparse.Namespace) -> dict[str, Any]:
         num_samples=batch * steps,
     )
     lora = None if case.whole else LoRAConfig(rank=16, alpha=32, quantize="nf4" if case.nf4 else None)
-    trainer.fit(RandomModel(shape, lora=lora, lr=1e-4), data)
+    trainer.fit(RandomModel(shape, lora=lora, lr=1e-5 if case.whole else 1e-4), data)
     return clock.figures(case, float(trainer.callback_metrics["train_loss"]))
 
 
@@ -146,7 +148,7 @@ def theirs(case: Case, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     print("trained parameters", sum(parameter.numel() for parameter in trained), trained[0].dtype, flush=True)
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5 if case.whole else 1e-4, fused=True)
     vocabulary = model.config.vocab_size
     clock, total = Clock(), 0.0
     for _ in range(steps):
