@@ -8,7 +8,8 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from automodel_trainer.nn.tower_flops import TowerWork, tower_of
+from automodel_trainer.nn.tower_flops import TowerWork
+from automodel_trainer.nn.towers import towers_of
 from automodel_trainer.strategies import MeshStrategy, Objective
 
 
@@ -40,14 +41,14 @@ def tokenizer_of(module: pl.LightningModule) -> Any:
 
 
 def tower_work(trainer: pl.Trainer) -> TowerWork | None:
-    """What counts the FLOPs of this rank's vision tower from now on; None if it has none.
+    """What counts the FLOPs of this rank's towers from now on; None if it has none.
 
     Sums over ranks count what the ranks of a row share once for each of them. Of a pipeline's stages one has the tower.
     """
-    tower = tower_of(trained_model(trainer))
-    if tower is None:
+    towers = towers_of(trained_model(trainer))
+    if not towers:
         return None
     dims = getattr(trainer.strategy, "dims", None)
-    work = TowerWork(tower, times=1 if dims is None else dims.pp)
+    work = TowerWork(towers, times=1 if dims is None else dims.pp)
     work.attach()
     return work

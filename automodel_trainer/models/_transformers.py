@@ -28,7 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from automodel_trainer.models.files import TensorSlice
 from automodel_trainer.nn.text import first_line, listed
-from automodel_trainer.nn.tower_flops import tower_of
+from automodel_trainer.nn.towers import tower_of
 
 __all__ = [
     "attention_in_use",

@@ -1,6 +1,6 @@
 """The parts of a vision-language model: the vision tower, the language model, and the projector between them.
 
-Transformers says where a model's image encoder and its decoder are. What is in neither is the projector.
+Transformers says where a model's encoders and its decoder are. What is in none of them is the projector.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from automodel_trainer.models.record import record_of, recorded
-from automodel_trainer.nn.tower_flops import tower_of
+from automodel_trainer.nn.towers import towers_of
 
 PARTS = ("vision", "projector", "language")
 
@@ -29,21 +29,21 @@ class ModelParts:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        tower, decoder = tower_of(model), model.get_decoder()
+        towers, decoder = towers_of(model), model.get_decoder()
         names = {id(module): name for name, module in model.named_modules()}
-        if tower is None:
+        if not towers:
             raise ValueError(
                 f"{type(model).__name__} has no image encoder that transformers knows (get_encoder(modality='image')), "
                 "so its parts cannot be told apart. Use CausalLMModule for a model of text alone."
             )
-        self._vision = names[id(tower)]
+        self._vision = [names[id(tower)] for tower in towers]
         language = [decoder] if decoder is not model else []
         language += [m for m in (model.get_output_embeddings(), model.get_input_embeddings()) if m is not None]
         self._language = [names[id(module)] for module in language]
 
     def of(self, name: str) -> str:
-        """The part of a parameter or module with this name: "vision", "projector" or "language"."""
-        if _inside(name, self._vision):  # first: some decoders hold the tower
+        """The part of a parameter or module with this name: "vision" (every tower), "projector" or "language"."""
+        if any(_inside(name, tower) for tower in self._vision):  # first: some decoders hold the tower
             return "vision"
         return "language" if any(_inside(name, part) for part in self._language) else "projector"
 

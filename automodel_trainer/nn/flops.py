@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from automodel_trainer.nn.tower_flops import tower_of
+from automodel_trainer.nn.towers import towers_of
 
 # Peak dense FLOP/s of the matrix units for bf16 with fp32 accumulation (fp16 on devices without bf16), keyed by the
 # name that `torch.cuda.get_device_name` returns. Source: the vendors' data sheets; figures given "with sparsity" are
@@ -138,10 +138,9 @@ def _matmul_weights(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
     chosen = config.get("num_experts_per_tok")
     active = chosen / experts if chosen and experts else 1.0
     inside_experts = _modules_of_expert_lists(model, experts)
-    tower = tower_of(model)
-    beside = set() if tower is None else {id(module) for module in tower.modules()}
+    beside = {id(module) for tower in towers_of(model) for module in tower.modules()}
     for module in model.modules():
-        if isinstance(module, nn.Embedding) or (beside and id(module) in beside):
+        if isinstance(module, nn.Embedding) or id(module) in beside:
             continue
         for _, weight in module.named_parameters(recurse=False, remove_duplicate=False):
             if weight.ndim >= 2:

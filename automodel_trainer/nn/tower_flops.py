@@ -1,4 +1,4 @@
-"""Floating-point operations of a vision tower, counted from what its blocks are called with.
+"""Floating-point operations of towers, counted from what their blocks are called with.
 
 A tower computes patches of pictures, not tokens of text, so its weights do not belong into the FLOPs per token.
 """
@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -19,54 +18,36 @@ from automodel_trainer.nn.blocks import find_blocks
 _BOUNDARIES = "cu_seqlens"  # transformers' name: where each sequence of a packed input begins, and the end of the last
 
 
-# Each log step asks. A tower may hold its model, by hooks of FSDP: a model that it is kept for would never be freed.
-_towers: WeakKeyDictionary[nn.Module, ref[nn.Module] | None] = WeakKeyDictionary()
-
-
-def tower_of(model: nn.Module) -> nn.Module | None:
-    """The image encoder beside the decoder of the first transformers model in `model`; None if there is none."""
-    if model not in _towers:
-        found = _find_tower(model)
-        _towers[model] = None if found is None else ref(found)
-    kept = _towers[model]
-    return None if kept is None else kept()
-
-
-def _find_tower(model: nn.Module) -> nn.Module | None:
-    for module in model.modules():
-        if hasattr(type(module), "get_encoder"):  # not of the object: PEFT's pass such calls on
-            tower = module.get_encoder(modality="image")  # type: ignore[operator]
-            apart = tower is not None and tower is not module and tower is not module.get_decoder()  # type: ignore[operator]
-            return tower if apart else None
-    return None
-
-
 class TowerWork:
-    """Adds up the FLOPs of a tower's forward and backward, from `attach` to `detach`.
+    """Adds up the FLOPs of the forward and backward of towers, from `attach` to `detach`.
 
     Matmul weights count as in `flops_per_token`, for each row that they multiply. Attention costs `4 · width` per pair
     of patches of one sequence in forward, and twice that in backward if that reaches it. A block
     counts when it is called, so recomputation does not. Nothing waits for the device.
 
     Args:
-        tower: laid out or not; sharded parameters count in full.
-        times: what the FLOPs are multiplied with, such as the number of stages of which one has the tower.
+        towers: laid out or not; sharded parameters count in full.
+        times: what the FLOPs are multiplied with, such as the number of stages of which one has the towers.
     """
 
-    def __init__(self, tower: nn.Module, times: int = 1) -> None:
-        self.tower, self.times, self.counting = tower, times, True
+    def __init__(self, towers: Sequence[nn.Module], times: int = 1) -> None:
+        self.towers, self.times, self.counting = towers, times, True
         self._hooks: list[Any] = []
         self._host, self._device = 0.0, torch.zeros((), dtype=torch.float64)
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attach(self) -> None:
         """Begin to count."""
-        blocks = find_blocks(self.tower)
+        for tower in self.towers:
+            self._attach(tower)
+
+    def _attach(self, tower: nn.Module) -> None:
+        blocks = find_blocks(tower)
         inside = {id(module) for block in blocks for module in block.modules()}
         for block in blocks:
             if weights := [w for module in block.modules() for w in _weights(module)]:
                 self._hooks.append(block.register_forward_pre_hook(partial(self._block, weights), with_kwargs=True))
-        for module in self.tower.modules():
+        for module in tower.modules():
             if id(module) not in inside and (weights := _weights(module)):
                 self._hooks.append(module.register_forward_hook(partial(self._alone, weights)))
 

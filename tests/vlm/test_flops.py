@@ -18,7 +18,8 @@ from automodel_trainer import ImageTextDataModule, ImageTextModule, KernelsConfi
 from automodel_trainer.callbacks import Throughput
 from automodel_trainer.callbacks.counts import Totals
 from automodel_trainer.nn.flops import flops_per_token
-from automodel_trainer.nn.tower_flops import TowerWork, tower_of
+from automodel_trainer.nn.tower_flops import TowerWork
+from automodel_trainer.nn.towers import tower_of
 from tests.test_trainer import quiet
 from tests.vlm.families import ALL, MARKS, folder_of, model_of, picture, processor_of, rows
 
@@ -40,7 +41,7 @@ def test_a_tower_costs_what_torch_counts(family: str, frozen: bool) -> None:
     hook = tower.register_forward_pre_hook(lambda _, *call: given.extend(call), with_kwargs=True)
     model(**inputs)
     hook.remove()
-    work = TowerWork(tower)
+    work = TowerWork([tower])
     work.attach()
     with FlopCounterMode(display=False) as counter:
         output = tower(*given[0], **{**given[1], "output_hidden_states": False})
