@@ -26,6 +26,7 @@ from automodel_trainer.verification.verify import verify
 from tests.strategies.test_context import rows_of
 from tests.tiny import tiny_config, tiny_tokenizer
 from tests.vlm.families import ALL, model_of, processor_of, rows
+from tests.vlm.more_families import MORE
 
 SIZES = {"num_hidden_layers": 6, "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,7 +57,7 @@ LAYOUTS = [
     ("fsdp2:tp=2,cp=2", 4),
     ("fsdp2:ep=2", 2),
 ]
-PICTURED = (*ALL, "qwen3_vl_moe", "qwen3_5_moe")
+PICTURED = (*ALL, *MORE, "qwen3_vl_moe", "qwen3_5_moe")
 LAYOUTS_OF_PICTURED = [("fsdp2", 2), ("fsdp2:tp=2", 2), ("fsdp2:cp=2", 2), ("3d:pp=2", 2), ("fsdp2:ep=2", 2)]
 Layouts = Sequence[tuple[str, int]]
 START, END = "<!-- table -->", "<!-- end of table -->"

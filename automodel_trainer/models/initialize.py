@@ -184,11 +184,12 @@ def _own_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _unset(dtype: torch.dtype) -> float | int:
-    return torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+    return torch.nan if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min
 
 
 def _is_unset(buffer: torch.Tensor) -> bool:
-    missing = buffer.isnan() if buffer.is_floating_point() else buffer == _unset(buffer.dtype)
+    holds_nan = buffer.is_floating_point() or buffer.is_complex()
+    missing = buffer.isnan() if holds_nan else buffer == _unset(buffer.dtype)
     return bool(missing.any())
 
 

@@ -230,12 +230,9 @@ def _shrink_heads(config: PreTrainedConfig, ranks: int) -> None:
     rotary = getattr(config, "head_dim", None) or config.hidden_size // heads
     small_keys, groups = _heads(heads, key_heads, ranks)
     latent = getattr(config, "kv_lora_rank", None) is not None
+    whole_query = latent and _is_whole_query({name: getattr(config, name, None) for name in _QUERY})
     if latent:
-        for name, size in _MLA.items():
-            if getattr(config, name, None) is not None:
-                setattr(config, name, size)
-        if getattr(config, "qk_head_dim", None) is not None:
-            config.qk_head_dim = _MLA["qk_nope_head_dim"] + _MLA["qk_rope_head_dim"]
+        _shrink_latent(config, whole_query)
     if isinstance(rotary_dim := getattr(config, "rotary_dim", None), int):
         config.rotary_dim = min(rotary_dim, HEAD_DIM)
     config.num_attention_heads = small_keys * groups
@@ -243,9 +240,26 @@ def _shrink_heads(config: PreTrainedConfig, ranks: int) -> None:
         config.num_key_value_heads = small_keys
     # Some configs compute it from the other sizes; under latent attention it is the size of the rotated part.
     if getattr(config, "head_dim", None) is not None and not isinstance(getattr(type(config), "head_dim", 0), property):
-        config.head_dim = _MLA["qk_rope_head_dim"] if latent else HEAD_DIM
+        part = config.qk_nope_head_dim + config.qk_rope_head_dim if whole_query else _MLA["qk_rope_head_dim"]
+        config.head_dim = part if latent else HEAD_DIM
     config.hidden_size = HEAD_DIM * config.num_attention_heads
     _shrink_rope(config, rotary // 2, HEAD_DIM // 2)
+
+
+def _shrink_latent(config: PreTrainedConfig, whole_query: bool) -> None:
+    """Shrink the sizes of latent attention.
+
+    Args:
+        whole_query: the config's heads are as wide as both parts of a query: the rotated part is a share of them.
+    """
+    share = config.qk_nope_head_dim // config.qk_rope_head_dim if whole_query else None
+    for name, size in _MLA.items():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, size)
+    if share:
+        config.qk_nope_head_dim = share * config.qk_rope_head_dim
+    if getattr(config, "qk_head_dim", None) is not None:
+        config.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
 
 
 def _heads(heads: int, key_heads: int, ranks: int) -> tuple[int, int]:

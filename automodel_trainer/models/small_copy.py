@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ SIZES: tuple[dict[str, Any], ...] = (
 )
 """How small a copy may be (`shrink`). The first size that a family's own code takes is taken."""
 CPU = torch.device("cpu")
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Arguments that say which tokens are text (0). Some families ask for them in training."""
 
 
 def small_copy(
@@ -77,7 +80,7 @@ def small_copy(
             _draw(model, device, seed)
             packing_without_sync(model)
             with torch.no_grad():
-                model(input_ids=ordinary_tokens(small)[:TOKENS][None].to(device))
+                model(**_text(model, ordinary_tokens(small)[:TOKENS][None].to(device)))
         except Exception as error:  # a family's own code may fail anywhere on sizes that nobody has
             first = first or error
             continue
@@ -91,6 +94,12 @@ def ordinary_tokens(config: PreTrainedConfig) -> Tensor:
     named = [item for part in (config, text) for item in part.to_dict().items()]
     special = {i for name, i in named if name.endswith(("token_id", "token_index")) and isinstance(i, int)}
     return torch.tensor([i for i in range(3, text.vocab_size) if i not in special])
+
+
+def _text(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """What the forward takes for tokens that are all text."""
+    named = inspect.signature(model.forward).parameters
+    return {"input_ids": ids, **{name: torch.zeros_like(ids) for name in TOKEN_TYPES if name in named}}
 
 
 def _draw(model: PreTrainedModel, device: torch.device, seed: int) -> None:

@@ -22,12 +22,12 @@ from automodel_trainer.models.isolation import Isolation
 from automodel_trainer.models.parts import ModelParts
 from automodel_trainer.models.processors import check_processor, has_processor, load_processor
 from automodel_trainer.models.rope_index import RopeIndex, has_rope_index
+from automodel_trainer.models.small_copy import TOKEN_TYPES
 from automodel_trainer.models.stage_names import names_of_all_stages
 from automodel_trainer.modules.causal_lm import CausalLMModule
 from automodel_trainer.modules.idle_parameters import freeze_idle
 from automodel_trainer.strategies.base.objective import DEFAULT_INPUTS, MicroBatch
 
-TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 _CROSS_ATTENTION = ("cross_attention_mask", "image_attention_mask")
 _NOT_OF_PICTURES = {*DEFAULT_INPUTS, *TOKEN_TYPES, "labels", "inputs_embeds", "past_key_values", "use_cache"}
 

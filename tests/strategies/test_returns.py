@@ -159,7 +159,7 @@ def compiles(root: str, address: str) -> None:
 
 def test_nothing_is_compiled_while_others_wait(tmp_path: Path, lighthouse: str) -> None:
     job = Job(tmp_path / "log", compiles, str(tmp_path), lighthouse)
-    assert job.wait(90) == [0], job.log()
+    assert job.wait() == [0], job.log()
     lines = [line for line in job.log().splitlines() if line.endswith("graphs")]
     rehearsed, *later = [int(line.split()[-2]) for line in lines]
     assert rehearsed > 0
@@ -178,7 +178,7 @@ def budgets(root: str, address: str) -> None:
 def test_a_budget_is_tried_in_the_rehearsal(tmp_path: Path, lighthouse: str) -> None:
     """Once; the run is that with the choice given."""
     job = Job(tmp_path / "log", budgets, str(tmp_path), lighthouse)
-    assert job.wait(90) == [0], job.log()
+    assert job.wait() == [0], job.log()
     assert sum(line.startswith("memory=") for line in job.log().splitlines()) == 1
 
 
@@ -219,8 +219,8 @@ def test_a_group_that_has_half_a_state_and_nobody_left_must_not_train(tmp_path: 
     first = Job(tmp_path / "0", gives, str(tmp_path), lighthouse)
     first.until("alone", timeout=60)
     second = Job(tmp_path / "1", takes, str(tmp_path), lighthouse)
-    assert first.wait(60) == [-signal.SIGKILL], first.log() + second.log()
-    assert second.wait(60) == [0], second.log()
+    assert first.wait() == [-signal.SIGKILL], first.log() + second.log()
+    assert second.wait() == [0], second.log()
 
 
 # --- what it cost -----------------------------------------------------------------------------------------------------

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
-from unittest import mock
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from tests.routers import separated
+from tests.vlm import more_families
+from tests.vlm.pieces import TEMPLATE, TEXT, VISION, without_videos
 from tests.vlm.videos import video_processor_of
 
 SPECIAL = [
@@ -26,21 +27,6 @@ ID = {token: 256 + index for index, token in enumerate(SPECIAL)}
 MARKS = {"qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "gemma3": "<start_of_image>"}
 MARKS |= dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), MARKS["qwen2_5_vl"])
 MARKS |= {"mllama": "<|image|>", "internvl": "<IMG_CONTEXT>"}
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
-    "{% else %}{% for part in m['content'] %}{% if part['type'] == 'image' %}MARK{% else %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TEXT: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 2048, "bos_token_id": 257,
-    "eos_token_id": 260, "pad_token_id": 256,
-}  # fmt: skip
-VISION: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
-    "patch_size": 14,
-}  # fmt: skip
 QWEN = {
     "image_token_id": ID["<|image_pad|>"],
     "video_token_id": ID["<|video_pad|>"],
@@ -57,6 +43,8 @@ ALL = (*ALONE, "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision", "smolvlm"
 
 def config_of(family: str) -> PreTrainedConfig:
     """A tiny config."""
+    if family in more_families.CONFIGS:
+        return AutoConfig.for_model(family, **more_families.CONFIGS[family])
     return AutoConfig.for_model(family, **_CONFIGS[family]())
 
 
@@ -180,6 +168,8 @@ def tokenizer_of(family: str) -> Any:
 
 def processor_of(family: str, films: bool = False) -> Any:
     """The family's own processor. Its part for videos is an empty one; with `films` it is the real one."""
+    if family in more_families.CONFIGS:
+        return more_families.processor_of(family)
     tokenizer, config = tokenizer_of(family), config_of(family)
     template = TEMPLATE.replace("MARK", MARKS.get(family, "<image>"))
     made = {"tokenizer": tokenizer, "chat_template": template}
@@ -239,14 +229,6 @@ def processor_of(family: str, films: bool = False) -> Any:
     return transformers.MllamaProcessor(image_processor=pictures, **made)
 
 
-class NoVideos:
-    """Stands where a processor has a part for videos, which is never called: real ones need torchvision."""
-
-    model_input_names: ClassVar[list[str]] = []
-    merge_size = 2
-    num_frames = fps = 1
-
-
 def _films(family: str) -> dict[str, Any]:
     """Settings of a tiny part for videos."""
     if not family.startswith("qwen"):
@@ -254,16 +236,6 @@ def _films(family: str) -> dict[str, Any]:
     patch = config_of(family).vision_config.patch_size
     size = {"shortest_edge": 4 * (patch * 2) ** 2, "longest_edge": 64 * (patch * 2) ** 2}
     return {"patch_size": patch, "size": size, "cap_pixels_per_frame": False}
-
-
-def without_videos(kind: Any, **parts: Any) -> Any:
-    """A processor of this class that does not ask for the class of its part for videos, empty unless it is given."""
-    own = globals().get(kind.__name__)
-    if own is None:
-        own = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None, "__module__": __name__})
-        globals()[kind.__name__] = own  # so that it can be pickled
-    with mock.patch("transformers.models.smolvlm.processing_smolvlm.num2words"):  # it spells the length of a video
-        return own(**{"video_processor": NoVideos(), **parts})
 
 
 def model_of(family: str, seed: int = 3, layers: int = 2) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Rows with pictures against plain transformers, for ten families: ids, masks, and packed documents as alone."""
+"""Rows with pictures against plain transformers, for many families: ids, masks, and packed documents as alone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from automodel_trainer.connect import connect
 from automodel_trainer.models._masks import packing_without_sync
 from tests.vlm.documents import check_documents
 from tests.vlm.families import ALL, model_of, processor_of, rows
+from tests.vlm.more_families import MORE
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def with_pictures(row: dict[str, Any], root: Path) -> list[dict[str, Any]]:
     return [{**m, "content": [inner for part in m["content"] for inner in shown(part)]} for m in row["messages"]]
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", [*ALL, *MORE])
 def test_documents_are_as_alone(family: str, data: Path) -> None:
     processor, model = processor_of(family), model_of(family).double().eval()
     packing_without_sync(model)  # as every run does
@@ -51,3 +52,9 @@ def test_documents_are_as_alone(family: str, data: Path) -> None:
 
     seen = check_documents(module, dm, model, alone_of, lambda i: lines[i]["messages"][1]["content"][0]["text"])
     assert sorted(seen) == list(range(len(lines)))
+
+
+def test_a_processor_that_does_not_say_what_it_writes(data: Path) -> None:
+    module = ImageTextModule(model_of("idefics2"), processor=processor_of("idefics2"))
+    with pytest.raises(ValueError, match=r"Idefics2Processor does not say what it writes for a picture"):
+        connect(module, None, ImageTextDataModule(str(data), seq_len=256))

@@ -244,13 +244,16 @@ def replacements(processor: Any, token: str, shown: Sequence[Shown], videos: Vid
         token: its mark for a picture.
         shown: the pictures and videos.
         videos: its part for videos; None: there are none.
+
+    Raises:
+        ValueError: it does not say.
     """
     pictures = [Image.new("RGB", item) for item in shown if not isinstance(item, Footage)]
     films = [item for item in shown if isinstance(item, Footage)]
     tokens = [videos.token if videos and isinstance(item, Footage) else token for item in shown]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"return_tensors": "pt"}  # some read their own tensors
     if films and videos is not None:
-        options = {"videos": [item.blank() for item in films], "return_tensors": "pt", **videos.options(films)}
+        options |= {"videos": [item.blank() for item in films], **videos.options(films)}
     made = processor(
         text=["".join(f"{mark}\n" for mark in tokens)],
         images=[pictures] if pictures else None,
@@ -258,8 +261,13 @@ def replacements(processor: Any, token: str, shown: Sequence[Shown], videos: Vid
         **options,
     )
     found = made.get("text_replacement_offsets")
-    if not found:  # pictures are seen by cross-attention: the mark stays
-        return tokens
+    if not found:
+        if list(made["input_ids"][0]).count(processor.tokenizer.convert_tokens_to_ids(token)) != tokens.count(token):
+            raise ValueError(
+                f"{type(processor).__name__} does not say what it writes for a picture "
+                "(return_text_replacement_offsets), so its tokens cannot be planned. Use a model of another family."
+            )
+        return tokens  # pictures are seen by cross-attention: the mark stays
     assert len(found[0]) == len(shown), "one replacement for each picture and video"
     return [item["replacement"] for item in found[0]]
 
