@@ -23,6 +23,7 @@ _STATE_SPACE_HEADS = (
     ("n_mamba_heads", "mamba_headdim", "mamba_ngroups"),
     ("num_heads", "head_dim", "n_groups"),
 )
+_AGAIN = ("hidden_size", "vocab_size")  # sizes that some configs say a second time, outside of their text part
 _DEPTHS = ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
 _TOWER_DEPTHS = ("depth", "num_hidden_layers", "num_layers", "n_layers", "layers")
 _NOISE = ("dropout", "drop_path", "pdrop", "layerdrop", "jitter")
@@ -61,6 +62,7 @@ def shrink(
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     hidden = getattr(text, "hidden_size", None)
+    again = [n for n in _AGAIN if config is not text and getattr(config, n, None) == getattr(text, n, None) is not None]
     kept = list(range(text.num_hidden_layers))
     with _one_size_of_layers(text, kept):
         if depth:
@@ -74,13 +76,17 @@ def shrink(
     for name in ("sliding_window", "attention_chunk_size"):
         if isinstance(value := getattr(text, name, None), int):
             setattr(text, name, min(value, max(2, length // 3)))
+    for name in again:
+        setattr(config, name, getattr(text, name))
     _silence_noise(text)
     text.use_cache = False  # keys and values are kept for generation only
     for tower in _towers(config, text):
         if depth:
             _shrink_tower_depth(tower, getattr(config, "vision_feature_layer", None))
-        if width and getattr(tower, "out_hidden_size", None) == hidden:
-            tower.out_hidden_size = text.hidden_size
+        # Where a tower's own width is its embed_dim, its hidden size is what it hands to the decoder.
+        out = "hidden_size" if hasattr(tower, "embed_dim") else "out_hidden_size"
+        if width and getattr(tower, out, None) == hidden:
+            setattr(tower, out, text.hidden_size)
         _silence_noise(tower)
     return config
 

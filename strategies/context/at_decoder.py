@@ -53,6 +53,8 @@ def _cut(name: str, value: Any, sequences: Sequences, numbers: dict[int, Tensor]
         return value
     if value.shape[:2] == (rows, length):
         return sequences.cut(value, 1)
+    if value.shape == (1, length):  # positions that are the same for all rows
+        return sequences.cut(value.expand(rows, length), 1)
     if value.ndim == 3 and value.shape[1:] == (rows, length):  # positions in several dimensions
         return sequences.cut(value, 2)
     if len(value) in numbers:

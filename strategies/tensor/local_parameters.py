@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from automodel_trainer.nn.blocks import find_blocks
+from automodel_trainer.nn.blocks import find_blocks, untied_input_embedding
 from automodel_trainer.nn.wrap import Forward
 from automodel_trainer.strategies.tensor.collectives import sum_gradient
 
@@ -20,21 +20,28 @@ Held = list[tuple[nn.Module, str, bool]]  # module, parameter name, whether to s
 def readers(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """The modules around whose forward parameters are swapped, and the modules whose parameters these are.
 
-    A block swaps in all parameters inside it at once. A module outside of blocks swaps in its own, and those of its
-    children, such as adapters, unless it contains a block.
+    A block swaps in all parameters inside it at once. So does a module outside of blocks, which may read those of its
+    children by itself, unless it contains a block or an embedding that is gathered on its own: such a module swaps in
+    the parameters that it holds.
     """
     blocks = find_blocks(model)
     inside = {id(module) for block in blocks for module in block.modules()}
+    units = [*blocks, *untied_input_embedding(model)]
     for block in blocks:
         yield block, list(block.modules())
     for module in model.modules():
-        if id(module) not in inside and next(module.parameters(recurse=False), None) is not None:
-            yield module, [module] if any(_holds(module, block) for block in blocks) else list(module.modules())
+        if id(module) in inside or next(module.parameters(), None) is None:
+            continue
+        if not _holds(module, units):
+            yield module, list(module.modules())
+        elif next(module.parameters(recurse=False), None) is not None:
+            yield module, [module]
 
 
-def _holds(module: nn.Module, block: nn.Module) -> bool:
-    """Whether `block` is somewhere inside `module`."""
-    return module is not block and any(block is child for child in module.modules())
+def _holds(module: nn.Module, units: Sequence[nn.Module]) -> bool:
+    """Whether one of `units` is somewhere inside `module`."""
+    inside = set(map(id, module.modules())) - {id(module)}
+    return any(id(unit) in inside for unit in units)
 
 
 def with_local_parameters(held: Held, group: ProcessGroup) -> Forward:

@@ -48,3 +48,33 @@ def test_the_copy_runs(family: str) -> None:
     setattr(config.vision_config, name, 32)
     copy = small_copy(config, AUTO)
     assert getattr(copy.config.vision_config, name) <= 5
+
+
+LLAMA4 = {
+    "text_config": {"num_hidden_layers": 4, "num_local_experts": 4, "intermediate_size_mlp": 64},
+    "vision_config": {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 128, "image_size": 56,
+                      "projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("llama4", LLAMA4),  # its tower has a buffer of complex numbers
+        ("mistral4", {}),  # latent attention whose heads are as wide as both parts of a query
+        ("molmo2", {"vision_config": {"hidden_size": 32, "num_attention_heads": 2, "head_dim": 16}}),  # token types
+        ("ovis2", None),  # says the decoder's sizes twice
+        ("qwen2_vl", None),  # a tower whose hidden size is the decoder's
+    ],
+)
+def test_the_copy_of_others_runs(family: str, sizes: dict[str, Any] | None) -> None:
+    small_copy(config_of(family) if sizes is None else AutoConfig.for_model(family, **sizes), AUTO)
+
+
+def test_sizes_that_a_config_says_twice_stay_the_same() -> None:
+    config = config_of("ovis2")
+    small = shrink(config, 4, 24, 96)
+    assert small.vocab_size == small.text_config.vocab_size < config.vocab_size
+    assert small.hidden_size == small.text_config.hidden_size != config.hidden_size
+    config = config_of("qwen2_vl")
+    assert shrink(config, 4, 24, 96).vision_config.hidden_size != config.vision_config.hidden_size
