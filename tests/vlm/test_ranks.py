@@ -19,6 +19,7 @@ from tests.harness import full, once
 from tests.matrix import more
 from tests.pool import RankPool
 from tests.test_trainer import quiet
+from tests.vlm import more_families
 from tests.vlm.families import model_of, processor_of, rows
 from tests.vlm.films import films
 
@@ -65,8 +66,12 @@ CASES += [
     Case("llava_onevision", "3d:pp=2", freeze=(), packing=True),  # image_newline is a parameter of the model itself
     Case("qwen3_vl_moe", "fsdp2:ep=2", packing=True, export=True),
     Case("qwen3_vl_moe", "fsdp2_ep", lora=True),
+    Case("gemma4", "ddp", freeze=()),
+    Case("ovis2", freeze=(), packing=True),
 ]
 MORE = [
+    *(Case(family, "ddp", freeze=()) for family in more_families.MORE),
+    *(Case(family, "fsdp2:cp=2", lora=True, packing=True) for family in more_families.MORE),
     *(Case("qwen2_5_vl", spec, packing=True, rows="films") for spec in ("fsdp2:cp=2", "3d:pp=2", "fsdp2_tp:tp=2")),
     *(Case("internvl", "ddp", rows="films-alike", freeze=(), lora=lora) for lora in (False, True)),
     Case("qwen3_vl", "ddp"),
