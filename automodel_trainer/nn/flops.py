@@ -140,7 +140,7 @@ def _matmul_weights(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
     inside_experts = _modules_of_expert_lists(model, experts)
     beside = {id(module) for tower in towers_of(model) for module in tower.modules()}
     for module in model.modules():
-        if isinstance(module, nn.Embedding) or id(module) in beside:
+        if isinstance(module, nn.Embedding) or (beside and id(module) in beside):
             continue
         for _, weight in module.named_parameters(recurse=False, remove_duplicate=False):
             if weight.ndim >= 2:
