@@ -191,7 +191,6 @@ def everything(args: argparse.Namespace) -> None:
             result = launch(strategy, args, *extra)
             print(f"cp=2, {method}, one document of {length}", json.dumps(result), flush=True)
             if "failed" in result:
-                print(result["output"][-800:], flush=True)
                 break
 
 

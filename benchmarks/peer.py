@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 SPECIAL = {"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128002}
+ADAPTERS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0, "bias": "none"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -39,28 +41,14 @@ def unsloth_model(
         nf4: a 4-bit base.
         whole: train all parameters, without adapters.
     """
-    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    import_unsloth()
     from unsloth import FastLanguageModel
 
-    model, _ = FastLanguageModel.from_pretrained(
-        str(folder),
-        max_seq_length=seq_len,
-        dtype=torch.bfloat16,
-        load_in_4bit=nf4,
-        full_finetuning=whole,
-        use_gradient_checkpointing=checkpointing,
-        local_files_only=True,
-    )
+    more = {"load_in_4bit": nf4, "use_gradient_checkpointing": checkpointing}
+    model = _loaded(FastLanguageModel, folder, seq_len, whole, more)
     if not whole:
-        model = FastLanguageModel.get_peft_model(
-            model,
-            r=16,
-            lora_alpha=32,
-            lora_dropout=0,
-            bias="none",
-            target_modules=TARGETS,
-            use_gradient_checkpointing=checkpointing,
-        )
+        more = {"target_modules": TARGETS, "use_gradient_checkpointing": checkpointing}
+        model = FastLanguageModel.get_peft_model(model, **ADAPTERS, **more)
     return model.train()
 
 
@@ -71,24 +59,34 @@ def unsloth_vision_model(folder: str | Path, seq_len: int, *, whole: bool = Fals
         folder: of a model and its processor.
         whole: train all of the language model, without adapters.
     """
-    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    import_unsloth()
     from unsloth import FastVisionModel
 
-    model, _ = FastVisionModel.from_pretrained(
-        str(folder),
-        max_seq_length=seq_len,
-        dtype=torch.bfloat16,
-        load_in_4bit=False,
-        full_finetuning=whole,
-        use_gradient_checkpointing=False,
-        local_files_only=True,
-    )
+    more = {"load_in_4bit": False, "use_gradient_checkpointing": False}
+    model = _loaded(FastVisionModel, folder, seq_len, whole, more)
     if whole:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("visual" not in name)
     else:
-        model = FastVisionModel.get_peft_model(
-            model, finetune_vision_layers=False, r=16, lora_alpha=32, lora_dropout=0, bias="none",
-            use_gradient_checkpointing=False,
-        )  # fmt: skip
+        more = {"finetune_vision_layers": False, "use_gradient_checkpointing": False}
+        model = FastVisionModel.get_peft_model(model, **ADAPTERS, **more)
     return model.train()
+
+
+def import_unsloth() -> None:
+    """Import it without a network: it looks around when it is imported."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    import_module("unsloth")
+
+
+def _loaded(kind: Any, folder: str | Path, seq_len: int, whole: bool, more: dict[str, Any]) -> Any:
+    """A model by one of Unsloth's classes."""
+    model, _ = kind.from_pretrained(
+        str(folder),
+        max_seq_length=seq_len,
+        dtype=torch.bfloat16,
+        full_finetuning=whole,
+        local_files_only=True,
+        **more,
+    )
+    return model

@@ -60,7 +60,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         lora = None if args.whole else LoRAConfig(rank=16)
         lr, precision = (1e-5, "bf16-true") if args.whole else (1e-4, "bf16")
-        module = ImageTextModule(model_of(args), processor=processor_of(args), lora=lora, lr=lr)
+        module = ImageTextModule(model_of(args), processor=processor_of(args, args.case == "videos"), lora=lora, lr=lr)
         trainer = Trainer(
             strategy="fsdp2",
             devices=1,

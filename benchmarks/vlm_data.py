@@ -48,12 +48,12 @@ def config_of(args: argparse.Namespace) -> Any:
     return AutoConfig.for_model(args.family, text_config=text, vision_config=shape["vision_config"], **QWEN)
 
 
-def processor_of(args: argparse.Namespace) -> Any:
+def processor_of(args: argparse.Namespace, films: bool) -> Any:
     """A processor with the model's patches, that leaves pictures as large as they are."""
     from tests.vlm.families import processor_of as tiny
     from tests.vlm.videos import video_processor_of
 
-    processor = tiny(args.family, films=args.case == "videos")
+    processor = tiny(args.family, films=films)
     if not args.tiny:
         patch = SHAPES[args.family]["vision_config"]["patch_size"]
         try:
@@ -63,7 +63,7 @@ def processor_of(args: argparse.Namespace) -> Any:
         size = {"shortest_edge": (2 * patch) ** 2, "longest_edge": 4096**2}
         sizes: dict[str, Any] = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2, "size": size}
         processor.image_processor = Pictures(**sizes)
-        if args.case == "videos":
+        if films:
             processor.video_processor = video_processor_of(args.family, **sizes)
     return processor
 

@@ -30,7 +30,7 @@ def collator(args: argparse.Namespace, folder: Path) -> Any:
     """Makes a padded batch of rows with pictures."""
     from PIL import Image
 
-    processor, config = processor_of(args), config_of(args)
+    processor, config = processor_of(args, films=False), config_of(args)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         chats = []
@@ -89,9 +89,7 @@ def save_for_unsloth(args: argparse.Namespace) -> dict[str, Any]:
     target = Path(args.folder) / args.family
     if not (target / "config.json").exists():
         model_of(args).save_pretrained(target)
-        args.case = "videos"  # with the processor's part for them, without which nobody can load it
-        processor_of(args).save_pretrained(target)
-        args.case = "unsloth"
+        processor_of(args, films=True).save_pretrained(target)  # nobody can load it without its part for videos
     with tempfile.TemporaryDirectory() as name:
         rows, collate = samples_of(args, Path(name), 2), collator(args, Path(name))
         batches = [collate(rows[first : first + args.per_row]) for first in range(0, len(rows), args.per_row)]

@@ -36,6 +36,7 @@ from automodel_trainer.models.record import recorded
 from automodel_trainer.models.stage_names import of_all_stages
 from automodel_trainer.modules.balance import Balanced
 from automodel_trainer.modules.idle_parameters import IdleParameters
+from automodel_trainer.nn.tensor_bytes import bytes_of
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.base.allocator import allocator_of
 from automodel_trainer.strategies.base.compile import effective_options
@@ -249,11 +250,8 @@ def bytes_by_dtype(tensors: Iterable[Tensor]) -> dict[str, int]:
     """Bytes of local tensors of any shape, by the names of their dtypes (or classes, for quantized tensors)."""
     sums: dict[str, int] = defaultdict(int)
     for tensor in tensors:
-        if hasattr(tensor, "__tensor_flatten__"):  # a quantized tensor: count the tensors inside
-            parts, _ = tensor.__tensor_flatten__()
-            sums[type(tensor).__name__] += sum(getattr(tensor, part).nbytes for part in parts)
-        else:
-            sums[_name(tensor.dtype)] += tensor.numel() * tensor.element_size()
+        quantized = hasattr(tensor, "__tensor_flatten__")
+        sums[type(tensor).__name__ if quantized else _name(tensor.dtype)] += bytes_of(tensor)
     return dict(sums)
 
 

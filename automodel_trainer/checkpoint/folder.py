@@ -16,7 +16,7 @@ from automodel_trainer.checkpoint.record import Entry, entry_of, sync
 TEMPORARY = ".tmp"  # step-00000010.tmp is being written; step-00000010.tmp-old is being replaced
 _OLD = "-old"
 _IN_WORK: set[Path] = set()  # temporary folders that this process writes or removes, possibly in the background
-_LOCK = threading.RLock()  # held while remains are looked for, and while a folder of `_IN_WORK` comes to be
+_LOCK = threading.Lock()  # held while remains are looked for, and while a folder of `_IN_WORK` comes to be
 _SILENT = 3600.0  # seconds after which a folder of another job that nobody has written to is taken for a remainder
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.models._transformers import attention_in_use
 from automodel_trainer.models.auto_classes import auto_classes_of
-from automodel_trainer.models.small_copy import TOKENS, ordinary_tokens, small_copy
+from automodel_trainer.models.small_copy import TOKENS, ordinary_tokens, small_copy, text_inputs
 from automodel_trainer.nn.text import first_line
 
 Cut = Callable[[PreTrainedModel, Tensor], Tensor]
@@ -94,7 +94,7 @@ def _difference(copy: PreTrainedModel, ids: Tensor, cut: Cut, whole: Tensor, spr
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return logits_of(model(input_ids=ids))
+    return logits_of(model(**text_inputs(model, ids)))
 
 
 def logits_of(output: object) -> Tensor:

@@ -62,7 +62,7 @@ def shrink(
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     hidden = getattr(text, "hidden_size", None)
-    again = [n for n in _AGAIN if config is not text and getattr(config, n, None) == getattr(text, n, None) is not None]
+    again = [name for name in _AGAIN if getattr(config, name, None) == getattr(text, name, -1)]
     kept = list(range(text.num_hidden_layers))
     with _one_size_of_layers(text, kept):
         if depth:

@@ -80,7 +80,7 @@ def small_copy(
             _draw(model, device, seed)
             packing_without_sync(model)
             with torch.no_grad():
-                model(**_text(model, ordinary_tokens(small)[:TOKENS][None].to(device)))
+                model(**text_inputs(model, ordinary_tokens(small)[:TOKENS][None].to(device)))
         except Exception as error:  # a family's own code may fail anywhere on sizes that nobody has
             first = first or error
             continue
@@ -96,9 +96,9 @@ def ordinary_tokens(config: PreTrainedConfig) -> Tensor:
     return torch.tensor([i for i in range(3, text.vocab_size) if i not in special])
 
 
-def _text(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """What the forward takes for tokens that are all text."""
-    named = inspect.signature(model.forward).parameters
+def text_inputs(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """What the forward takes for tokens `[b, s]` that are all text."""
+    named = inspect.signature(type(model).forward).parameters
     return {"input_ids": ids, **{name: torch.zeros_like(ids) for name in TOKEN_TYPES if name in named}}
 
 

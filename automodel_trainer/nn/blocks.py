@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 
@@ -35,3 +37,11 @@ def untied_input_embedding(model: nn.Module) -> list[nn.Module]:
     inside_block = any(embedding is module for block in find_blocks(model) for module in block.modules())
     owners = [module for module in model.modules() if getattr(module, "weight", None) is embedding.weight]
     return [embedding] if len(owners) == 1 and not inside_block and embedding is not model else []
+
+
+def modules_around(model: nn.Module, inner: Iterable[nn.Module]) -> set[str]:
+    """The names of the modules of `model` that have one of `inner` somewhere inside them."""
+    wanted = set(map(id, inner))
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if name and id(module) in wanted]
+    parts = [name.split(".") for name in names]
+    return {".".join(path[:depth]) for path in parts for depth in range(len(path))}

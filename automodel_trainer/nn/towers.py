@@ -6,6 +6,8 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
+from automodel_trainer.nn.blocks import modules_around
+
 _MEDIA = ("pixel_values", "input_features", "input_values", "audio")  # main inputs of transformers' encoders begin so
 
 # Each log step asks. A tower may hold its model, by hooks of FSDP: a model that it is kept for would never be freed.
@@ -33,10 +35,10 @@ def _find(model: nn.Module) -> list[nn.Module]:
         if hasattr(type(root), "get_encoder"):  # not of the object: PEFT's pass such calls on
             decoder = root.get_decoder()  # type: ignore[operator]
             named = [root.get_encoder(modality=kind) for kind in ("image", "video", "audio")]  # type: ignore[operator]
-            around = {id(m) for m in root.modules() if any(inner is decoder for inner in m.modules())}
             if named[0] is None or named[0] is root or named[0] is decoder:
                 return []
-            return _outermost([*named, *filter(_reads_media, root.modules())], around | set(map(id, decoder.modules())))
+            around = [root.get_submodule(name) for name in modules_around(root, [decoder])]
+            return _outermost([*named, *filter(_reads_media, root.modules())], [*around, *decoder.modules()])
     return []
 
 
@@ -45,11 +47,11 @@ def _reads_media(module: nn.Module) -> bool:
     return isinstance(name, str) and name.startswith(_MEDIA)
 
 
-def _outermost(found: list[nn.Module], others: set[int]) -> list[nn.Module]:
+def _outermost(found: list[nn.Module], others: list[nn.Module]) -> list[nn.Module]:
     """The first of `found`, and those that are neither inside one before them nor among `others`."""
-    kept, inside = [found[0]], set(map(id, found[0].modules()))
+    kept, inside = [found[0]], {id(module) for module in (*found[0].modules(), *others)}
     for module in found[1:]:
-        if module is not None and id(module) not in inside | others:
+        if module is not None and id(module) not in inside:
             kept.append(module)
             inside |= set(map(id, module.modules()))
     return kept

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.nn._torch import FakeTensorMode
+from automodel_trainer.nn.tensor_bytes import bytes_of
 
 MOMENTS = 2  # tensors of a parameter's size that we reckon with if an optimizer cannot be asked
 
@@ -63,12 +64,4 @@ def _asked(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter)
         failed = True
     made = [value for value in state[parameter].values() if isinstance(value, Tensor) and value.ndim]
     # After an error, a state means that only the kernel is missing.
-    return None if failed and not made else sum(map(_bytes_of, made))
-
-
-def _bytes_of(tensor: Tensor) -> int:
-    """Bytes of a tensor, also of one that is made of others (a state in 8 bits, say)."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.nbytes
-    names, _ = tensor.__tensor_flatten__()
-    return sum(_bytes_of(getattr(tensor, name)) for name in names)
+    return None if failed and not made else sum(map(bytes_of, made))

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from automodel_trainer.models._transformers import has_tower
 from automodel_trainer.models.rehearsal import logits_of, rehearse
+from automodel_trainer.models.small_copy import text_inputs
 from automodel_trainer.strategies.context.at_decoder import split_at_decoder
 from automodel_trainer.strategies.context.attention import Sequences, exchanging, replace_attention
 
@@ -34,7 +35,7 @@ def _in_shards(model: PreTrainedModel, ids: Tensor) -> Tensor:
     try:
         replace_attention(model)
     except ValueError:  # `install_attention` says it of the model itself
-        return logits_of(model(input_ids=ids))
+        return logits_of(model(**text_inputs(model, ids)))
     rows, length = ids.shape
     chunks = torch.arange(length).chunk(2 * SHARDS)
     shards = [torch.cat([chunks[i], chunks[2 * SHARDS - 1 - i]]) for i in range(SHARDS)]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from automodel_trainer.models.rehearsal import logits_of, rehearse
+from automodel_trainer.models.small_copy import text_inputs
 from automodel_trainer.strategies.pipeline.split import find_parts, split_model
 from automodel_trainer.strategies.pipeline.stage import SplitModel, Turn
 
@@ -38,5 +39,5 @@ def _in_stages(model: PreTrainedModel, ids: Tensor) -> Tensor:
     stages = SplitModel(model, split, torch.float32, whole=lambda inputs: None)
     passed: Any = None
     for stage in split.stages:
-        passed = stages.run(Turn(stage, passed), lambda: model(input_ids=ids))
+        passed = stages.run(Turn(stage, passed), lambda: model(**text_inputs(model, ids)))
     return logits_of(passed)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models._transformers import forget_absent_ties, has_tower
 from automodel_trainer.models.parts import ModelParts as PartsByName
+from automodel_trainer.nn.blocks import modules_around
 from automodel_trainer.nn.text import first_line
 from automodel_trainer.strategies.tensor.sequence import stacks
 
@@ -155,7 +156,7 @@ def _beside(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), ()
     parts = PartsByName(model)  # type: ignore[arg-type]
     decoder = model.get_decoder()  # type: ignore[operator]
-    around = {name for name, module in model.named_modules() if any(inner is decoder for inner in module.modules())}
+    around = modules_around(model, [decoder]) | {name for name, module in model.named_modules() if module is decoder}
     names = [name for name, _ in model.named_parameters() if parts.of(name) != "language"]
     owners = {name: name.rpartition(".")[0] for name in names}
     loose = tuple(name for name in names if owners[name] in around)

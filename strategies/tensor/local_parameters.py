@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from automodel_trainer.nn.blocks import find_blocks, untied_input_embedding
+from automodel_trainer.nn.blocks import find_blocks, modules_around, untied_input_embedding
 from automodel_trainer.nn.wrap import Forward
 from automodel_trainer.strategies.tensor.collectives import sum_gradient
 
@@ -26,22 +26,16 @@ def readers(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """
     blocks = find_blocks(model)
     inside = {id(module) for block in blocks for module in block.modules()}
-    units = [*blocks, *untied_input_embedding(model)]
+    around = modules_around(model, [*blocks, *untied_input_embedding(model)])
     for block in blocks:
         yield block, list(block.modules())
-    for module in model.modules():
+    for name, module in model.named_modules():
         if id(module) in inside or next(module.parameters(), None) is None:
             continue
-        if not _holds(module, units):
+        if name not in around:
             yield module, list(module.modules())
         elif next(module.parameters(recurse=False), None) is not None:
             yield module, [module]
-
-
-def _holds(module: nn.Module, units: Sequence[nn.Module]) -> bool:
-    """Whether one of `units` is somewhere inside `module`."""
-    inside = set(map(id, module.modules())) - {id(module)}
-    return any(id(unit) in inside for unit in units)
 
 
 def with_local_parameters(held: Held, group: ProcessGroup) -> Forward:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from automodel_trainer.models.rehearsal import logits_of, rehearse
+from automodel_trainer.models.small_copy import text_inputs
 from automodel_trainer.nn._torch import pytree
 from automodel_trainer.nn.wrap import wrap
 from automodel_trainer.strategies.tensor.local_parameters import readers
@@ -137,7 +138,7 @@ def _with_weights_away(model: PreTrainedModel, ids: Tensor) -> Tensor:
             away = parameter.detach().as_subclass(_Away)
             away.of = names[parameter]
             module._parameters[key] = away  # type: ignore[assignment]
-    return logits_of(model(input_ids=ids))
+    return logits_of(model(**text_inputs(model, ids)))
 
 
 def _seeing(parameters: list[tuple[nn.Module, str, nn.Parameter]]) -> Any:

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from tests.routers import separated
 from tests.vlm import more_families
-from tests.vlm.pieces import TEMPLATE, TEXT, VISION, without_videos
+from tests.vlm.pieces import TEMPLATE, TEXT, VISION, byte_tokenizer, without_videos
 from tests.vlm.videos import video_processor_of
 
 SPECIAL = [
@@ -140,30 +139,20 @@ _CONFIGS: dict[str, Any] = {
 
 def tokenizer_of(family: str) -> Any:
     """Bytes and the special tokens of all families."""
-    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | ID
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    inner.decoder = decoders.ByteFallback()
     images = {"gemma3": "<image_soft_token>", "internvl": "<IMG_CONTEXT>", "mllama": "<|image|>"}
-    image = "<|image_pad|>" if family.startswith("qwen") else images.get(family, "<image>")
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<s>",
-        eos_token="<|im_end|>",
-        pad_token="<pad>",
-        model_max_length=2048,
-        extra_special_tokens={
-            "image_token": image,
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-            "video_token": "<|video_pad|>" if family.startswith("qwen") else "<video>",
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-            "fake_image_token": "<fake_token_around_image>",
-            "global_image_token": "<global-img>",
-            "end_of_utterance_token": "<end_of_utterance>",
-        },
-    )
+    named = {
+        "image_token": "<|image_pad|>" if family.startswith("qwen") else images.get(family, "<image>"),
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "video_token": "<|video_pad|>" if family.startswith("qwen") else "<video>",
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "fake_image_token": "<fake_token_around_image>",
+        "global_image_token": "<global-img>",
+        "end_of_utterance_token": "<end_of_utterance>",
+    }
+    return byte_tokenizer(ID, named)
 
 
 def processor_of(family: str, films: bool = False) -> Any:

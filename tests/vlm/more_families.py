@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from tokenizers import Tokenizer, decoders, models
 
-from tests.vlm.pieces import TEMPLATE, TEXT, VISION, without_videos
+from tests.vlm.pieces import TEMPLATE, TEXT, VISION, byte_tokenizer, without_videos
 
 SPECIAL = [
     "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>", "<video>", "<|video|>", "<boi>", "<eoi>",
@@ -92,28 +91,17 @@ MORE = tuple(family for family in CONFIGS if family != "idefics2")
 """Of which all works. The processor of idefics2 does not say what it writes for a picture."""
 
 
-def tokenizer_of(family: str) -> Any:
+def tokenizer() -> Any:
     """Bytes and the special tokens of these families."""
-    inner = Tokenizer(
-        models.BPE(vocab={f"<0x{byte:02X}>": byte for byte in range(256)} | ID, merges=[], byte_fallback=True)
-    )
-    inner.decoder = decoders.ByteFallback()
     named = {"image_token": "<image>", "video_token": "<video>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
     named |= {"image_boundary_token": "<fake>", "audio_token": "<audio>", "boa_token": "<boa>", "eoa_token": "<eoa>"}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<s>",
-        eos_token="<|im_end|>",
-        pad_token="<pad>",
-        model_max_length=2048,
-        extra_special_tokens={**named, **{f"special_{index}": token for index, token in enumerate(SPECIAL[5:])}},
-    )
+    return byte_tokenizer(ID, {**named, **{f"special_{index}": token for index, token in enumerate(SPECIAL[5:])}})
 
 
 def processor_of(family: str) -> Any:
     """The family's own processor, with an empty part for videos."""
     made: dict[str, Any] = {
-        "tokenizer": tokenizer_of(family),
+        "tokenizer": tokenizer(),
         "chat_template": TEMPLATE.replace("MARK", MARKS.get(family, "<image>")),
     }
     small = {"height": 28, "width": 28}

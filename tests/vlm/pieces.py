@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 from unittest import mock
 
+import transformers
+from tokenizers import Tokenizer, decoders, models
+
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for part in m['content'] %}{% if part['type'] == 'image' %}MARK{% else %}{{ part['text'] }}"
@@ -20,6 +23,26 @@ VISION: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
+
+
+def byte_tokenizer(special: dict[str, int], named: dict[str, str]) -> Any:
+    """Bytes and special tokens.
+
+    Args:
+        special: their ids.
+        named: those that processors ask for, by their names.
+    """
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | special
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    inner.decoder = decoders.ByteFallback()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        model_max_length=2048,
+        extra_special_tokens=named,
+    )
 
 
 class NoVideos:
