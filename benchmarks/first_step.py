@@ -3,8 +3,8 @@
 `python benchmarks/first_step.py` writes random weights (16 GB), reads them once so that the file system is warm, and
 runs `amt fit` `--runs` times, each in a process of its own. The first has empty caches of compiled code. It prints when
 each part ended, in seconds since the process began, and how many modules were imported by then. Packages without
-bytecode are compiled first, as an ordinary installation does. `--profile N` prints the functions that the last run
-spent most time in. `--tiny` is for a CPU.
+bytecode are compiled first, as an ordinary installation does. `--profile` prints where one more run's time went, as a
+tree of calls (`sampled.py`). `--tiny` is for a CPU.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--strategy", default="fsdp2")
-    parser.add_argument("--profile", type=int, default=0)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--model", help="a checkpoint that an earlier call has written; by default a new one")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
@@ -161,18 +161,16 @@ def main() -> None:
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
-    for run in range(args.runs):
-        profiled = args.profile and run == args.runs - 1
-        command = [sys.executable, *(["-m", "cProfile", "-o", str(folder / "profile")] if profiled else [])]
+    for run in range(args.runs + args.profile):
+        profiled = run == args.runs
+        command = [sys.executable, *([str(here / "sampled.py"), str(folder / "profile")] if profiled else [])]
         command += ["-m", "automodel_trainer", "fit", "--config", str(folder / "run.yaml")]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         found = [line for line in done.stdout.splitlines() if line.startswith(("RESULT ", "MODULES "))]
         print(f"run {run + 1}{' (profiled)' if profiled else ''}:")
         print(*(found or [f"failed: {done.stderr[-1500:]}"]), sep="\n", flush=True)
     if args.profile:
-        import pstats
-
-        pstats.Stats(str(folder / "profile")).sort_stats("cumulative").print_stats(args.profile)
+        print((folder / "profile").read_text())
 
 
 if __name__ == "__main__":

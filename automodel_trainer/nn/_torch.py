@@ -25,6 +25,7 @@ __all__ = [
     "allow_side_effects_in_checkpoints",
     "grouped_outer",
     "import_compiler",
+    "keep_autograd_functions",
     "prefer_recomputing",
     "pytree",
     "raise_recompile_limit",
@@ -178,6 +179,14 @@ def allow_side_effects_in_checkpoints() -> None:
     needs this because it removes a layer's bias while the layer runs.
     """
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+
+
+def keep_autograd_functions() -> None:
+    """Let torch keep what it traced of graphs with an autograd.Function for later runs, as it does for all others.
+
+    It holds the traced forward and backward, and both are part of its key. torch 2.13 still asks to be told.
+    """
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def prefer_recomputing() -> None:

@@ -8,6 +8,7 @@ the version before.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -30,14 +31,20 @@ def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callabl
 
 
 def key_by_operators() -> None:
-    """Let code compiled from now on be kept under a name that tells these files from other versions of them."""
-    tag, config = _hash_of(tuple(sorted(set(OPERATORS.values())))), torch.compiler.config
+    """Let code compiled from now on be kept under a name that tells these files from other versions of them.
+
+    Processes that compile kernels read it from the environment when they start. They choose the name under which torch
+    keeps the fastest variant of a kernel, and a run with another name would measure all variants again.
+    """
+    tag, config = hash_of(*sorted(set(OPERATORS.values()))), torch.compiler.config
     if tag not in config.cache_key_tag:
         config.cache_key_tag = f"{config.cache_key_tag} {tag}".strip()
+    os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = config.cache_key_tag
 
 
 @cache
-def _hash_of(files: tuple[str, ...]) -> str:
+def hash_of(*files: str) -> str:
+    """16 hexadecimal digits that another version of one of the files does not have."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(Path(file).read_bytes())

@@ -17,10 +17,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
 from automodel_trainer.models.record import record_of, recorded
+from automodel_trainer.nn import _torch
 from automodel_trainer.nn._torch import CHECKPOINT_MISSES_FUNCTIONS, EXPENSIVE_OPERATIONS, MATMULS, pytree
 from automodel_trainer.nn.blocks import find_blocks
 from automodel_trainer.nn.kept_results import contexts
 from automodel_trainer.nn.offload import HostInputs
+from automodel_trainer.nn.operators import hash_of
 from automodel_trainer.nn.wrap import wrap
 from automodel_trainer.strategies.base.block_modes import MODES, Mode
 
@@ -151,10 +153,10 @@ def _checkpointed(
         return forward(*args, **kwargs)
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        options["context_fn"] = SELECTIVE
     elif CHECKPOINT_MISSES_FUNCTIONS and torch.compiler.is_compiling():
         # Without a policy, this compiler keeps what an autograd.Function computes: with fused adapters, a whole block.
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _recompute)
+        options["context_fn"] = RECOMPUTING
     return checkpoint(forward, *args, **options, **kwargs)
 
 
@@ -198,3 +200,13 @@ def _is_cheap_matmul(op: Any, args: Sequence[Any]) -> bool:
     second = args[MATMULS[op]]
     inner, width = second.shape[-2:]
     return bool(inner * CHEAP <= width)
+
+
+def _contexts(policy: Callable[..., CheckpointPolicy]) -> Callable[[], Any]:
+    """The contexts of a checkpoint with this policy. torch keeps compiled code only of policies that have a name."""
+    found = partial(create_selective_checkpoint_contexts, policy)
+    found.cache_hash = f"{policy.__name__} {hash_of(__file__, str(_torch.__file__))}"  # type: ignore[attr-defined]
+    return found
+
+
+SELECTIVE, RECOMPUTING = _contexts(_policy), _contexts(_recompute)

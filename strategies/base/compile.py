@@ -26,6 +26,7 @@ from automodel_trainer.nn._torch import (
     FAST_MATH,
     allow_side_effects_in_checkpoints,
     import_compiler,
+    keep_autograd_functions,
     prefer_recomputing,
     raise_recompile_limit,
 )
@@ -105,6 +106,7 @@ def compile_blocks(
         )
     raise_recompile_limit()
     key_by_operators()
+    keep_autograd_functions()
     allow_side_effects_in_checkpoints()
     prefer_recomputing()
     options = effective_options(backend, options)
