@@ -1,8 +1,8 @@
 """Where the main thread of a program spends its time, as a tree of calls.
 
-`python benchmarks/sampled.py OUT -m MODULE ARGUMENTS…` runs a module and writes the tree to the file OUT. A thread looks
-at the main thread's stack every 10 ms. cProfile slows a start of many small calls down to twice its time, and since
-Python 3.12 it adds the time of all threads.
+`python benchmarks/sampled.py OUT -m MODULE ARGUMENTS…` runs a module and writes the tree to the file OUT. A thread
+looks at the main thread's stack every 10 ms. cProfile slows a start of many small calls down to twice its time, and
+since Python 3.12 it adds the time of all threads.
 """
 
 from __future__ import annotations
