@@ -76,8 +76,8 @@ def flops_per_token(model: nn.Module, seq_len: float, causal: bool = True) -> fl
     for the gradient of the weight if it is trained. That makes 6 for a trained weight, 4 for a frozen one (as with
     LoRA), and 2 for the frozen weights before the first trained one, which the backward never reaches. Every weight
     with two or more dimensions counts, except lookup tables (`nn.Embedding`). The head counts, tied or not. In a
-    mixture of experts, as many of the experts count as a token chooses. A vision tower does not count: it computes patches,
-    not tokens (`TowerWork` counts them).
+    mixture of experts, as many of the experts count as a token chooses. A vision tower does not count: it computes
+    patches, not tokens (`TowerWork` counts them).
 
     Attention costs `2 · heads · (qk_dim + v_dim)` per layer, token and attended key in forward, and twice that in
     backward. A causal token attends to `(seq_len + 1) / 2` keys on average, and at most to the sliding window.

@@ -75,7 +75,6 @@ def test_all_stacks_of_experts_are_targets_whatever_their_number_is_called(famil
     assert stacks <= {adapter.target for adapter in adapters(model)}
 
 
-
 def test_all_linear_means_fused_experts_but_not_head_and_router() -> None:
     model = adapted("qwen3_moe", MOE)
     attention = {f"self_attn.{n}_proj" for n in "qkvo"}
