@@ -3,8 +3,8 @@
 `python benchmarks/first_step.py` writes random weights (16 GB), reads them once so that the file system is warm, and
 runs `amt fit` `--runs` times, each in a process of its own. The first has empty caches of compiled code. It prints when
 each part ended, in seconds since the process began, and how many modules were imported by then. Packages without
-bytecode are compiled first, as an ordinary installation does. `--profile` prints where one more run's time went, as a
-tree of calls (`sampled.py`). `--tiny` is for a CPU.
+bytecode are compiled first, as an ordinary installation does. `--profile` prints where the time of two more runs went,
+with empty and with filled caches, as a tree of calls (`sampled.py`). `--tiny` is for a CPU.
 """
 
 from __future__ import annotations
@@ -154,23 +154,27 @@ def main() -> None:
         print(f"wrote {size / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
     length = 64 if args.tiny else 4096
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder, model=model, length=length, strategy=args.strategy))
+    for run in range(args.runs):
+        print(f"run {run + 1}:", *times_of_a_run(folder), sep="\n", flush=True)
+    for caches in ["empty", "caches"] if args.profile else []:
+        print(f"profiled, {caches}:", *times_of_a_run(folder, caches, tree=folder / "tree"), sep="\n")
+        print((folder / "tree").read_text(), flush=True)
+
+
+def times_of_a_run(folder: Path, caches: str = "caches", tree: Path | None = None) -> list[str]:
+    """What a run prints of its start, in a process of its own. `caches` is its folder for compiled code."""
     here = Path(__file__).parent
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")]),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / caches / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / caches / "triton"),
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
-    for run in range(args.runs + args.profile):
-        profiled = run == args.runs
-        command = [sys.executable, *([str(here / "sampled.py"), str(folder / "profile")] if profiled else [])]
-        command += ["-m", "automodel_trainer", "fit", "--config", str(folder / "run.yaml")]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        found = [line for line in done.stdout.splitlines() if line.startswith(("RESULT ", "MODULES "))]
-        print(f"run {run + 1}{' (profiled)' if profiled else ''}:")
-        print(*(found or [f"failed: {done.stderr[-1500:]}"]), sep="\n", flush=True)
-    if args.profile:
-        print((folder / "profile").read_text())
+    command = [sys.executable, *([str(here / "sampled.py"), str(tree)] if tree else [])]
+    command += ["-m", "automodel_trainer", "fit", "--config", str(folder / "run.yaml")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith(("RESULT ", "MODULES "))]
+    return found or [f"failed: {done.stderr[-1500:]}"]
 
 
 if __name__ == "__main__":

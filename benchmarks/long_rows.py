@@ -2,9 +2,10 @@
 
 `python benchmarks/long_rows.py` runs every case in its own process. A case is a line of words: the tokens of a row, how
 blocks are checkpointed (`full`, `selective`, `offload`, `full:20`; else not), `tiled` (or `tiled=N`), `rows=N` of a
-micro-batch, `nf4` (a 4-bit base), `whole` (all parameters instead of LoRA), `cap=N` (GiB that the process may take of
-the GPU), `memory=80%` or `memory=20` (a budget, which chooses how blocks are checkpointed), `eager`. Figures are of the
-steps after the first. `--tiny` only shows that the script runs.
+micro-batch, `documents=N` (a row is packed from documents of N tokens), `nf4` (a 4-bit base), `whole` (all parameters
+instead of LoRA), `cap=N` (GiB that the process may take of the GPU), `memory=80%` or `memory=20` (a budget, which
+chooses how blocks are checkpointed), `eager`. Figures are of the steps after the first. `--tiny` only shows that the
+script runs.
 """
 
 from __future__ import annotations
@@ -58,6 +59,22 @@ def strategy_of(words: list[str]) -> str:
     return "fsdp2" + (":" + ",".join(parts) if parts else "")
 
 
+def packed_rows(length: int) -> type[Any]:
+    """Rows of random tokens that are packed from documents of so many."""
+    from automodel_trainer.data.rows import Document, RandomRows
+
+    class PackedRows(RandomRows):
+        def fetch(self, rows: Any) -> list[list[Document]]:
+            return [[part for document in row for part in self.parts(document)] for row in super().fetch(rows)]
+
+        def parts(self, document: Document) -> list[Document]:
+            ids, trained = document.input_ids, document.trained
+            starts = range(0, len(ids), length)
+            return [Document(ids[i : i + length], trained[i : i + length], document.sample_id) for i in starts]
+
+    return PackedRows
+
+
 def run(case: str, layers: int, steps: int, tiny: bool) -> dict[str, Any]:
     from lightning.pytorch.callbacks import Callback
     from random_model import RandomModel
@@ -109,6 +126,9 @@ def run(case: str, layers: int, steps: int, tiny: bool) -> dict[str, Any]:
         global_batch_size=rows,
         num_samples=rows * steps,
     )
+    if documents := value(words, "documents", 0):
+        rows_of = packed_rows(documents)
+        data.build_rows = lambda: {"train": rows_of(rows * steps, seq_len, sizes["vocab_size"], 0)}  # type: ignore[method-assign]
     lora = None if "whole" in words else LoRAConfig(rank=16, alpha=32, quantize="nf4" if "nf4" in words else None)
     start = time.perf_counter()
     trainer.fit(RandomModel(shape, lora=lora, lr=1e-4), data)

@@ -18,6 +18,7 @@ from automodel_trainer.callbacks.heat_map import heat_map
 from automodel_trainer.callbacks.layout import sum_over_ranks, trained_model
 from automodel_trainer.models._experts import stacked_experts
 from automodel_trainer.models._routers import RecordingRouter, record_routing
+from automodel_trainer.models.routers import probes
 from automodel_trainer.models.stage_names import from_all_stages
 from automodel_trainer.strategies import MeshStrategy
 
@@ -31,7 +32,7 @@ class MoELoad(Callback):
     | `moe_mean_max_load` | the same, mean over layers |
     | `moe_idle_experts` | share of the experts that no token chose |
     | `moe_entropy` | entropy of the choices over the entropy of an even spread: 1 is even; mean over layers |
-    | `moe_z_loss` | squared log-sum-exp of the routers' logits, mean over tokens and layers |
+    | `moe_z_loss` | squared log-sum-exp of the routers' logits, mean over tokens and layers, where these are recorded |
     | `moe_dropped_tokens` | share of the choices that were not computed. It is 0: no token is ever dropped |
 
     Loads are shares and z is a mean, so recomputed blocks change nothing. Tokens of padding count too. Nothing waits
@@ -59,7 +60,11 @@ class MoELoad(Callback):
             if experts := stacked_experts(module):
                 self._counts[name] = torch.zeros(experts, dtype=torch.int64, device=device)
                 self._hooks.append(module.register_forward_pre_hook(_counting(self._counts[name]), with_kwargs=True))
-        for router in record_routing(model):
+        routers = record_routing(model)
+        no_logits = {name for name, probe in probes(routers).items() if probe.records_probabilities}
+        for router in routers:
+            if router.name in no_logits:
+                continue
             self._z[router.name] = torch.zeros(2, device=device)
             self._hooks.append(router.module.register_forward_hook(_adding_z(self._z[router.name])))
         if not any(from_all_stages(model, len(self._counts))):

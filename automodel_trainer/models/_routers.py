@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
+from automodel_trainer.nn.experts import CHOICES, COUNTS
 from automodel_trainer.nn.mixing import mixed
 
-_BIAS = "e_score_correction_bias"  # added to the scores that experts are chosen by, and not to their weights
+_BIASES = ("e_score_correction_bias", "expert_bias")  # added to scores to choose experts, and not to their weights
 
 
 class Routing(NamedTuple):
@@ -55,16 +56,24 @@ class Router(NamedTuple):
     Attributes:
         name: of the module in its model.
         module: records what it computes.
+        block: the module that calls it, if that holds the bias and hands it over.
     """
 
     name: str
     module: RecordingRouter
+    block: nn.Module | None = None
 
     @property
     def bias(self) -> Tensor | None:
         """`[experts]`, what the model adds to scores to choose experts; None: nothing."""
         named = (*self.module.named_buffers(), *self.module.named_parameters())
-        return next((tensor for name, tensor in named if name.rpartition(".")[2] == _BIAS), None)
+        own = next((tensor for name, tensor in named if name.rpartition(".")[2] in _BIASES), None)
+        return own if own is not None or self.block is None else _bias_of_block(self.block)
+
+
+def _bias_of_block(block: nn.Module) -> Tensor | None:
+    held = {**block._buffers, **block._parameters}
+    return next((held[name] for name in _BIASES if held.get(name) is not None), None)
 
 
 def record_routing(model: nn.Module) -> list[Router]:
@@ -73,7 +82,8 @@ def record_routing(model: nn.Module) -> list[Router]:
     The model may be laid out already. Its blocks have not run yet if they are compiled.
     """
     found: dict[int, Router] = {}
-    names = {id(module): name for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
     for owner in model.modules():
         for recorder in _recorders(owner):
             for name, module in owner.named_modules():
@@ -83,7 +93,8 @@ def record_routing(model: nn.Module) -> list[Router]:
                 if not isinstance(module, RecordingRouter):
                     module.__class__ = mixed(RecordingRouter, type(module))  # type: ignore[arg-type]
                     module.logits_index = recorder.index  # type: ignore[assignment]
-                found[id(module)] = Router(names[id(module)], module)  # type: ignore[arg-type]
+                whole = names[id(module)]
+                found[id(module)] = Router(whole, module, modules[whole.rpartition(".")[0]])  # type: ignore[arg-type]
     return [found[number] for number in names if number in found]
 
 
@@ -100,14 +111,17 @@ def _recorders(owner: nn.Module) -> Iterator[OutputRecorder]:
 
 def expert_count(config: Any) -> int:
     """The number of experts of a layer that routers choose from, by the model's config; 0 if it names none."""
-    text = config.get_text_config(decoder=True)
-    named = (getattr(text, name, None) for name in ("num_experts", "n_routed_experts", "num_local_experts"))
-    return int(next((count for count in named if count), 0))
+    return _first(config, COUNTS)
 
 
 def choices_per_token(config: Any) -> int:
     """The number of experts that a token chooses, by the model's config; 0 if it names none."""
-    return int(getattr(config.get_text_config(decoder=True), "num_experts_per_tok", None) or 0)
+    return _first(config, CHOICES)
+
+
+def _first(config: Any, names: Sequence[str]) -> int:
+    text = config.get_text_config(decoder=True)
+    return next((count for name in names if isinstance(count := getattr(text, name, None), int) and count), 0)
 
 
 def configured_coefficient(config: Any) -> float:

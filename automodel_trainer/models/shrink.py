@@ -10,12 +10,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from automodel_trainer.nn.experts import CHOICES, COUNTS
+
 HEAD_DIM = 16
 MIN_LAYERS = 2
 # Multi-head latent attention (arXiv 2405.04434) has sizes of its own, which do not follow from the hidden size.
 _MLA = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 _QUERY = ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim")  # the whole and its parts
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EMPTY_EXPERTS = "zero_expert_num"  # choices beside the experts that compute nothing (arXiv 2509.01322)
 # Names of the numbers of heads, their size, and the number of groups; each family has its own.
 _STATE_SPACE_HEADS = (
     ("mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
@@ -352,16 +354,21 @@ def _shares(sizes: list[int], total: int) -> list[int]:
 
 
 def _shrink_experts(config: PreTrainedConfig, ranks: int) -> None:
-    chosen = getattr(config, "num_experts_per_tok", None)
-    if chosen:
-        config.num_experts_per_tok = chosen = min(chosen, 2)
+    chosen = 1
+    for name in CHOICES:
+        if value := getattr(config, name, None):
+            chosen = min(value, 2)
+            setattr(config, name, chosen)
     # Groups of experts are chosen first (arXiv 2412.19437): so few experts make one.
     for name in ("n_group", "topk_group"):
         if getattr(config, name, None):
             setattr(config, name, 1)
-    for name in _EXPERTS:
-        if isinstance(value := getattr(config, name, None), int) and value > 1:
-            setattr(config, name, alike(value, max(4, chosen or 1), ranks))
+    counts = {name: n for name in COUNTS if isinstance(n := getattr(config, name, None), int) and n > 1}
+    small = {name: alike(n, max(4, chosen), ranks) for name, n in counts.items()}
+    for name, value in small.items():
+        setattr(config, name, value)
+    if counts and (empty := getattr(config, _EMPTY_EXPERTS, None)):  # as large a part of the choices as before
+        setattr(config, _EMPTY_EXPERTS, max(1, empty * max(small.values()) // max(counts.values())))
 
 
 def _silence_noise(config: PreTrainedConfig) -> None:

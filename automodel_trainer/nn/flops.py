@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from automodel_trainer.nn.experts import CHOICES, COUNTS, share_of_tokens
 from automodel_trainer.nn.towers import towers_of
 
 # Peak dense FLOP/s of the matrix units for bf16 with fp32 accumulation (fp16 on devices without bf16), keyed by the
@@ -75,8 +76,8 @@ def flops_per_token(model: nn.Module, seq_len: float, causal: bool = True) -> fl
     for the gradient of the weight if it is trained. That makes 6 for a trained weight, 4 for a frozen one (as with
     LoRA), and 2 for the frozen weights before the first trained one, which the backward never reaches. Every weight
     with two or more dimensions counts, except lookup tables (`nn.Embedding`). The head counts, tied or not. In a
-    mixture of experts, `num_experts_per_tok` of the experts count. A vision tower does not count: it computes patches,
-    not tokens (`TowerWork` counts them).
+    mixture of experts, as many of the experts count as a token chooses. A vision tower does not count: it computes
+    patches, not tokens (`TowerWork` counts them).
 
     Attention costs `2 · heads · (qk_dim + v_dim)` per layer, token and attended key in forward, and twice that in
     backward. A causal token attends to `(seq_len + 1) / 2` keys on average, and at most to the sliding window.
@@ -134,8 +135,8 @@ def holds_language_model(model: nn.Module) -> bool:
 def _matmul_weights(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
     """Every matmul weight with the share of tokens that use it (below 1 for experts), in module order."""
     config = _text_config(model)
-    experts = next((n for n in map(config.get, ("num_experts", "num_local_experts", "n_routed_experts")) if n), None)
-    chosen = config.get("num_experts_per_tok")
+    experts = next((n for n in map(config.get, COUNTS) if n), None)
+    chosen = next((n for n in map(config.get, CHOICES) if n), None) or experts
     active = chosen / experts if chosen and experts else 1.0
     inside_experts = _modules_of_expert_lists(model, experts)
     beside = {id(module) for tower in towers_of(model) for module in tower.modules()}
@@ -144,8 +145,8 @@ def _matmul_weights(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
             continue
         for _, weight in module.named_parameters(recurse=False, remove_duplicate=False):
             if weight.ndim >= 2:
-                fused = experts is not None and weight.ndim == 3 and weight.shape[0] == experts
-                yield weight, active if fused or id(module) in inside_experts else 1.0
+                stacked = share_of_tokens(module, weight, experts, chosen) if experts and chosen else 1.0
+                yield weight, active if id(module) in inside_experts else stacked
 
 
 def _modules_of_expert_lists(model: nn.Module, experts: int | None) -> set[int]:
@@ -209,8 +210,6 @@ _SIZES = (
     "v_head_dim",
     "layer_types",
     "sliding_window",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "num_experts_per_tok",
+    *COUNTS,
+    *CHOICES,
 )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from automodel_trainer.nn.flops import flops_per_token, peak_flops, peak_flops_of
+from automodel_trainer.nn.flops import _matmul_weights, flops_per_token, peak_flops, peak_flops_of
 from tests.tiny import tiny_model
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 6, "attn_implementation": "eager"}
@@ -63,6 +63,28 @@ def test_only_the_chosen_experts_count() -> None:
     dense = tiny_model("qwen3", **{**SIZES, "intermediate_size": 64})  # two experts of 32 are as wide as one of 64
     router = 6 * 6 * 8 * 32
     assert two == pytest.approx(flops_per_token(dense, S, causal=False) + router)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("aria_text", {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1}),
+        ("gemma4_text", {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}),
+        ("inkling_text", {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2}),
+        ("longcat_flash", {"n_routed_experts": 6, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 64}),
+    ],
+)
+def test_experts_count_whatever_their_number_is_called(family: str, sizes: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = tiny_model(family, **sizes, num_layers=2) if family == "longcat_flash" else tiny_model(family, **sizes)
+    found = {id(weight): share for weight, share in _matmul_weights(model)}
+    shares = {name: found[id(p)] for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3}
+    # Two of eight choices, of which longcat_flash has two without an expert, and room for these in one of its stacks.
+    expected = {"gate_up_proj": 0.25 * 0.75, "down_proj": 0.25} if family == "longcat_flash" else {}
+    assert shares
+    for name, share in shares.items():
+        assert share == expected.get(name.rpartition(".")[2], 0.25)
+    assert all(found[id(p)] == 1 for name, p in model.named_parameters() if "shared_experts" in name and p.ndim > 1)
 
 
 def test_causal_attention_and_a_sliding_window_attend_to_fewer_keys() -> None:

@@ -128,6 +128,21 @@ def test_the_same_under_every_layout(pool: RankPool, tmp_path: Path, alone: Any,
         assert metrics == pytest.approx(alone[1])
 
 
+def test_no_z_loss_of_routers_that_return_probabilities(tmp_path: Path) -> None:
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    sizes = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 264}
+    load = MoELoad(picture=False)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=1, default_root_dir=tmp_path, callbacks=[load], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_ledger=False, log_every_n_steps=1,
+    )  # fmt: skip
+    model = tiny_model("gemma4_text", **experts, **sizes)
+    trainer.fit(CausalLMModule(model, lr=1e-3), MockDataModule(vocab_size=264, seq_len=8, num_samples=1))
+    assert len(load.load) == 2
+    assert "moe_entropy" in trainer.callback_metrics
+    assert "moe_z_loss" not in trainer.callback_metrics
+
+
 def test_a_model_without_experts_is_told(tmp_path: Path) -> None:
     trainer = Trainer(
         accelerator="cpu", devices=1, max_steps=1, default_root_dir=tmp_path, callbacks=[MoELoad()], logger=False,

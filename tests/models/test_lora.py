@@ -59,6 +59,22 @@ def test_targets(lora: dict[str, Any], expected: set[str]) -> None:
     assert targets(adapted(**lora)) == expected
 
 
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("longcat_flash", {"n_routed_experts": 6, "zero_expert_num": 2, "moe_topk": 2, "num_layers": 1}),
+        ("inkling_text", {"n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2}),
+    ],
+)
+def test_all_stacks_of_experts_are_targets_whatever_their_number_is_called(family: str, config: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = tiny_model(family, **config)
+    stacks = {name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name}
+    apply_lora(model, LoRAConfig(rank=4))
+    assert stacks
+    assert stacks <= {adapter.target for adapter in adapters(model)}
+
+
 def test_all_linear_means_fused_experts_but_not_head_and_router() -> None:
     model = adapted("qwen3_moe", MOE)
     attention = {f"self_attn.{n}_proj" for n in "qkvo"}

@@ -42,3 +42,16 @@ def test_other_code_is_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     operators.hash_of.cache_clear()
     assert len(set(tags)) == 3
     assert all(tag.startswith("user ") for tag in tags)
+
+
+def test_another_version_of_a_library_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers, torchao and others define operations, too."""
+    tags = []
+    for version in ("1.0", "1.1", "1.0"):
+        monkeypatch.setattr(operators, "version", lambda name, now=version: now if name == "torchao" else "0")
+        operators._libraries.cache_clear()
+        with torch.compiler.config.patch(cache_key_tag=""):
+            operators.key_by_operators()
+            tags.append(torch.compiler.config.cache_key_tag)
+    operators._libraries.cache_clear()
+    assert tags[0] == tags[2] != tags[1]

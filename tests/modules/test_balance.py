@@ -38,6 +38,16 @@ from tests.tiny import tiny_model
 
 STEPS, ROWS, LENGTH, MAX_NORM = 3, 8, 13, 0.5
 FAMILIES: dict[str, dict[str, Any]] = {"qwen3_moe": {**MOE, "decoder_sparse_step": 1}, "deepseek_v3": LATENT}
+OTHERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "zaya": {"num_experts": 4},
+    "gemma4_text": {
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 264,
+    },
+    "lfm2_moe": {**MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 0, "use_expert_bias": True},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+}  # fmt: skip
 ALL = {"aux_loss": 0.3, "sequence_loss": 0.2, "z_loss": 0.05}
 
 
@@ -253,6 +263,14 @@ def test_a_router_that_is_not_a_number_ends_the_run(tmp_path: Path) -> None:
         fit(tmp_path, model, balance={"aux_loss": 0.1})
 
 
+@pytest.mark.parametrize("family", ["lfm2_moe", "minimax_m2"])
+def test_a_bias_that_the_block_hands_to_its_router(tmp_path: Path, family: str) -> None:
+    found = fit(tmp_path, tiny_model(family, **OTHERS[family]), balance={"bias_rate": 0.5, "sequence_loss": 0.1})
+    moved = [b for name, b in found.lightning_module.model.named_buffers() if name.endswith("bias")]
+    assert moved
+    assert all(b.abs().max() >= 0.5 for b in moved)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -274,10 +292,13 @@ def test_a_router_that_is_not_a_number_ends_the_run(tmp_path: Path) -> None:
             {"balance": {"bias_rate": 0.1}, "lora": {}},
             "adapters are saved without them. Set bias_rate=0",
         ),
+        ("zaya", {"balance": {"aux_loss": 0.1}}, "each of the 4 experts .* chooses from 5: some choices are no"),
+        ("zaya", {"balance": {"sequence_loss": 0.1}}, r"layers.0.mlp.gate \(ZayaRouter\) does something else"),
+        ("gemma4_text", {"balance": {"z_loss": 0.1}}, "transformers records probabilities of model.layers.0.router"),
     ],
 )
 def test_models_that_cannot_be_balanced(tmp_path: Path, family: str, options: dict[str, Any], said: str) -> None:
-    model = tiny_model("llama") if family == "llama" else build(family)
+    model = tiny_model(family, **OTHERS[family]) if family in OTHERS else build(family)
     with pytest.raises(ValueError, match=said):
         fit(tmp_path, model, **options)
 

@@ -239,6 +239,14 @@ def test_shrink_takes_configs_that_count_layers_apart() -> None:
     assert isinstance(shrink(config, ranks=4, length=64, vocab_size=100), type(config))
 
 
+def test_shrink_keeps_experts_beside_choices_of_none() -> None:
+    config = AutoConfig.for_model("longcat_flash", n_routed_experts=512, zero_expert_num=256)
+    small = shrink(config, ranks=4, length=64, vocab_size=100)
+    assert (small.n_routed_experts, small.zero_expert_num, small.moe_topk) == (4, 2, 2)
+    many = shrink(AutoConfig.for_model("aria_text", moe_num_experts=64, moe_topk=6), 4, length=64, vocab_size=100)
+    assert (many.moe_num_experts, many.moe_topk) == (4, 2)
+
+
 def test_shrink_keeps_heads_as_wide_as_both_parts_of_a_query() -> None:
     config = AutoConfig.for_model("dots3_note_text")
     small = shrink(config, ranks=4, length=64, vocab_size=100)

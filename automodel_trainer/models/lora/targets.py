@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from automodel_trainer.models.lora.config import LoRAConfig
 from automodel_trainer.models.lora.layers import LINEAR
 from automodel_trainer.models.parts import ModelParts, frozen_parts
+from automodel_trainer.nn.experts import stacks_experts
 
 ALL_LINEAR = "all-linear"
 
@@ -44,7 +45,7 @@ def candidates(model: nn.Module) -> dict[str, bool]:
             found[name] = module is not head
         elif not isinstance(module, nn.Embedding):
             for key, parameter in module.named_parameters(recurse=False):
-                fused = parameter.ndim == 3 and getattr(module, "num_experts", None) == parameter.shape[0]
+                fused = stacks_experts(module, parameter)
                 if name and (fused or (parameter.ndim == 2 and key == "weight")):
                     found[f"{name}.{key}"] = fused
     return _without_frozen(model, found)

@@ -20,7 +20,7 @@ from automodel_trainer.models._routers import (
     record_routing,
 )
 from automodel_trainer.models.record import record_of
-from automodel_trainer.models.routers import uses_sigmoid
+from automodel_trainer.models.routers import probes, uses_sigmoid
 from automodel_trainer.models.stage_names import pipeline_of
 from automodel_trainer.modules.balance.biases import Biases, check_biases
 from automodel_trainer.modules.balance.config import BalanceConfig
@@ -75,8 +75,10 @@ class Balance:
         self.config, self.aux, self.model = config, aux, model
         self.routers = record_routing(model)
         self._experts, self._k = expert_count(model.config), choices_per_token(model.config)
-        self._sigmoid = {r.name: uses_sigmoid(r) for r in self.routers} if config.sequence_loss else {}
+        self._probes = probes(self.routers)
         self._check(adapted)
+        asked = self.routers if config.sequence_loss else []
+        self._sigmoid = {r.name: uses_sigmoid(r, self._probes.get(r.name)) for r in asked}
         self._layers = 0  # of all stages; not known yet
         self._strategy: MeshStrategy | None = None
         self._batch: _GlobalBatch | None = None
@@ -94,7 +96,22 @@ class Balance:
                 f"balance: the config of {type(self.model).__name__} does not say how many experts there are and how "
                 "many a token chooses (num_experts, num_experts_per_tok). Leave balance out."
             )
+        for name, probe in self._probes.items():
+            if probe.records_probabilities and (self.aux or self.config.sequence_loss or self.config.z_loss):
+                raise ValueError(
+                    f"balance: its losses need the logits of routers, and transformers records probabilities of {name} "
+                    f"in {type(self.model).__name__}. Leave balance out."
+                )
+            self._check_width(name, probe.logits)
         check_biases(self.model, self.routers, self.config.bias_rate, adapted)
+
+    def _check_width(self, name: str, logits: Tensor) -> None:
+        if self.aux and logits.shape[1] != self._experts:
+            raise ValueError(
+                f"balance: aux_loss counts how often each of the {self._experts} experts is chosen, and the router "
+                f"{name} of {type(self.model).__name__} chooses from {logits.shape[1]}: some choices are no experts. "
+                "Set aux_loss=0."
+            )
 
     def __str__(self) -> str:
         """What is used, for the ledger."""
@@ -165,7 +182,8 @@ class Balance:
     def _load_of(self, taken: Sequence[tuple[Router, Routing]], marks: Tensor) -> Tensor:
         """How often each expert is among the k largest logits of a token, in all layers together: fp32 `[experts]`."""
         load = torch.zeros(self._experts, device=marks.device)
-        for _, routing in taken:
+        for router, routing in taken:
+            self._check_width(router.name, routing.logits)
             load += load_of(routing.logits, self._k, marks)
         return load
 

@@ -19,7 +19,7 @@ class BalanceConfig:
             over the documents of the global batch.
         z_loss: coefficient of the squared log-sum-exp of router logits: summed over layers, mean over tokens.
         bias_rate: how far an optimizer step moves the bias of each expert towards an even load, without any loss
-            (`e_score_correction_bias`; 0.001 in arXiv 2412.19437).
+            (`e_score_correction_bias`, `expert_bias`; 0.001 in arXiv 2412.19437).
 
     Raises:
         ValueError: a number is negative, or `aux_loss` is another word.
