@@ -13,7 +13,7 @@ from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.data.built_in_templates import set_template
 from automodel_trainer.data.chat_template import BatchEncoder, Encoded
 from automodel_trainer.data.checks import check_samples
-from automodel_trainer.data.formats import Format, format_of, refuse_pictures, refuse_unwanted_answers
+from automodel_trainer.data.formats import format_of, refuse_pictures, refuse_unwanted_answers
 from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.mixture import check_temperature, parse_sources
 from automodel_trainer.data.option_checks import check_packing
@@ -210,7 +210,7 @@ class ChatDataModule(MicroBatchDataModule):
         form = format_of(rows, self.columns)
         refuse_other_columns(rows, form.data_columns)
         refuse_unwanted_answers(rows, form)
-        self._name_unread(rows, form)
+        self._name_unread(rows, form.name, set(form.columns_read.values()))
         places = places_of(rows)
 
         encoder = BatchEncoder(tokenizer, loss_on)
@@ -244,30 +244,29 @@ class ChatDataModule(MicroBatchDataModule):
             rows, encode_batch, tokenizer=tokenizer, settings=settings, masked=True, cache=self.cache
         )
         store = TokenStore(samples)
+        self._check(store)
+        self._report_turns(store, rows)
+        return store, key
+
+    def _report_turns(self, store: TokenStore, rows: Dataset) -> None:
+        """Say which conversations have empty turns, and how much of the text the tokenizer does not know."""
+        places = places_of(rows)
+        named = f"{self._source}: " if self._source else ""
         if len(empty := np.flatnonzero(store.empty_turns)):
             shown = [describe_place(places, int(i)) for i in store.sample_ids[empty[:3]]]
-            named = f"{self._source}: " if self._source else ""
             rank_zero_warn(
                 f"{named}{len(empty):,} conversations have a turn without content or calls, of the user or the "
                 f"assistant: {', '.join(shown)}{', …' if len(empty) > 3 else ''}. Of one of the assistant the model "
                 'learns to say nothing. Remove these turns, or set "weight": 0 in them.'
             )
-        self._check(store)
-        self._report_unknown(store, rows)
-        return store, key
-
-    def _report_unknown(self, store: TokenStore, rows: Dataset) -> None:
-        """Say how much of the text the tokenizer does not know."""
-        places = places_of(rows)
-        named = f"{self._source}: " if self._source else ""
         store.unknown = unknown_share(store, self.load_tokenizer(), named, lambda row: describe_place(places, row))
 
-    def _name_unread(self, rows: Dataset, form: Format) -> None:
-        """Say which columns are not read, so that nobody believes that the model sees them."""
-        read = set(form.columns_read.values())
+    def _name_unread(self, rows: Dataset, form: str, read: set[str]) -> list[str]:
+        """Say which columns are not read, so that nobody believes that the model sees them; returns them."""
         if unread := [name for name in rows.column_names if name not in read]:
             named = f"{self._source}: " if self._source else ""
-            rank_zero_info(f"{named}read as {form.name}. Columns that are not read: {', '.join(unread)}.")
+            rank_zero_info(f"{named}read as {form}. Columns that are not read: {', '.join(unread)}.")
+        return unread
 
     def _check(self, store: TokenStore) -> None:
         """Refuse data that would train wrongly without an error. Checks `CHECKED` samples that have trained tokens."""

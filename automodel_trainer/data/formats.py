@@ -9,6 +9,7 @@
 | instruction/response | `instruction`, `response` (Dolly) | `input`, `context`, `system`, `history` |
 | question/answer | `question`, `answer` | `input`, `context`, `system`, `history` |
 | prompt/response | `prompt`, `response` | `system` |
+| texts | `texts`: dicts with user, assistant (The Cauldron, FineVision) | `system` |
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ PICTURE_COLUMNS = ("images", "image")
 """Columns that hold the pictures of a row."""
 VIDEO_COLUMNS = ("videos", "video")
 """Columns that hold the videos of a row."""
+_VISUAL_COLUMNS = (*PICTURE_COLUMNS, *VIDEO_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Format:
         optional = [name for name in self.optional if name in self.columns or name not in taken]
         return {name: self.columns.get(name, name) for name in (*self.required, *optional)}
 
+    def visual_columns(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The data set's names of columns of pictures or videos: those that were mapped, or else all that may be."""
+        mapped = tuple(self.columns[name] for name in names if name in self.columns)
+        return mapped or tuple(name for name in names if name not in self.columns.values())
+
     def columns_added(self, column_names: Iterable[str]) -> list[str]:
         """Our names of columns of these that an earlier version did not read: samples of it are others."""
         found = set(column_names)
@@ -103,6 +110,8 @@ class Format:
     def _conversation(self, values: dict[str, Any]) -> Conversation:
         tools = parse_tools(values.get("tools"), self._is_exact("tools"))
         first = self.required[0]
+        if self.name == "texts":
+            return Conversation([*_system(values), *_rounds(values[first])], tools)
         if len(self.required) == 1:
             messages = parse_messages(values[first], self.columns.get(first, first), self._is_exact(first))
             return Conversation([*_system(values), *messages], tools)
@@ -128,6 +137,7 @@ FORMATS = (
     Format("instruction/response", ("instruction", "response"), _BESIDE),
     Format("question/answer", ("question", "answer"), _BESIDE),
     Format("prompt/response", ("prompt", "response"), ("system",)),
+    Format("texts", ("texts",), ("system",)),
 )
 _READ_LATER = {
     "instruction/output": ("context",),
@@ -156,7 +166,7 @@ def detect_format(column_names: Iterable[str], columns: Mapping[str, str] | None
     _check_mapping(found, mapped)
     available = {*found, *mapped}
     for known in FORMATS:
-        names = {*known.required, *known.optional}
+        names = {*known.required, *known.optional, *_VISUAL_COLUMNS}
         if available.issuperset(known.required) and names.issuperset(mapped):
             return Format(known.name, known.required, known.optional, mapped)
     if "text" in found and not mapped:
@@ -172,7 +182,8 @@ def detect_format(column_names: Iterable[str], columns: Mapping[str, str] | None
 def refuse_pictures(column_names: Iterable[str], columns: Mapping[str, str] | None = None) -> None:
     """Raise ValueError if rows of conversations have a column of pictures or videos, which text would leave out."""
     known = {**dict.fromkeys(PICTURE_COLUMNS, "pictures"), **dict.fromkeys(VIDEO_COLUMNS, "videos")}
-    found = [name for name in known if name in column_names and name not in (columns or {}).values()]
+    mapped = dict(columns or {})
+    found = [name for name in known if name in mapped or (name in column_names and name not in mapped.values())]
     if found:
         raise ValueError(
             f"The data has a column of {known[found[0]]} ({found[0]!r}), and ChatDataModule would train on the text "
@@ -193,7 +204,7 @@ def refuse_unwanted_answers(rows: Dataset, form: Format) -> None:
 
 
 def _check_mapping(found: list[str], mapped: dict[str, str]) -> None:
-    known = sorted({name for known in FORMATS for name in (*known.required, *known.optional)})
+    known = sorted({name for known in FORMATS for name in (*known.required, *known.optional, *_VISUAL_COLUMNS)})
     for ours, theirs in mapped.items():
         if ours not in known:
             raise ValueError(f"columns={mapped}: {ours!r} cannot be mapped. Names that can be mapped: {known}.")
@@ -223,6 +234,13 @@ def _as_text(value: Any, column: str) -> str:
     if isinstance(value, str | int | float):
         return str(value)
     raise ValueError(f"{column!r} must be a text, found {type(value).__name__}: {str(value)[:200]!r}")
+
+
+def _rounds(value: Any) -> list[Message]:
+    """Questions and answers, each pair a dict."""
+    if not isinstance(value, list) or not value or any(not isinstance(pair, Mapping) for pair in value):
+        raise ValueError(f"'texts' must be a list of dicts with 'user' and 'assistant', found {str(value)[:200]!r}")
+    return [turn for pair in value for role in ("user", "assistant") for turn in _turn(role, pair.get(role), role)]
 
 
 def _history(value: Any) -> list[Message]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import json
 import os
@@ -13,18 +12,26 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
-from datasets import Dataset, Features, Image, Value, Video
+from datasets import Dataset, Value
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image as PILImage
 
 from automodel_trainer.data.batches import MicroBatch
 from automodel_trainer.data.built_in_templates import set_template
 from automodel_trainer.data.chat import ChatDataModule
-from automodel_trainer.data.formats import Conversation, format_of
+from automodel_trainer.data.formats import (
+    PICTURE_COLUMNS,
+    VIDEO_COLUMNS,
+    Conversation,
+    format_of,
+    refuse_unwanted_answers,
+)
+from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.packing import pack
 from automodel_trainer.data.pictures.collate import PictureCollate, crossing
 from automodel_trainer.data.pictures.encode import How, PictureEncoder, Shown, Size
-from automodel_trainer.data.pictures.files import Pictures, as_png
+from automodel_trainer.data.pictures.files import Pictures
+from automodel_trainer.data.pictures.given import has_pictures, refuse_unread_pictures, serializable, undecoded
 from automodel_trainer.data.pictures.rows import Clip, RowReader, as_text
 from automodel_trainer.data.pictures.store import Film, Picture, PictureDocument, PictureRows, PictureStore
 from automodel_trainer.data.pictures.videos import Footage, VideoPart, Videos
@@ -32,7 +39,6 @@ from automodel_trainer.data.rows import TokenStore
 from automodel_trainer.data.sources import (
     describe_place,
     file_of,
-    keep_places,
     load_rows,
     load_validation_rows,
     places_of,
@@ -200,25 +206,28 @@ class ImageTextDataModule(ChatDataModule):
 
     def read(self, data: Any, split: str) -> Dataset:
         """The rows of one split, with pictures as files or bytes. See `load_rows`."""
-        return _undecoded(load_rows(_serializable(data), split))
+        return undecoded(load_rows(serializable(data), split))
 
     def _validation_rows(self, train: Any) -> Dataset | None:
         if self.validation is not None:
             return super()._validation_rows(train)
-        found = load_validation_rows(_serializable(train))
-        return None if found is None else _undecoded(found)
+        found = load_validation_rows(serializable(train))
+        return None if found is None else undecoded(found)
 
     def _samples(self, rows: Dataset) -> tuple[TokenStore, str]:
         """All rows as planned samples, and their fingerprint."""
         form = format_of(rows, self.columns)
         refuse_other_columns(rows, form.data_columns)
+        refuse_unwanted_answers(rows, form)
+        visual = form.visual_columns((*PICTURE_COLUMNS, *VIDEO_COLUMNS))
+        unread = self._name_unread(rows, form.name, {*form.columns_read.values(), *visual})
         self.load_tokenizer()
         encoder = self.encoder
         source = _Source(
             rows.with_format(None),
             RowReader(form, self.image_mark, films=encoder.videos is not None),
             places_of(rows),
-            self.image_root or (Path("/") if _has_pictures(rows.features) else None),
+            self.image_root or (Path("/") if has_pictures(rows.features) else None),
             self.min_pixels,
             self.max_pixels,
             encoder.videos,
@@ -243,14 +252,14 @@ class ImageTextDataModule(ChatDataModule):
                 made["picture_tokens"].append(planned.picture_tokens)
                 for name, count in counts.items():
                     made[name].append(count)
-                made["empty_turns"].append(0)
+                made["empty_turns"].append(sum(map(is_empty_turn, conversation.messages)))
             return {**made, "sample_id": indices}
 
         settings = {
             "kind": "image-text",
             # 1 wrote parts of text for templates that take text alone; 2 counted no tokens of pictures; 3 saw no
-            # videos; 4 knew no processor's part for videos
-            "version": 5,
+            # videos; 4 knew no processor's part for videos; 5 counted no empty turns, and read parts less strictly
+            "version": 6,
             "loss_on": self.loss_on,
             "columns": self.columns,
             "mark": self.image_mark,
@@ -269,8 +278,11 @@ class ImageTextDataModule(ChatDataModule):
             more={"text": Value("string"), **dict.fromkeys(_OF_PICTURES, Value("int64"))},
         )
         store = PictureStore(samples, source.of)
+        if not store.pictures.any():
+            refuse_unread_pictures(rows, unread)
         self._choose_blanks(store)
         self._check(store)
+        self._report_turns(store, rows)
         self._check_plan(store)
         return store, key
 
@@ -449,44 +461,6 @@ def _refuse_lengths(part: VideoPart, frames: set[int]) -> None:
             f"{type(part.processor).__name__} stacks videos, so all must have the same number of frames, and these "
             f"have {some}. Give as many of each, or set videos='pictures': each frame becomes a picture."
         )
-
-
-def _undecoded(rows: Dataset) -> Dataset:
-    """Rows whose columns of `datasets.Image` give files and bytes, not pictures. Those of `datasets.Video` do too."""
-    if not _has_pictures(rows.features):
-        return rows
-    return keep_places(rows.cast(Features({name: _as_bytes(kind) for name, kind in rows.features.items()})), rows)
-
-
-def _has_pictures(feature: Any) -> bool:
-    return any(kind in repr(feature) for kind in ("Image(", "Video("))
-
-
-def _as_bytes(feature: Any) -> Any:
-    if isinstance(feature, Image | Video):
-        return type(feature)(decode=False)
-    if isinstance(feature, dict):
-        return {name: _as_bytes(kind) for name, kind in feature.items()}
-    if isinstance(feature, list):
-        return [_as_bytes(kind) for kind in feature]
-    if hasattr(feature, "feature") and _has_pictures(feature):
-        return type(feature)(_as_bytes(feature.feature))
-    return feature
-
-
-def _serializable(data: Any) -> Any:
-    """Rows in memory with pictures and bytes as data URLs: they are stored as JSON."""
-    if isinstance(data, list):
-        return [_serializable(item) for item in data]
-    if isinstance(data, dict):
-        return {key: _serializable(value) for key, value in data.items()}
-    if isinstance(data, PILImage.Image):
-        return _data_url(as_png(data))
-    return _data_url(data) if isinstance(data, bytes) else data
-
-
-def _data_url(data: bytes) -> str:
-    return f"data:image/any;base64,{base64.b64encode(data).decode()}"
 
 
 def _content(processor: Any) -> dict[str, Any]:

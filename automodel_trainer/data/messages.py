@@ -61,12 +61,11 @@ def parse_messages(value: Any, column: str, exact: bool = False) -> list[Message
 
 
 def is_empty_turn(message: Message) -> bool:
-    """Whether a message is a turn of the user or the assistant that says nothing and calls nothing."""
-    return (
-        message["role"] in ("user", "assistant")
-        and not str(message.get("content") or "").strip()
-        and not message.get("tool_calls")
-    )
+    """Whether a message is a turn of the user or the assistant that says nothing, shows and calls nothing."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] if part["type"] == "text" else part["type"] for part in content)
+    return message["role"] in ("user", "assistant") and not str(content).strip() and not message.get("tool_calls")
 
 
 def parse_tools(value: Any, exact: bool = False) -> list[dict[str, Any]] | None:

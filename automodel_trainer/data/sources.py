@@ -60,6 +60,11 @@ def load_rows(data: Any, split: str = "train") -> Dataset:
                 f"one split as a datasets.Dataset."
             )
         rows = splits[name]
+    if rows.format["type"] == "custom":
+        raise ValueError(
+            "the Dataset has a transform (set_transform or with_transform), which datasets applies to what is read and "
+            "which would be left out here. Apply it with .map(…), or remove it with .with_format(None)."
+        )
     if len(rows) == 0:
         raise ValueError(f"{_name(data)} has no rows ({split}). Allowed: {ALLOWED}, with at least one row.")
     return keep_places(exactly(rows), rows)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image, List, Value, Video
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, Video
 from PIL import Image as PILImage
 
 from automodel_trainer import CausalLMModule, ChatDataModule, ImageTextDataModule, ImageTextModule
@@ -40,6 +40,7 @@ def test_a_header_says_the_size_of_the_decoded_picture(tmp_path: Path) -> None:
         "grey.png": (noise.convert("L"), {}),
         "alpha.png": (noise.convert("RGBA"), {}),
         "photo.webp": (noise, {}),
+        "turned.tif": (noise, {"exif": exif}),
     }
     reader = Pictures(tmp_path)
     for name, (image, options) in files.items():
@@ -62,6 +63,7 @@ def test_limits_of_pixels_hold_for_header_and_picture(tmp_path: Path) -> None:
         assert reader.read("a.png").size == size
         assert low <= size[0] * size[1] <= high
         assert size[1] / size[0] == pytest.approx(1.5, rel=0.06)
+    assert Pictures(tmp_path, None, 1000).scaled(1, 10**5) == (1, 1000)
 
 
 def test_bad_pictures_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +93,8 @@ def test_bad_pictures_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.Mo
         ("https://example.org/a.png", "is on the network"),
         ("data:image/png,abc", "it must be data:image/…;base64,…"),
         ("data:image/png;base64,*", "no valid base64"),
+        ("a" * 300, "'aaaa.*…' is no picture that Pillow knows"),
+        ("a." * 300, "cannot be the path of a file"),
         (7, "a picture is a int"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -106,7 +110,9 @@ def test_bad_pictures_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 USER = {"role": "user", "content": "<image>look"}
 ANSWER = {"role": "assistant", "content": "yes"}
+CODED = {"type": "image", "base64": f"data:image/png;base64,{base64.b64encode(b'picture').decode()}"}
 OPENAI = {"type": "image_url", "image_url": {"url": "a"}}
+NAMED = {"type": "image", "file": "a.png"}
 SHAREGPT = [{"from": "human", "value": "<image>look"}, {"from": "gpt", "value": "yes"}]
 SHOWN = [{"type": "image"}, {"type": "text", "text": "look"}]
 
@@ -127,6 +133,11 @@ SHOWN = [{"type": "image"}, {"type": "text", "text": "look"}]
         ({"messages": [{**USER, "content": [{"type": "video", "video": ["a"]}, SHOWN[1]]}, ANSWER]}, ["a"]),
         ({"messages": [{**USER, "content": "<video>look"}, ANSWER], "videos": [["a"]]}, ["a"]),
         ({"question": "look", "answer": "yes", "video": ["a"]}, ["a"]),
+        ({"messages": [{**USER, "content": [{"image": "a"}, {"text": "look"}]}, ANSWER]}, ["a"]),  # parts without types
+        ({"messages": [{**USER, "content": [CODED, SHOWN[1]]}, ANSWER]}, [b"picture"]),
+        ({"messages": [{**USER, "content": [{**SHOWN[0], "index": 0}, SHOWN[1]]}, ANSWER], "images": ["a"]}, ["a"]),
+        ({"messages": [USER, ANSWER], "image": "[1] a.png"}, ["[1] a.png"]),
+        ({"texts": [{"user": "<image>look", "assistant": "yes", "source": "web"}], "images": ["a"]}, ["a"]),
     ],
 )  # fmt: skip
 def test_forms_of_rows(row: dict[str, Any], sources: list[str]) -> None:
@@ -145,6 +156,28 @@ def test_several_pictures_keep_their_order() -> None:
     assert found.sources == ["own", "first", "second"]
     kinds = [part.get("text", "picture") for part in found.conversation.messages[0]["content"]]
     assert kinds == ["picture", "and ", "picture", " and ", "picture"]
+
+
+def test_pictures_stand_in_the_order_of_the_conversation() -> None:
+    """The system's text comes from a column of its own, and its picture from the column of pictures."""
+    prompt = [{"role": "user", "content": [{"type": "image", "image": "own"}]}]
+    row = {"prompt": prompt, "completion": "yes", "system": "<image>", "image": "first"}
+    assert RowReader(detect_format(row)).read(row).sources == ["first", "own"]
+
+
+def test_the_result_of_a_tool_is_no_list_of_parts() -> None:
+    result = [{"type": "weather", "degrees": 5}]
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    row = {"messages": [USER, called, {"role": "tool", "content": result}, ANSWER], "images": ["a"]}
+    found = RowReader(detect_format(row)).read(row).conversation.messages[2]["content"]
+    assert found == [{"type": "text", "text": json.dumps(result)}]
+
+
+def test_columns_of_pictures_may_be_mapped() -> None:
+    row = {"question": "look", "answer": "yes", "photo": "a", "image": "b"}
+    assert RowReader(detect_format(row, {"images": "photo"})).read(row).sources == ["a"]
+    with pytest.raises(ValueError, match=r"column of pictures \('images'\)"):
+        ChatDataModule([row], tokenizer=tiny_tokenizer(), columns={"images": "photo"}).prepare()
 
 
 def test_a_video_is_its_frames() -> None:
@@ -176,6 +209,12 @@ def test_a_video_is_its_frames() -> None:
         ({"messages": [{**USER, "content": "look"}, ANSWER], "videos": [[]]}, "no frames"),
         ({"messages": [USER, {**ANSWER, "content": "<image>"}], "images": ["a", "b"]}, "turn has a picture"),
         ({"messages": [ANSWER], "images": ["a"]}, "no user's turn"),
+        ({"messages": [{**USER, "content": [{"type": "text", "value": "look"}]}, ANSWER]}, "has no 'text'"),
+        ({"messages": [{**USER, "content": [NAMED]}, ANSWER], "images": ["b"]}, "shows under 'file'"),
+        ({"messages": [{**USER, "content": [SHOWN[0] | {"index": 1}]}, ANSWER], "images": ["b"]}, "says index 1"),
+        ({"messages": [{**USER, "content": [{"image": "a", "max_pixels": 9}]}, ANSWER]}, "has max_pixels, which is"),
+        ({"messages": [{**USER, "content": [{"type": "image", "base64": "*"}]}, ANSWER]}, "no valid base64"),
+        ({"messages": [USER, ANSWER], "images": ["a"], "image": "b"}, "in two columns, 'images' and 'image'"),
     ],
 )  # fmt: skip
 def test_rows_that_are_refused(row: dict[str, Any], message: str) -> None:
@@ -199,8 +238,16 @@ def test_sources_of_rows_become_the_same_tensors(tmp_path: Path) -> None:
         whole,
         [{**chat, "images": [image]}],
         [{**chat, "image": data}],
+        [{**chat, "images": ({"bytes": data, "path": None},)}],
+        [{**chat, "image": bytearray(data)}],
+        [{**chat, "image": np.array(image)}],
+        [{**chat, "image": base64.b64encode(data).decode()}],
+        [{**chat, "image": {"url": f"file://{tmp_path}/a.png"}}],
+        DatasetDict(train=whole),
     ):
-        dm = ImageTextDataModule(train, processor=processor_of("llava"), seq_len=64, packing=False, cache=False)
+        dm = ImageTextDataModule(
+            train, processor=processor_of("llava"), seq_len=64, packing=False, cache=False, image_root=tmp_path
+        )
         made.append(dm.first_batch()[0])
     for batch in made[1:]:
         for key in ("input_ids", "labels", "pixel_values"):
@@ -215,6 +262,7 @@ def test_refusals_of_the_data_module(tmp_path: Path) -> None:
         dm = ImageTextDataModule(rows, processor=processor_of("llava"), cache=False, **options)
         dm.prepare()
 
+    grey = Dataset.from_list([{**chat, "image": picture(4, 4)}]).cast_column("image", Image(mode="L"))
     for rows, options, message in (
         ([{**chat, "images": ["a.png"]}], {}, "row 0 of the data: .*give image_root"),
         ([{**chat, "images": ["b.png"]}], {"image_root": tmp_path}, "row 0 of the data: .*does not exist"),
@@ -222,9 +270,24 @@ def test_refusals_of_the_data_module(tmp_path: Path) -> None:
         ([{**chat, "images": ["a.png"]}], {"image_root": tmp_path / "none"}, "is no folder"),
         ([{**chat, "images": ["a.png"]}], {"overlong": "truncate"}, "is not cut"),
         ([{"messages": [{"role": "user", "content": "a <image>"}, ANSWER]}], {"image_mark": "@"}, "wrote 1 marks"),
+        (
+            [{"question": "?", "answer": "!", "photo": "a.png"}],
+            {},
+            r"the column 'photo' has some.*\{\"images\": \"photo\"\}",
+        ),
+        (
+            [{"prompt": "<image>", "completion": "bad", "image": "a.png", "label": False}],
+            {},
+            "The data has preferences",
+        ),
+        (Dataset.from_list([{"question": "?", "answer": "!"}]).with_transform(dict), {}, "has a transform"),
+        (grey, {}, r"datasets.Image\(mode='L'\)"),
     ):
         with pytest.raises(ValueError, match=message):
             prepared(rows, **options)
+    soft = [{"messages": [{"role": "user", "content": "<image_soft_token>"}, ANSWER]}]
+    with pytest.raises(ValueError, match="row 0 of the data: a text has '<image_soft_token>'"):
+        ImageTextDataModule(soft, processor=processor_of("gemma3"), cache=False).prepare()
     with pytest.raises(ValueError, match=r"would train on the text alone\. Use ImageTextDataModule"):
         ChatDataModule([{**chat, "images": ["a.png"]}], tokenizer=tiny_tokenizer()).prepare()
     with pytest.raises(ValueError, match=r"column of videos \('videos'\), .*Use ImageTextDataModule"):
@@ -259,3 +322,15 @@ def test_bytes_may_be_in_memory() -> None:
     stream = io.BytesIO()
     picture(12, 9).save(stream, "PNG")
     assert Pictures().size(stream.getvalue()) == (9, 12)
+
+
+def test_what_the_model_does_not_see_is_said(tmp_path: Path) -> None:
+    saved(tmp_path / "a.png", picture(40, 60))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"question": "?", "answer": "!"}))
+    with pytest.warns(UserWarning, match=r"1 pictures lie there \(a.png, …\): the model is trained on text alone"):
+        ImageTextDataModule(str(tmp_path / "train.jsonl"), processor=processor_of("llava"), cache=False).prepare()
+    silent = {"messages": [USER, {**ANSWER, "content": ""}, {**USER, "content": "well?"}, ANSWER], "image": "a.png"}
+    shown = {"messages": [{**USER, "content": "<image>"}, ANSWER], "image": "a.png"}  # a picture says something
+    dm = ImageTextDataModule([shown, silent], processor=processor_of("llava"), cache=False, image_root=tmp_path)
+    with pytest.warns(UserWarning, match="1 conversations have a turn without content or calls.*: row 1 of the data"):
+        dm.prepare()

@@ -131,9 +131,14 @@ class PictureEncoder:
             expanded, return_offsets_mapping=True, return_attention_mask=False, verbose=False, **self._options(text)
         )
         ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
+        of_pictures = overlapping(offsets, placed) if placed else [False] * len(ids)
+        if placeless := self._placeless(ids, of_pictures):
+            raise ValueError(
+                f"a text has {placeless!r}, which stands for a part of a picture in {type(self.processor).__name__}. "
+                f"Remove it from the text:\n{shortened(text)}"
+            )
         everything = self.loss_on == "all"
         trained = all_but_bos(self.tokenizer, ids).trained if everything else overlapping(offsets, moved)
-        of_pictures = overlapping(offsets, placed) if placed else [False] * len(ids)
         return Planned(Encoded(ids, [t and not s for t, s in zip(trained, of_pictures)]), text, sum(of_pictures))
 
     def inputs(self, texts: Sequence[str], seen: Sequence[Sequence[Seen]]) -> Any:
@@ -179,6 +184,20 @@ class PictureEncoder:
                     f"texts that mean no {what}. The conversation as rendered:\n{shortened(text)}"
                 )
         raise ValueError(f"the chat template changes the order of pictures and videos:\n{shortened(text)}")
+
+    @cached_property
+    def _seen_ids(self) -> set[int]:
+        """Ids of tokens whose embeddings the model replaces with features of pictures and videos."""
+        found: set[Any] = set()
+        for name in ("image_token_id", "video_token_id"):
+            one, several = getattr(self.processor, name, None), getattr(self.processor, f"{name}s", ())
+            found |= {one} if one in several or not several else set(several)  # the one may be the mark alone
+        return found - {None}
+
+    def _placeless(self, ids: Sequence[int], of_pictures: Sequence[bool]) -> str | None:
+        """The first token that stands for a part of a picture, and that no picture of the sample wrote."""
+        found = next((i for i, placed in zip(ids, of_pictures) if not placed and i in self._seen_ids), None)
+        return None if found is None else str(self.tokenizer.convert_ids_to_tokens(found))
 
     def _rendered(self, conversation: Conversation) -> tuple[str, list[Span]]:
         if self.tokenizer.chat_template is None:

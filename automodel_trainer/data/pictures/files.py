@@ -7,9 +7,11 @@ import binascii
 import io
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -17,6 +19,11 @@ _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _STILL = ("MPO",)  # of phones: the first frame is the photograph, the others belong to it
 ORIENTATION = 0x0112
+_WIDTH, _HEIGHT = 0x0100, 0x0101  # tags of TIFF
+_NAMES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
+_FILE_URL = "file://"
+_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|[A-Za-z0-9+/]{256})[A-Za-z0-9+/\s]*={0,2}\s*")
+"""Base64 of a PNG, JPEG, GIF or WebP, or of anything that is too long for the name of a file. It has no dot."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Pictures:
             ValueError: it cannot be read.
         """
         with self._opened(source) as image:
-            width, height = image.size
+            width, height = _size(image)
             return self.scaled(*((height, width) if _orientation(image) in _TURNED else (width, height)))
 
     def read(self, source: Any) -> Image.Image:
@@ -67,7 +74,8 @@ class Pictures:
         pixels = width * height
         if self.max_pixels is not None and pixels > self.max_pixels:
             factor = math.sqrt(self.max_pixels / pixels)
-            return max(1, math.floor(width * factor)), max(1, math.floor(height * factor))
+            width, height = (max(1, math.floor(side * factor)) for side in (width, height))
+            return min(width, self.max_pixels), min(height, self.max_pixels)  # of a line, which stays a pixel wide
         if self.min_pixels is not None and pixels < self.min_pixels:
             factor = math.sqrt(self.min_pixels / pixels)
             return math.ceil(width * factor), math.ceil(height * factor)
@@ -96,12 +104,13 @@ class Pictures:
             text = str(source)
             if text.startswith("data:"):
                 return io.BytesIO(_of_data_url(text))
+            if _BASE64.fullmatch(text):
+                return io.BytesIO(of_base64(text, "a picture given as a text"))
             return Path(self.path(text))
         if isinstance(source, dict):  # of `datasets.Image`
-            if source.get("bytes") is not None:
-                return io.BytesIO(source["bytes"])
-            if source.get("path"):
-                return self._data(source["path"])
+            found = next((source[key] for key in ("bytes", "path", "url") if source.get(key) is not None), None)
+            if isinstance(found, bytes | str) and found:
+                return self._data(found)
         raise ValueError(f"a picture is a {type(source).__name__}: {str(source)[:80]!r}. {ALLOWED}")
 
     def path(self, path: str, what: str = "picture") -> str:
@@ -114,6 +123,7 @@ class Pictures:
         Raises:
             ValueError: there is no such file, or it leads out of `root`.
         """
+        path = _of_file_url(path)
         if "://" in path:
             raise ValueError(
                 f"{what} {path!r} is on the network, and training reads no network. Download the {what} and give its "
@@ -125,13 +135,17 @@ class Pictures:
                 "image_root."
             )
         root = self.root.resolve()
-        found = (root / path).resolve()  # an absolute path stays as it is
+        try:
+            found = (root / path).resolve()  # an absolute path stays as it is
+            exists = found.is_file()
+        except (OSError, ValueError) as error:  # it is too long, or has a character that no path has
+            raise ValueError(f"{what} {_short(path)!r} cannot be the path of a file: {_short(str(error))}") from error
         if not found.is_relative_to(root):
             raise ValueError(
                 f"{what} {path!r} leads out of image_root={str(self.root)!r}. Give the folder that holds all {what}s "
                 "as image_root."
             )
-        if not found.is_file():
+        if not exists:
             raise ValueError(f"{what} {path!r} does not exist in {self.root}.")
         return str(found)
 
@@ -177,6 +191,12 @@ def _checked(image: Image.Image, name: str) -> Image.Image:
     return image
 
 
+def _size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as they are stored. Of TIFF Pillow says those of the upright picture, in some versions."""
+    tags = getattr(image, "tag_v2", None)
+    return image.size if tags is None else (int(tags.get(_WIDTH, 0)), int(tags.get(_HEIGHT, 0)))
+
+
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 if there is none. It reads no pixels."""
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
@@ -197,12 +217,51 @@ def _of_data_url(url: str) -> bytes:
         raise ValueError(f"a picture's data URL ({url[:40]!r}) is no valid base64: {error}") from error
 
 
+def is_picture(value: Any) -> bool:
+    """Whether a value is a picture, by its class or its name. No file is opened."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        named = value.lower().endswith(_NAMES)
+        return named or value.startswith("data:image/") or _BASE64.fullmatch(value) is not None
+    return isinstance(value, bytes | Image.Image)
+
+
+def of_base64(text: str, what: str) -> bytes:
+    """The bytes that a text is the base64 of, or the data URL.
+
+    Raises:
+        ValueError: it is no base64.
+    """
+    if text.startswith("data:"):
+        return _of_data_url(text)
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{what} ({_short(text)!r}) is no valid base64: {error}") from error
+
+
+def _of_file_url(path: str) -> str:
+    """The path of a `file://` URL, with its escapes read where no file has this very name. Other paths stay."""
+    if not path.startswith(_FILE_URL):
+        return path
+    plain = path.removeprefix(_FILE_URL).removeprefix("localhost")
+    return plain if os.path.exists(plain) else unquote(plain)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:40]}…"
+
+
 def _name(source: Any) -> str:
     if isinstance(source, str | os.PathLike):
         text = str(source)
-        return f"picture {text[:40] + '…' if text.startswith('data:') else text!r}"
-    if isinstance(source, dict) and source.get("path"):
-        return f"picture {source['path']!r}"
+        coded = text.startswith("data:") or len(text) > 255
+        return f"picture {text[:40] + '…' if coded else text!r}"
+    if isinstance(source, dict) and (path := source.get("path") or source.get("url")):
+        return _name(path) if isinstance(path, str) else f"picture {path!r}"
     if isinstance(source, bytes | dict):
         return "a picture given as bytes"
+    if isinstance(source, Image.Image):
+        return "a picture in memory"
     return f"a {type(source).__name__}"

@@ -2,8 +2,8 @@
 
 A row has pictures in two ways, which may be mixed:
 
-- in a message: a part `{"type": "image", "image" | "url" | "path" | "bytes" | "base64": …}`, or OpenAI's
-  `{"type": "image_url", "image_url": {"url": …}}`;
+- in a message: a part `{"type": "image", "image" | "url" | "path" | "bytes" | "base64": …}`, OpenAI's
+  `{"type": "image_url", "image_url": {"url": …}}`, or one without a type, `{"image": …}`;
 - in a column `images` or `image`: one or several, which stand where the text has `<image>` or a message has a part
   `{"type": "image"}` without a picture. Without any such mark they come first in the first user's turn, as in TRL.
 
@@ -14,15 +14,15 @@ processor has a part for videos; elsewhere each of its frames becomes a picture.
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from automodel_trainer.data.formats import PICTURE_COLUMNS, VIDEO_COLUMNS, Conversation, Format
-from automodel_trainer.data.messages import Message
+from automodel_trainer.data.messages import ROLES, Message
+from automodel_trainer.data.pictures.files import is_picture, of_base64
 
 _PICTURE, _VIDEO = "\ufdd0", "\ufdd2"  # characters that are none: one stands for each while messages are parsed
 _SIGNS = re.compile(f"([{_PICTURE}{_VIDEO}])")
@@ -32,11 +32,17 @@ _KINDS = {
     "video": "video", "video_url": "video", "input_video": "video",
 }  # fmt: skip
 _SOURCES = {
-    "image": ("image", "url", "path", "bytes", "base64", "data", "image_url"),
+    "image": ("image", "url", "path", "bytes", "base64", "data", "image_url", "source"),
     "video": ("video", "url", "path", "video_url"),
 }
 _RATES = ("fps", "sample_fps")
-_CONTENT = ("content", "value")
+_BESIDE = ("type", "detail", *_RATES)  # keys of a part that are known, and show nothing
+_RESIZING = (
+    "resized_height", "resized_width", "min_pixels", "max_pixels", "total_pixels", "nframes", "min_frames",
+    "max_frames", "video_start", "video_end",
+)  # fmt: skip
+_CONTENT = ("content", "value", "user", "assistant")
+_FIRST_READ = ("system", "history")  # what stands before the columns that a format requires
 
 
 class Clip(NamedTuple):
@@ -76,7 +82,8 @@ class RowReader:
 
     def __init__(self, form: Format, mark: str = "<image>", column: str | None = None, *, films: bool = False) -> None:
         self.form, self.mark, self.films = form, mark, films
-        self.columns = PICTURE_COLUMNS if column is None else (column,)
+        self.columns = form.visual_columns(PICTURE_COLUMNS) if column is None else (column,)
+        self.video_columns = form.visual_columns(VIDEO_COLUMNS)
 
     def read(self, row: Mapping[str, Any]) -> Pictured:
         """Convert a row.
@@ -84,12 +91,16 @@ class RowReader:
         Raises:
             ValueError: it cannot be read, its marks and pictures differ in number, or a video cannot be shown.
         """
-        pictures = _Visuals("picture", self.mark, _PICTURE, _listed(_first(row, self.columns)))
-        marks_videos = any(name in row for name in VIDEO_COLUMNS)  # else `<video>` is text like any other
-        videos = _Visuals("video", VIDEO_MARK if marks_videos else None, _VIDEO, _videos(row))
+        pictures = _Visuals("picture", self.mark, _PICTURE, _listed(_only(row, self.columns)[1]))
+        marks_videos = any(name in row for name in self.video_columns)  # else `<video>` is text like any other
+        videos = _Visuals(
+            "video", VIDEO_MARK if marks_videos else None, _VIDEO, _videos(row, self.form, self.video_columns)
+        )
         found = {"image": pictures, "video": videos}
         marked = dict(row)
-        for name, column in self.form.columns_read.items():
+        read = self.form.columns_read
+        for name in sorted(read, key=lambda name: name not in _FIRST_READ):  # as the messages will stand
+            column = read[name]
             if column in row and name != "tools":
                 value = row[column]
                 if len(self.form.required) == 1 and name == self.form.required[0] and isinstance(value, str):
@@ -146,6 +157,15 @@ class _Visuals:
         self.slots.append(source)
         self.rates.append(rate)
 
+    def check_next(self, index: Any) -> None:
+        """Raise ValueError if a part says the number of another one of the column than comes next."""
+        following = sum(slot is None for slot in self.slots)
+        if isinstance(index, int) and index != following:
+            raise ValueError(
+                f"a part of a message says index {index}, and {self.what} {following} of the column comes next: each "
+                f"is shown once, in the order of the column. Put the {self.what}s into the parts themselves."
+            )
+
     def with_unmarked(self, conversation: Conversation) -> Conversation:
         """The conversation with signs for those of a column that nothing marks: first in the first user's turn."""
         if self.slots or not self.given:
@@ -179,14 +199,22 @@ class _Visuals:
         return [next(of_column) if slot is None else slot for slot in self.slots]
 
 
-def _first(row: Mapping[str, Any], columns: Iterable[str]) -> Any:
-    """The value of the first of these columns that has one; a list may be its JSON."""
-    for name in columns:
-        value = row.get(name)
-        value = json.loads(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
-        if value is not None and value != "" and not (isinstance(value, list) and not value):
-            return value
-    return None
+def _only(row: Mapping[str, Any], columns: Iterable[str]) -> tuple[str, Any]:
+    """The one of these columns that has a value, and its value; a list may be its JSON.
+
+    Raises:
+        ValueError: two have one.
+    """
+    values = {name: row.get(name) for name in columns}
+    values = {name: (_from_json(value) or value) if isinstance(value, str) else value for name, value in values.items()}
+    found = {k: v for k, v in values.items() if v is not None and v != "" and not (isinstance(v, list) and not v)}
+    if len(found) > 1:
+        one, other = list(found)[:2]
+        raise ValueError(
+            f"the row has a value in two columns, {one!r} and {other!r}, and one would be left out. Remove one, or say "
+            f'which is meant: columns={{"{one}": "{other}"}}.'
+        )
+    return next(iter(found.items()), ("", None))
 
 
 def _listed(value: Any) -> list[Any]:
@@ -195,13 +223,16 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _videos(row: Mapping[str, Any]) -> list[Any]:
+def _videos(row: Mapping[str, Any], form: Format, columns: Sequence[str]) -> list[Any]:
     """The videos of the column. `video` may be the frames of one, or its file."""
-    several, one = VIDEO_COLUMNS
-    if (value := _first(row, (several,))) is not None:
-        return _listed(value)
-    value = _first(row, (one,))
-    if not isinstance(value, list | tuple) or isinstance(value[0], list | tuple) or is_film(value[0]):
+    name, value = _only(row, columns)
+    several = VIDEO_COLUMNS[0]
+    if (
+        name == form.columns.get(several, several)
+        or not isinstance(value, list | tuple)
+        or isinstance(value[0], list | tuple)
+        or is_film(value[0])
+    ):
         return _listed(value)
     return [value]
 
@@ -249,6 +280,13 @@ def is_film(source: Any) -> bool:
     return name_of(source).lower().endswith(_FILES)
 
 
+def is_visual(value: Any) -> bool:
+    """Whether a value is a picture or the file of a video, or a list of such."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(is_visual, value))
+    return is_film(value) or is_picture(value)
+
+
 def name_of(source: Any) -> str:
     """What a message calls a frame or a video."""
     path = source.get("path") or source.get("url") if isinstance(source, dict) else source
@@ -265,6 +303,8 @@ def _marked(value: Any, found: Mapping[str, _Visuals]) -> Any:
         return value
     if kind := _part(value):
         return _marked_part(value, kind, found)
+    if _is_result(value):
+        return value
     return {key: _marked(item, found) if key in _CONTENT else item for key, item in value.items()}
 
 
@@ -277,9 +317,23 @@ def _marked_text(text: str, found: Mapping[str, _Visuals]) -> str:
 
 
 def _part(value: dict[str, Any]) -> str | None:
-    """The type of a part of content; None for a message."""
+    """The type of a part of content, by its only key if it says none; None for a message."""
+    if {"role", "from"} & value.keys():
+        return None
     kind = value.get("type")
-    return kind if isinstance(kind, str) and not {"role", "from"} & value.keys() and kind != "function" else None
+    if kind is None:
+        keys = [key for key, item in value.items() if item is not None]
+        return next((key for key in keys if key in _KINDS), None)
+    return kind if isinstance(kind, str) and kind != "function" else None
+
+
+def _is_result(message: dict[str, Any]) -> bool:
+    """Whether a message has the structured result of a tool, which becomes JSON: no text, and no list of parts."""
+    content = next((message[key] for key in _CONTENT if message.get(key) is not None), None)
+    if ROLES.get(str(message.get("role") or message.get("from"))) != "tool" or isinstance(content, str | None):
+        return False
+    parts = content if isinstance(content, list) else [content]
+    return not all(isinstance(part, str) or (isinstance(part, dict) and _part(part) in _KINDS) for part in parts)
 
 
 def _marked_part(part: dict[str, Any], kind: str, found: Mapping[str, _Visuals]) -> dict[str, Any]:
@@ -288,9 +342,20 @@ def _marked_part(part: dict[str, Any], kind: str, found: Mapping[str, _Visuals])
             f"a message has a part of type {kind!r}, which is not supported. Allowed: {', '.join(sorted(_KINDS))}."
         )
     if _KINDS[kind] == "text":
+        if part.get("text") is None:
+            _refuse_other_text(part)
         return {"type": "text", "text": _marked_text(str(part.get("text") or ""), found)}
-    visuals = found[_KINDS[kind]]
-    visuals.add(_source(part, _SOURCES[_KINDS[kind]]), _rate(part))
+    visuals, keys = found[_KINDS[kind]], _SOURCES[_KINDS[kind]]
+    source = _source(part, keys)
+    if source is None:
+        _refuse_other_source(part, kind, keys)
+        visuals.check_next(part.get("index"))
+    if unread := [key for key in _RESIZING if part.get(key) is not None]:
+        raise ValueError(
+            f"a part of type {kind!r} has {', '.join(unread)}, which is not read: the processor says how a "
+            f"{visuals.what} is shown, and min_pixels=, max_pixels= and video_fps= of the data module. Remove it."
+        )
+    visuals.add(source, _rate(part))
     return {"type": "text", "text": visuals.sign}
 
 
@@ -298,14 +363,29 @@ def _source(part: dict[str, Any], keys: Iterable[str]) -> Any:
     """What a part shows; None if a column has it."""
     for key in keys:
         value = part.get(key)
-        if isinstance(value, dict) and "url" in value:
-            value = value["url"]
-        if value is None or value == "":
+        if isinstance(value, dict) and not (value.get("bytes") or value.get("path")):  # of OpenAI or Anthropic
+            value = value.get("url") or value.get("data")
+        if value is None or value == "" or (key == "source" and value is part[key]):
             continue
         if key == "base64" and isinstance(value, str):
-            return base64.b64decode(value)
+            return of_base64(value, "a part's base64")
         return value
     return None
+
+
+def _refuse_other_text(part: dict[str, Any]) -> None:
+    """Raise ValueError if a part without text says something under another key."""
+    if any(isinstance(value, str) and value.strip() for key, value in part.items() if key not in _BESIDE):
+        raise ValueError(f"a part of a message is of type text and has no 'text'. Its keys are {list(part)}.")
+
+
+def _refuse_other_source(part: dict[str, Any], kind: str, keys: Sequence[str]) -> None:
+    """Raise ValueError if a part that stands for one of the column shows something else under an unknown key."""
+    if other := [key for key, value in part.items() if is_visual(value)]:
+        raise ValueError(
+            f"a part of a message is of type {kind!r} and has what it shows under {other[0]!r}. Allowed: "
+            f"{', '.join(keys)}; or none of them, for the next one of the column."
+        )
 
 
 def _rate(part: dict[str, Any]) -> float | None:
