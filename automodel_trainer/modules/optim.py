@@ -172,7 +172,7 @@ def parameter_groups(
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices and embeddings. Biases may be stacked, a row for each expert or head."""
+    """Whether weight decay applies: to matrices and embeddings. Biases may be stacked, a row for each expert."""
     return parameter.ndim >= 2 and not name.endswith("bias")
 
 
