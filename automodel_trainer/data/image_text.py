@@ -28,8 +28,8 @@ from automodel_trainer.data.formats import (
 )
 from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.packing import pack
-from automodel_trainer.data.pictures.collate import PictureCollate, crossing
-from automodel_trainer.data.pictures.encode import How, PictureEncoder, Shown, Size
+from automodel_trainer.data.pictures.collate import PictureCollate
+from automodel_trainer.data.pictures.encode import BLANK, How, PictureEncoder, Shown, Size
 from automodel_trainer.data.pictures.files import Pictures
 from automodel_trainer.data.pictures.given import has_pictures, refuse_unread_pictures, serializable, undecoded
 from automodel_trainer.data.pictures.rows import Clip, RowReader, as_text
@@ -46,9 +46,6 @@ from automodel_trainer.data.sources import (
 )
 from automodel_trainer.data.tokens import tokenize
 
-BLANK = 32
-"""Pixels on each side of the blank picture that a rank without pictures gives its tower."""
-
 
 class ImageTextDataModule(ChatDataModule):
     """Conversations with pictures, for supervised fine-tuning of vision-language models.
@@ -62,7 +59,7 @@ class ImageTextDataModule(ChatDataModule):
     Args:
         processor: a processor or the path of one. None: the model's, set by the Trainer.
         image_root: the folder that paths of pictures are relative to and must not leave. None: the folder of the file
-            that a row is in.
+            that a row is in. Of a list of folders paths are relative to the first, and may lead to all, as by links.
         image_mark: the text that stands for a picture of the column.
         min_pixels, max_pixels: scale pictures, and frames of videos, to so many pixels at least and at most, before
             the processor does what its own settings say. None: no limit.
@@ -85,7 +82,7 @@ class ImageTextDataModule(ChatDataModule):
         validation: str | Any | None = None,
         *,
         processor: str | Any | None = None,
-        image_root: str | os.PathLike[str] | None = None,
+        image_root: str | os.PathLike[str] | list[str] | None = None,
         image_mark: str = "<image>",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -109,11 +106,13 @@ class ImageTextDataModule(ChatDataModule):
                 raise ValueError(f"{name}={pixels} must be at least 1.")
         if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
             raise ValueError(f"min_pixels={min_pixels} must not be more than max_pixels={max_pixels}.")
-        if image_root is not None and not Path(image_root).expanduser().is_dir():
-            raise ValueError(f"image_root={str(image_root)!r} is no folder.")
+        given = [image_root] if isinstance(image_root, str | os.PathLike) else image_root or []
+        roots = [Path(root).expanduser() for root in given]
+        if (missing := next((root for root in roots if not root.is_dir()), None)) is not None:
+            raise ValueError(f"image_root={str(missing)!r} is no folder.")
         super().__init__(train, validation, overlong=overlong, **kwargs)
         self.processor: Any = processor
-        self.image_root = None if image_root is None else Path(image_root).expanduser()
+        self.image_root, self.more_roots = roots[0] if roots else None, tuple(roots[1:])
         self.image_mark = image_mark
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.videos: How = videos
@@ -228,6 +227,7 @@ class ImageTextDataModule(ChatDataModule):
             RowReader(form, self.image_mark, films=encoder.videos is not None),
             places_of(rows),
             self.image_root or (Path("/") if has_pictures(rows.features) else None),
+            self.more_roots,
             self.min_pixels,
             self.max_pixels,
             encoder.videos,
@@ -321,8 +321,8 @@ class ImageTextDataModule(ChatDataModule):
         for count in np.unique(store.pictures)[:4]:
             index = int(np.flatnonzero(store.pictures == count)[0])
             if count:
-                made = collate([store.fetch([index])], int(store.lengths[index]), self.pad_id())
-                self._crossed = crossing(made)
+                collate([store.fetch([index])], int(store.lengths[index]), self.pad_id())
+                self._crossed = self.encoder.crossing
 
     def setup(self, stage: str | None = None) -> None:
         """See `MicroBatchDataModule.setup`.
@@ -392,6 +392,7 @@ class _Source:
         reader: finds the pictures of a row.
         places: where each file begins in the rows; None: they come from no file.
         root: the folder of all pictures; None: that of the file of a row.
+        more_roots: see `Pictures`.
         min_pixels, max_pixels: see `Pictures`.
         videos: the processor's part for videos; None: their frames become pictures.
         video_fps: see `Videos`.
@@ -401,6 +402,7 @@ class _Source:
     reader: RowReader
     places: Sequence[tuple[int, str]] | None
     root: Path | None
+    more_roots: tuple[Path, ...]
     min_pixels: int | None
     max_pixels: int | None
     videos: VideoPart | None
@@ -415,7 +417,7 @@ class _Source:
         root = self.root
         if root is None and self.places:
             root = Path(file_of(self.places, index)[1]).parent
-        return Pictures(root, self.min_pixels, self.max_pixels)
+        return Pictures(root, self.min_pixels, self.max_pixels, self.more_roots)
 
     def look(self, index: int, item: Any) -> Shown:
         """What is known of a picture or a video of a row from its headers."""

@@ -32,7 +32,8 @@ class VisualPrompt:
         fps: float | None = None,
     ) -> None:
         self.processor = processor
-        self.pictures = [Pictures(path.parent).read(path.name) for path in (Path(p).expanduser() for p in images)]
+        files = (Path(path).expanduser().resolve() for path in images)  # a link of the user's may lead anywhere
+        self.pictures = [Pictures(file.parent).read(file.name) for file in files]
         self.films: list[Any] = []
         self._encoder: Any = None
         if videos:

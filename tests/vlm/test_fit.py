@@ -224,7 +224,9 @@ def test_the_command_line_chooses_by_the_config(home: Path, tmp_path: Path) -> N
 def test_a_picture_is_asked_about(home: Path) -> None:
     folder = folder_of("gemma3", home)
     image = next(home.glob("*.png"))
-    (answer,) = generate(folder, "what is it?", images=[image], max_new_tokens=4)
+    (home / "links").mkdir()
+    (link := home / "links" / "picture").symlink_to(image)
+    (answer,) = generate(folder, "what is it?", images=[link], max_new_tokens=4)
     processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
     with PILImage.open(image) as opened:
         parts = [{"type": "image", "image": opened}, {"type": "text", "text": "what is it?"}]

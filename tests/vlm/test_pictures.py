@@ -101,6 +101,7 @@ def test_bad_pictures_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.Mo
             reader.read(source)
     with pytest.raises(ValueError, match="leads out of image_root"):
         Pictures(root).size("link.png")
+    assert Pictures(root, more_roots=(tmp_path, tmp_path.parent)).size("link.png") == (60, 60)
     with pytest.raises(ValueError, match="give image_root"):
         Pictures().size("whole.png")
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 1000)
@@ -228,6 +229,10 @@ def test_sources_of_rows_become_the_same_tensors(tmp_path: Path) -> None:
     data = (tmp_path / name).read_bytes()
     chat = {"messages": [USER, ANSWER]}
     (tmp_path / "train.jsonl").write_text(json.dumps({**chat, "images": [name]}))
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / name).symlink_to(tmp_path / name)
+    roots = [str(links), str(tmp_path)]
     typed = Features({"messages": List({"role": Value("string"), "content": Value("string")}), "images": List(Image())})
     whole = Dataset.from_list([{**chat, "images": [{"bytes": data, "path": None}]}], features=typed)
     whole.to_parquet(str(tmp_path / "train.parquet"))
@@ -244,9 +249,15 @@ def test_sources_of_rows_become_the_same_tensors(tmp_path: Path) -> None:
         [{**chat, "image": base64.b64encode(data).decode()}],
         [{**chat, "image": {"url": f"file://{tmp_path}/a.png"}}],
         DatasetDict(train=whole),
+        [{**chat, "image": name}],
     ):
         dm = ImageTextDataModule(
-            train, processor=processor_of("llava"), seq_len=64, packing=False, cache=False, image_root=tmp_path
+            train,
+            processor=processor_of("llava"),
+            seq_len=64,
+            packing=False,
+            cache=False,
+            image_root=roots,
         )
         made.append(dm.first_batch()[0])
     for batch in made[1:]:
