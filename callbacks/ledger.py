@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 from torch.optim import Optimizer
 
 from automodel_trainer.callbacks.block_memory import BlockMemory
@@ -25,6 +26,7 @@ from automodel_trainer.callbacks.ledger_facts import (
 )
 from automodel_trainer.callbacks.ledger_text import ledger_rows
 from automodel_trainer.checkpoint.remote import local_root
+from automodel_trainer.models.lora import adapters
 from automodel_trainer.nn.html_table import html_table
 from automodel_trainer.nn.text import listed
 from automodel_trainer.strategies import Objective
@@ -123,8 +125,7 @@ class Ledger(Callback):
         if missing and isinstance(pl_module, Objective):
             found["no_grad"] = ValueError(
                 f"{len(missing)} trainable parameter(s) got no gradient in the first step: {listed(missing, 5)}. They "
-                "would never change. Freeze them (requires_grad_(False)) if that is intended, or find out why the "
-                "forward does not use them"
+                f"would never change. {_without_gradient(trained_model(trainer), missing)}"
             )
         if left_out and isinstance(pl_module, Objective):
             found["not_optimized"] = ValueError(
@@ -156,3 +157,15 @@ class Ledger(Callback):
                 for name in found
             ]
             raise ValueError("\n".join(texts))
+
+
+def _without_gradient(model: nn.Module, missing: Sequence[str]) -> str:
+    """What to do about these parameters."""
+    targets = [adapter.target for adapter in adapters(model) if f"{adapter.prefix}lora_A.weight" in missing]
+    if targets and all(".lora_" in name for name in missing):
+        layers = sorted({".".join(target.split(".")[-2:]) for target in targets})
+        return (
+            "The model reads the weights of these layers without calling them, or computes them without gradients, or "
+            f"not for this data, so their adapters do nothing. Leave them out: lora exclude={layers}"
+        )
+    return "Freeze them (requires_grad_(False)) if that is intended, or find out why the forward does not use them"

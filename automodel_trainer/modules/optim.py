@@ -29,7 +29,8 @@ class OptimizerConfig:
 
     Args:
         name: a `torch.optim` class (`AdamW`) or any class path (`torch.optim.SGD`, `my_package.Lion`).
-        weight_decay: applies to matrices and embeddings, not to norms and biases (fewer than 2 dimensions).
+        weight_decay: applies to matrices and embeddings, not to norms and biases (fewer than 2 dimensions, or a
+            name that ends in `bias`, as stacked biases of experts have).
         args: other arguments of the class (betas, eps, momentum, fused, …).
     """
 
@@ -141,7 +142,7 @@ def parameter_groups(
 
     Args:
         model: its trainable parameters are grouped.
-        weight_decay: of parameters with 2 or more dimensions; None leaves it out of the groups.
+        weight_decay: of parameters that `decays` names; None leaves it out of the groups.
         lr: the peak learning rate, from which LoRA's are derived.
         lr_of: that of a parameter by its name; None: `lr` for all.
 
@@ -152,7 +153,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             key = (
-                parameter.ndim >= 2,
+                decays(name, parameter),
                 isinstance(parameter, DTensor),
                 learning_rate_of(model, name, lr_of(name) if lr_of else lr),
             )
@@ -160,14 +161,19 @@ def parameter_groups(
     if not groups:
         raise ValueError("No parameter of the model is trainable: nothing to optimize. Set requires_grad on some.")
     built: list[dict[str, Any]] = []
-    for (decays, _, own_lr), params in groups.items():
+    for (is_decayed, _, own_lr), params in groups.items():
         group: dict[str, Any] = {"params": params}
         if weight_decay is not None:
-            group["weight_decay"] = weight_decay if decays else 0.0
+            group["weight_decay"] = weight_decay if is_decayed else 0.0
         if own_lr != lr:
             group["lr"] = own_lr
         built.append(group)
     return built
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices and embeddings. Biases may be stacked, a row for each expert."""
+    return parameter.ndim >= 2 and not name.endswith("bias")
 
 
 def build_scheduler(config: SchedulerConfig | str, optimizer: Optimizer, total_steps: int | None) -> LambdaLR:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from automodel_trainer.callbacks import Ledger
 from automodel_trainer.callbacks.console import block
 from automodel_trainer.callbacks.ledger_text import batch_text
+from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
 from automodel_trainer.modules import CausalLMModule
 from automodel_trainer.nn.text import listed
 from automodel_trainer.trainer import Trainer
@@ -94,6 +95,17 @@ def test_a_trainable_parameter_without_gradient_stops_the_run_unless_allowed(tmp
         fit(unused_parameter(tiny_model()), Ledger(), tmp_path)
     allowed = fit(unused_parameter(tiny_model()), Ledger(allow=["no_grad"]), tmp_path, steps=2)
     assert allowed.facts["gradients"]["missing"] == ["model.unused"]
+
+
+def test_adapters_that_the_model_does_not_use_are_named_with_what_to_leave_out(tmp_path: Path) -> None:
+    """This layer's weight is read, and the layer never called."""
+    model = tiny_model("falcon_mamba", state_size=4)
+    model = apply_lora(model, LoRAConfig(rank=2))
+    finish_lora(model)
+    with pytest.raises(
+        ValueError, match=r"their adapters do nothing. Leave them out: lora exclude=\['mixer.dt_proj'\]"
+    ):
+        fit(model, Ledger(), tmp_path)
 
 
 def test_a_trainable_parameter_in_no_optimizer_stops_the_run_unless_allowed(tmp_path: Path) -> None:

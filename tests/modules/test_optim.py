@@ -34,13 +34,16 @@ def curve(config: SchedulerConfig | str, steps: int, total: int | None) -> list[
     return rates
 
 
-def test_no_decay_on_norms_and_biases() -> None:
-    model = tiny_model("gpt2")
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss"])
+def test_no_decay_on_norms_and_biases(family: str) -> None:
+    """The biases of gpt_oss's experts are `[experts, out]`."""
+    model = tiny_model(family)
     optimizer = build_optimizer(OptimizerConfig(weight_decay=0.1), model, 1e-3)
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0.1 for p in g["params"]}
     free = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0.0 for p in g["params"]}
     for name, parameter in model.named_parameters():
-        assert (id(parameter) in free) == (name.endswith("bias") or ".ln_" in name), name
+        vector = name.endswith(("bias", "sinks")) or ".ln_" in name or "norm" in name
+        assert (id(parameter) in free) == vector, name
     assert len(decayed) + len(free) == len(list(model.parameters()))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["fused"]
