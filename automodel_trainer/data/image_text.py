@@ -82,7 +82,7 @@ class ImageTextDataModule(ChatDataModule):
         validation: str | Any | None = None,
         *,
         processor: str | Any | None = None,
-        image_root: str | os.PathLike[str] | list[str] | None = None,
+        image_root: list[str] | str | os.PathLike[str] | None = None,
         image_mark: str = "<image>",
         min_pixels: int | None = None,
         max_pixels: int | None = None,

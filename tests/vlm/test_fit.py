@@ -22,6 +22,7 @@ from automodel_trainer.data.pictures.encode import PictureEncoder
 from automodel_trainer.lightning_cli import build
 from automodel_trainer.tools.generate import generate
 from automodel_trainer.tools.preview import main as preview
+from automodel_trainer.tools.visual_prompt import VisualPrompt
 from tests.harness import Stop, once
 from tests.test_trainer import module as text_module
 from tests.test_trainer import quiet
@@ -237,6 +238,10 @@ def test_a_picture_is_asked_about(home: Path) -> None:
             return_dict=True,
             return_tensors="pt",
         )
+    width, height = VisualPrompt(processor, [link], max_pixels=100).pictures[0].size
+    assert 80 < width * height <= 100
+    with pytest.raises(ValueError, match="max_pixels=0 must be at least 1"):
+        generate(folder, "what is it?", images=[link], max_pixels=0)
     new = model.generate(**given, max_new_tokens=4, do_sample=False)[0, given["input_ids"].shape[1] :]
     assert answer == processor.decode(new, skip_special_tokens=True)
     text = home / "text"

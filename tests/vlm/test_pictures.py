@@ -210,6 +210,7 @@ def test_a_video_is_its_frames() -> None:
         ({"messages": [{**USER, "content": "look"}, ANSWER], "videos": [[]]}, "no frames"),
         ({"messages": [USER, {**ANSWER, "content": "<image>"}], "images": ["a", "b"]}, "turn has a picture"),
         ({"messages": [ANSWER], "images": ["a"]}, "no user's turn"),
+        ({"question": "is <image 1> one?", "answer": "yes", "image": "a"}, "has '<image 1>', which looks like one"),
         ({"messages": [{**USER, "content": [{"type": "text", "value": "look"}]}, ANSWER]}, "has no 'text'"),
         ({"messages": [{**USER, "content": [NAMED]}, ANSWER], "images": ["b"]}, "shows under 'file'"),
         ({"messages": [{**USER, "content": [SHOWN[0] | {"index": 1}]}, ANSWER], "images": ["b"]}, "says index 1"),
@@ -292,6 +293,7 @@ def test_refusals_of_the_data_module(tmp_path: Path) -> None:
             "The data has preferences",
         ),
         (Dataset.from_list([{"question": "?", "answer": "!"}]).with_transform(dict), {}, "has a transform"),
+        ([{"question": "<img>a.png</img>?", "answer": "!"}], {}, "a text names one: '<img>a.png</img>'"),
         (grey, {}, r"datasets.Image\(mode='L'\)"),
     ):
         with pytest.raises(ValueError, match=message):

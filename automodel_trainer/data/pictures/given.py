@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from PIL import Image as PILImage
 from automodel_trainer.data.pictures.files import as_png, is_picture
 from automodel_trainer.data.pictures.rows import is_visual
 from automodel_trainer.data.sources import keep_places, places_of
+
+_IN_TEXT = re.compile(r"<img>[^<]{1,500}\.(?:png|jpe?g|webp|gif|bmp)\s*</img>", re.IGNORECASE)  # as Qwen-VL wrote it
 
 
 def serializable(data: Any) -> Any:
@@ -54,9 +57,14 @@ def refuse_unread_pictures(rows: Dataset, unread: Sequence[str]) -> None:
             raise ValueError(
                 f"no row has a picture that is read, and the column {name!r} has some, such as "
                 f"{str(values[0])[:80]!r}. Pictures stand in a column 'images' or 'image', or in parts of messages. "
-                f'Map yours with columns={{"images": "{name}"}} (videos: {{"videos": "{name}"}}), or remove it to '
-                "train on the text alone."
+                f'Map yours with columns={{"images": "{name}"}} (videos: {{"videos": "{name}"}}), rename it, or '
+                "remove it to train on the text alone."
             )
+    if named := next(filter(None, (_IN_TEXT.search(str(row)) for row in some)), None):
+        raise ValueError(
+            f"no row has a picture that is read, and a text names one: {named[0]!r}. Write <image> in its place, and "
+            "the picture into a column 'images'."
+        )
     for folder in {os.path.dirname(path) or "." for _, path in places_of(rows) or []}:
         if os.path.isdir(folder) and (names := sorted(filter(is_picture, os.listdir(folder)))):
             rank_zero_warn(
