@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, Video
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, Video, load_from_disk
 from PIL import Image as PILImage
 
 from automodel_trainer import CausalLMModule, ChatDataModule, ImageTextDataModule, ImageTextModule
 from automodel_trainer.connect import connect
 from automodel_trainer.data.formats import detect_format
 from automodel_trainer.data.pictures.files import ORIENTATION, Pictures
+from automodel_trainer.data.pictures.given import undecoded
 from automodel_trainer.data.pictures.rows import RowReader
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.vlm.families import model_of, picture, processor_of
@@ -264,6 +265,16 @@ def test_sources_of_rows_become_the_same_tensors(tmp_path: Path) -> None:
     for batch in made[1:]:
         for key in ("input_ids", "labels", "pixel_values"):
             assert batch[key].equal(made[0][key]), key
+
+
+def test_a_saved_data_set_is_not_copied(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"images": [picture(4, 4)]}] * 2, features=Features({"images": List(Image())}))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    chosen = load_from_disk(str(tmp_path / "saved")).select([1])
+    read = undecoded(chosen)
+    assert read.cache_files == chosen.cache_files != []
+    assert list(read[0]["images"][0]) == ["bytes", "path"]
+    assert isinstance(chosen[0]["images"][0], PILImage.Image)
 
 
 def test_refusals_of_the_data_module(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, Features, Image, IterableDatasetDict,
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image as PILImage
 
+from automodel_trainer.data.exact_json import read_as
 from automodel_trainer.data.pictures.files import as_png, is_picture
 from automodel_trainer.data.pictures.rows import is_visual
 from automodel_trainer.data.sources import keep_places, places_of
@@ -41,7 +42,8 @@ def undecoded(rows: Dataset) -> Dataset:
     """Rows whose columns of `datasets.Image` give files and bytes, not pictures. Those of `datasets.Video` do too."""
     if not has_pictures(rows.features):
         return rows
-    return keep_places(rows.cast(Features({name: _as_bytes(kind) for name, kind in rows.features.items()})), rows)
+    features = Features({name: _as_bytes(kind) for name, kind in rows.features.items()})
+    return keep_places(read_as(rows, features), rows)
 
 
 def has_pictures(feature: Any) -> bool:
