@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from datasets import Dataset, Value
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from PIL import Image as PILImage
 
 from automodel_trainer.data.batches import MicroBatch
@@ -35,7 +35,7 @@ from automodel_trainer.data.pictures.given import has_pictures, refuse_unread_pi
 from automodel_trainer.data.pictures.rows import Clip, RowReader, as_text
 from automodel_trainer.data.pictures.store import Film, Picture, PictureDocument, PictureRows, PictureStore
 from automodel_trainer.data.pictures.videos import Footage, VideoPart, Videos
-from automodel_trainer.data.rows import TokenStore
+from automodel_trainer.data.rows import Rows, TokenStore
 from automodel_trainer.data.sources import (
     describe_place,
     file_of,
@@ -118,6 +118,7 @@ class ImageTextDataModule(ChatDataModule):
         self.videos: How = videos
         self.video_fps = video_fps
         self._blank_size: Size = (BLANK, BLANK)
+        self._stores: list[PictureStore] = []  # of every source and split
         self._stacked: int | None = None  # frames of every video, of a processor that stacks them
         self._has_films = False  # rows have videos that reach the model beside pictures
         self._crossed: str | None = None  # the model's input for cross-attention, once samples were made
@@ -201,7 +202,27 @@ class ImageTextDataModule(ChatDataModule):
         document = self.blank._replace(trained=np.ones(len(self.blank.input_ids), bool))
         return self._collate()([[document]], len(document.input_ids), self.pad_id())
 
+    def check_pictures(self) -> None:
+        """Read every picture and video of all splits, as training would. It takes as long as an epoch of loading.
+
+        Raises:
+            ValueError: some cannot be read. The message names their rows, at most 20.
+        """
+        self.prepare()
+        faults = [fault for store in self._stores for fault in store.faults()]
+        if faults:
+            shown = "\n".join([*faults[:20], *(["…"] if len(faults) > 20 else [])])
+            raise ValueError(f"the pictures of {len(faults):,} rows cannot be read:\n{shown}")
+        rank_zero_info(
+            f"All {sum(int(store.pictures.sum()) for store in self._stores):,} pictures and videos are read."
+        )
+
     # --- rows -----------------------------------------------------------------------------------------------------
+
+    def build_rows(self) -> dict[str, Rows]:
+        """See `ChatDataModule.build_rows`."""
+        self._stores = []
+        return super().build_rows()
 
     def read(self, data: Any, split: str) -> Dataset:
         """The rows of one split, with pictures as files or bytes. See `load_rows`."""
@@ -278,6 +299,7 @@ class ImageTextDataModule(ChatDataModule):
             more={"text": Value("string"), **dict.fromkeys(_OF_PICTURES, Value("int64"))},
         )
         store = PictureStore(samples, source.of)
+        self._stores.append(store)
         if not store.pictures.any():
             refuse_unread_pictures(rows, unread)
         self._choose_blanks(store)

@@ -259,6 +259,22 @@ def test_a_preview_shows_rows_with_pictures(home: Path, capsys: pytest.CaptureFi
     assert "«" in shown or "<image>" in shown
 
 
+def test_broken_pictures_are_named_before_training(home: Path, tmp_path: Path) -> None:
+    folder = folder_of("llava", home)
+    whole = next(home.glob("*.png")).read_bytes()
+    lines = [{"question": "<image>?", "answer": "!", "image": f"{number}.png"} for number in range(4)]
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(whole[: len(whole) // 2] if number % 2 else whole)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = [f"--model={folder}", f"--data={tmp_path / 'rows.jsonl'}", "--check-pictures", "--data.val_split=0.25"]
+    with pytest.raises(ValueError, match=r"of 2 rows cannot be read:\nrow 1 .*'1.png'.*truncated.*\nrow 3 ") as error:
+        preview(arguments)
+    assert "row 2 " not in str(error.value)
+    for number in (1, 3):
+        (tmp_path / f"{number}.png").write_bytes(whole)
+    preview(arguments)
+
+
 def test_the_page_of_a_preview_has_small_pictures(home: Path, tmp_path: Path) -> None:
     """Each beside its own document; and the tokens that stand for one are shown once, with their number."""
     texts = []
