@@ -33,9 +33,14 @@ def exactly(rows: Dataset) -> Dataset:
     """The same rows; columns of `datasets.Json` are read exactly."""
     if not _has_json(rows.features):
         return rows
+    return read_as(rows, Features({name: _exact(feature) for name, feature in rows.features.items()}))
+
+
+def read_as(rows: Dataset, features: Features) -> Dataset:
+    """The same rows, read as other features that are stored alike. Nothing is copied, as `Dataset.cast` does."""
     as_it_is = {key: rows.format[key] for key in ("type", "columns")}
     copied = rows.with_format(**as_it_is, **rows.format["format_kwargs"])
-    copied.info.features = Features({name: _exact(feature) for name, feature in rows.features.items()})
+    copied.info.features = features
     return copied
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from datasets import Dataset, Value
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from PIL import Image as PILImage
 
 from automodel_trainer.data.batches import MicroBatch
@@ -28,14 +28,14 @@ from automodel_trainer.data.formats import (
 )
 from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.packing import pack
-from automodel_trainer.data.pictures.collate import PictureCollate, crossing
-from automodel_trainer.data.pictures.encode import How, PictureEncoder, Shown, Size
+from automodel_trainer.data.pictures.collate import PictureCollate
+from automodel_trainer.data.pictures.encode import BLANK, How, PictureEncoder, Shown, Size
 from automodel_trainer.data.pictures.files import Pictures
 from automodel_trainer.data.pictures.given import has_pictures, refuse_unread_pictures, serializable, undecoded
 from automodel_trainer.data.pictures.rows import Clip, RowReader, as_text
 from automodel_trainer.data.pictures.store import Film, Picture, PictureDocument, PictureRows, PictureStore
 from automodel_trainer.data.pictures.videos import Footage, VideoPart, Videos
-from automodel_trainer.data.rows import TokenStore
+from automodel_trainer.data.rows import Rows, TokenStore
 from automodel_trainer.data.sources import (
     describe_place,
     file_of,
@@ -45,9 +45,6 @@ from automodel_trainer.data.sources import (
     refuse_other_columns,
 )
 from automodel_trainer.data.tokens import tokenize
-
-BLANK = 32
-"""Pixels on each side of the blank picture that a rank without pictures gives its tower."""
 
 
 class ImageTextDataModule(ChatDataModule):
@@ -62,7 +59,7 @@ class ImageTextDataModule(ChatDataModule):
     Args:
         processor: a processor or the path of one. None: the model's, set by the Trainer.
         image_root: the folder that paths of pictures are relative to and must not leave. None: the folder of the file
-            that a row is in.
+            that a row is in. Of a list of folders paths are relative to the first, and may lead to all, as by links.
         image_mark: the text that stands for a picture of the column.
         min_pixels, max_pixels: scale pictures, and frames of videos, to so many pixels at least and at most, before
             the processor does what its own settings say. None: no limit.
@@ -85,7 +82,7 @@ class ImageTextDataModule(ChatDataModule):
         validation: str | Any | None = None,
         *,
         processor: str | Any | None = None,
-        image_root: str | os.PathLike[str] | None = None,
+        image_root: list[str] | str | os.PathLike[str] | None = None,
         image_mark: str = "<image>",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -109,16 +106,19 @@ class ImageTextDataModule(ChatDataModule):
                 raise ValueError(f"{name}={pixels} must be at least 1.")
         if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
             raise ValueError(f"min_pixels={min_pixels} must not be more than max_pixels={max_pixels}.")
-        if image_root is not None and not Path(image_root).expanduser().is_dir():
-            raise ValueError(f"image_root={str(image_root)!r} is no folder.")
+        given = [image_root] if isinstance(image_root, str | os.PathLike) else image_root or []
+        roots = [Path(root).expanduser() for root in given]
+        if (missing := next((root for root in roots if not root.is_dir()), None)) is not None:
+            raise ValueError(f"image_root={str(missing)!r} is no folder.")
         super().__init__(train, validation, overlong=overlong, **kwargs)
         self.processor: Any = processor
-        self.image_root = None if image_root is None else Path(image_root).expanduser()
+        self.image_root, self.more_roots = roots[0] if roots else None, tuple(roots[1:])
         self.image_mark = image_mark
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.videos: How = videos
         self.video_fps = video_fps
         self._blank_size: Size = (BLANK, BLANK)
+        self._stores: list[PictureStore] = []  # of every source and split
         self._stacked: int | None = None  # frames of every video, of a processor that stacks them
         self._has_films = False  # rows have videos that reach the model beside pictures
         self._crossed: str | None = None  # the model's input for cross-attention, once samples were made
@@ -202,7 +202,27 @@ class ImageTextDataModule(ChatDataModule):
         document = self.blank._replace(trained=np.ones(len(self.blank.input_ids), bool))
         return self._collate()([[document]], len(document.input_ids), self.pad_id())
 
+    def check_pictures(self) -> None:
+        """Read every picture and video of all splits, as training would. It takes as long as an epoch of loading.
+
+        Raises:
+            ValueError: some cannot be read. The message names their rows, at most 20.
+        """
+        self.prepare()
+        faults = [fault for store in self._stores for fault in store.faults()]
+        if faults:
+            shown = "\n".join([*faults[:20], *(["…"] if len(faults) > 20 else [])])
+            raise ValueError(f"the pictures of {len(faults):,} rows cannot be read:\n{shown}")
+        rank_zero_info(
+            f"All {sum(int(store.pictures.sum()) for store in self._stores):,} pictures and videos are read."
+        )
+
     # --- rows -----------------------------------------------------------------------------------------------------
+
+    def build_rows(self) -> dict[str, Rows]:
+        """See `ChatDataModule.build_rows`."""
+        self._stores = []
+        return super().build_rows()
 
     def read(self, data: Any, split: str) -> Dataset:
         """The rows of one split, with pictures as files or bytes. See `load_rows`."""
@@ -228,6 +248,7 @@ class ImageTextDataModule(ChatDataModule):
             RowReader(form, self.image_mark, films=encoder.videos is not None),
             places_of(rows),
             self.image_root or (Path("/") if has_pictures(rows.features) else None),
+            self.more_roots,
             self.min_pixels,
             self.max_pixels,
             encoder.videos,
@@ -278,6 +299,7 @@ class ImageTextDataModule(ChatDataModule):
             more={"text": Value("string"), **dict.fromkeys(_OF_PICTURES, Value("int64"))},
         )
         store = PictureStore(samples, source.of)
+        self._stores.append(store)
         if not store.pictures.any():
             refuse_unread_pictures(rows, unread)
         self._choose_blanks(store)
@@ -321,8 +343,8 @@ class ImageTextDataModule(ChatDataModule):
         for count in np.unique(store.pictures)[:4]:
             index = int(np.flatnonzero(store.pictures == count)[0])
             if count:
-                made = collate([store.fetch([index])], int(store.lengths[index]), self.pad_id())
-                self._crossed = crossing(made)
+                collate([store.fetch([index])], int(store.lengths[index]), self.pad_id())
+                self._crossed = self.encoder.crossing
 
     def setup(self, stage: str | None = None) -> None:
         """See `MicroBatchDataModule.setup`.
@@ -392,6 +414,7 @@ class _Source:
         reader: finds the pictures of a row.
         places: where each file begins in the rows; None: they come from no file.
         root: the folder of all pictures; None: that of the file of a row.
+        more_roots: see `Pictures`.
         min_pixels, max_pixels: see `Pictures`.
         videos: the processor's part for videos; None: their frames become pictures.
         video_fps: see `Videos`.
@@ -401,6 +424,7 @@ class _Source:
     reader: RowReader
     places: Sequence[tuple[int, str]] | None
     root: Path | None
+    more_roots: tuple[Path, ...]
     min_pixels: int | None
     max_pixels: int | None
     videos: VideoPart | None
@@ -415,7 +439,7 @@ class _Source:
         root = self.root
         if root is None and self.places:
             root = Path(file_of(self.places, index)[1]).parent
-        return Pictures(root, self.min_pixels, self.max_pixels)
+        return Pictures(root, self.min_pixels, self.max_pixels, self.more_roots)
 
     def look(self, index: int, item: Any) -> Shown:
         """What is known of a picture or a video of a row from its headers."""

@@ -30,6 +30,7 @@ def generate(
     images: Sequence[str | Path] = (),
     videos: Sequence[str | Path] = (),
     video_fps: float | None = None,
+    max_pixels: int | None = None,
     system: str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -47,6 +48,7 @@ def generate(
         images: pictures that the first prompt shows, for a vision-language model.
         videos: videos that it shows after them, as files or as folders of frames.
         video_fps: frames per second of such folders, and how many of a file are taken. None: what the processor says.
+        max_pixels: scale pictures and frames to so many pixels at most, as in training. None: no limit.
         system: a system message at the start of the conversation. The model must have a chat template.
         max_new_tokens: maximum number of tokens per answer.
         temperature: 0 always takes the most likely token (greedy); above 0, tokens are sampled.
@@ -61,6 +63,8 @@ def generate(
     Raises:
         ValueError: the folder is not a model folder, or an argument has a bad value.
     """
+    if max_pixels is not None and max_pixels < 1:
+        raise ValueError(f"max_pixels={max_pixels} must be at least 1.")
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ValueError(
             f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: temperature must be at least "
@@ -69,7 +73,7 @@ def generate(
     check_folder(model)
     loaded, tokenizer = load(model, device=device, dtype=dtype)
     processor = _processor(model, loaded, tokenizer, asked=[*images, *videos])
-    prompt_of = None if processor is None else VisualPrompt(processor, images, videos, video_fps)
+    prompt_of = None if processor is None else VisualPrompt(processor, images, videos, video_fps, max_pixels)
     if system is not None and not tokenizer.chat_template:
         raise ValueError(f"{model} has no chat template, so it does not support a system message. Leave out `system`.")
     if seed is not None:
@@ -208,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--video", dest="videos", action="append", default=[], help="a video, or a folder of frames; may be repeated"
     )
     parser.add_argument("--video-fps", type=float, help="frames per second: of folders, and how many of a file")
+    parser.add_argument("--max-pixels", type=int, help="scale pictures to so many pixels at most, as in training")
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")

@@ -19,6 +19,7 @@ class VisualPrompt:
         videos: files of videos, or folders of their frames (in the order of their names), that it shows after them. If
             the processor has no part for videos, frames of a folder are pictures.
         fps: frames per second of folders, and how many of a file are taken; None: what the processor says.
+        max_pixels: as of the data that the model was trained on; None: no limit.
 
     Raises:
         ValueError: a file cannot be read, or the processor cannot show a video's file.
@@ -30,9 +31,11 @@ class VisualPrompt:
         images: Sequence[str | Path] = (),
         videos: Sequence[str | Path] = (),
         fps: float | None = None,
+        max_pixels: int | None = None,
     ) -> None:
-        self.processor = processor
-        self.pictures = [Pictures(path.parent).read(path.name) for path in (Path(p).expanduser() for p in images)]
+        self.processor, self._max_pixels = processor, max_pixels
+        files = (Path(path).expanduser().resolve() for path in images)  # a link of the user's may lead anywhere
+        self.pictures = [self._in(file.parent).read(file.name) for file in files]
         self.films: list[Any] = []
         self._encoder: Any = None
         if videos:
@@ -63,13 +66,16 @@ class VisualPrompt:
         for path in paths:
             frames = _frames(path) if path.is_dir() else None
             if part is not None:
-                reader = Videos(Pictures(path if frames else path.parent), part, fps)
+                reader = Videos(self._in(path if frames else path.parent), part, fps)
                 self.films.append(reader.read(Clip(frames or path.name)))
             elif frames is None:
                 why = self._encoder.video_obstacle
                 raise ValueError(f"--video {path}: {why}. {GIVE_FRAMES} Here: --video FOLDER.")
             else:
-                self.pictures += [Pictures(path).read(frame) for frame in frames]
+                self.pictures += [self._in(path).read(frame) for frame in frames]
+
+    def _in(self, folder: Path) -> Pictures:
+        return Pictures(folder, max_pixels=self._max_pixels)
 
 
 def _frames(folder: Path) -> list[str]:

@@ -22,6 +22,7 @@ from automodel_trainer.data.pictures.encode import PictureEncoder
 from automodel_trainer.lightning_cli import build
 from automodel_trainer.tools.generate import generate
 from automodel_trainer.tools.preview import main as preview
+from automodel_trainer.tools.visual_prompt import VisualPrompt
 from tests.harness import Stop, once
 from tests.test_trainer import module as text_module
 from tests.test_trainer import quiet
@@ -224,7 +225,9 @@ def test_the_command_line_chooses_by_the_config(home: Path, tmp_path: Path) -> N
 def test_a_picture_is_asked_about(home: Path) -> None:
     folder = folder_of("gemma3", home)
     image = next(home.glob("*.png"))
-    (answer,) = generate(folder, "what is it?", images=[image], max_new_tokens=4)
+    (home / "links").mkdir()
+    (link := home / "links" / "picture").symlink_to(image)
+    (answer,) = generate(folder, "what is it?", images=[link], max_new_tokens=4)
     processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
     with PILImage.open(image) as opened:
         parts = [{"type": "image", "image": opened}, {"type": "text", "text": "what is it?"}]
@@ -235,6 +238,10 @@ def test_a_picture_is_asked_about(home: Path) -> None:
             return_dict=True,
             return_tensors="pt",
         )
+    width, height = VisualPrompt(processor, [link], max_pixels=100).pictures[0].size
+    assert 80 < width * height <= 100
+    with pytest.raises(ValueError, match="max_pixels=0 must be at least 1"):
+        generate(folder, "what is it?", images=[link], max_pixels=0)
     new = model.generate(**given, max_new_tokens=4, do_sample=False)[0, given["input_ids"].shape[1] :]
     assert answer == processor.decode(new, skip_special_tokens=True)
     text = home / "text"
@@ -250,6 +257,22 @@ def test_a_preview_shows_rows_with_pictures(home: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "2 documents" in shown
     assert "«" in shown or "<image>" in shown
+
+
+def test_broken_pictures_are_named_before_training(home: Path, tmp_path: Path) -> None:
+    folder = folder_of("llava", home)
+    whole = next(home.glob("*.png")).read_bytes()
+    lines = [{"question": "<image>?", "answer": "!", "image": f"{number}.png"} for number in range(4)]
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(whole[: len(whole) // 2] if number % 2 else whole)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = [f"--model={folder}", f"--data={tmp_path / 'rows.jsonl'}", "--check-pictures", "--data.val_split=0.25"]
+    with pytest.raises(ValueError, match=r"of 2 rows cannot be read:\nrow 1 .*'1.png'.*truncated.*\nrow 3 ") as error:
+        preview(arguments)
+    assert "row 2 " not in str(error.value)
+    for number in (1, 3):
+        (tmp_path / f"{number}.png").write_bytes(whole)
+    preview(arguments)
 
 
 def test_the_page_of_a_preview_has_small_pictures(home: Path, tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, Video
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, Video, load_from_disk
 from PIL import Image as PILImage
 
 from automodel_trainer import CausalLMModule, ChatDataModule, ImageTextDataModule, ImageTextModule
 from automodel_trainer.connect import connect
 from automodel_trainer.data.formats import detect_format
 from automodel_trainer.data.pictures.files import ORIENTATION, Pictures
+from automodel_trainer.data.pictures.given import undecoded
 from automodel_trainer.data.pictures.rows import RowReader
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.vlm.families import model_of, picture, processor_of
@@ -101,6 +102,7 @@ def test_bad_pictures_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.Mo
             reader.read(source)
     with pytest.raises(ValueError, match="leads out of image_root"):
         Pictures(root).size("link.png")
+    assert Pictures(root, more_roots=(tmp_path, tmp_path.parent)).size("link.png") == (60, 60)
     with pytest.raises(ValueError, match="give image_root"):
         Pictures().size("whole.png")
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 1000)
@@ -209,6 +211,7 @@ def test_a_video_is_its_frames() -> None:
         ({"messages": [{**USER, "content": "look"}, ANSWER], "videos": [[]]}, "no frames"),
         ({"messages": [USER, {**ANSWER, "content": "<image>"}], "images": ["a", "b"]}, "turn has a picture"),
         ({"messages": [ANSWER], "images": ["a"]}, "no user's turn"),
+        ({"question": "is <image 1> one?", "answer": "yes", "image": "a"}, "has '<image 1>', which looks like one"),
         ({"messages": [{**USER, "content": [{"type": "text", "value": "look"}]}, ANSWER]}, "has no 'text'"),
         ({"messages": [{**USER, "content": [NAMED]}, ANSWER], "images": ["b"]}, "shows under 'file'"),
         ({"messages": [{**USER, "content": [SHOWN[0] | {"index": 1}]}, ANSWER], "images": ["b"]}, "says index 1"),
@@ -228,6 +231,10 @@ def test_sources_of_rows_become_the_same_tensors(tmp_path: Path) -> None:
     data = (tmp_path / name).read_bytes()
     chat = {"messages": [USER, ANSWER]}
     (tmp_path / "train.jsonl").write_text(json.dumps({**chat, "images": [name]}))
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / name).symlink_to(tmp_path / name)
+    roots = [str(links), str(tmp_path)]
     typed = Features({"messages": List({"role": Value("string"), "content": Value("string")}), "images": List(Image())})
     whole = Dataset.from_list([{**chat, "images": [{"bytes": data, "path": None}]}], features=typed)
     whole.to_parquet(str(tmp_path / "train.parquet"))
@@ -244,14 +251,30 @@ def test_sources_of_rows_become_the_same_tensors(tmp_path: Path) -> None:
         [{**chat, "image": base64.b64encode(data).decode()}],
         [{**chat, "image": {"url": f"file://{tmp_path}/a.png"}}],
         DatasetDict(train=whole),
+        [{**chat, "image": name}],
     ):
         dm = ImageTextDataModule(
-            train, processor=processor_of("llava"), seq_len=64, packing=False, cache=False, image_root=tmp_path
+            train,
+            processor=processor_of("llava"),
+            seq_len=64,
+            packing=False,
+            cache=False,
+            image_root=roots,
         )
         made.append(dm.first_batch()[0])
     for batch in made[1:]:
         for key in ("input_ids", "labels", "pixel_values"):
             assert batch[key].equal(made[0][key]), key
+
+
+def test_a_saved_data_set_is_not_copied(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"images": [picture(4, 4)]}] * 2, features=Features({"images": List(Image())}))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    chosen = load_from_disk(str(tmp_path / "saved")).select([1])
+    read = undecoded(chosen)
+    assert read.cache_files == chosen.cache_files != []
+    assert list(read[0]["images"][0]) == ["bytes", "path"]
+    assert isinstance(chosen[0]["images"][0], PILImage.Image)
 
 
 def test_refusals_of_the_data_module(tmp_path: Path) -> None:
@@ -281,6 +304,7 @@ def test_refusals_of_the_data_module(tmp_path: Path) -> None:
             "The data has preferences",
         ),
         (Dataset.from_list([{"question": "?", "answer": "!"}]).with_transform(dict), {}, "has a transform"),
+        ([{"question": "<img>a.png</img>?", "answer": "!"}], {}, "a text names one: '<img>a.png</img>'"),
         (grey, {}, r"datasets.Image\(mode='L'\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from automodel_trainer import ImageTextDataModule, ImageTextModule
 from automodel_trainer.connect import connect
 from automodel_trainer.models._masks import packing_without_sync
 from tests.vlm.documents import check_documents
-from tests.vlm.families import ALL, model_of, processor_of, rows
+from tests.vlm.families import ALL, model_of, picture, processor_of, rows
 from tests.vlm.more_families import MORE
 
 
@@ -58,3 +58,20 @@ def test_a_processor_that_does_not_say_what_it_writes(data: Path) -> None:
     module = ImageTextModule(model_of("idefics2"), processor=processor_of("idefics2"))
     with pytest.raises(ValueError, match=r"Idefics2Processor does not say what it writes for a picture"):
         connect(module, None, ImageTextDataModule(str(data), seq_len=256))
+
+
+def test_as_many_patches_as_tokens() -> None:
+    """Tensors of pictures are no tensors of tokens, also where they are as long."""
+
+    def batch(text: str) -> Any:
+        turns = [{"role": "user", "content": f"<image>{text}"}, {"role": "assistant", "content": "yes"}]
+        rows = [{"messages": turns, "image": picture(40, 60)}]
+        dm = ImageTextDataModule(rows, processor=processor_of("gemma4"), seq_len=1024, packing=True, cache=False)
+        return dm.first_batch()[0]
+
+    short = batch("")
+    patches, tokens = short["pixel_values"].shape[1], short["document_lengths"][0][0]
+    long = batch("x" * (patches - tokens))
+    assert long["document_lengths"][0][0] == patches
+    for key in ("pixel_values", "image_position_ids"):
+        assert long[key].equal(short[key]), key

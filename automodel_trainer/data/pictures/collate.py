@@ -84,8 +84,7 @@ class PictureCollate:
         for number, document in enumerate(documents):
             _check_plan(made["input_ids"][number][real[number]], document)
         rows, width = batch["input_ids"].shape
-        shape = real.shape
-        tokenwise = {k: v for k, v in made.items() if isinstance(v, Tensor) and v.shape[:2] == shape and k not in _OWN}
+        tokenwise = {key: made[key] for key in self.encoder.tokenwise if key in made}
         for key, value in tokenwise.items():
             batch[key] = value.new_zeros(rows, width, *value.shape[2:])
             for number, (row, start, document) in enumerate(places):
@@ -96,7 +95,7 @@ class PictureCollate:
                 end = start + len(document.input_ids)
                 batch["position_ids"][1:, row, start:end] = several[:, number][:, real[number]]
         rest = {key: value for key, value in made.items() if key not in (*_OWN, *tokenwise)}
-        if crossed := crossing(tokenwise):
+        if crossed := self.encoder.crossing:
             if self.packed:
                 raise ValueError(
                     f"packing=True puts several documents into a row, and this model sees pictures by cross-attention "
@@ -104,13 +103,6 @@ class PictureCollate:
                 )
             rest = {key: _by_row(value, [row for row, _, _ in places], rows) for key, value in rest.items()}
         return {**batch, **rest}
-
-
-def crossing(inputs: Mapping[str, Any]) -> str | None:
-    """The input that says which token sees which picture, of a model that sees them by cross-attention."""
-    found = (k for k, v in inputs.items() if k not in _OWN and isinstance(v, Tensor) and v.ndim > 2)
-    ids = inputs.get("input_ids")
-    return next((k for k in found if ids is None or inputs[k].shape[:2] == ids.shape), None)
 
 
 def _pictured(document: Any) -> bool:

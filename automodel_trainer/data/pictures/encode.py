@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from automodel_trainer.data.chat_template import Encoded, LossOn, all_but_bos, overlapping, special_tokens
 from automodel_trainer.data.formats import Conversation
@@ -33,6 +34,10 @@ Seen = Image.Image | tuple[np.ndarray, Footage]
 """A picture, or the frames of a video and what is known of it."""
 How = Literal["auto", "pictures", "processor"]
 """How videos are shown; see `ImageTextDataModule`."""
+BLANK = 32
+"""Pixels on each side of a blank picture."""
+_OWN = ("input_ids", "attention_mask")
+_KEPT = 1000  # answers of the processor that are kept: one for a picture of many tokens takes 50 KB
 _PROBE = "\ufdd1"  # a text that no template writes by itself
 
 
@@ -108,6 +113,22 @@ class PictureEncoder:
         """What the template writes for a picture or a video."""
         tokens = [self.token] if self.videos is None else [self.token, self.videos.token]
         return re.compile("|".join(f"({re.escape(token)})" for token in tokens))
+
+    @cached_property
+    def tokenwise(self) -> dict[str, int]:
+        """What the processor makes of each token: it grows with the text, and pictures do not. Names and dimensions.
+
+        The shape of a tensor does not tell: there may be as many patches of pictures as tokens of text.
+        """
+        blank = Image.new("RGB", (BLANK, BLANK))
+        short, long = (self.inputs([f"{self.token}{text}"], [[blank]]) for text in (".", ". . . ."))
+        grows = [key for key in short if key not in _OWN and isinstance(short[key], Tensor)]
+        return {key: short[key].ndim for key in grows if short[key].shape != long[key].shape}
+
+    @property
+    def crossing(self) -> str | None:
+        """The input that says which token sees which picture, of a model that sees them by cross-attention."""
+        return next((key for key, dimensions in self.tokenwise.items() if dimensions > 2), None)
 
     def plan(self, conversation: Conversation, shown: Sequence[Shown]) -> Planned:
         """Encode a conversation.
@@ -240,6 +261,8 @@ class PictureEncoder:
         if not shown:
             return []
         if shown not in self._replacements:
+            if len(self._replacements) >= _KEPT:  # of a million sizes they would fill the memory
+                self._replacements.clear()
             self._replacements[shown] = replacements(self.processor, self.token, shown, self.videos)
         return self._replacements[shown]
 

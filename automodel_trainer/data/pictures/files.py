@@ -32,6 +32,7 @@ class Pictures:
 
     Args:
         root: the folder that paths are relative to, and that they must not leave; None: no path is allowed.
+        more_roots: other folders that paths and links may lead to.
         min_pixels, max_pixels: pictures are scaled to so many pixels at least and at most, before the processor sees
             them; None: no limit.
     """
@@ -39,6 +40,7 @@ class Pictures:
     root: Path | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    more_roots: tuple[Path, ...] = ()
 
     def size(self, source: Any) -> tuple[int, int]:
         """Width and height of a picture as the processor will see it, from its header.
@@ -134,16 +136,16 @@ class Pictures:
                 f"{what} {path!r} is a path, and these rows come from no file whose folder it could be in: give "
                 "image_root."
             )
-        root = self.root.resolve()
         try:
-            found = (root / path).resolve()  # an absolute path stays as it is
+            found = (self.root.resolve() / path).resolve()  # an absolute path stays as it is
             exists = found.is_file()
         except (OSError, ValueError) as error:  # it is too long, or has a character that no path has
             raise ValueError(f"{what} {_short(path)!r} cannot be the path of a file: {_short(str(error))}") from error
-        if not found.is_relative_to(root):
+        if not any(found.is_relative_to(root.resolve()) for root in (self.root, *self.more_roots)):
             raise ValueError(
-                f"{what} {path!r} leads out of image_root={str(self.root)!r}. Give the folder that holds all {what}s "
-                "as image_root."
+                f"{what} {path!r} leads out of image_root={str(self.root)!r}, to {str(found)!r}. Give the folder that "
+                f"holds all {what}s as image_root; or a list of folders, the one that paths are relative to first, if "
+                "links lead to others."
             )
         if not exists:
             raise ValueError(f"{what} {path!r} does not exist in {self.root}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,12 @@ from datasets import Dataset, DatasetDict, Features, Image, IterableDatasetDict,
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image as PILImage
 
+from automodel_trainer.data.exact_json import read_as
 from automodel_trainer.data.pictures.files import as_png, is_picture
 from automodel_trainer.data.pictures.rows import is_visual
 from automodel_trainer.data.sources import keep_places, places_of
+
+_IN_TEXT = re.compile(r"<img>[^<]{1,500}\.(?:png|jpe?g|webp|gif|bmp)\s*</img>", re.IGNORECASE)  # as Qwen-VL wrote it
 
 
 def serializable(data: Any) -> Any:
@@ -38,7 +42,8 @@ def undecoded(rows: Dataset) -> Dataset:
     """Rows whose columns of `datasets.Image` give files and bytes, not pictures. Those of `datasets.Video` do too."""
     if not has_pictures(rows.features):
         return rows
-    return keep_places(rows.cast(Features({name: _as_bytes(kind) for name, kind in rows.features.items()})), rows)
+    features = Features({name: _as_bytes(kind) for name, kind in rows.features.items()})
+    return keep_places(read_as(rows, features), rows)
 
 
 def has_pictures(feature: Any) -> bool:
@@ -54,9 +59,14 @@ def refuse_unread_pictures(rows: Dataset, unread: Sequence[str]) -> None:
             raise ValueError(
                 f"no row has a picture that is read, and the column {name!r} has some, such as "
                 f"{str(values[0])[:80]!r}. Pictures stand in a column 'images' or 'image', or in parts of messages. "
-                f'Map yours with columns={{"images": "{name}"}} (videos: {{"videos": "{name}"}}), or remove it to '
-                "train on the text alone."
+                f'Map yours with columns={{"images": "{name}"}} (videos: {{"videos": "{name}"}}), rename it, or '
+                "remove it to train on the text alone."
             )
+    if named := next(filter(None, (_IN_TEXT.search(str(row)) for row in some)), None):
+        raise ValueError(
+            f"no row has a picture that is read, and a text names one: {named[0]!r}. Write <image> in its place, and "
+            "the picture into a column 'images'."
+        )
     for folder in {os.path.dirname(path) or "." for _, path in places_of(rows) or []}:
         if os.path.isdir(folder) and (names := sorted(filter(is_picture, os.listdir(folder)))):
             rank_zero_warn(

@@ -41,6 +41,7 @@ _RESIZING = (
     "resized_height", "resized_width", "min_pixels", "max_pixels", "total_pixels", "nframes", "min_frames",
     "max_frames", "video_start", "video_end",
 )  # fmt: skip
+_OTHER_MARKS = re.compile(r"<\|?image(?:here|_?placeholder|[ _-]?\d+)?\|?>|\[(?:img|image)\]", re.IGNORECASE)
 _CONTENT = ("content", "value", "user", "assistant")
 _FIRST_READ = ("system", "history")  # what stands before the columns that a format requires
 
@@ -171,6 +172,12 @@ class _Visuals:
         if self.slots or not self.given:
             return conversation
         messages = list(conversation.messages)
+        texts = (str(message.get("content") or "") for message in messages)
+        if self.what == "picture" and (other := next(filter(None, map(_OTHER_MARKS.search, texts)), None)):
+            raise ValueError(
+                f"the row has pictures and no mark {self.mark!r} for them, and its text has {other[0]!r}, which looks "
+                "like one. Write the mark in its place, or set image_mark=; without any mark pictures come first."
+            )
         first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
         if first is None:
             raise ValueError(

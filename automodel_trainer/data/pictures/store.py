@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ from automodel_trainer.data.pictures.files import Pictures
 from automodel_trainer.data.pictures.rows import Clip
 from automodel_trainer.data.pictures.videos import Footage, Videos
 from automodel_trainer.data.rows import RowStats, SampleRows, TokenStore, integers
+
+_AT_ONCE = 1000  # rows whose pictures are read before the next are asked for
 
 
 class Picture(NamedTuple):
@@ -100,6 +103,21 @@ class PictureStore(TokenStore):
         """The pictures of a row of the data, read now, and the first frame of each video."""
         shown = [item.read() for item in self._pictures_of(sample_id)]
         return [Image.fromarray(item[0][0]) if isinstance(item, tuple) else item for item in shown]
+
+    def faults(self) -> Iterator[str]:
+        """Reads the pictures and videos of every sample: a message for each sample of which one cannot be read."""
+        rows = self.sample_ids[self.pictures > 0].tolist()
+        with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
+            for start in range(0, len(rows), _AT_ONCE):
+                yield from filter(None, pool.map(self._fault, rows[start : start + _AT_ONCE]))
+
+    def _fault(self, row: int) -> str | None:
+        try:
+            for item in self._pictures_of(row):
+                item.read()
+        except ValueError as error:
+            return str(error)
+        return None
 
     def fetch(self, indices: Sequence[int]) -> list[Any]:
         """The documents with these indices, in this order. Those without pictures are plain `Document`s."""
