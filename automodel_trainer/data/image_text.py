@@ -29,7 +29,7 @@ from automodel_trainer.data.formats import (
 from automodel_trainer.data.messages import is_empty_turn
 from automodel_trainer.data.packing import pack
 from automodel_trainer.data.pictures.collate import PictureCollate
-from automodel_trainer.data.pictures.encode import BLANK, How, PictureEncoder, Shown, Size
+from automodel_trainer.data.pictures.encode import BLANK, How, PictureEncoder, Shown
 from automodel_trainer.data.pictures.files import Pictures
 from automodel_trainer.data.pictures.given import has_pictures, refuse_unread_pictures, serializable, undecoded
 from automodel_trainer.data.pictures.rows import Clip, RowReader, as_text
@@ -117,7 +117,6 @@ class ImageTextDataModule(ChatDataModule):
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.videos: How = videos
         self.video_fps = video_fps
-        self._blank_size: Size = (BLANK, BLANK)
         self._stores: list[PictureStore] = []  # of every source and split
         self._stacked: int | None = None  # frames of every video, of a processor that stacks them
         self._has_films = False  # rows have videos that reach the model beside pictures
@@ -173,8 +172,8 @@ class ImageTextDataModule(ChatDataModule):
     @cached_property
     def blank(self) -> PictureDocument:
         """A document with a small blank picture and nothing to train."""
-        picture = Picture(Pictures(), PILImage.new("RGB", self._blank_size), "the blank picture")
-        return self._blank_of("image", self._blank_size, picture)
+        picture = Picture(Pictures(), PILImage.new("RGB", self.encoder.blank), "the blank picture")
+        return self._blank_of("image", self.encoder.blank, picture)
 
     @cached_property
     def _blank_clip(self) -> PictureDocument:
@@ -319,7 +318,7 @@ class ImageTextDataModule(ChatDataModule):
         if not resizes and len(stills):
             items = store.fetch([int(stills[0])])[0].pictures
             picture = next(item for item in items if isinstance(item, Picture))
-            self._blank_size = picture.reader.size(picture.source)
+            self.encoder.blank = picture.reader.size(picture.source)
         part, frames = self.encoder.videos, np.unique(store.frames[store.frames > 0])
         if part is None or not len(frames):
             return

@@ -75,3 +75,13 @@ def test_as_many_patches_as_tokens() -> None:
     assert long["document_lengths"][0][0] == patches
     for key in ("pixel_values", "image_position_ids"):
         assert long[key].equal(short[key]), key
+
+
+def test_a_processor_that_does_not_resize() -> None:
+    """It takes pictures of the right size alone, and blank ones have that of the data."""
+    processor = processor_of("qwen2_5_vl")
+    processor.image_processor.do_resize = False
+    rows: list[dict[str, Any]] = [{"question": "?", "answer": "!", "image": picture(56, 56)}]
+    dm = ImageTextDataModule([*rows, {"question": "?", "answer": "!"}], processor=processor, seq_len=128, cache=False)
+    assert len(dm.first_batch()[0]["pixel_values"]) == 16
+    assert list(dm.blank.input_ids).count(processor.image_token_id) == 4

@@ -63,12 +63,16 @@ class PictureEncoder:
         loss_on: "assistant", "last_turn" or "all"; see `encode_conversation`.
         videos: how videos are shown.
 
+    Attributes:
+        blank: the size of a blank picture; a processor that does not resize wants that of the data.
+
     Raises:
         ValueError: the processor names no token for a picture, or its tokenizer gives no character offsets.
     """
 
     def __init__(self, processor: Any, loss_on: LossOn, videos: How = "auto") -> None:
         self.processor, self.loss_on, self._how = processor, loss_on, videos
+        self.blank: Size = (BLANK, BLANK)
         self.tokenizer = with_template(processor)
         if not self.tokenizer.is_fast:
             raise ValueError(
@@ -120,7 +124,7 @@ class PictureEncoder:
 
         The shape of a tensor does not tell: there may be as many patches of pictures as tokens of text.
         """
-        blank = Image.new("RGB", (BLANK, BLANK))
+        blank = Image.new("RGB", self.blank)
         short, long = (self.inputs([f"{self.token}{text}"], [[blank]]) for text in (".", ". . . ."))
         grows = [key for key in short if key not in _OWN and isinstance(short[key], Tensor)]
         return {key: short[key].ndim for key in grows if short[key].shape != long[key].shape}
