@@ -240,6 +240,8 @@ def test_a_picture_is_asked_about(home: Path) -> None:
         )
     width, height = VisualPrompt(processor, [link], max_pixels=100).pictures[0].size
     assert 80 < width * height <= 100
+    with pytest.raises(ValueError, match=r"'https://example.org/a.png' is on the network"):
+        VisualPrompt(processor, ["https://example.org/a.png"])
     with pytest.raises(ValueError, match="max_pixels=0 must be at least 1"):
         generate(folder, "what is it?", images=[link], max_pixels=0)
     new = model.generate(**given, max_new_tokens=4, do_sample=False)[0, given["input_ids"].shape[1] :]
