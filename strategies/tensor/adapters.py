@@ -29,16 +29,18 @@ def cut_adapters(model: nn.Module, plan: TensorPlan) -> None:
         cut = plan.placements.get(id(weight))
         if weight is None or cut is None:
             continue
-        _refuse(adapter, cut.dim == _outputs(adapter, weight.ndim))  # type: ignore[attr-defined]
-        if cut.dim == _outputs(adapter, weight.ndim):  # type: ignore[attr-defined]
-            packed = getattr(cut, "split_factor", None)  # gate and up fused: a part of each half
-            side = StridedShard(0, split_factor=packed) if packed else Shard(0)
+        columns = cut.dim == _outputs(adapter, weight.ndim)  # type: ignore[attr-defined]
+        _refuse(adapter, columns)
+        packed = getattr(cut, "split_factor", None)  # gate and up fused: a part of each half
+        dim = 0 if columns else 1
+        side = StridedShard(dim, split_factor=packed) if packed else Shard(dim)
+        if columns:
             plan.placements[id(adapter.b.weight)] = side
             plan.summed.add(id(adapter.a.weight))
             if adapter.magnitude is not None:
                 plan.placements[id(adapter.magnitude)] = Shard(0)
         else:
-            plan.placements[id(adapter.a.weight)] = Shard(1)
+            plan.placements[id(adapter.a.weight)] = side
             plan.summed.add(id(adapter.b.weight))
 
 

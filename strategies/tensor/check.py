@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from automodel_trainer.models._transformers import expert_gate
+from automodel_trainer.models.lora.layers import LowRank
 from automodel_trainer.strategies.tensor.plan import TensorPlan
 
 _TOLERANCE = 1e-2  # relative to a gradient's norm; kernels that sum in a different order differ by less
@@ -32,7 +33,7 @@ def check_gates(model: nn.Module, plan: TensorPlan, size: int) -> None:
     for name, module in model.named_modules():
         fused = expert_gate(module)
         cut = plan.placements.get(id(module._parameters.get(fused[0]))) if fused else None
-        if fused is None or cut is None or any(True for child in module.children() for _ in child.parameters()):
+        if fused is None or cut is None or _own_parts_have_weights(module):
             continue
         weight = module._parameters[fused[0]]
         assert weight is not None
@@ -48,6 +49,12 @@ def check_gates(model: nn.Module, plan: TensorPlan, size: int) -> None:
                 f"match its value columns. Set tp_plan={{{rule!r}: 'packed_colwise'}} (or 'colwise' if gate and value "
                 "alternate column by column), or set tp=1."
             )
+
+
+def _own_parts_have_weights(module: nn.Module) -> bool:
+    """Whether parts of `module` have weights, which its gate may use: adapters are no such parts."""
+    parts = (part for part in module.children() if not isinstance(part, LowRank))
+    return any(True for part in parts for _ in part.parameters())
 
 
 @torch.no_grad()

@@ -127,6 +127,8 @@ def test_parity(pool: RankPool, spec: str, world_size: int, family: str, overrid
         ("fsdp2:tp=2", 2, "llama", {"lora": {"use_dora": True, "target_modules": ["q_proj", "up_proj"]}}),
         ("fsdp2:tp=2", 2, "qwen3_moe", {"lora": {}, **MOE}),
         more("fsdp2:tp=2", 4, "qwen3_moe", {"lora": {}, **MOE}),
+        # Stacks [experts, in, out], of which the plan cuts both halves of the last side: PEFT's side of A.
+        ("fsdp2:tp=2", 2, "llama4_text", {"lora": {}, "num_local_experts": 4, "num_experts_per_tok": 2}),
         ("fsdp2:tp=2", 2, "deepseek_v2", {"lora": {}, **LATENT, "topk_method": "greedy"}),
         ("fsdp2:tp=2", 2, "qwen3_moe", {"output_router_logits": True, **MOE}),
         ("fsdp2:tp=2,cp=2", 4, "qwen3", {"tie_word_embeddings": True}),

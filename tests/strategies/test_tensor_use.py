@@ -19,6 +19,7 @@ from automodel_trainer import AutoModelForCausalLM, ChatDataModule, Trainer
 from automodel_trainer.checkpoint.optimizer import load_optimizers, snapshot_optimizers
 from automodel_trainer.distributed._dtensor import local_tensor
 from automodel_trainer.distributed.agreement import on_all_ranks
+from automodel_trainer.models.lora import LoRAConfig, apply_lora
 from automodel_trainer.models.small_copy import small_copy
 from automodel_trainer.modules.loss import predictions, token_losses
 from automodel_trainer.strategies import FSDP2Strategy
@@ -220,9 +221,12 @@ def test_plans_that_do_not_fit(family: str, size: int, plan: dict[str, str] | No
         expand_plan(tiny_model(family, **sizes), size, plan)
 
 
-def test_fused_experts_that_are_cut_across_their_gate() -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_fused_experts_that_are_cut_across_their_gate(adapted: bool) -> None:
     """Some models' own plans say this; nothing but the numbers tells."""
     model = tiny_model("qwen3_moe", **MOE)
+    if adapted:
+        apply_lora(model, LoRAConfig(rank=2))
     check_gates(model, expand_plan(model, 2), 2)
     rule = "model.layers.*.mlp.experts.gate_up_proj"
     with pytest.raises(ValueError, match="'packed_colwise'"):
