@@ -35,7 +35,7 @@ from automodel_trainer.data.pictures.given import has_pictures, refuse_unread_pi
 from automodel_trainer.data.pictures.rows import Clip, RowReader, as_text
 from automodel_trainer.data.pictures.store import Film, Picture, PictureDocument, PictureRows, PictureStore
 from automodel_trainer.data.pictures.videos import Footage, VideoPart, Videos
-from automodel_trainer.data.rows import Rows, TokenStore
+from automodel_trainer.data.rows import Rows, TokenStore, digest
 from automodel_trainer.data.sources import (
     describe_place,
     file_of,
@@ -283,7 +283,6 @@ class ImageTextDataModule(ChatDataModule):
             "loss_on": self.loss_on,
             "columns": self.columns,
             "mark": self.image_mark,
-            "root": str(self.image_root),
             "pixels": [self.min_pixels, self.max_pixels],
             "processor": _content(self.load_processor()),
             "videos": None if encoder.videos is None else [self.video_fps, encoder.videos.settings()],
@@ -295,6 +294,7 @@ class ImageTextDataModule(ChatDataModule):
             settings=settings,
             masked=True,
             cache=self.cache,
+            where={"folders": source.folders()},
             more={"text": Value("string"), **dict.fromkeys(_OF_PICTURES, Value("int64"))},
         )
         store = PictureStore(samples, source.of)
@@ -305,7 +305,7 @@ class ImageTextDataModule(ChatDataModule):
         self._check(store)
         self._report_turns(store, rows)
         self._check_plan(store)
-        return store, key
+        return store, digest(key, store.lengths.tolist(), store.picture_tokens.tolist())
 
     def _choose_blanks(self, store: PictureStore) -> None:
         """A processor that does not resize wants pictures of one size: blank ones have that of the data.
@@ -439,6 +439,12 @@ class _Source:
         if root is None and self.places:
             root = Path(file_of(self.places, index)[1]).parent
         return Pictures(root, self.min_pixels, self.max_pixels, self.more_roots)
+
+    def folders(self) -> list[str]:
+        """The folders that paths of pictures are relative to."""
+        if self.root is not None or not self.places:
+            return [str(self.root)]
+        return sorted({os.path.dirname(os.path.abspath(path)) for _, path in self.places})
 
     def look(self, index: int, item: Any) -> Shown:
         """What is known of a picture or a video of a row from its headers."""

@@ -22,6 +22,7 @@ def tokenize(
     masked: bool,
     cache: bool,
     more: dict[str, Any] | None = None,
+    where: dict[str, Any] | None = None,
 ) -> tuple[Dataset, str]:
     """Encode all rows, or read the result from the cache.
 
@@ -33,6 +34,7 @@ def tokenize(
         masked: whether the samples have a `trained` column.
         cache: False keeps the samples in memory and uses no cache.
         more: the types of other columns that `encode` returns, as `datasets` has them.
+        where: where files lie that rows name: a part of the cache's key, and not of the fingerprint.
 
     Returns:
         The samples, at least one, and their fingerprint. The columns are `input_ids`, `length`, `sample_id` and, if
@@ -41,7 +43,8 @@ def tokenize(
     Raises:
         ValueError: no row has any text, or `encode` refuses a row.
     """
-    key = cache_key(fingerprint(rows), tokenizer, settings)
+    content = fingerprint(rows)
+    key = cache_key(content, tokenizer, settings)
 
     def build(scratch: Path | None) -> Dataset:
         def with_counts(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -53,7 +56,8 @@ def tokenize(
             raise ValueError("no row of the data has any text. Check the data and the names of its columns.")
         return samples
 
-    return (load_or_build(key, build) if cache else build(None)), key
+    kept = key if where is None else cache_key(content, tokenizer, {**settings, **where})
+    return (load_or_build(kept, build) if cache else build(None)), key
 
 
 def split_ids(count: int, share: float, seed: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +35,8 @@ class VisualPrompt:
         max_pixels: int | None = None,
     ) -> None:
         self.processor, self._max_pixels = processor, max_pixels
-        files = (Path(path).expanduser().resolve() for path in images)  # a link of the user's may lead anywhere
-        self.pictures = [self._in(file.parent).read(file.name) for file in files]
+        here = self._in(Path.cwd(), Path("/"))  # a path or link of the user's may lead anywhere
+        self.pictures = [here.read(os.path.expanduser(path)) for path in images]
         self.films: list[Any] = []
         self._encoder: Any = None
         if videos:
@@ -74,8 +75,8 @@ class VisualPrompt:
             else:
                 self.pictures += [self._in(path).read(frame) for frame in frames]
 
-    def _in(self, folder: Path) -> Pictures:
-        return Pictures(folder, max_pixels=self._max_pixels)
+    def _in(self, folder: Path, *more: Path) -> Pictures:
+        return Pictures(folder, max_pixels=self._max_pixels, more_roots=more)
 
 
 def _frames(folder: Path) -> list[str]:

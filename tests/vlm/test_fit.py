@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +109,22 @@ def test_adapters_are_of_the_language_model_and_peft_reads_them(home: Path, tmp_
 
 
 def test_a_run_resumes_in_the_middle_of_an_epoch(home: Path, tmp_path: Path) -> None:
-    def run(name: str, stop: int | None = None, **options: Any) -> tuple[Any, Path | None]:
+    def run(name: str, stop: int | None = None, rows: Any = None, **options: Any) -> tuple[Any, Path | None]:
         callbacks = [] if stop is None else [Stop(stop)]
         trainer = Trainer(**quiet(tmp_path / name, max_steps=4, callbacks=callbacks))
-        path = trainer.fit(ImageTextModule(folder_of("llava", home), lr=1e-3), data(home, packing=False), **options)
+        rows = rows or data(home, packing=False)
+        path = trainer.fit(ImageTextModule(folder_of("llava", home), lr=1e-3), rows, **options)
         return trainer.lightning_module.model, path
 
     whole, _ = run("whole")
     _, path = run("part", stop=1)
     assert path is not None
-    resumed, _ = run("part", ckpt_path=path)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in (*home.glob("*.png"), home / "pictures.jsonl"):
+        shutil.copy(file, moved)
+    rows = data(moved, packing=False, image_root=str(moved), num_workers=1)
+    resumed, _ = run("part", rows=rows, ckpt_path=path)
     for name, parameter in whole.named_parameters():
         assert resumed.get_parameter(name).detach().equal(parameter.detach()), name
 
@@ -240,6 +247,8 @@ def test_a_picture_is_asked_about(home: Path) -> None:
         )
     width, height = VisualPrompt(processor, [link], max_pixels=100).pictures[0].size
     assert 80 < width * height <= 100
+    with pytest.raises(ValueError, match=r"'https://example.org/a.png' is on the network"):
+        VisualPrompt(processor, ["https://example.org/a.png"])
     with pytest.raises(ValueError, match="max_pixels=0 must be at least 1"):
         generate(folder, "what is it?", images=[link], max_pixels=0)
     new = model.generate(**given, max_new_tokens=4, do_sample=False)[0, given["input_ids"].shape[1] :]

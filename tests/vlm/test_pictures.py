@@ -342,6 +342,17 @@ def test_a_picture_that_changed_is_found(tmp_path: Path) -> None:
         list(dm.train_dataloader())
 
 
+def test_rows_of_another_folder_are_planned_anew(tmp_path: Path) -> None:
+    """The same rows name other pictures there; the cache of the first folder's has other sizes."""
+    for folder, size in ((tmp_path / "small", (30, 30)), (tmp_path / "large", (90, 140))):
+        folder.mkdir()
+        saved(folder / "a.png", picture(*size))
+        (folder / "rows.jsonl").write_text(json.dumps({"question": "?", "answer": "!", "image": "a.png"}))
+        dm = ImageTextDataModule(str(folder / "rows.jsonl"), processor=processor_of("qwen2_5_vl"), seq_len=128)
+        pixels = dm.first_batch()[0]["image_grid_thw"].prod()
+        assert (pixels > 50) == (folder.name == "large")
+
+
 def test_bytes_may_be_in_memory() -> None:
     stream = io.BytesIO()
     picture(12, 9).save(stream, "PNG")

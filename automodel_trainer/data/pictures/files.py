@@ -148,7 +148,8 @@ class Pictures:
                 "links lead to others."
             )
         if not exists:
-            raise ValueError(f"{what} {path!r} does not exist in {self.root}.")
+            where = "" if os.path.isabs(path) else f" in {self.root}"
+            raise ValueError(f"{what} {path!r} does not exist{where}.")
         return str(found)
 
 
