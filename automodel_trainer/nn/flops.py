@@ -113,7 +113,8 @@ _ATTRIBUTE = "_training_cost"
 
 
 def _training_cost(model: nn.Module) -> _TrainingCost:
-    weights = list(_matmul_weights(model))
+    sizes = _text_config(model)
+    weights = list(_matmul_weights(model, sizes))
     first = next((index for index, (weight, _) in enumerate(weights) if weight.requires_grad), len(weights))
     if any(p.requires_grad for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()):
         first = -1  # a trained embedding comes before all matmuls: the backward goes through every one of them
@@ -124,7 +125,7 @@ def _training_cost(model: nn.Module) -> _TrainingCost:
     # Attention has a backward only in the layers that the backward reaches. The last weight is the head, not a layer.
     body = max(1, len(weights) - 1)
     reached = (body - max(0, first)) / body if first < body else 0.0
-    return _TrainingCost(total, reached, _text_config(model))
+    return _TrainingCost(total, reached, sizes)
 
 
 def holds_language_model(model: nn.Module) -> bool:
@@ -132,9 +133,8 @@ def holds_language_model(model: nn.Module) -> bool:
     return bool(_text_config(model))
 
 
-def _matmul_weights(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
+def _matmul_weights(model: nn.Module, config: dict[str, Any]) -> Iterator[tuple[Tensor, float]]:
     """Every matmul weight with the share of tokens that use it (below 1 for experts), in module order."""
-    config = _text_config(model)
     experts = next((n for n in map(config.get, COUNTS) if n), None)
     chosen = next((n for n in map(config.get, CHOICES) if n), None) or experts
     active = chosen / experts if chosen and experts else 1.0

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from automodel_trainer.nn.flops import _matmul_weights, flops_per_token, peak_flops, peak_flops_of
+from automodel_trainer.nn.flops import _matmul_weights, _text_config, flops_per_token, peak_flops, peak_flops_of
 from tests.tiny import tiny_model
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 6, "attn_implementation": "eager"}
@@ -77,7 +77,7 @@ def test_only_the_chosen_experts_count() -> None:
 def test_experts_count_whatever_their_number_is_called(family: str, sizes: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = tiny_model(family, **sizes, num_layers=2) if family == "longcat_flash" else tiny_model(family, **sizes)
-    found = {id(weight): share for weight, share in _matmul_weights(model)}
+    found = {id(weight): share for weight, share in _matmul_weights(model, _text_config(model))}
     shares = {name: found[id(p)] for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3}
     # Two of eight choices, of which longcat_flash has two without an expert, and room for these in one of its stacks.
     expected = {"gate_up_proj": 0.25 * 0.75, "down_proj": 0.25} if family == "longcat_flash" else {}

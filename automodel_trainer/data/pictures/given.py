@@ -18,7 +18,7 @@ from automodel_trainer.data.pictures.files import as_png, is_picture
 from automodel_trainer.data.pictures.rows import is_visual
 from automodel_trainer.data.sources import keep_places, places_of
 
-_IN_TEXT = re.compile(r"<img>[^<]{1,500}\.(?:png|jpe?g|webp|gif|bmp)\s*</img>", re.IGNORECASE)  # as Qwen-VL wrote it
+_IN_TEXT = re.compile(r"<img>[^<]{1,500}\.(?:png|jpe?g|webp|gif|bmp)\s*</img>", re.IGNORECASE)  # of old data sets
 
 
 def serializable(data: Any) -> Any:
@@ -47,6 +47,7 @@ def undecoded(rows: Dataset) -> Dataset:
 
 
 def has_pictures(feature: Any) -> bool:
+    """Whether a feature of a data set is or holds `datasets.Image` or `datasets.Video`."""
     return any(kind in repr(feature) for kind in ("Image(", "Video("))
 
 
