@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+
+from automodel_trainer.nn.installed import installed_versions
 
 _PARTS = {"automodel-trainer": 3, "torch": 2, "transformers": 2, "lightning": 2}
 """How many parts of a version must agree; the build of torch (`+cpu`, `+cu130`) may differ."""
@@ -13,11 +14,9 @@ _PARTS = {"automodel-trainer": 3, "torch": 2, "transformers": 2, "lightning": 2}
 def versions() -> dict[str, str]:
     """The versions of this process: Python's and those of the packages that a run needs."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    installed = installed_versions(*_PARTS)
     for name, parts in _PARTS.items():
-        try:
-            found[name] = ".".join(version(name).partition("+")[0].split(".")[:parts])
-        except PackageNotFoundError:
-            found[name] = "missing"
+        found[name] = ".".join(installed.get(name, "missing").partition("+")[0].split(".")[:parts])
     return found
 
 

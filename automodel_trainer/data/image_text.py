@@ -59,7 +59,7 @@ class ImageTextDataModule(ChatDataModule):
     Args:
         processor: a processor or the path of one. None: the model's, set by the Trainer.
         image_root: the folder that paths of pictures are relative to and must not leave. None: the folder of the file
-            that a row is in. Of a list of folders paths are relative to the first, and may lead to all, as by links.
+            that a row is in. Of a list, the first is the one that paths are relative to; links may lead to all.
         image_mark: the text that stands for a picture of the column.
         min_pixels, max_pixels: scale pictures, and frames of videos, to so many pixels at least and at most, before
             the processor does what its own settings say. None: no limit.

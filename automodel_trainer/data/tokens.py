@@ -34,7 +34,7 @@ def tokenize(
         masked: whether the samples have a `trained` column.
         cache: False keeps the samples in memory and uses no cache.
         more: the types of other columns that `encode` returns, as `datasets` has them.
-        where: where files lie that rows name: a part of the cache's key, and not of the fingerprint.
+        where: the folders of files that rows name. They are part of the cache's key, not of the fingerprint.
 
     Returns:
         The samples, at least one, and their fingerprint. The columns are `input_ids`, `length`, `sample_id` and, if

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from automodel_trainer.data.cache import cache_root
 from automodel_trainer.models.isolation import Isolation, prove_isolation
+from automodel_trainer.nn.installed import installed_versions
 from automodel_trainer.strategies.base.objective import MicroBatch, Objective
 
 FORMAT_VERSION = 2
@@ -79,7 +77,9 @@ _known: dict[str, Isolation] = {}
 
 
 def _kept(described: str, prove: Callable[[], Isolation]) -> Isolation:
-    key = hashlib.sha256(json.dumps([FORMAT_VERSION, _versions(), described]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([FORMAT_VERSION, installed_versions(*_PACKAGES), described]).encode()).hexdigest()[
+        :32
+    ]
     if key not in _known:
         try:
             _known[key] = _on_disk(cache_root() / "isolation" / f"{key}.json", prove)
@@ -96,15 +96,6 @@ def _on_disk(path: Path, prove: Callable[[], Isolation]) -> Isolation:
         found = prove()
         if found.checked:  # what could not be tried today may be tried tomorrow
             path.write_text(json.dumps(asdict(found)))
-    return found
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
     return found
 
 

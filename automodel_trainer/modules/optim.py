@@ -142,7 +142,7 @@ def parameter_groups(
 
     Args:
         model: its trainable parameters are grouped.
-        weight_decay: of parameters that `decays` names; None leaves it out of the groups.
+        weight_decay: of the parameters that `decays` is true for; None leaves it out of the groups.
         lr: the peak learning rate, from which LoRA's are derived.
         lr_of: that of a parameter by its name; None: `lr` for all.
 

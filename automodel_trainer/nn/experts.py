@@ -30,13 +30,11 @@ def share_of_tokens(module: nn.Module, parameter: Tensor, experts: int, chosen: 
         experts: of a layer, as the config says.
         chosen: by each token.
     """
-    counts = {name: n for name, n in numbers_of_experts(module).items() if _SHARED not in name}
-    choices = max(experts, *counts.values(), 0)
-    stacked = parameter.shape[0]
-    if parameter.ndim != 3 or stacked not in (experts, choices) or stacked in _shared(module, counts):
+    if parameter.ndim != 3:
+        return 1.0
+    numbers, stacked = numbers_of_experts(module), parameter.shape[0]
+    chosen_from = {n for name, n in numbers.items() if _SHARED not in name}
+    choices = max(experts, *chosen_from, 0)
+    if stacked not in (experts, choices) or stacked in set(numbers.values()) - chosen_from:
         return 1.0
     return chosen / choices * min(experts, stacked) / stacked
-
-
-def _shared(module: nn.Module, counts: dict[str, int]) -> set[int]:
-    return set(numbers_of_experts(module).values()) - set(counts.values())

@@ -11,11 +11,12 @@ import hashlib
 import os
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from automodel_trainer.nn.installed import installed_versions
 
 OPERATORS: dict[str, str] = {}
 """Maps the names of this project's operations to the files that define them, gradients and fakes included."""
@@ -58,14 +59,6 @@ def hash_of(*files: str) -> str:
     return digest.hexdigest()[:16]
 
 
-@cache
 def _libraries() -> str:
     """16 hexadecimal digits that other versions of the libraries do not have."""
-    return hashlib.sha256(" ".join(map(_version, LIBRARIES)).encode()).hexdigest()[:16]
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "absent"
+    return hashlib.sha256(str(installed_versions(*LIBRARIES)).encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from automodel_trainer.models import kernels, lora  # noqa: F401  they define operations
-from automodel_trainer.nn import operators
+from automodel_trainer.nn import installed, operators
 from automodel_trainer.strategies.base.compile import compile_blocks
 from tests.tiny import tiny_model
 
@@ -48,10 +48,10 @@ def test_another_version_of_a_library_is_another_key(monkeypatch: pytest.MonkeyP
     """transformers, torchao and others define operations, too."""
     tags = []
     for version in ("1.0", "1.1", "1.0"):
-        monkeypatch.setattr(operators, "version", lambda name, now=version: now if name == "torchao" else "0")
-        operators._libraries.cache_clear()
+        monkeypatch.setattr(installed, "version", lambda name, now=version: now if name == "torchao" else "0")
+        installed.installed_versions.cache_clear()
         with torch.compiler.config.patch(cache_key_tag=""):
             operators.key_by_operators()
             tags.append(torch.compiler.config.cache_key_tag)
-    operators._libraries.cache_clear()
+    installed.installed_versions.cache_clear()
     assert tags[0] == tags[2] != tags[1]

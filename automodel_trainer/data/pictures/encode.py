@@ -120,9 +120,9 @@ class PictureEncoder:
 
     @cached_property
     def tokenwise(self) -> dict[str, int]:
-        """What the processor makes of each token: it grows with the text, and pictures do not. Names and dimensions.
+        """The inputs that have an entry for each token, with their numbers of dimensions. They grow with the text.
 
-        The shape of a tensor does not tell: there may be as many patches of pictures as tokens of text.
+        The shape of one tensor does not tell: there may be as many patches of pictures as tokens of text.
         """
         blank = Image.new("RGB", self.blank)
         short, long = (self.inputs([f"{self.token}{text}"], [[blank]]) for text in (".", ". . . ."))

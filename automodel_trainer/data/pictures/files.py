@@ -214,10 +214,7 @@ def _of_data_url(url: str) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or not head.endswith(";base64"):
         raise ValueError(f"a picture's data URL begins {url[:40]!r}: it must be data:image/…;base64,…")
-    try:
-        return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"a picture's data URL ({url[:40]!r}) is no valid base64: {error}") from error
+    return _decoded(body, f"a picture's data URL ({url[:40]!r})")
 
 
 def is_picture(value: Any) -> bool:
@@ -238,10 +235,14 @@ def of_base64(text: str, what: str) -> bytes:
     """
     if text.startswith("data:"):
         return _of_data_url(text)
+    return _decoded("".join(text.split()), f"{what} ({_short(text)!r})")
+
+
+def _decoded(text: str, what: str) -> bytes:
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(text, validate=True)
     except binascii.Error as error:
-        raise ValueError(f"{what} ({_short(text)!r}) is no valid base64: {error}") from error
+        raise ValueError(f"{what} is no valid base64: {error}") from error
 
 
 def _of_file_url(path: str) -> str:

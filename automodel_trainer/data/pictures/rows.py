@@ -159,7 +159,7 @@ class _Visuals:
         self.rates.append(rate)
 
     def check_next(self, index: Any) -> None:
-        """Raise ValueError if a part says the number of another one of the column than comes next."""
+        """Raise ValueError if a part gives the index of another one of the column than the next."""
         following = sum(slot is None for slot in self.slots)
         if isinstance(index, int) and index != following:
             raise ValueError(

@@ -105,7 +105,7 @@ class PictureStore(TokenStore):
         return [Image.fromarray(item[0][0]) if isinstance(item, tuple) else item for item in shown]
 
     def faults(self) -> Iterator[str]:
-        """Reads the pictures and videos of every sample: a message for each sample of which one cannot be read."""
+        """Read the pictures and videos of every sample. Yields a message for each sample that cannot be read."""
         rows = self.sample_ids[self.pictures > 0].tolist()
         with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
             for start in range(0, len(rows), _AT_ONCE):
