@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 Steps = Sequence[tuple[float, int, int]]
 """The time at the end of a step, its number, and the rows that this rank had in it."""
@@ -63,7 +64,7 @@ class Run:
     def pid(self, rank: int) -> int:
         return int(self.file.with_suffix(f".pid-{rank}").read_text())
 
-    def until(self, done: Callable[[Steps], bool]) -> Steps:
+    def until(self, done: Callable[[Steps], Any]) -> Steps:
         """Wait until `done(steps)`."""
         end = time.monotonic() + WAIT
         while not done(steps := self.steps()):
@@ -89,9 +90,22 @@ def is_between(every: int, steps: Steps) -> bool:
     return bool(steps) and steps[-1][1] > every and every // 2 <= steps[-1][1] % every < every - 1
 
 
-def is_past(at: float, step: int, steps: Steps) -> bool:
-    """Whether a run that was killed at a time has made the step after `step`."""
-    return any(when > at and number > step for when, number, _ in steps)
+def began_again(before: int, steps: Steps) -> int | None:
+    """The first step of a run that was started again, by its place; None: not yet. The run had made `before` then.
+
+    A rank that lives can end a step or two after another one was killed. The number falls once they start again.
+    """
+    later = range(before, len(steps))
+    return next((place for place in later if steps[place][1] <= steps[place - 1][1]), None)
+
+
+def caught_up(before: int, steps: Steps) -> float | None:
+    """When a run that was started again had made its newest step again, and the one after it; None: not yet."""
+    place = began_again(before, steps)
+    if place is None:
+        return None
+    newest = steps[place - 1][1]
+    return next((when for when, number, _ in steps[place:] if number == newest + 1), None)
 
 
 def typical(steps: Steps, rows: int) -> float:
@@ -159,13 +173,17 @@ def restart(folder: Path, options: argparse.Namespace) -> None:
         say("restart: the first step is done")
         for _ in range(options.kills):
             steps = run.until(partial(is_between, options.every))
-            at, step, rows = steps[-1]
+            before, rows = len(steps), steps[-1][2]
             os.kill(run.pid(1), signal.SIGKILL)
-            say(f"restart: a rank is killed after step {step}")
-            run.until(partial(is_past, at, options.every))
-            say(f"restart: training again, from step {run.steps()[-1][1]}")
-            steps = run.until(partial(is_past, at, step))
-            done = next(when for when, number, _ in steps if when > at and number == step + 1)
+            say(f"restart: a rank is killed after step {steps[-1][1]}")
+            steps = run.until(partial(began_again, before))
+            place = began_again(before, steps)
+            assert place is not None
+            at, step, _ = steps[place - 1]
+            say(f"restart: step {step} was done; training again, from step {steps[place][1]}")
+            steps = run.until(partial(caught_up, before))
+            done = caught_up(before, steps)
+            assert done is not None
             lost.append(done - at - typical(steps, rows))
             say(f"restart: {lost[-1]:.1f} s lost; a step takes {typical(steps, rows):.2f} s")
     finally:
