@@ -5,12 +5,13 @@ blocks are checkpointed (`full`, `selective`, `offload`, `full:20`; else not), `
 micro-batch, `documents=N` (a row is packed from documents of N tokens), `nf4` (a 4-bit base), `whole` (all parameters
 instead of LoRA), `cap=N` (GiB that the process may take of the GPU), `memory=80%` or `memory=20` (a budget, which
 chooses how blocks are checkpointed), `eager`. Figures are of the steps after the first. `--tiny` only shows that the
-script runs.
+script runs. `--case` runs one case in this process and says when each step ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from typing import Any
@@ -102,8 +103,11 @@ def run(case: str, layers: int, steps: int, tiny: bool) -> dict[str, Any]:
             self.ends.append(time.perf_counter())
             inputs = trainer.strategy.prepared.host
             self.host = inputs.held if inputs else 0
+            peak = torch.cuda.max_memory_allocated() if gpu else 0
+            seconds = self.ends[-1] - start
+            print(f"step {len(self.ends)} ended after {seconds:.0f} s, peak {peak / 2**30:.1f} GiB", file=sys.stderr)
             if len(self.ends) == 1 and gpu:
-                self.first_peak = torch.cuda.max_memory_allocated()
+                self.first_peak = peak
                 torch.cuda.reset_peak_memory_stats()
 
     clock = Clock()
