@@ -13,6 +13,7 @@ output with the seconds since the start. `--device cpu` tests the script itself 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -26,6 +27,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 Steps = Sequence[tuple[float, int, int]]
 """The time at the end of a step, its number, and the rows that this rank had in it."""
@@ -75,8 +78,13 @@ class Run:
         return steps
 
     def end(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Kill the process and those it started: torchrun puts each rank in a session of its own."""
+        family = [self.process.pid]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -218,6 +226,7 @@ def main() -> None:
     )
     parser.add_argument("--replica-timeout", type=float, default=60.0)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that what runs is ended too
     for part in ("groups", "restart") if options.part == "both" else (options.part,):
         with tempfile.TemporaryDirectory() as folder:
             {"groups": groups, "restart": restart}[part](Path(folder), options)
