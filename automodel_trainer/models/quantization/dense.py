@@ -12,6 +12,8 @@ from torch import Tensor
 from automodel_trainer.models.files import TensorSlice
 from automodel_trainer.models.quantization.mxfp4 import pairs, powers
 
+_PART = 2**18  # values that are computed at a time
+
 
 class DenseWeight:
     """A `TensorSlice` of values that the file does not hold as such.
@@ -29,7 +31,7 @@ class DenseWeight:
         return list(self.shape)
 
     def get_dtype(self) -> str:
-        """Values are computed in fp32; whoever reads them rounds them once."""
+        """The dtype of the values, in which they are exact, or fp32: whoever reads them rounds them once."""
         return "F32"
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -41,7 +43,7 @@ class DenseWeight:
         return self.read([range(*part.indices(size)) for part, size in zip(parts, self.shape)])
 
     def read(self, ranges: Sequence[range]) -> Tensor:
-        """Values in these ranges of indices, one range for each dimension: fp32."""
+        """Values in these ranges of indices, one range for each dimension."""
         raise NotImplementedError
 
 
@@ -98,22 +100,26 @@ class Fp8Weight(DenseWeight):
 
     def read(self, ranges: Sequence[range]) -> Tensor:
         """See `DenseWeight.read`."""
-        values = self._values(ranges)
-        scales = _powers(self.scales[...]).reshape(self.grid)
-        for dim, (chosen, block) in enumerate(zip(ranges, self.block)):
+        codes, scales = self._codes(ranges), _powers(self.scales[...]).reshape(self.grid)
+        places = [torch.arange(r.start, r.stop) // block for r, block in zip(ranges, self.block)]
+        for dim in range(1, len(ranges)):
             if scales.shape[dim] > 1:
-                places = torch.arange(chosen.start, chosen.stop) // block
-                scales = scales.index_select(dim, places)
-        return values.mul_(scales)
+                scales = scales.index_select(dim, places[dim])
+        values = torch.empty([len(r) for r in ranges])
+        for part in _parts(values):
+            factor = scales if scales.shape[0] == 1 else scales.index_select(0, places[0][part])
+            values[part].copy_(codes[part]).mul_(factor)
+        return values
 
-    def _values(self, ranges: Sequence[range]) -> Tensor:
+    def _codes(self, ranges: Sequence[range]) -> Tensor:
+        """Values without their scales."""
         *rows, columns = ranges
         before = tuple(slice(r.start, r.stop) for r in rows)
         if not self.packed:
-            return self.codes[(*before, slice(columns.start, columns.stop))].to(torch.float32)
+            return self.codes[(*before, slice(columns.start, columns.stop))]
         first, end = columns.start // 2, -(-columns.stop // 2)
         found = _unpacked(self.codes[(*before, slice(first, end))].view(torch.uint8))
-        return found[..., columns.start - 2 * first :][..., : len(columns)].contiguous()
+        return found[..., columns.start - 2 * first :][..., : len(columns)]
 
 
 class Mxfp4Weight(DenseWeight):
@@ -145,8 +151,16 @@ class Mxfp4Weight(DenseWeight):
         *before, inputs, outputs = ranges
         first, end = inputs.start // self.size, -(-inputs.stop // self.size)
         where = (*(slice(r.start, r.stop) for r in (*before, outputs)), slice(first, end))
-        values = _unpacked(self.blocks[where]).mul_(_powers(self.scales[where]).unsqueeze(-1)).flatten(-2)
-        return values.mT[..., inputs.start - first * self.size :, :][..., : len(inputs), :].contiguous()
+        codes, scales = self.blocks[where].flatten(0, -4), powers(self.scales[where]).bfloat16().flatten(0, -3)
+        values = torch.empty(len(codes), len(inputs), len(outputs), dtype=torch.bfloat16)
+        kept = slice(inputs.start - first * self.size, inputs.stop - first * self.size)
+        for value, code, scale in zip(values, codes, scales):
+            value.copy_(_unpacked(code).mul_(scale.unsqueeze(-1)).flatten(-2)[:, kept].mT)
+        return values.view([len(r) for r in ranges])
+
+    def get_dtype(self) -> str:
+        """Every value is exact in bf16."""
+        return "BF16"
 
     def stored(self, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Codes `[n, …, out, in / 2]` and exponents `[n, …, out, in / 32]` of n indices from `first` on, as bytes."""
@@ -154,8 +168,16 @@ class Mxfp4Weight(DenseWeight):
 
 
 def _unpacked(codes: Tensor) -> Tensor:
-    """Bytes `[…, n]` as the values of two 4-bit codes each, `[…, 2 n]`, fp32."""
-    return pairs()[codes.int()].flatten(-2)
+    """Bytes `[…, n]` as the values of two 4-bit codes each, `[…, 2 n]`, bf16: exact."""
+    table = pairs().bfloat16().view(torch.int32).flatten()  # both values of a byte in one number
+    found = table.index_select(0, codes.flatten().int()).view(torch.bfloat16)
+    return found.view(*codes.shape[:-1], 2 * codes.shape[-1])
+
+
+def _parts(values: Tensor) -> list[slice]:
+    """Slices of the first dimension, so small that what is computed of one stays in a processor's cache."""
+    rows = max(1, _PART * len(values) // max(1, values.numel()))
+    return [slice(start, start + rows) for start in range(0, len(values), rows)]
 
 
 def _powers(scales: Tensor) -> Tensor:
