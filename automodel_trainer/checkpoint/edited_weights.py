@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from automodel_trainer.distributed._dtensor import local_tensor
+from automodel_trainer.models.lora import lora_of
 from automodel_trainer.models.lora.adapter_files import trained_tensors
 from automodel_trainer.nn.text import listed
 from automodel_trainer.nn.uneven import is_uneven
@@ -75,6 +76,15 @@ def holding(module: nn.Module, edited: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for name, tensor in mine.items():
             tensor.copy_(before[name])
+
+
+def without_base(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of `module` without the frozen weights beside its adapters: no checkpoint of adapters holds them."""
+    if lora_of(module) is None:
+        return dict(state)
+    trained = set(map(id, trained_tensors(module).values()))
+    own = module.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if name not in own or id(own[name]) in trained}
 
 
 def _same(value: Tensor, own: Any) -> bool:

@@ -13,10 +13,13 @@ from automodel_trainer.checkpoint.edited_weights import like
 from automodel_trainer.checkpoint.weight_stream import Weights
 from automodel_trainer.checkpoint.weights import load_weights
 from automodel_trainer.models.lora import lora_of
+from automodel_trainer.models.lora.adapter_files import is_adapter, read_tensors
 
 
 class SavedWeights(MutableMapping[str, Tensor]):
     """The weights in a checkpoint by name. A tensor is read when it is asked for, whole, on the CPU.
+
+    A checkpoint of adapters has them by PEFT's names without their prefix, and nothing of the base model.
 
     Args:
         folder: the `model/` folder of a checkpoint.
@@ -33,8 +36,11 @@ class SavedWeights(MutableMapping[str, Tensor]):
 
     def _known(self) -> dict[str, Tensor | None]:
         if self._entries is None:
-            self._files = Weights(self.folder)
-            self._entries = dict.fromkeys(self._files.header)
+            if is_adapter(self.folder):
+                self._entries = dict(read_tensors(self.folder))
+            else:
+                self._files = Weights(self.folder)
+                self._entries = dict.fromkeys(self._files.header)
         return self._entries
 
     def __getitem__(self, name: str) -> Tensor:

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel_trainer.checkpoint import check_checkpoint
-from automodel_trainer.checkpoint.edited_weights import like
 from automodel_trainer.checkpoint.own_saving import save_by_export
 from automodel_trainer.models._masks import packing_without_sync
 from automodel_trainer.models.build import add_adapters, build_pretrained, check_purpose, fill_from_folder, load_config
@@ -44,6 +43,7 @@ from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
 from automodel_trainer.models.record import recorded
 from automodel_trainer.models.sidecars import ModelFolder, has_tokenizer, source_folder
+from automodel_trainer.modules.averaged import into_model, let_callbacks_copy, placed
 from automodel_trainer.modules.balance import Balance, BalanceConfig, balance_of
 from automodel_trainer.modules.isolation import isolation_of, packs
 from automodel_trainer.modules.neftune import add_neftune
@@ -119,7 +119,7 @@ class BuiltModule(Objective, pl.LightningModule):
         self.config_overrides = config_overrides or {}
         self.allow_unused_weights = allow_unused_weights
         self.model: Any = None
-        self.register_load_state_dict_pre_hook(_into_model)
+        self.register_load_state_dict_pre_hook(into_model)
 
     @cached_property
     def source(self) -> Path | None:
@@ -281,6 +281,8 @@ class BuiltModule(Objective, pl.LightningModule):
             add_neftune(self.model.get_input_embeddings(), self.neftune_alpha)
         save_by_export(self.model)
         self.model.train()
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            let_callbacks_copy(self.trainer, self, self.model)
 
     def _imports_beside(self) -> AbstractContextManager[None]:
         """A context around loading, in which a run that trains imports what its first step needs."""
@@ -468,17 +470,4 @@ class BuiltModule(Objective, pl.LightningModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict with Hugging Face keys into the model; see `torch.nn.Module.load_state_dict`."""
-        target = self.model.state_dict()
-        placed = {name: like(value, target.get(name)) for name, value in state_dict.items()}
-        return self.model.load_state_dict(placed, strict=strict, assign=assign)
-
-
-def _into_model(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename Hugging Face keys to those of `module.model`, which torch looks for if `module` is part of another module.
-
-    Averaged copies of a module (`torch.optim.swa_utils.AveragedModel`) are loaded so.
-    """
-    target = module.model.state_dict() if module.model is not None else {}
-    names = [name for name in state if name.startswith(prefix)]
-    renamed = {name.removeprefix(prefix): state.pop(name) for name in names}
-    state |= {f"{prefix}model.{name}": like(value, target.get(name)) for name, value in renamed.items()}
+        return self.model.load_state_dict(placed(self.model, state_dict), strict=strict, assign=assign)

@@ -31,7 +31,7 @@ from automodel_trainer.strategies.base.precision import MeshPrecision
 from automodel_trainer.strategies.base.processes import Launcher
 from automodel_trainer.strategies.base.saving import SavingStrategy
 from automodel_trainer.strategies.base.step import StepRunner
-from automodel_trainer.strategies.base.user_module import PreparedBlocks
+from automodel_trainer.strategies.base.user_module import PreparedBlocks, check_averaged
 
 __all__ = ["MeshStrategy", "MicroBatch", "Objective", "Part"]
 
@@ -287,6 +287,8 @@ class MeshStrategy(StepRunner, SavingStrategy):
             self.tell_laid_out(module)
         else:
             self.lay_out_user_module(module)
+            if self._sets_up_training:
+                check_averaged(module)
 
     @final
     def tell_laid_out(self, module: Objective) -> None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from automodel_trainer._lightning import attached_trainer
 from automodel_trainer.checkpoint import remove_checkpoint, save_checkpoint
+from automodel_trainer.checkpoint.edited_weights import without_base
 from automodel_trainer.checkpoint.lightning_file import load_optimizer_states, read_lightning_file
 from automodel_trainer.checkpoint.loader_place import Place, can_remember
 from automodel_trainer.checkpoint.optimizer import load_optimizers
@@ -31,6 +32,8 @@ from automodel_trainer.distributed.agreement import on_all_ranks
 from automodel_trainer.distributed.phase import during_phase
 from automodel_trainer.strategies.base.objective import Objective
 from automodel_trainer.strategies.base.processes import MeshProcesses
+
+UNDER_TRAINING = "current_model_state"  # where Lightning's `WeightAveraging` keeps the weights that are not averaged
 
 
 class SavingStrategy(MeshProcesses):
@@ -144,6 +147,8 @@ class SavingStrategy(MeshProcesses):
                 f"{type(self).__name__}. Credentials and endpoint come from the store's own environment variables."
             )
         checkpoint = {**checkpoint, "state_dict": self._edited(checkpoint.get("state_dict"))}
+        if UNDER_TRAINING in checkpoint:
+            checkpoint[UNDER_TRAINING] = without_base(self.trained_module, checkpoint[UNDER_TRAINING])
         optimizers = self.optimizers if "optimizer_states" in checkpoint else []  # missing if weights_only=True
         save: Callable[..., None] = storage_options or save_checkpoint
         with during_phase("save"):

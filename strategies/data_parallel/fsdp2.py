@@ -345,6 +345,12 @@ class FSDP2Strategy(InnerParallelStrategy):
         assert self.lightning_module is not None
         reshard(self.lightning_module)
 
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See `reshard`. Callbacks that change or read weights when an epoch of validation ends find the shards."""
+        output = super().validation_step(*args, **kwargs)
+        self.reshard()
+        return output
+
     def on_validation_end(self) -> None:
         """See `reshard`."""
         self.reshard()

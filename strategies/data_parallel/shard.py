@@ -21,6 +21,7 @@ from automodel_trainer.models.lora.layers import Adapter, adapters, let_adapters
 from automodel_trainer.models.quantization.quantize import quantized_weights
 from automodel_trainer.nn.blocks import find_blocks, untied_input_embedding
 from automodel_trainer.nn.device_memory import DeviceMemory, memory_of
+from automodel_trainer.nn.weights_copy import copy_weights_only
 from automodel_trainer.strategies.base.precision import Dtypes, fsdp_policy
 from automodel_trainer.strategies.data_parallel import gradient_reduction
 from automodel_trainer.strategies.data_parallel._fsdp import (
@@ -142,6 +143,7 @@ class Shards:
         # The root unit holds the rest (final norm, head, tied embedding). It stays gathered between forward and
         # backward, because backward begins where forward ended.
         fully_shard(model, reshard_after_forward=False, **options)
+        copy_weights_only(model)
         _gather_outside_inference_mode(model)
         if mesh.size(mesh.ndim - 1) > 1:
             others = mesh.size() < dist.get_world_size()  # of tensor parallel or pipelines

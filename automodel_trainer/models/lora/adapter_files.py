@@ -46,6 +46,11 @@ _EXPERT_LEAVES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no model."""
+    return (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
+
+
 def read_config(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     """The adapter_config.json of a folder or Hub repository, checked.
 
