@@ -31,6 +31,7 @@ from automodel_trainer._lightning import (
 from automodel_trainer.accelerators import resolve_devices
 from automodel_trainer.callbacks._loggers import upload_folders
 from automodel_trainer.callbacks.defaults import default_callbacks
+from automodel_trainer.callbacks.lightning_callbacks import support_callbacks
 from automodel_trainer.callbacks.preemption import preemption_of
 from automodel_trainer.callbacks.requeue import asks_for_requeue
 from automodel_trainer.callbacks.trainer_html import trainer_html
@@ -281,6 +282,7 @@ class Trainer(SavesPretrained):
         if self._fits_min_steps:
             self.fit_loop.max_epochs = self._epochs_for_min_steps()
         upload_folders(self.loggers)
+        support_callbacks(self)
         super().fit(
             module,
             train_dataloaders=loader,

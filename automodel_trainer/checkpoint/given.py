@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from automodel_trainer.nn.schedule import follow_new_groups
+
 Options = dict[str, Any]
 _OPTIONS: WeakKeyDictionary[Optimizer, list[Options]] = WeakKeyDictionary()
 _SCHEDULES: WeakKeyDictionary[Any, Options] = WeakKeyDictionary()
@@ -96,6 +98,7 @@ def continued_schedule(
     for group, given in zip(optimizer.param_groups, options):
         _set_lr(group, given["lr"])
     steps = int(saved["last_epoch"])
+    follow_new_groups(scheduler)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for optimizer.step() first
         if type(scheduler) is LambdaLR and steps:  # its learning rate depends on the last step alone

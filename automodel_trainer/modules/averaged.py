@@ -1,13 +1,13 @@
-"""Callbacks of Lightning that average weights: what they copy of a module, and how that is loaded again."""
+"""Callbacks of Lightning that average or prune weights: what they cannot do, and how averages are loaded again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from automodel_trainer.checkpoint.edited_weights import like
 from automodel_trainer.models.lora import lora_of
@@ -18,30 +18,36 @@ from automodel_trainer.nn.uneven import is_uneven
 from automodel_trainer.nn.weights_copy import original_of
 
 
-def let_callbacks_copy(trainer: Any, module: pl.LightningModule, model: nn.Module) -> None:
-    """Let callbacks that average weights copy a module whose model was built after their `setup`.
+def check_callbacks(callbacks: Iterable[Any], model: nn.Module) -> None:
+    """Refuse callbacks that cannot do with a laid-out model what they are for.
 
     Raises:
-        ValueError: there is such a callback, and weights of this model cannot be averaged.
+        ValueError: one averages or prunes weights, and these cannot be averaged, or pruned.
     """
-    averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging | WeightAveraging)]
-    if not averaging:
-        return
-    if why := _not_averaged(model):
-        raise ValueError(f"{type(averaging[0]).__name__} averages all weights of the model. {why} or leave it out.")
-    for callback in averaging:
-        if isinstance(callback, StochasticWeightAveraging):  # it has copied a module without a model
-            callback.setup(trainer, module, "fit")
+    for callback in callbacks:
+        name, why = type(callback).__name__, None
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            why = _not_averaged(model)
+        elif isinstance(callback, ModelPruning) and _is_spread(model):
+            why = "It compares all weights, and here each rank holds a part of them: use strategy='ddp', or one device,"
+        if why is not None:
+            raise ValueError(f"{name} cannot work on this model. {why} or leave it out.")
 
 
 def _not_averaged(model: nn.Module) -> str | None:
     if name := next((name for name, parameter in model.named_parameters() if is_quantized(parameter)), None):
-        return f"{name} is held quantized, which has no average: hold the weights dense (lora quantize, kernels fp8),"
+        return f"{name} is held quantized, which has no average: hold weights dense (lora quantize, kernels fp8),"
     if pipeline_of(model) is not None:
         return "Here each rank holds other layers, and a checkpoint holds the averages of rank 0: set pp=1,"
     if any(is_uneven(parameter) for parameter in model.parameters()):
-        return "This layout shards them unevenly: use strategy='fsdp2',"
+        return "This layout shards weights unevenly: use strategy='fsdp2',"
     return None
+
+
+def _is_spread(model: nn.Module) -> bool:
+    """Whether a rank holds a part of the weights, or FSDP2 exchanges them in forwards."""
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return sharded or pipeline_of(model) is not None
 
 
 def into_model(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -43,7 +43,7 @@ from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
 from automodel_trainer.models.record import recorded
 from automodel_trainer.models.sidecars import ModelFolder, has_tokenizer, source_folder
-from automodel_trainer.modules.averaged import into_model, let_callbacks_copy, placed
+from automodel_trainer.modules.averaged import check_callbacks, into_model, placed
 from automodel_trainer.modules.balance import Balance, BalanceConfig, balance_of
 from automodel_trainer.modules.isolation import isolation_of, packs
 from automodel_trainer.modules.neftune import add_neftune
@@ -282,7 +282,8 @@ class BuiltModule(Objective, pl.LightningModule):
         save_by_export(self.model)
         self.model.train()
         if self.trainer.state.fn == TrainerFn.FITTING:
-            let_callbacks_copy(self.trainer, self, self.model)
+            trainer: Any = self.trainer
+            check_callbacks(trainer.callbacks, self.model)
 
     def _imports_beside(self) -> AbstractContextManager[None]:
         """A context around loading, in which a run that trains imports what its first step needs."""

@@ -40,6 +40,7 @@ from automodel_trainer.modules.optim import (
     parameters_of,
 )
 from automodel_trainer.nn.configs import as_config
+from automodel_trainer.nn.schedule import follow_new_groups
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.base.objective import MicroBatch
 
@@ -196,6 +197,7 @@ class HuggingFaceModule(EvaluatedModule):
         optimizer.step()
         if self._balance is not None:
             self._balance.move_biases(strategy)
+        follow_new_groups(scheduler)
         scheduler.step()  # type: ignore[union-attr, call-arg]
         optimizer.zero_grad()
         self._observe(loss_sum, tokens, micro_batches)

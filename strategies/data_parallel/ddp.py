@@ -58,6 +58,7 @@ class DDPStrategy(MeshStrategy):
             "bucket_cap_mb": bucket_cap_mb,
         }
         self._wrapped: DistributedDataParallel | None = None
+        self._trained: list[bool] = []  # which parameters were trained when DDP was told of them
         self._plain: list[AverageAfterBackward] = []
 
     def convert_precision(self, plugin: Precision) -> Precision:
@@ -113,14 +114,27 @@ class DDPStrategy(MeshStrategy):
         # DDP refuses a module that has nothing to train
         if self.dp_size == 1 or not any(p.requires_grad for p in module.parameters()):
             return
+        self._wrap_module(module)
+
+    def _wrap_module(self, module: pl.LightningModule) -> None:
         if isinstance(module, Objective):
             self._wrapped = self._wrap(module.model)
         else:
             self.model = self._wrap(module)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Wrap again if parameters have been frozen or unfrozen since, as by `BaseFinetuning`: DDP would not see it."""
+        module, wrapped = self.lightning_module, self._wrapped or self.model
+        if not isinstance(wrapped, DistributedDataParallel) or module is None:
+            return
+        if [p.requires_grad for p in wrapped.module.parameters()] != self._trained:
+            remove_hooks(wrapped)
+            self._wrap_module(module)
+
     def _wrap(self, module: nn.Module) -> DistributedDataParallel:
         while self._plain:
             self._plain.pop().remove()
+        self._trained = [parameter.requires_grad for parameter in module.parameters()]
         device_ids = [self.root_device.index] if self.root_device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=device_ids, **self.ddp_options)
 

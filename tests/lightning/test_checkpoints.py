@@ -211,7 +211,9 @@ def test_callbacks_are_restored_before_fit_starts(tmp_path: Path) -> None:
         return callback, built
 
     assert resumed("order", BoringModel, Order, 1, 2)[0].calls == ["load_state_dict", "on_fit_start"]
-    resumed("finetuning", Two, partial(BackboneFinetuning, 1, lambda epoch: 1.5), 3, 4)
+    thawing = partial(BackboneFinetuning, 1, lambda epoch: 1.5)
+    (_, whole), (_, parts) = resumed("thawed", Two, thawing, 4), resumed("thawed in parts", Two, thawing, 3, 4)
+    assert torch.equal(whole.backbone.weight, parts.backbone.weight), "it goes on being trained"
     averaging = partial(StochasticWeightAveraging, swa_lrs=0.1, swa_epoch_start=1)
     (one, whole), (two, parts) = resumed("a", BoringModel, averaging, 5), resumed("b", BoringModel, averaging, 3, 5)
     assert int(one.n_averaged) == int(two.n_averaged) == 5

@@ -1,0 +1,70 @@
+"""What callbacks of Lightning that freeze, prune or average weights need of a Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    Callback,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch import nn
+
+from automodel_trainer.models.stage_names import names_of_all_stages
+from automodel_trainer.strategies import Objective
+
+# They freeze, prune or copy in `setup`, which Lightning calls before `configure_model`.
+WANT_A_MODEL = (BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging)
+
+
+def support_callbacks(trainer: Any) -> None:
+    """Put a `LightningCallbacks` before the first callback of a Trainer that needs it, if there is one."""
+    callbacks: list[Callback] = trainer.callbacks
+    first = next((i for i, callback in enumerate(callbacks) if isinstance(callback, WANT_A_MODEL)), None)
+    if first is not None and not any(isinstance(callback, LightningCallbacks) for callback in callbacks):
+        callbacks.insert(first, LightningCallbacks())
+
+
+class LightningCallbacks(Callback):
+    """Stands before such callbacks. It builds the model of an objective for those that want one in their `setup`.
+
+    Beside `BaseFinetuning` it keeps in checkpoints which parameters are trained: what the callback has unfrozen would
+    be frozen again in a run that goes on.
+    """
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None  # of a run whose parameters a callback freezes and unfreezes
+        self._trained: list[str] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Build the model of an objective. A user's own module is left to its own `configure_model`."""
+        self._model = self._trained = None
+        is_objective = isinstance(pl_module, Objective)
+        if stage != "fit":
+            return
+        if is_objective:
+            pl_module.configure_model()
+        if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):
+            self._model = pl_module.model if is_objective else pl_module
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Freeze and unfreeze as it was when the checkpoint was written."""
+        if self._model is None or self._trained is None:
+            return
+        trained = set(self._trained)
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(name in trained)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The names of trained parameters, where a callback changes which they are. Collective over pipeline stages."""
+        if self._model is None:
+            return {}
+        names = [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
+        return {"trained": names_of_all_stages(self._model, names)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `on_fit_start`."""
+        self._trained = state_dict.get("trained")
