@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from automodel_trainer.nn.schedule import follow_new_groups
+from automodel_trainer.nn.schedule import follow_new_groups, set_lr
 
 Options = dict[str, Any]
 _OPTIONS: WeakKeyDictionary[Optimizer, list[Options]] = WeakKeyDictionary()
@@ -96,7 +96,7 @@ def continued_schedule(
     if "last_epoch" not in saved or (unchanged and not isinstance(scheduler, LambdaLR)):
         return saved
     for group, given in zip(optimizer.param_groups, options):
-        _set_lr(group, given["lr"])
+        set_lr(group, given["lr"])
     steps = int(saved["last_epoch"])
     follow_new_groups(scheduler)
     with warnings.catch_warnings():
@@ -127,17 +127,10 @@ def _continued_plateau(
                 "the checkpoint's weights: fit(resume='weights'), --resume weights."
             )
         if not same(before["lr"], after["lr"]):
-            _set_lr(group, float(rate) * float(after["lr"]) / float(before["lr"]))
+            set_lr(group, float(rate) * float(after["lr"]) / float(before["lr"]))
     seen = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_step_count"}
     settings = {key: value for key, value in changed.items() if key not in seen}
     return {**saved, **settings, "_last_lr": [float(group["lr"]) for group in optimizer.param_groups]}
-
-
-def _set_lr(group: Options, rate: Any) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(float(rate))
-    else:
-        group["lr"] = rate
 
 
 def _options(group: Mapping[str, Any]) -> Options:

@@ -91,10 +91,10 @@ class CausalLMModule(HuggingFaceModule):
             self._sources.restore(self._saved_sources)
             self._saved_sources = None
 
-    def training_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> None:
+    def training_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> dict[str, Tensor] | None:
         if self._sources is not None:
             self._sources.count(as_list(batch))
-        super().training_step(batch, batch_idx)
+        return super().training_step(batch, batch_idx)
 
     def _log_window(self) -> None:
         super()._log_window()

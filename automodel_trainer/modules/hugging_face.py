@@ -39,8 +39,9 @@ from automodel_trainer.modules.optim import (
     check_lr,
     parameters_of,
 )
+from automodel_trainer.modules.step_outputs import LossWanted
 from automodel_trainer.nn.configs import as_config
-from automodel_trainer.nn.schedule import follow_new_groups
+from automodel_trainer.nn.schedule import follow_new_groups, rescale
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.base.objective import MicroBatch
 
@@ -126,7 +127,9 @@ class HuggingFaceModule(EvaluatedModule):
         self.automatic_optimization = False
         check_lr(lr)
         check_clip(gradient_clip_val)
-        self.lr = lr
+        self.lr = self._scheduled_lr = lr
+        self._groups = 0
+        self._loss_wanted = LossWanted(self)
         self.optimizer_config = optimizer
         self.scheduler_config = scheduler
         self.gradient_clip_val = gradient_clip_val
@@ -152,6 +155,7 @@ class HuggingFaceModule(EvaluatedModule):
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.optimizer_config, self.model, self.lr, self.lr_of())
         scheduler = build_scheduler(self.scheduler_config, optimizer, _planned_steps(self.trainer))
+        self._scheduled_lr, self._groups = self.lr, len(optimizer.param_groups)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_of(self) -> Callable[[str], float] | None:
@@ -179,28 +183,42 @@ class HuggingFaceModule(EvaluatedModule):
         classes = vocabulary if self.labels_are_tokens else of_classifier
         return vocabulary, position_limit(config), is_rotary(config), classes
 
-    def training_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> None:
-        """One optimizer step: forward and backward of every micro-batch, clip, optimizer, schedule. Collective."""
+    def training_step(self, batch: Sequence[MicroBatch] | MicroBatch, batch_idx: int) -> dict[str, Tensor] | None:
+        """One optimizer step: forward and backward of every micro-batch, clip, optimizer, schedule. Collective.
+
+        Returns:
+            `loss`, the mean over the supervised tokens of the global batch (0-dim, detached), if a callback of the
+            user's, or `on_train_batch_end` of a subclass, may look at it; else None.
+        """
         micro_batches = as_list(batch)
         self.check_rows(micro_batches)
+        trainer: Any = self.trainer
         strategy = self.strategy
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert not isinstance(optimizer, list)
+        if self.lr is not self._scheduled_lr and float(self.lr) != float(self._scheduled_lr):  # set since, by a tuner
+            rescale(scheduler, self.lr / self._scheduled_lr)
+            self._scheduled_lr = self.lr
         taken = strategy.take_gradients(self, micro_batches)
         if taken is None:
-            return
+            return None
         loss_sum, tokens = taken
         self.after_backward(micro_batches)
-        self._grad_norm = strategy.clip_grad_norm_(parameters_of(optimizer), self._clip_value)
+        self._grad_norm = strategy.clip_grad_norm_(parameters_of(optimizer), self._clip_value(trainer))
         lr = optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # the scheduler overwrites a tensor in place
         optimizer.step()
         if self._balance is not None:
             self._balance.move_biases(strategy)
-        follow_new_groups(scheduler)
+        if len(optimizer.param_groups) != self._groups:  # a callback has added some
+            follow_new_groups(scheduler)
+            self._groups = len(optimizer.param_groups)
         scheduler.step()  # type: ignore[union-attr, call-arg]
         optimizer.zero_grad()
-        self._observe(loss_sum, tokens, micro_batches)
+        self._observe(trainer, loss_sum, tokens, micro_batches)
+        if not self._loss_wanted(trainer.callbacks):
+            return None
+        return {"loss": strategy.sum_over_tokens(loss_sum.clone()) / tokens}
 
     def in_step(
         self, strategy: MeshStrategy, micro_batches: Sequence[MicroBatch], num_tokens: Tensor
@@ -221,18 +239,17 @@ class HuggingFaceModule(EvaluatedModule):
     def after_backward(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Look at the gradients of a step before they are clipped. The default does nothing."""
 
-    @property
-    def _clip_value(self) -> float:
-        asked = getattr(self.trainer, "requested_gradient_clip_val", None)
+    def _clip_value(self, trainer: pl.Trainer) -> float:
+        asked = getattr(trainer, "requested_gradient_clip_val", None)
         return self.gradient_clip_val if asked is None else float(asked)
 
-    def _observe(self, loss_sum: Tensor, tokens: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
+    def _observe(self, trainer: Any, loss_sum: Tensor, tokens: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
         assert self._grad_norm is not None
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps
         if self._guard is None:
             self._guard = FiniteGuard(keep=max(every, 1))
         ids = [i for micro_batch in micro_batches for i in micro_batch.get("sample_ids", [])]
-        step = self.trainer.global_step
+        step = trainer.global_step
         self._window.add(loss_sum, tokens)
         self._guard.add(step, loss_sum, self._grad_norm, ids)
         log_step = every > 0 and step % every == 0

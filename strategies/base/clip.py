@@ -16,6 +16,7 @@ from automodel_trainer.nn._torch import foreach_mul_, foreach_norm
 from automodel_trainer.nn.uneven import holds_nothing
 
 _Group = tuple[DeviceMesh | None, tuple[int, ...]]  # a mesh, and those of its axes that shard
+_WHOLE: _Group = (None, ())
 
 
 @torch.no_grad()
@@ -27,8 +28,11 @@ def total_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     """
     groups: dict[_Group, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
-        if parameter.grad is not None:
-            groups[_sharding(parameter.grad)].append(local_tensor(parameter.grad))
+        if (grad := parameter.grad) is not None:
+            if type(grad) is Tensor:  # there may be thousands, and calls cost time
+                groups[_WHOLE].append(grad)
+            else:
+                groups[_sharding(grad)].append(local_tensor(grad))
         elif parameter.requires_grad and holds_nothing(parameter):
             # This rank's shard is empty, but other ranks have a part of this gradient. Join their all-reduce.
             groups[_sharding(parameter)].append(local_tensor(parameter))
@@ -81,7 +85,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Ten
 def _sharding(grad: Tensor) -> _Group:
     """The mesh of `grad`, and the axes of it that hold different elements on different ranks."""
     if not isinstance(grad, DTensor):
-        return None, ()
+        return _WHOLE
     assert not any(p.is_partial() for p in grad.placements), "a gradient has not been reduced"
     sharded = tuple(axis for axis, p in enumerate(grad.placements) if not isinstance(p, Replicate))
     return grad.device_mesh, sharded

@@ -124,7 +124,7 @@ class DDPStrategy(MeshStrategy):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Wrap again if parameters have been frozen or unfrozen since, as by `BaseFinetuning`: DDP would not see it."""
-        module, wrapped = self.lightning_module, self._wrapped or self.model
+        wrapped, module = self._wrapped or self.model, self.lightning_module
         if not isinstance(wrapped, DistributedDataParallel) or module is None:
             return
         if [p.requires_grad for p in wrapped.module.parameters()] != self._trained:
