@@ -38,6 +38,7 @@ __all__ = [
     "answer_requeue_signal",
     "assigned_checkpoint",
     "attached_trainer",
+    "call_hook",
     "count_step",
     "defaults_from_env_vars",
     "drop_advertisement",
@@ -60,6 +61,12 @@ __all__ = [
 defaults_from_env_vars = _defaults_from_env_vars
 DDPForwardRedirection = _DDPForwardRedirection
 SubprocessLauncher = _SubprocessScriptLauncher
+
+
+def call_hook(trainer: pl.Trainer, name: str, *args: Any) -> None:
+    """Call a hook of all callbacks and of the module, as Lightning's loops do."""
+    call._call_callback_hooks(trainer, name, *args)
+    call._call_lightning_module_hook(trainer, name, *args)
 
 
 def sync_rank_zero(rank: int) -> None:

@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from automodel_trainer._lightning import call_hook
 from automodel_trainer.checkpoint.state import TOKENIZER_KEY
 from automodel_trainer.data.base import MicroBatchDataModule
 from automodel_trainer.data.chat import ChatDataModule
@@ -39,7 +41,7 @@ from automodel_trainer.modules.optim import (
     check_lr,
     parameters_of,
 )
-from automodel_trainer.modules.step_outputs import LossWanted
+from automodel_trainer.modules.step_hooks import StepHooks
 from automodel_trainer.nn.configs import as_config
 from automodel_trainer.nn.schedule import follow_new_groups, rescale
 from automodel_trainer.strategies import MeshStrategy
@@ -129,7 +131,7 @@ class HuggingFaceModule(EvaluatedModule):
         check_clip(gradient_clip_val)
         self.lr = self._scheduled_lr = lr
         self._groups = 0
-        self._loss_wanted = LossWanted(self)
+        self._hooks = StepHooks(self)
         self.optimizer_config = optimizer
         self.scheduler_config = scheduler
         self.gradient_clip_val = gradient_clip_val
@@ -203,22 +205,66 @@ class HuggingFaceModule(EvaluatedModule):
         if taken is None:
             return None
         loss_sum, tokens = taken
+        hooks = self._hooks(trainer.callbacks)
         self.after_backward(micro_batches)
-        self._grad_norm = strategy.clip_grad_norm_(parameters_of(optimizer), self._clip_value(trainer))
+        if "on_after_backward" in hooks:
+            call_hook(trainer, "on_after_backward")
+        self._grad_norm = self._clip(trainer, optimizer, hooks)
         lr = optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # the scheduler overwrites a tensor in place
-        optimizer.step()
+        self._update(trainer, optimizer, scheduler, batch_idx, hooks)
+        self._observe(trainer, loss_sum, tokens, micro_batches)
+        if "on_train_batch_end" not in hooks:
+            return None
+        return {"loss": strategy.sum_over_tokens(loss_sum.clone()) / tokens}
+
+    def _clip(self, trainer: Any, optimizer: Any, hooks: frozenset[str]) -> Tensor:
+        """Clip gradients; return their global norm before, 0-dim."""
+        value = self._clip_value(trainer)
+        if "configure_gradient_clipping" not in hooks:
+            return self.strategy.clip_grad_norm_(parameters_of(optimizer), value)
+        norm = self.strategy.clip_grad_norm_(parameters_of(optimizer), None)
+        self.configure_gradient_clipping(optimizer, value, GradClipAlgorithmType.NORM)
+        return norm
+
+    def _update(self, trainer: Any, optimizer: Any, scheduler: Any, batch_idx: int, hooks: frozenset[str]) -> None:
+        """Step the optimizer, router biases and the schedule, and drop the gradients; by a user's hooks, if any."""
+        if "optimizer_step" in hooks:
+            self.optimizer_step(trainer.current_epoch, batch_idx, optimizer, lambda: None)
+        else:
+            optimizer.step()
         if self._balance is not None:
-            self._balance.move_biases(strategy)
+            self._balance.move_biases(self.strategy)
         if len(optimizer.param_groups) != self._groups:  # a callback has added some
             follow_new_groups(scheduler)
             self._groups = len(optimizer.param_groups)
-        scheduler.step()  # type: ignore[union-attr, call-arg]
-        optimizer.zero_grad()
-        self._observe(trainer, loss_sum, tokens, micro_batches)
-        if not self._loss_wanted(trainer.callbacks):
-            return None
-        return {"loss": strategy.sum_over_tokens(loss_sum.clone()) / tokens}
+        if "lr_scheduler_step" in hooks:
+            self.lr_scheduler_step(scheduler, None)
+        else:
+            scheduler.step()
+        if "on_before_zero_grad" in hooks:
+            call_hook(trainer, "on_before_zero_grad", optimizer)
+        if "optimizer_zero_grad" in hooks:
+            self.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
+        else:
+            optimizer.zero_grad()
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the global norm of all gradients, on every layout. For `configure_gradient_clipping` of a subclass.
+
+        Raises:
+            ValueError: another algorithm is asked for.
+        """
+        if gradient_clip_algorithm not in (None, "norm", GradClipAlgorithmType.NORM):
+            raise ValueError(
+                f"gradient_clip_algorithm={gradient_clip_algorithm!r} is not computed here. Allowed: norm."
+            )
+        self.strategy.clip_grad_norm_(parameters_of(optimizer), gradient_clip_val)
 
     def in_step(
         self, strategy: MeshStrategy, micro_batches: Sequence[MicroBatch], num_tokens: Tensor
