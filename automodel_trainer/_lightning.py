@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "NotebookLauncher",
     "SubprocessLauncher",
     "answer_requeue_signal",
+    "as_automatic",
     "assigned_checkpoint",
     "attached_trainer",
     "call_hook",
@@ -61,6 +63,16 @@ __all__ = [
 defaults_from_env_vars = _defaults_from_env_vars
 DDPForwardRedirection = _DDPForwardRedirection
 SubprocessLauncher = _SubprocessScriptLauncher
+
+
+@contextmanager
+def as_automatic(module: pl.LightningModule) -> Iterator[None]:
+    """A context in which Lightning reads all keys of a module's schedules: of manual optimization it drops some."""
+    before, module.automatic_optimization = module.automatic_optimization, True
+    try:
+        yield
+    finally:
+        module.automatic_optimization = before
 
 
 def call_hook(trainer: pl.Trainer, name: str, *args: Any) -> None:
@@ -132,12 +144,30 @@ def _settable(callback: Any, name: str) -> bool:
 class _TrainingEpochLoop(EpochLoop):
     """Lightning's epoch loop without its SIGTERM broadcast. Profilers name entries after it, so it has the same name.
 
+    It also moves those schedules of an objective that the objective's step does not move itself (`moves`). To Lightning
+    that step is manual optimization, in which it moves none.
+
     Lightning broadcasts rank 0's SIGTERM flag before every batch and waits for the device to read it. The `Preemption`
     callback lets ranks agree on a stop without waiting, and any rank may get the signal.
     """
 
     def _broadcast_sigterm_tensor(self) -> None:
         pass
+
+    def _update_learning_rates(self, interval: str, update_plateau_schedulers: bool) -> None:
+        module, strategy = self.trainer.lightning_module, self.trainer.strategy
+        moves = getattr(module, "moves", None)
+        configs = strategy.lr_scheduler_configs
+        left = configs if moves is None else [config for config in configs if not moves(config)]
+        if moves is None or not left:
+            super()._update_learning_rates(interval, update_plateau_schedulers)
+            return
+        strategy.lr_scheduler_configs = left
+        try:
+            with as_automatic(module):
+                super()._update_learning_rates(interval, update_plateau_schedulers)
+        finally:
+            strategy.lr_scheduler_configs = configs
 
 
 def drop_advertisement() -> None:

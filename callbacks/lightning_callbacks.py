@@ -1,12 +1,14 @@
-"""What callbacks of Lightning that freeze, prune or average weights need of a Trainer."""
+"""What callbacks of Lightning that freeze, prune, average or save weights need of a Trainer."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     Callback,
+    ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -21,11 +23,35 @@ WANT_A_MODEL = (BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightA
 
 
 def support_callbacks(trainer: Any) -> None:
-    """Put a `LightningCallbacks` before the first callback of a Trainer that needs it, if there is one."""
+    """Put a `LightningCallbacks` before the first callback of a Trainer that needs it, if there is one.
+
+    A `ModelCheckpoint` is led to take an objective for a module that Lightning optimizes. Else it saves at no
+    `train_time_interval`, and warns of weights after the step, which are the ones to save.
+    """
     callbacks: list[Callback] = trainer.callbacks
+    for callback in callbacks:
+        if type(callback).on_train_batch_end is ModelCheckpoint.on_train_batch_end:
+            callback.on_train_batch_end = partial(_save_after_step, callback)  # type: ignore[method-assign]
     first = next((i for i, callback in enumerate(callbacks) if isinstance(callback, WANT_A_MODEL)), None)
     if first is not None and not any(isinstance(callback, LightningCallbacks) for callback in callbacks):
         callbacks.insert(first, LightningCallbacks())
+
+
+class _Automatic:
+    """An objective, as a callback sees it that asks whether Lightning optimizes it."""
+
+    automatic_optimization = True
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _save_after_step(callback: Any, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+    module: Any = _Automatic(pl_module) if isinstance(pl_module, Objective) else pl_module
+    ModelCheckpoint.on_train_batch_end(callback, trainer, module, *args, **kwargs)
 
 
 class LightningCallbacks(Callback):

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -196,10 +197,11 @@ class HuggingFaceModule(EvaluatedModule):
         self.check_rows(micro_batches)
         trainer: Any = self.trainer
         strategy = self.strategy
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         if self.lr is not self._scheduled_lr and float(self.lr) != float(self._scheduled_lr):  # set since, by a tuner
-            rescale(scheduler, self.lr / self._scheduled_lr)
+            for config in trainer.lr_scheduler_configs:
+                rescale(config.scheduler, self.lr / self._scheduled_lr)
             self._scheduled_lr = self.lr
         taken = strategy.take_gradients(self, micro_batches)
         if taken is None:
@@ -212,7 +214,7 @@ class HuggingFaceModule(EvaluatedModule):
         self._grad_norm = self._clip(trainer, optimizer, hooks)
         lr = optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # the scheduler overwrites a tensor in place
-        self._update(trainer, optimizer, scheduler, batch_idx, hooks)
+        self._update(trainer, optimizer, batch_idx, hooks)
         self._observe(trainer, loss_sum, tokens, micro_batches)
         if "on_train_batch_end" not in hooks:
             return None
@@ -227,27 +229,36 @@ class HuggingFaceModule(EvaluatedModule):
         self.configure_gradient_clipping(optimizer, value, GradClipAlgorithmType.NORM)
         return norm
 
-    def _update(self, trainer: Any, optimizer: Any, scheduler: Any, batch_idx: int, hooks: frozenset[str]) -> None:
-        """Step the optimizer, router biases and the schedule, and drop the gradients; by a user's hooks, if any."""
+    def _update(self, trainer: Any, optimizer: Any, batch_idx: int, hooks: frozenset[str]) -> None:
+        """Step the optimizer, router biases and schedules, and drop the gradients; by a user's hooks, if any."""
         if "optimizer_step" in hooks:
             self.optimizer_step(trainer.current_epoch, batch_idx, optimizer, lambda: None)
         else:
             optimizer.step()
         if self._balance is not None:
             self._balance.move_biases(self.strategy)
-        if len(optimizer.param_groups) != self._groups:  # a callback has added some
-            follow_new_groups(scheduler)
-            self._groups = len(optimizer.param_groups)
-        if "lr_scheduler_step" in hooks:
-            self.lr_scheduler_step(scheduler, None)
-        else:
-            scheduler.step()
+        new_groups = len(optimizer.param_groups) != self._groups  # a callback has added some
+        self._groups = len(optimizer.param_groups)
+        for config in trainer.lr_scheduler_configs:
+            if new_groups:
+                follow_new_groups(config.scheduler)
+            if not self.moves(config):
+                continue
+            if "lr_scheduler_step" in hooks:
+                self.lr_scheduler_step(config.scheduler, None)
+            else:
+                config.scheduler.step()
         if "on_before_zero_grad" in hooks:
             call_hook(trainer, "on_before_zero_grad", optimizer)
         if "optimizer_zero_grad" in hooks:
             self.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
         else:
             optimizer.zero_grad()
+
+    @staticmethod
+    def moves(config: LRSchedulerConfig) -> bool:
+        """Whether each optimizer step moves this schedule. Others move by the epoch, or on a metric, in the loop."""
+        return config.interval == "step" and config.frequency == 1 and not config.reduce_on_plateau
 
     def clip_gradients(
         self,

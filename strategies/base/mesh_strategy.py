@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, final
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from automodel_trainer._lightning import forget_optimizers, synchronize_layers
+from automodel_trainer._lightning import as_automatic, forget_optimizers, synchronize_layers
 from automodel_trainer.checkpoint.given import note_given
 from automodel_trainer.distributed.mesh import DATA_AXES, ParallelDims
 from automodel_trainer.models.record import record_of
@@ -265,7 +265,9 @@ class MeshStrategy(StepRunner, SavingStrategy):
         self.layout(self.lightning_module)
         if self._sets_up_training:
             forget_optimizers(self)
-            self.setup_optimizers(trainer)
+            objective = isinstance(self.lightning_module, Objective)
+            with as_automatic(self.lightning_module) if objective else nullcontext():
+                self.setup_optimizers(trainer)
             note_given(self.optimizers, [config.scheduler for config in self.lr_scheduler_configs])
         self.setup_precision_plugin()
 

@@ -1,0 +1,98 @@
+"""Schedules and saves of an objective, whose step is manual to Lightning: by step, epoch, metric and time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+
+from automodel_trainer import CausalLMModule, MockDataModule, Trainer
+from tests.tiny import tiny_model
+
+STEPS = 4  # of an epoch
+LR = 1e-2
+
+
+class Rates(Callback):
+    """Keeps the learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def rates(root: Path, configure: Callable[[Any], Any] | None, *callbacks: Callback, **options: Any) -> list[float]:
+    class Scheduled(CausalLMModule):
+        def configure_optimizers(self) -> Any:
+            return configure(AdamW(self.parameters(), lr=LR)) if configure else super().configure_optimizers()
+
+    kept = Rates()
+    trainer = Trainer(
+        strategy="ddp",
+        accelerator="cpu",
+        devices=1,
+        callbacks=[kept, *callbacks],
+        default_root_dir=str(root),
+        enable_progress_bar=False,
+        logger=False,
+        **{"max_epochs": 3} | options,
+    )
+    module = Scheduled(tiny_model(), lr=LR, scheduler="constant")
+    trainer.fit(module, MockDataModule(264, seq_len=16, global_batch_size=4, num_samples=4 * STEPS, val_samples=2))
+    return kept.seen
+
+
+def halved(optimizer: Any, **options: Any) -> dict[str, Any]:
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": StepLR(optimizer, 1, 0.5), **options}}
+
+
+def plateau(optimizer: Any) -> dict[str, Any]:
+    """No loss is ten times as large as the best, so the rate falls after every epoch but the first."""
+    scheduler = ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=0, threshold=10.0)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+
+@pytest.mark.parametrize(
+    ("configure", "halvings"),
+    [
+        (lambda optimizer: ([optimizer], [StepLR(optimizer, 1, 0.5)]), [0, 1, 2]),
+        (lambda optimizer: halved(optimizer, interval="epoch", frequency=2), [0, 0, 1]),
+        (lambda optimizer: halved(optimizer, interval="step"), range(12)),
+        (lambda optimizer: halved(optimizer, interval="step", frequency=2), [i // 2 for i in range(12)]),
+        (plateau, [0, 0, 1]),
+        (lambda optimizer: optimizer, [0]),
+    ],
+)
+def test_a_schedule_of_a_subclass(tmp_path: Path, configure: Callable[[Any], Any], halvings: Any) -> None:
+    """Lightning's rules hold: by default a schedule moves once an epoch."""
+    found = rates(tmp_path, configure, enable_checkpointing=False)
+    repeated = [LR / 2**i for i in halvings for _ in range(12 // len(halvings))]
+    assert found == pytest.approx(repeated)
+
+
+def test_averaging_anneals_by_the_epoch(tmp_path: Path) -> None:
+    averaging = StochasticWeightAveraging(
+        swa_lrs=1.0, swa_epoch_start=2, annealing_epochs=2, annealing_strategy="linear"
+    )
+    found = rates(tmp_path, None, averaging, max_epochs=5, enable_checkpointing=False)
+    by_epoch = [found[i : i + STEPS] for i in range(0, len(found), STEPS)]
+    assert all(len(set(epoch)) == 1 for epoch in by_epoch)
+    assert by_epoch[-1][0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("when", [{"train_time_interval": timedelta(0)}, {"every_n_train_steps": 1}])
+def test_lightnings_checkpoints_by_time_and_step(tmp_path: Path, when: dict[str, Any]) -> None:
+    saves = ModelCheckpoint(dirpath=tmp_path / "saved", save_top_k=-1, filename="{step}", **when)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*manual optimization")
+        rates(tmp_path, None, saves, max_epochs=1)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [f"step={i}.ckpt" for i in range(1, 5)]
