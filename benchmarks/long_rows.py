@@ -4,7 +4,7 @@
 blocks are checkpointed (`full`, `selective`, `offload`, `full:20`; else not), `tiled` (or `tiled=N`), `rows=N` of a
 micro-batch, `documents=N` (a row is packed from documents of N tokens), `nf4` (a 4-bit base), `whole` (all parameters
 instead of LoRA), `cap=N` (GiB that the process may take of the GPU), `memory=80%` or `memory=20` (a budget, which
-chooses how blocks are checkpointed), `eager`. Figures are of the steps after the first. `--tiny` only shows that the
+chooses how blocks are checkpointed), `eager`, `cp=N` (a row on N GPUs). Figures are of the steps after the first. `--tiny` only shows that the
 script runs. `--case` runs one case in this process and says when each step ends.
 """
 
@@ -57,6 +57,7 @@ def strategy_of(words: list[str]) -> str:
     parts += [f"tiled_mlp={count}"] if (count := value(words, "tiled", 0)) else []
     parts += [word for word in words if word.startswith("memory=")]
     parts += ["compile=false"] if "eager" in words else []
+    parts += [word for word in words if word.startswith("cp=")]
     return "fsdp2" + (":" + ",".join(parts) if parts else "")
 
 
@@ -113,7 +114,7 @@ def run(case: str, layers: int, steps: int, tiny: bool) -> dict[str, Any]:
     clock = Clock()
     trainer = Trainer(
         strategy=strategy_of(words),
-        devices=1,
+        devices="auto" if value(words, "cp", 1) > 1 else 1,
         precision="bf16" if gpu else "fp32",
         max_steps=steps,
         log_every_n_steps=steps,
@@ -165,7 +166,8 @@ def main() -> None:
         return
     passed = ["--layers", str(args.layers), "--steps", str(args.steps), *(["--tiny"] if args.tiny else [])]
     for case in args.cases:
-        print(f"{case}: {result_of(__file__, ['--case', case, *passed], args.timeout)}", flush=True)
+        ranks = value(case.split(), "cp", 0)
+        print(f"{case}: {result_of(__file__, ['--case', case, *passed], args.timeout, ranks)}", flush=True)
 
 
 if __name__ == "__main__":
