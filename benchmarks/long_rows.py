@@ -4,8 +4,8 @@
 blocks are checkpointed (`full`, `selective`, `offload`, `full:20`; else not), `tiled` (or `tiled=N`), `rows=N` of a
 micro-batch, `documents=N` (a row is packed from documents of N tokens), `nf4` (a 4-bit base), `whole` (all parameters
 instead of LoRA), `cap=N` (GiB that the process may take of the GPU), `memory=80%` or `memory=20` (a budget, which
-chooses how blocks are checkpointed), `eager`, `cp=N` (a row on N GPUs). Figures are of the steps after the first. `--tiny` only shows that the
-script runs. `--case` runs one case in this process and says when each step ends.
+chooses how blocks are checkpointed), `eager`, `cp=N` (a row on N GPUs). Figures are of the steps after the first.
+`--tiny` only shows that the script runs. `--case` runs one case in this process and says when each step ends.
 """
 
 from __future__ import annotations
