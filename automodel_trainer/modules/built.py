@@ -45,6 +45,7 @@ from automodel_trainer.models.record import recorded
 from automodel_trainer.models.sidecars import ModelFolder, has_tokenizer, source_folder
 from automodel_trainer.modules.averaged import check_callbacks, into_model, placed
 from automodel_trainer.modules.balance import Balance, BalanceConfig, balance_of
+from automodel_trainer.modules.base_hooks import keep_base_hooks
 from automodel_trainer.modules.isolation import isolation_of, packs
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.nn.deferred_logits import defer_logits
@@ -68,6 +69,10 @@ class BuiltModule(Objective, pl.LightningModule):
 
     frozen: Sequence[str] = ()  # parts of the model that are not trained; see `freeze_parts`
     _rows_are_safe = False  # not known yet
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        keep_base_hooks(cls)
 
     def __init__(
         self,

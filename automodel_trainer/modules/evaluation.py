@@ -68,10 +68,16 @@ class EvaluatedModule(BuiltModule):
                 metrics.update(logits, targets)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val", self.trainer.val_dataloaders)
+        if self._counts(type(self).validation_step):
+            self._log_evaluation("val", self.trainer.val_dataloaders)
 
     def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test", self.trainer.test_dataloaders)
+        if self._counts(type(self).test_step):
+            self._log_evaluation("test", self.trainer.test_dataloaders)
+
+    def _counts(self, step: Any) -> bool:
+        """Whether a step counts for `metrics`. One that a subclass has overridden may log its own numbers instead."""
+        return str(step.__module__).startswith("automodel_trainer.") or bool(self.metrics.update_called)
 
     def _log_evaluation(self, prefix: str, loaders: Any) -> None:
         """Log all metrics; of several loaders also each one's, as `val_loss/NAME` or `val_loss/dataloader_idx_1`."""
