@@ -130,7 +130,7 @@ class HuggingFaceModule(EvaluatedModule):
         self.automatic_optimization = False
         check_lr(lr)
         check_clip(gradient_clip_val)
-        self.lr = self._scheduled_lr = lr
+        self.lr = lr
         self._groups = 0
         self._hooks = StepHooks(self)
         self.optimizer_config = optimizer
@@ -158,7 +158,6 @@ class HuggingFaceModule(EvaluatedModule):
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.optimizer_config, self.model, self.lr, self.lr_of())
         scheduler = build_scheduler(self.scheduler_config, optimizer, _planned_steps(self.trainer))
-        self._scheduled_lr, self._groups = self.lr, len(optimizer.param_groups)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_of(self) -> Callable[[str], float] | None:
@@ -197,12 +196,10 @@ class HuggingFaceModule(EvaluatedModule):
         self.check_rows(micro_batches)
         trainer: Any = self.trainer
         strategy = self.strategy
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         assert not isinstance(optimizer, list)
-        if self.lr is not self._scheduled_lr and float(self.lr) != float(self._scheduled_lr):  # set since, by a tuner
-            for config in trainer.lr_scheduler_configs:
-                rescale(config.scheduler, self.lr / self._scheduled_lr)
-            self._scheduled_lr = self.lr
+        if vars(optimizer.optimizer).setdefault("planned_lr", self.lr) is not self.lr:
+            self._follow_lr(trainer, optimizer.optimizer)
         taken = strategy.take_gradients(self, micro_batches)
         if taken is None:
             return None
@@ -219,6 +216,20 @@ class HuggingFaceModule(EvaluatedModule):
         if "on_train_batch_end" not in hooks:
             return None
         return {"loss": strategy.sum_over_tokens(loss_sum.clone()) / tokens}
+
+    def _follow_lr(self, trainer: Any, optimizer: Any) -> None:
+        """Let schedules follow `lr` if it was set since the first step, as LearningRateFinder does.
+
+        Raises:
+            ValueError: it was 0.
+        """
+        before, optimizer.planned_lr = float(optimizer.planned_lr), self.lr
+        if before == float(self.lr):
+            return
+        if not before:
+            raise ValueError(f"lr was 0, and a schedule of zeros cannot go on from lr={float(self.lr)}. Give lr > 0.")
+        for config in trainer.lr_scheduler_configs:
+            rescale(config.scheduler, float(self.lr) / before)
 
     def _clip(self, trainer: Any, optimizer: Any, hooks: frozenset[str]) -> Tensor:
         """Clip gradients; return their global norm before, 0-dim."""

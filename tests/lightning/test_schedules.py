@@ -96,3 +96,24 @@ def test_lightnings_checkpoints_by_time_and_step(tmp_path: Path, when: dict[str,
         warnings.filterwarnings("error", ".*manual optimization")
         rates(tmp_path, None, saves, max_epochs=1)
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [f"step={i}.ckpt" for i in range(1, 5)]
+
+
+def test_a_rate_that_is_set_before_the_run_is_the_rate(tmp_path: Path) -> None:
+    """It is not taken for one that was found later, also where a subclass builds the optimizer."""
+
+    class Own(CausalLMModule):
+        def configure_optimizers(self) -> Any:
+            return halved(AdamW(self.parameters(), lr=self.lr), interval="step")
+
+    for kind in (Own, CausalLMModule):
+        kept = Rates()
+        module = kind(tiny_model(), lr=LR, scheduler="constant")
+        for lr in (LR / 10, LR / 100):
+            kept.seen.clear()
+            module.lr = lr
+            options: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False}
+            trainer = Trainer(
+                accelerator="cpu", devices=1, max_steps=2, callbacks=[kept], default_root_dir=str(tmp_path), **options
+            )
+            trainer.fit(module, MockDataModule(264, seq_len=16, global_batch_size=4, num_samples=8))
+            assert kept.seen == pytest.approx([lr, lr / 2 if kind is Own else lr])
