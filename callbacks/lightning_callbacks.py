@@ -5,28 +5,22 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    Callback,
-    ModelCheckpoint,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint, ModelPruning
 from torch import nn
 
 from automodel_trainer.models.stage_names import names_of_all_stages
 from automodel_trainer.strategies import Objective
+from automodel_trainer.strategies.base.averaging import AVERAGING
 
 # They freeze, prune or copy in `setup`, which Lightning calls before `configure_model`.
-WANT_A_MODEL = (BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging)
+WANT_A_MODEL = (BaseFinetuning, ModelPruning, *AVERAGING)
 
 
 def support_callbacks(trainer: Any) -> None:
     """Put a `LightningCallbacks` before the first callback of a Trainer that needs it, if there is one.
 
-    A `ModelCheckpoint` is led to take an objective for a module that Lightning optimizes. Else it saves at no
-    `train_time_interval`, and warns of weights after the step, which are the ones to save.
+    `ModelCheckpoint` is told that Lightning optimizes an objective. Otherwise it ignores `train_time_interval`, and
+    warns that it saves the weights after the step, which is what it should do.
     """
     callbacks: list[Callback] = trainer.callbacks
     for callback in callbacks:

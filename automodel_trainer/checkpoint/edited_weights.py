@@ -56,9 +56,7 @@ def holding(module: nn.Module, edited: Mapping[str, Tensor]) -> Iterator[None]:
     Raises:
         ValueError: a weight was changed that a checkpoint of adapters does not hold.
     """
-    state = module.state_dict(keep_vars=True)
-    adapters = set(map(id, trained_tensors(module).values()))
-    trained = {name: value for name, value in state.items() if id(value) in adapters}
+    state, trained = module.state_dict(keep_vars=True), trained_state(module)
     changed = sorted(
         name for name, value in edited.items() if name not in trained and not _same(value, state.get(name))
     )
@@ -82,9 +80,14 @@ def without_base(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """A state of `module` without the frozen weights beside its adapters: no checkpoint of adapters holds them."""
     if lora_of(module) is None:
         return dict(state)
-    trained = set(map(id, trained_tensors(module).values()))
-    own = module.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if name not in own or id(own[name]) in trained}
+    frozen = module.state_dict().keys() - trained_state(module).keys()
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def trained_state(module: nn.Module) -> dict[str, Any]:
+    """Those tensors of a model with adapters that its checkpoints hold, by their names in its state dict."""
+    held = set(map(id, trained_tensors(module).values()))
+    return {name: value for name, value in module.state_dict(keep_vars=True).items() if id(value) in held}
 
 
 def _same(value: Tensor, own: Any) -> bool:

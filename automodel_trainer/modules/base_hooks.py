@@ -13,14 +13,12 @@ _MARK, _HERE = "_keeps_base", "automodel_trainer."
 def keep_base_hooks(kind: type[Any]) -> None:
     """Let overridden `on_…` hooks of a class run after those of its base here, unless they call these themselves.
 
-    Metrics of an evaluation, the tokenizer of a checkpoint and the last look for NaN would be missing otherwise.
+    Metrics of an evaluation, the tokenizer of a checkpoint and the final check for NaN would be missing otherwise.
     """
+    if kind.__module__.startswith(_HERE):
+        return
     for name, own in list(vars(kind).items()):
-        if (
-            not name.startswith("on_")
-            or not inspect.isfunction(own)
-            or kind.__module__.startswith("automodel_trainer.")
-        ):
+        if not name.startswith("on_") or not inspect.isfunction(own):
             continue
         base = getattr(super(kind, kind), name, None)
         if not (hasattr(base, _MARK) or str(getattr(base, "__module__", "")).startswith(_HERE)):

@@ -43,13 +43,14 @@ from automodel_trainer.models.quantization.fp8_layers import check_gathered
 from automodel_trainer.models.quantization_config import forget_quantization
 from automodel_trainer.models.record import recorded
 from automodel_trainer.models.sidecars import ModelFolder, has_tokenizer, source_folder
-from automodel_trainer.modules.averaged import check_callbacks, into_model, placed
+from automodel_trainer.modules.averaged import into_model, placed
 from automodel_trainer.modules.balance import Balance, BalanceConfig, balance_of
 from automodel_trainer.modules.base_hooks import keep_base_hooks
 from automodel_trainer.modules.isolation import isolation_of, packs
 from automodel_trainer.modules.neftune import add_neftune
 from automodel_trainer.nn.deferred_logits import defer_logits
 from automodel_trainer.strategies import MeshStrategy, Objective
+from automodel_trainer.strategies.base.averaging import check_objective
 from automodel_trainer.strategies.base.objective import MicroBatch
 from automodel_trainer.strategies.base.precision import hold_in
 
@@ -288,7 +289,7 @@ class BuiltModule(Objective, pl.LightningModule):
         self.model.train()
         if self.trainer.state.fn == TrainerFn.FITTING:
             trainer: Any = self.trainer
-            check_callbacks(trainer.callbacks, self.model)
+            check_objective(trainer.callbacks, self.model)
 
     def _imports_beside(self) -> AbstractContextManager[None]:
         """A context around loading, in which a run that trains imports what its first step needs."""

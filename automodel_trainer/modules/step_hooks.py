@@ -35,11 +35,11 @@ class StepHooks:
                 f"{kind.__name__} overrides {' and '.join(never)}, which would never be called: a strategy runs the "
                 "backward of each micro-batch. Override `loss`, or look at gradients in on_after_backward."
             )
-        self._known: tuple[int, frozenset[str]] = (-1, frozenset())
+        self._known: tuple[tuple[int, ...], frozenset[str]] = ((), frozenset(self._module))
 
     def __call__(self, callbacks: Sequence[Callback]) -> frozenset[str]:
-        """The hooks that the module or one of these callbacks has. The answer is kept for as many callbacks."""
-        if self._known[0] != len(callbacks):
+        """The hooks that the module or one of these callbacks has. The answer is kept for the same callbacks."""
+        if self._known[0] != (same := tuple(map(id, callbacks))):
             found = set(self._module)
             for callback in callbacks:
                 found |= {name for name in (*OF_BOTH, *NEVER_CALLED) if _is_users(getattr(callback, name, None), name)}
@@ -49,7 +49,7 @@ class StepHooks:
                         f"on_before_backward of {type(callback).__name__} is not called: a strategy runs the backward "
                         "of each micro-batch of this module. Use on_after_backward."
                     )
-            self._known = (len(callbacks), frozenset(found))
+            self._known = (same, frozenset(found))
         return self._known[1]
 
 

@@ -23,6 +23,7 @@ from automodel_trainer.models.stage_names import pipeline_of
 from automodel_trainer.nn.tiles import Count
 from automodel_trainer.strategies.base._transformers_marks import mark_as_sharded
 from automodel_trainer.strategies.base.activation_checkpointing import Checkpointed, checkpoint_when_asked
+from automodel_trainer.strategies.base.averaging import check_users_module
 from automodel_trainer.strategies.base.block_modes import Mode, modes_of_blocks, uses
 from automodel_trainer.strategies.base.budget import Budget, Chosen
 from automodel_trainer.strategies.base.compile import compiler_imported, wants_compile
@@ -31,7 +32,7 @@ from automodel_trainer.strategies.base.precision import MeshPrecision
 from automodel_trainer.strategies.base.processes import Launcher
 from automodel_trainer.strategies.base.saving import SavingStrategy
 from automodel_trainer.strategies.base.step import StepRunner
-from automodel_trainer.strategies.base.user_module import PreparedBlocks, check_averaged
+from automodel_trainer.strategies.base.user_module import PreparedBlocks
 
 __all__ = ["MeshStrategy", "MicroBatch", "Objective", "Part"]
 
@@ -290,7 +291,7 @@ class MeshStrategy(StepRunner, SavingStrategy):
         else:
             self.lay_out_user_module(module)
             if self._sets_up_training:
-                check_averaged(module)
+                check_users_module(module)
 
     @final
     def tell_laid_out(self, module: Objective) -> None:

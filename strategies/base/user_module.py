@@ -11,9 +11,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from automodel_trainer.models.kernels.token_mlps import find_token_mlps
@@ -41,22 +39,6 @@ def parts_of(module: nn.Module) -> Iterator[nn.Module]:
             yield from parts_of(child)
         else:
             yield child
-
-
-def check_averaged(module: pl.LightningModule) -> None:
-    """Refuse callbacks that average weights which have been sharded since they copied them.
-
-    Raises:
-        ValueError: there is such a callback.
-    """
-    trainer: Any = module.trainer
-    averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging | WeightAveraging)]
-    if averaging and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        raise ValueError(
-            f"{type(averaging[0]).__name__} copies a {type(module).__name__} before it is sharded, so it cannot "
-            "average its shards. Use strategy='ddp', or one device. (Under fsdp2 and hsdp CausalLMModule and the "
-            "other objectives are averaged.)"
-        )
 
 
 def outermost(module: nn.Module, kind: type[nn.Module]) -> list[Any]:

@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader
 
 from automodel_trainer import Trainer
 
+WHOLE_EPOCHS: dict[str, Any] = {"limit_train_batches": 1.0, "limit_val_batches": 1.0}
+"""Options of `make`: all batches of the data."""
+
 
 def make(root: Path | str, **kwargs: Any) -> Trainer:
     """A quiet Trainer of one epoch of two batches on one CPU."""

@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, Stochastic
 from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import load_file
 
-from automodel_trainer import CausalLMModule, LoRAConfig, MockDataModule, Trainer
+from automodel_trainer import CausalLMModule, LoRAConfig, MockDataModule
 from automodel_trainer.callbacks import DCPCheckpoint
+from tests.lightning.boring import WHOLE_EPOCHS, make
 from tests.pool import RankPool
 from tests.tiny import tiny_model
 
@@ -48,16 +49,14 @@ class Recorder(Callback):
 def fit(root: Path, strategy: str, precision: str, lora: bool, averaging: Callback, ckpt: Any = None) -> Any:
     """Two epochs of four steps, a validation after each; a checkpoint after step 4."""
     recorder, config = Recorder(), LoRAConfig(rank=4) if lora else None
-    trainer = Trainer(
+    trainer = make(
+        root,
         strategy=strategy,
-        accelerator="cpu",
         devices="auto",
         precision=precision,
         max_epochs=2,
         callbacks=[recorder, averaging, DCPCheckpoint(every_n_train_steps=4, save_top_k=-1, filename="{step}")],
-        default_root_dir=str(root),
-        enable_progress_bar=False,
-        logger=False,
+        **WHOLE_EPOCHS,
     )
     module = CausalLMModule(tiny_model(), lr=1e-2, lora=config, scheduler="constant")
     data = MockDataModule(264, seq_len=16, micro_batch_size=1, global_batch_size=4, num_samples=16, val_samples=4)
@@ -127,9 +126,7 @@ def refused(strategy: str, root: str, own: bool) -> str:
     averaging: Any = EMAWeightAveraging(decay=0.5)
     try:
         if own:
-            options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "default_root_dir": root}
-            options |= {"enable_progress_bar": False, "enable_checkpointing": False}
-            Trainer(strategy=strategy, devices="auto", max_steps=1, callbacks=[averaging], **options).fit(BoringModel())
+            make(root, strategy=strategy, devices="auto", callbacks=[averaging]).fit(BoringModel())
         else:
             fit(Path(root), strategy, "fp32", False, averaging)
     except ValueError as error:

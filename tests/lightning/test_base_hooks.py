@@ -10,6 +10,7 @@ import pytest
 
 from automodel_trainer import CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.callbacks import DCPCheckpoint
+from tests.lightning.boring import WHOLE_EPOCHS, make
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -38,16 +39,7 @@ class Again(Bare):
 
 
 def fit(root: Path, kind: type[CausalLMModule], epochs: int = 2, ckpt: Any = None) -> tuple[Any, Trainer, Any]:
-    trainer = Trainer(
-        strategy="ddp",
-        accelerator="cpu",
-        devices=1,
-        max_epochs=epochs,
-        callbacks=[DCPCheckpoint()],
-        default_root_dir=str(root),
-        enable_progress_bar=False,
-        logger=False,
-    )
+    trainer = make(root, max_epochs=epochs, callbacks=[DCPCheckpoint()], num_sanity_val_steps=2, **WHOLE_EPOCHS)
     module = kind(tiny_model(), tokenizer=tiny_tokenizer(), lr=1e-2)
     data = MockDataModule(264, seq_len=16, global_batch_size=4, num_samples=16, val_samples=4)
     path = trainer.fit(module, data, ckpt_path=ckpt)

@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback, ModelPruning
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from automodel_trainer import CausalLMModule, MockDataModule, Trainer
+from automodel_trainer import CausalLMModule, MockDataModule
 from automodel_trainer.callbacks import DCPCheckpoint
+from tests.lightning.boring import WHOLE_EPOCHS, make
 from tests.pool import RankPool
 from tests.tiny import tiny_model
 
@@ -45,16 +46,9 @@ class Weights(Callback):
 
 def fit(root: Path, strategy: str, callback: Callback, epochs: int = EPOCHS, ckpt: Any = None) -> Any:
     kept = Weights()
-    trainer = Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices="auto",
-        max_epochs=epochs,
-        callbacks=[kept, callback, DCPCheckpoint(filename="{epoch}")],
-        default_root_dir=str(root),
-        enable_progress_bar=False,
-        logger=False,
-    )
+    callbacks = [kept, callback, DCPCheckpoint(filename="{epoch}")]
+    options = {"strategy": strategy, "devices": "auto", "max_epochs": epochs, "callbacks": callbacks}
+    trainer = make(root, **options, **WHOLE_EPOCHS)
     module = CausalLMModule(tiny_model(), lr=1e-2, scheduler={"name": "constant", "warmup_steps": 2})
     data = MockDataModule(264, seq_len=16, micro_batch_size=1, global_batch_size=4, num_samples=16)
     return kept.seen, trainer.fit(module, data, ckpt_path=ckpt), trainer
@@ -99,17 +93,9 @@ def own_backbone(root: str, strategy: str) -> torch.Tensor:
     """The backbone of a user's module after three epochs; it is trained from the second on, on other rows each rank."""
     torch.manual_seed(0)
     module = Two()
-    trainer = Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices="auto",
-        max_epochs=EPOCHS,
-        callbacks=[BackboneFinetuning(1, lambda epoch: 1.0, backbone_initial_lr=1e-2)],
-        default_root_dir=root,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        logger=False,
-    )
+    thaws = BackboneFinetuning(1, lambda epoch: 1.0, backbone_initial_lr=1e-2)
+    options = {"strategy": strategy, "devices": "auto", "max_epochs": EPOCHS, "callbacks": [thaws]}
+    trainer = make(root, enable_checkpointing=False, **options, **WHOLE_EPOCHS)
     rows = torch.utils.data.DataLoader(torch.randn(8, 32, generator=torch.Generator().manual_seed(1)), batch_size=1)
     trainer.fit(module, rows)
     weight = module.backbone.weight.detach()

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWei
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from automodel_trainer import CausalLMModule, MockDataModule, Trainer
+from automodel_trainer import CausalLMModule, MockDataModule
+from tests.lightning.boring import WHOLE_EPOCHS, make
 from tests.tiny import tiny_model
 
 STEPS = 4  # of an epoch
@@ -36,16 +37,7 @@ def rates(root: Path, configure: Callable[[Any], Any] | None, *callbacks: Callba
             return configure(AdamW(self.parameters(), lr=LR)) if configure else super().configure_optimizers()
 
     kept = Rates()
-    trainer = Trainer(
-        strategy="ddp",
-        accelerator="cpu",
-        devices=1,
-        callbacks=[kept, *callbacks],
-        default_root_dir=str(root),
-        enable_progress_bar=False,
-        logger=False,
-        **{"max_epochs": 3} | options,
-    )
+    trainer = make(root, callbacks=[kept, *callbacks], **{"max_epochs": 3, **WHOLE_EPOCHS, **options})
     module = Scheduled(tiny_model(), lr=LR, scheduler="constant")
     trainer.fit(module, MockDataModule(264, seq_len=16, global_batch_size=4, num_samples=4 * STEPS, val_samples=2))
     return kept.seen
@@ -111,9 +103,6 @@ def test_a_rate_that_is_set_before_the_run_is_the_rate(tmp_path: Path) -> None:
         for lr in (LR / 10, LR / 100):
             kept.seen.clear()
             module.lr = lr
-            options: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False}
-            trainer = Trainer(
-                accelerator="cpu", devices=1, max_steps=2, callbacks=[kept], default_root_dir=str(tmp_path), **options
-            )
+            trainer = make(tmp_path, callbacks=[kept], enable_checkpointing=False, limit_val_batches=0)
             trainer.fit(module, MockDataModule(264, seq_len=16, global_batch_size=4, num_samples=8))
             assert kept.seen == pytest.approx([lr, lr / 2 if kind is Own else lr])

@@ -13,20 +13,15 @@ from lightning.pytorch.tuner import Tuner
 from automodel_trainer import CausalLMModule, MockDataModule, Trainer
 from automodel_trainer.callbacks import Throughput
 from automodel_trainer.modules.step_hooks import StepHooks
+from tests.lightning import boring
+from tests.lightning.boring import WHOLE_EPOCHS
 from tests.pool import RankPool
 from tests.tiny import tiny_model
 
 
 def make(root: Path | str, *callbacks: Callback, **options: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        default_root_dir=str(root),
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        logger=False,
-        **{"devices": 1, "max_epochs": 1, "log_every_n_steps": 1} | options,
-    )
+    options = {"enable_checkpointing": False, "log_every_n_steps": 1, **WHOLE_EPOCHS, **options}
+    return boring.make(root, callbacks=list(callbacks), **options)
 
 
 def data(rows: int = 160) -> MockDataModule:
@@ -72,6 +67,9 @@ def test_who_has_hooks() -> None:
     hooks = StepHooks(CausalLMModule(tiny_model()))
     assert not hooks([ModelCheckpoint(), Throughput()])
     assert hooks([ModelCheckpoint(), Throughput(), Losses()]) == {"on_train_batch_end"}
+    before, other = ModelCheckpoint(), Losses()
+    assert not hooks([before])
+    assert hooks([other]) == {"on_train_batch_end"}, "as many callbacks, but another one"
     assert hooks([LambdaCallback(on_before_zero_grad=lambda *_: None)]) == {"on_before_zero_grad"}
     assert not hooks([])
     assert StepHooks(Own(tiny_model()))([]) == {"on_train_batch_end"}
