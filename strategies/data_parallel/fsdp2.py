@@ -9,6 +9,7 @@ from typing import Any, Literal, final
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -348,7 +349,12 @@ class FSDP2Strategy(InnerParallelStrategy):
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """See `reshard`. Callbacks that change or read weights when an epoch of validation ends find the shards."""
         output = super().validation_step(*args, **kwargs)
-        self.reshard()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        alone = trainer.state.fn == TrainerFn.VALIDATING
+        loop = trainer.validate_loop if alone else trainer.fit_loop.epoch_loop.val_loop
+        if loop.batch_progress.is_last_batch:  # not before: each batch would gather the root unit again
+            self.reshard()
         return output
 
     def on_validation_end(self) -> None:
