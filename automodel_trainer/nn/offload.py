@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from automodel_trainer.nn._torch import pytree
-from automodel_trainer.nn.host_memory import available_host_memory
+from automodel_trainer.nn.host_memory import usable_host_memory
 
 PIECE = 16 * 2**20  # bytes
-SHARE = 2 / 3  # of the host memory that is free when the first input is copied
 IN_FLIGHT = 2  # copies out that may run while more is computed
 SMALL = 2**20  # bytes; smaller results stay on the device
 
@@ -132,7 +131,7 @@ class HostInputs:
     """Holds the inputs of blocks in host memory, and their results of attention where the inputs of all leave room.
 
     Args:
-        limit: the most bytes of host memory; None: two thirds of what is free at the first input, shared by `ranks`.
+        limit: the most bytes of host memory; None: what is free at the first input, less a third of it or 48 GiB, shared by `ranks`.
         ranks: processes of this host that do the same.
         piece: bytes of a piece of host memory.
 
@@ -222,7 +221,7 @@ class HostInputs:
     def _store_input(self, tensor: Tensor) -> Any:
         if not self._ready:
             if self._limit is None:  # once: torch keeps pinned memory that was released, and it is taken again
-                self._limit = int(available_host_memory() * SHARE / self._ranks)
+                self._limit = usable_host_memory(self._ranks)
             self.pieces, self.copies = HostPieces(tensor.device, self._limit, self._piece), CopyStream(tensor.device)
             self._ready = True
         self._input_bytes = -(-tensor.nbytes // self._piece) * self._piece

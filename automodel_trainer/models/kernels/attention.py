@@ -29,6 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from automodel_trainer.models._masks import is_plain, keeps_documents_apart
 from automodel_trainer.models._transformers import attention_of, offers_flex_attention, offers_sdpa
 from automodel_trainer.models.kernels import flex_only
+from automodel_trainer.models.kernels.flex_offsets import passes_32_bits
 from automodel_trainer.models.kernels.library import AttentionFunction, KernelLibrary, wrong_dtype
 from automodel_trainer.models.kernels.registry import find, libraries
 from automodel_trainer.models.record import recorded
@@ -233,7 +234,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """query `[b, h, s, d]`, key and value `[b, h_kv, s, d]`; out `[b, s, h, d]`."""
     if isinstance(attention_mask, BlockMask):
-        attend: Callable[..., Any] = flex_attention_forward
+        far = passes_32_bits(query, key, value)
+        attend: Callable[..., Any] = flex_only.attend if far else flex_attention_forward
     else:
         causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
         whole = attention_mask is None and query.shape[2] == key.shape[2] > 1  # no mask, and no cache

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.integrations import flex_attention as flex
 
+from automodel_trainer.models.kernels.flex_offsets import head_by_head, passes_32_bits, with_gradient_head_by_head
+
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -55,6 +57,9 @@ def _in_blocks(
     grouped = groups & (groups - 1) == 0  # the kernel wants a power of two
     if not grouped:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    far = passes_32_bits(query, key, value)
+    if far:
+        query, key, value = head_by_head(query), head_by_head(key), head_by_head(value)
     found: Any = flex.compile_friendly_flex_attention(
         query,
         key,
@@ -66,7 +71,7 @@ def _in_blocks(
         scale=scaling,
         **flex.get_flex_attention_lse_kwargs(True),
     )
-    out: Tensor = found[0]
+    out: Tensor = with_gradient_head_by_head(found[0]) if far else found[0]
     if s_aux is not None:
         share = torch.sigmoid(found[1].lse - s_aux.float().view(1, heads, 1))  # of exp(lse) in exp(lse) + exp(sink)
         out = (out * share[..., None]).to(query.dtype)
