@@ -68,7 +68,8 @@ def test_far_rows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_offsets, "LIMIT", 1000)
     far = run()
     layers = model.config.num_hidden_layers
-    assert len(strides) == 4 * layers and all(stride[2] == model.config.head_dim for stride in strides), strides
+    assert len(strides) == 4 * layers
+    assert all(stride[2] == model.config.head_dim for stride in strides), strides
     for found, wanted in zip(far, near, strict=True):
         close(found, wanted, 256)
 

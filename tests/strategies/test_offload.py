@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from automodel_trainer.callbacks import Ledger
 from automodel_trainer.callbacks.ledger_text import ledger_rows
 from automodel_trainer.models.lora import LoRAConfig, apply_lora, finish_lora
-from automodel_trainer.nn.host_memory import available_host_memory
+from automodel_trainer.nn import host_memory
+from automodel_trainer.nn.host_memory import available_host_memory, usable_host_memory
 from automodel_trainer.nn.offload import HostInputs, HostPieces
 from automodel_trainer.strategies import DDPStrategy
 from automodel_trainer.strategies.base.activation_checkpointing import apply_activation_checkpointing, offload_inputs
@@ -206,3 +207,10 @@ def test_the_ledger_says_how_much(tmp_path: Path, capsys: pytest.CaptureFixture[
     facts["run"]["offloaded"] |= {"full": True, "results": "some"}
     assert "inputs of blocks and some results of attention take" in dict(ledger_rows(facts))["host memory"]
     assert dict(ledger_rows(facts))["host memory"].endswith(", and what is over stays on the device")
+
+
+@pytest.mark.parametrize(("free", "ranks", "usable"), [(96, 1, 64), (96, 2, 32), (240, 1, 192), (1024, 8, 122)])
+def test_usable_host_memory(free: int, ranks: int, usable: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GiB: a third stays for others, and of a large host 48."""
+    monkeypatch.setattr(host_memory, "available_host_memory", lambda: free * 2**30)
+    assert usable_host_memory(ranks) == usable * 2**30
