@@ -131,8 +131,8 @@ class HostInputs:
     """Holds the inputs of blocks in host memory, and their results of attention where the inputs of all leave room.
 
     Args:
-        limit: the most bytes of host memory; None: what is free at the first input, less a third of it or 48 GiB, shared
-            by `ranks`.
+        limit: the most bytes of host memory; None: what is free at the first input, less a third of it or 48 GiB,
+            shared by `ranks`.
         ranks: processes of this host that do the same.
         piece: bytes of a piece of host memory.
 
