@@ -4,8 +4,9 @@
 blocks are checkpointed (`full`, `selective`, `offload`, `full:20`; else not), `tiled` (or `tiled=N`), `rows=N` of a
 micro-batch, `documents=N` (a row is packed from documents of N tokens), `nf4` (a 4-bit base), `whole` (all parameters
 instead of LoRA), `cap=N` (GiB that the process may take of the GPU), `memory=80%` or `memory=20` (a budget, which
-chooses how blocks are checkpointed), `eager`, `cp=N` (a row on N GPUs). Figures are of the steps after the first.
-`--tiny` only shows that the script runs. `--case` runs one case in this process and says when each step ends.
+chooses how blocks are checkpointed), `host=N` (GiB of host memory for inputs), `eager`, `cp=N` (a row on N GPUs).
+Figures are of the steps after the first. `--tiny` only shows that the script runs. `--case` runs one case in this
+process and says when each step ends.
 """
 
 from __future__ import annotations
@@ -83,12 +84,15 @@ def run(case: str, layers: int, steps: int, tiny: bool) -> dict[str, Any]:
     from transformers import LlamaConfig
 
     from automodel_trainer import LoRAConfig, MockDataModule, Trainer
+    from automodel_trainer.nn import offload
 
     words = case.split()
     seq_len, rows, cap = int(words[0]), value(words, "rows", 1), value(words, "cap", 0)
     sizes = TINY if tiny else EIGHT_B
     shape = LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=seq_len)
     gpu = torch.cuda.is_available()
+    if host := value(words, "host", 0):
+        offload.usable_host_memory = lambda ranks: host * 2**30 // ranks
     if cap and gpu:
         torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
 

@@ -192,7 +192,7 @@ def _offloaded(strategy: Any) -> Facts | None:
     host = strategy.prepared.host if isinstance(strategy, MeshStrategy) else None
     if host is None or not host.limit:
         return None
-    return {"bytes": host.held, "limit": host.limit, "full": host.full, "results": host.results}
+    return {"bytes": host.held, "limit": host.limit, "full": host.full, "again": host.again, "results": host.results}
 
 
 def _tiled(strategy: Any) -> Facts | None:

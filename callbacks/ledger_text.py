@@ -95,7 +95,8 @@ def _allocation(run: Facts) -> str:
 def _offloaded(host: Facts) -> str:
     results = host.get("results", "none")  # runs of before kept none
     what = "inputs of blocks" + ("" if results == "none" else f" and {results} results of attention")
-    more = ", and what is over stays on the device" if host["full"] else ""
+    over = [how for how, said in (("stays on the device", "full"), ("is computed again", "again")) if host.get(said)]
+    more = f", and what is over {' or '.join(over)}" if over else ""
     return f"{what} take {memory_text(host['bytes'])} of at most {memory_text(host['limit'])}{more}"
 
 

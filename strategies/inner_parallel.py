@@ -179,7 +179,7 @@ class InnerParallelStrategy(MeshStrategy):
             )
         self.prepared.checkpoint(model, inside=before_tp, always=later)
         if not before_tp:
-            self.prepared.offload(model, self.num_processes, always=later)
+            self.prepared.offload(model, self.num_processes, self.blocks_run_alone, always=later)
 
     def checkpoints_inside(self, mode: Mode | None) -> bool:
         """See `MeshStrategy.checkpoints_inside`."""

@@ -1,14 +1,16 @@
 """Keep the inputs of blocks, and their results of attention, in host memory from their forward to their backward.
 
 A copy out runs beside the next block. In backward the input of the block before is fetched while a block runs. Host
-memory is taken once, in pieces of one size, and used again in every step. Inputs that no longer fit stay on the device.
+memory is taken once, in pieces of one size, and used again in every step. Inputs that no longer fit are computed again
+from the block before (`rerun.py`). Where that is not possible, they stay on the device.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 from weakref import ref
 
@@ -18,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from automodel_trainer.nn._torch import pytree
 from automodel_trainer.nn.host_memory import usable_host_memory
+from automodel_trainer.nn.rerun import Chain, Held, Kept, Place, Run, numbers_in, place_of
 
 PIECE = 16 * 2**20  # bytes
 IN_FLIGHT = 2  # copies out that may run while more is computed
@@ -48,6 +51,11 @@ class HostPieces:
             self._free.append(torch.empty(self.piece, dtype=torch.uint8, pin_memory=self._pinned))
             self.held += self.piece
         return [self._free.pop() for _ in range(count)]
+
+    def room(self, sizes: Iterable[int]) -> int:
+        """How often tensors of these bytes fit now."""
+        count = sum(-(-size // self.piece) for size in sizes)
+        return ((self.limit - self.held) // self.piece + len(self._free)) // count
 
     def give_back(self, pieces: list[Tensor]) -> None:
         """Let pieces be used again."""
@@ -99,13 +107,22 @@ class _Stored:
             self._copy(self.on_device, out=False)
 
     def take(self) -> Tensor:
-        """The tensor on the device, which is then the caller's."""
-        self._fetch()
+        """The tensor on the device, which is then the caller's. Those that are needed next begin to come."""
+        tensor = self.look()
+        self.on_device = None
         self.taken = True
-        self.owner.copies.wait(self.copied)
-        tensor, self.on_device = self.on_device, None
-        assert tensor is not None
         return tensor
+
+    def look(self) -> Tensor:
+        """The tensor, which stays on the device until it is taken."""
+        self._fetch()
+        self.owner.copies.wait(self.copied)
+        self.owner.stay(self)
+        for reference in self.needed_next:
+            if (other := reference()) is not None:
+                other.fetch_early()
+        assert self.on_device is not None
+        return self.on_device
 
     def leave(self) -> None:
         """Free the tensor on the device once it is copied."""
@@ -139,6 +156,7 @@ class HostInputs:
     Attributes:
         blocks: tells the number of blocks whose inputs it is to hold.
         full: whether an input stayed on the device because the limit was reached.
+        again: whether an input was left to be computed again, for the same reason.
     """
 
     pieces: HostPieces
@@ -149,25 +167,44 @@ class HostInputs:
         self._ready = False
         self._leaving: deque[_Stored] = deque()
         self._last: ref[_Stored] | None = None  # input
-        self.full = False
+        self.full = self.again = False
+        self._chain = Chain()
         self._kept_results = self._left_results = False
         self.blocks: Callable[[], int] = lambda: 0
         self._input_bytes = self._result_bytes = 0
 
-    def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, forward: Callable[..., Any], again: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of a block; what autograd saves of its input goes to the host.
 
         The input is the first argument that holds tensors of numbers, in a tuple perhaps. What all blocks share, such
         as masks and positions, comes after it.
+
+        Args:
+            forward: saves nothing but the arguments.
+            again: the same, for backward, where the block may have to give its result once more. None: it cannot.
         """
-        wanted = {tensor.untyped_storage().data_ptr() for tensor in first_input(args, kwargs)}
+        inputs = _inputs(args, kwargs)
+        if not inputs:
+            return forward(*args, **kwargs)
+        self._prepare(inputs[0].device)
+        places = {id(leaf): place_of(leaf) for leaf in inputs}
+        sizes = {places[id(leaf)]: leaf.nbytes for leaf in inputs}
+        given = self._chain.enter(sizes, self.blocks, partial(self.pieces.room, sizes.values()))
+        self.again |= bool(given)
+        run = Run(again, args, kwargs, places) if again is not None and self._chain.must_run_again else None
+        held: dict[Place, Held] = {} if run is None else run.inputs
 
         def pack(tensor: Tensor) -> Any:
-            inside = type(tensor) is Tensor and tensor.untyped_storage().data_ptr() in wanted
-            return self._store_input(tensor) if inside and tensor.is_contiguous() else tensor
+            place = place_of(tensor) if type(tensor) is Tensor else None
+            if place not in sizes:
+                return tensor
+            held[place] = given[place] if given else self._store_input(tensor)
+            return held[place]
 
         with saved_tensors_hooks(pack, self._restore):
-            return forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
+        self._chain.leave(result, run)
+        return result
 
     @property
     def held(self) -> int:
@@ -189,7 +226,8 @@ class HostInputs:
     def release(self) -> None:
         """Give the host memory back, once no graph needs it, and begin anew."""
         self._leaving.clear()
-        self._ready, self.full, self._last = False, False, None
+        self._ready, self.full, self.again, self._last = False, False, False, None
+        self._chain = Chain()
         self._input_bytes = self._result_bytes = 0
         self._kept_results = self._left_results = False
         self.__dict__.pop("pieces", None)
@@ -219,17 +257,25 @@ class HostInputs:
         if stored.kind == "result" and stored.pool is self.__dict__.get("pieces"):
             self._result_bytes -= len(stored.pieces) * self._piece
 
-    def _store_input(self, tensor: Tensor) -> Any:
-        if not self._ready:
-            if self._limit is None:  # once: torch keeps pinned memory that was released, and it is taken again
-                self._limit = usable_host_memory(self._ranks)
-            self.pieces, self.copies = HostPieces(tensor.device, self._limit, self._piece), CopyStream(tensor.device)
-            self._ready = True
+    def stay(self, stored: _Stored) -> None:
+        """Do not free a tensor on the device that is used again."""
+        if stored in self._leaving:
+            self._leaving.remove(stored)
+
+    def _prepare(self, device: torch.device) -> None:
+        if self._ready:
+            return
+        if self._limit is None:  # once: torch keeps pinned memory that was released, and it is taken again
+            self._limit = usable_host_memory(self._ranks)
+        self.pieces, self.copies = HostPieces(device, self._limit, self._piece), CopyStream(device)
+        self._ready = True
+
+    def _store_input(self, tensor: Tensor) -> Held:
         self._input_bytes = -(-tensor.nbytes // self._piece) * self._piece
         stored = self._store(tensor, "input")
         if stored is None:
             self.full = True
-            return tensor
+            return Kept(tensor)
         if self._last is not None:
             stored.needed_next.append(self._last)
         self._last = ref(stored)
@@ -248,25 +294,12 @@ class HostInputs:
         return stored
 
     def _restore(self, saved: Any) -> Tensor:
-        if not isinstance(saved, _Stored):
-            return saved  # type: ignore[no-any-return]
-        tensor = saved.take()
-        if saved in self._leaving:
-            self._leaving.remove(saved)
-        for reference in saved.needed_next:
-            if (other := reference()) is not None:
-                other.fetch_early()
-        return tensor
+        return saved if isinstance(saved, Tensor) else saved.take()  # type: ignore[no-any-return]
 
 
-def first_input(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The floating-point tensors of the first argument that holds any, given by place or by name."""
-    for value in (*args, *kwargs.values()):
-        if found := [leaf for leaf in pytree.tree_leaves(value) if is_number(leaf)]:
-            return found
-    return []
-
-
-def is_number(leaf: Any) -> bool:
-    """Whether this is a tensor of floating-point numbers."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+def _inputs(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The dense tensors among the arguments that lie where the first argument with floating-point tensors does."""
+    first: list[Tensor] = next(filter(None, map(numbers_in, (*args, *kwargs.values()))), [])
+    wanted = {tensor.untyped_storage().data_ptr() for tensor in first}
+    dense = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if type(leaf) is Tensor and leaf.is_contiguous()]
+    return [leaf for leaf in dense if leaf.numel() and leaf.untyped_storage().data_ptr() in wanted]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from automodel_trainer.models.quantization.fp8_layers import fp8_layers
@@ -95,7 +96,10 @@ def switch_blocks(switches: Mapping[nn.Module, Switch], *, inside: bool) -> None
 
 
 def offload_inputs(
-    blocks: Sequence[nn.Module], host: HostInputs, switches: Mapping[nn.Module, Switch] | None = None
+    blocks: Sequence[nn.Module],
+    host: HostInputs,
+    switches: Mapping[nn.Module, Switch] | None = None,
+    again: bool = True,
 ) -> None:
     """Checkpoint blocks around all that they do, in place: their inputs lie in host memory until their backward.
 
@@ -105,11 +109,12 @@ def offload_inputs(
     Args:
         host: holds the inputs. Blocks that run one after the other share one.
         switches: of the blocks: only those whose mode is "offload" do it. None: all.
+        again: whether a block may run forward once more than the others, for an input that `host` has no room for.
     """
     switches = {block: Switch("offload") for block in blocks} if switches is None else switches
     host.blocks = partial(_count_offloading, switches)
     for block in blocks:
-        wrap(block, partial(_offloaded, block, switches[block], host))
+        wrap(block, partial(_offloaded, block, switches[block], host, again))
 
 
 def _count_offloading(switches: Mapping[nn.Module, Switch]) -> int:
@@ -161,11 +166,29 @@ def _checkpointed(
 
 
 def _offloaded(
-    block: nn.Module, switch: Switch, host: HostInputs, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    block: nn.Module,
+    switch: Switch,
+    host: HostInputs,
+    again: bool,
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     if switch.mode != "offload" or not (block.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
-    return host.around(partial(_checkpointed_to, host, forward), *args, **kwargs)
+    run = partial(_checkpointed_to, host, forward)
+    return host.around(run, partial(_run_gathered, block, run) if again else None, *args, **kwargs)
+
+
+def _run_gathered(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a block whose hooks of FSDP2 are not called."""
+    if not isinstance(block, FSDPModule):
+        return run(*args, **kwargs)
+    block.unshard()
+    try:
+        return run(*args, **kwargs)
+    finally:
+        block.reshard()
 
 
 def _checkpointed_to(host: HostInputs, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

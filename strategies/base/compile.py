@@ -31,8 +31,8 @@ from automodel_trainer.nn._torch import (
     raise_recompile_limit,
 )
 from automodel_trainer.nn.blocks import find_blocks
-from automodel_trainer.nn.offload import is_number
 from automodel_trainer.nn.operators import key_by_operators
+from automodel_trainer.nn.rerun import is_number
 from automodel_trainer.nn.wrap import Forward, own_forward
 
 

@@ -225,6 +225,11 @@ class MeshStrategy(StepRunner, SavingStrategy):
         """Whether blocks of a mode are checkpointed inside of what is compiled. Tiles cut that, so then it is not."""
         return self.tiles is None
 
+    @property
+    def blocks_run_alone(self) -> bool:
+        """Whether a block can run at any time by itself: no other rank has to run it at the same time."""
+        return self.world_size == 1
+
     @final
     def choose(self, chosen: Chosen | None) -> None:
         """Let blocks keep their activations as a memory budget has it, from the next step on; None: all of them."""

@@ -145,11 +145,12 @@ class PreparedBlocks:
         self._to_tile.update(self.tiled)
         self.tiled = WeakSet()
 
-    def offload(self, model: nn.Module, ranks: int, always: bool = False) -> None:
+    def offload(self, model: nn.Module, ranks: int, again: bool, always: bool = False) -> None:
         """Keep the inputs of checkpointed blocks in host memory; see `offload_inputs`. Call it after `compile`.
 
         Args:
             ranks: processes of this host that do the same.
+            again: as `offload_inputs` has it.
             always: as `checkpoint` has it.
         """
         asked = [block for block, switch in self._of(model) if always or switch.mode == "offload"]
@@ -157,7 +158,7 @@ class PreparedBlocks:
         if not fresh:
             return
         self.host = self.host or HostInputs(ranks=ranks)
-        offload_inputs(fresh, self.host, self.switches)
+        offload_inputs(fresh, self.host, self.switches, again)
         self.offloaded.update(fresh)
 
     def _of(self, model: nn.Module) -> Sequence[tuple[nn.Module, Switch]]:

@@ -72,6 +72,11 @@ class DDPStrategy(MeshStrategy):
         return MeshPrecision(str(plugin.precision)) if whole else plugin
 
     @property
+    def blocks_run_alone(self) -> bool:
+        """Always: every rank has whole blocks."""
+        return True
+
+    @property
     def needs_every_gradient(self) -> bool:  # type: ignore[override]
         """DDP waits for the gradient of every parameter, unless it searches for those that have none."""
         return self.dp_size > 1 and not self.ddp_options["find_unused_parameters"]
@@ -96,7 +101,7 @@ class DDPStrategy(MeshStrategy):
         self.compile_model(model)
         self.tile_mlps()
         self.prepared.checkpoint(model, inside=False, always=later)  # around compiled blocks, which tiles cut
-        self.prepared.offload(model, self.num_processes, always=later)
+        self.prepared.offload(model, self.num_processes, self.blocks_run_alone, always=later)
         return model  # wrapped in `layout`: DDP needs real parameters
 
     def finalize_parameters(self, model: nn.Module) -> None:

@@ -68,10 +68,10 @@ class FSDP2Strategy(InnerParallelStrategy):
         backward_prefetch: the same for backward.
         cpu_offload: keep parameters, gradients and optimizer state in CPU memory, and copy blocks to the GPU for use.
         activation_checkpointing: "full" recomputes every block in backward; "selective" keeps the outputs of matmuls
-            and attention and recomputes the rest; "offload" is "full" whose saved inputs lie in host memory, up to two
-            thirds of what is free there, and results of attention where they leave room. They are copied while other
-            blocks compute. "full:20" does it for the first 20 blocks, "full:20+selective" with another mode for the
-            rest.
+            and attention and recomputes the rest; "offload" is "full" whose saved inputs lie in host memory, as far as
+            it is free, and results of attention where they leave room. They are copied while other blocks compute.
+            Inputs that do not fit are recomputed too on one device, and else stay there. "full:20" does it for the
+            first 20 blocks, "full:20+selective" with another mode for the rest.
         tiled_mlp: compute the MLP of every block in this many tiles of tokens, so that its activations exist for one
             tile at a time. "auto": tiles of 8,192 tokens where a micro-batch has more than two of them, with
             activation_checkpointing "full" or "offload".

@@ -240,6 +240,11 @@ class MegatronFSDPStrategy(InnerParallelStrategy):
         self._shard_evenly(model)
         return model
 
+    @property
+    def blocks_run_alone(self) -> bool:
+        """Never: the package lets a block have its weights only when its turn has come."""
+        return False
+
     def _shard_evenly(self, model: nn.Module) -> None:
         """Cut parameters into even shards, which weights can be streamed into."""
         if quantized_weights(model):
