@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import safetensors.torch
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.core import saving
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as EpochLoop
@@ -31,6 +31,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 from torch import Tensor
+from torch.optim.swa_utils import get_swa_avg_fn
 
 __all__ = [
     "DDPForwardRedirection",
@@ -40,6 +41,7 @@ __all__ = [
     "as_automatic",
     "assigned_checkpoint",
     "attached_trainer",
+    "average_one_by_one",
     "call_hook",
     "count_step",
     "defaults_from_env_vars",
@@ -85,6 +87,15 @@ def sync_rank_zero(rank: int) -> None:
     """Set the rank of this process in every copy of Lightning's `rank_zero_only`."""
     for helper in (rank_zero_only, utilities_rank_zero_only, fabric_rank_zero_only):
         helper.rank = rank  # type: ignore[attr-defined]
+
+
+def average_one_by_one(callback: WeightAveraging) -> None:
+    """Let a callback without a function of its own average one tensor after the other.
+
+    On a GPU torch averages lists of tensors with a weight that is a tensor, which sharded tensors do not take.
+    """
+    if callback._kwargs.get("avg_fn") is None and callback._kwargs.get("multi_avg_fn") is None:
+        callback._kwargs["avg_fn"] = get_swa_avg_fn()
 
 
 class NotebookLauncher(_MultiProcessingLauncher):

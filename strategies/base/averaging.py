@@ -1,4 +1,4 @@
-"""Refuses callbacks of Lightning that average or prune weights where they would work on a part of them."""
+"""Callbacks of Lightning that average or prune weights: refused where they would work on a part of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging,
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from automodel_trainer._lightning import average_one_by_one
 from automodel_trainer.models.quantization.quantize import is_quantized
 from automodel_trainer.models.stage_names import pipeline_of
 from automodel_trainer.nn.uneven import is_uneven
@@ -18,7 +19,7 @@ AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
 def check_objective(callbacks: Iterable[Any], model: nn.Module) -> None:
-    """Refuse callbacks that cannot do with a laid-out model what they are for.
+    """Refuse callbacks that cannot do with a laid-out model what they are for, and prepare those that can.
 
     Raises:
         ValueError: one averages or prunes weights, and these cannot be averaged, or pruned.
@@ -31,6 +32,8 @@ def check_objective(callbacks: Iterable[Any], model: nn.Module) -> None:
             why = "It compares all weights, and here each rank holds a part of them: use strategy='ddp', or one device,"
         if why is not None:
             raise ValueError(f"{name} cannot work on this model. {why} or leave it out.")
+        if isinstance(callback, WeightAveraging) and _is_sharded(model):
+            average_one_by_one(callback)
 
 
 def _not_averaged(model: nn.Module) -> str | None:

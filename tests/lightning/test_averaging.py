@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import load_file
+from torch.optim import swa_utils
 
 from automodel_trainer import CausalLMModule, LoRAConfig, MockDataModule
 from automodel_trainer.callbacks import DCPCheckpoint
@@ -120,6 +121,22 @@ def test_an_average_of_epochs(pool: RankPool, tmp_path: Path, lora: bool) -> Non
     for strategy, precision in LAYOUTS[1:2] if lora else LAYOUTS[::3]:
         found += pool.run(2, average_of_epochs, str(tmp_path), strategy, precision, lora)
     assert all(mean < 1e-6 < 1e-4 < last for mean, last in found)
+
+
+def average_of_steps(root: str) -> tuple[float, float]:
+    """Distances of the end from the mean of the weights after all steps, and from the last. Lists as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swa_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
+        recorder, end = fit(Path(root), "fsdp2", "fp32", False, WeightAveraging())
+    steps = recorder.steps
+    return distance({name: sum(step[name] for step in steps) / len(steps) for name in end}, end), distance(
+        steps[-1], end
+    )
+
+
+def test_an_average_of_all_steps(pool: RankPool, tmp_path: Path) -> None:
+    """`WeightAveraging` has no function of its own."""
+    assert all(mean < 1e-6 < 1e-4 < last for mean, last in pool.run(2, average_of_steps, str(tmp_path)))
 
 
 def refused(strategy: str, root: str, own: bool) -> str:
