@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from automodel_trainer._fork_safe import leave_cuda_alone
 from automodel_trainer.imports import importing
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     )
     from automodel_trainer.strategies.base.clip import clip_grad_norm_
     from automodel_trainer.trainer import Trainer
+
+leave_cuda_alone()  # before transformers, which a name of this package may import
 
 _HOMES = {
     "AutoModel": "auto",

@@ -106,6 +106,20 @@ class NotebookLauncher(_MultiProcessingLauncher):
     worker holds whole.
     """
 
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Run `function` in all workers, and return what rank 0 returns.
+
+        Raises:
+            ValueError: forked workers could not use their GPU, because CUDA is initialized in this process.
+        """
+        if self._start_method == "fork" and self._strategy.root_device.type == "cuda" and torch.cuda.is_initialized():
+            raise ValueError(
+                "CUDA is initialized in this process, and then forked ranks cannot use it. Restart the kernel. Import "
+                "automodel_trainer before transformers and torchao, put no tensor or model on a GPU before fit, and "
+                "ask torch.cuda only for is_available() and device_count(). Or run a script: amt fit, torchrun."
+            )
+        return super().launch(function, *args, trainer=trainer, **kwargs)
+
     @property
     def is_interactive_compatible(self) -> bool:
         """Whether a notebook can use this launcher: only with forked workers."""

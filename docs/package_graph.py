@@ -35,6 +35,7 @@ HOLDS = {
     "models": "the builder, LoRA, quantization, kernels",
     "nn": "building blocks of torch",
     "distributed": "processes and the mesh they form",
+    "_fork_safe": "imports that leave CUDA alone",
     "_jsonargparse": "private names of jsonargparse",
     "_lightning": "private names of Lightning",
     "imports": "imports without a look for garbage",

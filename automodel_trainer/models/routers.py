@@ -32,7 +32,7 @@ class Probe(NamedTuple):
     @property
     def records_probabilities(self) -> bool:
         """Whether what is recorded adds up to 1, so that it is no logits."""
-        return bool((self.logits >= 0).all() and torch.allclose(self.logits.sum(-1), torch.ones(len(self.logits))))
+        return bool((self.logits >= 0).all() and torch.allclose(total := self.logits.sum(-1), torch.ones_like(total)))
 
 
 def probes(routers: list[Router]) -> dict[str, Probe]:
