@@ -11,9 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import CDLL, byref, c_int, c_void_p
 from functools import partial
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from types import ModuleType
@@ -29,8 +27,8 @@ def leave_cuda_alone() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-class _Finder(MetaPathFinder):
-    """Finds modules of the package, and has them run with answers from NVML."""
+class _Finder:
+    """On `sys.meta_path`: finds modules of the package, and has them run with answers from NVML."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name.partition(".")[0] != PACKAGE:
@@ -82,6 +80,8 @@ def _answers() -> Iterator[None]:
 
 def _capability() -> tuple[int, int] | None:
     """What NVML says of the first visible GPU; None: there is none, CUDA is initialized, or NVML does not say."""
+    from ctypes import CDLL, byref, c_int, c_void_p
+
     import torch
 
     if torch.version.cuda is None or torch.cuda.is_initialized() or not torch.cuda.is_available():
