@@ -118,11 +118,11 @@ class Format:
         prompt, answer = (values[name] for name in self.required)
         if self.name == "prompt/completion":
             return _prompt_completion(prompt, answer, _system(values), tools)
+        [question], [reply] = _turn("user", prompt, first), _turn("assistant", answer, self.required[1])
         for name in ("input", "context"):
             if more := values.get(name):
-                prompt = f"{prompt}\n\n{_as_text(more, name)}"
-        pair = [*_turn("user", prompt, first), *_turn("assistant", answer, self.required[1])]
-        return Conversation([*_system(values), *_history(values.get("history")), *pair], tools)
+                question["content"] += f"\n\n{_as_text(more, name)}"
+        return Conversation([*_system(values), *_history(values.get("history")), question, reply], tools)
 
     def _is_exact(self, name: str) -> bool:
         return self.columns.get(name, name) in self.exact
@@ -231,8 +231,8 @@ def _turn(role: str, text: Any, column: str) -> list[Message]:
 
 
 def _as_text(value: Any, column: str) -> str:
-    if isinstance(value, str | int | float):
-        return str(value)
+    if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool) and value == value):
+        return str(value)  # NaN, which pandas writes for what is missing, is not equal to itself
     raise ValueError(f"{column!r} must be a text, found {type(value).__name__}: {str(value)[:200]!r}")
 
 

@@ -33,6 +33,9 @@ ROLES = {
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold the assistant's thoughts."""
 
+UNTRAINED = ("loss", "train", "training")
+"""Keys with which data for other trainers say, by false, that a message is not trained. Ours is `weight`."""
+
 CALLS = ("function_call", "tool_call")
 """ShareGPT roles whose value is a function call in JSON."""
 
@@ -117,6 +120,10 @@ def _parse_message(message: Any, i: int, exact: bool) -> Message:
         _refuse_other_text(rest, message, i)
     if rest.get("weight", 1) not in (0, 1):
         raise ValueError(f"message {i} has weight {rest['weight']!r}. Allowed: 1, and 0: it is not trained.")
+    if ROLES[name] == "assistant" and (unread := [key for key in UNTRAINED if rest.get(key) is False]):
+        raise ValueError(
+            f"message {i} has {unread[0]!r}: false, which is not read, so it would be trained. Write 'weight': 0 there."
+        )
     text = _text(content, ROLES[name], i)
     return {"role": ROLES[name], "content": text, **rest, **({"tool_calls": calls} if calls else {})}
 
@@ -162,9 +169,19 @@ def _parse_call(call: dict[str, Any]) -> dict[str, Any]:
     function = dict(call["function"] if nested else {key: call[key] for key in call if key not in ("id", "type")})
     if not isinstance(function.get("name"), str):
         raise ValueError(f"a tool call needs a function name (a string), found {str(call)[:200]!r}")
+    if function.get("arguments") is None:
+        _refuse_other_arguments(function)
     function["arguments"] = _from_json(function.get("arguments")) or {}
     rest = {key: value for key, value in call.items() if (nested or key in ("id", "type")) and key != "function"}
     return {"type": "function", **_without_keys_of_none(rest), "function": _without_keys_of_none(function)}
+
+
+def _refuse_other_arguments(function: dict[str, Any]) -> None:
+    """A call without arguments that has values under another key would be trained as a call of nothing."""
+    if other := [key for key, value in function.items() if value and isinstance(_from_json(value), dict | list)]:
+        raise ValueError(
+            f"a call of {function['name']!r} has no 'arguments', and values under {other[0]!r}. Call them 'arguments'."
+        )
 
 
 def _without_keys_of_none(value: dict[str, Any]) -> dict[str, Any]:

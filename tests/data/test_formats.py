@@ -89,6 +89,12 @@ def test_values_of_other_types_are_named() -> None:
             "'history' must be a string, found None",
         ),
         ({"instruction": "Hi", "input": ["a"], "output": "b"}, r"'input' must be a text, found list"),
+        ({"instruction": None, "input": "1 2", "output": "3"}, "'instruction' must be a string, found NoneType"),
+        ({"question": ["a"], "context": "1 2", "answer": "3"}, "'question' must be a string, found list"),
+        ({"instruction": "Hi", "input": float("nan"), "output": "b"}, "'input' must be a text, found float: 'nan'"),
+        ({"instruction": "Hi", "input": True, "output": "b"}, "'input' must be a text, found bool"),
+        ({"messages": [USER, {**ASSISTANT, "loss": False}]}, "message 1 has 'loss': false, .* Write 'weight': 0"),
+        ({"messages": [{**ASSISTANT, "train": False}]}, "message 0 has 'train': false"),
         ({"messages": [{**ASSISTANT, "weight": 0.5}]}, r"message 0 has weight 0\.5\. Allowed: 1, and 0"),
         ({"messages": [{**ASSISTANT, "weight": "0"}]}, r"message 0 has weight '0'"),
         ({"prompt": "Hi", "completion": 4}, "'completion' must be a text or a list of messages, found int: '4'"),
@@ -122,6 +128,16 @@ def test_assistant_turns_of_a_prompt_are_not_trained() -> None:
 
 
 class TestTools:
+    @pytest.mark.parametrize("key", ["parameters", "args", "input"])
+    def test_arguments_under_another_key_are_no_call_of_nothing(self, key: str) -> None:
+        for values in (ARGUMENTS, json.dumps(ARGUMENTS)):
+            for call in ({"name": "weather", key: values}, {"function": {"name": "weather", key: values}}):
+                with pytest.raises(ValueError, match=f"a call of 'weather' has no 'arguments', and .*'{key}'"):
+                    convert({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]})
+        nothing = {"name": "weather", "arguments": {}}
+        assert convert({"messages": [{"role": "assistant", "tool_calls": [{"name": "weather", key: {}}]}]})
+        assert convert({"messages": [{"role": "assistant", "tool_calls": [nothing]}]})
+
     @pytest.mark.parametrize("arguments", [ARGUMENTS, json.dumps(ARGUMENTS)])
     def test_calls_and_results(self, arguments: Any) -> None:
         call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
