@@ -28,6 +28,28 @@ def check_shards(model: PreTrainedModel) -> None:
             "count positions by itself instead of by position_ids, or mix tokens outside of attention. Set cp=1, and "
             "use fsdp2 or tp instead."
         )
+    if has_tower(model) and (found := rehearse(model, "text", _by_text)) is not None:
+        raise ValueError(
+            f"cp > 1 gives ranks other tokens of a row, and a small copy of {type(model).__name__} on tokens of text "
+            f"{found}. A rank without tokens of pictures would lack gradients that others sum over ranks. Set cp=1, "
+            "and use fsdp2, tp or ep instead."
+        )
+
+
+def _by_text(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The logits for rows of text.
+
+    Raises:
+        ValueError: they do not reach all of the decoder's parameters, as where tokens of pictures have experts of their
+            own.
+    """
+    with torch.enable_grad():
+        logits = logits_of(model(**text_inputs(model, ids)))
+        logits.sum().backward()
+    trained = {name: parameter for name, parameter in model.get_decoder().named_parameters() if parameter.requires_grad}
+    if unreached := [name for name, parameter in trained.items() if parameter.grad is None]:
+        raise ValueError(f"{len(unreached)} parameters of the decoder are not reached: {unreached[0]}, …")
+    return logits.detach()
 
 
 def _in_shards(model: PreTrainedModel, ids: Tensor) -> Tensor:

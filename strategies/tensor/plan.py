@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from automodel_trainer.distributed._dtensor import StridedShard
+from automodel_trainer.nn.towers import towers_of
 
 COLUMNS = {"colwise", "colwise_gather_output", "colwise_rep"}  # cut along the outputs
 GATHERED = COLUMNS - {"colwise"}  # their output is gathered
@@ -51,6 +52,8 @@ class TensorPlan:
 def expand_plan(model: nn.Module, size: int, overrides: Mapping[str, str] | None = None) -> TensorPlan:
     """Expand the model's plan, changed by `overrides`, over its modules and parameters.
 
+    Towers stay whole, also where the model has rules for them, unless `overrides` names them.
+
     Args:
         model: on meta or real.
         size: number of tp ranks.
@@ -60,12 +63,14 @@ def expand_plan(model: nn.Module, size: int, overrides: Mapping[str, str] | None
         ValueError: there is no plan, a style is unknown, an override matches nothing, a tied weight is cut in two ways,
             or `size` does not divide heads and widths.
     """
-    rules = _rules(model, overrides or {})
+    given = _rules(model, overrides or {})
+    towers = {id(module) for tower in towers_of(model) for module in tower.modules()}
     plan = TensorPlan()
     names = {id(module): name for name, module in model.named_modules()}
     for name, module in model.named_modules():
         if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
             continue  # experts that expert parallel has split
+        rules = overrides or {} if id(module) in towers else given
         style = _rule_for(rules, name)
         if style is not None:
             plan.modules[name] = style

@@ -15,7 +15,9 @@ SPECIAL = [
 ]  # fmt: skip
 ID = {token: 256 + index for index, token in enumerate(SPECIAL)}
 IMAGE = ID["<image>"]
-MARKS = dict.fromkeys(("qwen2_vl", "glm4v", "paddleocr_vl", "video_llama_3"), "<|vision_start|><image><|vision_end|>")
+MARKS = dict.fromkeys(
+    ("qwen2_vl", "glm4v", "paddleocr_vl", "video_llama_3", "ernie4_5_vl_moe"), "<|vision_start|><image><|vision_end|>"
+)
 _GRID = {"image_token_id": IMAGE, "video_token_id": ID["<video>"]}
 _ENDS = {"vision_start_token_id": ID["<|vision_start|>"], "vision_end_token_id": ID["<|vision_end|>"]}
 _PIECES = {**TEXT, "head_dim": 8}
@@ -86,15 +88,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
                              "resampler_head_dim": 8, "num_key_value_heads": 1, "hidden_size": 32},
         "image_token_id": IMAGE,
     },
+    "ernie4_5_vl_moe": {
+        "text_config": {**TEXT, "moe_intermediate_size": [16, 8], "moe_k": 2, "moe_num_experts": 4,
+                        "moe_num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"],
+                        "rope_parameters": _sections(1, 1, 2)},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "depth": 2, "patch_size": 14},
+        **_GRID, "image_start_token_id": ID["<|vision_start|>"], "image_end_token_id": ID["<|vision_end|>"],
+        "video_start_token_id": ID["<boi>"], "video_end_token_id": ID["<eoi>"],
+    },
 }  # fmt: skip
-MORE = tuple(family for family in CONFIGS if family != "idefics2")
-"""Of which all works. The processor of idefics2 does not say what it writes for a picture."""
+MORE = tuple(family for family in CONFIGS if family not in ("idefics2", "ernie4_5_vl_moe"))
+"""Of which all works. The processor of idefics2 does not say what it writes for a picture. ernie4_5_vl_moe has experts
+for tokens of pictures, and refuses context parallel."""
 
 
 def tokenizer() -> Any:
     """Bytes and the special tokens of these families."""
     named = {"image_token": "<image>", "video_token": "<video>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
     named |= {"image_boundary_token": "<fake>", "audio_token": "<audio>", "boa_token": "<boa>", "eoa_token": "<eoa>"}
+    named |= {"image_start_token": "<|vision_start|>", "image_end_token": "<|vision_end|>"}
+    named |= {"video_start_token": "<boi>", "video_end_token": "<eoi>"}
     return byte_tokenizer(ID, {**named, **{f"special_{index}": token for index, token in enumerate(SPECIAL[5:])}})
 
 
@@ -111,6 +124,11 @@ def processor_of(family: str) -> Any:
 
         pictures: Any = Qwen2VLImageProcessorPil(patch_size=14, size=pixels)
         return without_videos(transformers.Qwen2VLProcessor, image_processor=pictures, **made)
+    if family == "ernie4_5_vl_moe":
+        from transformers.models.ernie4_5_vl_moe import image_processing_pil_ernie4_5_vl_moe as ernie
+
+        pictures = ernie.Ernie4_5_VLMoeImageProcessorPil(patch_size=14, size=pixels)
+        return without_videos(transformers.Ernie4_5_VLMoeProcessor, image_processor=pictures, **made)
     if family == "glm4v":
         from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 
