@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from automodel_trainer.data.messages import REASONING
 from automodel_trainer.nn.content_parts import REFUSALS, in_parts, wants_parts
 
 Message = dict[str, Any]
@@ -47,6 +48,13 @@ class RenderedChat:
         if self.tools and "tools" not in self.template:
             warnings.warn(
                 "The data has `tools`, but the chat template does not write them. The model will not see them.",
+                stacklevel=3,
+            )
+        said = {key for message in messages for key in REASONING if message.get(key)}
+        if said and not any(key in self.template for key in REASONING):
+            warnings.warn(
+                f"The data has `{min(said)}`, but the chat template does not write it. The model will not see these "
+                "thoughts. Use a template that writes them, or put them into `content`.",
                 stacklevel=3,
             )
         self.variables: dict[str, Any] = tokenizer.special_tokens_map

@@ -188,6 +188,15 @@ def test_last_turn(name: str) -> None:
     assert segments(tokenizer, encode_conversation(tokenizer, CHAT, loss_on="last_turn")) == all_turns[1:]
 
 
+def test_thoughts_that_a_template_leaves_out_are_said(recwarn: pytest.WarningsRecorder) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]
+    with pytest.warns(UserWarning, match="has `reasoning_content`, but the chat template does not write it"):
+        encode_conversation(tiny_tokenizer(), turns)
+    recwarn.clear()
+    encode_conversation(shape("qwen"), turns)
+    assert not recwarn.list
+
+
 def test_all_trains_everything_but_bos() -> None:
     tokenizer = shape("llama3")
     encoded = encode_conversation(tokenizer, CHAT, loss_on="all")
