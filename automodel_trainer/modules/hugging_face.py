@@ -44,7 +44,7 @@ from automodel_trainer.modules.optim import (
 )
 from automodel_trainer.modules.step_hooks import StepHooks
 from automodel_trainer.nn.configs import as_config
-from automodel_trainer.nn.schedule import follow_new_groups, rescale
+from automodel_trainer.nn.schedule import follow_new_groups, follow_set_rates, rescale
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.base.objective import MicroBatch
 
@@ -253,6 +253,7 @@ class HuggingFaceModule(EvaluatedModule):
         for config in trainer.lr_scheduler_configs:
             if new_groups:
                 follow_new_groups(config.scheduler)
+            follow_set_rates(config.scheduler)
             if not self.moves(config):
                 continue
             if "lr_scheduler_step" in hooks:
