@@ -20,6 +20,7 @@ from automodel_trainer import (
     LoRAConfig,
     add_lora,
     chunked_loss,
+    clip_grad_norm_,
     pack,
 )
 from automodel_trainer.models.lora import apply_lora
@@ -84,6 +85,13 @@ def test_chunked_loss_has_all_parts_of_the_models_loss() -> None:
     config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     with pytest.raises(ValueError, match="BertForMaskedLM has another loss"):
         chunked_loss(transformers.BertForMaskedLM(config), ids, ids)
+
+
+def test_one_tensor_is_clipped() -> None:
+    one, same = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    one.grad, same.grad = torch.full((3,), 5.0), torch.full((3,), 5.0)
+    assert torch.equal(clip_grad_norm_(one, 1.0), torch.nn.utils.clip_grad_norm_(same, 1.0))
+    assert torch.equal(one.grad, same.grad)
 
 
 def test_parts_refuse_by_name(tmp_path: Path) -> None:
