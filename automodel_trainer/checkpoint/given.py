@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from automodel_trainer.nn.schedule import follow_new_groups, set_lr
+from automodel_trainer.nn.schedule import PlannedLR, follow_new_groups, keep_set_rates, set_lr
 
 Options = dict[str, Any]
 _OPTIONS: WeakKeyDictionary[Optimizer, list[Options]] = WeakKeyDictionary()
@@ -99,9 +99,10 @@ def continued_schedule(
         set_lr(group, given["lr"])
     steps = int(saved["last_epoch"])
     follow_new_groups(scheduler)
+    keep_set_rates(scheduler, then.get("base_lrs", ()), saved.get("base_lrs", ()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for optimizer.step() first
-        if type(scheduler) is LambdaLR and steps:  # its learning rate depends on the last step alone
+        if type(scheduler) in (LambdaLR, PlannedLR) and steps:  # its learning rate depends on the last step alone
             scheduler.last_epoch, steps = steps - 1, 1
         for _ in range(steps):
             scheduler.step()

@@ -42,7 +42,8 @@ MIN_FILE_BYTES = 64 * 2**20
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, in the module's order.
 
-    Of tied tensors only one is included: the source for Hugging Face models, otherwise the first.
+    Of tied tensors only one is included: the source for Hugging Face models, otherwise the first. Tensors that a
+    Hugging Face model shares though its config does not say so are all included: readers would draw the others anew.
 
     Raises:
         ValueError: the state dict has an entry that is not a tensor.
@@ -58,10 +59,12 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
                 f"{name} in the module's state_dict is a {type(value).__name__}, but the weights of a checkpoint must "
                 "be tensors. Save such state in `on_save_checkpoint`, as numbers, strings, lists and dicts."
             )
-        if id(value) in seen or (name in tied and id(value) in shared):
+        known = id(value) in seen and (name in tied or not isinstance(module, PreTrainedModel))
+        if known or (name in tied and id(value) in shared):
             continue
+        tensor = detached(value)
+        tensors[name] = tensor.clone() if id(value) in seen else tensor  # files take no shared memory
         seen.add(id(value))
-        tensors[name] = detached(value)
     return tensors
 
 
@@ -234,8 +237,16 @@ def load_weights(module: nn.Module, folder: Path, strict: bool = True) -> None:
     saved = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
     if not strict:
         tensors, saved = _common(tensors, saved, folder)
+    for name in _doubles(module) - saved.keys():
+        tensors.pop(name, None)
     _check(tensors, saved, module, folder)
     dcp.load(dict(tensors), storage_reader=reader)
+
+
+def _doubles(module: nn.Module) -> set[str]:
+    """Names of tensors that have another name before: checkpoints before 0.2 hold them once."""
+    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return names - {name for name, _ in module.named_parameters()}
 
 
 def _common(

@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from automodel_trainer.models.kernels import kernels_in_use
 from automodel_trainer.models.kernels.library import LossKernel
@@ -41,12 +42,35 @@ def chunked_loss(
         inputs: more arguments of the model's forward: `attention_mask`, `position_ids`, …
 
     Raises:
-        ValueError: a kernel library's loss was asked for (`KernelsConfig.loss`), and the head is more than a plain
-            linear layer.
+        ValueError: the model's loss is not the next-token loss, or it is computed in a way that does not take
+            `num_items_in_batch`; or a kernel library's loss was asked for (`KernelsConfig.loss`), and the head is more
+            than a plain linear layer.
     """
+    inner = _inside(model)
+    _check_next_token(inner, "chunked_loss")
     _let_defer(model)
-    outputs = forward_for_loss(model, {"use_cache": False, **inputs, "input_ids": input_ids})
-    return _loss(kernels_in_use(model).loss, outputs.logits, labels, num_items_in_batch=num_items_in_batch)
+    called: list[bool] = []
+
+    def loss_function(logits: Tensor | DeferredLogits, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        called.append(True)
+        if num_items_in_batch is not None:
+            kwargs["num_items_in_batch"] = num_items_in_batch
+        return _loss(kernels_in_use(model).loss, logits, labels, *args, **kwargs)
+
+    # The model calls its loss function, and adds what belongs to its loss, such as that of its routers.
+    before, inner.loss_function = inner.loss_function, loss_function
+    try:
+        loss: Tensor = forward_for_loss(
+            model, {"use_cache": False, **inputs, "return_dict": True, "input_ids": input_ids, "labels": labels}
+        ).loss
+    finally:
+        inner.loss_function = before
+    if not called and num_items_in_batch is not None:
+        raise ValueError(
+            f"{type(inner).__name__} computes its loss in its own way, which does not take num_items_in_batch. Leave "
+            "it out, and scale the loss yourself."
+        )
+    return loss
 
 
 def compute_loss_in_chunks(model: PreTrainedModel) -> None:
@@ -57,15 +81,28 @@ def compute_loss_in_chunks(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the model's loss is not the next-token loss.
     """
-    if getattr(model, "loss_type", None) not in ("ForCausalLM", "ForConditionalGeneration"):
-        raise ValueError(
-            f"kernels loss chooses how the next-token loss is computed, and {type(model).__name__} has another loss. "
-            "Leave it at 'auto'."
-        )
+    _check_next_token(model, "kernels loss")
     _let_defer(model)
     model.loss_function = partial(_loss, kernels_in_use(model).loss)
     model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end, with_kwargs=True, always_call=True)
+
+
+def _inside(model: nn.Module) -> PreTrainedModel:
+    """The model itself, or the one that PEFT, DDP or `torch.compile` has wrapped."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(f"chunked_loss takes a causal language model of transformers, not {type(model).__name__}.")
+
+
+def _check_next_token(model: PreTrainedModel, asker: str) -> None:
+    loss = model.loss_function
+    if loss is not ForCausalLMLoss and getattr(loss, "func", None) is not _loss:
+        raise ValueError(
+            f"{asker} computes the next-token loss, and {type(model).__name__} has another loss. Use "
+            "model(input_ids=…, labels=…).loss, with KernelsConfig(loss='auto')."
+        )
 
 
 def _let_defer(model: PreTrainedModel) -> None:

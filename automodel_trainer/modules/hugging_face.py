@@ -44,7 +44,7 @@ from automodel_trainer.modules.optim import (
 )
 from automodel_trainer.modules.step_hooks import StepHooks
 from automodel_trainer.nn.configs import as_config
-from automodel_trainer.nn.schedule import follow_new_groups, rescale
+from automodel_trainer.nn.schedule import follow_new_groups, follow_set_rates, rescale
 from automodel_trainer.strategies import MeshStrategy
 from automodel_trainer.strategies.base.objective import MicroBatch
 
@@ -190,7 +190,7 @@ class HuggingFaceModule(EvaluatedModule):
 
         Returns:
             `loss`, the mean over the supervised tokens of the global batch (0-dim, detached), if a callback of the
-            user's, or `on_train_batch_end` of a subclass, may look at it; else None.
+            user's, or `training_step` or `on_train_batch_end` of a subclass, may look at it; else None.
         """
         micro_batches = as_list(batch)
         self.check_rows(micro_batches)
@@ -253,6 +253,7 @@ class HuggingFaceModule(EvaluatedModule):
         for config in trainer.lr_scheduler_configs:
             if new_groups:
                 follow_new_groups(config.scheduler)
+            follow_set_rates(config.scheduler)
             if not self.moves(config):
                 continue
             if "lr_scheduler_step" in hooks:
@@ -330,6 +331,13 @@ class HuggingFaceModule(EvaluatedModule):
         loss_sum, tokens = self._window.pop()
         loss = self.strategy.sum_over_tokens(loss_sum) / tokens
         self.log_dict({"train_loss": loss.float(), "grad_norm": self._grad_norm, "lr": self._lr})  # type: ignore[dict-item]
+
+    def on_train_epoch_end(self) -> None:
+        """Let callbacks that look at `train_loss` here see the steps since the last log step, too. Collective."""
+        if self._window and self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            loss_sum, tokens = self._window.sums()
+            loss = self.strategy.sum_over_tokens(loss_sum.clone()) / tokens
+            self.log("train_loss", loss.float(), logger=False)
 
     def check_finite(self) -> None:
         """Raise if any step so far had a loss or gradient norm that was not finite. Collective; waits for the device.

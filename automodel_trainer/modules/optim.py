@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from automodel_trainer.models.lora import learning_rate_of
 from automodel_trainer.modules._sharded_adam import on_shards
 from automodel_trainer.nn._torch import without_graph_cache
+from automodel_trainer.nn.schedule import PlannedLR
 
 
 @dataclass
@@ -176,7 +176,7 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not name.endswith("bias")
 
 
-def build_scheduler(config: SchedulerConfig | str, optimizer: Optimizer, total_steps: int | None) -> LambdaLR:
+def build_scheduler(config: SchedulerConfig | str, optimizer: Optimizer, total_steps: int | None) -> PlannedLR:
     """The learning-rate schedule over `total_steps` optimizer steps.
 
     Args:
@@ -202,7 +202,7 @@ def build_scheduler(config: SchedulerConfig | str, optimizer: Optimizer, total_s
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape(progress, config)
 
-    return LambdaLR(optimizer, factor)
+    return PlannedLR(optimizer, factor)
 
 
 def _cosine(progress: float, config: SchedulerConfig) -> float:

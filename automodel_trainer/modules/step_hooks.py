@@ -35,6 +35,8 @@ class StepHooks:
                 f"{kind.__name__} overrides {' and '.join(never)}, which would never be called: a strategy runs the "
                 "backward of each micro-batch. Override `loss`, or look at gradients in on_after_backward."
             )
+        if _is_users(kind.training_step, "training_step"):
+            self._module.add("on_train_batch_end")  # what it gets of the base is the loss
         self._known: tuple[tuple[int, ...], frozenset[str]] = ((), frozenset(self._module))
 
     def __call__(self, callbacks: Sequence[Callback]) -> frozenset[str]:

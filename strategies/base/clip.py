@@ -62,20 +62,20 @@ def clip_grads_(parameters: Iterable[Tensor], max_norm: float, total_norm: Tenso
         foreach_mul_(grads, coefficient.to(device))
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale all gradients so that their L2 norm is at most `max_norm`, for any mix of meshes. Collective.
 
     torch's function of this name refuses parameters of several meshes, such as split experts. A pipeline's stages are
     not all here: `strategy.clip_grad_norm_` covers those too.
 
     Args:
-        parameters: those whose gradients to scale.
+        parameters: those whose gradients to scale, or one.
         max_norm: the largest norm allowed; None or 0: only measure.
 
     Returns:
         the norm before, 0-dim.
     """
-    parameters = list(parameters)
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     norm = total_grad_norm(parameters)
     if max_norm:
         clip_grads_(parameters, max_norm, norm)

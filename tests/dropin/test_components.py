@@ -6,7 +6,9 @@ import copy
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -18,6 +20,7 @@ from automodel_trainer import (
     LoRAConfig,
     add_lora,
     chunked_loss,
+    clip_grad_norm_,
     pack,
 )
 from automodel_trainer.models.lora import apply_lora
@@ -56,6 +59,39 @@ def test_chunked_loss_is_the_models_own(tmp_path: Path) -> None:
         terms=ids.numel(),
     )
     assert torch.is_tensor(model(input_ids=ids).logits)
+
+
+def test_chunked_loss_has_all_parts_of_the_models_loss() -> None:
+    """The loss of routers, targets that are shifted already, and models in a wrapper; other losses are refused."""
+    ids = torch.arange(6, 54).view(4, 12)
+    experts = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=1.0)
+    own = experts(input_ids=ids, labels=ids).loss
+    assert own - experts(input_ids=ids, labels=ids, output_router_logits=False).loss > 0.5
+    close(chunked_loss(experts, ids, ids), own, terms=ids.numel())
+    model = tiny_model("llama")
+    shifted = ids.flip(0)
+    close(
+        chunked_loss(model, ids, ids, shift_labels=shifted),
+        model(input_ids=ids, labels=ids, shift_labels=shifted).loss,
+        terms=ids.numel(),
+    )
+    given: list[Any] = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda *call: given.append(call[-1]))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    close(chunked_loss(wrapped, ids, ids), wrapped(input_ids=ids, labels=ids).loss, terms=ids.numel())
+    assert not torch.is_tensor(given[0])  # not computed at once
+    assert torch.is_tensor(given[-1])
+    config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    with pytest.raises(ValueError, match="BertForMaskedLM has another loss"):
+        chunked_loss(transformers.BertForMaskedLM(config), ids, ids)
+
+
+def test_one_tensor_is_clipped() -> None:
+    one, same = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    one.grad, same.grad = torch.full((3,), 5.0), torch.full((3,), 5.0)
+    assert torch.equal(clip_grad_norm_(one, 1.0), torch.nn.utils.clip_grad_norm_(same, 1.0))
+    assert torch.equal(one.grad, same.grad)
 
 
 def test_parts_refuse_by_name(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, ModelCheckpoint, StochasticWeightAveraging
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from automodel_trainer import CausalLMModule, MockDataModule
+from automodel_trainer.callbacks import DCPCheckpoint
 from tests.lightning.boring import WHOLE_EPOCHS, make
 from tests.tiny import tiny_model
 
@@ -24,22 +25,33 @@ LR = 1e-2
 class Rates(Callback):
     """Keeps the learning rate of each step."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: int = 0) -> None:
         self.seen: list[float] = []
+        self.group = group
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.seen.append(trainer.optimizers[0].param_groups[self.group]["lr"])
 
 
-def rates(root: Path, configure: Callable[[Any], Any] | None, *callbacks: Callback, **options: Any) -> list[float]:
+def rates(
+    root: Path,
+    configure: Callable[[Any], Any] | None,
+    *callbacks: Callback,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> list[float]:
     class Scheduled(CausalLMModule):
         def configure_optimizers(self) -> Any:
             return configure(AdamW(self.parameters(), lr=LR)) if configure else super().configure_optimizers()
 
     kept = Rates()
-    trainer = make(root, callbacks=[kept, *callbacks], **{"max_epochs": 3, **WHOLE_EPOCHS, **options})
+    trainer = make(root, callbacks=[*callbacks, kept], **{"max_epochs": 3, **WHOLE_EPOCHS, **options})
     module = Scheduled(tiny_model(), lr=LR, scheduler="constant")
-    trainer.fit(module, MockDataModule(264, seq_len=16, global_batch_size=4, num_samples=4 * STEPS, val_samples=2))
+    trainer.fit(
+        module,
+        MockDataModule(264, seq_len=16, global_batch_size=4, num_samples=4 * STEPS, val_samples=2),
+        ckpt_path=ckpt_path,
+    )
     return kept.seen
 
 
@@ -106,3 +118,37 @@ def test_a_rate_that_is_set_before_the_run_is_the_rate(tmp_path: Path) -> None:
             trainer = make(tmp_path, callbacks=[kept], enable_checkpointing=False, limit_val_batches=0)
             trainer.fit(module, MockDataModule(264, seq_len=16, global_batch_size=4, num_samples=8))
             assert kept.seen == pytest.approx([lr, lr / 2 if kind is Own else lr])
+
+
+class SetsRate(Callback):
+    """Sets the rate once, in the optimizer."""
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.optimizers[0].param_groups[0]["lr"] = LR / 4
+
+
+def test_a_rate_that_a_callback_sets_stays(tmp_path: Path) -> None:
+    """The schedule goes on from it, also in a run that is resumed."""
+    wanted = [LR, LR, *[LR / 4] * 6]
+    saves = DCPCheckpoint(dirpath=tmp_path / "saved", keep_last=5)
+    assert rates(tmp_path, None, SetsRate(), saves, max_epochs=2, limit_val_batches=0) == pytest.approx(wanted)
+    first = min((tmp_path / "saved").iterdir(), key=lambda path: path.stat().st_mtime)
+    resumed = rates(tmp_path, None, max_epochs=2, limit_val_batches=0, ckpt_path=first)
+    assert resumed == pytest.approx(wanted[STEPS:])
+
+
+def test_finetuning_of_a_backbone_sets_its_rate(tmp_path: Path) -> None:
+    class Backbone(CausalLMModule):
+        @property
+        def backbone(self) -> Any:
+            return self.model.model
+
+    module = Backbone(tiny_model(), lr=LR, scheduler="constant")
+    finetuning = BackboneFinetuning(1, lambda epoch: 2.0, backbone_initial_ratio_lr=0.1, should_align=False)
+    kept = Rates(group=-1)
+    trainer = make(
+        tmp_path, callbacks=[finetuning, kept], max_epochs=4, limit_val_batches=0, enable_checkpointing=False
+    )
+    trainer.fit(module, MockDataModule(264, seq_len=16, global_batch_size=4, num_samples=8))
+    assert kept.seen == pytest.approx([LR, LR, *[LR / 10] * 2, *[LR / 5] * 2, *[LR / 2.5] * 2])

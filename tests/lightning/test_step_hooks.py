@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import Callback, LambdaCallback, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 
 from automodel_trainer import CausalLMModule, MockDataModule, Trainer
@@ -159,3 +159,25 @@ def test_a_learning_rate_is_found_and_trained_with(tmp_path: Path, as_callback: 
     assert module.lr == lr != 1e-5
     assert not any(map(math.isnan, finder.optimal_lr.results["loss"]))
     assert seen[-6:] == pytest.approx([lr] * 6), "the schedule goes on from the rate that was found"
+
+
+class Doubles(CausalLMModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        found = super().training_step(batch, batch_idx)
+        self.log("doubled", 2 * found["loss"])
+        return found
+
+
+def test_a_step_of_a_subclass_gets_the_loss_and_the_end_of_an_epoch_its_mean(tmp_path: Path) -> None:
+    """Steps after the last log step count for callbacks that look at `train_loss` when an epoch ends."""
+    seen: list[float] = []
+    steps = LambdaCallback(on_train_batch_end=lambda trainer, module, outputs, *_: seen.append(float(outputs["loss"])))
+    ends = EarlyStopping("train_loss", patience=5, check_on_train_epoch_end=True)
+    trainer = make(tmp_path, steps, ends, log_every_n_steps=3, limit_val_batches=0)
+    trainer.fit(Doubles(tiny_model(), lr=1e-2), MockDataModule(264, seq_len=16, global_batch_size=2, num_samples=10))
+    assert len(seen) == 5
+    assert float(trainer.callback_metrics["doubled"]) == pytest.approx(2 * seen[-1])
+    assert float(ends.best_score) == pytest.approx(sum(seen[3:]) / 2, rel=1e-5)
+    short = make(tmp_path, EarlyStopping("train_loss"), log_every_n_steps=10, limit_val_batches=0)
+    short.fit(CausalLMModule(tiny_model()), MockDataModule(264, seq_len=16, global_batch_size=2, num_samples=4))
+    assert short.callback_metrics["train_loss"] > 0

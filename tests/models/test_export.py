@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from automodel_trainer import AutoModelForCausalLM as Builder
+from automodel_trainer import load_checkpoint, save_checkpoint, stream_weights
 from automodel_trainer.callbacks.hf_export import HFExport
 from automodel_trainer.callbacks.preemption import Preemption
 from automodel_trainer.checkpoint import CheckpointError, export
@@ -36,6 +37,22 @@ def assert_same(model: PreTrainedModel, expected: dict[str, Tensor]) -> None:
 
 def tied(model: PreTrainedModel) -> bool:
     return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_weights_that_are_shared_by_hand(tmp_path: Path) -> None:
+    """The config does not say that they are tied, so readers would draw the second one anew."""
+    model = tiny_model()
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    export_pretrained(model, tmp_path / "export")
+    save_checkpoint(tmp_path / "checkpoint", {}, model, [])
+    for folder in (tmp_path / "export", tmp_path / "checkpoint" / "model"):
+        assert_same(AutoModelForCausalLM.from_pretrained(folder), model.state_dict())
+    assert dict(stream_weights(model)).keys() == model.state_dict().keys()
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.nn.init.zeros_(model.get_input_embeddings().weight)
+    load_checkpoint(tmp_path / "checkpoint", model, [])
+    assert_same(model, wanted)
+    assert tied(model)
 
 
 def names_on_disk(folder: Path) -> set[str]:
