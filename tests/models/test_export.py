@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -20,6 +21,7 @@ from automodel_trainer.callbacks.hf_export import HFExport
 from automodel_trainer.callbacks.preemption import Preemption
 from automodel_trainer.checkpoint import CheckpointError, export
 from automodel_trainer.checkpoint.export import export_pretrained
+from automodel_trainer.checkpoint.weights import load_weights
 from tests.callbacks.runs import train
 from tests.callbacks.test_preemption import Signal
 from tests.harness import make_strategy
@@ -53,6 +55,21 @@ def test_weights_that_are_shared_by_hand(tmp_path: Path) -> None:
     load_checkpoint(tmp_path / "checkpoint", model, [])
     assert_same(model, wanted)
     assert tied(model)
+
+
+def test_shared_weights_that_were_saved_once(tmp_path: Path) -> None:
+    """As version 0.1 saved them."""
+    model = tiny_model()
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    save_checkpoint(tmp_path, {}, model, [])
+    [file] = (tmp_path / "model").glob("*.safetensors")
+    saved = load_file(file)
+    save_file({name: tensor for name, tensor in saved.items() if name != "lm_head.weight"}, file, {"format": "pt"})
+    for index in (tmp_path / "model").glob("*.index.json"):
+        index.unlink()
+    torch.nn.init.zeros_(model.get_input_embeddings().weight)
+    load_weights(model, tmp_path / "model")
+    assert_same(model, saved)
 
 
 def names_on_disk(folder: Path) -> set[str]:
