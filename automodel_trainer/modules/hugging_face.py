@@ -328,16 +328,17 @@ class HuggingFaceModule(EvaluatedModule):
             self._log_window()
 
     def _log_window(self) -> None:
-        loss_sum, tokens = self._window.pop()
-        loss = self.strategy.sum_over_tokens(loss_sum) / tokens
-        self.log_dict({"train_loss": loss.float(), "grad_norm": self._grad_norm, "lr": self._lr})  # type: ignore[dict-item]
+        loss = self._loss_of(*self._window.pop())
+        self.log_dict({"train_loss": loss, "grad_norm": self._grad_norm, "lr": self._lr})  # type: ignore[dict-item]
 
     def on_train_epoch_end(self) -> None:
-        """Let callbacks that look at `train_loss` here see the steps since the last log step, too. Collective."""
+        """Log the loss since the last log step, for callbacks that look at `train_loss` after an epoch. Collective."""
         if self._window and self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             loss_sum, tokens = self._window.sums()
-            loss = self.strategy.sum_over_tokens(loss_sum.clone()) / tokens
-            self.log("train_loss", loss.float(), logger=False)
+            self.log("train_loss", self._loss_of(loss_sum.clone(), tokens), logger=False)
+
+    def _loss_of(self, loss_sum: Tensor, tokens: Tensor) -> Tensor:
+        return (self.strategy.sum_over_tokens(loss_sum) / tokens).float()
 
     def check_finite(self) -> None:
         """Raise if any step so far had a loss or gradient norm that was not finite. Collective; waits for the device.

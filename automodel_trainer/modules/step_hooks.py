@@ -36,7 +36,7 @@ class StepHooks:
                 "backward of each micro-batch. Override `loss`, or look at gradients in on_after_backward."
             )
         if _is_users(kind.training_step, "training_step"):
-            self._module.add("on_train_batch_end")  # what it gets of the base is the loss
+            self._module.add("on_train_batch_end")  # super().training_step gives it the loss
         self._known: tuple[tuple[int, ...], frozenset[str]] = ((), frozenset(self._module))
 
     def __call__(self, callbacks: Sequence[Callback]) -> frozenset[str]:

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from automodel_trainer.nn._torch import pytree
+from automodel_trainer.nn.float_tensors import float_tensors
 from automodel_trainer.nn.host_memory import usable_host_memory
-from automodel_trainer.nn.rerun import Chain, Held, Kept, Place, Run, numbers_in, place_of
+from automodel_trainer.nn.rerun import Chain, Held, Kept, Place, Run, place_of
 
 PIECE = 16 * 2**20  # bytes
 IN_FLIGHT = 2  # copies out that may run while more is computed
@@ -43,7 +44,7 @@ class HostPieces:
 
     def take(self, size: int) -> list[Tensor] | None:
         """Pieces that hold `size` bytes together; None if the limit does not allow them."""
-        count = -(-size // self.piece)
+        count = self.count(size)
         missing = max(0, count - len(self._free))
         if self.held + missing * self.piece > self.limit:
             return None
@@ -54,8 +55,11 @@ class HostPieces:
 
     def room(self, sizes: Iterable[int]) -> int:
         """How often tensors of these bytes fit now."""
-        count = sum(-(-size // self.piece) for size in sizes)
-        return ((self.limit - self.held) // self.piece + len(self._free)) // count
+        return ((self.limit - self.held) // self.piece + len(self._free)) // sum(map(self.count, sizes))
+
+    def count(self, size: int) -> int:
+        """The pieces that hold `size` bytes."""
+        return -(-size // self.piece)
 
     def give_back(self, pieces: list[Tensor]) -> None:
         """Let pieces be used again."""
@@ -164,13 +168,15 @@ class HostInputs:
 
     def __init__(self, limit: int | None = None, ranks: int = 1, piece: int = PIECE) -> None:
         self._limit, self._ranks, self._piece = limit, ranks, piece
-        self._ready = False
+        self.blocks: Callable[[], int] = lambda: 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._ready = self.full = self.again = False
         self._leaving: deque[_Stored] = deque()
         self._last: ref[_Stored] | None = None  # input
-        self.full = self.again = False
         self._chain = Chain()
         self._kept_results = self._left_results = False
-        self.blocks: Callable[[], int] = lambda: 0
         self._input_bytes = self._result_bytes = 0
 
     def around(self, forward: Callable[..., Any], again: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
@@ -225,11 +231,7 @@ class HostInputs:
 
     def release(self) -> None:
         """Give the host memory back, once no graph needs it, and begin anew."""
-        self._leaving.clear()
-        self._ready, self.full, self.again, self._last = False, False, False, None
-        self._chain = Chain()
-        self._input_bytes = self._result_bytes = 0
-        self._kept_results = self._left_results = False
+        self._begin()
         self.__dict__.pop("pieces", None)
 
     def keep(self, tensor: Tensor) -> Any:
@@ -271,7 +273,7 @@ class HostInputs:
         self._ready = True
 
     def _store_input(self, tensor: Tensor) -> Held:
-        self._input_bytes = -(-tensor.nbytes // self._piece) * self._piece
+        self._input_bytes = self.pieces.count(tensor.nbytes) * self._piece
         stored = self._store(tensor, "input")
         if stored is None:
             self.full = True
@@ -299,7 +301,7 @@ class HostInputs:
 
 def _inputs(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """The dense tensors among the arguments that lie where the first argument with floating-point tensors does."""
-    first: list[Tensor] = next(filter(None, map(numbers_in, (*args, *kwargs.values()))), [])
+    first: list[Tensor] = next(filter(None, map(float_tensors, (*args, *kwargs.values()))), [])
     wanted = {tensor.untyped_storage().data_ptr() for tensor in first}
     dense = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if type(leaf) is Tensor and leaf.is_contiguous()]
     return [leaf for leaf in dense if leaf.numel() and leaf.untyped_storage().data_ptr() in wanted]

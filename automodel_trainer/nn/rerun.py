@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from automodel_trainer.nn._torch import pytree, version_of
+from automodel_trainer.nn.float_tensors import float_tensors
+from automodel_trainer.nn.random_states import RandomStates
 
 LONGEST = 8  # blocks of which one input is held; each more keeps an input more on the device in backward
 
@@ -26,7 +28,7 @@ Place: TypeAlias = tuple[StorageWeakRef, int, torch.Size, tuple[int, ...], torch
 def place_of(tensor: Tensor) -> Place:
     """Where a tensor lies, in what shape, and how often it was written to. Two equal places hold the same numbers.
 
-    It does not keep the tensor. While it is there, no other storage gets the same name.
+    A place does not keep the tensor. As long as it exists, no other storage is equal to this one.
     """
     storage = StorageWeakRef(tensor.untyped_storage())
     return storage, int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype, version_of(tensor)
@@ -107,7 +109,7 @@ class Run:
             leaves[i] = self.inputs[place].look().detach().requires_grad_(requires_grad)
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         with self._surroundings.again(), torch.enable_grad():  # compiled code without gradients would be other code
-            return [tensor.detach() for tensor in numbers_in(self._forward(*args, **kwargs))]
+            return [tensor.detach() for tensor in float_tensors(self._forward(*args, **kwargs))]
 
 
 class Result:
@@ -162,7 +164,7 @@ class Chain:
             result: what it gives back.
             run: gives it once more. None: the next input must be held.
         """
-        self._gave = {place_of(tensor): i for i, tensor in enumerate(numbers_in(result)) if type(tensor) is Tensor}
+        self._gave = {place_of(tensor): i for i, tensor in enumerate(float_tensors(result)) if type(tensor) is Tensor}
         self._run = run
 
 
@@ -170,35 +172,17 @@ class _Surroundings:
     """The random numbers to come and autocast, as they are now."""
 
     def __init__(self, device: torch.device) -> None:
-        self._gpus = [] if device.type == "cpu" else [device]
-        self._kind = self._gpus[0].type if self._gpus else "cuda"
-        self._states = [torch.get_device_module(gpu).get_rng_state(gpu) for gpu in self._gpus]
-        self._state = torch.get_rng_state()
-        cache = torch.is_autocast_cache_enabled()
-        self._autocast: list[dict[str, Any]] = [
-            {"device_type": kind, "enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
-            | {"cache_enabled": cache}
-            for kind in {"cpu", device.type}
+        self._states = RandomStates(device)
+        self._cache = torch.is_autocast_cache_enabled()
+        self._autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in {"cpu", device.type}
         ]
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """A context in which they are so again."""
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(self._gpus, device_type=self._kind))
-            torch.set_rng_state(self._state)
-            for gpu, state in zip(self._gpus, self._states, strict=True):
-                torch.get_device_module(gpu).set_rng_state(state, gpu)
-            for options in self._autocast:
-                stack.enter_context(torch.autocast(**options))
+            stack.enter_context(self._states.again())
+            for kind, enabled, dtype in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._cache))
             yield
-
-
-def numbers_in(value: Any) -> list[Tensor]:
-    """The floating-point tensors of a value."""
-    return [leaf for leaf in pytree.tree_leaves(value) if is_number(leaf)]
-
-
-def is_number(leaf: Any) -> bool:
-    """Whether this is a tensor of floating-point numbers."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from automodel_trainer.nn.random_states import RandomStates
 from automodel_trainer.nn.wrap import Forward, wrap
 
 TILE = 8192  # tokens of a tile that `count="auto"` makes: enough to keep a GPU's matmuls busy
@@ -94,7 +95,7 @@ class _Job:
     held: list[_Held]
     saved: Tensor  # made by the graph's node that holds the input; up to torch 2.11 the node lives as long as it
     length: int
-    states: tuple[torch.device, Tensor, Tensor | None] | None
+    states: RandomStates | None
     autocast: tuple[str, bool, torch.dtype]
 
     def tiles(self, x: Tensor) -> Iterator[tuple[int, int]]:
@@ -112,7 +113,7 @@ class _Job:
     def prepared(self, *, again: bool) -> Iterator[None]:
         """A context to compute in: gradients on, the parameters seen in the forward, its autocast and its numbers."""
         device, enabled, dtype = self.autocast
-        numbers = _replayed(*self.states) if again and self.states is not None else nullcontext()
+        numbers = self.states.again() if again and self.states is not None else nullcontext()
         cast = torch.autocast(device, dtype=dtype, cache_enabled=False) if enabled else nullcontext()
         # What autograd saves of a tile is nothing that hooks around the block should see: it is gone after the tile.
         alone = saved_tensors_hooks(Tensor.detach, lambda tensor: tensor)
@@ -217,25 +218,10 @@ def _autocast(x: Tensor) -> tuple[str, bool, torch.dtype]:
     return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
-def _states(module: nn.Module, x: Tensor) -> tuple[torch.device, Tensor, Tensor | None] | None:
+def _states(module: nn.Module, x: Tensor) -> RandomStates | None:
     """The states of the random generators, if the module draws numbers."""
     if not any(
         getattr(part, "lora_dropout", 0) or (isinstance(part, nn.Dropout) and part.p) for part in module.modules()
     ):
         return None
-    device = None if x.device.type == "cpu" else torch.get_device_module(x.device).get_rng_state(x.device)
-    return x.device, torch.get_rng_state(), device
-
-
-@contextmanager
-def _replayed(device: torch.device, host: Tensor, other: Tensor | None) -> Iterator[None]:
-    """A context in which the random generators draw what they drew after these states, the device's being `other`."""
-    if other is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(host)
-            yield
-        return
-    with torch.random.fork_rng(devices=[device], device_type=device.type):
-        torch.set_rng_state(host)
-        torch.get_device_module(device).set_rng_state(other, device)
-        yield
+    return RandomStates(x.device)

@@ -31,8 +31,8 @@ from automodel_trainer.nn._torch import (
     raise_recompile_limit,
 )
 from automodel_trainer.nn.blocks import find_blocks
+from automodel_trainer.nn.float_tensors import is_float
 from automodel_trainer.nn.operators import key_by_operators
-from automodel_trainer.nn.rerun import is_number
 from automodel_trainer.nn.wrap import Forward, own_forward
 
 
@@ -212,7 +212,7 @@ class _Compiled:
             self.fused = fused_groups(self.block)
             self.held = [module._parameters for module in self.block.modules() if module._parameters]
         refresh(self.fused)  # outside of the graph: it copies updated adapters once per optimizer step
-        if args and is_number(args[0]) and not args[0].requires_grad and self._is_trained():
+        if args and is_float(args[0]) and not args[0].requires_grad and self._is_trained():
             args = (_with_gradient(args[0]), *args[1:])
         return self.compiled(self.forward, *args, **kwargs)
 
